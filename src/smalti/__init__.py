@@ -1,0 +1,1 @@
+"""smalti: image tokenizers, stored latent sets and discrete priors."""

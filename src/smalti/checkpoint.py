@@ -1,0 +1,169 @@
+"""Models as folders: `model.safetensors` and `config.json`, which says the kind. Saved whole, loaded strictly, never a pickle.
+
+Every network that a command trains is a `Checkpointed`: its class names its family and kind, its constructor takes one frozen dataclass.
+"""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from smalti import registry
+from smalti.errors import UserError
+from smalti.files import recover, whole_file, write_json
+from smalti.registry import Family
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+class Checkpointed(nn.Module):
+    """A network that is rebuilt from its config and filled from its weights.
+
+    Attributes:
+        family: what it is for.
+        kind: its name on the command line and in `config.json`.
+        config_class: the frozen dataclass that its constructor takes.
+        config: that dataclass.
+        provenance: what else the folder says of how this model was made (JSON values; sources, digests, settings). Not needed to rebuild it.
+    """
+
+    family: ClassVar[Family]
+    kind: ClassVar[str]
+    config_class: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.provenance: dict[str, Any] = {}
+
+    def digest(self) -> str:
+        """SHA-256 over kind, config and every weight: two models agree in it exactly if they compute the same."""
+        return digest(self.kind, dataclasses.asdict(self.config), self.state_dict())
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the two files, each whole or not at all. `config.json` carries the weights' digest, so a torn pair is noticed on loading."""
+        folder = Path(folder)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with whole_file(folder / WEIGHTS_NAME) as partial:
+            save_file(state, partial)
+        described = {
+            "family": self.family,
+            "kind": self.kind,
+            "smalti": version("smalti"),
+            "config": dataclasses.asdict(self.config),
+            "digest": digest(self.kind, dataclasses.asdict(self.config), state),
+            "provenance": self.provenance,
+        }
+        write_json(folder / CONFIG_NAME, described)
+
+    @classmethod
+    def load(cls, source: str | Path) -> Self:
+        """`smalti.load`, for a caller who knows the class. Raises UserError also if the folder holds another kind."""
+        model = load(source, cls.family)
+        if not isinstance(model, cls):
+            raise UserError(f"{source} holds a {model.kind}, not a {cls.kind}")
+        return model
+
+
+def load(source: str | Path, family: Family) -> Any:
+    """A trained model, in evaluation mode on the CPU, from a folder or a hub id.
+
+    Raises:
+        UserError: if there is nothing at `source`, it is of another family, its config has missing or unknown fields, its weights have
+            missing or unknown names or other shapes, or its bytes are not those that were saved.
+    """
+    folder = _locate(source)
+    described = read_config(folder)
+    if described.get("family") != family:
+        raise UserError(f"{source} holds a {described.get('family')} ({described.get('kind')}), but a {family} is needed here")
+    cls = registry.find(family, described["kind"])
+    model = cls(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
+    model.provenance = described["provenance"]
+    try:
+        weights = load_file(folder / WEIGHTS_NAME)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{folder / WEIGHTS_NAME} cannot be read ({error}); the checkpoint is damaged, fetch or train it again") from error
+    _check_names(folder, expected=model.state_dict(), found=weights)
+    if digest(model.kind, dataclasses.asdict(model.config), weights) != described["digest"]:
+        raise UserError(f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together (digests differ); fetch or train it again")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says.
+
+    Raises:
+        UserError: if it is missing, not JSON, or not smalti's.
+    """
+    try:
+        described = json.loads((folder / CONFIG_NAME).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / CONFIG_NAME} is not JSON ({error}); the checkpoint is damaged") from error
+    missing = {"family", "kind", "config", "digest", "provenance"} - set(described if isinstance(described, dict) else ())
+    if missing:
+        raise UserError(f"{folder / CONFIG_NAME} is not smalti's: it lacks {', '.join(sorted(missing))}")
+    return described
+
+
+def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> Any:
+    """Rebuilds a frozen dataclass from JSON, which has lists where Python has tuples.
+
+    Raises:
+        UserError: if a field is missing or unknown: a default of today must not stand in for what a checkpoint did not say.
+    """
+    expected = {field.name for field in dataclasses.fields(config_class)}
+    if missing := expected - set(fields):
+        raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
+    if unknown := set(fields) - expected:
+        raise UserError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
+    types = typing.get_type_hints(config_class)
+    return config_class(**{name: tuple(v) if typing.get_origin(types[name]) is tuple else v for name, v in fields.items()})
+
+
+def digest(kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> str:
+    """SHA-256 over what a model computes with; see `Checkpointed.digest`."""
+    sha = hashlib.sha256(json.dumps([kind, config], sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _locate(source: str | Path) -> Path:
+    """A folder as it is; anything else is taken for a hub id and fetched."""
+    recover(Path(source))
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, f"*/{WEIGHTS_NAME}", f"*/{CONFIG_NAME}"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"no checkpoint at {source}: there is no such folder, and no such hub model could be fetched; train one first") from error
+
+
+def _check_names(folder: Path, *, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    if missing := sorted(set(expected) - set(found)):
+        raise UserError(f"{folder / WEIGHTS_NAME} lacks {_some(missing)}; it is not a checkpoint of this version's network")
+    if unknown := sorted(set(found) - set(expected)):
+        raise UserError(f"{folder / WEIGHTS_NAME} has unknown weights {_some(unknown)}; it is not a checkpoint of this version's network")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise UserError(f"{folder / WEIGHTS_NAME}: {name} is {tuple(found[name].shape)}, the config asks for {tuple(tensor.shape)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

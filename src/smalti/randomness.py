@@ -1,0 +1,47 @@
+"""Random numbers that are a function of what they are for, not of when or where they are drawn.
+
+A stateful generator ties a draw to everything drawn before it: to the batch, the process and the history of the run. Here a draw is a hash
+of (seed of the row, stream, position), as in counter-based generators. So a sample depends on its own seed only, whatever the batch
+around it; a resumed run needs no generator state; and two processes draw what one would.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of SplitMix64
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift; torch's >> on int64 carries the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit flips every output bit with probability about a half."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def derive(seeds: Int64[Tensor, "*shape"], *streams: int | Tensor) -> Int64[Tensor, "*out"]:
+    """New seeds from old: one for each element of `seeds` and each way of naming a stream (a step, a purpose, a tensor of row numbers)."""
+    for stream in streams:
+        seeds = _mix((seeds ^ _GOLDEN) + _mix(torch.as_tensor(stream, dtype=torch.int64, device=seeds.device) + _GOLDEN))
+    return seeds
+
+
+def row_seeds(seed: int, rows: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
+    """One seed for each row of a batch, from the run's seed and the row's number in the whole (not in the batch)."""
+    return derive(torch.full_like(rows, seed), rows)
+
+
+def uniform(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
+    """Numbers uniform on [0, 1), `shape` of them for each seed, float32 on a grid of 2**-24: the same on every device and in every batch."""
+    counters = torch.arange(math.prod(shape), device=seeds.device).view(shape)
+    bits = _mix(_mix(seeds.view(-1, *(1 for _ in shape))) + (counters + 1) * _GOLDEN)
+    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24

@@ -1,0 +1,45 @@
+"""Kinds by name: which class a checkpoint's `kind`, or `--tokenizer hrvq`, stands for."""
+
+import difflib
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from smalti.errors import UserError
+
+if TYPE_CHECKING:
+    from smalti.checkpoint import Checkpointed
+
+Family: TypeAlias = Literal["tokenizer", "prior"]
+
+# Named by module, not imported: the spine stands below the wings. Other packages add theirs with `register`.
+_MODULES: dict[tuple[Family, str], str] = {
+    ("tokenizer", "hrvq"): "smalti.tokenizers.hrvq",
+    ("prior", "hourglass"): "smalti.priors.hourglass",
+}
+_CLASSES: dict[tuple[Family, str], "type[Checkpointed]"] = {}
+
+
+def register(cls: "type[Checkpointed]") -> "type[Checkpointed]":
+    """Class decorator: makes `cls` what its `family` and `kind` stand for."""
+    _CLASSES[cls.family, cls.kind] = cls
+    return cls
+
+
+def kinds(family: Family) -> list[str]:
+    """The registered kinds of one family, sorted."""
+    return sorted({kind for owner, kind in (*_MODULES, *_CLASSES) if owner == family})
+
+
+def find(family: Family, kind: str) -> "type[Checkpointed]":
+    """The class of a kind.
+
+    Raises:
+        UserError: if there is no such kind; suggests the nearest.
+    """
+    if (family, kind) not in _CLASSES and (family, kind) in _MODULES:
+        import_module(_MODULES[family, kind])
+    if (family, kind) not in _CLASSES:
+        nearest = difflib.get_close_matches(kind, kinds(family), n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"kinds: {', '.join(kinds(family))}"
+        raise UserError(f"there is no {family} of kind {kind!r}; {hint}")
+    return _CLASSES[family, kind]
