@@ -1,0 +1,58 @@
+"""What a tokenizer and a prior promise to the rest of smalti. The networks are in the wings; the commands know only these."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from smalti.checkpoint import Checkpointed
+from smalti.codes import Codes, Layout
+from smalti.registry import Family
+
+
+@dataclass(frozen=True)
+class TokenizerOutput:
+    """What training on a batch of images gives.
+
+    Attributes:
+        reconstruction: images, [-1, 1].
+        codes: one tensor per level.
+        losses: scalar terms by name, already weighted; their sum is the objective.
+    """
+
+    reconstruction: Float[Tensor, "b c h w"]
+    codes: Codes
+    losses: dict[str, Float[Tensor, ""]]
+
+
+class Tokenizer(Checkpointed):
+    """Stage one: images in [-1, 1] to grids of codes and back.
+
+    A tokenizer works at any height and width divisible by `downsampling`; `layout` is that of the size it was made for.
+    `forward(images)` returns a `TokenizerOutput`.
+    """
+
+    family: ClassVar[Family] = "tokenizer"
+    image_channels: int
+    downsampling: int
+
+    @property
+    def layout(self) -> Layout:
+        """The levels of codes of one image of the size in the config."""
+        raise NotImplementedError
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
+        """Codes of images; the same codes for the same images."""
+        raise NotImplementedError
+
+    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
+        """Images of codes, in [-1, 1]; with `digits`, of the first digits of each code only.
+
+        Raises:
+            UserError: if the codes have fewer digits.
+        """
+        raise NotImplementedError
+
+    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
+        """The data-dependent start of a new tokenizer, once before training; nothing, where a kind has none."""

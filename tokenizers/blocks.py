@@ -1,0 +1,40 @@
+"""Convolutional encoder and decoder of the VQ-VAE family: strided stages with residual blocks. No quantization here.
+
+Fully convolutional: any height and width divisible by 2**stages. Legend: b batch, c channels, h w grid.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))), the second convolution starting at zero, so that a deep stack starts as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
+def encoder(*, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int) -> nn.Sequential:
+    """Images to z_e, at 1 / 2**len(widths) of their size: for each width a stride-2 convolution and its residual blocks."""
+    layers: list[nn.Module] = []
+    for before, width in zip((image_channels, *widths), widths, strict=False):
+        layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), *(ResidualBlock(width) for _ in range(residual_blocks))]
+    return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(widths[-1], code_width, 1))
+
+
+def decoder(*, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int) -> nn.Sequential:
+    """The mirror of `encoder`: each width's residual blocks, then a convolution whose channels become 2x2 pixels."""
+    layers: list[nn.Module] = [nn.Conv2d(code_width, widths[-1], 3, padding=1)]
+    for width, after in zip(reversed(widths), (*reversed(widths[:-1]), image_channels), strict=True):
+        layers += [*(ResidualBlock(width) for _ in range(residual_blocks)), nn.SiLU()]
+        layers += [nn.Conv2d(width, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
+    return nn.Sequential(*layers)
