@@ -22,7 +22,7 @@ endef
 define INSTALL
 @test -e $(RUNTIME) || { $(FIND_PYTHON); }
 @rm -f $(RUNTIME) $(DEV)
-$(PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt --editable $(1)
+$(PYTHON) -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable $(1)
 @touch $(RUNTIME)
 endef
 

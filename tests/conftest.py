@@ -1,0 +1,33 @@
+"""How the tests run, whoever runs them: shapes checked, no network, two threads, the user's caches untouched.
+
+All of it happens on import, before any test file imports smalti: the libraries read these settings when they are first
+imported. No fixtures live here.
+"""
+
+import os
+import tempfile
+
+import jaxtyping
+
+_CACHE = tempfile.TemporaryDirectory(
+    prefix="smalti-tests-", ignore_cleanup_errors=True
+)  # removed when the process ends
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": _CACHE.name,
+    "HF_DATASETS_CACHE": f"{_CACHE.name}/datasets",
+    "MPLBACKEND": "agg",
+}
+
+# Every annotated shape becomes a check, dimensions of one name agreeing within a call. What torch.compile must trace is
+# marked with `typing.no_type_check`, which leaves the function as it was written.
+jaxtyping.install_import_hook("smalti", "beartype.beartype")
+
+import torch  # noqa: E402 - after the settings above
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(2)  # CI's size: timings and the order of float sums do not hang on the machine's
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
