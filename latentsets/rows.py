@@ -1,0 +1,83 @@
+"""Rows of a latent set as training wants them: one level, one side of the held-out split, whole batches at a time."""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from smalti.errors import UserError
+from smalti.latentsets.format import level_bytes
+from smalti.latentsets.reader import LatentSet
+from smalti.splits import held_out
+
+Split: TypeAlias = Literal["train", "held_out", "all"]
+
+_SIGNED = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
+"""What torch computes with at each width. It has few operations for uint16 and uint32: their bits travel as signed."""
+
+
+class LatentRows(Dataset):
+    """A torch dataset of code grids that gives whole batches, so a `DataLoader`'s `collate_fn` has nothing to do.
+
+    The split is by source id alone: mirror images, and all else made from one source image, are on one side.
+
+    Args:
+        latent_set: to read from; in workers through a map of the file.
+        split: which side: `train`, `held_out`, or `all` rows.
+        level: whose codes.
+
+    Raises:
+        UserError: if the set has no such level, or no rows on that side.
+    """
+
+    def __init__(self, latent_set: LatentSet, *, split: Split, level: int = 0) -> None:
+        if not 0 <= level < len(latent_set.layout.levels):
+            raise UserError(f"{latent_set.path} has levels 0 to {len(latent_set.layout.levels) - 1}, not {level}")
+        self.latent_set, self.level = latent_set, level
+        if split == "all":
+            self._index = torch.arange(len(latent_set))
+        else:
+            self._index = (held_out(latent_set.source_ids) == (split == "held_out")).nonzero().squeeze(1)
+        if not len(self._index):
+            raise UserError(f"{latent_set.path} has no {split} rows among {len(latent_set)}; build it from more images")
+        self._resident: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """One batch, on the CPU or where `to` moved it.
+
+        Returns:
+            `codes` of the level, int64 `(b, h, w)`, or float32 `(b, c, h, w)` where it is continuous; `labels`, int64
+            `(b,)`, -1 for none; `rows`, int64 `(b,)`: the numbers asked for, each naming its row within this dataset.
+        """
+        if self._resident:
+            codes, labels = self._resident
+            numbers = torch.as_tensor(rows, dtype=torch.int64, device=codes.device)
+            return {"codes": self._widen(codes[numbers]), "labels": labels[numbers], "rows": numbers}
+        numbers = torch.as_tensor(rows, dtype=torch.int64)
+        index = self._index[numbers]
+        codes = self.latent_set.read(self.level, index)
+        return {"codes": codes, "labels": self.latent_set.labels[index], "rows": numbers}
+
+    @property
+    def resident_bytes(self) -> int:
+        """What `to` takes on the device for the codes."""
+        return level_bytes(self.latent_set.layout.levels[self.level], len(self))
+
+    def to(self, device: torch.device | str) -> "LatentRows":
+        """Moves the codes whole onto a device, in the width they are stored in. From then on a batch costs an index."""
+        codes = np.take(self.latent_set.stored[self.level], self._index, axis=0)
+        if self.latent_set.layout.levels[self.level].radices:
+            codes = codes.view(_SIGNED[codes.itemsize])
+        self._resident = torch.from_numpy(codes).to(device), self.latent_set.labels[self._index].to(device)
+        return self
+
+    def _widen(self, codes: Tensor) -> Tensor:
+        if codes.is_floating_point():
+            return codes
+        return codes.long() & ((1 << 8 * codes.itemsize) - 1)  # the top bit was taken for a sign

@@ -1,0 +1,63 @@
+"""A latent set in words, for a person who wonders what a file is."""
+
+import json
+
+from smalti.codes import Level
+from smalti.latentsets.reader import LatentSet, perplexity
+from smalti.splits import held_out
+
+
+def describe(latent_set: LatentSet) -> str:
+    """What made the set, what it holds, and how much of each codebook it uses. Reads the whole file once, to count."""
+    made_by = latent_set.provenance
+    software = ", ".join(f"{name} {number}" for name, number in made_by.software.items())
+    fields = {
+        "rows": f"{len(latent_set)}, {latent_set.layout}, {_size(latent_set.path.stat().st_size)}",
+        "sources": _sources(latent_set),
+        "labels": _labels(latent_set),
+        "images": f"{made_by.image_source}, fingerprint {made_by.image_fingerprint}",
+        "preprocessing": json.dumps(made_by.preprocessing),
+        "tokenizer": f"{made_by.tokenizer_kind} from {made_by.tokenizer_source}, digest {made_by.tokenizer_digest}",
+        "its config": json.dumps(made_by.tokenizer_config),
+        "content": f"digest {latent_set.content_digest}",
+        "written": f"{made_by.created} by `{made_by.command}`",
+        "software": software,
+    }
+    lines = [str(latent_set.path), *(f"  {name:14}{value}" for name, value in fields.items())]
+    for index, level in enumerate(latent_set.layout.levels):
+        lines.append(f"  level {index}: {level.height}×{level.width} positions")
+        lines += [f"    {line}" for line in _usage(latent_set, index, level)]
+    return "\n".join(lines)
+
+
+def _sources(latent_set: LatentSet) -> str:
+    sources, flipped = len(latent_set.source_ids.unique()), int(latent_set.flipped.sum())
+    held_out_rows = int(held_out(latent_set.source_ids).sum())
+    return f"{sources} source images, {flipped} rows are mirror images, {held_out_rows} rows are held out"
+
+
+def _labels(latent_set: LatentSet, shown: int = 8) -> str:
+    names, without = latent_set.provenance.label_names, int((latent_set.labels < 0).sum())
+    if without == len(latent_set):
+        return "none"
+    classes = f"{len(latent_set.labels[latent_set.labels >= 0].unique())} classes"
+    named = f" ({', '.join(names[:shown])}{', …' if len(names) > shown else ''})" if names else ""
+    return f"{classes}{named}, {without} rows without"
+
+
+def _usage(latent_set: LatentSet, index: int, level: Level) -> list[str]:
+    if level.channels:
+        return [f"{level.channels} real numbers at each"]
+    leaves = latent_set.usage(index)
+    lines, nodes = [], 1
+    for digit, radix in enumerate(level.radices, start=1):
+        nodes *= radix
+        counts = leaves.view(nodes, -1).sum(dim=1)
+        used = int((counts > 0).sum())
+        title = "codes" if len(level.radices) == 1 else "first digit" if digit == 1 else f"first {digit} digits"
+        lines.append(f"{title:15} {used} of {nodes} used ({used / nodes:.1%}), perplexity {perplexity(counts):.1f}")
+    return lines
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 1 << 20 else f"{size_bytes / (1 << 20):.1f} MiB"

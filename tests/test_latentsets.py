@@ -1,0 +1,405 @@
+"""The latent set's file: what is written is read, wholly or not at all, and what is damaged or foreign is refused."""
+
+import hashlib
+import json
+import pickle
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smalti.codes import Codes, Layout, Level
+from smalti.errors import UserError
+from smalti.latentsets.format import Provenance
+from smalti.latentsets.reader import LatentSet, perplexity, require_tokenizer
+from smalti.latentsets.summary import describe
+from smalti.latentsets.writer import LatentSetWriter
+
+PROVENANCE = Provenance(
+    tokenizer_kind="hrvq",
+    tokenizer_config={"branching": 8, "widths": (16, 32)},
+    tokenizer_digest="ab" * 32,
+    tokenizer_source="runs/tokenizers/hrvq",
+    image_source="emoji",
+    image_fingerprint="f00d",
+    preprocessing={"size": [32, 32]},
+)
+GRID = Layout((Level(3, 4, (8, 8, 8)),))
+
+LEVELS = [
+    *(Level(3, 2, radices) for radices in [(2,), (256,), (257,), (8, 8, 8), (65536,), (41, 41, 41), (2**31 - 1,)]),
+    Level(1, 1, (512,)),
+    Level(4, 1, channels=3),
+]
+
+
+def make_codes(layout: Layout, rows: int, seed: int = 0) -> Codes:
+    """Random codes that hold both ends of every codebook."""
+    rng = np.random.default_rng(seed)
+    grids = []
+    for level in layout.levels:
+        shape = (rows, *level.shape)
+        if level.channels:
+            grids.append(torch.from_numpy(rng.normal(size=shape).astype(np.float32)))
+        else:
+            grid = torch.from_numpy(rng.integers(0, level.codebook_size, shape))
+            grid.view(-1)[0], grid.view(-1)[-1] = 0, level.codebook_size - 1
+            grids.append(grid)
+    return tuple(grids)
+
+
+def make_columns(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels, source ids (two rows each) and flips."""
+    numbers = torch.arange(rows)
+    return numbers % 5 - 1, numbers // 2 * 1_000_003 - 7, numbers % 2 == 1
+
+
+def write(path: Path, layout: Layout, codes: Codes, cuts: list[int], provenance: Provenance = PROVENANCE) -> None:
+    """Writes in blocks that begin at `cuts`, in that order."""
+    rows = len(codes[0])
+    columns = make_columns(rows)
+    with LatentSetWriter(path, layout, rows=rows, provenance=provenance) as writer:
+        for start in cuts:
+            end = min([cut for cut in cuts if cut > start], default=rows)
+            writer.write(start, tuple(grid[start:end] for grid in codes), *(column[start:end] for column in columns))
+
+
+def opened(path: Path, mode: str) -> Any:
+    """Plain h5py, whose types know less than this file does."""
+    return h5py.File(path, mode)
+
+
+def small_set(path: Path, rows: int = 60) -> Codes:
+    codes = make_codes(GRID, rows)
+    write(path, GRID, codes, [0])
+    return codes
+
+
+@settings(max_examples=40)
+@given(
+    levels=st.lists(st.sampled_from(LEVELS), min_size=1, max_size=3),
+    rows=st.integers(2, 30),
+    seed=st.integers(0, 2**16),
+    data=st.data(),
+)
+def test_what_is_written_in_any_order_of_blocks_is_read(tmp_path_factory, levels, rows, seed, data):
+    layout = Layout(tuple(levels))
+    path = tmp_path_factory.mktemp("set") / "latents.h5"
+    codes = make_codes(layout, rows, seed)
+    cuts = data.draw(st.sets(st.integers(1, rows - 1)).map(lambda cuts: [0, *cuts]).flatmap(st.permutations))
+    write(path, layout, codes, cuts)
+    latent_set = LatentSet(path)
+    asked = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20))
+    for found, expected, level in zip(latent_set.batch(asked), codes, layout.levels, strict=True):
+        assert found.dtype == (torch.float32 if level.channels else torch.int64)
+        assert torch.equal(found, expected[asked])
+    for found, expected in zip(
+        (latent_set.labels, latent_set.source_ids, latent_set.flipped), make_columns(rows), strict=True
+    ):
+        assert torch.equal(found, expected)
+    assert (len(latent_set), latent_set.layout, latent_set.provenance) == (rows, layout, PROVENANCE)
+    latent_set.verify()
+    one_block = path.with_name("one.h5")
+    write(one_block, layout, codes, [0])
+    assert LatentSet(one_block).content_digest == latent_set.content_digest
+
+
+def test_the_digest_follows_from_the_documented_recipe(tmp_path):
+    codes = small_set(tmp_path / "latents.h5")
+    labels, source_ids, flipped = make_columns(60)
+    parts = [
+        b"codes/0 <u2 60 3 4\n" + codes[0].numpy().astype("<u2").tobytes(),
+        b"labels <i8 60\n" + labels.numpy().tobytes(),
+        b"source_ids <i8 60\n" + source_ids.numpy().tobytes(),
+        b"flipped |u1 60\n" + flipped.numpy().tobytes(),
+    ]
+    assert LatentSet(tmp_path / "latents.h5").content_digest == hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def test_plain_h5py_reads_everything(tmp_path):
+    codes = small_set(tmp_path / "latents.h5")
+    labels, source_ids, flipped = make_columns(60)
+    with opened(tmp_path / "latents.h5", "r") as file:
+        stored = file["codes/0"]
+        assert (stored.dtype, stored.chunks, stored.compression) == (np.uint16, None, None)
+        assert np.array_equal(stored[:], codes[0].numpy())
+        assert np.array_equal(file["labels"][:], labels.numpy())
+        assert np.array_equal(file["source_ids"][:], source_ids.numpy())
+        assert np.array_equal(file["flipped"][:], flipped.numpy())
+        assert file.attrs["tokenizer_digest"] == PROVENANCE.tokenizer_digest
+        assert json.loads(file.attrs["layout"])[0]["radices"] == [8, 8, 8]
+
+
+def test_labels_names_and_configs_beyond_64_kib_are_kept(tmp_path):
+    names = tuple(f"class {number:06d} ö" for number in range(22_000))
+    provenance = Provenance(**{**vars(PROVENANCE), "label_names": names, "preprocessing": {"x": "y" * 100_000}})
+    write(tmp_path / "latents.h5", GRID, make_codes(GRID, 4), [0], provenance)
+    assert LatentSet(tmp_path / "latents.h5").provenance == provenance
+
+
+def test_the_file_is_within_one_percent_of_its_codes(tmp_path):
+    layout = Layout((Level(16, 16, (1024,)),))
+    write(tmp_path / "latents.h5", layout, make_codes(layout, 10_000), [0, 2000])
+    assert (tmp_path / "latents.h5").stat().st_size == pytest.approx(10_000 * 16 * 16 * 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("start", "codes", "label", "message"),
+    [
+        (0, [512], 0, "level 0 holds codes from 0 to 511"),
+        (0, [65536], 0, "level 0 holds codes from 0 to 511"),
+        (0, [-1], 0, "level 0 holds codes from 0 to 511"),
+        (0, [0], -2, "-2 is no label"),
+        (0, [0], 2, "2 is no label; give -1 for none or a number up to 1"),
+        (3, [0], 0, "row 3 was already written"),
+        (59, [0, 0], 0, "rows 59 to 60 do not fit a latent set of 60"),
+        (-1, [0], 0, "rows -1 to -1 do not fit a latent set of 60"),
+    ],
+)
+def test_wrong_blocks_are_refused_and_leave_no_trace(tmp_path, start, codes, label, message):
+    provenance = Provenance(**{**vars(PROVENANCE), "label_names": ("cat", "dog")})
+    grid = torch.tensor(codes).view(-1, 1, 1).expand(-1, 3, 4)
+    labels, rest = torch.full((len(codes),), label), make_columns(len(codes))[1:]
+
+    def write_both() -> None:
+        with LatentSetWriter(tmp_path / "latents.h5", GRID, rows=60, provenance=provenance) as writer:
+            writer.write(2, make_codes(GRID, 2), torch.tensor([0, 1]), *make_columns(2)[1:])
+            writer.write(start, (grid,), labels, *rest)
+
+    with pytest.raises(UserError, match=message):
+        write_both()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_rows_are_refused(tmp_path):
+    writer = LatentSetWriter(tmp_path / "latents.h5", GRID, rows=60, provenance=PROVENANCE)
+    with pytest.raises(UserError, match="row 10 and 49 others were never written"), writer as entered:
+        entered.write(0, make_codes(GRID, 10), *make_columns(10))
+    with pytest.raises(UserError, match="0 rows would be empty"):
+        LatentSetWriter(tmp_path / "latents.h5", GRID, rows=0, provenance=PROVENANCE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_writer_leaves_the_target_as_it_was(tmp_path, interruption):
+    small_set(tmp_path / "latents.h5")
+    before = (tmp_path / "latents.h5").read_bytes()
+
+    def write_half() -> None:
+        with LatentSetWriter(tmp_path / "latents.h5", GRID, rows=10, provenance=PROVENANCE) as writer:
+            writer.write(0, make_codes(GRID, 5), *make_columns(5))
+            assert (tmp_path / "latents.h5").read_bytes() == before
+            raise interruption
+
+    with pytest.raises(interruption):
+        write_half()
+    assert (tmp_path / "latents.h5").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["latents.h5"]
+
+
+@contextmanager
+def file_size_limit(limit_bytes: int) -> Iterator[None]:
+    """The kernel refuses larger files, as it refuses writes to a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+@pytest.mark.parametrize("limit_bytes", [4096, 40_000, 1_128_576, 1_210_000])
+def test_a_full_disk_is_one_line_and_the_target_stays(tmp_path, monkeypatch, reserves, limit_bytes):
+    if not reserves:
+        monkeypatch.delattr("os.posix_fallocate")
+    small_set(tmp_path / "latents.h5")
+    before = (tmp_path / "latents.h5").read_bytes()
+    codes = make_codes(GRID, 50_000)
+    with file_size_limit(limit_bytes), pytest.raises(UserError, match=r"^no room for .*latents.h5") as caught:
+        write(tmp_path / "latents.h5", GRID, codes, [0, 10_000, 20_000, 40_000])
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "latents.h5").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["latents.h5"]
+
+
+@settings(max_examples=20)
+@given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_verify_catches_any_flipped_byte_of_the_codes(tmp_path_factory, where, flip):
+    path = tmp_path_factory.mktemp("set") / "latents.h5"
+    small_set(path)
+    with opened(path, "r") as file:
+        offset, size = file["codes/0"].id.get_offset(), file["codes/0"].id.get_storage_size()
+    damaged = bytearray(path.read_bytes())
+    damaged[offset + int(where * size)] ^= flip
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="is damaged: its content has digest"):
+        LatentSet(path).verify()
+
+
+def test_verify_catches_changed_columns_and_codes_outside_the_codebook(tmp_path):
+    path = tmp_path / "latents.h5"
+    for name in ("labels", "source_ids", "flipped"):
+        small_set(path)
+        with opened(path, "r+") as file:
+            file[name][7] ^= 1
+        with pytest.raises(UserError, match="is damaged: its content has digest"):
+            LatentSet(path).verify()
+    small_set(path)
+    with opened(
+        path, "r+"
+    ) as file:  # as another program might write it: the digest is of the numbers, these are too large
+        file.attrs["layout"] = json.dumps(Layout((Level(3, 4, (257,)),)).to_json())
+    with pytest.raises(UserError, match="codes not below 257 at level 0"):
+        LatentSet(path).verify()
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        LatentSet(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@given(kept=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=20)
+def test_a_truncated_file_is_refused_on_opening(tmp_path_factory, kept):
+    path = tmp_path_factory.mktemp("set") / "latents.h5"
+    small_set(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    refused(path, "truncated or damaged|not an HDF5 file")
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "latents.h5"
+    refused(path, "there is no latent set at")
+    refused(tmp_path, "cannot be read: Is a directory")
+    path.write_text("a text")
+    refused(path, "is not an HDF5 file")
+    with opened(path, "w") as file:
+        file["images"] = np.zeros(3)
+    refused(path, "is HDF5 but not a latent set")
+
+
+def no_labels(file: Any) -> None:
+    del file["labels"]
+
+
+def short_labels(file: Any) -> None:
+    del file["labels"]
+    file["labels"] = np.zeros(59, np.int64)
+
+
+def wide_codes(file: Any) -> None:
+    codes = file["codes/0"][:]
+    del file["codes/0"]
+    file["codes/0"] = codes.astype(np.int64)
+
+
+def chunked_codes(file: Any) -> None:
+    codes = file["codes/0"][:]
+    del file["codes/0"]
+    file.create_dataset("codes/0", data=codes, compression="gzip")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.attrs.modify("format_version", 2), "has format version 2, this smalti reads 1; upgrade"),
+        (lambda file: file.attrs.pop("tokenizer_digest"), "lacks the attributes tokenizer_digest"),
+        (lambda file: file.attrs.pop("content_digest"), "lacks the attributes content_digest"),
+        (lambda file: file.attrs.create("image_source", 3), "the attributes image_source are not strings"),
+        (lambda file: file.attrs.modify("label_names", "[cat"), "its attributes are damaged"),
+        (lambda file: file.attrs.modify("layout", '[{"height": 3}]'), "its attributes are damaged"),
+        (no_labels, "lacks labels"),
+        (short_labels, r"codes/0 is \(60, 3, 4\) uint16, not \(59, 3, 4\) uint16"),
+        (wide_codes, r"codes/0 is \(60, 3, 4\) int64, not \(60, 3, 4\) uint16"),
+        (chunked_codes, "chunked or compressed"),
+    ],
+)
+def test_incomplete_sets_are_refused(tmp_path, change, message):
+    small_set(tmp_path / "latents.h5")
+    with opened(tmp_path / "latents.h5", "r+") as file:
+        change(file)
+    refused(tmp_path / "latents.h5", message)
+
+
+def test_a_set_replaced_behind_the_reader_is_noticed(tmp_path):
+    codes = small_set(tmp_path / "latents.h5")
+    latent_set = LatentSet(tmp_path / "latents.h5")
+    pickled = pickle.dumps(latent_set)
+    assert torch.equal(pickle.loads(pickled).batch([3, 1])[0], codes[0][[3, 1]])
+    write(tmp_path / "latents.h5", GRID, make_codes(GRID, 70, seed=1), [0])
+    assert torch.equal(latent_set.batch([3, 1])[0], codes[0][[3, 1]])  # the old file lives on while it is mapped
+    for read_again in (lambda: pickle.loads(pickled), latent_set.verify):
+        with pytest.raises(UserError, match="was replaced by another latent set"):
+            read_again()
+
+
+def test_rows_outside_the_set_are_refused(tmp_path):
+    small_set(tmp_path / "latents.h5")
+    with pytest.raises(IndexError):
+        LatentSet(tmp_path / "latents.h5").batch([60])
+
+
+def test_usage_counts_every_prefix(tmp_path, monkeypatch):
+    monkeypatch.setattr("smalti.latentsets.reader.BLOCK_VALUES", 100)  # several blocks
+    codes = small_set(tmp_path / "latents.h5")[0]
+    latent_set = LatentSet(tmp_path / "latents.h5")
+    for digits in (1, 2, 3):
+        prefixes = codes // 8 ** (3 - digits)
+        expected = [(prefixes == code).sum().item() for code in range(8**digits)]
+        assert latent_set.usage(0, digits).tolist() == expected
+        frequencies = np.array(expected)[np.array(expected) > 0] / codes.numel()
+        entropy_bits = -sum(p * np.log2(p) for p in frequencies)
+        assert latent_set.perplexity(0, digits) == pytest.approx(2**entropy_bits)
+    assert torch.equal(latent_set.usage(), latent_set.usage(0, 3))
+    for digits in (0, 4):
+        with pytest.raises(UserError, match=f"has 3 digits; {digits} cannot be counted"):
+            latent_set.usage(0, digits)
+
+
+@given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any))
+def test_perplexity_lies_between_one_and_the_codes_in_use(counts):
+    found = perplexity(torch.tensor(counts))
+    assert 1 - 1e-9 <= found <= np.count_nonzero(counts) + 1e-9
+    assert perplexity(torch.full((len(counts),), 3)) == pytest.approx(len(counts))
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    small_set(tmp_path / "latents.h5")
+    latent_set = LatentSet(tmp_path / "latents.h5")
+    require_tokenizer(latent_set, PROVENANCE.tokenizer_digest)
+    with pytest.raises(UserError, match=r"tokenizer abababababab .* the one at hand is cdcdcdcdcdcd") as caught:
+        require_tokenizer(latent_set, "cd" * 32)
+    assert "\n" not in str(caught.value)
+
+
+def test_describe_tells_what_the_set_is(tmp_path):
+    layout = Layout((Level(1, 2, channels=3), Level(2, 2, (2, 3))))
+    codes = (torch.zeros(4, 3, 1, 2), torch.tensor([0, 1, 2, 2]).view(4, 1, 1).expand(4, 2, 2))
+    provenance = Provenance(**{**vars(PROVENANCE), "label_names": ("cat", "dog", "emu")})
+    write(tmp_path / "latents.h5", layout, codes, [0], provenance)
+    text = describe(LatentSet(tmp_path / "latents.h5"))
+    for expected in (
+        "4, 1×2 of 3 floats + 2×2 of 2·3",
+        "2 source images, 2 rows are mirror images",
+        "3 classes (cat, dog, emu), 1 rows without",
+        "emoji, fingerprint f00d",
+        "hrvq from runs/tokenizers/hrvq, digest " + "ab" * 32,
+        "first digit     1 of 2 used (50.0%), perplexity 1.0",
+        f"first 2 digits  3 of 6 used (50.0%), perplexity {2**1.5:.1f}",
+        LatentSet(tmp_path / "latents.h5").content_digest,
+        provenance.created,
+        "h5py",
+    ):
+        assert expected in text
