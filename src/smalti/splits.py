@@ -1,0 +1,30 @@
+"""Which source images are held out: the one rule that image sets and latent sets share, so that both always agree."""
+
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from smalti.errors import UserError
+from smalti.randomness import derive, uniform
+
+HELD_OUT_PERCENT = 10
+_SPLIT_STREAM = (
+    0x5B117  # ids serve elsewhere too (as keys, as seeds): hashing them once more keeps the split independent of that
+)
+
+
+def held_out(source_ids: Int64[Tensor, " n"], percent: float = HELD_OUT_PERCENT) -> Bool[Tensor, " n"]:
+    """Marks the rows that training never sees, by a hash of the source id alone.
+
+    So all rows of one source fall on the same side whatever their order, number or machine, and a larger percentage
+    only adds sources.
+
+    Args:
+        source_ids: one for each row; rows made from one image share it.
+        percent: the expected share of the sources held out, from 0 (none) to 100 (all).
+
+    Raises:
+        UserError: if `percent` is outside [0, 100].
+    """
+    if not 0 <= percent <= 100:
+        raise UserError(f"{percent} % cannot be held out; give a percentage from 0 to 100")
+    return uniform(derive(source_ids, _SPLIT_STREAM)) * 100 < percent
