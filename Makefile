@@ -46,7 +46,7 @@ lint: $(DEV) ## check the code's style
 	$(PYTHON) -m ruff format --check
 
 type: $(DEV) ## check the code's types
-	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+	$(PYTHON) -m pyright
 
 test: $(DEV) ## run the tests
 	$(PYTHON) -m pytest
