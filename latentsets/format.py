@@ -102,7 +102,7 @@ def level_bytes(level: Level, rows: int) -> int:
 def lay_down(path: Path, layout: Layout, rows: int, provenance: Provenance) -> tuple[int, ...]:
     """Creates a file with its attributes and room for the codes, and returns the offset in bytes of each level's codes.
 
-    Strings are of variable length: those lie outside the header, where HDF5's 64 KiB limit on attributes ends.
+    Strings are of variable length, which HDF5 keeps outside the header: its 64 KiB limit on attributes is not theirs.
     """
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # else there is no offset before the first write

@@ -38,9 +38,9 @@ class LatentRows(Dataset):
             raise UserError(f"{latent_set.path} has levels 0 to {len(latent_set.layout.levels) - 1}, not {level}")
         self.latent_set, self.level = latent_set, level
         if split == "all":
-            self._index = torch.arange(len(latent_set))
+            self._index = np.arange(len(latent_set))
         else:
-            self._index = (held_out(latent_set.source_ids) == (split == "held_out")).nonzero().squeeze(1)
+            self._index = np.flatnonzero(held_out(latent_set.source_ids).numpy() == (split == "held_out"))
         if not len(self._index):
             raise UserError(f"{latent_set.path} has no {split} rows among {len(latent_set)}; build it from more images")
         self._resident: tuple[Tensor, Tensor] | None = None
@@ -58,11 +58,11 @@ class LatentRows(Dataset):
         if self._resident:
             codes, labels = self._resident
             numbers = torch.as_tensor(rows, dtype=torch.int64, device=codes.device)
-            return {"codes": self._widen(codes[numbers]), "labels": labels[numbers], "rows": numbers}
-        numbers = torch.as_tensor(rows, dtype=torch.int64)
-        index = self._index[numbers]
-        codes = self.latent_set.read(self.level, index)
-        return {"codes": codes, "labels": self.latent_set.labels[index], "rows": numbers}
+            return {"codes": _widen(codes.index_select(0, numbers)), "labels": labels[numbers], "rows": numbers}
+        numbers = torch.from_numpy(np.array(rows, np.int64))  # numpy reads a list, and gathers, several times faster
+        index = self._index[numbers.numpy()]
+        labels = torch.from_numpy(self.latent_set.labels.numpy()[index])
+        return {"codes": self.latent_set.read(self.level, torch.from_numpy(index)), "labels": labels, "rows": numbers}
 
     @property
     def resident_bytes(self) -> int:
@@ -77,7 +77,8 @@ class LatentRows(Dataset):
         self._resident = torch.from_numpy(codes).to(device), self.latent_set.labels[self._index].to(device)
         return self
 
-    def _widen(self, codes: Tensor) -> Tensor:
-        if codes.is_floating_point():
-            return codes
-        return codes.long() & ((1 << 8 * codes.itemsize) - 1)  # the top bit was taken for a sign
+
+def _widen(codes: Tensor) -> Tensor:
+    if codes.is_floating_point():
+        return codes
+    return codes.long().bitwise_and_((1 << 8 * codes.itemsize) - 1)  # the top bit was taken for a sign

@@ -20,8 +20,8 @@ from smalti.latentsets.format import COLUMNS, Provenance, complete, content_dige
 
 ErrorType: TypeAlias = type[BaseException] | None
 
-HEADROOM_BYTES = 1 << 20
-"""Reserved beside codes and columns for attributes and HDF5's own records; HDF5 gives back what it does not use."""
+HEADROOM_BYTES = 1 << 16
+"""Reserved beside codes and columns for HDF5's own records; on closing it gives back what it does not use."""
 
 
 class LatentSetWriter:
@@ -114,11 +114,11 @@ class LatentSetWriter:
 
     def _reserve(self) -> None:
         if hasattr(os, "posix_fallocate"):  # not on macOS: there a full disk is noticed when it is full
-            os.posix_fallocate(self._file.fileno(), 0, os.fstat(self._file.fileno()).st_size + self._bytes())
+            os.posix_fallocate(self._file.fileno(), 0, self._bytes())
 
     def _bytes(self) -> int:
         codes = sum(level_bytes(level, self.rows) for level in self.layout.levels)
-        return codes + sum(column.nbytes for column in self._columns.values()) + HEADROOM_BYTES
+        return max(self._offsets) + codes + sum(column.nbytes for column in self._columns.values()) + HEADROOM_BYTES
 
     @contextmanager
     def _room(self) -> Iterator[None]:
@@ -127,8 +127,8 @@ class LatentSetWriter:
         except (OSError, RuntimeError) as error:
             if not _is_full(error):
                 raise
-            needed = f"{self._bytes() / 2**20:.0f} MiB"
-            raise UserError(f"no room for {self.path} ({needed}); free some space or write elsewhere") from error
+            needed = sum(level_bytes(level, self.rows) for level in self.layout.levels) / 2**20
+            raise UserError(f"no room for {self.path} ({needed:.1f} MiB); free some or write elsewhere") from error
 
 
 def _is_full(error: OSError | RuntimeError) -> bool:

@@ -1,0 +1,106 @@
+"""Latent sets as training reads them: splits, batches in this process and in workers, codes resident on a device."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from smalti.codes import Layout, Level
+from smalti.errors import UserError
+from smalti.latentsets.format import Provenance
+from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.rows import LatentRows
+from smalti.latentsets.writer import LatentSetWriter
+from smalti.splits import held_out
+
+ROWS = 300
+LAYOUT = Layout(
+    (Level(1, 2, channels=2), Level(2, 3, (256,)), Level(2, 2, (41, 41, 38)), Level(2, 2, (41, 41, 41))),
+)
+WIDTHS_BYTES = (4, 1, 2, 4)
+LABELS = torch.arange(ROWS) % 7 - 1
+SOURCE_IDS = torch.arange(ROWS) // 3 * 7919
+
+
+def make_codes() -> tuple[torch.Tensor, ...]:
+    """Codes that name their row, from the top of each codebook down: at level 2 the top one of two bytes is set."""
+    numbers = torch.arange(ROWS * 6).view(ROWS, 2, 3)
+    return (
+        torch.arange(ROWS * 4, dtype=torch.float32).view(ROWS, 2, 1, 2),
+        numbers % 256,
+        41 * 41 * 38 - 1 - numbers[:, :, :2] * 30,
+        41 * 41 * 41 - 1 - numbers[:, :, :2] * 30,
+    )
+
+
+@pytest.fixture(scope="module")
+def latent_set(tmp_path_factory: pytest.TempPathFactory) -> LatentSet:
+    path = tmp_path_factory.mktemp("sets") / "latents.h5"
+    provenance = Provenance("hrvq", {}, "ab" * 32, "runs/tokenizers/hrvq", "emoji", "f00d", {})
+    with LatentSetWriter(path, LAYOUT, rows=ROWS, provenance=provenance) as writer:
+        writer.write(0, make_codes(), LABELS, SOURCE_IDS, torch.arange(ROWS) % 3 == 1)
+    return LatentSet(path)
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def test_the_split_parts_source_images_and_loses_no_row(latent_set):
+    train, kept = (LatentRows(latent_set, split=split, level=1) for split in ("train", "held_out"))
+    assert len(train) + len(kept) == len(LatentRows(latent_set, split="all")) == ROWS
+    rows_of_kept = held_out(SOURCE_IDS).nonzero().squeeze(1)
+    batch = kept.__getitems__(list(range(len(kept))))
+    assert torch.equal(batch["codes"], make_codes()[1][rows_of_kept])
+    assert torch.equal(batch["labels"], LABELS[rows_of_kept])
+    sources = [set(SOURCE_IDS[held_out(SOURCE_IDS) == side].tolist()) for side in (True, False)]
+    assert len(kept) == 3 * len(sources[0]) > 0
+    assert not sources[0] & sources[1]
+
+
+@settings(max_examples=25)
+@given(level=st.sampled_from(range(4)), asked=st.lists(st.integers(0, 200), min_size=1, max_size=9))
+def test_a_batch_from_the_device_equals_one_from_the_map(latent_set, level, asked):
+    rows = LatentRows(latent_set, split="train", level=level)
+    mapped = rows.__getitems__(asked)
+    resident = rows.to("cpu").__getitems__(asked)
+    expected = make_codes()[level][~held_out(SOURCE_IDS)][asked]
+    for batch in (mapped, resident):
+        assert torch.equal(batch["codes"], expected)
+        assert batch["codes"].dtype == (torch.int64 if level else torch.float32)
+        assert torch.equal(batch["labels"], LABELS[~held_out(SOURCE_IDS)][asked])
+        assert batch["rows"].tolist() == asked
+
+
+def test_codes_on_the_device_keep_their_stored_width(latent_set):
+    for level, width_bytes in enumerate(WIDTHS_BYTES):
+        rows = LatentRows(latent_set, split="all", level=level).to("cpu")
+        assert rows._resident is not None
+        assert rows._resident[0].nbytes == rows.resident_bytes == make_codes()[level].numel() * width_bytes
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_the_right_rows(latent_set, method):
+    rows = LatentRows(latent_set, split="all", level=2)
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).tolist()
+    loader = DataLoader(
+        rows, 32, sampler=order, num_workers=2, multiprocessing_context=method, collate_fn=as_it_is
+    )  # pickled to spawned workers: the set goes by its path
+    batches = list(loader)
+    assert torch.equal(torch.cat([batch["rows"] for batch in batches]), torch.tensor(order))
+    assert torch.equal(torch.cat([batch["codes"] for batch in batches]), make_codes()[2][order])
+    assert torch.equal(torch.cat([batch["labels"] for batch in batches]), LABELS[order])
+
+
+def test_a_level_or_split_without_rows_is_refused(latent_set, tmp_path):
+    with pytest.raises(UserError, match="has levels 0 to 3, not 4"):
+        LatentRows(latent_set, split="all", level=4)
+    source_id = int(SOURCE_IDS[~held_out(SOURCE_IDS)][0])
+    layout = Layout((Level(1, 1, (2,)),))
+    with LatentSetWriter(tmp_path / "one.h5", layout, rows=1, provenance=latent_set.provenance) as writer:
+        writer.write(0, (torch.ones(1, 1, 1).long(),), LABELS[:1], torch.tensor([source_id]), torch.tensor([False]))
+    with pytest.raises(UserError, match="has no held_out rows among 1"):
+        LatentRows(LatentSet(tmp_path / "one.h5"), split="held_out")
