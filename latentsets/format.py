@@ -121,11 +121,14 @@ def lay_down(path: Path, layout: Layout, rows: int, provenance: Provenance) -> t
 
 
 def complete(path: Path, columns: dict[str, np.ndarray], content_digest: str) -> None:
-    """Adds what is known last. Only a file that has its digest is a latent set."""
+    """Adds what is known last. Only a file that has its digest is a latent set.
+
+    No shuffle filter: it would part the bytes of source ids, which are hashes and repeat in mirror images.
+    """
     with h5py.File(path, "r+") as file:
         for name, column in columns.items():
             chunk = (min(len(column), COLUMN_CHUNK_ROWS),)
-            file.create_dataset(name, data=column, chunks=chunk, shuffle=True, compression="gzip", compression_opts=4)
+            file.create_dataset(name, data=column, chunks=chunk, compression="gzip", compression_opts=4)
         file.attrs["content_digest"] = content_digest
 
 
