@@ -1,0 +1,190 @@
+"""The 2-D hourglass transformer: a body that thinks about patches in its middle. Objectives and samplers are elsewhere.
+
+Legend: b batch, h w grid, n positions (n = h w), d width, s shortening factor (patches are s x s).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float, Int64
+from rotary_embedding_torch import RotaryEmbedding
+from torch import Tensor, nn
+from x_transformers import Encoder
+from x_transformers.attend import Attend
+
+from smalti.codes import Level
+from smalti.errors import UserError
+from smalti.priors.head import FactorizedHead
+from smalti.priors.prior import Prior
+from smalti.registry import register
+
+ROTARY_THETA = 100
+"""Wavelengths run from 6 to some 400 positions, the range of code grids; language models' 10 000 would leave most of a
+head unturned."""
+
+UNFUSED_POSITIONS = 256
+"""The most positions for which attention is not fused where fusing is slow; see `Blocks.forward`."""
+
+
+@dataclass(frozen=True)
+class HourglassConfig:
+    """A 2-D hourglass transformer over one level of codes.
+
+    Raises:
+        UserError: for values that make no network, naming them.
+    """
+
+    height: int = 8
+    """Rows of the grid of codes trained on; other grids run too."""
+    width: int = 8
+    """Columns of the grid of codes trained on."""
+    radices: tuple[int, ...] = (8, 8, 8)
+    """Digits of a code, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat codebook."""
+    model_width: int = 192
+    """Numbers at each position."""
+    heads: int = 6
+    """Attention heads; each has model_width / heads numbers, a multiple of 4."""
+    depth: tuple[int, ...] = (2, 4, 2)
+    """Blocks before the valley, in it, and after it; with more valleys, from the outside in and out again."""
+    shorten: tuple[int, ...] = (2,)
+    """Side of the patches that each valley takes for one position, outermost first. None at all is a flat
+    transformer."""
+    feedforward_mult: int = 4
+    """Hidden numbers of a feed-forward layer, as a multiple of model_width."""
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.model_width < 1 or self.model_width % (4 * self.heads):
+            raise UserError(
+                f"model_width must be a positive multiple of 4 x heads (pairs of numbers turn, on two axes), "
+                f"got {self.model_width} for {self.heads} heads"
+            )
+        if len(self.depth) != 2 * len(self.shorten) + 1:
+            raise UserError(
+                f"shorten {self.shorten} makes {len(self.shorten)} valley(s), for which depth needs "
+                f"{2 * len(self.shorten) + 1} numbers, got {self.depth}"
+            )
+        if min(self.depth) < 1 or min(self.shorten, default=2) < 2 or self.feedforward_mult < 1:
+            raise UserError(
+                f"depth and feedforward_mult must be at least 1 and shorten at least 2, "
+                f"got {self.depth}, {self.feedforward_mult} and {self.shorten}"
+            )
+
+
+class Hourglass(Prior):
+    """Hourglass transformer (arXiv 2110.13711) made 2-D, as the prior of arXiv 2206.12351.
+
+    Non-causal; shortening over s x s patches; positions enter through axial rotary frequencies only, on every head, in
+    units of codes. So nothing depends on where a patch lies on the canvas, and grids of any size run. No time input and
+    no mask token: SUNDAE needs neither.
+
+    Deviation: a grid that s does not divide ends in partial patches, whose missing positions count as zeros and are
+    never attended to.
+    """
+
+    kind = "hourglass"
+    config_class = HourglassConfig
+
+    def __init__(self, config: HourglassConfig) -> None:
+        super().__init__(config)
+        self.level = Level(config.height, config.width, config.radices)
+        self.head = FactorizedHead(config.radices, config.model_width)
+        self.body = Stage(config, config.depth, config.shorten)
+        self.norm = nn.LayerNorm(config.model_width)
+
+    def features(self, codes: Int64[Tensor, "b h w"]) -> Float[Tensor, "b n d"]:
+        """See `Prior.features`."""
+        _, h, w = codes.shape
+        x = self.head.embed(codes)  # b n d
+        x = self.body(x, (h, w))  # b n d
+        return self.norm(x)
+
+
+register(Hourglass)
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, around a valley: the same again on patches. The innermost stage is blocks alone.
+
+    Args:
+        config: for the sizes of a block.
+        depth: blocks of this stage and those within, from the outside in and out again.
+        shorten: sides of patches, outermost first.
+        stride: codes between neighbouring positions of this stage.
+    """
+
+    def __init__(
+        self, config: HourglassConfig, depth: tuple[int, ...], shorten: tuple[int, ...], stride: int = 1
+    ) -> None:
+        super().__init__()
+        d, axis_width = config.model_width, config.model_width // config.heads // 2
+        self.stride = stride
+        # without its cache, which forgets the positions it was asked for
+        self.rotary = RotaryEmbedding(axis_width, theta=ROTARY_THETA, cache_if_possible=False, cache_max_seq_len=1)
+        self.before = Blocks(config, depth[0])
+        self.shorten = shorten[0] if shorten else None
+        if self.shorten:
+            s = self.shorten
+            self.down = nn.Linear(s * s * d, d)
+            self.valley = Stage(config, depth[1:-1], shorten[1:], stride * s)
+            self.norm = nn.LayerNorm(d)
+            self.up = nn.Linear(d, s * s * d)
+            self.after = Blocks(config, depth[-1])
+
+    def forward(self, x: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
+        """Features in raster order over `grid` (rows, columns) to features."""
+        h, w = grid
+        angles = self.angles(h, w, x.device)  # 1 n a
+        x = self.before(x, angles)
+        if self.shorten is None:
+            return x
+        s = self.shorten
+        below, right = -h % s, -w % s  # what the last patches lack
+        rows, columns = (h + below) // s, (w + right) // s
+
+        patches = F.pad(rearrange(x, "b (h w) d -> b h w d", h=h), (0, 0, 0, right, 0, below))
+        patches = rearrange(patches, "b (y s1) (x s2) d -> b (y x) (s1 s2 d)", s1=s, s2=s)
+        patches = self.valley(self.down(patches), (rows, columns))  # b (y x) d
+        patches = self.up(self.norm(patches))
+        patches = rearrange(patches, "b (y x) (s1 s2 d) -> b (y s1) (x s2) d", y=rows, s1=s, s2=s)
+        x = x + rearrange(patches[:, :h, :w], "b h w d -> b (h w) d")
+        return self.after(x, angles)
+
+    def angles(self, h: int, w: int, device: torch.device) -> Float[Tensor, "1 n a"]:
+        """Rotations at each position: half of a head's numbers by the row, half by the column.
+
+        Attention sees differences only, so the centres of patches may count from zero like the codes do.
+        """
+        row, column = (self.rotary(torch.arange(size, device=device) * self.stride) for size in (h, w))
+        return torch.cat([repeat(row, "h a -> 1 (h w) a", w=w), repeat(column, "w a -> 1 (h w) a", h=h)], dim=-1)
+
+
+class Blocks(nn.Module):
+    """Pre-norm blocks of non-causal attention and a feed-forward layer, which end in the residual stream.
+
+    LayerNorm and GELU: x-transformers' RMSNorm is five operations, and a gated layer of equal cost has two thirds of
+    the width.
+    """
+
+    def __init__(self, config: HourglassConfig, depth: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(
+            dim=config.model_width,
+            depth=depth,
+            heads=config.heads,
+            attn_dim_head=config.model_width // config.heads,
+            attn_flash=True,
+            ff_mult=config.feedforward_mult,
+            pre_norm_has_final_norm=False,
+        )
+        self.attends = [module for module in self.modules() if isinstance(module, Attend)]
+
+    def forward(self, x: Float[Tensor, "b n d"], angles: Float[Tensor, "1 n a"]) -> Float[Tensor, "b n d"]:
+        """Features to features; the queries and keys of every head are turned by `angles`."""
+        # Torch's fused attention on CPUs is slow backward in bfloat16: forward and backward 74 ms, unfused 15 (64 rows,
+        # 6 heads of 32, 64 positions, one core). At 256 positions they are on par; beyond, memory decides.
+        half_on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+        for attend in self.attends:
+            attend.flash = not (half_on_cpu and x.shape[1] <= UNFUSED_POSITIONS)
+        return self.encoder(x, rotary_pos_emb=(angles, None))

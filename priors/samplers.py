@@ -1,0 +1,106 @@
+"""Drawing grids of codes from a prior. Generation is inpainting with nothing known: there is one path.
+
+Legend: b batch, h w grid, n positions, k digits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from smalti.errors import UserError
+from smalti.priors.prior import Prior
+from smalti.randomness import derive, uniform
+
+START, STEP, PROPOSE, UPDATE = range(4)
+"""Streams of a row's seed: what each of its draws is for."""
+
+
+@dataclass(frozen=True)
+class SundaeSampling:
+    """How a chain of repairs runs. Temperature and proportion go linearly from the first step's value to the last's.
+
+    Raises:
+        UserError: for values outside their ranges.
+    """
+
+    steps: int = 60
+    """Most steps of the chain."""
+    temperature: tuple[float, float] = (1.0, 0.7)
+    """Divides the logits, from first step to last; below 1 draws likelier codes, with less variety."""
+    proportion: tuple[float, float] = (0.5, 0.5)
+    """Share of positions that take their newly drawn code, from first step to last, in (0, 1]."""
+    min_steps: int = 10
+    """A sample is finished once a step changes nothing, but not before this many steps."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.min_steps < 1:
+            raise UserError(f"steps and min_steps must be at least 1, got {self.steps} and {self.min_steps}")
+        if min(self.temperature) <= 0:
+            raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
+        if not 0 < min(self.proportion) <= max(self.proportion) <= 1:
+            raise UserError(f"proportion must be above 0 and at most 1 from first step to last, got {self.proportion}")
+
+    def at(self, step: int) -> tuple[float, float]:
+        """Temperature and proportion of a step, counted from 0."""
+        way = step / max(self.steps - 1, 1)
+        temperature, proportion = (first + way * (last - first) for first, last in (self.temperature, self.proportion))
+        return temperature, proportion
+
+
+@torch.no_grad()
+def sample_sundae(
+    prior: Prior,
+    *,
+    known: Int64[Tensor, "b h w"],
+    known_mask: Bool[Tensor, "b h w"],
+    seeds: Int64[Tensor, " b"],
+    sampling: SundaeSampling = SundaeSampling(),
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Int64[Tensor, "b h w"]:
+    """Fills in the unknown codes by a chain of repairs (arXiv 2112.06749, section 2.3; for inpainting arXiv
+    2206.12351).
+
+    Unknown positions start uniform over the codebook. At each step a code is drawn for every position given all of
+    them, and every unknown position takes its new code with probability `proportion`. A row is finished, and stays,
+    once a step changes nothing in it. The loop ends with the last unfinished row.
+
+    A row's result is a function of its own codes, mask and seed: another batch around it changes nothing but the
+    rounding of sums.
+
+    Args:
+        prior: in evaluation mode, on the device of the codes.
+        known: codes to keep; what stands where the mask is False does not matter.
+        known_mask: True = keep.
+        seeds: one for each row.
+        sampling: the chain.
+        callback: called after each step with its number, from 0, and the codes as they are.
+
+    Raises:
+        UserError: for a known code outside the codebook.
+    """
+    head, (b, h, w) = prior.head, known.shape
+    kept = known[known_mask]
+    if kept.numel() and not 0 <= kept.min() <= kept.max() < head.codebook_size:
+        raise UserError(
+            f"known codes must be from 0 to {head.codebook_size - 1}, got {int(kept.min())} to {int(kept.max())}"
+        )
+    codes = torch.where(known_mask, known, head.random_codes(derive(seeds, START), h, w))
+    unfinished = torch.ones(b, 1, 1, dtype=torch.bool, device=known.device)
+    for step in range(sampling.steps):
+        temperature, proportion = sampling.at(step)
+        of_step = derive(seeds, STEP, step)
+        draws = uniform(derive(of_step, PROPOSE), h * w, len(head.radices))
+        proposal = head.sample(prior.features(codes), draws, temperature).view_as(codes)
+        update = (uniform(derive(of_step, UPDATE), h, w) < proportion) & ~known_mask & unfinished
+        changed = update & (proposal != codes)
+        codes = torch.where(update, proposal, codes)
+        if callback is not None:
+            callback(step, codes)
+        if step + 1 >= sampling.min_steps:
+            unfinished = unfinished & changed.any(dim=(1, 2), keepdim=True)
+            if not unfinished.any():
+                break
+    return codes
