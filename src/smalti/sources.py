@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from glob import escape, glob, has_magic
 from importlib.resources import as_file, files
 from itertools import takewhile
@@ -33,6 +33,7 @@ _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
 _KEY_RECIPE = "smalti 1"
 # Formats that Pillow recognises but does not decode by itself.
 _UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_ROWS_AT_ONCE = 64  # in memory, encoded; `datasets`' own choice, the first file's row group, fails where that is empty
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\-\[\]%:]+))?", re.ASCII)
 
 
@@ -134,7 +135,7 @@ def read_source_ids(table: Table) -> Int64[Tensor, " n"]:
     ids = table.rows.select_columns(column).map(
         _hash_keys,
         batched=True,
-        batch_size=64,
+        batch_size=_ROWS_AT_ONCE,
         input_columns=column,
         remove_columns=column,
         fn_kwargs={"kind": kind, "recipe": _KEY_RECIPE},
@@ -222,11 +223,13 @@ def _read_files(paths: list[Path], root: Path) -> datasets.Dataset:
         {"image": datasets.Image(decode=False), "label": datasets.Value("string"), "stamp": datasets.Value("string")}
     )
     # A generator rather than a table in memory: source ids are cached only for tables that are backed by a file.
-    rows = _opened(
-        lambda: datasets.Dataset.from_generator(_describe_files, features, gen_kwargs={"described": described}),
-        str(root),
+
+    def open_rows() -> Any:
+        return datasets.Dataset.from_generator(_describe_files, features, gen_kwargs={"described": described})
+
+    return _opened(open_rows, f"the listing of {root}", "see that HF_DATASETS_CACHE can be written").select_columns(
+        ["image", "label"]
     )
-    return rows.select_columns(["image", "label"])
 
 
 def _stamp(path: Path) -> str:
@@ -245,25 +248,24 @@ def _describe_files(described: dict[str, list[Any]]) -> Iterator[dict[str, Any]]
 
 def _read_parquet(paths: list[Path], source: str) -> datasets.Dataset:
     names = [escape(str(path.absolute())) for path in paths]  # `datasets` takes every name for a glob
-    return _opened(lambda: datasets.load_dataset("parquet", data_files=names, split="train"), source)
+    open_rows = partial(datasets.load_dataset, "parquet", data_files=names, split="train", batch_size=_ROWS_AT_ONCE)
+    return _opened(open_rows, source, "give whole Parquet files that have the same columns")
 
 
 def _read_hub(source: str) -> datasets.Dataset:
     named = _HUB_ID.fullmatch(source)
     assert named is not None
-    what = f"there is no folder {source}, and as a hub data set it"
-    return _opened(lambda: datasets.load_dataset(named["id"], named["config"], split=named["split"] or "train"), what)
+    open_rows = partial(datasets.load_dataset, named["id"], named["config"], split=named["split"] or "train")
+    return _opened(open_rows, f"there is no folder {source}, and as a hub data set it", "give 'id@config:split'")
 
 
-def _opened(open_rows: Callable[[], Any], what: str) -> datasets.Dataset:
+def _opened(open_rows: Callable[[], Any], what: str, remedy: str) -> datasets.Dataset:
     """Calls into `datasets`, whose errors here are about files, the network, or names that do not exist."""
     try:
         return open_rows()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(
-            f"{what} cannot be opened ({reason}); check its name and, for the hub, 'id@config:split'"
-        ) from error
+        raise UserError(f"{what} cannot be opened ({reason}); {remedy}") from error
 
 
 def _find_image_column(features: datasets.Features, source: str, asked: str | None) -> str:

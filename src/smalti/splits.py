@@ -12,7 +12,7 @@ _SPLIT_STREAM = (
 )
 
 
-def held_out(source_ids: Int64[Tensor, " n"], percent: float = HELD_OUT_PERCENT) -> Bool[Tensor, " n"]:
+def held_out(source_ids: Int64[Tensor, " n"], percent: int = HELD_OUT_PERCENT) -> Bool[Tensor, " n"]:
     """Marks the rows that training never sees, by a hash of the source id alone.
 
     So all rows of one source fall on the same side whatever their order, number or machine, and a larger percentage
