@@ -256,7 +256,11 @@ def _read_hub(source: str) -> datasets.Dataset:
     named = _HUB_ID.fullmatch(source)
     assert named is not None
     open_rows = partial(datasets.load_dataset, named["id"], named["config"], split=named["split"] or "train")
-    return _opened(open_rows, f"there is no folder {source}, and as a hub data set it", "give 'id@config:split'")
+    return _opened(
+        open_rows,
+        f"there is no folder {source}, and as a hub data set it",
+        "check its name (id@config:split) and the network",
+    )
 
 
 def _opened(open_rows: Callable[[], Any], what: str, remedy: str) -> datasets.Dataset:
