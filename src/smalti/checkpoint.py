@@ -83,7 +83,7 @@ def load(source: str | Path, family: Family) -> Any:
         UserError: if there is nothing at `source`, it is of another family, its config has missing or unknown fields, its weights have
             missing or unknown names or other shapes, or its bytes are not those that were saved.
     """
-    folder = _locate(source)
+    folder = locate(source)
     described = read_config(folder)
     if described.get("family") != family:
         raise UserError(f"{source} holds a {described.get('family')} ({described.get('kind')}), but a {family} is needed here")
@@ -144,8 +144,12 @@ def digest(kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _locate(source: str | Path) -> Path:
-    """A folder as it is; anything else is taken for a hub id and fetched."""
+def locate(source: str | Path) -> Path:
+    """The folder of a checkpoint: a folder as it is; anything else is taken for a hub id and fetched.
+
+    Raises:
+        UserError: if it is neither.
+    """
     recover(Path(source))
     if Path(source).is_dir():
         return Path(source)

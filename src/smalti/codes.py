@@ -5,7 +5,7 @@ Legend: b batch, h w grid, n digits.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -101,6 +101,10 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.levels:
             raise UserError("a layout needs at least one level")
+
+    def resized(self, grids: Sequence[tuple[int, int]]) -> "Layout":
+        """The same codebooks on grids of other (height, width): what a fully convolutional tokenizer makes of images of another size."""
+        return Layout(tuple(replace(level, height=h, width=w) for level, (h, w) in zip(self.levels, grids, strict=True)))
 
     def check(self, codes: Codes) -> None:
         """Refuses codes that do not belong to this layout.

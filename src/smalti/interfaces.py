@@ -1,5 +1,6 @@
-"""What a tokenizer and a prior promise to the rest of smalti. The networks are in the wings; the commands know only these."""
+"""What a tokenizer promises to the rest of smalti. The networks are in the wings; the commands know only this."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ class TokenizerOutput:
     losses: dict[str, Float[Tensor, ""]]
 
 
-class Tokenizer(Checkpointed):
+class Tokenizer(Checkpointed, ABC):
     """Stage one: images in [-1, 1] to grids of codes and back.
 
     A tokenizer works at any height and width divisible by `downsampling`; `layout` is that of the size it was made for.
@@ -38,21 +39,21 @@ class Tokenizer(Checkpointed):
     downsampling: int
 
     @property
+    @abstractmethod
     def layout(self) -> Layout:
         """The levels of codes of one image of the size in the config."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
         """Codes of images; the same codes for the same images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
         """Images of codes, in [-1, 1]; with `digits`, of the first digits of each code only.
 
         Raises:
             UserError: if the codes have fewer digits.
         """
-        raise NotImplementedError
 
-    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
+    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:  # noqa: B027 - most kinds have none
         """The data-dependent start of a new tokenizer, once before training; nothing, where a kind has none."""

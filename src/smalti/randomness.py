@@ -45,3 +45,8 @@ def uniform(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"
     counters = torch.arange(math.prod(shape), device=seeds.device).view(shape)
     bits = _mix(_mix(seeds.view(-1, *(1 for _ in shape))) + (counters + 1) * _GOLDEN)
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def generator_for(seed: int, *streams: int) -> torch.Generator:
+    """A CPU generator seeded by (seed, streams), for what only a generator can draw, such as a permutation."""
+    return torch.Generator().manual_seed(int(derive(torch.tensor(seed), *streams)) & (2**63 - 1))

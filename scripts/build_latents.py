@@ -1,0 +1,20 @@
+"""Builds a latent set; see `smalti.pipeline.build_latents`."""
+
+from smalti import cli
+from smalti.pipeline.build_latents import BuildLatents, build_latents
+
+ABOUT = """Encodes every image with a trained tokenizer and stores the codes as a latent set, one HDF5 file.
+
+$ python scripts/build_latents.py --tokenizer hrvq                      # the images it was trained on
+$ python scripts/build_latents.py --tokenizer hrvq --images my/photos   # others
+
+Next: accelerate launch scripts/train_prior.py."""
+
+
+def main() -> None:
+    """The command."""
+    cli.run(build_latents, BuildLatents, about=ABOUT)
+
+
+if __name__ == "__main__":
+    main()

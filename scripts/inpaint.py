@@ -1,0 +1,19 @@
+"""Fills holes in an image; see `smalti.pipeline.generate`."""
+
+from smalti import cli
+from smalti.pipeline.generate import Inpaint, inpaint
+
+ABOUT = """Fills the masked part of an image, several times; everything outside the mask is returned exactly.
+
+$ python scripts/inpaint.py --image in.png --mask mask.png               # white in the mask is filled in
+$ python scripts/inpaint.py --image in.png --mask mask.png --num 8 --seed 3 --out fills/out.png
+$ python scripts/inpaint.py --image in.png --mask mask.png --invert      # black is filled in instead"""
+
+
+def main() -> None:
+    """The command."""
+    cli.run(lambda config: print(inpaint(config)), Inpaint, about=ABOUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What a trained pair of tokenizer and prior is for: new images, and the missing parts of given ones."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from smalti.devices import Precision, best_device, resolve
+from smalti.errors import UserError
+from smalti.interfaces import Tokenizer
+from smalti.masks import blank, known_codes, load_mask
+from smalti.pictures import save_grid, save_png, save_sheet, to_image
+from smalti.pipeline.places import RUNS, load_prior
+from smalti.preprocess import load_image, to_float, to_uint8
+from smalti.priors.prior import Prior
+from smalti.priors.samplers import SundaeSampling, sample_sundae
+from smalti.progress import bar
+from smalti.randomness import row_seeds
+from smalti.runs import flatten, versions
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How to generate images."""
+
+    sampling: SundaeSampling = SundaeSampling()
+    prior: str = "hourglass"
+    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id."""
+    tokenizer: str | None = None
+    """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
+    num: int = 64
+    """How many images."""
+    seed: int = 0
+    """Image i depends on the seed and i alone: --num 8 gives the first 8 of --num 64."""
+    batch_size: int = 64
+    """Images generated at once."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """Arithmetic of the prior; auto is bf16 where the hardware is fast in it."""
+    out: Path = RUNS / "samples.png"
+    """The sheet, a PNG with the settings embedded."""
+
+
+@dataclass(frozen=True)
+class Inpaint:
+    """How to fill the holes of an image."""
+
+    image: Path
+    """The image to mend: any format that Pillow opens, of a size that divides by the tokenizer's downsampling."""
+    mask: Path
+    """An image of the same size: what is white is filled in."""
+    sampling: SundaeSampling = SundaeSampling()
+    invert: bool = False
+    """Fill what is black in the mask instead."""
+    num: int = 3
+    """How many different fills."""
+    prior: str = "hourglass"
+    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id."""
+    tokenizer: str | None = None
+    """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
+    seed: int = 0
+    """Fill i depends on the seed and i alone."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """Arithmetic of the prior; auto is bf16 where the hardware is fast in it."""
+    out: Path = RUNS / "inpainted.png"
+    """The first fill; further ones get -2, -3, ... and a sheet of all -sheet after the name."""
+
+
+def sample(config: Sample) -> Path:
+    """Writes a sheet of new images; returns its path.
+
+    Raises:
+        UserError: for a prior, tokenizer or number that will not do.
+    """
+    if config.num < 1:
+        raise UserError(f"--num must be at least 1, not {config.num}")
+    device = _device(config.device)
+    prior, tokenizer = (model.to(device) for model in load_prior(config.prior, config.tokenizer))
+    images = []
+    batches = range(0, config.num, config.batch_size)
+    with bar(what="sampling", total=len(batches) * config.sampling.steps, unit="step") as progress:
+        for index, start in enumerate(batches):
+            with _arithmetic(device, config.precision):
+                codes = generate_codes(
+                    prior,
+                    num=min(config.batch_size, config.num - start),
+                    first=start,
+                    seed=config.seed,
+                    sampling=config.sampling,
+                    callback=lambda _step, _codes: progress.update(),
+                )
+            images.append(tokenizer.decode((codes,)).cpu())
+            progress.update((index + 1) * config.sampling.steps - progress.n)  # steps that stopping early saved
+    settings = {**flatten(config), "prior_digest": prior.digest(), "versions": versions()}
+    save_grid(config.out, torch.cat(images), settings=settings)
+    return config.out
+
+
+def inpaint(config: Inpaint) -> Path:
+    """Fills the holes of one image several times; every pixel outside the mask comes back exactly. Returns the first fill's path.
+
+    Raises:
+        UserError: for a file, mask or model that will not do, or sizes that do not fit together.
+    """
+    if config.num < 1:
+        raise UserError(f"--num must be at least 1, not {config.num}")
+    device = _device(config.device)
+    prior, tokenizer = (model.to(device) for model in load_prior(config.prior, config.tokenizer))
+    pixels = load_image(config.image, channels=tokenizer.image_channels)
+    _, height, width = pixels.shape
+    if height % tokenizer.downsampling or width % tokenizer.downsampling:
+        trained = f"{tokenizer.config.width}x{tokenizer.config.height}"
+        raise UserError(
+            f"{config.image} is {width}x{height}, which does not divide by {tokenizer.downsampling}; crop or resize it (the model knows {trained} best)"
+        )
+    hole = load_mask(config.mask, height=height, width=width, invert=config.invert)
+    with bar(what="filling", total=config.sampling.steps, unit="step") as progress, _arithmetic(device, config.precision):
+        filled = fill(
+            prior,
+            tokenizer,
+            pixels.expand(config.num, -1, -1, -1),
+            hole.expand(config.num, -1, -1),
+            seeds=row_seeds(config.seed, torch.arange(config.num)),
+            sampling=config.sampling,
+            callback=lambda _step, _codes: progress.update(),
+        )
+    settings = {**flatten(config), "prior_digest": prior.digest(), "versions": versions()}
+    for index, image in enumerate(filled):
+        name = config.out if index == 0 else config.out.with_stem(f"{config.out.stem}-{index + 1}")
+        save_png(name, to_image(image), {**settings, "fill": index})
+    masked = blank(to_float(pixels).unsqueeze(0), hole.unsqueeze(0))
+    rows = {"image": to_float(pixels).unsqueeze(0), "masked": masked, "fills": to_float(filled)}
+    save_sheet(config.out.with_stem(f"{config.out.stem}-sheet"), rows, settings=settings)
+    return config.out
+
+
+@torch.no_grad()
+def generate_codes(
+    prior: Prior,
+    *,
+    num: int,
+    seed: int,
+    sampling: SundaeSampling,
+    first: int = 0,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Int64[Tensor, "b h w"]:
+    """Codes of samples `first` to `first + num - 1` of a seed: inpainting with nothing known."""
+    device = next(prior.parameters()).device
+    known = torch.zeros(num, prior.level.height, prior.level.width, dtype=torch.long, device=device)
+    seeds = row_seeds(seed, torch.arange(first, first + num, device=device))
+    return sample_sundae(
+        prior, known=known, known_mask=torch.zeros_like(known, dtype=torch.bool), seeds=seeds, sampling=sampling, callback=callback
+    )
+
+
+@torch.no_grad()
+def fill(
+    prior: Prior,
+    tokenizer: Tokenizer,
+    pixels: Tensor,
+    hole: Bool[Tensor, "b h w"],
+    *,
+    seeds: Int64[Tensor, " b"],
+    sampling: SundaeSampling,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Images `(b, c, h, w)` uint8 with their holes filled; pixels outside the holes are those given.
+
+    What the holes hide is painted over before encoding, so the fill cannot depend on it, and the codes beside a hole, whose
+    pixels saw the paint, are drawn anew.
+    """
+    device = next(prior.parameters()).device
+    blanked = blank(to_float(pixels).to(device), hole.to(device))
+    with torch.autocast(device.type, enabled=False):
+        (known,) = tokenizer.encode(blanked)
+    known_mask = known_codes(hole.to(device), tokenizer.downsampling)
+    codes = sample_sundae(prior, known=known, known_mask=known_mask, seeds=seeds.to(device), sampling=sampling, callback=callback)
+    with torch.autocast(device.type, enabled=False):
+        decoded: Float[Tensor, "b c h w"] = tokenizer.decode((codes,))
+    return torch.where(hole.unsqueeze(1), to_uint8(decoded).cpu(), pixels)
+
+
+def _device(name: Device) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible here; leave --device out to use what there is")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: no Apple GPU is visible here; leave --device out to use what there is")
+    return best_device() if name == "auto" else torch.device(name)
+
+
+def _arithmetic(device: torch.device, precision: Precision) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve(precision) == "bf16")

@@ -1,0 +1,121 @@
+"""Stage two: a latent set to a trained prior, with the tokenizer beside it, so that the folder is all that generating needs."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from smalti import registry
+from smalti.devices import Precision, accelerator
+from smalti.errors import UserError
+from smalti.fit import FitConfig, Phase, adamw, fit
+from smalti.interfaces import Tokenizer
+from smalti.latentsets.reader import LatentSet, require_tokenizer
+from smalti.latentsets.rows import LatentRows
+from smalti.pictures import save_grid
+from smalti.pipeline.generate import generate_codes
+from smalti.pipeline.places import LATENTS, PRIORS, load_tokenizer
+from smalti.priors.prior import Prior
+from smalti.priors.samplers import SundaeSampling
+from smalti.priors.sundae import Sundae, SundaeConfig
+from smalti.runs import Run, flatten
+
+C = TypeVar("C")
+
+SHEET_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class TrainPrior(Generic[C]):
+    """How to train a prior."""
+
+    model: C
+    """The network; its grid and radices are those of the latent set."""
+    sundae: SundaeConfig = SundaeConfig()
+    fit: FitConfig = field(default_factory=lambda: FitConfig(ema_decay=0.998))
+    prior: str = "hourglass"
+    """Kind of prior; its own settings are listed with it (`--prior KIND --help`)."""
+    latents: Path = LATENTS / "hrvq.h5"
+    """The latent set, from build_latents.py."""
+    tokenizer: str | None = None
+    """The tokenizer that made it: a kind, a folder or a hub id [default: where the latent set says]."""
+    precision: Precision = "auto"
+    """Arithmetic of the network; auto is bf16 where the hardware is fast in it."""
+    out: Path | None = None
+    """Folder of the run [default: runs/priors/KIND]."""
+    restart: bool = False
+    """Throw away a run that is already there."""
+
+
+def train_prior(config: TrainPrior[Any]) -> Path:
+    """Trains a prior, or goes on with a run that was stopped; returns its folder.
+
+    Leaves `model.safetensors` and `config.json`, `tokenizer/`, `run.json`, `metrics.jsonl` and `samples.png`.
+
+    Raises:
+        UserError: for a latent set, tokenizer, settings or folder that will not do or do not belong together.
+        Interrupted: if a signal stopped it.
+    """
+    folder = config.out or PRIORS / config.prior
+    process = accelerator(config.precision)
+    latents = LatentSet(config.latents)
+    tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
+    require_tokenizer(latents, tokenizer.digest())
+    (level,) = latents.layout.levels
+    torch.manual_seed(config.fit.seed)
+    network = dataclasses.replace(config.model, height=level.height, width=level.width, radices=level.radices)
+    prior: Prior = registry.find("prior", config.prior)(network)  # pyright: ignore[reportAssignmentType] - by its family
+    settings = {**flatten(config), "latents": latents.content_digest, "mixed_precision": process.mixed_precision}
+    run = Run(folder, settings, main=process.is_main_process, restart=config.restart)
+    if run.finished(config.fit.steps):
+        process.print(f"{folder} is finished: {config.fit.steps} steps. Give --steps to train on, or --restart.")
+        return folder
+    prior.provenance = {
+        "tokenizer_digest": latents.provenance.tokenizer_digest,
+        "latents_digest": latents.content_digest,
+        "image_source": latents.provenance.image_source,
+        "preprocessing": latents.provenance.preprocessing,
+        "label_names": latents.provenance.label_names,
+    }
+    if process.is_main_process:
+        tokenizer.save(folder / "tokenizer")
+    tokenizer.to(process.device)
+    objective = Sundae(prior, config.sundae)
+
+    def report(_step: int) -> None:
+        with process.autocast():
+            save_samples(prior, tokenizer, folder / "samples.png", config)
+
+    fit(
+        process,
+        [Phase("prior", objective, adamw(objective, config.fit))],
+        LatentRows(latents, split="train").to(process.device),
+        config.fit,
+        model=prior,
+        run=run,
+        held_out=_held_out(latents),
+        on_report=report,
+        what=f"training {config.prior}",
+    )
+    return folder
+
+
+def save_samples(prior: Prior, tokenizer: Tokenizer, path: Path, config: TrainPrior[Any]) -> None:
+    """A sheet of samples as the prior is now; the same seeds every time, so that sheets can be compared."""
+    codes = generate_codes(prior, num=SHEET_SAMPLES, seed=config.fit.seed, sampling=SundaeSampling())
+    save_grid(path, tokenizer.decode((codes,)).cpu())
+
+
+def _held_out(latents: LatentSet) -> LatentRows | None:
+    """The held-out rows; None if a small set has none."""
+    try:
+        return LatentRows(latents, split="held_out")
+    except UserError:
+        return None
+
+
+def default_config(kind: str) -> type[TrainPrior[Any]]:
+    """The config class of a kind, for the command line."""
+    return TrainPrior[registry.find("prior", kind).config_class]

@@ -1,0 +1,112 @@
+"""Stage one: images to a trained tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from smalti import registry
+from smalti.devices import Precision, accelerator
+from smalti.fit import FitConfig, Phase, adamw, fit
+from smalti.images import ImageRows, open_images
+from smalti.interfaces import Tokenizer
+from smalti.pictures import save_sheet
+from smalti.pipeline.places import TOKENIZERS
+from smalti.preprocess import to_float
+from smalti.runs import Run, flatten
+from smalti.tokenizers.objective import Reconstruction
+
+C = TypeVar("C")
+
+START_IMAGES = 512  # whose features the codebooks start from
+SHEET_IMAGES = 12
+
+
+@dataclass(frozen=True)
+class TrainTokenizer(Generic[C]):
+    """How to train a tokenizer."""
+
+    model: C
+    """The network."""
+    fit: FitConfig = FitConfig()
+    tokenizer: str = "hrvq"
+    """Kind of tokenizer; its own settings are listed with it (`--tokenizer KIND --help`)."""
+    images: str = "emoji"
+    """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
+    flips: bool = True
+    """Train on the mirror images too."""
+    precision: Precision = "auto"
+    """Arithmetic of the networks; auto is bf16 where the hardware is fast in it."""
+    out: Path | None = None
+    """Folder of the run [default: runs/tokenizers/KIND]."""
+    restart: bool = False
+    """Throw away a run that is already there."""
+
+
+def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
+    """Trains a tokenizer, or goes on with a run that was stopped; returns its folder.
+
+    Leaves `model.safetensors` and `config.json`, `run.json`, `metrics.jsonl` and `reconstructions.png`.
+
+    Raises:
+        UserError: for images, settings or a folder that will not do.
+        Interrupted: if a signal stopped it.
+    """
+    folder = config.out or TOKENIZERS / config.tokenizer
+    process = accelerator(config.precision)
+    torch.manual_seed(config.fit.seed)
+    tokenizer: Tokenizer = registry.find("tokenizer", config.tokenizer)(config.model)  # pyright: ignore[reportAssignmentType] - by its family
+    size = {"height": config.model.height, "width": config.model.width, "channels": tokenizer.image_channels}
+    with process.main_process_first():  # which fills the cache of hashes that the others read
+        images = open_images(config.images, **size)
+    settings = {**flatten(config), "image_fingerprint": images.fingerprint, "mixed_precision": process.mixed_precision}
+    run = Run(folder, settings, main=process.is_main_process, restart=config.restart)
+    if run.finished(config.fit.steps):
+        process.print(f"{folder} is finished: {config.fit.steps} steps. Give --steps to train on, or --restart.")
+        return folder
+    train, held_out = ImageRows(images, split="train", flips=config.flips), ImageRows(images, split="held_out", flips=False)
+    tokenizer.provenance = {
+        "image_source": config.images,
+        "image_fingerprint": images.fingerprint,
+        "preprocessing": images.preprocessing,
+        "flips": config.flips,
+    }
+    if run.is_new:
+        rows = torch.arange(min(START_IMAGES, len(train))) * (len(train) // min(START_IMAGES, len(train)))
+        tokenizer.start_from(to_float(train.__getitems__(rows.tolist())["images"]))
+    objective = Reconstruction(tokenizer)
+    shown = held_out if len(held_out) else train
+    fit(
+        process,
+        [Phase("tokenizer", objective, adamw(objective, config.fit))],
+        train,
+        config.fit,
+        model=tokenizer,
+        run=run,
+        held_out=held_out,
+        on_report=lambda _step: save_reconstructions(tokenizer, shown, folder / "reconstructions.png"),
+        what=f"training {config.tokenizer}",
+    )
+    return folder
+
+
+@torch.no_grad()
+def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> None:
+    """A sheet: images, their reconstructions, and what the first one, two, ... digits of each code alone decode to (HR-VQVAE, Fig. 1)."""
+    count = min(SHEET_IMAGES, len(rows))
+    images = rows.__getitems__([i * len(rows) // count for i in range(count)])["images"]
+    device = next(tokenizer.parameters()).device
+    codes = tokenizer.encode(to_float(images).to(device))
+    sheet = {"original": to_float(images), f"from {tokenizer.layout}": tokenizer.decode(codes).cpu()}
+    digits = max(len(level.radices) for level in tokenizer.layout.levels)
+    for first in range(digits - 1, 0, -1):
+        sheet[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = tokenizer.decode(codes, first).cpu()
+    save_sheet(path, sheet)
+
+
+def default_config(kind: str) -> type[TrainTokenizer[Any]]:
+    """The config class of a kind, for the command line."""
+    return TrainTokenizer[registry.find("tokenizer", kind).config_class]
+
+

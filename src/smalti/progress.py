@@ -1,0 +1,17 @@
+"""Progress bars: live on a terminal, a line now and then in a log file."""
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def bar(items: Iterable[T] | None = None, *, what: str, total: int | None = None, initial: int = 0, unit: str = "it", shown: bool = True) -> "tqdm[T]":
+    """A progress bar named `what`. `shown=False` on all processes but one."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        items, desc=what, total=total, initial=initial, unit=unit, disable=not shown, dynamic_ncols=live, mininterval=0.2 if live else 15, smoothing=0.05
+    )

@@ -1,0 +1,26 @@
+"""The loss of a tokenizer that is trained by its own terms alone (the VQ-VAE family)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from smalti.interfaces import Tokenizer
+from smalti.preprocess import to_float
+
+
+class Reconstruction(nn.Module):
+    """The sum of a tokenizer's losses on a batch of images (HR-VQVAE, Eq. 5).
+
+    Logs each term, and `mse`: the squared error in [0, 1] units, as papers report it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        images = to_float(batch["images"])
+        output = self.tokenizer(images)
+        loss = torch.stack(list(output.losses.values())).sum()
+        mse = (output.reconstruction.detach() - images).square().mean() / 4
+        return loss, {"mse": mse, **{name: value.detach() for name, value in output.losses.items()}}
