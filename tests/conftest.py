@@ -6,8 +6,10 @@ imported. No fixtures live here.
 
 import os
 import tempfile
+from typing import Any, Self
 
 import jaxtyping
+from beartype import BeartypeConf, FrozenDict, beartype
 
 _CACHE = tempfile.TemporaryDirectory(
     prefix="smalti-tests-", ignore_cleanup_errors=True
@@ -16,12 +18,13 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": _CACHE.name,
     "HF_DATASETS_CACHE": f"{_CACHE.name}/datasets",
-    "MPLBACKEND": "agg",
 }
 
 # Every annotated shape becomes a check, dimensions of one name agreeing within a call. What torch.compile must trace is
-# marked with `typing.no_type_check`, which leaves the function as it was written.
-jaxtyping.install_import_hook("smalti", "beartype.beartype")
+# marked with `typing.no_type_check`, which leaves the function as it was written. The hook decorates methods singly,
+# where beartype cannot know what `Self` is, so that alone goes unchecked.
+checked = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
+jaxtyping.install_import_hook("smalti", f"{__name__}.checked")
 
 import torch  # noqa: E402 - after the settings above
 from hypothesis import settings  # noqa: E402

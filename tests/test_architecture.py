@@ -6,9 +6,14 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from smalti.codes import Level
+from smalti.priors.head import FactorizedHead
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "smalti"
@@ -143,6 +148,14 @@ def test_every_linked_folder_is_a_link_without_init():
     for folder in LINKED:
         assert (PACKAGE / folder).readlink() == Path("..", "..", folder)
         assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_shapes_are_checked_in_these_tests():
+    """The hook of conftest.py is on, in the spine and through the links."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        Level(2, 2, (4,)).split(torch.zeros(1, 2, 2))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        FactorizedHead((4,), 8).nll(torch.zeros(1, 3, 8), torch.zeros(1, 2, dtype=torch.int64))
 
 
 def test_files_are_small():
