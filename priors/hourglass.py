@@ -101,9 +101,6 @@ class Hourglass(Prior):
         return self.norm(x)
 
 
-register(Hourglass)
-
-
 class Stage(nn.Module):
     """Blocks at one resolution, around a valley: the same again on patches. The innermost stage is blocks alone.
 
@@ -188,3 +185,6 @@ class Blocks(nn.Module):
         for attend in self.attends:
             attend.flash = not (half_on_cpu and x.shape[1] <= UNFUSED_POSITIONS)
         return self.encoder(x, rotary_pos_emb=(angles, None))
+
+
+register(Hourglass)  # not as a decorator: it would hide the class's own type from type checkers

@@ -15,7 +15,13 @@ from smalti.priors.head import DENSE_NODES, FactorizedHead, inverse_cdf
 from smalti.randomness import row_seeds, uniform
 
 WIDTH = 6
-TREES = [(5,), (2, 3), (3, 2, 4), (DENSE_NODES + 2, 2), (2, DENSE_NODES, 3)]  # the last two have digits beyond the dense
+TREES = [
+    (5,),
+    (2, 3),
+    (3, 2, 4),
+    (DENSE_NODES + 2, 2),
+    (2, DENSE_NODES, 3),
+]  # the last two are not all dense
 
 
 def head_of(radices: tuple[int, ...], seed: int = 0) -> FactorizedHead:
@@ -44,12 +50,14 @@ def rows_of(radices: tuple[int, ...], code: int) -> list[int]:
 
 
 def log_prob_by_definition(head: FactorizedHead, feature: Tensor, code: int) -> Tensor:
-    """Sum over the path of log softmax among siblings; the siblings of a row lie around it, its digit rows from the first."""
+    """Log softmax among siblings, summed over the path; `digit` siblings lie before a row."""
     total = torch.zeros(())
     for depth, row in enumerate(rows_of(head.radices, code)):
         radix = head.radices[depth]
         digit = code // math.prod(head.radices[depth + 1 :]) % radix
-        siblings = torch.stack([head.weight[row - digit + i] @ feature + head.bias[row - digit + i] for i in range(radix)])
+        siblings = torch.stack(
+            [head.weight[row - digit + i] @ feature + head.bias[row - digit + i] for i in range(radix)]
+        )
         total = total + siblings.log_softmax(0)[digit]
     return total
 
@@ -107,7 +115,7 @@ def test_one_radix_is_an_embedding_a_linear_layer_and_cross_entropy():
 @pytest.mark.parametrize("radices", [(5,), (3, 2, 4), (DENSE_NODES + 2, 2)])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_draws_have_the_probabilities(radices, temperature):
-    """A regular lattice of uniforms gives each code its probability times the lattice, to within the lattice's spacing."""
+    """A regular lattice of uniforms gives each code its probability times the lattice, to within its spacing."""
     head = head_of(radices)
     feature = torch.randn(1, 1, WIDTH)
     spacing = [40_000] if len(radices) == 1 else [900, 40] if len(radices) == 2 else [60, 40, 60]
@@ -124,7 +132,9 @@ def test_draws_have_the_probabilities(radices, temperature):
 
 
 @given(
-    weights=st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1.0)), min_size=2, max_size=9).filter(lambda w: max(w) > 0.01),
+    weights=st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1.0)), min_size=2, max_size=9).filter(
+        lambda w: max(w) > 0.01
+    ),
     grains=st.lists(st.integers(0, 2**24 - 1), max_size=20),
 )
 def test_inverse_cdf_never_leaves_the_possible(weights, grains):
@@ -144,7 +154,9 @@ def test_hits_are_where_the_likeliest_digits_lead():
     every = head.log_probs(features).exp().view(2, 50, 3, 2, 4)
     first = every.sum((-1, -2)).argmax(-1)
     second = every.sum(-1).gather(2, first[..., None, None].expand(-1, -1, 1, 2))[:, :, 0].argmax(-1)
-    third = every.flatten(2, 3).gather(2, (first * 2 + second)[..., None, None].expand(-1, -1, 1, 4))[:, :, 0].argmax(-1)
+    third = (
+        every.flatten(2, 3).gather(2, (first * 2 + second)[..., None, None].expand(-1, -1, 1, 4))[:, :, 0].argmax(-1)
+    )
     greedy = first * 8 + second * 4 + third
     other = (greedy + torch.arange(50) % 2) % 24
     assert torch.equal(head.score(features, other)[1], other == greedy)

@@ -1,0 +1,210 @@
+"""The hourglass against a block written by hand, and against mistakes made elsewhere.
+
+Those are: heads without positions, buckets that are not patches, squares only.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalti import checkpoint
+from smalti.errors import UserError
+from smalti.priors.hourglass import ROTARY_THETA, Blocks, Hourglass, HourglassConfig, Stage
+
+TINY = HourglassConfig(height=4, width=6, radices=(3, 4), model_width=32, heads=2, depth=(1, 1, 1), shorten=(2,))
+
+
+def model_of(seed: int = 0, **changes) -> Hourglass:
+    torch.manual_seed(seed)
+    return Hourglass(HourglassConfig(**{**vars(TINY), **changes})).eval()
+
+
+def codes_of(model: Hourglass, *shape: int) -> Tensor:
+    return torch.randint(model.head.codebook_size, shape)
+
+
+class PassOn(nn.Module):
+    """Stands in for blocks: what is left of a stage is its resampling."""
+
+    def forward(self, x: Tensor, _: object) -> Tensor:
+        return x
+
+
+def resampling(shorten: int) -> Stage:
+    stage = Stage(TINY, (1, 1, 1), (shorten,))
+    for part in ("before", "valley", "after"):
+        stage.set_submodule(part, PassOn())
+    return stage
+
+
+def jacobian_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    jacobian = torch.autograd.functional.jacobian(function, x)
+    assert isinstance(jacobian, Tensor)
+    return jacobian
+
+
+def by_hand(model: Hourglass, codes: Tensor) -> Tensor:
+    """One block and the output norm, with rotations as complex numbers."""
+    b, h, w = codes.shape
+    d, heads = model.config.model_width, model.config.heads
+    layers: Any = model.body.before.encoder.layers
+    (_, attention, _), (_, feedforward, _) = layers
+    attention_gain, feedforward_gain = (norms[0].gamma + 1 for norms, *_ in layers)
+    x = model.head.embed(codes)
+
+    frequencies = ROTARY_THETA ** -(torch.arange(0, d // heads // 2, 2) / (d // heads // 2))
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    angles = torch.cat([rows.flatten()[:, None] * frequencies, columns.flatten()[:, None] * frequencies], -1)
+
+    def split(projection: nn.Linear) -> Tensor:
+        return projection(F.layer_norm(x, (d,)) * attention_gain).view(b, h * w, heads, -1).transpose(1, 2)
+
+    def turned(t: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(t.reshape(*t.shape[:-1], -1, 2).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    scores = turned(split(attention.to_q)) @ turned(split(attention.to_k)).mT / (d // heads) ** 0.5
+    x = x + attention.to_out((scores.softmax(-1) @ split(attention.to_v)).transpose(1, 2).flatten(2))
+    first, last = (layer for layer in feedforward.modules() if isinstance(layer, nn.Linear))
+    x = x + last(F.gelu(first(F.layer_norm(x, (d,)) * feedforward_gain)))
+    return F.layer_norm(x, (d,), model.norm.weight, model.norm.bias)
+
+
+def test_one_block_is_pre_norm_attention_with_axial_rotations():
+    model = model_of(depth=(1,), shorten=())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    codes = codes_of(model, 2, 3, 5)
+    assert torch.allclose(model.features(codes), by_hand(model, codes), atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["before", "valley.before"])
+def test_every_head_gets_rows_and_columns_and_only_their_offsets(part):
+    """The same content everywhere: what differs between scores is position, as each head sees it."""
+    model = model_of(heads=4)
+    h = w = 8
+    scores = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        scores.append(inputs[0] @ inputs[1].mT)
+
+    blocks = model.body.get_submodule(part)
+    assert isinstance(blocks, Blocks)
+    blocks.attends[0].register_forward_pre_hook(record)
+    model.features(torch.full((1, h, w), 5))
+    side = h if part == "before" else h // 2
+    table = scores[0][0].view(4, side, side, side, side)  # head, query's row and column, key's row and column
+    for head in table:
+        assert head[0, 0, :, 0].std() > 1e-3 * head.abs().max()
+        assert head[0, 0, 0, :].std() > 1e-3 * head.abs().max()
+        for (row, column), (down, right) in itertools.product([(0, 0), (1, 0), (0, 2)], [(0, 1), (1, 0), (1, 1)]):
+            assert torch.allclose(head[row, column, row + down, column + right], head[0, 0, down, right], rtol=1e-4)
+
+
+def test_positions_are_whole_numbers_of_codes_on_every_canvas_and_in_the_valley():
+    body = model_of().body
+    large = body.angles(8, 10, torch.device("cpu")).view(8, 10, -1)
+    assert torch.equal(large[:4, :6].reshape(1, 24, -1), body.angles(4, 6, torch.device("cpu")))
+    assert torch.allclose(body.valley.angles(4, 5, torch.device("cpu")).view(4, 5, -1), large[::2, ::2])
+
+
+@pytest.mark.parametrize(("shorten", "h", "w"), [(2, 4, 6), (2, 5, 9), (3, 4, 7), (4, 3, 3)])
+def test_buckets_are_patches_also_where_the_last_are_partial(shorten, h, w):
+    """Between blocks, a position hears of exactly those in its patch."""
+    stage = resampling(shorten)
+    jacobian = jacobian_of(lambda x: stage(x, (h, w)).sum((0, 2)), torch.randn(1, h * w, 32))
+    hears = jacobian[:, 0].abs().sum(-1) > 1e-6
+    places = [(i // w // shorten, i % w // shorten) for i in range(h * w)]
+    assert torch.equal(hears, torch.tensor([[ours == theirs for theirs in places] for ours in places]))
+
+
+def test_partial_patches_count_what_is_there():
+    """A 3x3 grid in patches of 2x2, summed in loops over the positions that exist."""
+    stage = resampling(2)
+    x = torch.randn(1, 9, 32)
+    found = stage(x, (3, 3)).view(3, 3, 32)
+    down, up = stage.down.weight.view(32, 2, 2, 32), stage.up.weight.view(2, 2, 32, 32)
+    for row, column in itertools.product(range(3), range(3)):
+        there = [(i, j) for i in (0, 1) for j in (0, 1) if row // 2 * 2 + i < 3 and column // 2 * 2 + j < 3]
+        patch = stage.down.bias + sum(
+            down[:, i, j] @ x[0, (row // 2 * 2 + i) * 3 + column // 2 * 2 + j] for i, j in there
+        )
+        back = up[row % 2, column % 2] @ stage.norm(patch) + stage.up.bias.view(2, 2, 32)[row % 2, column % 2]
+        assert torch.allclose(found[row, column], x[0, row * 3 + column] + back, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("depth", "shorten"), [((2,), ()), ((1, 1, 1), (2,)), ((1, 1, 1), (3,)), ((1, 1, 2, 1, 1), (2, 2))]
+)
+@pytest.mark.parametrize(("h", "w"), [(8, 8), (5, 9), (1, 3)])
+def test_every_position_hears_every_other_on_any_grid(depth, shorten, h, w):
+    model = model_of(depth=depth, shorten=shorten)
+    embedded = model.head.embed(codes_of(model, 1, h, w)).detach()
+    probe = torch.randn(32)
+    some = [0, h * w // 2, h * w - 1]
+    jacobian = jacobian_of(lambda x: model.body(x, (h, w))[0, some] @ probe, embedded)
+    assert (jacobian[:, 0].abs().sum(-1) > 0).all()
+
+
+def test_depth_counts_blocks_from_the_outside_in():
+    body = model_of(depth=(1, 2, 3, 1, 2), shorten=(2, 3)).body
+    found = [len(part.attends) for part in (body.before, body.valley.before, body.valley.valley.before)]
+    found += [len(part.attends) for part in (body.valley.after, body.after)]
+    assert found == [1, 2, 3, 1, 2]
+    assert (body.stride, body.valley.stride, body.valley.valley.stride) == (1, 2, 6)
+
+
+def test_rows_do_not_see_each_other():
+    model = model_of()
+    codes = codes_of(model, 3, 4, 6)
+    assert torch.allclose(model.features(codes)[1:2], model.features(codes[1:2]), atol=1e-5)
+
+
+def test_half_precision_is_close_whether_attention_is_fused_or_not():
+    model = model_of()
+    codes = codes_of(model, 2, 4, 6)
+    exact = model.features(codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = model.features(codes)
+        assert not model.body.before.attends[0].flash
+        with torch.no_grad():
+            sampled = model.features(codes)
+        assert model.body.before.attends[0].flash
+    for half in (trained, sampled):
+        assert half.dtype == torch.float32
+        assert (half - exact).square().mean().sqrt() < 0.02
+
+
+def test_a_saved_model_is_the_same_model(tmp_path):
+    model = model_of()
+    model.save(tmp_path / "prior")
+    loaded = checkpoint.load(tmp_path / "prior", "prior")
+    codes = codes_of(model, 1, 4, 6)
+    assert isinstance(loaded, Hourglass)
+    assert loaded.config == model.config
+    assert torch.equal(loaded.features(codes), model.features(codes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_width": 100}, "multiple of 4"),
+        ({"heads": 0}, "multiple of 4"),
+        ({"depth": (2, 4)}, "needs 3 numbers"),
+        ({"depth": (2, 4, 2), "shorten": ()}, "needs 1 numbers"),
+        ({"depth": (2, 0, 2)}, "at least 1"),
+        ({"shorten": (1,)}, "at least 2"),
+        ({"feedforward_mult": 0}, "at least 1"),
+        ({"height": 0}, "empty"),
+    ],
+)
+def test_configs_that_make_no_network_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        model_of(**changes)

@@ -1,0 +1,190 @@
+"""The sampler against its chain enumerated on a 2x2 grid, and known codes stay, rows are their own."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smalti.errors import UserError
+from smalti.priors.hourglass import Hourglass, HourglassConfig
+from smalti.priors.samplers import SundaeSampling, sample_sundae
+from smalti.randomness import row_seeds
+
+
+def prior_of(sharpness: float = 4.0, **changes) -> Hourglass:
+    """A prior whose opinions are strong and depend on all positions, without training."""
+    torch.manual_seed(1)
+    config = dict(height=4, width=6, radices=(3, 2), model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,))
+    prior = Hourglass(HourglassConfig(**{**config, **changes})).eval()
+    with torch.no_grad():
+        prior.head.weight.mul_(sharpness / prior.head.weight.norm(dim=1, keepdim=True))
+    return prior
+
+
+def generate(prior: Hourglass, seeds: Tensor, h: int, w: int, **settings) -> Tensor:
+    blank = torch.zeros(len(seeds), h, w, dtype=torch.int64)
+    sampling = SundaeSampling(**settings)
+    return sample_sundae(prior, known=blank, known_mask=blank.bool(), seeds=seeds, sampling=sampling)
+
+
+def transitions(prior: Hourglass, temperature: float, proportion: float, free: Tensor) -> tuple[Tensor, Tensor]:
+    """All 2x2 grids of 3 codes `(81, 4)`, and their probabilities to follow each other when only `free` may change."""
+    grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    log_probs = prior.head.log_probs(prior.features(grids.view(81, 2, 2)))
+    new = (log_probs / temperature).softmax(-1).double()  # from, position, code
+    stay = torch.nn.functional.one_hot(grids, 3).double()
+    each = torch.where(free[:, None], proportion * new + (1 - proportion) * stay, stay)
+    columns = [each[:, i, grids[:, i]] for i in range(4)]  # from, to
+    return grids, columns[0] * columns[1] * columns[2] * columns[3]
+
+
+@pytest.mark.parametrize(("known", "min_steps"), [(None, 2), (None, 1), (3, 1)])
+@torch.no_grad()
+def test_the_chain_is_the_enumerated_one(known, min_steps):
+    """Two steps of other temperature and proportion; with `min_steps=1`, rows that the first left as they were stay so.
+
+    `known` pins that position to code 2.
+    """
+    prior = prior_of(1.5, height=2, width=2, radices=(3,), depth=(1,), shorten=())
+    mask = torch.zeros(4, dtype=torch.bool)
+    if known is not None:
+        mask[known] = True
+    grids, first = transitions(prior, 1.2, 0.8, ~mask)
+    _, second = transitions(prior, 0.6, 0.5, ~mask)
+    start = ((grids == 2) | ~mask).all(-1).double()
+    start = start / start.sum()
+    if min_steps == 1:
+        stopped = start * first.diagonal()
+        moving = (start[:, None] * first).fill_diagonal_(0).sum(0)
+        expected = stopped + moving @ second
+    else:
+        expected = start @ first @ second
+
+    rows = 30_000
+    codes = sample_sundae(
+        prior,
+        known=torch.full((rows, 2, 2), 2),
+        known_mask=mask.view(1, 2, 2).expand(rows, -1, -1),
+        seeds=row_seeds(7, torch.arange(rows)),
+        sampling=SundaeSampling(steps=2, temperature=(1.2, 0.6), proportion=(0.8, 0.5), min_steps=min_steps),
+    )
+    counts = torch.bincount(codes.flatten(1) @ torch.tensor([27, 9, 3, 1]), minlength=81)
+    assert abs(expected.sum() - 1) < 1e-5
+    assert counts[expected == 0].sum() == 0
+    cells = expected * rows > 5
+    chi_square = ((counts - expected * rows) ** 2 / (expected * rows))[cells].sum()
+    degrees = int(cells.sum())
+    assert chi_square < degrees + 5 * (2 * degrees) ** 0.5
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_known_codes_never_change_and_hidden_ones_never_matter(data):
+    prior = prior_of()
+    h, w = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    cells = 2 * h * w
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=cells, max_size=cells))).view(2, h, w)
+    codes = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=cells, max_size=cells))).view(2, h, w)
+    seen = []
+
+    def fill(known: Tensor) -> Tensor:
+        return sample_sundae(
+            prior,
+            known=known,
+            known_mask=mask,
+            seeds=row_seeds(0, torch.arange(2)),
+            sampling=SundaeSampling(steps=4),
+            callback=lambda step, now: seen.append((step, now)),
+        )
+
+    filled = fill(codes)
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert torch.equal(seen[-1][1], filled)
+    assert all(torch.equal(now[mask], codes[mask]) for _, now in seen)
+    assert all(((now >= 0) & (now < 6)).all() for _, now in seen)
+    assert torch.equal(fill(torch.where(mask, codes, -1)), filled)
+
+
+def test_a_rows_codes_depend_on_its_seed_only():
+    """Alone, in a batch, and in another order: the same; although rows of the batch finish at different steps."""
+    prior = prior_of(12.0)
+    seeds = row_seeds(8, torch.arange(6))
+    settings = dict(steps=20, min_steps=2, temperature=(1.0, 0.3))
+    together = generate(prior, seeds, 4, 6, **settings)
+    assert torch.equal(generate(prior, seeds.flip(0), 4, 6, **settings).flip(0), together)
+    for row in range(6):
+        assert torch.equal(generate(prior, seeds[row : row + 1], 4, 6, **settings)[0], together[row])
+    assert len(together.flatten(1).unique(dim=0)) > 3
+
+
+def test_a_row_stops_at_its_first_step_without_change_and_not_before_the_least():
+    prior = prior_of(12.0)
+    seeds = row_seeds(9, torch.arange(16))
+    history = []
+    blank = torch.zeros(16, 3, 4, dtype=torch.int64)
+    sample_sundae(
+        prior,
+        known=blank,
+        known_mask=blank.bool(),
+        seeds=seeds,
+        sampling=SundaeSampling(steps=200, min_steps=3, proportion=(0.3, 0.3), temperature=(0.7, 0.7)),
+        callback=lambda step, codes: history.append(codes),
+    )
+    path = torch.stack(history)  # steps b h w
+    unchanged = (path[1:] == path[:-1]).flatten(2).all(-1)  # of steps 1, 2, ...
+    assert len(path) < 200
+    for row in range(16):
+        first = next(step for step in range(2, len(path)) if unchanged[step - 1, row])
+        assert unchanged[first - 1 :, row].all()
+    stops = (~unchanged).sum(0)
+    assert len(stops.unique()) > 2
+    assert len(path) == int(max(step for step in range(len(path) - 1) if not unchanged[step].all())) + 3
+    # a chain that must not stop goes on from there: stopping was a choice of the sampler, not the end of change
+    running = generate(
+        prior, seeds, 3, 4, steps=len(path), min_steps=200, proportion=(0.3, 0.3), temperature=(0.7, 0.7)
+    )
+    assert not torch.equal(running, path[-1])
+
+
+def test_seeds_and_schedules_matter():
+    prior = prior_of()
+    seeds = row_seeds(10, torch.arange(4))
+    settings = dict(steps=6)
+    codes = generate(prior, seeds, 4, 6, **settings)
+    assert torch.equal(generate(prior, seeds, 4, 6, **settings), codes)
+    assert not torch.equal(generate(prior, row_seeds(11, torch.arange(4)), 4, 6, **settings), codes)
+    for change in ({"temperature": (1.0, 0.1)}, {"proportion": (0.5, 0.9)}, {"steps": 7}):
+        assert not torch.equal(generate(prior, seeds, 4, 6, **{**settings, **change}), codes)
+
+
+def test_schedules_are_linear_from_first_to_last():
+    sampling = SundaeSampling(steps=5, temperature=(1.0, 0.6), proportion=(0.2, 1.0))
+    assert [sampling.at(step) for step in range(5)] == [
+        pytest.approx(pair) for pair in [(1.0, 0.2), (0.9, 0.4), (0.8, 0.6), (0.7, 0.8), (0.6, 1.0)]
+    ]
+    assert SundaeSampling(steps=1, temperature=(0.9, 0.1)).at(0)[0] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps and min_steps"),
+        ({"min_steps": 0}, "steps and min_steps"),
+        ({"temperature": (1.0, 0.0)}, "temperature must be above 0"),
+        ({"proportion": (0.0, 0.5)}, "proportion must be above 0"),
+        ({"proportion": (0.5, 1.1)}, "at most 1"),
+    ],
+)
+def test_chains_that_cannot_run_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        SundaeSampling(**changes)
+
+
+@pytest.mark.parametrize("bad", [-1, 6])
+def test_known_codes_outside_the_codebook_are_refused(bad):
+    known = torch.tensor([[[0, bad]]])
+    with pytest.raises(UserError, match="from 0 to 5"):
+        sample_sundae(prior_of(), known=known, known_mask=known == bad, seeds=row_seeds(0, torch.arange(1)))
