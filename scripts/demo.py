@@ -3,7 +3,7 @@
 from smalti import cli
 from smalti.pipeline.demo import Demo, demo
 
-ABOUT = """The whole path on the embedded emoji, in minutes on two CPU cores: tokenizer, latent set, prior, samples, fills, report.
+ABOUT = """The whole path on the embedded emoji, in minutes on two CPU cores: tokenizer, latents, prior, samples, fills.
 
 $ python scripts/demo.py                                   # into runs/demo
 $ python scripts/demo.py --prior-steps 8000 --out runs/longer

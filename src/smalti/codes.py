@@ -16,7 +16,8 @@ from torch import Tensor
 from smalti.errors import UserError
 
 Codes: TypeAlias = tuple[Int64[Tensor, "b _h _w"] | Float[Tensor, "b _c _h _w"], ...]
-"""One tensor per level, coarsest first, even for one level: int64 `(b, h, w)`, or float `(b, c, h, w)` where a level is continuous."""
+"""One tensor per level, coarsest first, even for one level: int64 `(b, h, w)`, or float `(b, c, h, w)` where a level is
+continuous."""
 
 LARGEST_CODEBOOK_SIZE = 2**31 - 1
 
@@ -25,14 +26,16 @@ LARGEST_CODEBOOK_SIZE = 2**31 - 1
 class Level:
     """One grid of codes.
 
-    A code is an integer below `prod(radices)`, written in mixed radix with the most significant digit first. A flat codebook of 512 is
-    `radices=(512,)`; three linked layers of 8 (HR-VQVAE) are `(8, 8, 8)`: the digits are the path from the first layer's codeword to
-    the leaf, so the codebook that layer i+1 searches is the prefix `code // 8**(3 - i)`.
+    A code is an integer below `prod(radices)`, written in mixed radix with the most significant digit first. A flat
+    codebook of 512 is `radices=(512,)`; three linked layers of 8 (HR-VQVAE) are `(8, 8, 8)`: the digits are the path
+    from the first layer's codeword to the leaf, so the codebook that layer i+1 searches is the prefix
+    `code // 8**(3 - i)`.
 
     A continuous level (selfVAE's u) has no radices and `channels` real numbers at each position.
 
     Raises:
-        UserError: for an empty grid, a radix below 2, more than 2**31 - 1 codes, or a level that is both discrete and continuous.
+        UserError: for an empty grid, a radix below 2, more than 2**31 - 1 codes, or a level that is both discrete and
+            continuous.
     """
 
     height: int
@@ -42,13 +45,20 @@ class Level:
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
-            raise UserError(f"a level of {self.height}x{self.width} positions is empty; give a height and width of at least 1")
+            raise UserError(
+                f"a level of {self.height}x{self.width} positions is empty; give a height and width of at least 1"
+            )
         if bool(self.radices) == bool(self.channels):
-            raise UserError(f"a level has either radices or channels, not radices={self.radices} with channels={self.channels}")
+            raise UserError(
+                f"a level has either radices or channels, not radices={self.radices} with channels={self.channels}"
+            )
         if any(radix < 2 for radix in self.radices):
             raise UserError(f"every radix must be at least 2, got {self.radices}")
         if self.codebook_size > LARGEST_CODEBOOK_SIZE:
-            raise UserError(f"radices {self.radices} make {self.codebook_size} codes; the most a latent set holds is {LARGEST_CODEBOOK_SIZE}")
+            raise UserError(
+                f"radices {self.radices} make {self.codebook_size} codes, more than the {LARGEST_CODEBOOK_SIZE} that a "
+                "latent set holds; take fewer or smaller radices"
+            )
 
     @property
     def codebook_size(self) -> int:
@@ -103,27 +113,38 @@ class Layout:
             raise UserError("a layout needs at least one level")
 
     def resized(self, grids: Sequence[tuple[int, int]]) -> "Layout":
-        """The same codebooks on grids of other (height, width): what a fully convolutional tokenizer makes of images of another size."""
-        return Layout(tuple(replace(level, height=h, width=w) for level, (h, w) in zip(self.levels, grids, strict=True)))
+        """The same codebooks on grids of other (height, width): a fully convolutional tokenizer's, for another size."""
+        return Layout(
+            tuple(replace(level, height=h, width=w) for level, (h, w) in zip(self.levels, grids, strict=True))
+        )
 
     def check(self, codes: Codes) -> None:
         """Refuses codes that do not belong to this layout.
 
         Raises:
-            UserError: naming the level, for a wrong number of levels, a wrong grid, or a code outside [0, codebook_size).
+            UserError: naming the level, for a wrong number of levels, a wrong grid, or a code outside
+                [0, codebook_size).
         """
         if len(codes) != len(self.levels):
-            raise UserError(f"the layout has {len(self.levels)} level(s) but {len(codes)} tensor(s) of codes were given")
+            raise UserError(
+                f"the layout has {len(self.levels)} level(s) but {len(codes)} tensor(s) of codes were given"
+            )
         for index, (level, grid) in enumerate(zip(self.levels, codes, strict=True)):
             if tuple(grid.shape[1:]) != level.shape:
-                raise UserError(f"level {index} has codes of shape {level.shape} an image but {tuple(grid.shape[1:])} were given")
+                raise UserError(
+                    f"level {index} has codes of shape {level.shape} an image but {tuple(grid.shape[1:])} were given"
+                )
             if level.radices and grid.numel() and (grid.min() < 0 or grid.max() >= level.codebook_size):
-                raise UserError(f"level {index} holds codes from 0 to {level.codebook_size - 1} but {int(grid.min())} to {int(grid.max())} were given")
+                raise UserError(
+                    f"level {index} holds codes from 0 to {level.codebook_size - 1} but {int(grid.min())} to "
+                    f"{int(grid.max())} were given"
+                )
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain lists and numbers, for a latent set's attributes and a checkpoint's config."""
         return [
-            {"height": level.height, "width": level.width, "radices": list(level.radices), "channels": level.channels} for level in self.levels
+            {"height": level.height, "width": level.width, "radices": list(level.radices), "channels": level.channels}
+            for level in self.levels
         ]
 
     @classmethod

@@ -55,5 +55,5 @@ class Tokenizer(Checkpointed, ABC):
             UserError: if the codes have fewer digits.
         """
 
-    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:  # noqa: B027 - most kinds have none
+    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
         """The data-dependent start of a new tokenizer, once before training; nothing, where a kind has none."""

@@ -21,8 +21,10 @@ SMALLEST_SHOWN = 96  # pixels: smaller pictures are enlarged by a whole factor, 
 CAPTION_SIZE = 16
 
 
-def save_sheet(path: Path, rows: Mapping[str, Float[Tensor, "_b _c _h _w"]], *, settings: Mapping[str, Any] | None = None) -> None:
-    """Rows of images in [-1, 1] under each other, each with its caption; written whole, as PNG with `settings` embedded."""
+def save_sheet(
+    path: Path, rows: Mapping[str, Float[Tensor, "_b _c _h _w"]], *, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Rows of images in [-1, 1] under each other, each with its caption."""
     strips = [(caption, _strip(images)) for caption, images in rows.items()]
     width = max(strip.width for _, strip in strips)
     band = CAPTION_SIZE + 2 * GAP

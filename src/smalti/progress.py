@@ -2,16 +2,30 @@
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
-T = TypeVar("T")
 
-
-def bar(items: Iterable[T] | None = None, *, what: str, total: int | None = None, initial: int = 0, unit: str = "it", shown: bool = True) -> "tqdm[T]":
+def bar(
+    items: Iterable[Any] | None = None,
+    *,
+    what: str,
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "it",
+    shown: bool = True,
+) -> tqdm:
     """A progress bar named `what`. `shown=False` on all processes but one."""
     live = sys.stderr.isatty()
     return tqdm(
-        items, desc=what, total=total, initial=initial, unit=unit, disable=not shown, dynamic_ncols=live, mininterval=0.2 if live else 15, smoothing=0.05
+        items,
+        desc=what,
+        total=total,
+        initial=initial,
+        unit=unit,
+        disable=not shown,
+        dynamic_ncols=live,
+        mininterval=0.2 if live else 15,
+        smoothing=0.05,
     )

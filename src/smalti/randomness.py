@@ -1,8 +1,9 @@
 """Random numbers that are a function of what they are for, not of when or where they are drawn.
 
-A stateful generator ties a draw to everything drawn before it: to the batch, the process and the history of the run. Here a draw is a hash
-of (seed of the row, stream, position), as in counter-based generators. So a sample depends on its own seed only, whatever the batch
-around it; a resumed run needs no generator state; and two processes draw what one would.
+A stateful generator ties a draw to everything drawn before it: to the batch, the process and the history of the run.
+Here a draw is a hash of (seed of the row, stream, position), as in counter-based generators. So a sample depends on its
+own seed only, whatever the batch around it; a resumed run needs no generator state; and two processes draw what one
+would. Networks' first weights are not drawn here: torch initializes them.
 """
 
 import math
@@ -22,16 +23,18 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit flips every output bit with probability about a half."""
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): an input bit flips each output bit with probability 1/2."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
 
 
 def derive(seeds: Int64[Tensor, "*shape"], *streams: int | Tensor) -> Int64[Tensor, "*out"]:
-    """New seeds from old: one for each element of `seeds` and each way of naming a stream (a step, a purpose, a tensor of row numbers)."""
+    """New seeds from old: for each way of naming a stream (a step, a purpose, a tensor of row numbers) others."""
     for stream in streams:
-        seeds = _mix((seeds ^ _GOLDEN) + _mix(torch.as_tensor(stream, dtype=torch.int64, device=seeds.device) + _GOLDEN))
+        seeds = _mix(
+            (seeds ^ _GOLDEN) + _mix(torch.as_tensor(stream, dtype=torch.int64, device=seeds.device) + _GOLDEN)
+        )
     return seeds
 
 
@@ -41,7 +44,7 @@ def row_seeds(seed: int, rows: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
 
 
 def uniform(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
-    """Numbers uniform on [0, 1), `shape` of them for each seed, float32 on a grid of 2**-24: the same on every device and in every batch."""
+    """Numbers uniform on [0, 1), `shape` of them for each seed: float32 multiples of 2**-24, the same on any device."""
     counters = torch.arange(math.prod(shape), device=seeds.device).view(shape)
     bits = _mix(_mix(seeds.view(-1, *(1 for _ in shape))) + (counters + 1) * _GOLDEN)
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
