@@ -1,26 +1,26 @@
-"""Models as folders: `model.safetensors` and `config.json`, which says the kind. Saved whole, loaded strictly, never a pickle.
+"""Models as folders: `model.safetensors` and `config.json`, which says the kind. Loaded strictly, and never a pickle.
 
-Every network that a command trains is a `Checkpointed`: its class names its family and kind, its constructor takes one frozen dataclass.
+Every network that a command trains is a `Checkpointed`: its class names its family and kind, its constructor takes one
+frozen dataclass. What a run needs to go on is not here but in `runs.py`.
 """
 
 import dataclasses
 import hashlib
 import json
-import typing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smalti import registry
 from smalti.errors import UserError
-from smalti.files import recover, whole_file, write_json
+from smalti.files import whole_file, write_json
 from smalti.registry import Family
 
 WEIGHTS_NAME = "model.safetensors"
@@ -35,7 +35,8 @@ class Checkpointed(nn.Module):
         kind: its name on the command line and in `config.json`.
         config_class: the frozen dataclass that its constructor takes.
         config: that dataclass.
-        provenance: what else the folder says of how this model was made (JSON values; sources, digests, settings). Not needed to rebuild it.
+        provenance: what else the folder says of how this model was made (JSON values; sources, digests, settings). Not
+            needed to rebuild it.
     """
 
     family: ClassVar[Family]
@@ -52,7 +53,10 @@ class Checkpointed(nn.Module):
         return digest(self.kind, dataclasses.asdict(self.config), self.state_dict())
 
     def save(self, folder: str | Path) -> None:
-        """Writes the two files, each whole or not at all. `config.json` carries the weights' digest, so a torn pair is noticed on loading."""
+        """Writes the two files, each whole or not at all.
+
+        `config.json` comes second and carries the weights' digest, so that loading notices where a kill fell between.
+        """
         folder = Path(folder)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with whole_file(folder / WEIGHTS_NAME) as partial:
@@ -80,23 +84,30 @@ def load(source: str | Path, family: Family) -> Any:
     """A trained model, in evaluation mode on the CPU, from a folder or a hub id.
 
     Raises:
-        UserError: if there is nothing at `source`, it is of another family, its config has missing or unknown fields, its weights have
-            missing or unknown names or other shapes, or its bytes are not those that were saved.
+        UserError: if there is nothing at `source`, it is of another family, its config has missing or unknown fields,
+            its weights have missing or unknown names or other shapes, or its bytes are not those that were saved.
     """
     folder = locate(source)
     described = read_config(folder)
     if described.get("family") != family:
-        raise UserError(f"{source} holds a {described.get('family')} ({described.get('kind')}), but a {family} is needed here")
+        raise UserError(
+            f"{source} holds a {described.get('family')} ({described.get('kind')}), but a {family} is needed here"
+        )
     cls = registry.find(family, described["kind"])
     model = cls(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
     model.provenance = described["provenance"]
     try:
         weights = load_file(folder / WEIGHTS_NAME)
     except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(f"{folder / WEIGHTS_NAME} cannot be read ({error}); the checkpoint is damaged, fetch or train it again") from error
+        raise UserError(
+            f"{folder / WEIGHTS_NAME} cannot be read ({error}); the checkpoint is damaged, fetch or train it again"
+        ) from error
     _check_names(folder, expected=model.state_dict(), found=weights)
     if digest(model.kind, dataclasses.asdict(model.config), weights) != described["digest"]:
-        raise UserError(f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together (digests differ); fetch or train it again")
+        raise UserError(
+            f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together (digests differ); "
+            "fetch it again, or run the same training command again"
+        )
     model.load_state_dict(weights)
     return model.eval()
 
@@ -113,25 +124,27 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / CONFIG_NAME} is not JSON ({error}); the checkpoint is damaged") from error
-    missing = {"family", "kind", "config", "digest", "provenance"} - set(described if isinstance(described, dict) else ())
+    missing = {"family", "kind", "config", "digest", "provenance"} - set(
+        described if isinstance(described, dict) else ()
+    )
     if missing:
         raise UserError(f"{folder / CONFIG_NAME} is not smalti's: it lacks {', '.join(sorted(missing))}")
     return described
 
 
 def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> Any:
-    """Rebuilds a frozen dataclass from JSON, which has lists where Python has tuples.
+    """Rebuilds a frozen dataclass from JSON, which has lists where a frozen dataclass has tuples.
 
     Raises:
-        UserError: if a field is missing or unknown: a default of today must not stand in for what a checkpoint did not say.
+        UserError: if a field is missing or unknown: a default of today must not stand in for what a checkpoint did not
+            say.
     """
     expected = {field.name for field in dataclasses.fields(config_class)}
     if missing := expected - set(fields):
         raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
     if unknown := set(fields) - expected:
         raise UserError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
-    types = typing.get_type_hints(config_class)
-    return config_class(**{name: tuple(v) if typing.get_origin(types[name]) is tuple else v for name, v in fields.items()})
+    return config_class(**{name: _tuples(value) for name, value in fields.items()})
 
 
 def digest(kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> str:
@@ -150,23 +163,41 @@ def locate(source: str | Path) -> Path:
     Raises:
         UserError: if it is neither.
     """
-    recover(Path(source))
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, f"*/{WEIGHTS_NAME}", f"*/{CONFIG_NAME}"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"no checkpoint at {source}: there is no such folder, and no such hub model could be fetched; train one first") from error
+        return Path(
+            snapshot_download(
+                str(source), allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, f"*/{WEIGHTS_NAME}", f"*/{CONFIG_NAME}"]
+            )
+        )
+    except (HFValidationError, OSError) as error:  # OSError: not found, no network, a damaged cache
+        raise UserError(
+            f"no checkpoint at {source}: there is no such folder, and no hub model of that name could be fetched; "
+            "check the name, or train one first"
+        ) from error
 
 
 def _check_names(folder: Path, *, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     if missing := sorted(set(expected) - set(found)):
-        raise UserError(f"{folder / WEIGHTS_NAME} lacks {_some(missing)}; it is not a checkpoint of this version's network")
+        raise UserError(
+            f"{folder / WEIGHTS_NAME} lacks {_some(missing)}; it is not of this version's network, train it again"
+        )
     if unknown := sorted(set(found) - set(expected)):
-        raise UserError(f"{folder / WEIGHTS_NAME} has unknown weights {_some(unknown)}; it is not a checkpoint of this version's network")
+        raise UserError(
+            f"{folder / WEIGHTS_NAME} has unknown weights {_some(unknown)}; it is not of this version's network, "
+            "train it again"
+        )
     for name, tensor in expected.items():
         if tensor.shape != found[name].shape:
-            raise UserError(f"{folder / WEIGHTS_NAME}: {name} is {tuple(found[name].shape)}, the config asks for {tuple(tensor.shape)}")
+            raise UserError(
+                f"{folder / WEIGHTS_NAME}: {name} is {tuple(found[name].shape)}, the config asks for "
+                f"{tuple(tensor.shape)}; it is a damaged or edited checkpoint, train it again"
+            )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _some(names: list[str]) -> str:
