@@ -1,10 +1,12 @@
-"""From a command line to a config and a call. Errors of the person are one line and exit status 2; a traceback is for bugs."""
+"""From a command line to a config and a call. What the person can mend is one line; a traceback is for bugs."""
 
+import dataclasses
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import tyro
 
@@ -13,36 +15,44 @@ from smalti.fit import Interrupted
 
 C = TypeVar("C")
 
-_OF_THE_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the disk is read-only", errno.EACCES: "permission denied"}
+_OF_THE_DISK = {
+    errno.ENOSPC: "the disk is full; make room or give another --out",
+    errno.EDQUOT: "the disk quota is used up; make room or give another --out",
+    errno.EROFS: "the disk is read-only; give another --out",
+    errno.EACCES: "permission denied; give another --out",
+    errno.EISDIR: "it is a folder; give another --out",
+    errno.ENOTDIR: "a part of its path is a file; give another --out",
+}
 
 
 def run(command: Callable[[C], Any], config_class: Callable[[], type[C]] | type[C], *, about: str) -> None:
-    """Parses the command line into `config_class` (or what it returns), calls `command`, and exits with the right status.
+    """Parses the command line into `config_class` (or what it returns), calls `command`, exits with its status.
 
-    Flags are the config's fields, without the names of the dataclasses they are nested in.
+    Flags are the config's fields, without the names of the dataclasses they are nested in. Exits with 2 for what the
+    person can mend, and with 128 plus the signal's number where one stopped it.
 
     Args:
+        command: what to do with the config.
+        config_class: a dataclass, or a function that finds it.
         about: what `--help` says first: what the command does, with examples.
     """
     try:
-        cls = config_class if isinstance(config_class, type) or hasattr(config_class, "__origin__") else config_class()
-        command(tyro.cli(cls, description=about, config=(tyro.conf.OmitArgPrefixes,)))
+        cls = config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], type[C]], config_class)()
+        command(tyro.cli(cast(type[C], cls), description=about, config=(tyro.conf.OmitArgPrefixes,)))
     except UserError as error:
-        sys.exit(_complain(str(error)))
+        _leave(f"error: {error}", 2)
     except Interrupted as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.signal_number)
+        _leave(f"\n{stopped}", 128 + stopped.signal_number)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        _leave("\nstopped", 128 + signal.SIGINT)
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
-        sys.exit(_complain(f"{error.filename or 'a file'} cannot be written: {_OF_THE_DISK[error.errno]}; make room or give another --out"))
+        _leave(f"error: {error.filename or 'a file'} cannot be written: {_OF_THE_DISK[error.errno]}", 2)
 
 
 def chosen(flag: str, default: str) -> str:
-    """The value of `--flag` on the command line, before it is parsed: the kind, which decides what other flags there are."""
+    """The value of `--flag` on the command line, before that is parsed: a kind, which decides what flags there are."""
     arguments = sys.argv[1:]
     for index, argument in enumerate(arguments):
         if argument == flag and index + 1 < len(arguments):
@@ -52,8 +62,8 @@ def chosen(flag: str, default: str) -> str:
     return default
 
 
-def _complain(message: str) -> int:
-    """One line on standard error, from one process only."""
+def _leave(message: str, status: int) -> NoReturn:
+    """Exits; the message goes to standard error, from one process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    return 2
+        print(message, file=sys.stderr)
+    sys.exit(status)

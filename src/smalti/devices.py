@@ -5,6 +5,9 @@ from typing import Literal, TypeAlias
 import torch
 from accelerate import Accelerator
 
+from smalti.errors import UserError
+
+Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
 
 
@@ -15,20 +18,37 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def device(name: Device) -> torch.device:
+    """The device that a flag names.
+
+    Raises:
+        UserError: if this machine has none.
+    """
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(name):
+        raise UserError(f"--device {name}: there is none here; leave --device out to use what there is")
+    return best_device() if name == "auto" else torch.device(name)
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Networks within compute in this precision; what must be float32 says so itself."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve(precision) == "bf16")
+
+
 def resolve(precision: Precision) -> Literal["fp32", "bf16"]:
-    """What `auto` means on this machine: bf16 where the hardware multiplies matrices in it (recent GPUs, CPUs with AMX), else fp32.
+    """What `auto` means: bf16 where the hardware multiplies matrices in it (recent GPUs, CPUs with AMX), else fp32.
 
     Measured on two CPU cores with AMX: convolutions and linear layers 3-4 times faster than in fp32.
     """
     if precision != "auto":
         return precision
-    device = best_device().type
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else device == "cpu" and _has_amx()
+    kind = best_device().type
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else kind == "cpu" and _has_amx()
     return "bf16" if fast else "fp32"
 
 
 def accelerator(precision: Precision) -> Accelerator:
-    """The process's `Accelerator` in the given precision; devices and processes are those of `accelerate launch`, or chosen by itself."""
+    """The process's `Accelerator` in the given precision; processes are those of `accelerate launch` or `torchrun`."""
     return Accelerator(mixed_precision="bf16" if resolve(precision) == "bf16" else "no")
 
 

@@ -1,16 +1,18 @@
-"""The exponential moving average of a model's weights: what is saved and sampled from, while training moves the weights themselves."""
+"""The moving average of a model's weights: what is saved and sampled from, while training moves the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
-    """theta_ema <- d theta_ema + (1 - d) theta, with d rising to `decay` as (1 + step) / (10 + step), so that a short run forgets its start.
+    """theta_ema <- d theta_ema + (1 - d) theta, with d = min(decay, (1 + step) / (10 + step)).
 
-    Integer buffers are copied. A `decay` of 0 keeps no average: the model itself is what is saved.
+    So a short run forgets its start. Integer buffers are copied. A `decay` of 0 keeps no average: the model itself is
+    what is saved.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -22,10 +24,11 @@ class EMA:
         """Takes in the weights after step `step`."""
         if not self.decay:
             return
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step))
         state = self.model.state_dict()
         floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.average[name] for name in floats], [state[name] for name in floats], weight)
+        mix = get_ema_multi_avg_fn(decay)  # all tensors in one kernel
+        mix([self.average[name] for name in floats], [state[name] for name in floats], step)
         for name in state.keys() - set(floats):
             self.average[name].copy_(state[name])
 

@@ -1,7 +1,7 @@
-"""The one training loop. It knows steps, phases, processes, interruption and resumption; what is trained, and on what loss, it does not.
+"""The one training loop. It knows steps, phases, processes, interruption; what is trained, on what loss, it does not.
 
-Every random draw of a step is a function of the run's seed, the step and the row's number in the data set, so a resumed run repeats an
-uninterrupted one without any generator's state.
+Every random draw of a step is a function of the run's seed, the step and the row's number in the data set, so a resumed
+run repeats an uninterrupted one without any generator's state.
 """
 
 import math
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,7 @@ from smalti.ema import EMA
 from smalti.errors import UserError
 from smalti.progress import bar
 from smalti.randomness import derive, row_seeds
-from smalti.rows import RowData, StepRows, batches
+from smalti.rows import Batch, RowData, StepRows, batches
 from smalti.runs import Run
 
 HELD_OUT_ROWS = 1_024  # at most: enough for a loss to about one per cent
@@ -62,6 +62,19 @@ class FitConfig:
         for name in ("steps", "batch_size", "log_steps", "report_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not (0 <= self.decay_fraction <= 1 and 0 <= self.ema_decay < 1):
+            raise UserError(
+                f"decay_fraction must be from 0 to 1, and ema_decay from 0 to below 1, "
+                f"not {self.decay_fraction} and {self.ema_decay}"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed must fit into 64 bits, which {self.seed} does not")
 
     def rate(self, step: int) -> float:
         """The learning rate's factor in [0, 1] at a step: linear warm-up, flat, cosine down to a hundredth."""
@@ -76,9 +89,12 @@ class Phase:
     """One loss and the optimiser that lowers it; a step runs every phase in turn.
 
     Attributes:
-        objective: `forward(batch)` returns the loss and named detached scalars to log. Everything with a gradient is computed inside it,
-            so that a data-parallel wrapper sees it. The batch has what the data set gives, and `seeds`, an int64 for each row.
-        optimizer: over those of the objective's parameters that this phase trains; the rates in its groups are multiplied by the schedule.
+        name: put before what the phase logs, where there are several.
+        objective: `forward(batch)` returns the loss and named detached scalars to log. Everything with a gradient is
+            computed inside it, so that a data-parallel wrapper sees it. The batch has what the data set gives, and
+            `seeds`, an int64 for each row.
+        optimizer: over those of the objective's parameters that this phase trains; the rates in its groups are
+            multiplied by the schedule.
     """
 
     name: str
@@ -106,7 +122,9 @@ def adamw(module: nn.Module, config: FitConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=(0.9, 0.95), fused=True
+    )
 
 
 def fit(
@@ -121,116 +139,155 @@ def fit(
     on_report: Callable[[int], None] | None = None,
     what: str = "training",
 ) -> None:
-    """Trains `model`, which the phases' objectives contain, and leaves it in `run.folder`; goes on where an earlier call stopped.
+    """Trains `model`, which the phases' objectives contain, and leaves it in `run.folder`; goes on where a run stopped.
 
     Args:
-        data: what to train on, such as `ImageRows` or `LatentRows`.
+        accelerator: the processes, their device and arithmetic.
+        phases: what is done at each step.
+        data: what to train on, such as `ImageRows` or `LatentRows`; at least one row.
+        config: how to train.
+        model: what is averaged and saved.
+        run: the folder, and the state in it.
         held_out: rows for the held-out loss, computed with the averaged weights.
-        on_report: called on the main process every `report_steps` and at the end, with the averaged weights in `model`, in evaluation mode.
+        on_report: called on the main process every `report_steps` and at the end, with the averaged weights in `model`,
+            in evaluation mode.
         what: the progress bar's name.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, at the end of the step in hand.
-        UserError: if the batch does not divide among the processes, there are fewer rows than one, or the loss is no longer a number.
+        UserError: if the batch does not divide among the processes, or the loss is no longer a number.
     """
-    if config.batch_size % accelerator.num_processes:
-        raise UserError(f"a batch of {config.batch_size} does not divide among {accelerator.num_processes} processes; change --batch-size")
-    if not len(data):
-        raise UserError("there is nothing to train on: every image fell into the held-out part; give more images")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    model.to(accelerator.device)
+    process, processes = accelerator.process_index, accelerator.num_processes
+    if config.batch_size % processes:
+        raise UserError(
+            f"a batch of {config.batch_size} does not divide among {processes} processes; change --batch-size"
+        )
+    for phase in phases:
+        phase.objective.to(accelerator.device)
     ema = EMA(model, config.ema_decay)
-    objectives = [accelerator.prepare_model(phase.objective) for phase in phases]
-    optimizers = [accelerator.prepare_optimizer(phase.optimizer) for phase in phases]
-    first_step = _restore(run.load_state(), phases, ema)
-    base_rates = [[group["initial_lr"] for group in phase.optimizer.param_groups] for phase in phases]
-    loop = _Loop(accelerator, phases, config, model, run, ema, held_out, on_report)
-    loader = batches(
-        data,
-        StepRows(
-            len(data),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            first_step=first_step,
-            last_step=config.steps,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-        ),
-        workers=config.workers,
-        pin_memory=accelerator.device.type == "cuda",
+    first_step = _restore(run.begin(), phases, ema)
+    wrapped = [accelerator.prepare_model(phase.objective) for phase in phases]
+    steps = range(first_step, config.steps)
+    rows = StepRows(
+        len(data), batch_size=config.batch_size, seed=config.seed, steps=steps, process=process, processes=processes
     )
+    # with no workers the data is in memory, perhaps the device's
+    pin_memory = accelerator.device.type == "cuda" and config.workers > 0
+    loader = batches(data, rows, workers=config.workers, pin_memory=pin_memory)
     with (
         _signals() as received,
-        bar(what=what, total=config.steps, initial=first_step, unit="step", shown=accelerator.is_main_process) as progress,
+        bar(
+            what=what, total=config.steps, initial=first_step, unit="step", shown=accelerator.is_main_process
+        ) as progress,
     ):
-        for step, host_batch in enumerate(loader, start=first_step):
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in host_batch.items()}
-            batch["seeds"] = derive(row_seeds(config.seed, batch["rows"]), step)
-            torch.manual_seed(int(derive(torch.tensor(config.seed), step, accelerator.process_index)))  # dropout and the like
-            measured: dict[str, Tensor] = {}
-            for phase, objective, optimizer, rates in zip(phases, objectives, optimizers, base_rates, strict=True):
-                for group, rate in zip(phase.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * config.rate(step)
-                loss, terms = objective(batch)
-                accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_((p for group in phase.optimizer.param_groups for p in group["params"]), config.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                prefix = f"{phase.name}/" if len(phases) > 1 else ""
-                measured |= {f"{prefix}{name}": value for name, value in {"loss": loss.detach(), **terms, "gradient_norm": norm}.items()}
+        between = _BetweenSteps(accelerator, phases, config, model, run, ema, held_out, on_report, progress, first_step)
+        for step, batch in zip(steps, loader, strict=True):
+            measured = _step(accelerator, phases, wrapped, batch, config, step)
             ema.update(step)
             progress.update()
-            stop = _agree(accelerator, received)
-            loop.after(step + 1, measured, progress, stopping=bool(stop))
-            if stop and step + 1 < config.steps:
+            between.after(step + 1, measured)
+            if stop := _agree(accelerator, received):
+                between.save(step + 1, measured)
                 raise Interrupted(step + 1, config.steps, stop)
 
 
-class _Loop:
-    """What happens between steps: logging, saving, held-out losses and reports."""
+def _step(
+    accelerator: Accelerator,
+    phases: Sequence[Phase],
+    wrapped: Sequence[nn.Module],
+    batch: Batch,
+    config: FitConfig,
+    step: int,
+) -> dict[str, Tensor]:
+    """Runs every phase once; what they measured, by name."""
+    batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+    batch["seeds"] = derive(row_seeds(config.seed, batch["rows"]), step)
+    torch.manual_seed(int(derive(torch.tensor(config.seed), step, accelerator.process_index)))  # for layers of torch's
+    measured: dict[str, Tensor] = {}
+    for phase, objective in zip(phases, wrapped, strict=True):
+        for group in phase.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * config.rate(step)
+        loss, terms = objective(batch)
+        accelerator.backward(loss)
+        trained = [parameter for group in phase.optimizer.param_groups for parameter in group["params"]]
+        norm = accelerator.clip_grad_norm_(trained, config.clip_norm)
+        phase.optimizer.step()
+        objective.zero_grad()  # all of it: a discriminator in the generator's phase has gradients that are not its own
+        prefix = f"{phase.name}/" if len(phases) > 1 else ""
+        found = {"loss": loss.detach(), **terms, "gradient_norm": norm}
+        measured |= {f"{prefix}{name}": value for name, value in found.items()}
+    return measured
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        phases: Sequence[Phase],
-        config: FitConfig,
-        model: Checkpointed,
-        run: Run,
-        ema: EMA,
-        held_out: RowData | None,
-        on_report: Callable[[int], None] | None,
-    ) -> None:
-        self.accelerator, self.phases, self.config, self.model, self.run, self.ema = accelerator, phases, config, model, run, ema
-        self.held_out, self.on_report = held_out, on_report
-        self.last_logged = time.perf_counter()
 
-    def after(self, done: int, measured: dict[str, Tensor], progress: Any, *, stopping: bool) -> None:
-        """What is due after `done` steps."""
-        last = done == self.config.steps
-        if done % self.config.log_steps == 0 or last:
-            self._log(done, measured, progress)
-        if done % self.config.report_steps == 0 or last:
+@dataclass
+class _BetweenSteps:
+    """What happens between steps: logging, held-out losses and reports, saving."""
+
+    accelerator: Accelerator
+    phases: Sequence[Phase]
+    config: FitConfig
+    model: Checkpointed
+    run: Run
+    ema: EMA
+    held_out: RowData | None
+    on_report: Callable[[int], None] | None
+    progress: Any
+    timed_from: int  # the step after which the clock for rows per second was last set
+
+    def __post_init__(self) -> None:
+        self.clock = time.perf_counter()
+
+    def after(self, done: int, measured: dict[str, Tensor]) -> None:
+        """Does what is due after `done` steps."""
+        last, config = done == self.config.steps, self.config
+        log, report, save = (
+            last or done % every == 0 for every in (config.log_steps, config.report_steps, config.save_steps)
+        )
+        if log:
+            self._log(done, measured)
+        if report:
             self._report(done)
-        if done % self.config.save_steps == 0 or last or stopping:
-            self._save(done)
+        if save:
+            self.save(done, measured)
+        if log or report or save:
+            self.timed_from, self.clock = done, time.perf_counter()
 
-    def _log(self, done: int, measured: dict[str, Tensor], progress: Any) -> None:
-        names, values = list(measured), torch.stack([torch.as_tensor(value).float() for value in measured.values()])
-        averaged = dict(zip(names, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
-        bad = [name for name, value in averaged.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"{bad[0]} is {averaged[bad[0]]} after step {done}; lower --learning-rate and go on from the last saved state, or use --precision fp32"
-            )
-        now = time.perf_counter()
-        speed = self.config.log_steps * self.config.batch_size / (now - self.last_logged)
-        self.last_logged = now
+    def save(self, done: int, measured: dict[str, Tensor]) -> None:
+        """Saves the model, then the state: where that says that n steps are done, the model of step n is there."""
+        self._averaged(done, measured)  # weights that are no longer numbers must not replace those that are
+        if self.accelerator.is_main_process:
+            with self.ema.applied():
+                self.model.provenance = {**self.model.provenance, "steps": done}
+                self.model.save(self.run.folder)
+            states = [
+                {"objective": phase.objective.state_dict(), "optimizer": phase.optimizer.state_dict()}
+                for phase in self.phases
+            ]
+            self.run.save_state({"step": done, "phases": states, "ema": self.ema.state_dict()})
+        self.accelerator.wait_for_everyone()
+
+    def _log(self, done: int, measured: dict[str, Tensor]) -> None:
+        averaged = self._averaged(done, measured)
+        speed = (done - self.timed_from) * self.config.batch_size / (time.perf_counter() - self.clock)
         rate = self.config.learning_rate * self.config.rate(done - 1)
         self.run.log(done, {**averaged, "learning_rate": rate, "rows_per_second": speed})
-        progress.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in list(averaged.items())[:2]), refresh=False)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(averaged.items())[:2])
+        self.progress.set_postfix_str(shown, refresh=False)
+
+    def _averaged(self, done: int, measured: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the processes; refuses what is not finite."""
+        values = torch.stack([torch.as_tensor(value).float() for value in measured.values()])
+        reduced = cast(Tensor, self.accelerator.reduce(values, reduction="mean"))
+        averaged = dict(zip(measured, reduced.tolist(), strict=True))
+        for name, value in averaged.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} after step {done}; start again with a lower --learning-rate, or with "
+                    "--precision fp32, and --restart"
+                )
+        return averaged
 
     def _report(self, done: int) -> None:
-        was_training = self.model.training
         with self.ema.applied(), torch.no_grad():
             for phase in self.phases:
                 phase.objective.eval()
@@ -239,26 +296,14 @@ class _Loop:
             if self.on_report and self.accelerator.is_main_process:
                 self.on_report(done)
             for phase in self.phases:
-                phase.objective.train(was_training)
-        self.last_logged = time.perf_counter()
-
-    def _save(self, done: int) -> None:
-        if self.accelerator.is_main_process:
-            with self.ema.applied():
-                self.model.provenance = {**self.model.provenance, "steps": done}
-                self.model.save(self.run.folder)
-            # the state comes after the model: where it says that n steps are done, the model of step n stands already
-            states = [{"objective": phase.objective.state_dict(), "optimizer": phase.optimizer.state_dict()} for phase in self.phases]
-            self.run.save_state({"step": done, "phases": states, "ema": self.ema.state_dict()})
-        self.accelerator.wait_for_everyone()
-        self.last_logged = time.perf_counter()
+                phase.objective.train()
 
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, objective: nn.Module, held_out: RowData, config: FitConfig) -> dict[str, float]:
     """The objective's loss and terms over held-out rows, each prefixed `held_out_`; the same draws every time.
 
-    The same rows on every process: held-out sets are small, and the mean needs no gathering.
+    Every process goes through the same rows: there are few, and so nothing need be gathered.
     """
     rows = min(len(held_out), HELD_OUT_ROWS)
     stride = len(held_out) / rows
@@ -293,7 +338,7 @@ def _agree(accelerator: Accelerator, received: list[int]) -> int:
     mine = received[0] if received else 0
     if accelerator.num_processes == 1:
         return mine
-    return int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).max())  # pyright: ignore[reportAttributeAccessIssue]
+    return int(cast(Tensor, accelerator.gather(torch.tensor([mine], device=accelerator.device))).max())
 
 
 @contextmanager
@@ -305,7 +350,7 @@ def _signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

@@ -1,19 +1,27 @@
-"""Which rows of a data set make up step s: a function of seed and step, so that nothing needs to be remembered to go on from any step."""
+"""Which rows make up step s: a function of seed and step, so that nothing need be remembered to go on from any step.
+
+What is in a row, the data sets say.
+"""
 
 import signal
 from collections.abc import Iterator
-from typing import Protocol, TypeAlias, cast
+from functools import lru_cache
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smalti.randomness import generator_for
 
-Batch: TypeAlias = dict[str, torch.Tensor]
+Batch: TypeAlias = dict[str, Tensor]
 
 
 class RowData(Protocol):
-    """A data set that makes whole batches: a tensor for each name, among them `rows`, the int64 row numbers it was asked for."""
+    """A data set that makes whole batches.
+
+    `__getitems__` gives a tensor for each name, among them `rows`, the int64 row numbers it was asked for.
+    """
 
     def __len__(self) -> int: ...
 
@@ -21,38 +29,49 @@ class RowData(Protocol):
 
 
 class StepRows(Sampler[list[int]]):
-    """The rows of each step from `first_step` on: a new permutation of the data set every epoch, cut into global batches that run on
-    across epochs, each cut into one slice a process.
+    """The rows of each step: a new permutation every epoch, cut into global batches that run on across epochs.
+
+    Each batch is cut into one slice a process, in the order of the processes: together they are the same rows for any
+    number of processes.
     """
 
-    def __init__(self, size: int, *, batch_size: int, seed: int, first_step: int, last_step: int, process: int = 0, processes: int = 1) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.steps = range(first_step, last_step)
-        self.slice = slice(process * batch_size // processes, (process + 1) * batch_size // processes)
+    def __init__(
+        self, size: int, *, batch_size: int, seed: int, steps: range, process: int = 0, processes: int = 1
+    ) -> None:
+        assert size > 0
+        assert batch_size % processes == 0
+        self.size, self.batch_size, self.seed, self.steps = size, batch_size, seed, steps
+        share = batch_size // processes
+        self.slice = slice(process * share, (process + 1) * share)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> Tensor:
+            return torch.randperm(self.size, generator=generator_for(self.seed, epoch))
+
         for step in self.steps:
-            rows: list[int] = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if position // self.size != epoch:
-                    epoch = position // self.size
-                    order = torch.randperm(self.size, generator=generator_for(self.seed, epoch))
-                rows.append(int(order[position % self.size]))
-            yield rows[self.slice]
+            first, end = step * self.batch_size, (step + 1) * self.batch_size
+            epochs = range(first // self.size, (end - 1) // self.size + 1)
+            parts = [order(epoch)[max(0, first - epoch * self.size) : end - epoch * self.size] for epoch in epochs]
+            yield torch.cat(parts)[self.slice].tolist()
 
 
-def batches(data: RowData, rows: Sampler[list[int]], *, workers: int, pin_memory: bool) -> DataLoader:
-    """A loader whose data set makes each batch whole (`__getitems__`), in this process or in workers that leave Ctrl-C to it."""
+def batches(data: RowData, rows: StepRows, *, workers: int, pin_memory: bool) -> DataLoader:
+    """A loader whose data set makes each batch whole, in this process or in workers that leave Ctrl-C to it."""
     return DataLoader(
-        cast(Dataset, data), batch_sampler=rows, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_leave_interrupts, pin_memory=pin_memory
+        cast(Dataset, data),
+        batch_sampler=rows,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_interrupts,
+        pin_memory=pin_memory,
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -1,4 +1,7 @@
-"""What a training run leaves beside its model: what made it (`run.json`), what it measured (`metrics.jsonl`), where it was (`training_state.pt`)."""
+"""What a training run leaves beside its model: what made it, what it measured, and the state it goes on from.
+
+The model's own two files are in `checkpoint.py`.
+"""
 
 import dataclasses
 import json
@@ -7,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +21,24 @@ from smalti.files import whole_file, write_json
 
 RUN_NAME, METRICS_NAME, STATE_NAME = "run.json", "metrics.jsonl", "training_state.pt"
 
-# Settings that may change between a run and its continuation. All but `steps` leave the result as it would have been; a run continued with
-# more steps follows the learning rate of the longer run from there on.
+# Settings that may change between a run and its continuation. All but `steps` leave the result as it would have been; a
+# run continued with more steps follows the learning rate of the longer run from there on.
 FREE_SETTINGS = frozenset({"steps", "report_steps", "save_steps", "log_steps", "workers", "out", "restart"})
 
 
 def versions() -> dict[str, str]:
     """Software that decides what numbers come out."""
-    found = {"python": platform.python_version()}
-    for package in ("smalti", "torch", "accelerate", "datasets", "h5py", "numpy", "pillow", "x-transformers", "rotary-embedding-torch"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    deciding = [
+        "torch",
+        "accelerate",
+        "datasets",
+        "h5py",
+        "numpy",
+        "pillow",
+        "x-transformers",
+        "rotary-embedding-torch",
+    ]
+    return {"python": platform.python_version(), **{package: version(package) for package in ("smalti", *deciding)}}
 
 
 def command() -> str:
@@ -40,10 +47,16 @@ def command() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that smalti runs from, with `+` if it was changed since; None for an installed wheel."""
-    here = Path(__file__).resolve().parent
+    """The commit of the checkout that smalti runs from, with `+` if changed since; None for an installed wheel."""
+    tracked = _git("ls-files", Path(__file__).name)  # a wheel may lie in an environment within another repository
+    return _git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*") if tracked else None
+
+
+def _git(*arguments: str) -> str | None:
     try:
-        shown = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=False)
+        shown = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False
+        )
     except OSError:
         return None
     return shown.stdout.strip() or None
@@ -54,9 +67,9 @@ class Run:
 
     Args:
         folder: made if it is not there.
-        settings: what decides the result, as flat JSON values.
+        settings: what decides the result, as flat JSON values; paths are written as they are.
         main: whether this process writes.
-        restart: throw away what an earlier run left here.
+        restart: throw away what an earlier run left here. Other processes may look only when the main one has done so.
 
     Raises:
         UserError: if the folder holds a run with other settings, naming the first that differs.
@@ -64,19 +77,17 @@ class Run:
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, main: bool = True, restart: bool = False) -> None:
         self.folder, self.main = folder, main
+        self.settings = json.loads(json.dumps(settings, default=str))  # as it will be read back: tuples become lists
         if restart and main:
-            for name in (STATE_NAME, METRICS_NAME, RUN_NAME):
+            for name in (STATE_NAME, METRICS_NAME, RUN_NAME):  # the state first: nothing goes on from half a folder
                 (folder / name).unlink(missing_ok=True)
-        self.settings = json.loads(json.dumps(settings))  # as it will be read back: tuples become lists
-        if (folder / RUN_NAME).exists():
+        if not self.is_new:
             self._compare(json.loads((folder / RUN_NAME).read_text())["settings"])
-        if main:
-            described = {"command": command(), "settings": self.settings, "versions": versions(), "git_commit": git_commit()}
-            write_json(folder / RUN_NAME, {**described, "started": datetime.now(UTC).isoformat(timespec="seconds")})
 
     def _compare(self, before: dict[str, Any]) -> None:
-        changed = sorted(name for name in before.keys() | self.settings.keys() if name not in FREE_SETTINGS and before.get(name) != self.settings.get(name))
-        if changed and not self.is_new:
+        names = (before.keys() | self.settings.keys()) - FREE_SETTINGS
+        changed = sorted(name for name in names if before.get(name) != self.settings.get(name))
+        if changed:
             first = changed[0]
             raise UserError(
                 f"{self.folder} holds a run with {first}={before.get(first)!r}, not {self.settings.get(first)!r}; "
@@ -90,20 +101,31 @@ class Run:
 
     def finished(self, steps: int) -> bool:
         """Whether the saved state is that after `steps` steps, or more."""
-        state = self.load_state()
-        return state is not None and state["step"] >= steps
+        return not self.is_new and self._load(mmap=True)["step"] >= steps
 
-    def load_state(self) -> dict[str, Any] | None:
-        """The newest saved state, or None. Also forgets what was measured after it, so that a resumed log equals an uninterrupted one."""
-        if self.is_new:
-            return None
-        state = torch.load(self.folder / STATE_NAME, map_location="cpu", weights_only=True)
-        metrics = self.folder / METRICS_NAME
-        if self.main and metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
-            with whole_file(metrics) as partial:
-                partial.write_text("".join(f"{line}\n" for line in kept))
+    def begin(self) -> dict[str, Any] | None:
+        """The newest saved state, or None if there is none.
+
+        Writes down what makes this run, and forgets what was measured after that state, so that the log of a resumed
+        run equals an uninterrupted one's.
+        """
+        state = None if self.is_new else self._load()
+        if self.main:
+            made_by = {"command": command(), "settings": self.settings, "versions": versions()}
+            started = {"git_commit": git_commit(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+            write_json(self.folder / RUN_NAME, {**made_by, **started})
+            self._forget_after(state["step"] if state else 0)
         return state
+
+    def _forget_after(self, step: int) -> None:
+        metrics = self.folder / METRICS_NAME
+        if metrics.exists():
+            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last
+            with whole_file(metrics) as partial:
+                partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def _load(self, *, mmap: bool = False) -> dict[str, Any]:
+        return torch.load(self.folder / STATE_NAME, map_location="cpu", weights_only=True, mmap=mmap)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Replaces the saved state, whole or not at all."""
@@ -113,16 +135,17 @@ class Run:
     def log(self, step: int, measured: dict[str, float]) -> None:
         """Adds one line to `metrics.jsonl`."""
         if self.main:
+            rounded = {name: float(f"{value:.6g}") for name, value in measured.items()}
             with (self.folder / METRICS_NAME).open("a") as metrics:
-                metrics.write(json.dumps({"step": step, **{name: float(f"{value:.6g}") for name, value in measured.items()}}) + "\n")
+                metrics.write(json.dumps({"step": step, **rounded}) + "\n")
 
-    def last(self) -> dict[str, float]:
-        """The newest measured value of every name."""
-        found: dict[str, float] = {}
-        if (self.folder / METRICS_NAME).exists():
-            for line in (self.folder / METRICS_NAME).read_text().splitlines():
-                found.update(json.loads(line))
-        return found
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """The newest measured value of every name in the run at `folder`; of a name that was never measured, none."""
+    found: dict[str, float] = {}
+    for line in (folder / METRICS_NAME).read_text().splitlines():
+        found.update(json.loads(line))
+    return found
 
 
 def flatten(config: Any) -> dict[str, Any]:

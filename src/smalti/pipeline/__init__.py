@@ -1,1 +1,1 @@
-"""What the commands do: the wings joined into stages. Each stage is a frozen config and a function of it; `scripts/` only parses and calls."""
+"""What the commands do: the wings joined into stages, each a frozen config and a function of it. No parsing."""

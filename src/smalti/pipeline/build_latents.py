@@ -3,12 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from smalti.codes import Layout
-from smalti.devices import best_device
+from smalti.devices import Device, device
 from smalti.errors import UserError
 from smalti.images import ImageRows, ImageSet, open_images
 from smalti.interfaces import Tokenizer
@@ -29,7 +28,8 @@ class BuildLatents:
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None
-    """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: those the tokenizer was trained on]."""
+    """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: what the tokenizer was
+    trained on]."""
     height: int | None = None
     """Height of the images in pixels, if not the tokenizer's own."""
     width: int | None = None
@@ -38,7 +38,7 @@ class BuildLatents:
     """Store the mirror images too, as rows of their own."""
     batch_size: int = 256
     """Images encoded at once."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to encode."""
     out: Path | None = None
     """The file [default: runs/latents/KIND.h5]."""
@@ -52,15 +52,16 @@ def build_latents(config: BuildLatents) -> Path:
     Raises:
         UserError: for a tokenizer or images that will not do, or a full disk. The file is then as it was.
     """
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {config.batch_size}")
     tokenizer = load_tokenizer(config.tokenizer)
     source = config.images or tokenizer.provenance.get("image_source")
     if source is None:
         raise UserError(f"{config.tokenizer} does not say what images it was trained on; give --images")
-    nominal = tokenizer.provenance.get("preprocessing", {})
     images = open_images(
         source,
-        height=config.height or nominal.get("height", 32),
-        width=config.width or nominal.get("width", 32),
+        height=config.height or tokenizer.config.height,
+        width=config.width or tokenizer.config.width,
         channels=tokenizer.image_channels,
     )
     path = config.out or LATENTS / f"{tokenizer.kind}.h5"
@@ -78,15 +79,20 @@ def build_latents(config: BuildLatents) -> Path:
     if path.exists() and _is_of(path, provenance):
         print(f"{path} holds these codes already.")
     else:
-        device = best_device() if config.device == "auto" else torch.device(config.device)
-        _encode(tokenizer.to(device), images, path, provenance, config, device)
+        where = device(config.device)
+        _encode(tokenizer.to(where), images, path, provenance, config, where)
     print(describe(LatentSet(path)))
     return path
 
 
 @torch.no_grad()
 def _encode(
-    tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Provenance, config: BuildLatents, device: torch.device
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    path: Path,
+    provenance: Provenance,
+    config: BuildLatents,
+    device: torch.device,
 ) -> None:
     rows = ImageRows(images, split="all", flips=config.flips)
     layout = _layout(tokenizer, rows, device)
@@ -94,7 +100,9 @@ def _encode(
         for start in bar(range(0, len(rows), config.batch_size), what="encoding", unit="batch"):
             batch = rows.__getitems__(range(start, min(start + config.batch_size, len(rows))))
             codes = tokenizer.encode(to_float(batch["images"].to(device)))
-            writer.write(start, tuple(grid.cpu() for grid in codes), batch["labels"], batch["source_ids"], batch["flipped"])
+            writer.write(
+                start, tuple(grid.cpu() for grid in codes), batch["labels"], batch["source_ids"], batch["flipped"]
+            )
 
 
 def _layout(tokenizer: Tokenizer, rows: ImageRows, device: torch.device) -> Layout:
@@ -110,5 +118,6 @@ def _is_of(path: Path, provenance: Provenance) -> bool:
     except UserError:
         return False
     return all(
-        getattr(found, name) == getattr(provenance, name) for name in ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
+        getattr(found, name) == getattr(provenance, name)
+        for name in ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
     )

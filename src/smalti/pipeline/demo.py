@@ -1,18 +1,16 @@
-"""The whole path on the embedded emoji, as `make demo` runs it: tokenizer, latent set, prior, samples, fills, and a report of them."""
+"""The whole path on the embedded emoji, as `make demo` makes it: tokenizer, latent set, prior, samples, fills."""
 
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from smalti.devices import Precision, best_device, resolve
+from smalti.devices import Precision, autocast, best_device, resolve
 from smalti.files import whole_file
-from smalti.fit import FitConfig
 from smalti.images import ImageRows, open_images
 from smalti.interfaces import Tokenizer
 from smalti.latentsets.reader import LatentSet, perplexity
@@ -27,7 +25,7 @@ from smalti.preprocess import to_float
 from smalti.priors.hourglass import HourglassConfig
 from smalti.priors.samplers import SundaeSampling
 from smalti.randomness import row_seeds
-from smalti.runs import Run, flatten, versions
+from smalti.runs import flatten, last_metrics, versions
 from smalti.tokenizers.hrvq import HRVQConfig
 
 FILLS = 3
@@ -62,27 +60,44 @@ def demo(config: Demo) -> Path:
     report, done = config.out / "report.md", config.out / "demo.json"
     pictures = [config.out / f"{name}.png" for name in ("reconstructions", "samples", "inpainting")]
     settings = json.loads(json.dumps(flatten(config), default=str))
-    if all(path.exists() for path in (report, done, *pictures)) and json.loads(done.read_text())["settings"] == settings:
-        print(f"The demonstration is finished: see {report} and the pictures beside it. Remove {config.out} to make it anew.")
+    if (
+        all(path.exists() for path in (report, done, *pictures))
+        and json.loads(done.read_text())["settings"] == settings
+    ):
+        print(
+            f"The demonstration is finished: see {report} and the pictures beside it. Remove {config.out} to redo it."
+        )
         return report
     seconds: dict[str, float] = {}
     with _timed(seconds, "tokenizer"):
-        fit = FitConfig(**{**flatten(TrainTokenizer(model=None).fit), "steps": config.tokenizer_steps, "seed": config.seed})
-        folder = train_tokenizer(TrainTokenizer(model=HRVQConfig(), fit=fit, precision=config.precision, out=config.out / "tokenizer"))
+        fit = replace(TrainTokenizer(model=None).fit, steps=config.tokenizer_steps, seed=config.seed)
+        folder = train_tokenizer(
+            TrainTokenizer(model=HRVQConfig(), fit=fit, precision=config.precision, out=config.out / "tokenizer")
+        )
     with _timed(seconds, "latent set"):
         latents = build_latents(BuildLatents(tokenizer=str(folder), out=config.out / "latents.h5"))
     with _timed(seconds, "prior"):
-        fit = FitConfig(**{**flatten(TrainPrior(model=None).fit), "steps": config.prior_steps, "seed": config.seed})
-        prior_config = TrainPrior(model=HourglassConfig(), fit=fit, latents=latents, precision=config.precision, out=config.out / "prior")
+        fit = replace(TrainPrior(model=None).fit, steps=config.prior_steps, seed=config.seed)
+        prior_config = TrainPrior(
+            model=HourglassConfig(), fit=fit, latents=latents, precision=config.precision, out=config.out / "prior"
+        )
         prior = train_prior(prior_config)
     with _timed(seconds, "samples"):
-        sample(Sample(sampling=config.sampling, prior=str(prior), seed=config.seed, precision=config.precision, out=pictures[1]))
+        sample(
+            Sample(
+                sampling=config.sampling,
+                prior=str(prior),
+                seed=config.seed,
+                precision=config.precision,
+                out=pictures[1],
+            )
+        )
     with _timed(seconds, "fills"):
         _inpainting(str(prior), config, pictures[2])
     tokenizer = load_tokenizer(str(folder))
     rows = _held_out(tokenizer)
     save_reconstructions(tokenizer, rows, pictures[0])
-    text = _report(config, tokenizer, rows, LatentSet(latents), Run(prior, {}, main=False).last(), seconds)
+    text = _report(config, tokenizer, rows, LatentSet(latents), last_metrics(prior), seconds)
     with whole_file(report) as partial:
         partial.write_text(text)
     with whole_file(done) as partial:
@@ -95,13 +110,14 @@ def demo(config: Demo) -> Path:
 def _inpainting(prior_folder: str, config: Demo, path: Path) -> None:
     """A sheet: for each example mask, held-out images as they are, with the hole, and filled three times."""
     device = best_device()
-    prior, tokenizer = (model.to(device) for model in load_prior(prior_folder, None))
+    prior, tokenizer = load_prior(prior_folder, None)
+    prior, tokenizer = prior.to(device), tokenizer.to(device)
     rows = _held_out(tokenizer)
     holes = examples(tokenizer.config.height, tokenizer.config.width)
     count = len(holes) * IMAGES_PER_MASK
     images = rows.__getitems__([(2 * i + 1) * len(rows) // (2 * count) for i in range(count)])["images"]
     hole = torch.stack(list(holes.values())).repeat_interleave(IMAGES_PER_MASK, 0)
-    with torch.autocast(device.type, torch.bfloat16, enabled=resolve(config.precision) == "bf16"):
+    with autocast(device, config.precision):
         filled = fill(
             prior,
             tokenizer,
@@ -110,13 +126,22 @@ def _inpainting(prior_folder: str, config: Demo, path: Path) -> None:
             seeds=row_seeds(config.seed, torch.arange(count * FILLS)),
             sampling=config.sampling,
         )
-    shown = torch.cat([to_float(images)[:, None], blank(to_float(images), hole)[:, None], to_float(filled).unflatten(0, (count, FILLS))], 1)
+    shown = torch.cat(
+        [
+            to_float(images)[:, None],
+            blank(to_float(images), hole)[:, None],
+            to_float(filled).unflatten(0, (count, FILLS)),
+        ],
+        1,
+    )
     captions = [f"{name}: image, masked, {FILLS} fills; and another" for name in holes]
     save_sheet(path, dict(zip(captions, shown.flatten(0, 1).chunk(len(holes)), strict=True)), settings=flatten(config))
 
 
 def _held_out(tokenizer: Tokenizer) -> ImageRows:
-    images = open_images("emoji", height=tokenizer.config.height, width=tokenizer.config.width, channels=tokenizer.image_channels)
+    images = open_images(
+        "emoji", height=tokenizer.config.height, width=tokenizer.config.width, channels=tokenizer.image_channels
+    )
     return ImageRows(images, split="held_out", flips=False)
 
 
@@ -124,17 +149,26 @@ def _held_out(tokenizer: Tokenizer) -> ImageRows:
 def _mse(tokenizer: Tokenizer, rows: ImageRows) -> float:
     """Mean squared error of reconstructions over all held-out images, in [0, 1] units."""
     images = to_float(rows.__getitems__(range(len(rows)))["images"])
-    errors = [(tokenizer.decode(tokenizer.encode(block)) - block).square().flatten(1).mean(1) / 4 for block in images.split(128)]
+    errors = [
+        (tokenizer.decode(tokenizer.encode(block)) - block).square().flatten(1).mean(1) / 4
+        for block in images.split(128)
+    ]
     return float(torch.cat(errors).mean())
 
 
 def _report(
-    config: Demo, tokenizer: Tokenizer, rows: ImageRows, latents: LatentSet, prior: dict[str, float], seconds: dict[str, float]
+    config: Demo,
+    tokenizer: Tokenizer,
+    rows: ImageRows,
+    latents: LatentSet,
+    prior: dict[str, float],
+    seconds: dict[str, float],
 ) -> str:
     counts = latents.usage()
     return f"""# What the demonstration made
 
-{len(latents)} rows of emoji (with mirror images), {rows.__len__()} images held out (an emoji and its skin tones are one source, on one side).
+{len(latents)} rows of emoji (with mirror images), {len(rows)} images held out (an emoji and its skin tones are one
+source, on one side).
 
 | stage | measure | value |
 |---|---|---|
@@ -145,7 +179,8 @@ def _report(
 | prior ({config.prior_steps} steps) | training loss, nats a code, mean over corruption rates | {prior["loss"]:.3f} |
 | | held-out loss | {prior["held_out_loss"]:.3f} |
 
-Seconds: {", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}; {sum(seconds.values()):.0f} in all, in {resolve(config.precision)} on {best_device().type}.
+Seconds: {", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}; {sum(seconds.values()):.0f} in all, in
+{resolve(config.precision)} on {best_device().type}. Of a demonstration that was stopped, those since it went on.
 
 - `reconstructions.png`: held-out images, their reconstructions, and what the first digits of each code alone say.
 - `samples.png`: new images, none of them picked.
@@ -154,9 +189,12 @@ Seconds: {", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}; 
 ## What to try next
 
 - Another seed, cooler: `python scripts/sample.py --prior {config.out}/prior --seed 1 --temperature 0.9 0.5`
-- Your own picture: `python scripts/inpaint.py --prior {config.out}/prior --image in.png --mask mask.png` (32×32 pixels; white is filled)
-- Longer training is the surest way to better samples: `python scripts/demo.py --prior-steps {4 * config.prior_steps} --out runs/longer`
-- Your own images: `python scripts/train_tokenizer.py --images my/photos`, then `build_latents.py` and `train_prior.py` (see the README).
+- Your own picture: `python scripts/inpaint.py --prior {config.out}/prior --image in.png --mask mask.png`
+  (32×32 pixels; white is filled)
+- Longer training is the surest way to better samples:
+  `python scripts/demo.py --prior-steps {4 * config.prior_steps} --out runs/longer`
+- Your own images: `python scripts/train_tokenizer.py --images my/photos`, then `build_latents.py` and `train_prior.py`
+  (see the README).
 """
 
 
@@ -166,5 +204,3 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
-
-

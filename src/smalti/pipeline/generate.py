@@ -1,15 +1,15 @@
 """What a trained pair of tokenizer and prior is for: new images, and the missing parts of given ones."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from tqdm import tqdm
 
-from smalti.devices import Precision, best_device, resolve
+from smalti.devices import Device, Precision, autocast, device
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.masks import blank, known_codes, load_mask
@@ -22,14 +22,12 @@ from smalti.progress import bar
 from smalti.randomness import row_seeds
 from smalti.runs import flatten, versions
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
-
 
 @dataclass(frozen=True)
 class Sample:
     """How to generate images."""
 
-    sampling: SundaeSampling = SundaeSampling()
+    sampling: SundaeSampling = field(default_factory=SundaeSampling)
     prior: str = "hourglass"
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id."""
     tokenizer: str | None = None
@@ -56,7 +54,7 @@ class Inpaint:
     """The image to mend: any format that Pillow opens, of a size that divides by the tokenizer's downsampling."""
     mask: Path
     """An image of the same size: what is white is filled in."""
-    sampling: SundaeSampling = SundaeSampling()
+    sampling: SundaeSampling = field(default_factory=SundaeSampling)
     invert: bool = False
     """Fill what is black in the mask instead."""
     num: int = 3
@@ -75,28 +73,30 @@ class Inpaint:
     """The first fill; further ones get -2, -3, ... and a sheet of all -sheet after the name."""
 
 
+@torch.no_grad()
 def sample(config: Sample) -> Path:
     """Writes a sheet of new images; returns its path.
 
     Raises:
         UserError: for a prior, tokenizer or number that will not do.
     """
-    if config.num < 1:
-        raise UserError(f"--num must be at least 1, not {config.num}")
-    device = _device(config.device)
-    prior, tokenizer = (model.to(device) for model in load_prior(config.prior, config.tokenizer))
+    if config.num < 1 or config.batch_size < 1:
+        raise UserError(f"--num and --batch-size must be at least 1, not {config.num} and {config.batch_size}")
+    where = device(config.device)
+    prior, tokenizer = load_prior(config.prior, config.tokenizer)
+    prior, tokenizer = prior.to(where), tokenizer.to(where)
     images = []
     batches = range(0, config.num, config.batch_size)
     with bar(what="sampling", total=len(batches) * config.sampling.steps, unit="step") as progress:
         for index, start in enumerate(batches):
-            with _arithmetic(device, config.precision):
+            with autocast(where, config.precision):
                 codes = generate_codes(
                     prior,
                     num=min(config.batch_size, config.num - start),
                     first=start,
                     seed=config.seed,
                     sampling=config.sampling,
-                    callback=lambda _step, _codes: progress.update(),
+                    callback=_counting(progress),
                 )
             images.append(tokenizer.decode((codes,)).cpu())
             progress.update((index + 1) * config.sampling.steps - progress.n)  # steps that stopping early saved
@@ -106,24 +106,31 @@ def sample(config: Sample) -> Path:
 
 
 def inpaint(config: Inpaint) -> Path:
-    """Fills the holes of one image several times; every pixel outside the mask comes back exactly. Returns the first fill's path.
+    """Fills the holes of one image several times; returns the first fill's path.
+
+    Every pixel outside the mask comes back exactly.
 
     Raises:
         UserError: for a file, mask or model that will not do, or sizes that do not fit together.
     """
     if config.num < 1:
         raise UserError(f"--num must be at least 1, not {config.num}")
-    device = _device(config.device)
-    prior, tokenizer = (model.to(device) for model in load_prior(config.prior, config.tokenizer))
+    where = device(config.device)
+    prior, tokenizer = load_prior(config.prior, config.tokenizer)
+    prior, tokenizer = prior.to(where), tokenizer.to(where)
     pixels = load_image(config.image, channels=tokenizer.image_channels)
     _, height, width = pixels.shape
     if height % tokenizer.downsampling or width % tokenizer.downsampling:
         trained = f"{tokenizer.config.width}x{tokenizer.config.height}"
         raise UserError(
-            f"{config.image} is {width}x{height}, which does not divide by {tokenizer.downsampling}; crop or resize it (the model knows {trained} best)"
+            f"{config.image} is {width}x{height}, which does not divide by {tokenizer.downsampling}; crop or resize it "
+            f"(the model knows {trained} best)"
         )
     hole = load_mask(config.mask, height=height, width=width, invert=config.invert)
-    with bar(what="filling", total=config.sampling.steps, unit="step") as progress, _arithmetic(device, config.precision):
+    with (
+        bar(what="filling", total=config.sampling.steps, unit="step") as progress,
+        autocast(where, config.precision),
+    ):
         filled = fill(
             prior,
             tokenizer,
@@ -131,7 +138,7 @@ def inpaint(config: Inpaint) -> Path:
             hole.expand(config.num, -1, -1),
             seeds=row_seeds(config.seed, torch.arange(config.num)),
             sampling=config.sampling,
-            callback=lambda _step, _codes: progress.update(),
+            callback=_counting(progress),
         )
     settings = {**flatten(config), "prior_digest": prior.digest(), "versions": versions()}
     for index, image in enumerate(filled):
@@ -154,11 +161,11 @@ def generate_codes(
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Int64[Tensor, "b h w"]:
     """Codes of samples `first` to `first + num - 1` of a seed: inpainting with nothing known."""
-    device = next(prior.parameters()).device
-    known = torch.zeros(num, prior.level.height, prior.level.width, dtype=torch.long, device=device)
-    seeds = row_seeds(seed, torch.arange(first, first + num, device=device))
+    rows = torch.arange(first, first + num, device=next(prior.parameters()).device)
+    known = rows.new_zeros(num, prior.level.height, prior.level.width)
+    nothing = torch.zeros_like(known, dtype=torch.bool)
     return sample_sundae(
-        prior, known=known, known_mask=torch.zeros_like(known, dtype=torch.bool), seeds=seeds, sampling=sampling, callback=callback
+        prior, known=known, known_mask=nothing, seeds=row_seeds(seed, rows), sampling=sampling, callback=callback
     )
 
 
@@ -175,27 +182,26 @@ def fill(
 ) -> Tensor:
     """Images `(b, c, h, w)` uint8 with their holes filled; pixels outside the holes are those given.
 
-    What the holes hide is painted over before encoding, so the fill cannot depend on it, and the codes beside a hole, whose
-    pixels saw the paint, are drawn anew.
+    What the holes hide is painted over before encoding, so the fill cannot depend on it, and the codes beside a hole,
+    whose pixels saw the paint, are drawn anew.
     """
-    device = next(prior.parameters()).device
-    blanked = blank(to_float(pixels).to(device), hole.to(device))
-    with torch.autocast(device.type, enabled=False):
+    where = next(prior.parameters()).device
+    blanked = blank(to_float(pixels).to(where), hole.to(where))
+    with torch.autocast(where.type, enabled=False):
         (known,) = tokenizer.encode(blanked)
-    known_mask = known_codes(hole.to(device), tokenizer.downsampling)
-    codes = sample_sundae(prior, known=known, known_mask=known_mask, seeds=seeds.to(device), sampling=sampling, callback=callback)
-    with torch.autocast(device.type, enabled=False):
+    known_mask = known_codes(hole.to(where), tokenizer.downsampling)
+    codes = sample_sundae(
+        prior, known=known, known_mask=known_mask, seeds=seeds.to(where), sampling=sampling, callback=callback
+    )
+    with torch.autocast(where.type, enabled=False):
         decoded: Float[Tensor, "b c h w"] = tokenizer.decode((codes,))
     return torch.where(hole.unsqueeze(1), to_uint8(decoded).cpu(), pixels)
 
 
-def _device(name: Device) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is visible here; leave --device out to use what there is")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: no Apple GPU is visible here; leave --device out to use what there is")
-    return best_device() if name == "auto" else torch.device(name)
+def _counting(progress: tqdm) -> Callable[[int, Tensor], None]:
+    """A sampler's callback that moves a progress bar by a step."""
 
+    def count(_step: int, _codes: Tensor) -> None:
+        progress.update()
 
-def _arithmetic(device: torch.device, precision: Precision) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=resolve(precision) == "bf16")
+    return count

@@ -21,7 +21,10 @@ def load_tokenizer(source: str) -> Tokenizer:
     if source in registry.kinds("tokenizer"):
         folder = TOKENIZERS / source
         if not (folder / CONFIG_NAME).exists():
-            raise UserError(f"{folder} is not there: train it first (python scripts/train_tokenizer.py --tokenizer {source}) or give a folder or hub id")
+            raise UserError(
+                f"{folder} is not there: train it first (python scripts/train_tokenizer.py --tokenizer {source}), "
+                "or give a folder or hub id"
+            )
         return load(folder, "tokenizer")
     return load(source, "tokenizer")
 
@@ -34,14 +37,17 @@ def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
     """
     if source in registry.kinds("prior"):
         if not (PRIORS / source / CONFIG_NAME).exists():
-            raise UserError(f"{PRIORS / source} is not there: train it first (accelerate launch scripts/train_prior.py) or give --prior a folder or hub id")
+            raise UserError(
+                f"{PRIORS / source} is not there: train it first (accelerate launch scripts/train_prior.py), "
+                "or give --prior a folder or hub id"
+            )
         source = str(PRIORS / source)
     prior: Prior = load(source, "prior")
     decoder = load_tokenizer(tokenizer if tokenizer is not None else str(locate(source) / "tokenizer"))
     expected, found = prior.provenance.get("tokenizer_digest"), decoder.digest()
     if found != expected:
         raise UserError(
-            f"the prior {source} speaks the codes of tokenizer {str(expected)[:12]}, but {tokenizer or 'the copy beside it'} is {found[:12]}; "
-            "give --tokenizer the one it was trained with"
+            f"the prior {source} speaks the codes of tokenizer {str(expected)[:12]}, but "
+            f"{tokenizer or 'the copy beside it'} is {found[:12]}; give --tokenizer the one it was trained with"
         )
     return prior, decoder

@@ -1,13 +1,14 @@
-"""Stage two: a latent set to a trained prior, with the tokenizer beside it, so that the folder is all that generating needs."""
+"""Stage two: a latent set to a trained prior, in a folder with its tokenizer: all that generating needs."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 from smalti import registry
+from smalti.codes import Level
 from smalti.devices import Precision, accelerator
 from smalti.errors import UserError
 from smalti.fit import FitConfig, Phase, adamw, fit
@@ -32,8 +33,8 @@ class TrainPrior(Generic[C]):
     """How to train a prior."""
 
     model: C
-    """The network; its grid and radices are those of the latent set."""
-    sundae: SundaeConfig = SundaeConfig()
+    """The network; its height, width and radices are those of the latent set."""
+    sundae: SundaeConfig = field(default_factory=SundaeConfig)
     fit: FitConfig = field(default_factory=lambda: FitConfig(ema_decay=0.998))
     prior: str = "hourglass"
     """Kind of prior; its own settings are listed with it (`--prior KIND --help`)."""
@@ -65,10 +66,12 @@ def train_prior(config: TrainPrior[Any]) -> Path:
     require_tokenizer(latents, tokenizer.digest())
     (level,) = latents.layout.levels
     torch.manual_seed(config.fit.seed)
-    network = dataclasses.replace(config.model, height=level.height, width=level.width, radices=level.radices)
-    prior: Prior = registry.find("prior", config.prior)(network)  # pyright: ignore[reportAssignmentType] - by its family
-    settings = {**flatten(config), "latents": latents.content_digest, "mixed_precision": process.mixed_precision}
-    run = Run(folder, settings, main=process.is_main_process, restart=config.restart)
+    config = dataclasses.replace(config, model=_fitted(config.model, level))
+    prior = cast(Prior, registry.find("prior", config.prior)(config.model))
+    origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
+    settings = {**flatten(config), **origins, "precision": process.mixed_precision}
+    with process.main_process_first():  # which may throw an earlier run away
+        run = Run(folder, settings, main=process.is_main_process, restart=config.restart)
     if run.finished(config.fit.steps):
         process.print(f"{folder} is finished: {config.fit.steps} steps. Give --steps to train on, or --restart.")
         return folder
@@ -83,6 +86,7 @@ def train_prior(config: TrainPrior[Any]) -> Path:
         tokenizer.save(folder / "tokenizer")
     tokenizer.to(process.device)
     objective = Sundae(prior, config.sundae)
+    train = LatentRows(latents, split="train")
 
     def report(_step: int) -> None:
         with process.autocast():
@@ -91,7 +95,7 @@ def train_prior(config: TrainPrior[Any]) -> Path:
     fit(
         process,
         [Phase("prior", objective, adamw(objective, config.fit))],
-        LatentRows(latents, split="train").to(process.device),
+        train if config.fit.workers else train.to(process.device),
         config.fit,
         model=prior,
         run=run,
@@ -100,6 +104,19 @@ def train_prior(config: TrainPrior[Any]) -> Path:
         what=f"training {config.prior}",
     )
     return folder
+
+
+def _fitted(model: Any, level: Level) -> Any:
+    """The network's config with the grid and radices of the latent set.
+
+    Raises:
+        UserError: if the person asked for others.
+    """
+    fixed = {"height": level.height, "width": level.width, "radices": level.radices}
+    for name, value in fixed.items():
+        if getattr(model, name) not in (value, getattr(type(model)(), name)):
+            raise UserError(f"--{name} {getattr(model, name)} is not the latent set's, {value}; leave it out")
+    return dataclasses.replace(model, **fixed)
 
 
 def save_samples(prior: Prior, tokenizer: Tokenizer, path: Path, config: TrainPrior[Any]) -> None:

@@ -1,8 +1,8 @@
 """Stage one: images to a trained tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -29,7 +29,7 @@ class TrainTokenizer(Generic[C]):
 
     model: C
     """The network."""
-    fit: FitConfig = FitConfig()
+    fit: FitConfig = field(default_factory=FitConfig)
     tokenizer: str = "hrvq"
     """Kind of tokenizer; its own settings are listed with it (`--tokenizer KIND --help`)."""
     images: str = "emoji"
@@ -56,16 +56,18 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
     folder = config.out or TOKENIZERS / config.tokenizer
     process = accelerator(config.precision)
     torch.manual_seed(config.fit.seed)
-    tokenizer: Tokenizer = registry.find("tokenizer", config.tokenizer)(config.model)  # pyright: ignore[reportAssignmentType] - by its family
+    tokenizer = cast(Tokenizer, registry.find("tokenizer", config.tokenizer)(config.model))
     size = {"height": config.model.height, "width": config.model.width, "channels": tokenizer.image_channels}
     with process.main_process_first():  # which fills the cache of hashes that the others read
         images = open_images(config.images, **size)
-    settings = {**flatten(config), "image_fingerprint": images.fingerprint, "mixed_precision": process.mixed_precision}
-    run = Run(folder, settings, main=process.is_main_process, restart=config.restart)
+    settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
+    with process.main_process_first():  # which may throw an earlier run away
+        run = Run(folder, settings, main=process.is_main_process, restart=config.restart)
     if run.finished(config.fit.steps):
         process.print(f"{folder} is finished: {config.fit.steps} steps. Give --steps to train on, or --restart.")
         return folder
-    train, held_out = ImageRows(images, split="train", flips=config.flips), ImageRows(images, split="held_out", flips=False)
+    train = ImageRows(images, split="train", flips=config.flips)
+    held_out = ImageRows(images, split="held_out", flips=False)
     tokenizer.provenance = {
         "image_source": config.images,
         "image_fingerprint": images.fingerprint,
@@ -93,12 +95,15 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
 
 @torch.no_grad()
 def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> None:
-    """A sheet: images, their reconstructions, and what the first one, two, ... digits of each code alone decode to (HR-VQVAE, Fig. 1)."""
+    """A sheet: images, reconstructions, and what the first digits alone of each code decode to (HR-VQVAE, Fig. 1)."""
     count = min(SHEET_IMAGES, len(rows))
     images = rows.__getitems__([i * len(rows) // count for i in range(count)])["images"]
     device = next(tokenizer.parameters()).device
     codes = tokenizer.encode(to_float(images).to(device))
-    sheet = {"original": to_float(images), f"from {tokenizer.layout}": tokenizer.decode(codes).cpu()}
+    sheet = {
+        "original": to_float(images),
+        f"from {str(tokenizer.layout).replace('×', 'x')}": tokenizer.decode(codes).cpu(),
+    }
     digits = max(len(level.radices) for level in tokenizer.layout.levels)
     for first in range(digits - 1, 0, -1):
         sheet[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = tokenizer.decode(codes, first).cpu()
@@ -108,5 +113,3 @@ def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> N
 def default_config(kind: str) -> type[TrainTokenizer[Any]]:
     """The config class of a kind, for the command line."""
     return TrainTokenizer[registry.find("tokenizer", kind).config_class]
-
-
