@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import tyro
 
 from smalti.errors import UserError
-from smalti.fit import Interrupted
+from smalti.signals import Interrupted
 
 C = TypeVar("C")
 

@@ -5,10 +5,8 @@ run repeats an uninterrupted one without any generator's state.
 """
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +21,7 @@ from smalti.progress import bar
 from smalti.randomness import derive, row_seeds
 from smalti.rows import Batch, RowData, StepRows, batches
 from smalti.runs import Run
+from smalti.signals import Interrupted, received_signals
 
 HELD_OUT_ROWS = 1_024  # at most: enough for a loss to about one per cent
 
@@ -102,19 +101,6 @@ class Phase:
     optimizer: torch.optim.Optimizer
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped where it was asked to
-    """A signal asked the run to stop, and its state is saved.
-
-    Attributes:
-        step: how many steps are done.
-        signal_number: SIGINT or SIGTERM.
-    """
-
-    def __init__(self, step: int, steps: int, signal_number: int) -> None:
-        super().__init__(f"stopped after step {step} of {steps}, state saved; the same command goes on from there")
-        self.step, self.signal_number = step, signal_number
-
-
 def adamw(module: nn.Module, config: FitConfig) -> torch.optim.AdamW:
     """AdamW over a module's parameters, with weight decay on matrices and larger only."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -175,7 +161,7 @@ def fit(
     pin_memory = accelerator.device.type == "cuda" and config.workers > 0
     loader = batches(data, rows, workers=config.workers, pin_memory=pin_memory)
     with (
-        _signals() as received,
+        received_signals() as received,
         bar(
             what=what, total=config.steps, initial=first_step, unit="step", shown=accelerator.is_main_process
         ) as progress,
@@ -339,20 +325,3 @@ def _agree(accelerator: Accelerator, received: list[int]) -> int:
     if accelerator.num_processes == 1:
         return mine
     return int(cast(Tensor, accelerator.gather(torch.tensor([mine], device=accelerator.device))).max())
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; the second one acts as it always does."""
-    received: list[int] = []
-
-    def receive(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
