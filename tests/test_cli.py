@@ -1,0 +1,137 @@
+"""The command line: flags, what a person sees of an error, exit statuses, and how a loop is asked to stop."""
+
+import errno
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from smalti import cli
+from smalti.errors import UserError
+from smalti.scripts import sample, train_prior, train_tokenizer
+from smalti.signals import Interrupted, received_signals
+
+
+@dataclass(frozen=True)
+class Inner:
+    learning_rate: float = 0.1
+    """A rate."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings."""
+
+    inner: Inner = field(default_factory=Inner)
+    seed: int = 0
+    """A seed."""
+
+
+def run(monkeypatch, command, *arguments, config_class=Config):
+    """Runs a command; its exit status, 0 if it came back."""
+    monkeypatch.setattr(sys, "argv", ["command.py", *arguments])
+    try:
+        cli.run(command, config_class, about="About this.")
+    except SystemExit as left:
+        return left.code
+    return 0
+
+
+def failing(error):
+    def command(_config):
+        raise error
+
+    return command
+
+
+def test_flags_have_no_prefixes_and_reach_the_command(monkeypatch):
+    seen = []
+    assert run(monkeypatch, seen.append, "--learning-rate", "0.5", "--seed", "3") == 0
+    assert run(monkeypatch, seen.append, config_class=lambda: Config) == 0
+    assert seen == [Config(Inner(0.5), 3), Config()]
+
+
+def test_help_says_what_the_command_does(monkeypatch, capsys):
+    assert run(monkeypatch, failing(AssertionError()), "--help") == 0
+    shown = capsys.readouterr().out
+    assert "About this." in shown
+    assert "--learning-rate" in shown
+    assert "A rate." in shown
+
+
+@pytest.mark.parametrize(
+    ("main", "wrong", "right"),
+    [
+        (train_tokenizer.main, "--brunching", "--branching"),
+        (train_prior.main, "--unroled-steps", "--unrolled-steps"),
+        (sample.main, "--temprature", "--temperature"),
+    ],
+)
+def test_a_wrong_flag_suggests_the_right_one(monkeypatch, capsys, main, wrong, right):
+    monkeypatch.setattr(sys, "argv", ["command.py", wrong, "4"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    shown = capsys.readouterr().err
+    assert wrong in shown
+    assert right in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("form", [["--tokenizer", "hqvr"], ["--tokenizer=hqvr"]])
+def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *form])
+    with pytest.raises(SystemExit) as left:
+        train_tokenizer.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: there is no tokenizer of kind 'hqvr'; did you mean 'hrvq'?\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UserError("give more"), 2, "error: give more\n"),
+        (Interrupted(3, 10, signal.SIGINT), 130, "\nstopped after step 3 of 10, state saved; the same command goes on"),
+        (Interrupted(3, 10, signal.SIGTERM), 143, "\nstopped after step 3 of 10, state saved; the same command goes on"),
+        (KeyboardInterrupt(), 130, "\nstopped\n"),
+        (OSError(errno.ENOSPC, "no space", "x.h5"), 2, "error: x.h5 cannot be written: the disk is full; make room"),
+        (IsADirectoryError(errno.EISDIR, "is a folder", "out"), 2, "error: out cannot be written: it is a folder; give"),
+    ],
+)
+def test_what_stops_a_command_is_one_line_and_a_status(monkeypatch, capsys, error, status, said):
+    assert run(monkeypatch, failing(error)) == status
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(said)
+    assert shown.err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "the disk is broken")])
+def test_a_bug_keeps_its_traceback(monkeypatch, error):
+    with pytest.raises(type(error)):
+        run(monkeypatch, failing(error))
+
+
+def test_of_several_processes_one_speaks(monkeypatch, capsys):
+    for rank, lines in [("0", 1), ("1", 0)]:
+        monkeypatch.setenv("RANK", rank)
+        assert run(monkeypatch, failing(UserError("give more"))) == 2
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number):
+    outer = []
+    before = signal.signal(number, lambda *_: outer.append("as before"))
+    try:
+        with received_signals() as received:
+            os.kill(os.getpid(), number)
+            assert (received, outer) == ([number], [])
+            os.kill(os.getpid(), number)
+            assert (received, outer) == ([number], ["as before"])
+        os.kill(os.getpid(), number)
+        assert outer == ["as before"] * 2
+    finally:
+        signal.signal(number, before)

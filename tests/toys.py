@@ -1,0 +1,126 @@
+"""Small things to train, for the tests of training: a network of a few numbers, and the two real ones at their smallest."""
+
+import os
+import signal
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from smalti.checkpoint import Checkpointed
+from smalti.fit import FitConfig, Phase, adamw
+from smalti.priors.hourglass import Hourglass, HourglassConfig
+from smalti.priors.sundae import Sundae, SundaeConfig
+from smalti.randomness import uniform
+from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
+from smalti.tokenizers.objective import Reconstruction
+
+ROWS = 22  # so that epochs of 22 rows never end with a batch of 8
+CONFIG = FitConfig(
+    steps=12,
+    batch_size=8,
+    learning_rate=3e-3,
+    warmup_steps=3,
+    weight_decay=0.1,
+    clip_norm=0.5,
+    ema_decay=0.5,
+    seed=5,
+    log_steps=1,
+    report_steps=4,
+    save_steps=5,
+)
+
+
+class Rows:
+    """Any tensors as a data set."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitems__(self, rows):
+        numbers = torch.tensor(rows)
+        return {**{name: column[numbers] for name, column in self.columns.items()}, "rows": numbers}
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    width: int = 6
+
+
+class Toy(Checkpointed):
+    """With all that a run must bring back: matrices, biases, running statistics, an integer buffer, dropout."""
+
+    family, kind, config_class = "tokenizer", "toy", ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.net = nn.Sequential(
+            nn.Linear(3, config.width), nn.BatchNorm1d(config.width), nn.Dropout(0.2), nn.Linear(config.width, 1)
+        )
+
+    def forward(self, x):
+        return self.net(x).squeeze(1)
+
+
+class Regression(nn.Module):
+    """Squared error against targets with noise that the seeds decide."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        error = self.model(batch["x"]) - batch["y"] - 0.1 * uniform(batch["seeds"])
+        return error.square().mean(), {"largest": error.detach().abs().max()}
+
+
+def toy(config=CONFIG):
+    """(model, objective, training rows, held-out rows) of a kind that exists for the tests only."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS + 5, 3, generator=generator)
+    torch.manual_seed(1)
+    model = Toy(ToyConfig())
+    y = x.sum(1)
+    return model, Regression(model), Rows(x=x[:ROWS], y=y[:ROWS]), Rows(x=x[ROWS:], y=y[ROWS:])
+
+
+def tokenizer():
+    """The same of an HR-VQVAE."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (ROWS + 5, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    torch.manual_seed(1)
+    model = HRVQ(HRVQConfig(8, 8, widths=(4, 6), residual_blocks=1, code_width=5, depth=2, branching=3))
+    model.start_from(images.float() / 127.5 - 1)
+    return model, Reconstruction(model), Rows(images=images[:ROWS]), Rows(images=images[ROWS:])
+
+
+def prior():
+    """The same of an hourglass with SUNDAE."""
+    codes = torch.randint(9, (ROWS + 5, 2, 3), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    config = HourglassConfig(2, 3, radices=(3, 3), model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,))
+    model = Hourglass(config)
+    return model, Sundae(model, SundaeConfig()), Rows(codes=codes[:ROWS]), Rows(codes=codes[ROWS:])
+
+
+def one_phase(objective, config=CONFIG):
+    return [Phase("only", objective, adamw(objective, config))]
+
+
+class Signalling:
+    """Rows that send this process a signal with batch number `at`, counted from 0."""
+
+    def __init__(self, rows, at, number=signal.SIGINT):
+        self.rows, self.at, self.number, self.batches = rows, at, number, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, rows):
+        if self.batches == self.at:
+            os.kill(os.getpid(), self.number)
+        self.batches += 1
+        return self.rows.__getitems__(rows)
