@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))), the second convolution starting at zero, so that a deep stack starts as the identity."""
+    """x + conv(silu(conv(silu(x)))), the last weights starting at zero: a deep stack starts as nearly the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -20,14 +20,18 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Features to features of the same shape."""
         return x + self.second(F.silu(self.first(F.silu(x))))
 
 
 def encoder(*, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int) -> nn.Sequential:
-    """Images to z_e, at 1 / 2**len(widths) of their size: for each width a stride-2 convolution and its residual blocks."""
+    """Images to z_e, at 1 / 2**len(widths) of their size: each width a stride-2 convolution and its residual blocks."""
     layers: list[nn.Module] = []
     for before, width in zip((image_channels, *widths), widths, strict=False):
-        layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), *(ResidualBlock(width) for _ in range(residual_blocks))]
+        layers += [
+            nn.Conv2d(before, width, 4, stride=2, padding=1),
+            *(ResidualBlock(width) for _ in range(residual_blocks)),
+        ]
     return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(widths[-1], code_width, 1))
 
 
