@@ -177,7 +177,7 @@ def test_nothing_at_the_source_is_one_line(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file.txt").write_text("not a folder")
-    with pytest.raises(UserError, match="no checkpoint at|no config.json") as caught:
+    with pytest.raises(UserError, match=r"no checkpoint at|no config\.json") as caught:
         load(source, "tokenizer")
     assert "\n" not in str(caught.value)
 
@@ -207,7 +207,7 @@ def test_a_config_survives_json_with_its_tuples(config):
 def test_a_kind_with_a_typo_is_told_the_nearest():
     with pytest.raises(UserError, match="did you mean 'hrvq'"):
         registry.find("tokenizer", "hqvr")
-    with pytest.raises(UserError, match="kinds: .*hourglass"):
+    with pytest.raises(UserError, match=r"kinds: .*hourglass"):
         registry.find("prior", "zzzz")
     with pytest.raises(UserError, match="there is no prior of kind 'hrvq'"):
         registry.find("prior", "hrvq")

@@ -93,11 +93,11 @@ def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
     ("error", "status", "said"),
     [
         (UserError("give more"), 2, "error: give more\n"),
-        (Interrupted(3, 10, signal.SIGINT), 130, "\nstopped after step 3 of 10, state saved; the same command goes on"),
-        (Interrupted(3, 10, signal.SIGTERM), 143, "\nstopped after step 3 of 10, state saved; the same command goes on"),
+        (Interrupted(3, 10, signal.SIGINT), 130, "\nstopped after step 3 of 10, state saved; the same command"),
+        (Interrupted(3, 10, signal.SIGTERM), 143, "\nstopped after step 3 of 10, state saved; the same command"),
         (KeyboardInterrupt(), 130, "\nstopped\n"),
         (OSError(errno.ENOSPC, "no space", "x.h5"), 2, "error: x.h5 cannot be written: the disk is full; make room"),
-        (IsADirectoryError(errno.EISDIR, "is a folder", "out"), 2, "error: out cannot be written: it is a folder; give"),
+        (IsADirectoryError(errno.EISDIR, "is a folder", "out"), 2, "error: out cannot be written: it is a folder"),
     ],
 )
 def test_what_stops_a_command_is_one_line_and_a_status(monkeypatch, capsys, error, status, said):

@@ -10,7 +10,8 @@ from PIL import Image
 from smalti.errors import UserError
 from smalti.masks import blank, examples, known_codes, load_mask
 
-SIZES = {"rows": st.integers(1, 4), "columns": st.integers(1, 4), "side": st.integers(1, 4), "seed": st.integers(0, 999)}
+SMALL = st.integers(1, 4)
+SIZES = {"rows": SMALL, "columns": SMALL, "side": SMALL, "seed": st.integers(0, 999)}
 
 
 def draw(seed, *shape):

@@ -1,4 +1,4 @@
-"""Counter-based draws: against SplitMix64 in plain Python, and what randomness promises: uniform, unrelated, batch-free."""
+"""Counter-based draws: against SplitMix64 in plain Python, and what they promise: uniform, unrelated, batch-free."""
 
 import math
 

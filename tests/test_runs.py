@@ -1,0 +1,129 @@
+"""A run's folder: what it writes down, what it refuses to go on with, and what `restart` throws away."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from smalti import runs
+from smalti.errors import UserError
+from smalti.runs import METRICS_NAME, RUN_NAME, STATE_NAME, Run, flatten, last_metrics
+
+SETTINGS = {"learning_rate": 0.1, "widths": (4, 6), "steps": 10, "out": Path("here"), "tokenizer": None}
+
+
+def started(folder, step=5, **settings):
+    """A run that saved its state after `step` steps, and measured after two more."""
+    run = Run(folder, {**SETTINGS, **settings})
+    assert run.begin() is None
+    for done in range(1, step + 3):
+        run.log(done, {"loss": 1 / done})
+    run.save_state({"step": step, "weights": torch.arange(3)})
+    return run
+
+
+def test_a_run_goes_on_from_its_state_and_forgets_what_came_after(tmp_path):
+    started(tmp_path)
+    again = Run(tmp_path, SETTINGS)
+    assert not again.is_new
+    assert last_metrics(tmp_path)["step"] == 7
+    state = again.begin()
+    assert state["step"] == 5
+    assert torch.equal(state["weights"], torch.arange(3))
+    assert last_metrics(tmp_path) == {"step": 5, "loss": 0.2}
+    assert [again.finished(steps) for steps in (4, 5, 6)] == [True, True, False]
+
+
+def test_without_a_state_everything_measured_is_forgotten(tmp_path):
+    run = Run(tmp_path, SETTINGS)
+    run.begin()
+    run.log(1, {"loss": 1.0})
+    assert not run.finished(1)
+    again = Run(tmp_path, {**SETTINGS, "learning_rate": 0.2})  # nothing is lost: no refusal
+    assert again.begin() is None
+    assert (tmp_path / METRICS_NAME).read_text() == ""
+    assert json.loads((tmp_path / RUN_NAME).read_text())["settings"]["learning_rate"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning_rate": 0.2}, "learning_rate=0.1, not 0.2"),
+        ({"widths": (4, 8)}, r"widths=\[4, 6\], not \[4, 8\]"),
+        ({"tokenizer": "x"}, "tokenizer=None, not 'x'"),
+        ({"fresh": 1}, "fresh=None, not 1"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path, changed, said):
+    started(tmp_path)
+    before = (tmp_path / RUN_NAME).read_text()
+    with pytest.raises(UserError, match=f"holds a run with {said}.*--out.*--restart") as caught:
+        Run(tmp_path, {**SETTINGS, **changed})
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / RUN_NAME).read_text() == before
+
+
+def test_settings_that_leave_the_result_alone_may_change(tmp_path):
+    started(tmp_path, steps=10, log_steps=1, workers=0)
+    more = {"steps": 20, "log_steps": 3, "workers": 2, "out": Path("there"), "save_steps": 7, "report_steps": 8}
+    assert Run(tmp_path, {**SETTINGS, **more}).begin()["step"] == 5
+
+
+def test_restart_throws_the_run_away(tmp_path):
+    started(tmp_path)
+    beside = Run(tmp_path, SETTINGS, main=False, restart=True)
+    assert not beside.is_new  # only the main process throws away
+    again = Run(tmp_path, {**SETTINGS, "learning_rate": 0.2}, restart=True)
+    assert again.is_new
+    assert again.begin() is None
+    assert not (tmp_path / STATE_NAME).exists()
+    assert not (tmp_path / METRICS_NAME).exists()
+
+
+def test_other_processes_write_nothing(tmp_path):
+    beside = Run(tmp_path / "run", SETTINGS, main=False)
+    assert beside.begin() is None
+    beside.log(1, {"loss": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_made_a_run_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/some/where/train.py", "--images", "my photos"])
+    Run(tmp_path, SETTINGS).begin()
+    described = json.loads((tmp_path / RUN_NAME).read_text())
+    assert described["command"] == "train.py --images 'my photos'"
+    assert described["settings"] == {**SETTINGS, "widths": [4, 6], "out": "here"}
+    assert described["versions"]["torch"] == torch.__version__
+    assert {"python", "smalti", "datasets"} <= described["versions"].keys()
+
+
+def test_the_commit_is_that_of_this_checkout_only(tmp_path, monkeypatch):
+    """A wheel in an environment inside somebody's repository must not take that one's commit for smalti's."""
+    git = runs._git
+    assert git("init", "-q", str(tmp_path)) is None  # prints nothing
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    (tmp_path / "runs.py").write_text("")
+    assert runs.git_commit() is None
+    assert git("add", "runs.py") is None
+    assert git("-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "one") is None
+    commit = runs.git_commit()
+    assert len(commit) == 12
+    (tmp_path / "runs.py").write_text("changed")
+    assert runs.git_commit() == commit + "+"
+    monkeypatch.setenv("PATH", "")
+    assert runs.git_commit() is None
+
+
+def test_flattening_gives_the_names_of_flags():
+    @dataclass(frozen=True)
+    class Inner:
+        rate: float = 0.5
+
+    @dataclass(frozen=True)
+    class Outer:
+        inner: Inner = field(default_factory=Inner)
+        seed: int = 3
+
+    assert flatten(Outer()) == {"rate": 0.5, "seed": 3}
