@@ -1,0 +1,262 @@
+"""The commands end to end, on a folder of tiny images: trained, stopped by Ctrl-C, gone on with, sampled, filled.
+
+What must be typed is run as typed, in a process of its own: it starts slowly, so the rest calls the same `main` in this
+one. Both must then agree to the bit.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from smalti.runs import METRICS_NAME, STATE_NAME
+from smalti.scripts import build_latents, inpaint, sample, train_prior, train_tokenizer
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+# Saves only when it is stopped or done: whatever a stopped run goes on from, the signal made it save.
+STEPS = "--steps 150 --batch-size 8 --log-steps 1 --report-steps 1000 --save-steps 1000 --precision fp32"
+TOKENIZER = "--images img --height 8 --width 8 --widths 6 8 --residual-blocks 1 --code-width 6 --depth 2 --branching 4"
+PRIOR = "--latents latents.h5 --model-width 16 --heads 2 --depth 1 1 1 --feedforward-mult 2 --ema-decay 0.9"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # like this process, so that both round alike
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(capfd, main, *arguments):
+    """Calls a command in this process, in the current folder: (exit status, standard output, standard error)."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capfd.readouterr()
+    before, sys.argv = sys.argv, [f"{main.__module__.split('.')[-1]}.py", *map(str, arguments)]
+    try:
+        main()
+        status = 0
+    except SystemExit as left:
+        status = left.code
+    finally:
+        sys.argv = before
+    return status, *capfd.readouterr()
+
+
+def interrupt(command, run_folder):
+    """Types a command, and Ctrl-C once it has measured something: (exit status, all it printed)."""
+    process = subprocess.Popen(
+        command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while not (run_folder / METRICS_NAME).exists() or not (run_folder / METRICS_NAME).read_text().count("\n") > 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group: the launcher too
+    shown = process.communicate(timeout=60)[0]
+    while not (run_folder / STATE_NAME).exists():  # the launcher may leave before the script has saved
+        time.sleep(0.02)
+    return process.returncode, shown
+
+
+def described(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def snapshot(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder to work in, with forty images of 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "img").mkdir()
+    random = np.random.default_rng(0)
+    for index in range(40):
+        image = np.broadcast_to(random.integers(0, 256, 3), (8, 8, 3)).astype(np.uint8)
+        image[:4] = random.integers(0, 256, 3)
+        Image.fromarray(image).save(folder / "img" / f"{index:03}.png")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(place):
+    """As `train_tokenizer` leaves it, uninterrupted."""
+    train = [*TOKENIZER.split(), *STEPS.split(), "--out", "whole"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sys.argv = ["train_tokenizer.py", *train]
+    train_tokenizer.main()
+    return place / "whole"
+
+
+@pytest.fixture(scope="module")
+def latents(tokenizer, place):
+    sys.argv = ["build_latents.py", "--tokenizer", "whole", "--out", "latents.h5"]
+    build_latents.main()
+    return place / "latents.h5"
+
+
+@pytest.fixture(scope="module")
+def prior(latents, place):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sys.argv = ["train_prior.py", *PRIOR.split(), *STEPS.split(), "--out", "prior"]
+    train_prior.main()
+    return place / "prior"
+
+
+def test_a_tokenizer_stopped_by_ctrl_c_ends_as_if_it_had_not_been(tokenizer, place, capfd):
+    arguments = [*TOKENIZER.split(), *STEPS.split(), "--out", "stopped"]
+    status, shown = interrupt([sys.executable, str(SCRIPTS / "train_tokenizer.py"), *arguments], place / "stopped")
+    assert status == 130
+    assert "stopped after step" in shown
+    assert "Traceback" not in shown
+    steps = described(place / "stopped")["provenance"]["steps"]
+    assert 0 < steps < 150
+    assert run(capfd, train_tokenizer.main, *arguments)[0] == 0
+    assert described(place / "stopped")["digest"] == described(tokenizer)["digest"]
+    assert described(place / "stopped")["provenance"] == described(tokenizer)["provenance"]
+
+
+def test_a_finished_run_is_left_alone(tokenizer, capfd):
+    before = snapshot(tokenizer)
+    status, out, _ = run(capfd, train_tokenizer.main, *TOKENIZER.split(), *STEPS.split(), "--out", "whole")
+    assert status == 0
+    assert "whole is finished: 150 steps" in out
+    assert snapshot(tokenizer) == before
+
+
+def test_other_settings_are_refused_and_restart_begins_anew(tokenizer, place, capfd):
+    changed = [*TOKENIZER.split(), *STEPS.split(), "--learning-rate", "0.01", "--out", "whole"]
+    status, _, err = run(capfd, train_tokenizer.main, *changed)
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: whole holds a run with learning_rate=0.001, not 0.01; give")
+    small = [*TOKENIZER.split(), "--batch-size", "4", "--precision", "fp32", "--out", "again"]
+    assert run(capfd, train_tokenizer.main, *small, "--steps", "2")[0] == 0
+    first = described(place / "again")["digest"]
+    assert run(capfd, train_tokenizer.main, *small, "--steps", "1", "--restart")[0] == 0
+    assert described(place / "again")["provenance"]["steps"] == 1
+    assert described(place / "again")["digest"] != first
+    assert len((place / "again" / METRICS_NAME).read_text().splitlines()) <= 2
+
+
+def test_a_latent_set_that_is_there_is_not_built_again(latents, capfd):
+    before = latents.read_bytes()
+    status, out, _ = run(capfd, build_latents.main, "--tokenizer", "whole", "--out", "latents.h5")
+    assert status == 0
+    assert "latents.h5 holds these codes already." in out
+    assert "80, 2×2 of 4·4" in out
+    assert latents.read_bytes() == before
+    assert run(capfd, build_latents.main, "--tokenizer", "whole", "--out", "latents.h5", "--no-flips")[0] == 0
+    assert latents.read_bytes() != before
+    assert run(capfd, build_latents.main, "--tokenizer", "whole", "--out", "latents.h5")[0] == 0
+
+
+def test_a_prior_launched_and_stopped_by_ctrl_c_ends_as_if_it_had_not_been(prior, place, capfd):
+    """As typed. The launcher adds a traceback of its own waiting (Python's, at `wait`); the script's is none."""
+    arguments = [*PRIOR.split(), *STEPS.split(), "--out", "launched"]
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    _, shown = interrupt([*launcher, str(SCRIPTS / "train_prior.py"), *arguments], place / "launched")
+    assert "stopped after step" in shown
+    assert shown.count("Traceback") <= 1
+    assert "smalti" not in shown.partition("Traceback")[2]
+    assert 0 < described(place / "launched")["provenance"]["steps"] < 150
+    done = subprocess.run(
+        [*launcher, str(SCRIPTS / "train_prior.py"), *arguments],
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert described(place / "launched")["digest"] == described(prior)["digest"]
+    assert described(place / "launched")["provenance"] == described(prior)["provenance"]
+
+
+def test_a_tokenizer_that_did_not_make_the_codes_is_refused(prior, place, capfd):
+    assert run(capfd, train_tokenizer.main, *TOKENIZER.split(), "--steps", "1", "--out", "other")[0] == 0
+    for main, arguments in [
+        (train_prior.main, [*PRIOR.split(), *STEPS.split(), "--tokenizer", "other", "--out", "never"]),
+        (sample.main, ["--prior", "prior", "--tokenizer", "other", "--out", "never.png"]),
+    ]:
+        status, _, err = run(capfd, main, *arguments)
+        assert status == 2
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert described(place / "other")["digest"][:12] in line
+        assert described(place / "whole")["digest"][:12] in line
+    assert not (place / "never").exists()
+    assert not (place / "never.png").exists()
+
+
+def test_the_grid_is_the_latent_sets(latents, capfd):
+    status, _, err = run(capfd, train_prior.main, *PRIOR.split(), "--steps", "1", "--height", "5", "--out", "never")
+    assert status == 2
+    assert "error: --height 5 is not the latent set's, 2; leave it out" in err
+    arguments = [*PRIOR.split(), "--steps", "1", "--height", "2", "--radices", "4", "4", "--workers", "1"]
+    assert run(capfd, train_prior.main, *arguments, "--out", "same-grid")[0] == 0
+
+
+def test_samples_are_the_seeds(prior, place, capfd):
+    flags = ["--prior", "prior", "--num", "5", "--batch-size", "2", "--precision", "fp32", "--steps", "3"]
+    for name, seed in [("a.png", 1), ("b.png", 1), ("c.png", 2)]:
+        status, out, _ = run(capfd, sample.main, *flags, "--seed", seed, "--out", name)
+        assert (status, out) == (0, f"{name}\n")
+    a, b, c = (Image.open(place / name) for name in ("a.png", "b.png", "c.png"))
+    assert np.array_equal(np.array(a), np.array(b))
+    assert not np.array_equal(np.array(a), np.array(c))
+    settings = json.loads(c.text["smalti"])
+    assert settings["seed"] == 2
+    assert settings["prior_digest"] == described(prior)["digest"]
+
+
+def test_a_hole_is_filled_and_nothing_else(prior, place, capfd):
+    random = np.random.default_rng(1)
+    pixels = random.integers(0, 256, (12, 16, 3)).astype(np.uint8)  # another size than it was trained on
+    hole = np.zeros((12, 16), np.uint8)
+    hole[2:6, 3:9] = 255
+    Image.fromarray(pixels).save(place / "in.png")
+    Image.fromarray(hole).save(place / "mask.png")
+    flags = ["--prior", "prior", "--image", "in.png", "--mask", "mask.png", "--num", "2", "--steps", "3"]
+    status, out, _ = run(capfd, inpaint.main, *flags, "--out", "filled/out.png")
+    assert (status, out) == (0, "filled/out.png\n")
+    assert sorted(path.name for path in (place / "filled").iterdir()) == ["out-2.png", "out-sheet.png", "out.png"]
+    for name in ("out.png", "out-2.png"):
+        filled = np.array(Image.open(place / "filled" / name))
+        assert np.array_equal(filled[hole == 0], pixels[hole == 0])
+        assert not np.array_equal(filled[hole > 0], pixels[hole > 0])
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "flags", "said"),
+    [
+        ((8, 8), (4, 8), [], "mask.png is 8x4 but the image is 8x8; give a mask of the image's size"),
+        ((8, 8), (8, 8), [], "mask.png has no hole: no pixel is light; paint what to fill white"),
+        ((8, 6), (8, 6), ["--invert"], "in.png is 6x8, which does not divide by 4; crop or resize it"),
+        ((8, 8), (8, 8), ["--num", "0"], "--num must be at least 1, not 0"),
+        ((8, 8), (8, 8), ["--prior", "nothing"], "no checkpoint at nothing"),
+        ((8, 8), (8, 8), ["--prior", "whole"], "whole holds a tokenizer (hrvq), but a prior is needed here"),
+        ((8, 8), (8, 8), ["--prior", "hourglass"], "runs/priors/hourglass is not there: train it first"),
+        ((8, 8), (8, 8), ["--tokenizer", "hrvq"], "runs/tokenizers/hrvq is not there: train it first"),
+    ],
+)
+def test_what_cannot_be_filled_is_one_line(prior, tmp_path, capfd, image, mask, flags, said):
+    Image.new("RGB", image[::-1]).save(tmp_path / "in.png")
+    Image.new("L", mask[::-1]).save(tmp_path / "mask.png")
+    arguments = ["--prior", "prior", "--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png"]
+    status, out, err = run(capfd, inpaint.main, *arguments, "--out", tmp_path / "out.png", *flags)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert said in err
+    assert not (tmp_path / "out.png").exists()

@@ -1,0 +1,121 @@
+"""Filling holes and drawing images with tiny untrained models: nothing known changes, nothing hidden is seen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smalti.devices import autocast, device
+from smalti.errors import UserError
+from smalti.masks import known_codes
+from smalti.pipeline.generate import Sample, fill, generate_codes, sample
+from smalti.priors.hourglass import Hourglass, HourglassConfig
+from smalti.priors.samplers import SundaeSampling
+from smalti.randomness import row_seeds
+from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
+
+SAMPLING = SundaeSampling(steps=4, min_steps=2)
+TOKENIZER = HRVQConfig(8, 16, widths=(6,), residual_blocks=1, code_width=5, depth=2, branching=3)
+PRIOR = HourglassConfig(4, 8, radices=(3, 3), model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Untrained, but with weights large enough that what a network sees decides what it says."""
+    torch.manual_seed(0)
+    prior, tokenizer = Hourglass(PRIOR).eval(), HRVQ(TOKENIZER).eval()
+    tokenizer.start_from(torch.rand(16, 3, 8, 16) * 2 - 1)
+    torch.nn.init.normal_(prior.head.weight)
+    return prior, tokenizer
+
+
+def pixels(seed, count=3):
+    return torch.randint(256, (count, 3, 8, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def holes(seed, count=3):
+    """A box in each image, never all of it."""
+    hole = torch.zeros(count, 8, 16, dtype=torch.bool)
+    for index in range(count):
+        top, left = torch.randint(0, 5, (2,), generator=torch.Generator().manual_seed(seed + index)).tolist()
+        hole[index, top : top + 3, left : left + 4] = True
+    return hole
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 999))
+def test_a_fill_keeps_what_is_known_and_never_sees_what_is_hidden(models, seed):
+    images, hole, seeds = pixels(seed), holes(seed), row_seeds(seed, torch.arange(3))
+    others = torch.where(hole.unsqueeze(1), pixels(seed + 1), images)
+    assert not torch.equal(images, others)
+    filled = fill(*models, images, hole, seeds=seeds, sampling=SAMPLING)
+    assert filled.dtype == torch.uint8
+    known = ~hole.unsqueeze(1).expand_as(images)
+    assert torch.equal(filled[known], images[known])
+    assert torch.equal(filled, fill(*models, others, hole, seeds=seeds, sampling=SAMPLING))
+
+
+def test_a_fill_depends_on_its_seed_and_on_what_is_known(models):
+    """Or the leak test would pass for a fill that looks at nothing."""
+    images, hole, seeds = pixels(0), holes(0), row_seeds(0, torch.arange(3))
+    filled = fill(*models, images, hole, seeds=seeds, sampling=SAMPLING)
+    at = hole.unsqueeze(1).expand_as(images)
+    assert not torch.equal(filled[at], fill(*models, images, hole, seeds=seeds + 1, sampling=SAMPLING)[at])
+    brighter = torch.where(at, images, 255 - images)
+    assert not torch.equal(filled[at], fill(*models, brighter, hole, seeds=seeds, sampling=SAMPLING)[at])
+
+
+def test_a_fill_keeps_the_known_codes_and_draws_the_rest(models):
+    """By the sampler's callback, which sees the codes after every step."""
+    prior, tokenizer = models
+    images, hole = pixels(3), holes(3)
+    steps = []
+    fill(
+        prior,
+        tokenizer,
+        images,
+        hole,
+        seeds=row_seeds(0, torch.arange(3)),
+        sampling=replace(SAMPLING, min_steps=4),
+        callback=lambda step, codes: steps.append((step, codes)),
+    )
+    assert [step for step, _ in steps] == [0, 1, 2, 3]
+    known = known_codes(hole, tokenizer.downsampling)
+    assert known.any()
+    assert not known.all()
+    first, last = steps[0][1], steps[-1][1]
+    assert torch.equal(first[known], last[known])
+    assert not torch.equal(first[~known], last[~known])
+
+
+def test_a_sample_is_that_of_its_number_whatever_the_batch(models):
+    prior, _ = models
+    together = generate_codes(prior, num=5, seed=3, sampling=SAMPLING)
+    assert together.shape == (5, 4, 8)
+    apart = [generate_codes(prior, num=1, first=first, seed=3, sampling=SAMPLING) for first in range(5)]
+    assert torch.equal(torch.cat(apart), together)
+    assert len(together.unique(dim=0)) == 5
+    assert not torch.equal(together, generate_codes(prior, num=5, seed=4, sampling=SAMPLING))
+
+
+def test_numbers_that_make_no_sheet_are_refused():
+    for wrong in ({"num": 0}, {"batch_size": 0}):
+        with pytest.raises(UserError, match="--num and --batch-size must be at least 1"):
+            sample(Sample(**wrong))
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_one_line(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"--device {name}: there is none here"):
+        device(name)
+    assert device("auto") == device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_that_of_matrix_products(precision, dtype):
+    with autocast(torch.device("cpu"), precision):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
