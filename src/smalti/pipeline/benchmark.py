@@ -1,0 +1,131 @@
+"""Measuring the hot paths and writing down what was found. What is compared with what is in `benchmark_ways.py`."""
+
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+
+from smalti.devices import best_device, resolve
+from smalti.errors import UserError
+from smalti.files import whole_file
+from smalti.pipeline import benchmark_ways
+from smalti.pipeline.benchmark_ways import Comparison, Seconds, Way, synchronize
+from smalti.runs import git_commit, versions
+
+Section: TypeAlias = Literal["search", "latents", "prior", "sampler", "training"]
+
+SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
+    "search": benchmark_ways.search,
+    "latents": benchmark_ways.latents,
+    "prior": benchmark_ways.prior,
+    "sampler": benchmark_ways.sampler,
+    "training": benchmark_ways.training,
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to measure.
+
+    Raises:
+        UserError: for no repetitions.
+    """
+
+    only: tuple[Section, ...] = tuple(SECTIONS)
+    """Sections to measure."""
+    repetitions: int = 5
+    """How often each way is run, after once to warm up; medians are shown."""
+    out: Path | None = None
+    """A Markdown file whose tables of these sections are replaced, or added at its end."""
+
+    def __post_init__(self) -> None:
+        if self.repetitions < 1:
+            raise UserError(f"repetitions must be at least 1, got {self.repetitions}")
+
+
+def benchmark(config: Benchmark) -> None:
+    """Prints a table for each section, and puts each into `out` as soon as it is measured.
+
+    The ways of a comparison take turns, so that a machine that slows down slows all of them.
+    """
+    for section in dict.fromkeys(config.only):
+        torch.manual_seed(0)
+        measured = []
+        for comparison in SECTIONS[section]():
+            measured.append((comparison, medians(comparison, config.repetitions)))
+        text = f"{machine()}; medians of {config.repetitions}.\n\n{table(measured)}"
+        print(f"## {section}\n\n{text}\n", flush=True)
+        if config.out:
+            insert(config.out, section, text)
+
+
+def medians(comparison: Comparison, repetitions: int) -> list[float]:
+    """Seconds a unit of each way."""
+    seconds: list[list[float]] = [[] for _ in comparison.ways]
+    for turn in range(repetitions + 1):
+        for way, taken in zip(comparison.ways, seconds, strict=True):
+            measured = clock(way)
+            if turn:
+                taken.append(measured)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def clock(way: Way) -> float:
+    """Seconds a unit of one call."""
+    synchronize()
+    start = time.perf_counter()
+    result = way.work()
+    synchronize()
+    return float(result) if isinstance(result, Seconds) else (time.perf_counter() - start) / way.units
+
+
+def table(measured: list[tuple[Comparison, list[float]]]) -> str:
+    """A Markdown table: for each way its time, also in units of ours, and what was promised."""
+    lines = ["| | time | of ours | target |", "|---|---:|---:|---|"]
+    for comparison, seconds in measured:
+        lines.append(f"| **{comparison.path}** | | | |")
+        for way, taken in zip(comparison.ways, seconds, strict=True):
+            ratio = taken / seconds[0]
+            target = f"{way.target:g}×: {'met' if ratio >= way.target else 'missed'}" if way.target else ""
+            lines.append(f"| {way.name} | {readable(taken)} | {ratio:.3g}× | {target} |")
+    return "\n".join(lines)
+
+
+def readable(seconds: float) -> str:
+    """Three digits, with the unit that fits."""
+    unit, scale = next((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if seconds >= s or u == "µs")
+    return f"{seconds / scale:.3g} {unit}"
+
+
+def machine() -> str:
+    """What the numbers were taken on: device, cores, arithmetic, versions and commit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = f"{torch.cuda.get_device_name()}, " if best_device().type == "cuda" else ""
+    software = ", ".join(f"{name} {version}" for name, version in versions().items())
+    used = f"{cores} cores, {torch.get_num_threads()} threads"
+    return f"{device}{cpu()}, {used}, {resolve('auto')} by default; {software}; commit {git_commit() or 'none'}"
+
+
+def cpu() -> str:
+    """The processor's name, as the system gives it."""
+    described = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE) if described.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def insert(path: Path, section: str, text: str) -> None:
+    """Puts a section's text between its markers in a file, or both at its end."""
+    first, last = f"<!-- measured: {section} -->", f"<!-- end: {section} -->"
+    before = path.read_text() if path.exists() else ""
+    block = f"{first}\n{text}\n{last}"
+    marked = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
+    after = marked.sub(lambda _: block, before) if marked.search(before) else f"{before}\n{block}\n".lstrip()
+    with whole_file(path) as partial:
+        partial.write_text(after)

@@ -1,0 +1,94 @@
+"""The benchmark compares like with like, counts what it says it counts, and writes its tables where they belong."""
+
+import time
+
+import pytest
+import torch
+
+from smalti.errors import UserError
+from smalti.pipeline import benchmark, benchmark_ways
+from smalti.pipeline.benchmark import Benchmark, insert, medians, table
+from smalti.pipeline.benchmark_ways import Comparison, Seconds, Way
+from smalti.priors.hourglass import HourglassConfig
+
+TINY = HourglassConfig(height=4, width=4, radices=(3, 3), model_width=8, heads=1, depth=(1, 1, 1))
+
+
+def test_ways_to_search_find_the_same():
+    (comparison,) = benchmark_ways.search(vectors=5000, width=8, branchings=(4,))
+    ours, flat, large_blocks, gathered, _ = (way.work() for way in comparison.ways)
+    assert gathered.equal(ours)
+    assert large_blocks.equal(flat)
+    torch.manual_seed(0)
+    vectors, leaves = torch.randn(100, 8), torch.randn(30, 8)
+    assert benchmark_ways.flat_search(vectors, leaves, 64, 7).equal(torch.cdist(vectors, leaves).argmin(1))
+
+
+def test_ways_to_read_latents_give_the_same_codes():
+    for comparison in benchmark_ways.latents(rows=60, side=3, batch=20, batches=2):
+        ours, resident, by_row, bare = (way.work() for way in comparison.ways)
+        assert {way.units for way in comparison.ways} == {2}
+        for batch in range(2):
+            assert ours[batch]["codes"].shape == (20, 3, 3)
+            assert ours[batch]["codes"].equal(resident[batch]["codes"].cpu())
+            assert ours[batch]["codes"].equal(by_row[batch])
+            assert ours[batch]["codes"].equal(bare[batch])
+
+
+def test_ways_to_train_and_to_sample_run():
+    precisions = [comparison.path for comparison in benchmark_ways.prior(batch=2, config=TINY)]
+    assert [path.split(", ")[-1] for path in precisions] == ["fp32", "bf16"]
+    for comparison in [*benchmark_ways.prior(batch=2, config=TINY), *benchmark_ways.sampler(batch=2, config=TINY)]:
+        assert all(seconds > 0 for seconds in medians(comparison, 1))
+
+
+def test_the_loop_is_timed_from_first_step_to_last():
+    for comparison in benchmark_ways.training(batch=2, steps=3):
+        start = time.perf_counter()
+        seconds = [way.work() for way in comparison.ways]
+        whole = time.perf_counter() - start
+        assert all(isinstance(taken, Seconds) and taken > 0 for taken in seconds)
+        assert sum(seconds) * 2 < whole  # two intervals each; the start and the saving are not in them
+
+
+def test_the_first_turn_is_not_counted_and_units_divide():
+    calls, slow_first = [], iter([9.0, 3.0, 1.0, 2.0])
+
+    def work():
+        calls.append("timed")
+        time.sleep(0.02)
+
+    ways = (Way("ours", work, units=4), Way("own clock", lambda: calls.append("own") or Seconds(next(slow_first))))
+    timed, own = medians(Comparison("turns", ways), 3)
+    assert calls == ["timed", "own"] * 4
+    assert own == 2
+    assert 0.005 <= timed < 0.02
+
+
+def test_table_says_what_was_promised():
+    ways = (Way("ours", list), Way("naive", list, target=10.0), Way("flat", list, target=3.0), Way("limit", list))
+    text = table([(Comparison("a path", ways), [0.02, 0.1, 1.0, 1e-5])])
+    assert "| ours | 20 ms | 1× |  |" in text
+    assert "| naive | 100 ms | 5× | 10×: missed |" in text
+    assert "| flat | 1 s | 50× | 3×: met |" in text
+    assert "| limit | 10 µs | 0.0005× |  |" in text
+
+
+def test_tables_go_between_their_markers(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "benchmarks.md"
+    path.write_text("# Speed\n<!-- measured: search -->\nold\n<!-- end: search -->\nafter\n")
+    insert(path, "search", r"new \1")
+    insert(path, "sampler", "more")
+    marked = "<!-- measured: search -->\nnew \\1\n<!-- end: search -->\nafter\n"
+    assert path.read_text() == f"# Speed\n{marked}\n<!-- measured: sampler -->\nmore\n<!-- end: sampler -->\n"
+    comparison = Comparison("a path", (Way("ours", lambda: Seconds(1)),))
+    monkeypatch.setitem(benchmark.SECTIONS, "search", lambda: iter([comparison]))
+    benchmark.benchmark(Benchmark(only=("search",), repetitions=1, out=path))
+    assert "| ours | 1 s | 1× |  |" in path.read_text()
+    assert f"torch {torch.__version__}" in path.read_text()
+    assert path.read_text().split("<!-- end: search -->")[0].split("-->\n")[1].strip() in capsys.readouterr().out
+
+
+def test_refuses_no_repetitions():
+    with pytest.raises(UserError, match="at least 1, got 0"):
+        Benchmark(repetitions=0)
