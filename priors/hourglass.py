@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import tyro
 from einops import rearrange, repeat
 from jaxtyping import Float, Int64
 from rotary_embedding_torch import RotaryEmbedding
@@ -30,23 +31,25 @@ UNFUSED_POSITIONS = 256
 
 @dataclass(frozen=True)
 class HourglassConfig:
-    """A 2-D hourglass transformer over one level of codes.
+    """A 2-D hourglass transformer over one level of codes, small enough by default to learn in minutes on two cores.
+
+    Height, width and radices are those of a latent set, and no flags.
 
     Raises:
         UserError: for values that make no network, naming them.
     """
 
-    height: int = 8
+    height: tyro.conf.Suppress[int] = 8
     """Rows of the grid of codes trained on; other grids run too."""
-    width: int = 8
+    width: tyro.conf.Suppress[int] = 8
     """Columns of the grid of codes trained on."""
-    radices: tuple[int, ...] = (8, 8, 8)
+    radices: tyro.conf.Suppress[tuple[int, ...]] = (8, 8, 8)
     """Digits of a code, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat codebook."""
-    model_width: int = 192
+    model_width: int = 128
     """Numbers at each position."""
-    heads: int = 6
+    heads: int = 4
     """Attention heads; each has model_width / heads numbers, a multiple of 4."""
-    depth: tuple[int, ...] = (2, 4, 2)
+    depth: tuple[int, ...] = (1, 3, 1)
     """Blocks before the valley, in it, and after it; with more valleys, from the outside in and out again."""
     shorten: tuple[int, ...] = (2,)
     """Side of the patches that each valley takes for one position, outermost first. None at all is a flat
@@ -72,6 +75,7 @@ class HourglassConfig:
             )
 
 
+@register
 class Hourglass(Prior):
     """Hourglass transformer (arXiv 2110.13711) made 2-D, as the prior of arXiv 2206.12351.
 
@@ -185,6 +189,3 @@ class Blocks(nn.Module):
         for attend in self.attends:
             attend.flash = not (half_on_cpu and x.shape[1] <= UNFUSED_POSITIONS)
         return self.encoder(x, rotary_pos_emb=(angles, None))
-
-
-register(Hourglass)  # not as a decorator: it would hide the class's own type from type checkers

@@ -11,13 +11,14 @@ from smalti.devices import autocast, device
 from smalti.errors import UserError
 from smalti.masks import known_codes
 from smalti.pipeline.generate import Sample, fill, generate_codes, sample
+from smalti.preprocess import to_float
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.samplers import SundaeSampling
 from smalti.randomness import row_seeds
 from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
 
 SAMPLING = SundaeSampling(steps=4, min_steps=2)
-TOKENIZER = HRVQConfig(8, 16, widths=(6,), residual_blocks=1, code_width=5, depth=2, branching=3)
+TOKENIZER = HRVQConfig(8, 16, widths=(6,), residual_blocks=3, code_width=5, depth=2, branching=3)
 PRIOR = HourglassConfig(4, 8, radices=(3, 3), model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,))
 
 
@@ -26,6 +27,8 @@ def models():
     """Untrained, but with weights large enough that what a network sees decides what it says."""
     torch.manual_seed(0)
     prior, tokenizer = Hourglass(PRIOR).eval(), HRVQ(TOKENIZER).eval()
+    for parameter in tokenizer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # residual blocks start as the identity, which sees no neighbours
     tokenizer.start_from(torch.rand(16, 3, 8, 16) * 2 - 1)
     torch.nn.init.normal_(prior.head.weight)
     return prior, tokenizer
@@ -55,6 +58,15 @@ def test_a_fill_keeps_what_is_known_and_never_sees_what_is_hidden(models, seed):
     known = ~hole.unsqueeze(1).expand_as(images)
     assert torch.equal(filled[known], images[known])
     assert torch.equal(filled, fill(*models, others, hole, seeds=seeds, sampling=SAMPLING))
+
+
+def test_these_images_would_leak_if_the_hole_were_not_painted_over(models):
+    """That the test above can fail: codes that are kept see into the hole."""
+    images, hole = pixels(0), holes(0)
+    others = torch.where(hole.unsqueeze(1), pixels(1), images)
+    kept = known_codes(hole, models[1].downsampling)
+    (codes,), (theirs,) = (models[1].encode(to_float(which)) for which in (images, others))
+    assert not torch.equal(codes[kept], theirs[kept])
 
 
 def test_a_fill_depends_on_its_seed_and_on_what_is_known(models):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from smalti.checkpoint import Checkpointed
-from smalti.fit import FitConfig, Phase, adamw
+from smalti.fit import FitConfig, Phase
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.sundae import Sundae, SundaeConfig
 from smalti.randomness import uniform
@@ -107,7 +107,7 @@ def prior():
 
 
 def one_phase(objective, config=CONFIG):
-    return [Phase("only", objective, adamw(objective, config))]
+    return [Phase("only", objective, config.optimizer_of(objective))]
 
 
 class Signalling:

@@ -43,6 +43,7 @@ class HRVQConfig:
     """Weight of the commitment terms (beta in Eqs. 5 and 6)."""
 
 
+@register
 class HRVQ(Tokenizer):
     """Hierarchical residual learning VQ-VAE (HR-VQVAE, Eqs. 3-6 and Fig. 2).
 
@@ -117,6 +118,3 @@ class HRVQ(Tokenizer):
                 f"images of {height}x{width} do not divide by {self.downsampling}, this tokenizer's downsampling; "
                 "crop or resize them"
             )
-
-
-register(HRVQ)  # not as a decorator: to type checkers the class would be a `Checkpointed` only

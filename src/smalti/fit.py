@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smalti.checkpoint import Checkpointed
 from smalti.ema import EMA
 from smalti.errors import UserError
+from smalti.optimizers import Optimizer, OptimizerName, make_optimizer
 from smalti.progress import bar
 from smalti.randomness import derive, row_seeds
 from smalti.rows import Batch, RowData, StepRows, batches
@@ -36,6 +37,8 @@ class FitConfig:
     """Rows a step, over all processes together."""
     learning_rate: float = 1e-3
     """AdamW's rate after warm-up."""
+    optimizer: OptimizerName = "adamw"
+    """`muon` orthogonalises the updates of linear layers, at five times the rate; the rest stays with AdamW."""
     warmup_steps: int = 50
     """Steps over which the rate rises from zero."""
     decay_fraction: float = 0.5
@@ -75,6 +78,10 @@ class FitConfig:
         if not -(2**63) <= self.seed < 2**63:
             raise UserError(f"seed must fit into 64 bits, which {self.seed} does not")
 
+    def optimizer_of(self, module: nn.Module) -> Optimizer:
+        """The optimiser of a module's parameters."""
+        return make_optimizer(module, self.optimizer, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+
     def rate(self, step: int) -> float:
         """The learning rate's factor in [0, 1] at a step: linear warm-up, flat, cosine down to a hundredth."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
@@ -98,19 +105,7 @@ class Phase:
 
     name: str
     objective: nn.Module
-    optimizer: torch.optim.Optimizer
-
-
-def adamw(module: nn.Module, config: FitConfig) -> torch.optim.AdamW:
-    """AdamW over a module's parameters, with weight decay on matrices and larger only."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=(0.9, 0.95), fused=True
-    )
+    optimizer: Optimizer
 
 
 def fit(

@@ -2,7 +2,7 @@
 
 import difflib
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from smalti.errors import UserError
 
@@ -19,7 +19,10 @@ _MODULES: dict[tuple[Family, str], str] = {
 _CLASSES: dict[tuple[Family, str], "type[Checkpointed]"] = {}
 
 
-def register(cls: "type[Checkpointed]") -> "type[Checkpointed]":
+C = TypeVar("C", bound="Checkpointed")
+
+
+def register(cls: type[C]) -> type[C]:
     """Class decorator: makes `cls` what its `family` and `kind` stand for."""
     _CLASSES[cls.family, cls.kind] = cls
     return cls

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from smalti.checkpoint import Checkpointed
 from smalti.codes import Layout, Level
 from smalti.devices import Precision, accelerator, autocast, best_device
-from smalti.fit import FitConfig, Phase, adamw, fit
+from smalti.fit import FitConfig, Phase, fit
 from smalti.images import ImageRows, open_images
 from smalti.latentsets.format import Provenance
 from smalti.latentsets.reader import LatentSet
@@ -297,7 +297,7 @@ def _fit(process: Accelerator, model: Checkpointed, objective: nn.Module, data: 
     """Seconds a step of `fit`, from the first step to the last: without the start and the saving at the end."""
     clocked = _Clocked(data)
     with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
-        phases = [Phase("benchmark", objective, adamw(objective, config))]
+        phases = [Phase("benchmark", objective, config.optimizer_of(objective))]
         fit(process, phases, clocked, config, model=model, run=Run(Path(folder), {}), what="benchmark")
     return Seconds((clocked.asked[-1] - clocked.asked[0]) / (len(clocked.asked) - 1))
 
@@ -308,7 +308,7 @@ def _bare_loop(process: Accelerator, objective: nn.Module, data: RowData, config
         name: tensor.to(process.device) for name, tensor in data.__getitems__(list(range(config.batch_size))).items()
     }
     batch["seeds"] = row_seeds(0, batch["rows"])
-    optimizer, asked = adamw(objective, config), []
+    optimizer, asked = config.optimizer_of(objective), []
     objective.train()
     for _ in range(config.steps):
         synchronize()
@@ -317,7 +317,7 @@ def _bare_loop(process: Accelerator, objective: nn.Module, data: RowData, config
             loss, _ = objective(batch)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
+        objective.zero_grad()
     return Seconds((asked[-1] - asked[0]) / (len(asked) - 1))
 
 

@@ -11,7 +11,7 @@ from smalti import registry
 from smalti.codes import Level
 from smalti.devices import Precision, accelerator
 from smalti.errors import UserError
-from smalti.fit import FitConfig, Phase, adamw, fit
+from smalti.fit import FitConfig, Phase, fit
 from smalti.interfaces import Tokenizer
 from smalti.latentsets.reader import LatentSet, require_tokenizer
 from smalti.latentsets.rows import LatentRows
@@ -35,7 +35,11 @@ class TrainPrior(Generic[C]):
     model: C
     """The network; its height, width and radices are those of the latent set."""
     sundae: SundaeConfig = field(default_factory=SundaeConfig)
-    fit: FitConfig = field(default_factory=lambda: FitConfig(ema_decay=0.998))
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(
+            steps=1_400, batch_size=32, learning_rate=3e-3, optimizer="muon", decay_fraction=0.75, ema_decay=0.998
+        )
+    )
     prior: str = "hourglass"
     """Kind of prior; its own settings are listed with it (`--prior KIND --help`)."""
     latents: Path = LATENTS / "hrvq.h5"
@@ -94,7 +98,7 @@ def train_prior(config: TrainPrior[Any]) -> Path:
 
     fit(
         process,
-        [Phase("prior", objective, adamw(objective, config.fit))],
+        [Phase("prior", objective, config.fit.optimizer_of(objective))],
         train if config.fit.workers else train.to(process.device),
         config.fit,
         model=prior,

@@ -8,7 +8,7 @@ import torch
 
 from smalti import registry
 from smalti.devices import Precision, accelerator
-from smalti.fit import FitConfig, Phase, adamw, fit
+from smalti.fit import FitConfig, Phase, fit
 from smalti.images import ImageRows, open_images
 from smalti.interfaces import Tokenizer
 from smalti.pictures import save_sheet
@@ -81,7 +81,7 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
     shown = held_out if len(held_out) else train
     fit(
         process,
-        [Phase("tokenizer", objective, adamw(objective, config.fit))],
+        [Phase("tokenizer", objective, config.fit.optimizer_of(objective))],
         train,
         config.fit,
         model=tokenizer,

@@ -1,0 +1,71 @@
+"""Optimisers: who trains what, steps by hand, states that go on."""
+
+import torch
+from torch import nn
+
+from smalti.optimizers import BETAS, MUON_TIMES, Together, make_optimizer
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4, bias=False))
+
+
+def step(module, optimizer, seed):
+    module.zero_grad()
+    module(torch.arange(5)).mul(torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))).sum().backward()
+    optimizer.step()
+
+
+def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest():
+    module = network()
+    adamw, muon = make_optimizer(module, "muon", learning_rate=0.1, weight_decay=0.5).parts
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(muon, torch.optim.Muon)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    taken = [{names[id(p)] for group in part.param_groups for p in group["params"]} for part in (adamw, muon)]
+    assert taken == [{"0.weight", "1.bias", "2.weight", "2.bias"}, {"1.weight", "3.weight"}]
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.5, 0.0]  # matrices only
+    assert {group["lr"] for group in muon.param_groups} == {MUON_TIMES * 0.1}
+
+
+def test_a_module_without_linear_layers_is_adamw_alone():
+    (part,) = make_optimizer(nn.Conv2d(3, 4, 3), "muon", learning_rate=0.1).parts
+    assert isinstance(part, torch.optim.AdamW)
+
+
+def test_muon_makes_the_update_nearly_orthogonal():
+    module = nn.Linear(8, 16, bias=False)
+    before = module.weight.detach().clone()
+    optimizer = make_optimizer(module, "muon", learning_rate=0.01)
+    module(torch.randn(32, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    optimizer.step()
+    singular = torch.linalg.svdvals(before - module.weight.detach())
+    assert singular.max() / singular.min() < 2.5  # Newton-Schulz brings them to about 0.7 .. 1.2 of one value
+
+
+def test_adamw_is_torchs_own():
+    ours, theirs = network(), network()
+    optimizer = make_optimizer(ours, "adamw", learning_rate=0.01)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=BETAS, weight_decay=0.0)
+    for seed in range(3):
+        step(ours, optimizer, seed)
+        step(theirs, reference, seed)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_a_restored_state_goes_on_as_if_nothing_had_happened():
+    whole, stopped = network(), network()
+    optimizer = make_optimizer(whole, "muon", learning_rate=0.01)
+    for seed in range(4):
+        step(whole, optimizer, seed)
+    first = make_optimizer(stopped, "muon", learning_rate=0.01)
+    for seed in range(2):
+        step(stopped, first, seed)
+    second = make_optimizer(stopped, "muon", learning_rate=0.5)  # the rate comes from the state
+    assert isinstance(second, Together)
+    second.load_state_dict(first.state_dict())
+    for seed in range(2, 4):
+        step(stopped, second, seed)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
