@@ -2,7 +2,7 @@
 
 import difflib
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
 
 from smalti.errors import UserError
 
@@ -19,12 +19,13 @@ _MODULES: dict[tuple[Family, str], str] = {
 _CLASSES: dict[tuple[Family, str], "type[Checkpointed]"] = {}
 
 
-C = TypeVar("C", bound="Checkpointed")
+C = TypeVar("C", bound=type)
 
 
-def register(cls: type[C]) -> type[C]:
-    """Class decorator: makes `cls` what its `family` and `kind` stand for."""
-    _CLASSES[cls.family, cls.kind] = cls
+def register(cls: C) -> C:
+    """Class decorator: makes a `Checkpointed` class what its `family` and `kind` stand for."""
+    model = cast("type[Checkpointed]", cls)
+    _CLASSES[model.family, model.kind] = model
     return cls
 
 

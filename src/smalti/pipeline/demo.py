@@ -36,7 +36,7 @@ IMAGES_PER_MASK = 2
 class Demo:
     """How large a demonstration to make. The defaults fit six minutes on two CPU cores."""
 
-    tokenizer_steps: int = TrainTokenizer(model=None).fit.steps
+    tokenizer_steps: int = 400
     """Optimiser steps of the tokenizer."""
     prior_steps: int = TrainPrior(model=None).fit.steps
     """Optimiser steps of the prior."""
@@ -75,7 +75,7 @@ def demo(config: Demo) -> Path:
             TrainTokenizer(model=HRVQConfig(), fit=fit, precision=config.precision, out=config.out / "tokenizer")
         )
     with _timed(seconds, "latent set"):
-        latents = build_latents(BuildLatents(tokenizer=str(folder), out=config.out / "latents.h5"))
+        latents = build_latents(BuildLatents(tokenizer=str(folder), flips=False, out=config.out / "latents.h5"))
     with _timed(seconds, "prior"):
         fit = replace(TrainPrior(model=None).fit, steps=config.prior_steps, seed=config.seed)
         prior_config = TrainPrior(
@@ -167,7 +167,7 @@ def _report(
     counts = latents.usage()
     return f"""# What the demonstration made
 
-{len(latents)} rows of emoji (with mirror images), {len(rows)} images held out (an emoji and its skin tones are one
+{len(latents)} emoji, {len(rows)} images held out (an emoji and its skin tones are one
 source, on one side).
 
 | stage | measure | value |
