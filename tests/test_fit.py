@@ -133,19 +133,20 @@ def test_the_rate_rises_stays_and_falls():
 @pytest.mark.parametrize(
     ("make", "stops"),
     [(toys.toy, [0, 4, 0, 3]), (toys.toy, [10]), (toys.toy, [9]), (toys.tokenizer, [3, 3]), (toys.prior, [6])],
-    ids=["toy at 1, 6, 7, 11", "toy at 11", "toy where it saves anyway", "hrvq", "hourglass"],
+    ids=["toy at 1, 6, 7, 11", "toy at 11", "toy where it saves anyway", "hrvq", "hourglass with muon"],
 )
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, make, stops):
     """By a real signal, with a batch in hand; `stops` are batches since the run last went on."""
-    train(tmp_path / "whole", make)
+    config = replace(CONFIG, optimizer="muon") if make is toys.prior else CONFIG
+    train(tmp_path / "whole", make, config)
     done = 0
     for number, stop in zip([signal.SIGINT, signal.SIGTERM] * 2, stops, strict=False):
         with pytest.raises(Interrupted) as stopped:
-            train(tmp_path / "stopped", make, wrap=lambda rows, at=stop, by=number: Signalling(rows, at, by))
+            train(tmp_path / "stopped", make, config, wrap=lambda rows, at=stop, by=number: Signalling(rows, at, by))
         done = done + stop + 1
         assert (stopped.value.step, stopped.value.signal_number) == (done, number)
     assert done < CONFIG.steps
-    train(tmp_path / "stopped", make)
+    train(tmp_path / "stopped", make, config)
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 

@@ -8,7 +8,6 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from smalti import registry
-from smalti.codes import Level
 from smalti.devices import Precision, accelerator
 from smalti.errors import UserError
 from smalti.fit import FitConfig, Phase, fit
@@ -70,7 +69,8 @@ def train_prior(config: TrainPrior[Any]) -> Path:
     require_tokenizer(latents, tokenizer.digest())
     (level,) = latents.layout.levels
     torch.manual_seed(config.fit.seed)
-    config = dataclasses.replace(config, model=_fitted(config.model, level))
+    grid = {"height": level.height, "width": level.width, "radices": level.radices}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **grid))
     prior = cast(Prior, registry.find("prior", config.prior)(config.model))
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
@@ -108,19 +108,6 @@ def train_prior(config: TrainPrior[Any]) -> Path:
         what=f"training {config.prior}",
     )
     return folder
-
-
-def _fitted(model: Any, level: Level) -> Any:
-    """The network's config with the grid and radices of the latent set.
-
-    Raises:
-        UserError: if the person asked for others.
-    """
-    fixed = {"height": level.height, "width": level.width, "radices": level.radices}
-    for name, value in fixed.items():
-        if getattr(model, name) not in (value, getattr(type(model)(), name)):
-            raise UserError(f"--{name} {getattr(model, name)} is not the latent set's, {value}; leave it out")
-    return dataclasses.replace(model, **fixed)
 
 
 def save_samples(prior: Prior, tokenizer: Tokenizer, path: Path, config: TrainPrior[Any]) -> None:
