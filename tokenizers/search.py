@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
 # One compiled shape serves every search: vectors go through in blocks of this many, the last one padded.
 BLOCK_VECTORS = 16_384
-# A padded block costs the fused search what half as many vectors cost the eager one; compiling costs some 20 s once a
-# machine.
+# A padded block costs the fused search what half as many vectors cost the eager one.
 COMPILED_FROM_VECTORS = BLOCK_VECTORS // 2
+# Compiling costs some 20 s once a machine; a search of this many vectors times leaves, some 100 ms eager and 10 fused.
+COMPILED_FROM_PAIRS = 2**25
 # On CPUs the eager search works in blocks this small: their candidates stay in the cache, which is 2-8 times faster.
 EAGER_VECTORS = 512
 # Up to this many codewords, comparing with a layer's every codeword is one small matrix product and beats gathering.
@@ -44,7 +43,9 @@ def nearest_paths(
     vectors, codebooks = vectors.detach().float(), [codebook.detach().float() for codebook in codebooks]
     halves = [_half_squares(codebook) for codebook in codebooks]
     if compiled is None:
-        large = len(vectors) >= COMPILED_FROM_VECTORS and not all(_is_dense(codebook) for codebook in codebooks)
+        pairs = len(vectors) * codebooks[-1].shape[0] * codebooks[-1].shape[1]
+        large = len(vectors) >= COMPILED_FROM_VECTORS and pairs >= COMPILED_FROM_PAIRS
+        large = large and not all(_is_dense(codebook) for codebook in codebooks)
         compiled = large and vectors.device.type in ("cpu", "cuda")
     # both are part of what a compiled graph is made for: one graph for training and encoding alike
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
@@ -52,7 +53,8 @@ def nearest_paths(
             return _eager(vectors, codebooks, halves)
         paths = [vectors.new_zeros(0, dtype=torch.long)]
         for block in vectors.split(BLOCK_VECTORS) if len(vectors) else ():
-            padded = F.pad(block, (0, 0, 0, BLOCK_VECTORS - len(block)))
+            missing = BLOCK_VECTORS - len(block)
+            padded = F.pad(block, (0, 0, 0, missing)) if missing else block  # padding by nothing would be a copy
             paths.append(_fused()(padded, codebooks, halves)[: len(block)])
         return torch.cat(paths)
 
@@ -127,6 +129,9 @@ def _fusable(vectors, codebooks, halves):
 @cache
 def _fused() -> Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]:
     """The compiled search, or the eager one where compiling fails (no C++ compiler, say): slower, never wrong."""
+    from torch._dynamo.exc import TorchDynamoException  # here: the compiler takes seconds to import
+    from torch._inductor.exc import InductorError
+
     compiled = torch.compile(_fusable, dynamic=False)
     broken = False
 

@@ -36,9 +36,9 @@ IMAGES_PER_MASK = 2
 class Demo:
     """How large a demonstration to make. The defaults fit six minutes on two CPU cores."""
 
-    tokenizer_steps: int = 400
+    tokenizer_steps: int = 550
     """Optimiser steps of the tokenizer."""
-    prior_steps: int = TrainPrior(model=None).fit.steps
+    prior_steps: int = 1_050
     """Optimiser steps of the prior."""
     sampling: SundaeSampling = field(default_factory=SundaeSampling)
     """Of samples and fills."""
@@ -188,7 +188,7 @@ Seconds: {", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}; 
 
 ## What to try next
 
-- Another seed, cooler: `python scripts/sample.py --prior {config.out}/prior --seed 1 --temperature 0.9 0.5`
+- Another seed, cooler: `python scripts/sample.py --prior {config.out}/prior --seed 1 --temperature 0.8 0.4`
 - Your own picture: `python scripts/inpaint.py --prior {config.out}/prior --image in.png --mask mask.png`
   (32×32 pixels; white is filled)
 - Longer training is the surest way to better samples:

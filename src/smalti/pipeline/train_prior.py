@@ -36,7 +36,7 @@ class TrainPrior(Generic[C]):
     sundae: SundaeConfig = field(default_factory=SundaeConfig)
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(
-            steps=1_400, batch_size=32, learning_rate=3e-3, optimizer="muon", decay_fraction=0.75, ema_decay=0.998
+            steps=3_000, batch_size=32, learning_rate=3e-3, optimizer="muon", decay_fraction=0.75, ema_decay=0.998
         )
     )
     prior: str = "hourglass"

@@ -29,7 +29,7 @@ class TrainTokenizer(Generic[C]):
 
     model: C
     """The network."""
-    fit: FitConfig = field(default_factory=FitConfig)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2_000, batch_size=32))
     tokenizer: str = "hrvq"
     """Kind of tokenizer; its own settings are listed with it (`--tokenizer KIND --help`)."""
     images: str = "emoji"
