@@ -22,7 +22,7 @@ START, STEP, PROPOSE, UPDATE = range(4)
 class SundaeSampling:
     """How a chain of repairs runs. Temperature and proportion go linearly from the first step's value to the last's.
 
-    The falling proportion is for young priors: at the papers' constant half, their chains drift to plain areas.
+    The falling proportion is for young priors, whose chains drift to plain areas at a constant half.
 
     Raises:
         UserError: for values outside their ranges.
@@ -30,9 +30,9 @@ class SundaeSampling:
 
     steps: int = 60
     """Most steps of the chain."""
-    temperature: tuple[float, float] = (1.0, 0.5)
+    temperature: tuple[float, float] = (1.0, 0.6)
     """Divides the logits, from first step to last; below 1 draws likelier codes, with less variety."""
-    proportion: tuple[float, float] = (0.4, 0.03)
+    proportion: tuple[float, float] = (0.5, 0.2)
     """Share of positions that take their newly drawn code, from first step to last, in (0, 1]."""
     min_steps: int = 10
     """A sample is finished once a step changes nothing, but not before this many steps."""
