@@ -171,7 +171,7 @@ def test_a_prior_launched_and_stopped_by_ctrl_c_ends_as_if_it_had_not_been(prior
     _, shown = interrupt([*launcher, str(SCRIPTS / "train_prior.py"), *arguments], place / "launched")
     assert "stopped after step" in shown
     assert shown.count("Traceback") <= 1
-    assert "smalti" not in shown.partition("Traceback")[2]
+    assert 'train_prior.py", line' not in shown  # no frame of ours
     assert 0 < described(place / "launched")["provenance"]["steps"] < 40
     done = subprocess.run(
         [*launcher, str(SCRIPTS / "train_prior.py"), *arguments],

@@ -107,9 +107,11 @@ def test_searches_in_float32_whatever_it_is_given_and_whatever_autocast_says():
 def test_small_and_dense_searches_are_not_compiled(monkeypatch):
     asked = []
     monkeypatch.setattr(search, "_fused", lambda: lambda *block: asked.append(len(block[0])) or search._eager(*block))
-    gathering, dense = problem(search.COMPILED_FROM_VECTORS, 3, 8), problem(BLOCK_VECTORS, 2, 8)
+    gathering, dense = problem(search.COMPILED_FROM_VECTORS, 3, 16), problem(BLOCK_VECTORS, 2, 16)
+    few_leaves = problem(search.COMPILED_FROM_VECTORS, 3, 8)
     nearest_paths(gathering[0][1:], gathering[1])
     nearest_paths(*dense)
+    nearest_paths(*few_leaves)
     assert asked == []
     nearest_paths(*gathering)
     assert asked == [BLOCK_VECTORS]  # padded to the one shape that is compiled

@@ -98,7 +98,7 @@ def test_stripes_are_learnt_and_drawn():
         known=blank,
         known_mask=blank.bool(),
         seeds=row_seeds(6, torch.arange(64)),
-        sampling=SundaeSampling(steps=30),
+        sampling=SundaeSampling(steps=30, temperature=(1.0, 0.7), proportion=(0.5, 0.5)),
     )
     striped = (drawn == drawn[..., :1]).all(-1)
     assert striped.float().mean() > 0.5  # of uniform codes, one row in a thousand is
