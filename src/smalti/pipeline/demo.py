@@ -34,11 +34,11 @@ IMAGES_PER_MASK = 2
 
 @dataclass(frozen=True)
 class Demo:
-    """How large a demonstration to make. The defaults fit six minutes on two CPU cores."""
+    """How large a demonstration to make. The defaults take some six minutes on two CPU cores."""
 
     tokenizer_steps: int = 550
     """Optimiser steps of the tokenizer."""
-    prior_steps: int = 750
+    prior_steps: int = 900
     """Optimiser steps of the prior."""
     sampling: SundaeSampling = field(default_factory=SundaeSampling)
     """Of samples and fills."""
