@@ -101,8 +101,10 @@ class Hourglass(Prior):
         """See `Prior.features`."""
         _, h, w = codes.shape
         x = self.head.embed(codes)  # b n d
+        if torch.is_autocast_enabled(x.device.type):  # else every layer would cast what it reads, and every sum back
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.body(x, (h, w))  # b n d
-        return self.norm(x)
+        return self.norm(x.float())
 
 
 class Stage(nn.Module):

@@ -44,6 +44,29 @@ def test_muon_makes_the_update_nearly_orthogonal():
     assert singular.max() / singular.min() < 2.5  # Newton-Schulz brings them to about 0.7 .. 1.2 of one value
 
 
+def test_batches_of_matrices_take_the_steps_that_torchs_muon_takes_one_by_one():
+    ours, theirs = (
+        nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 4)) for _ in range(2)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    _, muon = make_optimizer(ours, "muon", learning_rate=0.01, weight_decay=0.1).parts
+    weights = [layer.weight for layer in theirs]
+    reference = torch.optim.Muon(weights, lr=0.01 * MUON_TIMES, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.weight.grad = torch.randn(mine.weight.shape, generator=draw)
+            other.weight.grad = mine.weight.grad.clone()
+        before = [weight.detach().clone() for weight in weights]
+        muon.step()
+        reference.step()
+        for mine, other, start in zip(ours, theirs, before, strict=True):
+            # both in bfloat16, which they round in another order; the difference is small beside the step
+            assert (mine.weight - other.weight).norm() < 0.02 * (other.weight - start).norm()
+            mine.weight.data.copy_(other.weight)
+    assert muon.state_dict()["state"].keys() == reference.state_dict()["state"].keys()
+
+
 def test_adamw_is_torchs_own():
     ours, theirs = network(), network()
     optimizer = make_optimizer(ours, "adamw", learning_rate=0.01)

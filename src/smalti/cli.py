@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import tyro
 
+from smalti.allocator import keep_freed_memory
 from smalti.errors import UserError
 from smalti.signals import Interrupted
 
@@ -36,6 +37,7 @@ def run(command: Callable[[C], Any], config_class: Callable[[], type[C]] | type[
         config_class: a dataclass, or a function that finds it.
         about: what `--help` says first: what the command does, with examples.
     """
+    keep_freed_memory()
     try:
         cls = config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], type[C]], config_class)()
         command(tyro.cli(cast(type[C], cls), description=about, config=(tyro.conf.OmitArgPrefixes,)))

