@@ -50,7 +50,8 @@ class HourglassConfig:
     heads: int = 4
     """Attention heads; each has model_width / heads numbers, a multiple of 4."""
     depth: tuple[int, ...] = (1, 3, 1)
-    """Blocks before the valley, in it, and after it; with more valleys, from the outside in and out again."""
+    """Blocks before the valley, in it, and after it; with more valleys, from the outside in and out again. Only the
+    innermost valley needs any."""
     shorten: tuple[int, ...] = (2,)
     """Side of the patches that each valley takes for one position, outermost first. None at all is a flat
     transformer."""
@@ -68,10 +69,11 @@ class HourglassConfig:
                 f"shorten {self.shorten} makes {len(self.shorten)} valley(s), for which depth needs "
                 f"{2 * len(self.shorten) + 1} numbers, got {self.depth}"
             )
-        if min(self.depth) < 1 or min(self.shorten, default=2) < 2 or self.feedforward_mult < 1:
+        innermost = self.depth[len(self.shorten)]
+        if min(self.depth) < 0 or innermost < 1 or min(self.shorten, default=2) < 2 or self.feedforward_mult < 1:
             raise UserError(
-                f"depth and feedforward_mult must be at least 1 and shorten at least 2, "
-                f"got {self.depth}, {self.feedforward_mult} and {self.shorten}"
+                f"feedforward_mult and the innermost valley's depth must be at least 1, other depths 0 and shorten 2, "
+                f"got {self.feedforward_mult}, {self.depth} and {self.shorten}"
             )
 
 
@@ -125,7 +127,7 @@ class Stage(nn.Module):
         self.stride = stride
         # without its cache, which forgets the positions it was asked for
         self.rotary = RotaryEmbedding(axis_width, theta=ROTARY_THETA, cache_if_possible=False, cache_max_seq_len=1)
-        self.before = Blocks(config, depth[0])
+        self.before = Blocks(config, depth[0]) if depth[0] else None
         self.shorten = shorten[0] if shorten else None
         if self.shorten:
             s = self.shorten
@@ -133,13 +135,14 @@ class Stage(nn.Module):
             self.valley = Stage(config, depth[1:-1], shorten[1:], stride * s)
             self.norm = nn.LayerNorm(d)
             self.up = nn.Linear(d, s * s * d)
-            self.after = Blocks(config, depth[-1])
+            self.after = Blocks(config, depth[-1]) if depth[-1] else None
 
     def forward(self, x: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
         """Features in raster order over `grid` (rows, columns) to features."""
         h, w = grid
         angles = self.angles(h, w, x.device)  # 1 n a
-        x = self.before(x, angles)
+        if self.before:
+            x = self.before(x, angles)
         if self.shorten is None:
             return x
         s = self.shorten
@@ -152,7 +155,7 @@ class Stage(nn.Module):
         patches = self.up(self.norm(patches))
         patches = rearrange(patches, "b (y x) (s1 s2 d) -> b (y s1) (x s2) d", y=rows, s1=s, s2=s)
         x = x + rearrange(patches[:, :h, :w], "b h w d -> b (h w) d")
-        return self.after(x, angles)
+        return self.after(x, angles) if self.after else x
 
     def angles(self, h: int, w: int, device: torch.device) -> Float[Tensor, "1 n a"]:
         """Rotations at each position: half of a head's numbers by the row, half by the column.

@@ -141,7 +141,15 @@ def test_partial_patches_count_what_is_there():
 
 
 @pytest.mark.parametrize(
-    ("depth", "shorten"), [((2,), ()), ((1, 1, 1), (2,)), ((1, 1, 1), (3,)), ((1, 1, 2, 1, 1), (2, 2))]
+    ("depth", "shorten"),
+    [
+        ((2,), ()),
+        ((1, 1, 1), (2,)),
+        ((1, 1, 1), (3,)),
+        ((1, 1, 2, 1, 1), (2, 2)),
+        ((0, 1, 0), (2,)),
+        ((0, 0, 1, 1, 0), (2, 2)),
+    ],
 )
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (5, 9), (1, 3)])
 def test_every_position_hears_every_other_on_any_grid(depth, shorten, h, w):
@@ -199,9 +207,10 @@ def test_a_saved_model_is_the_same_model(tmp_path):
         ({"heads": 0}, "multiple of 4"),
         ({"depth": (2, 4)}, "needs 3 numbers"),
         ({"depth": (2, 4, 2), "shorten": ()}, "needs 1 numbers"),
-        ({"depth": (2, 0, 2)}, "at least 1"),
+        ({"depth": (2, 0, 2)}, "innermost valley's depth must be at least 1"),
+        ({"depth": (-1, 2, 2)}, "other depths 0"),
         ({"shorten": (1,)}, "at least 2"),
-        ({"feedforward_mult": 0}, "at least 1"),
+        ({"feedforward_mult": 0}, "must be at least 1"),
         ({"height": 0}, "empty"),
     ],
 )
