@@ -209,7 +209,7 @@ def test_a_saved_model_is_the_same_model(tmp_path):
         ({"depth": (2, 4, 2), "shorten": ()}, "needs 1 numbers"),
         ({"depth": (2, 0, 2)}, "innermost valley's depth must be at least 1"),
         ({"depth": (-1, 2, 2)}, "other depths 0"),
-        ({"shorten": (1,)}, "at least 2"),
+        ({"shorten": (1,)}, "and shorten 2"),
         ({"feedforward_mult": 0}, "must be at least 1"),
         ({"height": 0}, "empty"),
     ],
