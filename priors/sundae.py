@@ -25,21 +25,16 @@ class SundaeConfig:
     """Step-unrolled denoising.
 
     Raises:
-        UserError: for fewer than one unrolled step, or a share that is none.
+        UserError: for fewer than one unrolled step.
     """
 
     unrolled_steps: int = 2
     """Repairs in a row that are trained together: the first of corrupted codes, each next of what the one before
     drew."""
-    unroll_from: float = 0.0
-    """Share of the training, in [0, 1), that goes by before repairs after the first one join. Until then a step costs
-    half; 0 is the paper's way."""
 
     def __post_init__(self) -> None:
         if self.unrolled_steps < 1:
             raise UserError(f"unrolled_steps must be at least 1, got {self.unrolled_steps}")
-        if not 0 <= self.unroll_from < 1:
-            raise UserError(f"unroll_from must be at least 0 and below 1, got {self.unroll_from}")
 
 
 class Sundae(nn.Module):
@@ -61,7 +56,7 @@ class Sundae(nn.Module):
 
         Args:
             batch: `codes` int64 `(b, h, w)`, and `seeds` int64 `(b,)`, another for each row and step of training: they
-                decide all draws; in training `progress`, the share of it that is done. Without, the loss is whole.
+            decide all draws.
 
         Returns:
             The loss, and detached: `loss_1`, `loss_2`, ... of each unrolled step; `nll_1`, `nll_2`, ... of each digit,
@@ -72,8 +67,7 @@ class Sundae(nn.Module):
         target = codes.flatten(1)  # b n
         features = self.prior.features(corrupt(head, codes, seeds))  # b n d
         scores = [head.score(features, target)]
-        joined = batch.get("progress", 1.0) >= self.config.unroll_from
-        for step in range(1, self.config.unrolled_steps if joined else 1):
+        for step in range(1, self.config.unrolled_steps):
             draws = uniform(derive(seeds, UNROLL, step), h * w, len(head.radices))
             features = self.prior.features(head.sample(features, draws).view_as(codes))
             scores.append(head.score(features, target))

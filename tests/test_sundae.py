@@ -47,17 +47,6 @@ def test_loss_and_gradient_are_those_of_the_steps_taken_apart(unrolled_steps):
     assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(found, expected, strict=True))
 
 
-def test_unrolled_steps_join_when_the_given_share_of_training_is_done():
-    prior = tiny()
-    batch = {"codes": torch.randint(6, (4, 2, 3)), "seeds": row_seeds(1, torch.arange(4))}
-    late = Sundae(prior, SundaeConfig(2, unroll_from=0.7))
-    first, whole = Sundae(prior, SundaeConfig(1))(batch)[0], Sundae(prior, SundaeConfig(2))(batch)[0]
-    assert not torch.equal(first, whole)
-    assert torch.equal(late(batch | {"progress": 0.69})[0], first)
-    assert torch.equal(late(batch | {"progress": 0.7})[0], whole)
-    assert torch.equal(late(batch)[0], whole)  # as for held-out losses: whole, whenever they are taken
-
-
 def test_corruption_has_a_uniform_rate_for_each_row_and_uniform_codes():
     head = FactorizedHead((50, 20), 4)
     codes = torch.full((3000, 8, 8), 123)
@@ -82,11 +71,9 @@ def test_a_rows_corruption_is_its_own():
     assert not torch.equal(noisy, corrupt(head, codes, derive(seeds, 1)))
 
 
-def test_fewer_than_one_step_and_shares_that_are_none_are_refused():
+def test_fewer_than_one_step_is_refused():
     with pytest.raises(UserError, match="at least 1, got 0"):
         SundaeConfig(unrolled_steps=0)
-    with pytest.raises(UserError, match="below 1, got 1"):
-        SundaeConfig(unroll_from=1.0)
 
 
 def test_stripes_are_learnt_and_drawn():
