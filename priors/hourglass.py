@@ -45,13 +45,14 @@ class HourglassConfig:
     """Columns of the grid of codes trained on."""
     radices: tyro.conf.Suppress[tuple[int, ...]] = (8, 8, 8)
     """Digits of a code, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat codebook."""
-    model_width: int = 128
+    model_width: int = 192
     """Numbers at each position."""
-    heads: int = 4
+    heads: int = 6
     """Attention heads; each has model_width / heads numbers, a multiple of 4."""
-    depth: tuple[int, ...] = (1, 3, 1)
+    depth: tuple[int, ...] = (0, 4, 0)
     """Blocks before the valley, in it, and after it; with more valleys, from the outside in and out again. Only the
-    innermost valley needs any."""
+    innermost valley needs any. Outside it a block costs shorten squared times as much: after 200 s of one core on emoji
+    codes, (1, 3, 1) of width 128 reaches 3.32 nats held-out, (0, 4, 1) 3.22, and (0, 4, 0) of width 192 3.16."""
     shorten: tuple[int, ...] = (2,)
     """Side of the patches that each valley takes for one position, outermost first. None at all is a flat
     transformer."""

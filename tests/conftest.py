@@ -26,6 +26,10 @@ os.environ |= {
 checked = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
 jaxtyping.install_import_hook("smalti", f"{__name__}.checked")
 
+from smalti.runtime import wait_without_spinning  # noqa: E402 - after the settings above
+
+wait_without_spinning()
+
 import torch  # noqa: E402 - after the settings above
 from hypothesis import settings  # noqa: E402
 

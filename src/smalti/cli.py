@@ -10,9 +10,11 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import tyro
 
-from smalti.allocator import keep_freed_memory
 from smalti.errors import UserError
+from smalti.runtime import keep_freed_memory, wait_without_spinning
 from smalti.signals import Interrupted
+
+wait_without_spinning()  # here, as commands import this file before what imports torch
 
 C = TypeVar("C")
 

@@ -38,7 +38,7 @@ class Demo:
 
     tokenizer_steps: int = 550
     """Optimiser steps of the tokenizer."""
-    prior_steps: int = 900
+    prior_steps: int = 1000
     """Optimiser steps of the prior."""
     sampling: SundaeSampling = field(default_factory=SundaeSampling)
     """Of samples and fills."""
