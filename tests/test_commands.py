@@ -246,7 +246,7 @@ def test_a_hole_is_filled_and_nothing_else(prior, place, capfd):
         ((8, 8), (4, 8), [], "mask.png is 8x4 but the image is 8x8; give a mask of the image's size"),
         ((8, 8), (8, 8), [], "mask.png has no hole: no pixel is light; paint what to fill white"),
         ((8, 6), (8, 6), ["--invert"], "in.png is 6x8, which does not divide by 4; crop or resize it"),
-        ((8, 8), (8, 8), ["--num", "0"], "--num must be at least 1, not 0"),
+        ((8, 8), (8, 8), ["--num", "0"], "--num and --candidates must be at least 1, not 0"),
         ((8, 8), (8, 8), ["--prior", "nothing"], "no checkpoint at nothing"),
         ((8, 8), (8, 8), ["--prior", "whole"], "whole holds a tokenizer (hrvq), but a prior is needed here"),
         ((8, 8), (8, 8), ["--prior", "hourglass"], "runs/priors/hourglass is not there: train it first"),

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from smalti.devices import autocast, device
 from smalti.errors import UserError
-from smalti.masks import known_codes
+from smalti.masks import blank, known_codes
 from smalti.pipeline.generate import Sample, fill, generate_codes, sample
-from smalti.preprocess import to_float
+from smalti.preprocess import to_float, to_uint8
 from smalti.priors.hourglass import Hourglass, HourglassConfig
-from smalti.priors.samplers import SundaeSampling
-from smalti.randomness import row_seeds
+from smalti.priors.samplers import SundaeSampling, sample_sundae
+from smalti.randomness import derive, row_seeds
 from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
 
 SAMPLING = SundaeSampling(steps=4, min_steps=2)
@@ -100,6 +100,32 @@ def test_a_fill_keeps_the_known_codes_and_draws_the_rest(models):
     first, last = steps[0][1], steps[-1][1]
     assert torch.equal(first[known], last[known])
     assert not torch.equal(first[~known], last[~known])
+
+
+@torch.no_grad()
+def test_of_several_candidates_the_one_nearest_to_the_known_pixels_beside_the_hole_is_kept(models):
+    """Each image alone, candidate by candidate and patch by patch."""
+    prior, tokenizer = models
+    images, hole, seeds, size = pixels(5), holes(5), row_seeds(5, torch.arange(3)), tokenizer.downsampling
+    filled = fill(prior, tokenizer, images, hole, seeds=seeds, sampling=SAMPLING, candidates=4)
+    (known,) = tokenizer.encode(blank(to_float(images), hole))
+    kept = known_codes(hole, size)
+    chosen = []
+    for row in range(3):
+        tries = []
+        for candidate in range(4):
+            one = slice(row, row + 1)
+            of_candidate = derive(seeds[one], candidate)
+            codes = sample_sundae(prior, known=known[one], known_mask=kept[one], seeds=of_candidate, sampling=SAMPLING)
+            decoded, error = tokenizer.decode((codes,))[0], 0.0
+            for y, x in (~kept[row]).nonzero().tolist():
+                patch = (slice(y * size, (y + 1) * size), slice(x * size, (x + 1) * size))
+                difference = (decoded - to_float(images)[row])[:, *patch]
+                error += float(difference[:, ~hole[row][patch]].square().sum())
+            tries.append((error, candidate, torch.where(hole[row], to_uint8(decoded), images[row])))
+        chosen.append(min(tries, key=lambda found: found[0]))
+        assert torch.equal(filled[row], chosen[-1][2])
+    assert {candidate for _, candidate, _ in chosen} != {0}  # or choosing nothing would pass
 
 
 def test_a_sample_is_that_of_its_number_whatever_the_batch(models):

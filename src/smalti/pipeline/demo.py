@@ -17,7 +17,7 @@ from smalti.latentsets.reader import LatentSet, perplexity
 from smalti.masks import blank, examples
 from smalti.pictures import save_sheet
 from smalti.pipeline.build_latents import BuildLatents, build_latents
-from smalti.pipeline.generate import Sample, fill, sample
+from smalti.pipeline.generate import FILL_TEMPERATURE, Inpaint, Sample, fill, sample
 from smalti.pipeline.places import RUNS, load_prior, load_tokenizer
 from smalti.pipeline.train_prior import TrainPrior, train_prior
 from smalti.pipeline.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
@@ -41,7 +41,7 @@ class Demo:
     prior_steps: int = 1000
     """Optimiser steps of the prior."""
     sampling: SundaeSampling = field(default_factory=SundaeSampling)
-    """Of samples and fills."""
+    """Of samples; fills are drawn in as many steps, but cooler."""
     seed: int = 0
     """Decides everything that is drawn."""
     precision: Precision = "auto"
@@ -124,7 +124,8 @@ def _inpainting(prior_folder: str, config: Demo, path: Path) -> None:
             images.repeat_interleave(FILLS, 0),
             hole.repeat_interleave(FILLS, 0),
             seeds=row_seeds(config.seed, torch.arange(count * FILLS)),
-            sampling=config.sampling,
+            sampling=replace(config.sampling, temperature=FILL_TEMPERATURE),
+            candidates=Inpaint.candidates,
         )
     shown = torch.cat(
         [

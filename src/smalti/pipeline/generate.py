@@ -19,8 +19,11 @@ from smalti.preprocess import load_image, to_float, to_uint8
 from smalti.priors.prior import Prior
 from smalti.priors.samplers import SundaeSampling, sample_sundae
 from smalti.progress import bar
-from smalti.randomness import row_seeds
+from smalti.randomness import derive, row_seeds
 from smalti.runs import flatten, versions
+
+FILL_TEMPERATURE = (0.7, 0.3)
+"""Cooler than for samples: a fill is to agree with what surrounds it before it is to be one of many."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ class Inpaint:
     """The image to mend: any format that Pillow opens, of a size that divides by the tokenizer's downsampling."""
     mask: Path
     """An image of the same size: what is white is filled in."""
-    sampling: SundaeSampling = field(default_factory=SundaeSampling)
+    sampling: SundaeSampling = field(default_factory=lambda: SundaeSampling(temperature=FILL_TEMPERATURE))
     invert: bool = False
     """Fill what is black in the mask instead."""
     num: int = 3
     """How many different fills."""
+    candidates: int = 16
+    """How many are drawn for each fill that is kept: the one that goes best with the pixels beside the hole."""
     prior: str = "hourglass"
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id."""
     tokenizer: str | None = None
@@ -113,8 +118,8 @@ def inpaint(config: Inpaint) -> Path:
     Raises:
         UserError: for a file, mask or model that will not do, or sizes that do not fit together.
     """
-    if config.num < 1:
-        raise UserError(f"--num must be at least 1, not {config.num}")
+    if config.num < 1 or config.candidates < 1:
+        raise UserError(f"--num and --candidates must be at least 1, not {config.num} and {config.candidates}")
     where = device(config.device)
     prior, tokenizer = load_prior(config.prior, config.tokenizer)
     prior, tokenizer = prior.to(where), tokenizer.to(where)
@@ -138,6 +143,7 @@ def inpaint(config: Inpaint) -> Path:
             hole.expand(config.num, -1, -1),
             seeds=row_seeds(config.seed, torch.arange(config.num)),
             sampling=config.sampling,
+            candidates=config.candidates,
             callback=_counting(progress),
         )
     settings = {**flatten(config), "prior_digest": prior.digest(), "versions": versions()}
@@ -178,24 +184,41 @@ def fill(
     *,
     seeds: Int64[Tensor, " b"],
     sampling: SundaeSampling,
+    candidates: int = 1,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Images `(b, c, h, w)` uint8 with their holes filled; pixels outside the holes are those given.
 
     What the holes hide is painted over before encoding, so the fill cannot depend on it, and the codes beside a hole,
-    whose pixels saw the paint, are drawn anew.
+    whose pixels saw the paint, are drawn anew. The pixels there that are known then judge: of several candidates the
+    one is kept whose decoding comes nearest to them.
     """
-    where = next(prior.parameters()).device
-    blanked = blank(to_float(pixels).to(where), hole.to(where))
+    where, b = next(prior.parameters()).device, len(pixels)
+    hole, given = hole.to(where), to_float(pixels).to(where)
     with torch.autocast(where.type, enabled=False):
-        (known,) = tokenizer.encode(blanked)
-    known_mask = known_codes(hole.to(where), tokenizer.downsampling)
+        (known,) = tokenizer.encode(blank(given, hole))
+    known_mask = known_codes(hole, tokenizer.downsampling)
+    seeds = derive(seeds.to(where).repeat_interleave(candidates), torch.arange(candidates, device=where).repeat(b))
     codes = sample_sundae(
-        prior, known=known, known_mask=known_mask, seeds=seeds.to(where), sampling=sampling, callback=callback
+        prior,
+        known=known.repeat_interleave(candidates, 0),
+        known_mask=known_mask.repeat_interleave(candidates, 0),
+        seeds=seeds,
+        sampling=sampling,
+        callback=callback,
     )
     with torch.autocast(where.type, enabled=False):
-        decoded: Float[Tensor, "b c h w"] = tokenizer.decode((codes,))
-    return torch.where(hole.unsqueeze(1), to_uint8(decoded).cpu(), pixels)
+        decoded: Float[Tensor, "bk c h w"] = tokenizer.decode((codes,))
+    of_images = decoded.unflatten(0, (b, candidates))  # b k c h w
+    judging = ~hole & ~_patches(known_mask, tokenizer.downsampling)  # b h w
+    errors = ((of_images - given.unsqueeze(1)).square().sum(2) * judging.unsqueeze(1)).sum((2, 3))  # b k
+    kept = of_images[torch.arange(b, device=where), errors.argmin(1)]
+    return torch.where(hole.unsqueeze(1).cpu(), to_uint8(kept).cpu(), pixels)
+
+
+def _patches(of_codes: Bool[Tensor, "b y x"], downsampling: int) -> Bool[Tensor, "b h w"]:
+    """For each pixel what holds for its code."""
+    return of_codes.repeat_interleave(downsampling, 1).repeat_interleave(downsampling, 2)
 
 
 def _counting(progress: tqdm) -> Callable[[int, Tensor], None]:
