@@ -14,6 +14,7 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 from x_transformers import Encoder
 from x_transformers.attend import Attend
+from x_transformers.x_transformers import Attention, FeedForward
 
 from smalti.codes import Level
 from smalti.errors import UserError
@@ -99,6 +100,10 @@ class Hourglass(Prior):
         self.head = FactorizedHead(config.radices, config.model_width)
         self.body = Stage(config, config.depth, config.shorten)
         self.norm = nn.LayerNorm(config.model_width)
+
+    def recomputable(self) -> list[nn.Module]:
+        """Every attention and feed-forward layer."""
+        return [module for module in self.modules() if isinstance(module, Attention | FeedForward)]
 
     def features(self, codes: Int64[Tensor, "b h w"]) -> Float[Tensor, "b n d"]:
         """See `Prior.features`."""

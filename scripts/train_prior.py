@@ -9,7 +9,8 @@ $ accelerate launch scripts/train_prior.py                               # on ru
 $ accelerate launch scripts/train_prior.py --latents my.h5 --out runs/priors/mine --steps 20000
 $ accelerate launch --num_processes 8 scripts/train_prior.py --batch-size 512   # eight GPUs share each batch
 
-Stopped (Ctrl-C), the same command goes on where it was. Next: sample.py and inpaint.py."""
+Stopped (Ctrl-C) or killed, the same command goes on where it was: see --resume.
+More in docs/training.md. Next: sample.py and inpaint.py."""
 
 
 def main() -> None:

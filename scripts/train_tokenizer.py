@@ -9,7 +9,8 @@ $ python scripts/train_tokenizer.py                          # the embedded emoj
 $ python scripts/train_tokenizer.py --images my/photos       # your own: height and width divide by 4
 $ accelerate launch scripts/train_tokenizer.py --tokenizer hrvq --images my/photos --height 64 --width 64
 
-Stopped (Ctrl-C), the same command goes on where it was. Next: build_latents.py."""
+Stopped (Ctrl-C) or killed, the same command goes on where it was: see --resume.
+More in docs/training.md. Next: build_latents.py."""
 
 
 def main() -> None:

@@ -3,13 +3,15 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from smalti import cli
-from smalti.errors import UserError
+from smalti.errors import OneProcessError, UserError
 from smalti.scripts import sample, train_prior, train_tokenizer
 from smalti.signals import Interrupted, received_signals
 
@@ -97,6 +99,7 @@ def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
         (Interrupted(3, 10, signal.SIGTERM), 143, "\nstopped after step 3 of 10, state saved; the same command"),
         (KeyboardInterrupt(), 130, "\nstopped\n"),
         (OSError(errno.ENOSPC, "no space", "x.h5"), 2, "error: x.h5 cannot be written: the disk is full; make room"),
+        (OSError(errno.EFBIG, "too large", "x.h5"), 2, "error: x.h5 cannot be written: it is larger than a file may"),
         (IsADirectoryError(errno.EISDIR, "is a folder", "out"), 2, "error: out cannot be written: it is a folder"),
     ],
 )
@@ -114,11 +117,24 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
         run(monkeypatch, failing(error))
 
 
-def test_of_several_processes_one_speaks(monkeypatch, capsys):
-    for rank, lines in [("0", 1), ("1", 0)]:
+def test_of_several_processes_one_speaks_unless_only_another_has_something_to_say(monkeypatch, capsys):
+    for rank, error, lines in [("0", UserError, 1), ("1", UserError, 0), ("1", OneProcessError, 1)]:
         monkeypatch.setenv("RANK", rank)
-        assert run(monkeypatch, failing(UserError("give more"))) == 2
+        assert run(monkeypatch, failing(error("give more"))) == 2
         assert capsys.readouterr().err.count("\n") == lines
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "said"),
+    [("KeyboardInterrupt", -signal.SIGINT, "\nstopped\n"), ("ZeroDivisionError", 1, "Traceback")],
+)
+def test_ctrl_c_while_a_command_is_still_importing_is_one_line(tmp_path, failure, status, said):
+    """In the midst of the imports: a module of ours stands in for a slow one. A bug there keeps its traceback."""
+    (tmp_path / "torch.py").write_text(f"raise {failure}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    script = Path(train_prior.__file__).resolve()
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr[: len(said)]) == (status, said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

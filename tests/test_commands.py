@@ -4,8 +4,11 @@ What must be typed is run as typed, in a process of its own: it starts slowly, s
 one. Both must then agree to the bit.
 """
 
+import errno
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +21,9 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from smalti.runs import METRICS_NAME, STATE_NAME
+from smalti.runs import METRICS_NAME
 from smalti.scripts import build_latents, inpaint, sample, train_prior, train_tokenizer
+from smalti.states import STATES_NAME, States
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 # Saves only when it is stopped or done: whatever a stopped run goes on from, the signal made it save.
@@ -63,7 +67,7 @@ def interrupt(command, run_folder):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group: the launcher too
     shown = process.communicate(timeout=60)[0]
-    while not (run_folder / STATE_NAME).exists():  # the launcher may leave before the script has saved
+    while not States(run_folder).steps():  # the launcher may leave before the script has saved
         time.sleep(0.02)
     return process.returncode, shown
 
@@ -138,7 +142,7 @@ def test_a_finished_run_is_left_alone(tokenizer, capfd):
     assert snapshot(tokenizer) == before
 
 
-def test_other_settings_are_refused_and_restart_begins_anew(tokenizer, place, capfd):
+def test_other_settings_are_refused_and_never_resuming_begins_anew(tokenizer, place, capfd):
     changed = [*TOKENIZER.split(), *STEPS.split(), "--learning-rate", "0.01", "--out", "whole"]
     status, _, err = run(capfd, train_tokenizer.main, *changed)
     assert status == 2
@@ -146,10 +150,76 @@ def test_other_settings_are_refused_and_restart_begins_anew(tokenizer, place, ca
     small = [*TOKENIZER.split(), "--batch-size", "4", "--precision", "fp32", "--out", "again"]
     assert run(capfd, train_tokenizer.main, *small, "--steps", "2")[0] == 0
     first = described(place / "again")["digest"]
-    assert run(capfd, train_tokenizer.main, *small, "--steps", "1", "--restart")[0] == 0
+    assert run(capfd, train_tokenizer.main, *small, "--steps", "1", "--resume", "never")[0] == 0
     assert described(place / "again")["provenance"]["steps"] == 1
     assert described(place / "again")["digest"] != first
     assert len((place / "again" / METRICS_NAME).read_text().splitlines()) <= 2
+
+
+def test_a_run_goes_back_to_a_kept_state(tokenizer, place, capfd):
+    """Nothing of what came after it is left, and it comes to the same end."""
+    flags = [*TOKENIZER.split(), *STEPS.split(), "--save-steps", "40", "--keep-states", "9", "--out", "back"]
+    assert run(capfd, train_tokenizer.main, *flags)[0] == 0
+    assert States(place / "back").steps() == [40, 80, 120, 150]
+    status, _, err = run(capfd, train_tokenizer.main, *flags, "--resume", "30")
+    assert status == 2
+    assert "keeps no state of step 30; --resume one of these: 40, 80, 120, 150" in err
+    before = States(place / "back").path(40).stat().st_mtime_ns
+    assert run(capfd, train_tokenizer.main, *flags, "--resume", "40")[0] == 0
+    assert States(place / "back").path(40).stat().st_mtime_ns == before
+    assert described(place / "back")["digest"] == described(tokenizer)["digest"]
+
+
+def test_a_disk_that_fills_ends_a_run_in_one_line_and_costs_no_state(tokenizer, place, capfd):
+    """The kernel's limit on the size of files stands for the disk: it lets the small files through."""
+    shutil.copytree(tokenizer, place / "full")
+    (place / "full" / METRICS_NAME).unlink()  # larger than the model
+    before = snapshot(place / "full" / STATES_NAME)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))
+    flags = [*TOKENIZER.split(), "--steps", "152", *STEPS.split(), "--save-steps", "1", "--log-steps", "1000"]
+    flags += ["--out", "full"]
+    try:
+        status, _, err = run(capfd, train_tokenizer.main, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: full/model.safetensors cannot be written: it is larger than")
+    assert "Traceback" not in err
+    assert snapshot(place / "full" / STATES_NAME) == before
+    assert run(capfd, train_tokenizer.main, *flags)[0] == 0
+    assert described(place / "full")["provenance"]["steps"] == 152
+
+
+def test_a_read_only_folder_is_one_line_before_anything_is_trained(tokenizer, place, capfd, monkeypatch):
+    """As for root, whom no permissions stop: the error is put in where the first file is written."""
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    status, _, err = run(capfd, train_tokenizer.main, *TOKENIZER.split(), *STEPS.split(), "--out", "read-only")
+    assert status == 2
+    assert "read-only/.run.json.partial cannot be written: permission denied; give another --out" in err
+    assert "Traceback" not in err
+    assert not list((place / "read-only").iterdir())
+
+
+def test_codebook_usage_is_measured(tokenizer):
+    """Of a codebook of 4 x 4: shares of sixteenths."""
+    lines = [json.loads(line) for line in (tokenizer / METRICS_NAME).read_text().splitlines()]
+    (line,) = [line for line in lines if "codes_used" in line]
+    assert line["codes_used"] * 16 == int(line["codes_used"] * 16) > 0
+    assert 1 <= line["code_perplexity"] <= line["codes_used"] * 16
+    assert all(line["memory_gib"] > 0 for line in lines if "loss" in line)
+
+
+def test_a_state_of_a_prior_samples_as_the_prior_does(prior, place, capfd):
+    flags = ["--num", "2", "--precision", "fp32", "--steps", "2"]
+    newest = str(States(prior).path(40))
+    for source, name in [("prior", "x.png"), (newest, "y.png")]:
+        assert run(capfd, sample.main, "--prior", source, *flags, "--out", name)[0] == 0
+    assert np.array_equal(np.array(Image.open(place / "x.png")), np.array(Image.open(place / "y.png")))
 
 
 def test_a_latent_set_that_is_there_is_not_built_again(latents, capfd):

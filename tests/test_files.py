@@ -1,5 +1,6 @@
 """Files are whole or absent, whatever goes wrong while they are written, a kill included."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from smalti.files import whole_file, write_json
+from smalti.files import whole_file, whole_folder, write_json
 
 
 def names(folder):
@@ -69,6 +70,47 @@ def test_a_block_that_wrote_nothing_is_an_error_and_not_an_empty_file(tmp_path):
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "file.txt"):
         pass
     assert names(tmp_path) == []
+
+
+def test_a_folder_appears_when_the_block_ends_and_not_if_it_fails(tmp_path):
+    with whole_folder(tmp_path / "some" / "folder") as partial:
+        (partial / "file.txt").write_text("new")
+        assert names(tmp_path / "some") == [partial.name]
+    assert names(tmp_path / "some") == ["folder"]
+
+    def write_half():
+        with whole_folder(tmp_path / "some" / "other") as partial:
+            (partial / "file.txt").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert names(tmp_path / "some") == ["folder"]
+
+
+def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
+    def write(text):
+        with whole_folder(tmp_path / "folder") as partial:
+            (partial / "file.txt").write_text(text)
+
+    write("old")
+    with pytest.raises(OSError, match="not empty"):
+        write("new")
+    assert (tmp_path / "folder" / "file.txt").read_text() == "old"
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_an_error_of_the_disk_names_what_was_to_be_written(tmp_path, whole):
+    """Python's own names nothing, where it is writing that fails."""
+
+    def fill():
+        with whole(tmp_path / "place"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        fill()
+    assert caught.value.filename == str(tmp_path / "place")
 
 
 def test_json_reads_back_and_stays_readable(tmp_path):

@@ -10,52 +10,30 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 import toys
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
-from toys import CONFIG, Signalling
+from toys import CONFIG, Signalling, outcome, train
 
+from smalti import fit as fit_file
+from smalti import upkeep
 from smalti.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from smalti.devices import accelerator
 from smalti.ema import EMA
 from smalti.errors import UserError
-from smalti.fit import FitConfig, Phase, evaluate, fit
+from smalti.fit import fit
+from smalti.fit_config import FitConfig, Phase
 from smalti.randomness import derive, row_seeds
 from smalti.rows import StepRows
 from smalti.runs import METRICS_NAME, Run
 from smalti.signals import Interrupted
+from smalti.upkeep import evaluate
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def train(folder, make=toys.toy, config=CONFIG, *, wrap=lambda rows: rows, run=None, **more):
-    """One call of the same command: everything made anew, the folder as it is."""
-    model, objective, rows, held_out = make()
-    phases = toys.one_phase(objective, config)
-    fit(
-        accelerator("fp32"),
-        phases,
-        wrap(rows),
-        config,
-        model=model,
-        run=run or Run(folder, {"settings": "same"}),
-        held_out=held_out,
-        **more,
-    )
-    return model
-
-
-def outcome(folder):
-    """What must be equal between two runs: the weights' bytes, their digest, all that was measured but the speed."""
-    lines = [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
-    for line in lines:
-        line.pop("rows_per_second", None)
-    described = json.loads((folder / CONFIG_NAME).read_text())
-    return (folder / WEIGHTS_NAME).read_bytes(), described["digest"], described["provenance"], lines
 
 
 def test_the_loop_equals_a_plain_one(tmp_path):
@@ -130,24 +108,55 @@ def test_the_rate_rises_stays_and_falls():
     assert [FitConfig(steps=9, warmup_steps=0, decay_fraction=0.0).rate(step) for step in range(9)] == [1.0] * 9
 
 
-@pytest.mark.parametrize(
-    ("make", "stops"),
-    [(toys.toy, [0, 4, 0, 3]), (toys.toy, [10]), (toys.toy, [9]), (toys.tokenizer, [3, 3]), (toys.prior, [6])],
-    ids=["toy at 1, 6, 7, 11", "toy at 11", "toy where it saves anyway", "hrvq", "hourglass with muon"],
-)
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, make, stops):
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stops", [[0, 4, 0, 3], [10], [9]], ids=["at 1, 6, 7, 11", "at 11", "where it saves anyway"])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, stops, accumulation):
     """By a real signal, with a batch in hand; `stops` are batches since the run last went on."""
-    config = replace(CONFIG, optimizer="muon") if make is toys.prior else CONFIG
-    train(tmp_path / "whole", make, config)
+    config = replace(CONFIG, accumulation=accumulation)
+    train(tmp_path / "whole", config=config)
     done = 0
     for number, stop in zip([signal.SIGINT, signal.SIGTERM] * 2, stops, strict=False):
         with pytest.raises(Interrupted) as stopped:
-            train(tmp_path / "stopped", make, config, wrap=lambda rows, at=stop, by=number: Signalling(rows, at, by))
+            train(tmp_path / "stopped", config=config, wrap=lambda rows, at=stop, by=number: Signalling(rows, at, by))
         done = done + stop + 1
         assert (stopped.value.step, stopped.value.signal_number) == (done, number)
     assert done < CONFIG.steps
-    train(tmp_path / "stopped", make, config)
+    train(tmp_path / "stopped", config=config)
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_slices_of_a_batch_train_what_the_batch_does(tmp_path):
+    """The average loss over the slices; with several processes too, in test_fit_processes.py."""
+
+    def make():
+        model, objective, rows, held_out = toys.toy()
+        model.net[1], model.net[2] = nn.Identity(), nn.Identity()  # statistics and dropout are of the slice
+        return model, objective, rows, held_out
+
+    whole = train(tmp_path / "1", make)
+    sliced = train(tmp_path / "4", make, replace(CONFIG, accumulation=4))
+    for ours, theirs in zip(sliced.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(toys.measured(tmp_path / "4"), toys.measured(tmp_path / "1"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"largest", "held_out_largest"}:  # a mean of largests is not the largest
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    train(tmp_path / "1", make, replace(CONFIG, accumulation=2))  # no other run: it is finished
+
+
+@pytest.mark.parametrize(("family", "kind"), toys.KINDS)
+def test_gradient_checkpointing_changes_memory_only(tmp_path, family, kind, monkeypatch):
+    train(tmp_path / "kept", lambda: toys.make(family, kind))
+    again, counted = fit_file.checkpoint, []
+    monkeypatch.setattr(fit_file, "checkpoint", lambda *a, **k: counted.append(1) or again(*a, **k))
+    train(tmp_path / "again", lambda: toys.make(family, kind), replace(CONFIG, gradient_checkpointing=True))
+    assert len(counted) >= CONFIG.steps
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "kept")
+
+
+def test_gradient_checkpointing_is_refused_where_there_are_no_blocks(tmp_path):
+    with pytest.raises(UserError, match="toy has no blocks to compute again; leave --gradient-checkpointing out"):
+        train(tmp_path, config=replace(CONFIG, gradient_checkpointing=True))
 
 
 class Killed(BaseException):
@@ -177,18 +186,18 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, at):
 def test_a_kill_between_model_and_state_does_no_harm(tmp_path, saved_before):
     train(tmp_path / "whole")
     run, saves = Run(tmp_path / "killed", {"settings": "same"}), []
-    save_state = run.save_state
+    save = run.states.save
 
-    def killed_at_last(state):
-        saves.append(state["step"])
+    def killed_at_last(step, state, **keep):
+        saves.append(step)
         if len(saves) > saved_before:
             raise Killed
-        save_state(state)
+        save(step, state, **keep)
 
-    run.save_state = killed_at_last
+    run.states.save = killed_at_last
     with pytest.raises(Killed):
         train(tmp_path / "killed", run=run)
-    assert not Run(tmp_path / "killed", {"settings": "same"}).finished(saves[-1])
+    assert Run(tmp_path / "killed", {"settings": "same"}).step < saves[-1]
     train(tmp_path / "killed")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
@@ -200,7 +209,7 @@ def test_a_signal_during_the_last_report_is_not_lost(tmp_path):
 
     with pytest.raises(Interrupted, match="after step 12 of 12"):
         train(tmp_path, on_report=interrupt)
-    assert Run(tmp_path, {"settings": "same"}).finished(CONFIG.steps)
+    assert Run(tmp_path, {"settings": "same"}).step == CONFIG.steps
 
 
 def test_reports_come_on_time_with_the_averaged_weights_in_evaluation_mode(tmp_path):
@@ -270,30 +279,31 @@ def test_a_later_phase_does_not_see_the_gradients_of_an_earlier_one(tmp_path):
     assert {"one/loss", "two/loss", "one/a", "two/gradient_norm"} <= outcome(tmp_path)[3][0].keys()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_one_line_and_no_saved_state(tmp_path, bad):
-    """Also where nothing is logged before the next state is due."""
-    model, objective, rows, _ = toys.toy()
-    whole = objective.forward
-    steps = iter(range(99))
-    objective.forward = lambda batch: (lambda loss, terms: (loss * (bad if next(steps) >= 4 else 1), terms))(
-        *whole(batch)
-    )
-    config = replace(CONFIG, save_steps=3, log_steps=100, report_steps=100)
-    run = Run(tmp_path, {})
-    with pytest.raises(UserError, match=r"loss is (nan|inf) after step 6.*--learning-rate.*--restart") as caught:
-        fit(accelerator("fp32"), toys.one_phase(objective), rows, config, model=model, run=run)
-    assert "\n" not in str(caught.value)
-    assert run.finished(3)
-    assert not run.finished(4)
-    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / WEIGHTS_NAME).values())
-
-
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     several = create_autospec(Accelerator, instance=True, num_processes=3, process_index=0)
-    model, objective, rows, _ = toys.toy()
-    with pytest.raises(UserError, match="a batch of 8 does not divide among 3 processes; change --batch-size"):
-        fit(several, toys.one_phase(objective), rows, CONFIG, model=model, run=Run(tmp_path, {}))
+    with pytest.raises(UserError, match=r"a batch of 8 does not divide among 3 processes; change --batch-size$"):
+        train(tmp_path, process=several)
+    with pytest.raises(UserError, match="among 1 processes of 3 slices; change --batch-size or --accumulation"):
+        train(tmp_path, config=replace(CONFIG, accumulation=3))
+
+
+@pytest.mark.parametrize("how", ["FSDP", "DEEPSPEED"])
+def test_a_split_model_is_refused(tmp_path, how):
+    split = create_autospec(Accelerator, instance=True, num_processes=2, process_index=0)
+    split.distributed_type = DistributedType[how]
+    with pytest.raises(UserError, match=f"{how} splits the model.*--multi_gpu"):
+        train(tmp_path, process=split)
+
+
+def test_the_best_state_stays_and_loads(tmp_path, monkeypatch):
+    """By the held-out loss, whatever came after it."""
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(upkeep, "evaluate", lambda *_: {"held_out_loss": next(losses)})
+    train(tmp_path, config=replace(CONFIG, save_steps=2, keep_states=1))
+    assert Run(tmp_path, {"settings": "same"}).states.steps() == [8, 12]
+    assert json.loads((tmp_path / "states" / "step_00000008" / CONFIG_NAME).read_text())["provenance"]["steps"] == 8
+    monkeypatch.undo()
+    assert Run(tmp_path, {"settings": "same"}).state()["best"] == [1.0, 8]
 
 
 @pytest.mark.parametrize(
@@ -304,6 +314,9 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         ("log_steps", 0),
         ("report_steps", 0),
         ("save_steps", -1),
+        ("keep_states", 0),
+        ("accumulation", 0),
+        ("stall_seconds", -1),
         ("warmup_steps", -1),
         ("weight_decay", -0.1),
         ("workers", -1),

@@ -1,65 +1,97 @@
-"""Two processes train what one does. This file is also the program that each of the two runs."""
+"""Two processes train what one does, every registered kind. This file is also the program that each of the two runs."""
 
-import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import toys
 from safetensors.torch import load_file
 
 from smalti.checkpoint import WEIGHTS_NAME
 from smalti.devices import accelerator
-from smalti.fit import fit
-from smalti.runs import METRICS_NAME, Run
+from smalti.errors import UserError
+from smalti.health import StopAgreement
+from smalti.runs import Run
+from smalti.signals import Interrupted
 
-NETWORKS = {"hrvq": toys.tokenizer, "hourglass": toys.prior}
+CONFIG = replace(toys.CONFIG, steps=20)
+SLICED = replace(CONFIG, accumulation=2)
+STOPPED_AT = 9  # batches, of one process alone
+of_every_kind = pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kind for _, kind in toys.KINDS])
 
 
-def train_both(folder):
+def train(folder, family, kind, config=CONFIG, *, process, wrap=lambda rows: rows):
+    with process.main_process_first():
+        run = Run(folder, {}, main=process.is_main_process)
+    toys.train(folder, lambda: toys.make(family, kind), config, process=process, run=run, wrap=wrap)
+
+
+def program(folder):
+    """Whole runs, runs in slices, and runs that a signal to one process stops."""
     process = accelerator("fp32")
-    for name, make in NETWORKS.items():
-        model, objective, rows, held_out = make()
-        with process.main_process_first():
-            run = Run(folder / name, {}, main=process.is_main_process)
-        fit(process, toys.one_phase(objective), rows, toys.CONFIG, model=model, run=run, held_out=held_out)
-
-
-def measured(folder):
-    lines = [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "rows_per_second"} for line in lines]
+    for family, kind in toys.KINDS:
+        train(folder / "two" / kind, family, kind, process=process)
+        train(folder / "sliced" / kind, family, kind, SLICED, process=process)
+        stop = STOPPED_AT if process.process_index == 1 else -1
+        try:
+            train(
+                folder / "stopped" / kind, family, kind, process=process, wrap=lambda r, n=stop: toys.Signalling(r, n)
+            )
+        except Interrupted as stopped:
+            (folder / f"{kind} {process.process_index} {stopped.step}").touch()
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    train_both(folder / "one")
+    for family, kind in toys.KINDS:
+        train(folder / "one" / kind, family, kind, process=accelerator("fp32"))
+        train(folder / "stopped" / kind, family, kind, process=accelerator("fp32"))  # one goes on where two stopped
     return folder
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_two_processes_measure_what_one_does(folders, name):
-    one, two = measured(folders / "one" / name), measured(folders / "two" / name)
-    assert len(one) == len(two) == toys.CONFIG.steps + 3
+@of_every_kind
+@pytest.mark.parametrize("way", ["two", "sliced", "stopped"])
+def test_two_processes_train_what_one_does(folder, way, family, kind):
+    """Whole, in two slices each, and stopped among two to go on with one: nothing is left out or seen twice."""
+    one, two = toys.measured(folder / "one" / kind), toys.measured(folder / way / kind)
+    losses, others = ([line["loss"] for line in lines if "loss" in line] for lines in (one, two))
+    assert len(losses) == CONFIG.steps
+    assert others == pytest.approx(losses, rel=1e-5)
+    assert abs(losses[0] - losses[-1]) > 1e-3  # it trains: equal losses would say nothing otherwise
     for ours, theirs in zip(one, two, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    first, last = one[0]["loss"], one[-2]["loss"]
-    assert abs(first - last) > 1e-3  # it trains: equal losses would say nothing otherwise
+    weights, others = (load_file(folder / count / kind / WEIGHTS_NAME) for count in ("one", way))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert (tensor - others[name]).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_two_processes_save_what_one_does(folders, name):
-    one, two = (load_file(folders / count / name / WEIGHTS_NAME) for count in ("one", "two"))
-    assert one.keys() == two.keys()
-    for weight, tensor in one.items():
-        assert (tensor - two[weight]).abs().max() < 1e-4, weight
+@of_every_kind
+def test_a_signal_to_one_process_stops_both_after_the_same_step(folder, family, kind):
+    """One step after the one in hand: the flags travel meanwhile."""
+    assert {path.name for path in folder.glob(f"{kind} *")} == {f"{kind} {n} {STOPPED_AT + 2}" for n in (0, 1)}
+
+
+def test_states_that_the_processes_do_not_share_are_refused(tmp_path, monkeypatch):
+    process = accelerator("fp32")
+    monkeypatch.setattr(process, "gather", lambda mine: torch.cat([mine, mine + 3]))
+    with pytest.raises(UserError, match=r"the processes see other states in .*, of steps \[0, 3\]; put it on a disk"):
+        toys.train(tmp_path, process=process)
+
+
+def test_one_process_agrees_with_itself():
+    agreement = StopAgreement(1)
+    assert [agreement.after_step(number, last=False) for number in (0, 15)] == [0, 15]
 
 
 if __name__ == "__main__":
-    train_both(Path(sys.argv[1]))
+    program(Path(sys.argv[1]))

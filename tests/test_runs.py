@@ -1,6 +1,7 @@
 """A run's folder: what it writes down, what it refuses to go on with, and what `restart` throws away."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,41 +9,78 @@ import pytest
 import torch
 
 from smalti import runs
+from smalti.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from smalti.errors import UserError
-from smalti.runs import METRICS_NAME, RUN_NAME, STATE_NAME, Run, flatten, last_metrics
+from smalti.runs import METRICS_NAME, RUN_NAME, Run, flatten, last_metrics
+from smalti.states import STATE_NAME
 
 SETTINGS = {"learning_rate": 0.1, "widths": (4, 6), "steps": 10, "out": Path("here"), "tokenizer": None}
 
 
 def started(folder, step=5, **settings):
-    """A run that saved its state after `step` steps, and measured after two more."""
+    """A run that saved its state after two and after `step` steps, and measured after two more."""
     run = Run(folder, {**SETTINGS, **settings})
-    assert run.begin() is None
+    assert run.state() is None
+    run.begin()
     for done in range(1, step + 3):
-        run.log(done, {"loss": 1 / done})
-    run.save_state({"step": step, "weights": torch.arange(3)})
+        run.log(done, {"loss": 1 / done, "gone": math.inf})
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        (folder / name).write_text("a model")
+    for done in (2, step):
+        run.states.save(done, {"step": done, "weights": torch.arange(done)}, keep=2, best=None)
     return run
 
 
 def test_a_run_goes_on_from_its_state_and_forgets_what_came_after(tmp_path):
     started(tmp_path)
     again = Run(tmp_path, SETTINGS)
-    assert not again.is_new
-    assert last_metrics(tmp_path)["step"] == 7
-    state = again.begin()
-    assert state["step"] == 5
-    assert torch.equal(state["weights"], torch.arange(3))
+    assert again.step == 5
+    assert last_metrics(tmp_path) == {"step": 7, "loss": 0.142857}
+    assert torch.equal(again.state()["weights"], torch.arange(5))
+    again.begin()
     assert last_metrics(tmp_path) == {"step": 5, "loss": 0.2}
-    assert [again.finished(steps) for steps in (4, 5, 6)] == [True, True, False]
+
+
+def test_a_run_goes_back_to_the_state_that_is_asked_for(tmp_path):
+    started(tmp_path)
+    with pytest.raises(UserError, match=r"keeps no state of step 3; --resume one of these: 2, 5$"):
+        Run(tmp_path, SETTINGS, resume=3)
+    back = Run(tmp_path, SETTINGS, resume=2)
+    assert torch.equal(back.state()["weights"], torch.arange(2))
+    assert back.states.steps() == [2, 5]  # until it begins
+    back.begin()
+    assert back.states.steps() == [2]
+    assert last_metrics(tmp_path)["step"] == 2
+    with pytest.raises(UserError, match="none at all"):
+        Run(tmp_path / "empty", SETTINGS, resume=2)
+
+
+def test_a_damaged_state_is_passed_over_in_one_line(tmp_path, capsys):
+    run = started(tmp_path)
+    file = run.states.path(5) / STATE_NAME
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert Run(tmp_path, SETTINGS, main=False).step == 2
+    assert capsys.readouterr().err == ""  # one process speaks
+    again = Run(tmp_path, SETTINGS)
+    assert again.step == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("going on from the state before it")
+    assert "step_00000005 is damaged (the bytes of state.pt are not those that were saved)" in line
+    with pytest.raises(UserError, match=r"step_00000005 is damaged .*--resume auto"):
+        Run(tmp_path, SETTINGS, resume=5)
+    again.begin()
+    assert again.states.steps() == [2]
 
 
 def test_without_a_state_everything_measured_is_forgotten(tmp_path):
     run = Run(tmp_path, SETTINGS)
     run.begin()
     run.log(1, {"loss": 1.0})
-    assert not run.finished(1)
     again = Run(tmp_path, {**SETTINGS, "learning_rate": 0.2})  # nothing is lost: no refusal
-    assert again.begin() is None
+    assert again.step == 0
+    again.begin()
     assert (tmp_path / METRICS_NAME).read_text() == ""
     assert json.loads((tmp_path / RUN_NAME).read_text())["settings"]["learning_rate"] == 0.2
 
@@ -59,7 +97,7 @@ def test_without_a_state_everything_measured_is_forgotten(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path, changed, said):
     started(tmp_path)
     before = (tmp_path / RUN_NAME).read_text()
-    with pytest.raises(UserError, match=f"holds a run with {said}.*--out.*--restart") as caught:
+    with pytest.raises(UserError, match=f"holds a run with {said}.*--out.*--resume never") as caught:
         Run(tmp_path, {**SETTINGS, **changed})
     assert "\n" not in str(caught.value)
     assert (tmp_path / RUN_NAME).read_text() == before
@@ -68,23 +106,25 @@ def test_other_settings_are_refused_by_name(tmp_path, changed, said):
 def test_settings_that_leave_the_result_alone_may_change(tmp_path):
     started(tmp_path, steps=10, log_steps=1, workers=0)
     more = {"steps": 20, "log_steps": 3, "workers": 2, "out": Path("there"), "save_steps": 7, "report_steps": 8}
-    assert Run(tmp_path, {**SETTINGS, **more}).begin()["step"] == 5
+    more |= {"accumulation": 4, "compile": True, "gradient_checkpointing": True, "resume": "auto", "keep_states": 9}
+    assert Run(tmp_path, {**SETTINGS, **more}).step == 5
 
 
-def test_restart_throws_the_run_away(tmp_path):
+def test_never_resuming_throws_the_run_away(tmp_path):
     started(tmp_path)
-    beside = Run(tmp_path, SETTINGS, main=False, restart=True)
-    assert not beside.is_new  # only the main process throws away
-    again = Run(tmp_path, {**SETTINGS, "learning_rate": 0.2}, restart=True)
-    assert again.is_new
-    assert again.begin() is None
-    assert not (tmp_path / STATE_NAME).exists()
+    beside = Run(tmp_path, SETTINGS, main=False, resume="never")
+    assert beside.step == 5  # only the main process throws away
+    again = Run(tmp_path, {**SETTINGS, "learning_rate": 0.2}, resume="never")
+    assert again.step == 0
+    assert again.state() is None
+    again.begin()
+    assert again.states.steps() == []
     assert not (tmp_path / METRICS_NAME).exists()
 
 
 def test_other_processes_write_nothing(tmp_path):
     beside = Run(tmp_path / "run", SETTINGS, main=False)
-    assert beside.begin() is None
+    beside.begin()
     beside.log(1, {"loss": 1.0})
     assert not (tmp_path / "run").exists()
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalti.codes import Codes, Layout, Level
 from smalti.errors import UserError
@@ -106,6 +106,10 @@ class HRVQ(Tokenizer):
         """Codebooks at the k-means centres of what an untrained encoder makes of these images."""
         with torch.no_grad():
             self.quantizer.start_from(self._embed(images))
+
+    def recomputable(self) -> list[nn.Module]:
+        """Every residual block."""
+        return [module for module in self.modules() if isinstance(module, blocks.ResidualBlock)]
 
     def _embed(self, images: Tensor) -> Tensor:
         """z_e, (b, d, h, w): xi^0 = E(x)."""

@@ -7,6 +7,8 @@ frozen dataclass. What a run needs to go on is not here but in `runs.py`.
 import dataclasses
 import hashlib
 import json
+import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -48,6 +50,10 @@ class Checkpointed(nn.Module):
         self.config = config
         self.provenance: dict[str, Any] = {}
 
+    def recomputable(self) -> list[nn.Module]:
+        """The blocks that gradient checkpointing computes again in the backward pass; none, where a kind has none."""
+        return []
+
     def digest(self) -> str:
         """SHA-256 over kind, config and every weight: two models agree in it exactly if they compute the same."""
         return digest(self.kind, dataclasses.asdict(self.config), self.state_dict())
@@ -60,7 +66,7 @@ class Checkpointed(nn.Module):
         folder = Path(folder)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with whole_file(folder / WEIGHTS_NAME) as partial:
-            save_file(state, partial)
+            _save_weights(state, partial)
         described = {
             "family": self.family,
             "kind": self.kind,
@@ -145,6 +151,16 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
     if unknown := set(fields) - expected:
         raise UserError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
     return config_class(**{name: _tuples(value) for name, value in fields.items()})
+
+
+def _save_weights(state: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # says in words why a disk will not take it
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def digest(kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> str:

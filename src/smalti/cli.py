@@ -6,11 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
-import tyro
-
-from smalti.errors import UserError
+from smalti.errors import OneProcessError, UserError
 from smalti.runtime import keep_freed_memory, wait_without_spinning
 from smalti.signals import Interrupted
 
@@ -20,6 +19,7 @@ C = TypeVar("C")
 
 _OF_THE_DISK = {
     errno.ENOSPC: "the disk is full; make room or give another --out",
+    errno.EFBIG: "it is larger than a file may be here; give another --out",
     errno.EDQUOT: "the disk quota is used up; make room or give another --out",
     errno.EROFS: "the disk is read-only; give another --out",
     errno.EACCES: "permission denied; give another --out",
@@ -41,10 +41,12 @@ def run(command: Callable[[C], Any], config_class: Callable[[], type[C]] | type[
     """
     keep_freed_memory()
     try:
+        import tyro  # here, where Ctrl-C is caught
+
         cls = config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], type[C]], config_class)()
         command(tyro.cli(cast(type[C], cls), description=about, config=(tyro.conf.OmitArgPrefixes,)))
     except UserError as error:
-        _leave(f"error: {error}", 2)
+        _leave(f"error: {error}", 2, everywhere=isinstance(error, OneProcessError))
     except Interrupted as stopped:
         _leave(f"\n{stopped}", 128 + stopped.signal_number)
     except KeyboardInterrupt:
@@ -66,8 +68,20 @@ def chosen(flag: str, default: str) -> str:
     return default
 
 
-def _leave(message: str, status: int) -> NoReturn:
-    """Exits; the message goes to standard error, from one process only."""
-    if os.environ.get("RANK", "0") == "0":
+def _quiet_interrupts(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own handler of what nobody caught, but for Ctrl-C: one line, and Python's exit status for it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# The commands import this module first, and then for seconds what they need: Ctrl-C in that time is no bug either.
+sys.excepthook = _quiet_interrupts
+
+
+def _leave(message: str, status: int, *, everywhere: bool = False) -> NoReturn:
+    """Exits; the message goes to standard error, from one process only if it is not `everywhere`."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     sys.exit(status)

@@ -1,9 +1,15 @@
 """Which device, and which arithmetic on it, when the person does not say."""
 
-from typing import Literal, TypeAlias
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 
 from smalti.errors import UserError
 
@@ -47,9 +53,61 @@ def resolve(precision: Precision) -> Literal["fp32", "bf16"]:
     return "bf16" if fast else "fp32"
 
 
-def accelerator(precision: Precision) -> Accelerator:
-    """The process's `Accelerator` in the given precision; processes are those of `accelerate launch` or `torchrun`."""
-    return Accelerator(mixed_precision="bf16" if resolve(precision) == "bf16" else "no")
+def accelerator(precision: Precision, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """The process's `Accelerator` in the given precision; processes are those of `accelerate launch` or `torchrun`.
+
+    Args:
+        precision: of the networks.
+        trackers: Accelerate's names of where else to log.
+        folder: where those of them write that write files.
+
+    Raises:
+        UserError: for a tracker that is unknown or not installed.
+    """
+    installed = [kind.value for kind in get_available_trackers()]
+    for name in trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"there is no tracker {name!r}; Accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name in LoggerType.list() and name not in installed:  # the others a person has registered
+            raise UserError(f"the tracker {name} is not installed; install it (pip install {name}) or leave it out")
+    mixed_precision = "bf16" if resolve(precision) == "bf16" else "no"
+    return Accelerator(
+        cpu=best_device().type == "cpu",  # or else several processes on CPUs would not see each other
+        mixed_precision=mixed_precision,
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
+
+
+def seed_layers(seed: int, device: torch.device) -> None:
+    """Seeds what layers of torch's, such as dropout, draw from; they know no other generator."""
+    if device.type == "cpu":  # torch's function seeds every kind of device there might be, for a millisecond
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+@contextmanager
+def tracked(process: Accelerator, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Opens the process's trackers, tells them the settings of the run, and closes them at the end."""
+    plain = (bool, int, float, str)  # what every tracker takes
+    process.init_trackers("smalti", {k: v if isinstance(v, plain) else str(v) for k, v in settings.items()})
+    try:
+        yield
+    finally:
+        for tracker in process.trackers:
+            tracker.finish()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory so far, GiB: of torch's tensors on a CUDA device, otherwise of this process; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _has_amx() -> bool:

@@ -1,4 +1,4 @@
-"""The one exception that speaks to the person at the keyboard."""
+"""The exceptions that speak to the person at the keyboard."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Commands print it and exit with status 2; any other exception is a bug and keeps its traceback.
     """
+
+
+class OneProcessError(UserError):
+    """A `UserError` that other processes of the run need not share, such as full memory: each that has it says so."""

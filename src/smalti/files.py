@@ -1,7 +1,8 @@
-"""Files that are either whole or absent: written beside their place, synced to the disk, then renamed into it."""
+"""Files and folders that are either whole or absent: written beside their place, synced to the disk, then renamed."""
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +30,32 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync(partial)
         partial.replace(path)
         sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing, as opposed to opening, does not say what
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill; when the block ends well it becomes `path`, which must not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+    try:
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            sync(file)
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing, as opposed to opening, does not say what
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
@@ -69,13 +69,14 @@ class BatchedMuon(torch.optim.Muon):
 
     def _momenta(self, parameters: list[Tensor], momentum: float) -> Sequence[Tensor]:
         """Nesterov's: the gradients led towards their running means, which this moves on."""
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        return torch._foreach_lerp(gradients, means, momentum)
+        # torch has these but does not export them to type checkers
+        torch._foreach_lerp_(means, gradients, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        return torch._foreach_lerp(gradients, means, momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def orthogonalized(
@@ -98,6 +99,36 @@ def _wide(matrices: Sequence[Tensor]) -> Tensor:
 
 Optimizer: TypeAlias = torch.optim.Optimizer | Together
 """What the training loop steps and saves."""
+
+
+def step_unless(optimizer: Optimizer, bad: Bool[Tensor, ""]) -> None:
+    """A step, unless `bad` is true: then parameters and state stay as they are. Waits for no device."""
+    if bad.device.type == "cpu":
+        if not bad:
+            optimizer.step()
+        return
+    for part in optimizer.parts if isinstance(optimizer, Together) else [optimizer]:
+        step_unless_on_device(part, bad)
+
+
+def step_unless_on_device(optimizer: torch.optim.Optimizer, bad: Bool[Tensor, ""]) -> None:
+    """`step_unless` without a look at `bad`: told to the fused kernels, which know how; undone elsewhere."""
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] - how torch's scaler tells them
+        optimizer.step()
+        return
+
+    def held() -> list[Tensor]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        states = (value for p in parameters for value in optimizer.state.get(p, {}).values())
+        return [*parameters, *(value for value in states if isinstance(value, Tensor))]
+
+    before = {tensor: tensor.detach().clone() for tensor in held()}
+    optimizer.step()
+    with torch.no_grad():
+        for tensor in held():  # what the first step made starts again from zero
+            old = before[tensor] if tensor in before else torch.zeros_like(tensor)
+            tensor.copy_(torch.where(bad, old, tensor))
 
 
 def make_optimizer(

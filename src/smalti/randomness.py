@@ -32,9 +32,9 @@ def _mix(x: Tensor) -> Tensor:
 def derive(seeds: Int64[Tensor, "*shape"], *streams: int | Tensor) -> Int64[Tensor, "*out"]:
     """New seeds from old: for each way of naming a stream (a step, a purpose, a tensor of row numbers) others."""
     for stream in streams:
-        seeds = _mix(
-            (seeds ^ _GOLDEN) + _mix(torch.as_tensor(stream, dtype=torch.int64, device=seeds.device) + _GOLDEN)
-        )
+        if isinstance(stream, int):  # filled in on the device: a copy to it would wait for all it has to do
+            stream = torch.full((), stream, dtype=torch.int64, device=seeds.device)
+        seeds = _mix((seeds ^ _GOLDEN) + _mix(stream.to(seeds) + _GOLDEN))
     return seeds
 
 

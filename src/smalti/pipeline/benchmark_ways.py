@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from smalti.checkpoint import Checkpointed
 from smalti.codes import Layout, Level
 from smalti.devices import Precision, accelerator, autocast, best_device
-from smalti.fit import FitConfig, Phase, fit
+from smalti.fit import fit
+from smalti.fit_config import FitConfig, Phase
 from smalti.images import ImageRows, open_images
 from smalti.latentsets.format import Provenance
 from smalti.latentsets.reader import LatentSet
@@ -40,6 +41,9 @@ from smalti.tokenizers.search import nearest_paths
 
 SEARCH_TARGETS = {8: 10.0, 16: 25.0, 32: 120.0}
 """How many times faster than flat search the linked search is to be, by branching, on two CPU cores."""
+
+LARGEST_OVERHEAD = 1.03
+"""How many times as long as the bare step a step of the training loop may take."""
 
 FLAT_TILE = {"cpu": (256, 512), "cuda": (4096, 32_768), "mps": (4096, 32_768)}
 """Vectors and leaves that flat search compares at once: on CPUs the scores stay in the cache until their minimum."""
@@ -278,6 +282,7 @@ def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
                     Way(
                         "limit: forward, backward, optimiser",
                         partial(_bare_loop, process, objective, data, config),
+                        target=1 / LARGEST_OVERHEAD,
                     ),
                 ),
             )

@@ -7,6 +7,7 @@ from smalti.checkpoint import CONFIG_NAME, load, locate
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.priors.prior import Prior
+from smalti.states import STATES_NAME
 
 RUNS = Path("runs")
 TOKENIZERS, LATENTS, PRIORS = RUNS / "tokenizers", RUNS / "latents", RUNS / "priors"
@@ -43,7 +44,10 @@ def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
             )
         source = str(PRIORS / source)
     prior: Prior = load(source, "prior")
-    decoder = load_tokenizer(tokenizer if tokenizer is not None else str(locate(source) / "tokenizer"))
+    folder = locate(source)
+    if folder.parent.name == STATES_NAME:  # of a run, in whose folder the tokenizer is
+        folder = folder.parents[1]
+    decoder = load_tokenizer(tokenizer if tokenizer is not None else str(folder / "tokenizer"))
     expected, found = prior.provenance.get("tokenizer_digest"), decoder.digest()
     if found != expected:
         raise UserError(

@@ -8,9 +8,10 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from smalti import registry
-from smalti.devices import Precision, accelerator
+from smalti.devices import Precision, accelerator, tracked
 from smalti.errors import UserError
-from smalti.fit import FitConfig, Phase, fit
+from smalti.fit import fit
+from smalti.fit_config import FitConfig, Phase
 from smalti.interfaces import Tokenizer
 from smalti.latentsets.reader import LatentSet, require_tokenizer
 from smalti.latentsets.rows import LatentRows
@@ -20,7 +21,7 @@ from smalti.pipeline.places import LATENTS, PRIORS, load_tokenizer
 from smalti.priors.prior import Prior
 from smalti.priors.samplers import SundaeSampling
 from smalti.priors.sundae import Sundae, SundaeConfig
-from smalti.runs import Run, flatten
+from smalti.runs import Resume, Run, flatten
 
 C = TypeVar("C")
 
@@ -49,8 +50,9 @@ class TrainPrior(Generic[C]):
     """Arithmetic of the network; auto is bf16 where the hardware is fast in it."""
     out: Path | None = None
     """Folder of the run [default: runs/priors/KIND]."""
-    restart: bool = False
-    """Throw away a run that is already there."""
+    resume: Resume = "auto"
+    """`auto` goes on from the newest whole state, if there is one; `never` throws a run that is there away; a number
+    goes back to the state of that step and forgets what came after."""
 
 
 def train_prior(config: TrainPrior[Any]) -> Path:
@@ -63,7 +65,7 @@ def train_prior(config: TrainPrior[Any]) -> Path:
         Interrupted: if a signal stopped it.
     """
     folder = config.out or PRIORS / config.prior
-    process = accelerator(config.precision)
+    process = accelerator(config.precision, config.fit.trackers, folder)
     latents = LatentSet(config.latents)
     tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
     require_tokenizer(latents, tokenizer.digest())
@@ -75,9 +77,9 @@ def train_prior(config: TrainPrior[Any]) -> Path:
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
     with process.main_process_first():  # which may throw an earlier run away
-        run = Run(folder, settings, main=process.is_main_process, restart=config.restart)
-    if run.finished(config.fit.steps):
-        process.print(f"{folder} is finished: {config.fit.steps} steps. Give --steps to train on, or --restart.")
+        run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
+    if run.step >= config.fit.steps:
+        process.print(f"{folder} is finished: {run.step} steps. Give --steps to train on, or --resume never.")
         return folder
     prior.provenance = {
         "tokenizer_digest": latents.provenance.tokenizer_digest,
@@ -96,17 +98,19 @@ def train_prior(config: TrainPrior[Any]) -> Path:
         with process.autocast():
             save_samples(prior, tokenizer, folder / "samples.png", config)
 
-    fit(
-        process,
-        [Phase("prior", objective, config.fit.optimizer_of(objective))],
-        train if config.fit.workers else train.to(process.device),
-        config.fit,
-        model=prior,
-        run=run,
-        held_out=_held_out(latents),
-        on_report=report,
-        what=f"training {config.prior}",
-    )
+    on_device = process.device.type != "cpu" and not config.fit.workers  # on a CPU the mapped file is as fast
+    with tracked(process, settings):
+        fit(
+            process,
+            [Phase("prior", objective, config.fit.optimizer_of(objective))],
+            train.to(process.device) if on_device else train,
+            config.fit,
+            model=prior,
+            run=run,
+            held_out=_held_out(latents),
+            on_report=report,
+            what=f"training {config.prior}",
+        )
     return folder
 
 

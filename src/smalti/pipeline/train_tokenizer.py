@@ -7,20 +7,23 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from smalti import registry
-from smalti.devices import Precision, accelerator
-from smalti.fit import FitConfig, Phase, fit
+from smalti.devices import Precision, accelerator, tracked
+from smalti.fit import fit
+from smalti.fit_config import FitConfig, Phase
 from smalti.images import ImageRows, open_images
 from smalti.interfaces import Tokenizer
+from smalti.latentsets.reader import perplexity
 from smalti.pictures import save_sheet
 from smalti.pipeline.places import TOKENIZERS
 from smalti.preprocess import to_float
-from smalti.runs import Run, flatten
+from smalti.runs import Resume, Run, flatten
 from smalti.tokenizers.objective import Reconstruction
 
 C = TypeVar("C")
 
 START_IMAGES = 512  # whose features the codebooks start from
 SHEET_IMAGES = 12
+USAGE_IMAGES, USAGE_BATCH = 1_024, 64
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class TrainTokenizer(Generic[C]):
     """Arithmetic of the networks; auto is bf16 where the hardware is fast in it."""
     out: Path | None = None
     """Folder of the run [default: runs/tokenizers/KIND]."""
-    restart: bool = False
-    """Throw away a run that is already there."""
+    resume: Resume = "auto"
+    """`auto` goes on from the newest whole state, if there is one; `never` throws a run that is there away; a number
+    goes back to the state of that step and forgets what came after."""
 
 
 def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
@@ -54,7 +58,7 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
         Interrupted: if a signal stopped it.
     """
     folder = config.out or TOKENIZERS / config.tokenizer
-    process = accelerator(config.precision)
+    process = accelerator(config.precision, config.fit.trackers, folder)
     torch.manual_seed(config.fit.seed)
     tokenizer = cast(Tokenizer, registry.find("tokenizer", config.tokenizer)(config.model))
     size = {"height": config.model.height, "width": config.model.width, "channels": tokenizer.image_channels}
@@ -62,9 +66,9 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
         images = open_images(config.images, **size)
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
     with process.main_process_first():  # which may throw an earlier run away
-        run = Run(folder, settings, main=process.is_main_process, restart=config.restart)
-    if run.finished(config.fit.steps):
-        process.print(f"{folder} is finished: {config.fit.steps} steps. Give --steps to train on, or --restart.")
+        run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
+    if run.step >= config.fit.steps:
+        process.print(f"{folder} is finished: {run.step} steps. Give --steps to train on, or --resume never.")
         return folder
     train = ImageRows(images, split="train", flips=config.flips)
     held_out = ImageRows(images, split="held_out", flips=False)
@@ -74,23 +78,54 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
         "preprocessing": images.preprocessing,
         "flips": config.flips,
     }
-    if run.is_new:
+    if not run.step:
         rows = torch.arange(min(START_IMAGES, len(train))) * (len(train) // min(START_IMAGES, len(train)))
         tokenizer.start_from(to_float(train.__getitems__(rows.tolist())["images"]))
     objective = Reconstruction(tokenizer)
     shown = held_out if len(held_out) else train
-    fit(
-        process,
-        [Phase("tokenizer", objective, config.fit.optimizer_of(objective))],
-        train,
-        config.fit,
-        model=tokenizer,
-        run=run,
-        held_out=held_out,
-        on_report=lambda _step: save_reconstructions(tokenizer, shown, folder / "reconstructions.png"),
-        what=f"training {config.tokenizer}",
-    )
+
+    def report(_step: int) -> dict[str, float]:
+        save_reconstructions(tokenizer, shown, folder / "reconstructions.png")
+        return codebook_usage(tokenizer, shown)
+
+    with tracked(process, settings):
+        fit(
+            process,
+            [Phase("tokenizer", objective, config.fit.optimizer_of(objective))],
+            train,
+            config.fit,
+            model=tokenizer,
+            run=run,
+            held_out=held_out,
+            on_report=report,
+            what=f"training {config.tokenizer}",
+        )
     return folder
+
+
+@torch.no_grad()
+def codebook_usage(tokenizer: Tokenizer, rows: ImageRows) -> dict[str, float]:
+    """How much of each level's codebook up to `USAGE_IMAGES` images need, evenly taken: a collapse shows here first.
+
+    Returns:
+        `codes_used`, the share of codes that occur, in (0, 1], and `code_perplexity`, from 1 to the codebook's size;
+        of several levels, with their numbers. Levels without a codebook are left out.
+    """
+    count, device = min(USAGE_IMAGES, len(rows)), next(tokenizer.parameters()).device
+    levels = tokenizer.layout.levels
+    counts = [torch.zeros(level.codebook_size if level.radices else 0, dtype=torch.int64) for level in levels]
+    for chosen in torch.arange(count).mul(len(rows)).div(count, rounding_mode="floor").split(USAGE_BATCH):
+        images = to_float(rows.__getitems__(chosen.tolist())["images"]).to(device)
+        for codes, total in zip(tokenizer.encode(images), counts, strict=True):
+            if len(total):
+                total += torch.bincount(codes.flatten().cpu(), minlength=len(total))
+    found: dict[str, float] = {}
+    for number, total in enumerate(counts):
+        if len(total):
+            suffix = f"_{number}" if len(levels) > 1 else ""
+            found[f"codes_used{suffix}"] = float((total > 0).float().mean())
+            found[f"code_perplexity{suffix}"] = perplexity(total)
+    return found
 
 
 @torch.no_grad()
