@@ -10,35 +10,35 @@ import hashlib
 import json
 import math
 import os
-import platform
-import shlex
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from jaxtyping import Int64
 
 from smalti.codes import Layout, Level
 from smalti.errors import UserError
+from smalti.runs import command, versions
 
 FORMAT = "smalti-latents"
-FORMAT_VERSION = 1
-PAGE_BYTES = 4096
-COLUMN_CHUNK_ROWS = 16384
+FORMAT_VERSION = 2
+ALIGNMENT_BYTES = 512  # of each level's codes: rows of 512 bytes and their parts keep within pages and cache lines
+COLUMN_CHUNK_ROWS = 65536
+LIBRARY = ("v110", "v110")  # HDF5 of 2016 reads it; older structures take several KiB more
 DIGEST_PIECE_BYTES = 1 << 24
-COLUMNS = {"labels": np.dtype("<i8"), "source_ids": np.dtype("<i8"), "flipped": np.dtype("u1")}
-"""Datasets of one number a row, beside `codes/0..`: class (-1 for none), source image, whether it is mirrored."""
-
-
-def _software() -> dict[str, str]:
-    packages = ("smalti", "torch", "numpy", "h5py")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+COLUMNS = {
+    "labels": np.dtype("<i8"),
+    "source_ids": np.dtype("<i8"),
+    "held_out": np.dtype("u1"),
+    "flipped": np.dtype("u1"),
+}
+"""Datasets of one number a row, beside `codes/0..`: class (-1 for none), source image (0, 1, ... in order of first
+appearance), whether training must not see it, whether it is mirrored."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Provenance:
         image_fingerprint: changes when the images do.
         preprocessing: what was done to the images before encoding, JSON values.
         label_names: the name of each label from 0 on; empty where images have no labels.
+        skipped: images left out because they could not be decoded: `row` in the image source and `reason`, in order.
         command: the command line that made the set.
         created: when, UTC, ISO 8601.
         software: versions that made it.
@@ -67,14 +68,34 @@ class Provenance:
     image_fingerprint: str
     preprocessing: dict[str, Any]
     label_names: tuple[str, ...] = ()
-    command: str = field(default_factory=lambda: shlex.join(sys.argv))
+    skipped: tuple[dict[str, Any], ...] = ()
+    command: str = field(default_factory=command)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    software: dict[str, str] = field(default_factory=_software)
+    software: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
         # As JSON has them (lists for tuples), so that what is read equals what was written.
         for name in ("tokenizer_config", "preprocessing", "software"):
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
+
+    def to_attributes(self) -> dict[str, str]:
+        """Text by name: what is no text itself, as JSON."""
+        return {
+            name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for name, value in vars(self).items()
+        }
+
+    @classmethod
+    def from_attributes(cls, texts: Mapping[str, str]) -> "Provenance":
+        """The inverse of `to_attributes`.
+
+        Raises:
+            ValueError: if a text is not the JSON it should be.
+            KeyError: if one is missing.
+        """
+        types: dict[str, Any] = {described.name: described.type for described in dataclasses.fields(cls)}
+        values = {name: texts[name] if kind is str else json.loads(texts[name]) for name, kind in types.items()}
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("label_names", "skipped")}})
 
 
 @dataclass(frozen=True)
@@ -99,20 +120,40 @@ def level_bytes(level: Level, rows: int) -> int:
     return rows * math.prod(level.shape) * level.dtype.itemsize
 
 
-def lay_down(path: Path, layout: Layout, rows: int, provenance: Provenance) -> tuple[int, ...]:
-    """Creates a file with its attributes and room for the codes, and returns the offset in bytes of each level's codes.
+def number_sources(ids: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Any ids as `source_ids`: 0, 1, ... in order of first appearance, which compress to next to nothing."""
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
-    Strings are of variable length, which HDF5 keeps outside the header: its 64 KiB limit on attributes is not theirs.
+
+def fault(columns: Mapping[str, np.ndarray], label_names: Sequence[str]) -> str | None:
+    """What is wrong with the columns of a whole set, in words; None if nothing is."""
+    labels, ids, held_out = (columns[name] for name in ("labels", "source_ids", "held_out"))
+    largest_label = (len(label_names) or 2**63) - 1
+    if len(wrong := labels[(labels < -1) | (labels > largest_label)]):
+        return f"{wrong[0]} is no label: they are -1 for none, or from 0 to {largest_label}"
+    if max(held_out.max(), columns["flipped"].max()) > 1:
+        return "held_out and flipped are not all 0 or 1"
+    if not np.array_equal(number_sources(ids), ids):
+        return "source ids are not 0, 1, ... in order of first appearance"
+    if not np.array_equal(held_out[np.unique(ids, return_index=True)[1]][ids], held_out):
+        return "rows of one source image are on both sides of the held-out split"
+    return None
+
+
+def lay_down(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
+    """Creates a file with room for the codes and nothing else; returns the offset in bytes of each level's codes.
+
+    It is frugal: with HDF5's defaults what surrounds the codes would be some per cent of a small set.
     """
+    access, creation = h5py.h5p.create(h5py.h5p.FILE_ACCESS), h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_alignment(ALIGNMENT_BYTES, ALIGNMENT_BYTES)
+    creation.set_attr_phase_change(64, 0)  # attributes in the root's header
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # else there is no offset before the first write
-    with h5py.File(path, "w", alignment_threshold=PAGE_BYTES, alignment_interval=PAGE_BYTES) as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["layout"] = json.dumps(layout.to_json())
-        for name, value in vars(provenance).items():
-            file.attrs[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        offsets = []
+    offsets = []
+    with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
         for index, level in enumerate(layout.levels):
             shape = (rows, *level.shape)
             grid = file.create_dataset(f"codes/{index}", shape, stored_dtype(level), dcpl=early, fill_time="never")
@@ -120,24 +161,36 @@ def lay_down(path: Path, layout: Layout, rows: int, provenance: Provenance) -> t
     return tuple(offsets)
 
 
-def complete(path: Path, columns: dict[str, np.ndarray], content_digest: str) -> None:
-    """Adds what is known last. Only a file that has its digest is a latent set.
-
-    No shuffle filter: it would part the bytes of source ids, which are hashes and repeat in mirror images.
-    """
-    with h5py.File(path, "r+") as file:
+def add_columns(path: Path, layout: Layout, provenance: Provenance, columns: Mapping[str, np.ndarray]) -> None:
+    """Adds all else but the digest."""
+    texts = {"format": FORMAT, "layout": json.dumps(layout.to_json()), **provenance.to_attributes()}
+    with h5py.File(path, "r+", libver=LIBRARY) as file:
         for name, column in columns.items():
             chunk = (min(len(column), COLUMN_CHUNK_ROWS),)
-            file.create_dataset(name, data=column, chunks=chunk, compression="gzip", compression_opts=4)
-        file.attrs["content_digest"] = content_digest
+            file.create_dataset(name, data=column, chunks=chunk, shuffle=True, compression="gzip")
+        file.attrs["format_version"] = FORMAT_VERSION
+        for name, text in texts.items():
+            _write_text(file, name, text)
 
 
-def content_digest(path: Path, layout: Layout, offsets: tuple[int, ...], columns: dict[str, np.ndarray]) -> str:
+def complete(path: Path, content_digest: str) -> None:
+    """Adds what is known last. Only a file that has its digest is a latent set."""
+    with h5py.File(path, "r+", libver=LIBRARY) as file:
+        _write_text(file, "content_digest", content_digest)
+
+
+def _write_text(file: h5py.File, name: str, text: str) -> None:
+    """An attribute of fixed length: those of variable length go to a heap of 4 KiB at least."""
+    encoded = text.encode()
+    file.attrs.create(name, encoded, dtype=h5py.string_dtype("utf-8", max(1, len(encoded))))
+
+
+def content_digest(path: Path, layout: Layout, offsets: tuple[int, ...], columns: Mapping[str, np.ndarray]) -> str:
     """SHA-256 of the codes in a file and of the columns in memory, in hexadecimal.
 
-    For `codes/0..`, then `labels`, `source_ids`, `flipped`: a line `name dtype shape` (`codes/0 <u2 100 16 16`), then
-    the values in row-major order. So it depends on the numbers and their types, not on how HDF5 keeps them or in which
-    blocks they were written. The codes are read and not mapped: memory stays flat.
+    For `codes/0..`, then `labels`, `source_ids`, `held_out`, `flipped`: a line `name dtype shape` (`codes/0 <u2 100 16
+    16`), then the values in row-major order. So it depends on the numbers and their types, not on how HDF5 keeps them
+    or in which blocks they were written. The codes are read and not mapped: memory stays flat.
     """
     sha, rows = hashlib.sha256(), len(columns["labels"])
 
@@ -168,10 +221,11 @@ def read_contents(path: Path) -> Contents:
             version, or lacks something.
     """
     with _opened(path) as file:
-        if file.attrs.get("format") != FORMAT:
+        if _text(file.attrs.get("format")) != FORMAT:
             raise UserError(f"{path} is HDF5 but not a latent set; give one made by build_latents.py")
         if (number := file.attrs.get("format_version")) != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {number}, this smalti reads {FORMAT_VERSION}; upgrade smalti")
+            remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
+            raise UserError(f"{path} has format version {number}, this smalti reads {FORMAT_VERSION}; {remedy}")
         layout, provenance, content_digest = _read_attributes(path, file)
         grids, columns = _read_datasets(path, file, layout)
         offsets = tuple(grid.id.get_offset() for grid in grids)
@@ -182,19 +236,22 @@ def read_contents(path: Path) -> Contents:
 
 
 def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, str]:
-    types: dict[str, Any] = {"layout": list, "content_digest": str}
-    types |= {described.name: described.type for described in dataclasses.fields(Provenance)}
-    if missing := [name for name in types if name not in file.attrs]:
+    names = ["layout", "content_digest", *(described.name for described in dataclasses.fields(Provenance))]
+    if missing := [name for name in names if name not in file.attrs]:
         raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
-    texts: dict[str, Any] = {name: file.attrs[name] for name in types}
+    texts: dict[str, Any] = {name: _text(file.attrs[name]) for name in names}
     if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
         raise UserError(f"{path}: the attributes {', '.join(wrong)} are not strings; build the latent set again")
     try:
-        values = {name: text if types[name] is str else json.loads(text) for name, text in texts.items()}
-        layout, digest = Layout.from_json(values.pop("layout")), values.pop("content_digest")
-        return layout, Provenance(**{**values, "label_names": tuple(values["label_names"])}), digest
+        layout = Layout.from_json(json.loads(texts["layout"]))
+        return layout, Provenance.from_attributes(texts), texts["content_digest"]
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: its attributes are damaged ({error}); build the latent set again") from error
+
+
+def _text(value: Any) -> Any:
+    """An attribute's value; h5py leaves strings of fixed length as bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _read_datasets(path: Path, file: h5py.File, layout: Layout) -> tuple[list[h5py.Dataset], dict[str, np.ndarray]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smalti.codes import Codes, Layout
 from smalti.errors import UserError
-from smalti.latentsets.format import COLUMNS, Provenance, content_digest, read_contents, stored_dtype
+from smalti.latentsets.format import COLUMNS, Provenance, content_digest, fault, read_contents, stored_dtype
 
 BLOCK_VALUES = 1 << 22
 
@@ -28,9 +28,10 @@ class LatentSet:
         path: the file.
         layout: of its codes.
         provenance: where they come from.
-        content_digest: SHA-256 of codes, labels, source ids and flips, as written; `verify` computes it again.
+        content_digest: SHA-256 of codes and columns, as written; `verify` computes it again.
         labels: the class of each row, -1 where there is none.
-        source_ids: equal for rows made from the same source image. Splits go by this.
+        source_ids: equal for rows made from the same source image: 0, 1, ... in order of first appearance.
+        held_out: True where training must not see a row; the same for all rows of a source image.
         flipped: True where a row is the mirror image of its source.
 
     Raises:
@@ -40,6 +41,7 @@ class LatentSet:
 
     labels: Int64[Tensor, " rows"]
     source_ids: Int64[Tensor, " rows"]
+    held_out: Bool[Tensor, " rows"]
     flipped: Bool[Tensor, " rows"]
 
     def __init__(self, path: str | Path) -> None:
@@ -48,8 +50,9 @@ class LatentSet:
         self.layout: Layout = contents.layout
         self.provenance: Provenance = contents.provenance
         self.content_digest: str = contents.content_digest
-        self.labels, self.source_ids, flipped = (torch.from_numpy(contents.columns[name]) for name in COLUMNS)
-        self.flipped = flipped.bool()
+        self._columns = contents.columns
+        self.labels, self.source_ids, held_out, flipped = (torch.from_numpy(self._columns[name]) for name in COLUMNS)
+        self.held_out, self.flipped = held_out.bool(), flipped.bool()
         self._offsets = contents.offsets
         # As plain arrays: indexing np.memmap itself builds a subclass each time.
         self.stored: tuple[np.ndarray, ...] = tuple(
@@ -72,7 +75,7 @@ class LatentSet:
         return tuple(self.read(level, rows) for level in range(len(self.layout.levels)))
 
     def read(
-        self, level: int, rows: Sequence[int] | Int64[Tensor, " b"]
+        self, level: int, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]
     ) -> Int64[Tensor, "b _h _w"] | Float[Tensor, "b _c _h _w"]:
         """Like `batch`, of one level."""
         grid = np.take(self.stored[level], rows, axis=0)
@@ -101,17 +104,19 @@ class LatentSet:
         """Reads every byte of the set.
 
         Raises:
-            UserError: if any differs from what was written, or a code lies outside its level's codebook.
+            UserError: if any differs from what was written, a code lies outside its level's codebook, a label has no
+                name, source ids are not numbered as they should be, or a source is on both sides of the split.
         """
         _reopen(self.path, self.content_digest)
-        columns = {name: getattr(self, name).numpy() for name in COLUMNS}
-        found = content_digest(self.path, self.layout, self._offsets, columns)
+        found = content_digest(self.path, self.layout, self._offsets, self._columns)
         if found != self.content_digest:
             digests = f"its content has digest {found[:12]}, not {self.content_digest[:12]}"
             raise UserError(f"{self.path} is damaged: {digests}; copy it or build it again")
         for index, level in enumerate(self.layout.levels):
             if level.radices and max(int(block.max()) for block in self._blocks(index)) >= level.codebook_size:
                 raise UserError(f"{self.path} has codes not below {level.codebook_size} at level {index}; rebuild it")
+        if wrong := fault(self._columns, self.provenance.label_names):
+            raise UserError(f"{self.path}: {wrong}; build it again")
 
     def _blocks(self, level: int) -> Iterator[np.ndarray]:
         step = max(1, BLOCK_VALUES // math.prod(self.layout.levels[level].shape))

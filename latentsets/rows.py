@@ -11,9 +11,11 @@ from torch.utils.data import Dataset
 from smalti.errors import UserError
 from smalti.latentsets.format import level_bytes
 from smalti.latentsets.reader import LatentSet
-from smalti.splits import held_out
 
 Split: TypeAlias = Literal["train", "held_out", "all"]
+
+RESIDENT_SHARE = 0.25  # of the memory that is free on the device: the network and what it computes need the rest
+PREFETCHING_WORKERS = 2
 
 _SIGNED = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
 """What torch computes with at each width. It has few operations for uint16 and uint32: their bits travel as signed."""
@@ -22,7 +24,7 @@ _SIGNED = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
 class LatentRows(Dataset):
     """A torch dataset of code grids that gives whole batches, so a `DataLoader`'s `collate_fn` has nothing to do.
 
-    The split is by source id alone: mirror images, and all else made from one source image, are on one side.
+    The split is the one stored in the set: mirror images, and all else made from one source image, are on one side.
 
     Args:
         latent_set: to read from; in workers through a map of the file.
@@ -40,7 +42,7 @@ class LatentRows(Dataset):
         if split == "all":
             self._index = np.arange(len(latent_set))
         else:
-            self._index = np.flatnonzero(held_out(latent_set.source_ids).numpy() == (split == "held_out"))
+            self._index = np.flatnonzero(latent_set.held_out.numpy() == (split == "held_out"))
         if not len(self._index):
             raise UserError(f"{latent_set.path} has no {split} rows among {len(latent_set)}; build it from more images")
         self._resident: tuple[Tensor, Tensor] | None = None
@@ -59,15 +61,28 @@ class LatentRows(Dataset):
             codes, labels = self._resident
             numbers = torch.as_tensor(rows, dtype=torch.int64, device=codes.device)
             return {"codes": _widen(codes.index_select(0, numbers)), "labels": labels[numbers], "rows": numbers}
-        numbers = torch.from_numpy(np.array(rows, np.int64))  # numpy reads a list, and gathers, several times faster
-        index = self._index[numbers.numpy()]
-        labels = torch.from_numpy(self.latent_set.labels.numpy()[index])
-        return {"codes": self.latent_set.read(self.level, torch.from_numpy(index)), "labels": labels, "rows": numbers}
+        numbers = np.array(rows, np.int64)  # numpy reads a list, and gathers, several times faster than torch
+        index = self._index[numbers]
+        batch = {"labels": self.latent_set.labels.numpy()[index], "rows": numbers}
+        return {"codes": self.latent_set.read(self.level, index)} | {k: torch.from_numpy(v) for k, v in batch.items()}
 
     @property
     def resident_bytes(self) -> int:
         """What `to` takes on the device for the codes."""
         return level_bytes(self.latent_set.layout.levels[self.level], len(self))
+
+    def for_training(self, device: torch.device, workers: int) -> tuple["LatentRows", int]:
+        """The same rows as a device reads them fastest, and how many workers a loader then needs.
+
+        Codes that fit move onto the device whole, and a batch costs an index; more than fit stay mapped, for workers
+        to prepare and pin ahead. So do those of which workers were asked for, and on a CPU all: they are in its memory
+        already.
+        """
+        if device.type == "cpu" or workers:
+            return self, workers
+        if self.resident_bytes <= _free_bytes(device) * RESIDENT_SHARE:
+            return self.to(device), 0
+        return self, PREFETCHING_WORKERS
 
     def to(self, device: torch.device | str) -> "LatentRows":
         """Moves the codes whole onto a device, in the width they are stored in. From then on a batch costs an index."""
@@ -76,6 +91,12 @@ class LatentRows(Dataset):
             codes = codes.view(_SIGNED[codes.itemsize])
         self._resident = torch.from_numpy(codes).to(device), self.latent_set.labels[self._index].to(device)
         return self
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
 
 
 def _widen(codes: Tensor) -> Tensor:

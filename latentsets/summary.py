@@ -4,7 +4,6 @@ import json
 
 from smalti.codes import Level
 from smalti.latentsets.reader import LatentSet, perplexity
-from smalti.splits import held_out
 
 
 def describe(latent_set: LatentSet) -> str:
@@ -15,6 +14,7 @@ def describe(latent_set: LatentSet) -> str:
         "rows": f"{len(latent_set)}, {latent_set.layout}, {_size(latent_set.path.stat().st_size)}",
         "sources": _sources(latent_set),
         "labels": _labels(latent_set),
+        "skipped": _skipped(latent_set),
         "images": f"{made_by.image_source}, fingerprint {made_by.image_fingerprint}",
         "preprocessing": json.dumps(made_by.preprocessing),
         "tokenizer": f"{made_by.tokenizer_kind} from {made_by.tokenizer_source}, digest {made_by.tokenizer_digest}",
@@ -32,17 +32,26 @@ def describe(latent_set: LatentSet) -> str:
 
 def _sources(latent_set: LatentSet) -> str:
     sources, flipped = len(latent_set.source_ids.unique()), int(latent_set.flipped.sum())
-    held_out_rows = int(held_out(latent_set.source_ids).sum())
-    return f"{sources} source images, {flipped} rows are mirror images, {held_out_rows} rows are held out"
+    held_out = int(latent_set.held_out.sum())
+    return f"{sources} source images, {flipped} rows are mirror images, {held_out} rows are held out"
 
 
 def _labels(latent_set: LatentSet, shown: int = 8) -> str:
     names, without = latent_set.provenance.label_names, int((latent_set.labels < 0).sum())
     if without == len(latent_set):
         return "none"
-    classes = f"{len(latent_set.labels[latent_set.labels >= 0].unique())} classes"
-    named = f" ({', '.join(names[:shown])}{', …' if len(names) > shown else ''})" if names else ""
-    return f"{classes}{named}, {without} rows without"
+    labels, rows = latent_set.labels[latent_set.labels >= 0].unique(return_counts=True)
+    some = [f"{names[label] if names else label} {count}" for label, count in zip(labels, rows, strict=True)][:shown]
+    more = ", …" if len(labels) > shown else ""
+    return f"{len(labels)} classes (rows of each: {', '.join(some)}{more}), {without} rows without"
+
+
+def _skipped(latent_set: LatentSet, shown: int = 3) -> str:
+    skipped = latent_set.provenance.skipped
+    if not skipped:
+        return "none"
+    reasons = "; ".join(image["reason"] for image in skipped[:shown])
+    return f"{len(skipped)} images that could not be decoded: {reasons}{'; …' if len(skipped) > shown else ''}"
 
 
 def _usage(latent_set: LatentSet, index: int, level: Level) -> list[str]:

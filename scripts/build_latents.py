@@ -7,6 +7,10 @@ ABOUT = """Encodes every image with a trained tokenizer and stores the codes as 
 
 $ python scripts/build_latents.py --tokenizer hrvq                      # the images it was trained on
 $ python scripts/build_latents.py --tokenizer hrvq --images my/photos   # others
+$ python scripts/build_latents.py --on-bad-image skip                   # leave out what cannot be decoded
+$ accelerate launch --num_processes 8 scripts/build_latents.py          # the same file from eight processes
+
+Stopped or killed, it goes on from its finished blocks when the same command is given, with any number of processes.
 
 Next: accelerate launch scripts/train_prior.py."""
 

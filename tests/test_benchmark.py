@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from smalti.errors import UserError
-from smalti.pipeline import benchmark, benchmark_ways
+from smalti.pipeline import benchmark, benchmark_latents, benchmark_ways
 from smalti.pipeline.benchmark import Benchmark, insert, medians, table
-from smalti.pipeline.benchmark_ways import Comparison, Seconds, Way
+from smalti.pipeline.comparison import Comparison, Measured, Way, in_mebibytes
 from smalti.priors.hourglass import HourglassConfig
 
 TINY = HourglassConfig(height=4, width=4, radices=(3, 3), model_width=8, heads=1, depth=(1, 1, 1))
@@ -24,15 +24,27 @@ def test_ways_to_search_find_the_same():
     assert benchmark_ways.flat_search(vectors, leaves, 64, 7).equal(torch.cdist(vectors, leaves).argmin(1))
 
 
-def test_ways_to_read_latents_give_the_same_codes():
-    for comparison in benchmark_ways.latents(rows=60, side=3, batch=20, batches=2):
-        ours, resident, by_row, bare = (way.work() for way in comparison.ways)
-        assert {way.units for way in comparison.ways} == {2}
-        for batch in range(2):
-            assert ours[batch]["codes"].shape == (20, 3, 3)
-            assert ours[batch]["codes"].equal(resident[batch]["codes"].cpu())
-            assert ours[batch]["codes"].equal(by_row[batch])
-            assert ours[batch]["codes"].equal(bare[batch])
+def test_ways_to_read_latents_give_the_same_codes(tmp_path):
+    comparison = benchmark_latents.reading(tmp_path, rows=60, side=3, batch=20, batches=2)
+    ours, resident, *others = (way.work() for way in comparison.ways)
+    assert len(others) == 3
+    assert {way.units for way in comparison.ways} == {2}
+    for batch in range(2):
+        assert ours[batch]["codes"].shape == (20, 3, 3)
+        assert ours[batch]["codes"].equal(resident[batch]["codes"].cpu())
+        assert all(other[batch].equal(ours[batch]["codes"]) for other in others)
+
+
+def test_a_build_and_its_bare_loop_give_the_same_codes(tmp_path):
+    comparison = benchmark_latents.building(tmp_path, rows=300, config=benchmark_latents.SMALL)
+    built, bare = (way.work() for way in comparison.ways)
+    assert built.batch(range(300))[0].equal(torch.cat([codes[0] for codes in bare]))
+
+
+def test_peak_memory_is_of_the_process_that_builds(tmp_path):
+    (ours, limit) = (way.work() for way in benchmark_latents.memory(tmp_path, rows=(20, 40)).ways)
+    assert ours == pytest.approx(limit - 100 * 2**20, rel=0.1)
+    assert 100 * 2**20 < ours < 2**30  # torch alone is some 200 MiB
 
 
 def test_ways_to_train_and_to_sample_run():
@@ -47,7 +59,7 @@ def test_the_loop_is_timed_from_first_step_to_last():
         start = time.perf_counter()
         seconds = [way.work() for way in comparison.ways]
         whole = time.perf_counter() - start
-        assert all(isinstance(taken, Seconds) and taken > 0 for taken in seconds)
+        assert all(isinstance(taken, Measured) and taken > 0 for taken in seconds)
         assert sum(seconds) * 2 < whole  # two intervals each; the start and the saving are not in them
 
 
@@ -58,7 +70,7 @@ def test_the_first_turn_is_not_counted_and_units_divide():
         calls.append("timed")
         time.sleep(0.02)
 
-    ways = (Way("ours", work, units=4), Way("own clock", lambda: calls.append("own") or Seconds(next(slow_first))))
+    ways = (Way("ours", work, units=4), Way("own clock", lambda: calls.append("own") or Measured(next(slow_first))))
     timed, own = medians(Comparison("turns", ways), 3)
     assert calls == ["timed", "own"] * 4
     assert own == 2
@@ -74,6 +86,16 @@ def test_table_says_what_was_promised():
     assert "| limit | 10 µs | 0.0005× |  |" in text
 
 
+def test_what_is_the_same_every_time_is_measured_once():
+    calls = []
+    comparison = Comparison(
+        "memory", (Way("ours", lambda: calls.append(0) or Measured(3 * 2**20)),), in_mebibytes, varies=False
+    )
+    found = medians(comparison, 5)
+    assert (found, len(calls)) == ([3 * 2**20], 1)
+    assert "| ours | 3 MiB | 1× |  |" in table([(comparison, found)])
+
+
 def test_tables_go_between_their_markers(tmp_path, monkeypatch, capsys):
     path = tmp_path / "benchmarks.md"
     path.write_text("# Speed\n<!-- measured: search -->\nold\n<!-- end: search -->\nafter\n")
@@ -81,7 +103,7 @@ def test_tables_go_between_their_markers(tmp_path, monkeypatch, capsys):
     insert(path, "sampler", "more")
     marked = "<!-- measured: search -->\nnew \\1\n<!-- end: search -->\nafter\n"
     assert path.read_text() == f"# Speed\n{marked}\n<!-- measured: sampler -->\nmore\n<!-- end: sampler -->\n"
-    comparison = Comparison("a path", (Way("ours", lambda: Seconds(1)),))
+    comparison = Comparison("a path", (Way("ours", lambda: Measured(1)),))
     monkeypatch.setitem(benchmark.SECTIONS, "search", lambda: iter([comparison]))
     benchmark.benchmark(Benchmark(only=("search",), repetitions=1, out=path))
     assert "| ours | 1 s | 1× |  |" in path.read_text()

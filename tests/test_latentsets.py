@@ -3,9 +3,11 @@
 import hashlib
 import json
 import pickle
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from hypothesis import strategies as st
 
 from smalti.codes import Codes, Layout, Level
 from smalti.errors import UserError
-from smalti.latentsets.format import Provenance
+from smalti.latentsets.format import Provenance, number_sources
 from smalti.latentsets.reader import LatentSet, perplexity, require_tokenizer
 from smalti.latentsets.summary import describe
 from smalti.latentsets.writer import LatentSetWriter
+from smalti.splits import held_out
 
 PROVENANCE = Provenance(
     tokenizer_kind="hrvq",
@@ -56,20 +59,25 @@ def make_codes(layout: Layout, rows: int, seed: int = 0) -> Codes:
     return tuple(grids)
 
 
-def make_columns(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Labels, source ids (two rows each) and flips."""
+def make_columns(rows: int) -> dict[str, torch.Tensor]:
+    """Two rows for each source, its mirror image the second; every third source is held out."""
     numbers = torch.arange(rows)
-    return numbers % 5 - 1, numbers // 2 * 1_000_003 - 7, numbers % 2 == 1
+    sources = numbers // 2
+    return {
+        "labels": numbers % 5 - 1,
+        "source_ids": sources,
+        "held_out": sources % 3 == 1,
+        "flipped": numbers % 2 == 1,
+    }
 
 
 def write(path: Path, layout: Layout, codes: Codes, cuts: list[int], provenance: Provenance = PROVENANCE) -> None:
     """Writes in blocks that begin at `cuts`, in that order."""
     rows = len(codes[0])
-    columns = make_columns(rows)
-    with LatentSetWriter(path, layout, rows=rows, provenance=provenance) as writer:
+    with LatentSetWriter(path, layout, **make_columns(rows), provenance=provenance) as writer:
         for start in cuts:
             end = min([cut for cut in cuts if cut > start], default=rows)
-            writer.write(start, tuple(grid[start:end] for grid in codes), *(column[start:end] for column in columns))
+            writer.write(start, tuple(grid[start:end] for grid in codes))
 
 
 def opened(path: Path, mode: str) -> Any:
@@ -101,10 +109,8 @@ def test_what_is_written_in_any_order_of_blocks_is_read(tmp_path_factory, levels
     for found, expected, level in zip(latent_set.batch(asked), codes, layout.levels, strict=True):
         assert found.dtype == (torch.float32 if level.channels else torch.int64)
         assert torch.equal(found, expected[asked])
-    for found, expected in zip(
-        (latent_set.labels, latent_set.source_ids, latent_set.flipped), make_columns(rows), strict=True
-    ):
-        assert torch.equal(found, expected)
+    for name, expected in make_columns(rows).items():
+        assert torch.equal(getattr(latent_set, name), expected)
     assert (len(latent_set), latent_set.layout, latent_set.provenance) == (rows, layout, PROVENANCE)
     latent_set.verify()
     one_block = path.with_name("one.h5")
@@ -114,77 +120,113 @@ def test_what_is_written_in_any_order_of_blocks_is_read(tmp_path_factory, levels
 
 def test_the_digest_follows_from_the_documented_recipe(tmp_path):
     codes = small_set(tmp_path / "latents.h5")
-    labels, source_ids, flipped = make_columns(60)
+    columns = {name: column.numpy() for name, column in make_columns(60).items()}
     parts = [
         b"codes/0 <u2 60 3 4\n" + codes[0].numpy().astype("<u2").tobytes(),
-        b"labels <i8 60\n" + labels.numpy().tobytes(),
-        b"source_ids <i8 60\n" + source_ids.numpy().tobytes(),
-        b"flipped |u1 60\n" + flipped.numpy().tobytes(),
+        b"labels <i8 60\n" + columns["labels"].tobytes(),
+        b"source_ids <i8 60\n" + columns["source_ids"].tobytes(),
+        b"held_out |u1 60\n" + columns["held_out"].tobytes(),
+        b"flipped |u1 60\n" + columns["flipped"].tobytes(),
     ]
     assert LatentSet(tmp_path / "latents.h5").content_digest == hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+def test_the_documented_program_computes_the_digest(tmp_path, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "latent-format.md").read_text()
+    small_set(tmp_path / "latents.h5")
+    exec(text.split("```python\n")[1].split("```")[0].replace("runs/latents/hrvq.h5", str(tmp_path / "latents.h5")), {})
+    assert capsys.readouterr().out == "True\n"
+
+
 def test_plain_h5py_reads_everything(tmp_path):
     codes = small_set(tmp_path / "latents.h5")
-    labels, source_ids, flipped = make_columns(60)
     with opened(tmp_path / "latents.h5", "r") as file:
         stored = file["codes/0"]
         assert (stored.dtype, stored.chunks, stored.compression) == (np.uint16, None, None)
         assert np.array_equal(stored[:], codes[0].numpy())
-        assert np.array_equal(file["labels"][:], labels.numpy())
-        assert np.array_equal(file["source_ids"][:], source_ids.numpy())
-        assert np.array_equal(file["flipped"][:], flipped.numpy())
-        assert file.attrs["tokenizer_digest"] == PROVENANCE.tokenizer_digest
+        for name, column in make_columns(60).items():
+            assert np.array_equal(file[name][:], column.numpy())
+        assert file.attrs["tokenizer_digest"].decode() == PROVENANCE.tokenizer_digest
         assert json.loads(file.attrs["layout"])[0]["radices"] == [8, 8, 8]
 
 
 def test_labels_names_and_configs_beyond_64_kib_are_kept(tmp_path):
     names = tuple(f"class {number:06d} ö" for number in range(22_000))
-    provenance = Provenance(**{**vars(PROVENANCE), "label_names": names, "preprocessing": {"x": "y" * 100_000}})
+    provenance = replace(PROVENANCE, label_names=names, preprocessing={"x": "y" * 100_000})
     write(tmp_path / "latents.h5", GRID, make_codes(GRID, 4), [0], provenance)
     assert LatentSet(tmp_path / "latents.h5").provenance == provenance
 
 
-def test_the_file_is_within_one_percent_of_its_codes(tmp_path):
-    layout = Layout((Level(16, 16, (1024,)),))
-    write(tmp_path / "latents.h5", layout, make_codes(layout, 20_000), [0, 2000])
-    assert (tmp_path / "latents.h5").stat().st_size == pytest.approx(20_000 * 16 * 16 * 2, rel=0.01)
+@pytest.mark.parametrize("rows_per_image", [1, 2])
+@pytest.mark.parametrize(("level", "rows"), [(Level(16, 16, (1024,)), 2_000), (Level(8, 8, (512,)), 8_000)])
+def test_the_file_is_within_one_percent_of_its_codes(tmp_path, level, rows, rows_per_image):
+    """With labels, a split drawn at random and provenance, of which a real set has some 4 KiB."""
+    ids = torch.arange(rows) // rows_per_image
+    provenance = replace(PROVENANCE, preprocessing={"some": "x" * 2000})
+    columns = {"labels": ids * 100 // rows, "source_ids": ids, "held_out": held_out(ids)}
+    path, layout = tmp_path / "latents.h5", Layout((level,))
+    flipped = torch.arange(rows) % rows_per_image == 1
+    with LatentSetWriter(path, layout, **columns, flipped=flipped, provenance=provenance) as writer:
+        writer.write(0, make_codes(layout, rows))
+    codes_bytes = rows * level.positions * level.dtype.itemsize
+    assert codes_bytes < path.stat().st_size < 1.01 * codes_bytes
 
 
 @pytest.mark.parametrize(
-    ("start", "codes", "label", "message"),
+    ("start", "codes", "message"),
     [
-        (0, [512], 0, "level 0 holds codes from 0 to 511"),
-        (0, [65536], 0, "level 0 holds codes from 0 to 511"),
-        (0, [-1], 0, "level 0 holds codes from 0 to 511"),
-        (0, [0], -2, "-2 is no label"),
-        (0, [0], 2, "2 is no label; give -1 for none or a number up to 1"),
-        (3, [0], 0, "row 3 was already written"),
-        (59, [0, 0], 0, "rows 59 to 60 do not fit a latent set of 60"),
-        (-1, [0], 0, "rows -1 to -1 do not fit a latent set of 60"),
+        (0, [512], "level 0 holds codes from 0 to 511"),
+        (0, [65536], "level 0 holds codes from 0 to 511"),
+        (0, [-1], "level 0 holds codes from 0 to 511"),
+        (3, [0], "row 3 was already written"),
+        (59, [0, 0], "rows 59 to 60 do not fit a latent set of 60"),
+        (-1, [0], "rows -1 to -1 do not fit a latent set of 60"),
     ],
 )
-def test_wrong_blocks_are_refused_and_leave_no_trace(tmp_path, start, codes, label, message):
-    provenance = Provenance(**{**vars(PROVENANCE), "label_names": ("cat", "dog")})
+def test_wrong_blocks_are_refused_and_leave_no_trace(tmp_path, start, codes, message):
     grid = torch.tensor(codes).view(-1, 1, 1).expand(-1, 3, 4)
-    labels, rest = torch.full((len(codes),), label), make_columns(len(codes))[1:]
 
     def write_both() -> None:
-        with LatentSetWriter(tmp_path / "latents.h5", GRID, rows=60, provenance=provenance) as writer:
-            writer.write(2, make_codes(GRID, 2), torch.tensor([0, 1]), *make_columns(2)[1:])
-            writer.write(start, (grid,), labels, *rest)
+        with LatentSetWriter(tmp_path / "latents.h5", GRID, **make_columns(60), provenance=PROVENANCE) as writer:
+            writer.write(2, make_codes(GRID, 2))
+            writer.write(start, (grid,))
 
     with pytest.raises(UserError, match=message):
         write_both()
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("labels", [0, -2, 0, 0], "-2 is no label: they are -1 for none, or from 0 to 1"),
+        ("labels", [0, 1, 2, 0], "2 is no label"),
+        ("source_ids", [0, 0, 2, 2], "source ids are not 0, 1, ... in order of first appearance"),
+        ("source_ids", [1, 1, 0, 0], "source ids are not 0, 1, ..."),
+        ("source_ids", [-1, 0, 1, 1], "source ids are not 0, 1, ..."),
+        ("held_out", [0, 1, 0, 0], "rows of one source image are on both sides"),
+    ],
+)
+def test_columns_that_contradict_each_other_are_refused(tmp_path, name, values, message):
+    names = {"label_names": ("cat", "dog")}
+    columns = {**make_columns(4), "labels": torch.tensor([0, 1, -1, 0]), "held_out": torch.zeros(4, dtype=torch.bool)}
+    columns[name] = torch.tensor(values).to(columns[name].dtype)
+    with pytest.raises(UserError, match=f"latents.h5 was not written: {re.escape(message)}"):
+        LatentSetWriter(tmp_path / "latents.h5", GRID, **columns, provenance=replace(PROVENANCE, **names))
+
+
+@given(ids=st.lists(st.integers(-5, 5), max_size=30))
+def test_sources_are_numbered_in_order_of_first_appearance(ids):
+    first = list(dict.fromkeys(ids))
+    assert number_sources(np.array(ids, np.int64)).tolist() == [first.index(source) for source in ids]
+
+
 def test_missing_rows_are_refused(tmp_path):
-    writer = LatentSetWriter(tmp_path / "latents.h5", GRID, rows=60, provenance=PROVENANCE)
+    writer = LatentSetWriter(tmp_path / "latents.h5", GRID, **make_columns(60), provenance=PROVENANCE)
     with pytest.raises(UserError, match="row 10 and 49 others were never written"), writer as entered:
-        entered.write(0, make_codes(GRID, 10), *make_columns(10))
+        entered.write(0, make_codes(GRID, 10))
     with pytest.raises(UserError, match="0 rows would be empty"):
-        LatentSetWriter(tmp_path / "latents.h5", GRID, rows=0, provenance=PROVENANCE)
+        LatentSetWriter(tmp_path / "latents.h5", GRID, **make_columns(0), provenance=PROVENANCE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,8 +236,8 @@ def test_an_interrupted_writer_leaves_the_target_as_it_was(tmp_path, interruptio
     before = (tmp_path / "latents.h5").read_bytes()
 
     def write_half() -> None:
-        with LatentSetWriter(tmp_path / "latents.h5", GRID, rows=10, provenance=PROVENANCE) as writer:
-            writer.write(0, make_codes(GRID, 5), *make_columns(5))
+        with LatentSetWriter(tmp_path / "latents.h5", GRID, **make_columns(10), provenance=PROVENANCE) as writer:
+            writer.write(0, make_codes(GRID, 5))
             assert (tmp_path / "latents.h5").read_bytes() == before
             raise interruption
 
@@ -286,13 +328,15 @@ def test_another_tokenizer_is_refused(tmp_path):
 def test_describe_tells_what_the_set_is(tmp_path):
     layout = Layout((Level(1, 2, channels=3), Level(2, 2, (2, 3))))
     codes = (torch.zeros(4, 3, 1, 2), torch.tensor([0, 1, 2, 2]).view(4, 1, 1).expand(4, 2, 2))
-    provenance = Provenance(**{**vars(PROVENANCE), "label_names": ("cat", "dog", "emu")})
+    skipped = ({"row": 1, "reason": "a.png is empty"}, {"row": 7, "reason": "b.png is no image"})
+    provenance = replace(PROVENANCE, label_names=("cat", "dog", "emu"), skipped=skipped)
     write(tmp_path / "latents.h5", layout, codes, [0], provenance)
     text = describe(LatentSet(tmp_path / "latents.h5"))
     for expected in (
         "4, 1×2 of 3 floats + 2×2 of 2·3",
-        "2 source images, 2 rows are mirror images",
-        "3 classes (cat, dog, emu), 1 rows without",
+        "2 source images, 2 rows are mirror images, 2 rows are held out",
+        "3 classes (rows of each: cat 1, dog 1, emu 1), 1 rows without",
+        "2 images that could not be decoded: a.png is empty; b.png is no image",
         "emoji, fingerprint f00d",
         "hrvq from runs/tokenizers/hrvq, digest " + "ab" * 32,
         "first digit     1 of 2 used (50.0%), perplexity 1.0",

@@ -31,7 +31,7 @@ def test_verify_catches_any_flipped_byte_of_the_codes(tmp_path_factory, where, f
 
 def test_verify_catches_changed_columns_and_codes_outside_the_codebook(tmp_path):
     path = tmp_path / "latents.h5"
-    for name in ("labels", "source_ids", "flipped"):
+    for name in ("labels", "source_ids", "held_out", "flipped"):
         small_set(path)
         with opened(path, "r+") as file:
             file[name][7] ^= 1
@@ -98,7 +98,11 @@ def chunked_codes(file: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda file: file.attrs.modify("format_version", 2), "has format version 2, this smalti reads 1; upgrade"),
+        (lambda file: file.attrs.modify("format_version", 3), "has format version 3, this smalti reads 2; upgrade"),
+        (
+            lambda file: file.attrs.modify("format_version", 1),
+            "has format version 1, this .* build it again",
+        ),
         (lambda file: file.attrs.pop("tokenizer_digest"), "lacks the attributes tokenizer_digest"),
         (lambda file: file.attrs.pop("content_digest"), "lacks the attributes content_digest"),
         (lambda file: file.attrs.create("image_source", 3), "the attributes image_source are not strings"),

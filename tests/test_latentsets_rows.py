@@ -22,7 +22,8 @@ LAYOUT = Layout(
 )
 WIDTHS_BYTES = (4, 1, 2, 4)
 LABELS = torch.arange(ROWS) % 7 - 1
-SOURCE_IDS = torch.arange(ROWS) // 3 * 7919
+SOURCE_IDS = torch.arange(ROWS) // 3
+HELD_OUT = held_out(SOURCE_IDS * 7919)  # of what the images had for ids: the set must keep it, not compute it
 
 
 def make_codes() -> tuple[torch.Tensor, ...]:
@@ -40,8 +41,9 @@ def make_codes() -> tuple[torch.Tensor, ...]:
 def latent_set(tmp_path_factory: pytest.TempPathFactory) -> LatentSet:
     path = tmp_path_factory.mktemp("sets") / "latents.h5"
     provenance = Provenance("hrvq", {}, "ab" * 32, "runs/tokenizers/hrvq", "emoji", "f00d", {})
-    with LatentSetWriter(path, LAYOUT, rows=ROWS, provenance=provenance) as writer:
-        writer.write(0, make_codes(), LABELS, SOURCE_IDS, torch.arange(ROWS) % 3 == 1)
+    columns = {"labels": LABELS, "source_ids": SOURCE_IDS, "held_out": HELD_OUT, "flipped": torch.arange(ROWS) % 3 == 1}
+    with LatentSetWriter(path, LAYOUT, **columns, provenance=provenance) as writer:
+        writer.write(0, make_codes())
     return LatentSet(path)
 
 
@@ -52,11 +54,11 @@ def as_it_is(batch: Any) -> Any:
 def test_the_split_parts_source_images_and_loses_no_row(latent_set):
     train, kept = (LatentRows(latent_set, split=split, level=1) for split in ("train", "held_out"))
     assert len(train) + len(kept) == len(LatentRows(latent_set, split="all")) == ROWS
-    rows_of_kept = held_out(SOURCE_IDS).nonzero().squeeze(1)
+    rows_of_kept = HELD_OUT.nonzero().squeeze(1)
     batch = kept.__getitems__(list(range(len(kept))))
     assert torch.equal(batch["codes"], make_codes()[1][rows_of_kept])
     assert torch.equal(batch["labels"], LABELS[rows_of_kept])
-    sources = [set(SOURCE_IDS[held_out(SOURCE_IDS) == side].tolist()) for side in (True, False)]
+    sources = [set(SOURCE_IDS[side == HELD_OUT].tolist()) for side in (True, False)]
     assert len(kept) == 3 * len(sources[0]) > 0
     assert not sources[0] & sources[1]
 
@@ -67,11 +69,11 @@ def test_a_batch_from_the_device_equals_one_from_the_map(latent_set, level, aske
     rows = LatentRows(latent_set, split="train", level=level)
     mapped = rows.__getitems__(asked)
     resident = rows.to("cpu").__getitems__(asked)
-    expected = make_codes()[level][~held_out(SOURCE_IDS)][asked]
+    expected = make_codes()[level][~HELD_OUT][asked]
     for batch in (mapped, resident):
         assert torch.equal(batch["codes"], expected)
         assert batch["codes"].dtype == (torch.int64 if level else torch.float32)
-        assert torch.equal(batch["labels"], LABELS[~held_out(SOURCE_IDS)][asked])
+        assert torch.equal(batch["labels"], LABELS[~HELD_OUT][asked])
         assert batch["rows"].tolist() == asked
 
 
@@ -83,24 +85,50 @@ def test_codes_on_the_device_keep_their_stored_width(latent_set):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_read_the_right_rows(latent_set, method):
-    rows = LatentRows(latent_set, split="all", level=2)
-    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).tolist()
+def test_four_workers_read_a_hundred_thousand_rows_without_a_wrong_value(tmp_path, method):
+    numbers, layout = torch.arange(20_000), Layout((Level(2, 3, (2**17,)),))
+    columns = {"labels": numbers % 5 - 1, "source_ids": numbers, "held_out": numbers < 0, "flipped": numbers < 0}
+    codes = numbers.view(-1, 1, 1) * 6 + torch.arange(6).view(2, 3)  # they name their row and position
+    provenance = Provenance("hrvq", {}, "ab" * 32, "runs/tokenizers/hrvq", "emoji", "f00d", {})
+    with LatentSetWriter(tmp_path / "latents.h5", layout, **columns, provenance=provenance) as writer:
+        writer.write(0, (codes,))
+    rows = LatentRows(LatentSet(tmp_path / "latents.h5"), split="all")
+    order = torch.randint(len(rows), (100_000,), generator=torch.Generator().manual_seed(0))
     loader = DataLoader(
-        rows, 32, sampler=order, num_workers=2, multiprocessing_context=method, collate_fn=as_it_is
+        rows, 256, sampler=order.tolist(), num_workers=4, multiprocessing_context=method, collate_fn=as_it_is
     )  # pickled to spawned workers: the set goes by its path
-    batches = list(loader)
-    assert torch.equal(torch.cat([batch["rows"] for batch in batches]), torch.tensor(order))
-    assert torch.equal(torch.cat([batch["codes"] for batch in batches]), make_codes()[2][order])
-    assert torch.equal(torch.cat([batch["labels"] for batch in batches]), LABELS[order])
+    read = 0
+    for batch in loader:
+        asked = order[read : read + len(batch["rows"])]
+        assert torch.equal(batch["rows"], asked)
+        assert torch.equal(batch["codes"], codes[asked])
+        assert torch.equal(batch["labels"], asked % 5 - 1)
+        read += len(asked)
+    assert read == 100_000
+
+
+def test_training_reads_from_the_device_what_fits_there(latent_set, monkeypatch):
+    moved = []
+    monkeypatch.setattr(LatentRows, "to", lambda self, device: moved.append(device) or self)
+    rows, gpu = LatentRows(latent_set, split="all", level=1), torch.device("cuda")
+    for free_bytes, device, workers, expected, moves in [
+        (4 * rows.resident_bytes, gpu, 0, 0, [gpu]),
+        (4 * rows.resident_bytes - 4, gpu, 0, 2, []),
+        (4 * rows.resident_bytes, gpu, 3, 3, []),
+        (0, torch.device("cpu"), 0, 0, []),
+    ]:
+        monkeypatch.setattr("smalti.latentsets.rows._free_bytes", lambda _, free=free_bytes: free)
+        moved.clear()
+        assert rows.for_training(device, workers) == (rows, expected)
+        assert moved == moves
 
 
 def test_a_level_or_split_without_rows_is_refused(latent_set, tmp_path):
     with pytest.raises(UserError, match="has levels 0 to 3, not 4"):
         LatentRows(latent_set, split="all", level=4)
-    source_id = int(SOURCE_IDS[~held_out(SOURCE_IDS)][0])
-    layout = Layout((Level(1, 1, (2,)),))
-    with LatentSetWriter(tmp_path / "one.h5", layout, rows=1, provenance=latent_set.provenance) as writer:
-        writer.write(0, (torch.ones(1, 1, 1).long(),), LABELS[:1], torch.tensor([source_id]), torch.tensor([False]))
+    layout, no = Layout((Level(1, 1, (2,)),)), torch.tensor([False])
+    columns = {"labels": LABELS[:1], "source_ids": SOURCE_IDS[:1], "held_out": no, "flipped": no}
+    with LatentSetWriter(tmp_path / "one.h5", layout, **columns, provenance=latent_set.provenance) as writer:
+        writer.write(0, (torch.ones(1, 1, 1).long(),))
     with pytest.raises(UserError, match="has no held_out rows among 1"):
         LatentRows(LatentSet(tmp_path / "one.h5"), split="held_out")

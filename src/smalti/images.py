@@ -15,17 +15,16 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from smalti import sources
 from smalti.errors import UserError
 from smalti.preprocess import BadImageError, decode, describe
+from smalti.progress import SLOW_SECONDS, bar
 from smalti.splits import held_out
 
 CACHE_BYTES = 2**30
 _DECODED_AT_ONCE = 64  # images; bounds the encoded bytes in memory while the cache fills
 _DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes outside Python's lock, but small images hardly
-_SLOW_SECONDS = 2  # decoding that takes longer shows a progress bar
 
 
 class ImageSet:
@@ -36,7 +35,7 @@ class ImageSet:
         label_names: of the labels 0, 1, ...; empty if the images have none.
         labels: one for each image, -1 where there is none.
         source_ids: one for each image, in [0, 2**63); images of one original (an emoji in its skin tones) share it.
-        fingerprint: SHA-256 over source ids and labels in order; the same on every machine.
+        fingerprint: SHA-256 over source ids, labels and encoded images in order; the same on every machine.
         preprocessing: what was done to the pixels, as JSON.
     """
 
@@ -48,7 +47,10 @@ class ImageSet:
         self.labels, self.label_names = sources.read_labels(table)
         self.source_ids: Int64[Tensor, " n"] = sources.read_source_ids(table)
         self.fingerprint = hashlib.sha256(
-            b"".join(part.numpy().astype("<i8").tobytes() for part in (self.source_ids, self.labels))
+            b"".join(
+                part.numpy().astype("<i8").tobytes()
+                for part in (self.source_ids, self.labels, sources.read_contents(table))
+            )
         ).hexdigest()
         self._encoded = table.rows.select_columns(table.image_column)
         self._column = table.image_column
@@ -59,8 +61,15 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.source_ids)
 
-    def pixels(self, indices: Sequence[int] | Int64[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+    def pixels(
+        self, indices: Sequence[int] | Int64[Tensor, " b"], *, bad: dict[int, str] | None = None
+    ) -> UInt8[Tensor, "b c h w"]:
         """The images at `indices`, from the cache if `fill_cache` filled it, else decoded now.
+
+        Args:
+            indices: in [0, len), any order, repeated or not.
+            bad: where to put what is wrong with an image that cannot be decoded, by its index; such an image is black.
+                Without it the first one is an error.
 
         Raises:
             BadImageError: a `UserError` that names the file and the row, for an image that cannot be decoded.
@@ -70,7 +79,12 @@ class ImageSet:
         indices = list(map(int, indices))
         pixels = torch.empty((len(indices), *self._shape), dtype=torch.uint8)
         for place, (index, image) in enumerate(zip(indices, self._encoded[indices][self._column], strict=True)):
-            pixels[place] = self._decode(index, image)
+            try:
+                pixels[place] = self._decode(index, image)
+            except BadImageError as error:
+                if bad is None:
+                    raise
+                pixels[place], bad[index] = 0, str(error)
         return pixels
 
     def fill_cache(self) -> None:
@@ -85,15 +99,13 @@ class ImageSet:
         if self._cache is not None or torch.Size(shape).numel() > self._cache_bytes:
             return
         cache = torch.empty(shape, dtype=torch.uint8)
-        bar = tqdm(
-            total=len(self), desc="Decoding images", unit="image", delay=_SLOW_SECONDS, disable=None, leave=False
-        )
-        with bar, ThreadPoolExecutor(_DECODING_THREADS) as pool:
+        progress = bar(what="decoding", total=len(self), unit="image", delay_seconds=SLOW_SECONDS)
+        with progress, ThreadPoolExecutor(_DECODING_THREADS) as pool:
             for start in range(0, len(self), _DECODED_AT_ONCE):
                 images = self._encoded[start : start + _DECODED_AT_ONCE][self._column]
                 for index, pixels in enumerate(pool.map(self._decode, range(start, len(self)), images), start):
                     cache[index] = pixels
-                bar.update(len(images))
+                progress.update(len(images))
         self._cache = cache
 
     def _decode(self, index: int, image: Any) -> UInt8[Tensor, "c h w"]:

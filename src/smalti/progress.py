@@ -6,6 +6,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+SLOW_SECONDS = 2.0
+"""For `delay_seconds`: what is usually done sooner needs no bar."""
+
 
 def bar(
     items: Iterable[Any] | None = None,
@@ -15,8 +18,9 @@ def bar(
     initial: int = 0,
     unit: str = "it",
     shown: bool = True,
+    delay_seconds: float = 0.0,
 ) -> tqdm:
-    """A progress bar named `what`. `shown=False` on all processes but one."""
+    """A progress bar named `what`. `shown=False` on all processes but one; work done within the delay shows none."""
     live = sys.stderr.isatty()
     return tqdm(
         items,
@@ -28,4 +32,5 @@ def bar(
         dynamic_ncols=live,
         mininterval=0.2 if live else 15,
         smoothing=0.05,
+        delay=delay_seconds,
     )

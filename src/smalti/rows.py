@@ -67,7 +67,7 @@ def batches(data: RowData, rows: StepRows, *, workers: int, pin_memory: bool) ->
         batch_sampler=rows,
         num_workers=workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=leave_interrupts,
         pin_memory=pin_memory,
     )
 
@@ -76,5 +76,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_interrupts(_worker: int) -> None:
+def leave_interrupts(_worker: int) -> None:
+    """What a worker does first: Ctrl-C, which reaches it too, is for the process that it works for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

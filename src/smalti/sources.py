@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import torch
 from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
@@ -130,8 +131,16 @@ def read_source_ids(table: Table) -> Int64[Tensor, " n"]:
     Hashed is the key column where there is one; emoji that differ in skin tone or style only are one source. Otherwise
     the encoded image is: renaming or reordering files changes nothing, and exact duplicates stay together.
     """
-    column = table.key_column or table.image_column
     kind = "image" if table.key_column is None else "emoji" if table.key_column == "codepoints" else "value"
+    return _hashes(table, table.key_column or table.image_column, kind)
+
+
+def read_contents(table: Table) -> Int64[Tensor, " n"]:
+    """A number for each row that changes when its encoded image does, whatever names the source. Cached as well."""
+    return _hashes(table, table.image_column, "image")
+
+
+def _hashes(table: Table, column: str, kind: str) -> Int64[Tensor, " n"]:
     ids = table.rows.select_columns(column).map(
         _hash_keys,
         batched=True,
@@ -140,7 +149,7 @@ def read_source_ids(table: Table) -> Int64[Tensor, " n"]:
         remove_columns=column,
         fn_kwargs={"kind": kind, "recipe": _KEY_RECIPE},
         features=datasets.Features({"id": datasets.Value("int64")}),
-        desc="Source ids",
+        desc="hashing",
     )
     return torch.tensor(ids["id"][:])
 
@@ -266,10 +275,12 @@ def _read_hub(source: str) -> datasets.Dataset:
 def _opened(open_rows: Callable[[], Any], what: str, remedy: str) -> datasets.Dataset:
     """Calls into `datasets`, whose errors here are about files, the network, or names that do not exist."""
     try:
-        return open_rows()
+        rows = open_rows()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{what} cannot be opened ({reason}); {remedy}") from error
+    pa.default_memory_pool().release_unused()  # some 50 MiB of a Parquet file's row groups, which Arrow would keep
+    return rows
 
 
 def _find_image_column(features: datasets.Features, source: str, asked: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Which source images are held out: the one rule that image sets and latent sets share, so that both always agree."""
+"""Which source images are held out: the rule of image sets, whose outcome latent sets store, so that both agree."""
 
 from jaxtyping import Bool, Int64
 from torch import Tensor

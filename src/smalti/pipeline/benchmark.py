@@ -1,4 +1,7 @@
-"""Measuring the hot paths and writing down what was found. What is compared with what is in `benchmark_ways.py`."""
+"""Measuring the hot paths and writing down what was found.
+
+What is compared with what is in `benchmark_ways.py` and `benchmark_latents.py`.
+"""
 
 import os
 import platform
@@ -15,15 +18,15 @@ import torch
 from smalti.devices import best_device, resolve
 from smalti.errors import UserError
 from smalti.files import whole_file
-from smalti.pipeline import benchmark_ways
-from smalti.pipeline.benchmark_ways import Comparison, Seconds, Way, synchronize
+from smalti.pipeline import benchmark_latents, benchmark_ways
+from smalti.pipeline.comparison import Comparison, Measured, Way, synchronize
 from smalti.runs import git_commit, versions
 
 Section: TypeAlias = Literal["search", "latents", "prior", "sampler", "training"]
 
 SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "search": benchmark_ways.search,
-    "latents": benchmark_ways.latents,
+    "latents": benchmark_latents.latents,
     "prior": benchmark_ways.prior,
     "sampler": benchmark_ways.sampler,
     "training": benchmark_ways.training,
@@ -67,41 +70,35 @@ def benchmark(config: Benchmark) -> None:
 
 
 def medians(comparison: Comparison, repetitions: int) -> list[float]:
-    """Seconds a unit of each way."""
-    seconds: list[list[float]] = [[] for _ in comparison.ways]
-    for turn in range(repetitions + 1):
-        for way, taken in zip(comparison.ways, seconds, strict=True):
+    """What was measured of each way, seconds a unit for most."""
+    found: list[list[float]] = [[] for _ in comparison.ways]
+    for turn in range(repetitions + 1 if comparison.varies else 1):
+        for way, results in zip(comparison.ways, found, strict=True):
             measured = clock(way)
-            if turn:
-                taken.append(measured)
-    return [statistics.median(taken) for taken in seconds]
+            if turn or not comparison.varies:
+                results.append(measured)
+    return [statistics.median(results) for results in found]
 
 
 def clock(way: Way) -> float:
-    """Seconds a unit of one call."""
+    """Seconds a unit of one call, or what it measured itself."""
     synchronize()
     start = time.perf_counter()
     result = way.work()
     synchronize()
-    return float(result) if isinstance(result, Seconds) else (time.perf_counter() - start) / way.units
+    return float(result) if isinstance(result, Measured) else (time.perf_counter() - start) / way.units
 
 
 def table(measured: list[tuple[Comparison, list[float]]]) -> str:
-    """A Markdown table: for each way its time, also in units of ours, and what was promised."""
-    lines = ["| | time | of ours | target |", "|---|---:|---:|---|"]
+    """A Markdown table: for each way its result, also in units of ours, and what was promised."""
+    lines = ["| | measured | of ours | target |", "|---|---:|---:|---|"]
     for comparison, seconds in measured:
         lines.append(f"| **{comparison.path}** | | | |")
         for way, taken in zip(comparison.ways, seconds, strict=True):
             ratio = taken / seconds[0]
             target = f"{way.target:g}×: {'met' if ratio >= way.target else 'missed'}" if way.target else ""
-            lines.append(f"| {way.name} | {readable(taken)} | {ratio:.3g}× | {target} |")
+            lines.append(f"| {way.name} | {comparison.readable(taken)} | {ratio:.3g}× | {target} |")
     return "\n".join(lines)
-
-
-def readable(seconds: float) -> str:
-    """Three digits, with the unit that fits."""
-    unit, scale = next((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if seconds >= s or u == "µs")
-    return f"{seconds / scale:.3g} {unit}"
 
 
 def machine() -> str:

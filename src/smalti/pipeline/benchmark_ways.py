@@ -1,34 +1,31 @@
 """What the benchmark compares: for each hot path our way, the naive one, a peer, and the limit. No clocks but one.
 
-Every section is a generator: what it makes on the disk goes when it is exhausted or closed.
+Every section is a generator: what it makes on the disk goes when it is exhausted or closed. Latent sets have a file of
+their own, `benchmark_latents.py`; what a way and a comparison are is in `comparison.py`.
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import h5py
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from smalti.checkpoint import Checkpointed
-from smalti.codes import Layout, Level
+from smalti.codes import Level
 from smalti.devices import Precision, accelerator, autocast, best_device
 from smalti.fit import fit
 from smalti.fit_config import FitConfig, Phase
 from smalti.images import ImageRows, open_images
-from smalti.latentsets.format import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.rows import LatentRows
-from smalti.latentsets.writer import LatentSetWriter
+from smalti.pipeline.benchmark_latents import write_random_latents
+from smalti.pipeline.comparison import Comparison, Measured, Way, synchronize
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.samplers import SundaeSampling, sample_sundae
 from smalti.priors.sundae import Sundae, SundaeConfig
@@ -49,41 +46,6 @@ FLAT_TILE = {"cpu": (256, 512), "cuda": (4096, 32_768), "mps": (4096, 32_768)}
 """Vectors and leaves that flat search compares at once: on CPUs the scores stay in the cache until their minimum."""
 
 DEMONSTRATION = HourglassConfig()
-
-
-class Seconds(float):
-    """What a way returns that holds its own clock, because the work has a start and an end that do not count."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to do the work.
-
-    Attributes:
-        name: for the table.
-        work: does it. What it returns is for tests, unless it is `Seconds`.
-        units: how many units (batches, steps) one call does.
-        target: how many times slower than ours this must be; None where nothing is promised.
-    """
-
-    name: str
-    work: Callable[[], Any]
-    units: int = 1
-    target: float | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One hot path: our way first, then the others."""
-
-    path: str
-    ways: Sequence[Way]
-
-
-def synchronize() -> None:
-    """Waits until the device has done what it was given."""
-    if best_device().type == "cuda":
-        torch.cuda.synchronize()
 
 
 def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] = (8, 16, 32)) -> Iterator[Comparison]:
@@ -153,61 +115,6 @@ def gathering_search(vectors: Tensor, books: Sequence[Tensor]) -> Tensor:
     return path
 
 
-def latents(*, rows: int = 2**18, side: int = 16, batch: int = 256, batches: int = 50) -> Iterator[Comparison]:
-    """Random batches of a latent set beside the same rows read by numpy and by h5py."""
-    with synthetic_latents(rows, side) as path:
-        latent_set = LatentSet(path)
-        mapped, resident = LatentRows(latent_set, split="all"), LatentRows(latent_set, split="all").to(best_device())
-        draw = np.random.default_rng(0)
-        wanted = [draw.permutation(rows)[:batch].tolist() for _ in range(batches)]
-        with h5py.File(path, "r") as file:
-            stored = file["codes/0"]
-            assert isinstance(stored, h5py.Dataset)
-            bare = np.memmap(path, stored.dtype, "r", stored.id.get_offset(), stored.shape)
-
-            def every(read: Callable[[list[int]], Any]) -> Callable[[], list[Any]]:
-                return lambda: [read(numbers) for numbers in wanted]
-
-            def one_by_one(numbers: list[int]) -> Tensor:
-                return torch.from_numpy(np.stack([stored[number] for number in numbers]).astype(np.int64))
-
-            yield Comparison(
-                f"random batch of {batch} rows, {side}×{side} codes, {rows} rows",
-                (
-                    Way("smalti, memory map (with labels and row numbers)", every(mapped.__getitems__), batches),
-                    Way("smalti, resident on the device", every(resident.__getitems__), batches),
-                    Way("h5py, row by row", every(one_by_one), batches),
-                    Way(
-                        "limit: numpy.memmap",
-                        every(lambda numbers: torch.from_numpy(bare[numbers].astype(np.int64))),
-                        batches,
-                    ),
-                ),
-            )
-
-
-@contextmanager
-def synthetic_latents(rows: int, side: int) -> Iterator[Path]:
-    """A latent set of random codes of 8·8·8, in a temporary folder."""
-    made_up = Provenance(
-        tokenizer_kind="none",
-        tokenizer_config={},
-        tokenizer_digest="",
-        tokenizer_source="",
-        image_source="random",
-        image_fingerprint="",
-        preprocessing={},
-    )
-    with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
-        path = Path(folder) / "latents.h5"
-        with LatentSetWriter(path, Layout((Level(side, side, (8, 8, 8)),)), rows=rows, provenance=made_up) as writer:
-            for start in range(0, rows, 2**14):
-                ids = torch.arange(start, min(start + 2**14, rows))
-                codes = torch.randint(512, (len(ids), side, side))
-                writer.write(start, (codes,), torch.full_like(ids, -1), ids, torch.zeros(len(ids), dtype=torch.bool))
-        yield path
-
-
 def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterator[Comparison]:
     """Loss and gradients of the demonstration's prior beside those of its body alone, as often as SUNDAE unrolls."""
     device = best_device()
@@ -266,7 +173,9 @@ def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
     """A step of `fit` beside a bare loop over the same model and batch: what the loop, data and logging add."""
     process, config = accelerator("auto"), FitConfig(steps=steps, batch_size=batch)
     images = ImageRows(open_images("emoji", height=32, width=32, channels=3), split="train", flips=True)
-    with synthetic_latents(4096, 8) as path:
+    with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
+        path = Path(folder) / "latents.h5"
+        write_random_latents(path, rows=4096, level=Level(8, 8, (8, 8, 8)))
         tokenizer, network = HRVQ(HRVQConfig()), Hourglass(DEMONSTRATION)
         rows = LatentRows(LatentSet(path), split="train")
         models: tuple[tuple[str, Checkpointed, nn.Module, RowData], ...] = (
@@ -304,16 +213,16 @@ class _Clocked:
         return self.data.__getitems__(rows)
 
 
-def _fit(process: Accelerator, model: Checkpointed, objective: nn.Module, data: RowData, config: FitConfig) -> Seconds:
+def _fit(process: Accelerator, model: Checkpointed, objective: nn.Module, data: RowData, config: FitConfig) -> Measured:
     """Seconds a step of `fit`, from the first step to the last: without the start and the saving at the end."""
     clocked = _Clocked(data)
     with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
         phases = [Phase("benchmark", objective, config.optimizer_of(objective))]
         fit(process, phases, clocked, config, model=model, run=Run(Path(folder), {}), what="benchmark")
-    return Seconds((clocked.asked[-1] - clocked.asked[0]) / (len(clocked.asked) - 1))
+    return Measured((clocked.asked[-1] - clocked.asked[0]) / (len(clocked.asked) - 1))
 
 
-def _bare_loop(process: Accelerator, objective: nn.Module, data: RowData, config: FitConfig) -> Seconds:
+def _bare_loop(process: Accelerator, objective: nn.Module, data: RowData, config: FitConfig) -> Measured:
     """Seconds a step of the least that trains: one batch, over and over."""
     batch = {
         name: tensor.to(process.device) for name, tensor in data.__getitems__(list(range(config.batch_size))).items()
@@ -329,7 +238,7 @@ def _bare_loop(process: Accelerator, objective: nn.Module, data: RowData, config
         loss.backward()
         optimizer.step()
         objective.zero_grad()
-    return Seconds((asked[-1] - asked[0]) / (len(asked) - 1))
+    return Measured((asked[-1] - asked[0]) / (len(asked) - 1))
 
 
 def random_codes(network: Hourglass, batch: int) -> Tensor:

@@ -1,24 +1,50 @@
-"""The boundary: a tokenizer's codes of every image, stored as a latent set."""
+"""The boundary: a tokenizer's codes of every image, stored as a latent set, by any number of processes.
+
+Images are decoded and encoded here, a block at a time; what finished blocks are kept in until the file is whole is
+`latentsets/shards.py`.
+"""
 
 import dataclasses
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from smalti.codes import Layout
+from smalti.codes import Codes
 from smalti.devices import Device, device
 from smalti.errors import UserError
-from smalti.images import ImageRows, ImageSet, open_images
+from smalti.images import ImageSet, open_images
 from smalti.interfaces import Tokenizer
 from smalti.latentsets.format import Provenance
 from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.shards import Job, Shards
 from smalti.latentsets.summary import describe
-from smalti.latentsets.writer import LatentSetWriter
 from smalti.pipeline.places import LATENTS, load_tokenizer
-from smalti.preprocess import to_float
+from smalti.preprocess import BadImageError, to_float
 from smalti.progress import bar
-from smalti.runs import command
+from smalti.rows import leave_interrupts
+from smalti.runs import command, versions
+from smalti.splits import held_out
+
+T = TypeVar("T")
+OnBadImage: TypeAlias = Literal["raise", "skip"]
+Block: TypeAlias = tuple[int, Tensor, dict[int, str]]
+"""Its number, its images (uint8), and what is wrong with those that could not be decoded, by their row."""
+
+MOST_WORKERS = 4  # unless more are asked for: each holds a few blocks of images
+LONGEST_WAIT = timedelta(days=30)  # for a slower process; the libraries' own, minutes, is for hung communication
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -36,8 +62,13 @@ class BuildLatents:
     """Width of the images in pixels, if not the tokenizer's own."""
     flips: bool = True
     """Store the mirror images too, as rows of their own."""
+    on_bad_image: OnBadImage = "raise"
+    """What to do about an image that cannot be decoded: stop and name it, or leave it out and record it in the file."""
     batch_size: int = 256
-    """Images encoded at once."""
+    """Rows encoded at once by each process, mirror images included: the block that a stopped build redoes."""
+    workers: int = field(default_factory=lambda: min(MOST_WORKERS, _cores()))
+    """Processes that decode images beside each encoding process; 0 decodes in between [default: as many as cores, but
+    no more than 4]."""
     device: Device = "auto"
     """Where to encode."""
     out: Path | None = None
@@ -47,77 +78,204 @@ class BuildLatents:
 def build_latents(config: BuildLatents) -> Path:
     """Encodes every image and stores the codes; returns the file. One that already holds exactly this is left as it is.
 
-    Codes are computed in float32, so that they do not depend on what precision a device is fast in.
+    The processes are those of `accelerate launch` or `torchrun`. Finished blocks survive anything, `kill -9` included:
+    the same call, by any number of processes, goes on from them. Codes are computed in float32, so that they do not
+    depend on what precision a device is fast in.
 
     Raises:
-        UserError: for a tokenizer or images that will not do, or a full disk. The file is then as it was.
+        UserError: for a tokenizer or images that will not do, another builder of the same file, or a full disk. The
+            file is then as it was.
     """
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {config.batch_size}")
-    tokenizer = load_tokenizer(config.tokenizer)
-    source = config.images or tokenizer.provenance.get("image_source")
-    if source is None:
-        raise UserError(f"{config.tokenizer} does not say what images it was trained on; give --images")
-    images = open_images(
-        source,
-        height=config.height or tokenizer.config.height,
-        width=config.width or tokenizer.config.width,
-        channels=tokenizer.image_channels,
-    )
+    if config.batch_size < 1 or config.workers < 0:
+        raise UserError(
+            f"--batch-size must be at least 1 and --workers 0, not {config.batch_size} and {config.workers}"
+        )
+    wanted = device(config.device)
+    process = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
+    of_process = process.device  # of several GPUs, its own
+    where = of_process if of_process is not None and of_process.type == wanted.type else wanted
+    tokenizer = load_tokenizer(config.tokenizer).to(where)
+    with process.main_process_first():  # which fills the cache of hashes that the others read
+        images = _images(tokenizer, config)
     path = config.out or LATENTS / f"{tokenizer.kind}.h5"
     provenance = Provenance(
         tokenizer_kind=tokenizer.kind,
         tokenizer_config=dataclasses.asdict(tokenizer.config),
         tokenizer_digest=tokenizer.digest(),
         tokenizer_source=config.tokenizer,
-        image_source=source,
+        image_source=images.source,
         image_fingerprint=images.fingerprint,
         preprocessing={**images.preprocessing, "flips": config.flips},
         label_names=images.label_names,
         command=command(),
     )
-    if path.exists() and _is_of(path, provenance):
-        print(f"{path} holds these codes already.")
-    else:
-        where = device(config.device)
-        _encode(tokenizer.to(where), images, path, provenance, config, where)
-    print(describe(LatentSet(path)))
+    encode(tokenizer, images, job_of(tokenizer, images, path, provenance, config), provenance, config, process)
+    if process.is_main_process:
+        print(describe(LatentSet(path)))
     return path
+
+
+def encode(
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    job: Job,
+    provenance: Provenance,
+    config: BuildLatents,
+    process: PartialState,
+) -> None:
+    """The work itself, from opened images and a tokenizer on its device to the finished file."""
+    with Shards(job, process=process.process_index) as shards:
+        main = process.is_main_process
+        stale = _in_step(process, lambda: shards.claim() if main else None)
+        finished = _is_of(job.path, provenance, config.on_bad_image)
+        missing = _in_step(process, shards.missing, shards)  # all have looked before any writes
+        if finished:
+            process.print(f"{job.path} holds these codes already.")
+            if main:
+                shards.discard()
+            return
+        if stale:
+            process.print(f"Blocks of an earlier build are thrown away: they are of another {stale}.")
+        _in_step(process, lambda: shards.require_room(len(missing)) if main else None, shards)
+        share = missing[process.process_index :: process.num_processes]
+        try:
+            _in_step(process, lambda: _encode(tokenizer, images, shards, share, config, process), shards)
+        except KeyboardInterrupt:
+            process.print("\nWhat is finished is kept: the same command goes on from there.")
+            raise
+        out = held_out(images.source_ids)
+        columns = {"labels": images.labels, "source_ids": images.source_ids, "held_out": out}
+        _in_step(process, lambda: shards.merge(provenance, **columns) if main else None, shards)
+
+
+def job_of(tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Provenance, config: BuildLatents) -> Job:
+    """What is to be done, in blocks.
+
+    Raises:
+        UserError: if the tokenizer cannot encode images of this size.
+    """
+    size, where = images.preprocessing, _device_of(tokenizer)
+    with torch.no_grad():
+        blank = tokenizer.encode(torch.zeros(1, size["channels"], size["height"], size["width"], device=where))
+    return Job(
+        path,
+        tokenizer.layout.resized([(grid.shape[-2], grid.shape[-1]) for grid in blank]),
+        images=len(images),
+        block_images=max(1, config.batch_size // (1 + config.flips)),
+        flips=config.flips,
+        key={
+            "tokenizer_digest": provenance.tokenizer_digest,
+            "image_fingerprint": provenance.image_fingerprint,
+            "preprocessing": provenance.preprocessing,
+            "device": where.type,
+            "software": versions(),
+        },
+    )
+
+
+def _device_of(tokenizer: Tokenizer) -> torch.device:
+    return next(tokenizer.parameters()).device
+
+
+def _images(tokenizer: Tokenizer, config: BuildLatents) -> ImageSet:
+    source = config.images or tokenizer.provenance.get("image_source")
+    if source is None:
+        raise UserError(f"{config.tokenizer} does not say what images it was trained on; give --images")
+    return open_images(
+        source,
+        height=config.height or tokenizer.config.height,
+        width=config.width or tokenizer.config.width,
+        channels=tokenizer.image_channels,
+    )
+
+
+def _in_step(process: PartialState, work: Callable[[], T], claimed: Shards | None = None) -> T:
+    """Does the same on all processes and waits for all; what failed on one, all raise, so that they leave together.
+
+    Those that work on a folder claimed before stop at their next block.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        failure = error
+        if claimed:
+            claimed.abandon()
+    failures = [found for found in gather_object([failure]) if found]
+    if failures:
+        raise failures[0]
+    return result  # pyright: ignore[reportReturnType] - None only where `work` gave None
 
 
 @torch.no_grad()
 def _encode(
     tokenizer: Tokenizer,
     images: ImageSet,
-    path: Path,
-    provenance: Provenance,
+    shards: Shards,
+    share: list[int],
     config: BuildLatents,
-    device: torch.device,
+    process: PartialState,
 ) -> None:
-    rows = ImageRows(images, split="all", flips=config.flips)
-    layout = _layout(tokenizer, rows, device)
-    with LatentSetWriter(path, layout, rows=len(rows), provenance=provenance) as writer:
-        for start in bar(range(0, len(rows), config.batch_size), what="encoding", unit="batch"):
-            batch = rows.__getitems__(range(start, min(start + config.batch_size, len(rows))))
-            codes = tokenizer.encode(to_float(batch["images"].to(device)))
-            writer.write(
-                start, tuple(grid.cpu() for grid in codes), batch["labels"], batch["source_ids"], batch["flipped"]
-            )
+    """Encodes this process's share of the blocks that are missing."""
+    job = shards.job
+    of = f" (process 1 of {process.num_processes})" if process.num_processes > 1 else ""
+    progress = bar(
+        what=f"encoding{of}",
+        total=len(share) if of else job.blocks,
+        initial=0 if of else job.blocks - len(share),
+        unit="block",
+        shown=process.is_main_process,
+    )
+    with progress:
+        for block, pixels, bad in decoded(images, job, share, config, _device_of(tokenizer)):
+            if shards.abandoned:
+                return
+            if bad and config.on_bad_image == "raise":
+                raise BadImageError(f"{bad[min(bad)]}, or leave out such images with --on-bad-image skip")
+            shards.append(block, encode_block(tokenizer, pixels, flips=job.flips), bad)
+            progress.update()
 
 
-def _layout(tokenizer: Tokenizer, rows: ImageRows, device: torch.device) -> Layout:
-    """The tokenizer's layout at the size of these images."""
-    codes = tokenizer.encode(to_float(rows.__getitems__([0])["images"].to(device)))
-    return tokenizer.layout.resized(tuple((grid.shape[-2], grid.shape[-1]) for grid in codes))
+def encode_block(tokenizer: Tokenizer, pixels: Tensor, *, flips: bool) -> Codes:
+    """The codes of images, uint8; with flips each is followed by its mirror image."""
+    batch = to_float(pixels)
+    return tokenizer.encode(torch.stack([batch, batch.flip(-1)], 1).flatten(0, 1) if flips else batch)
 
 
-def _is_of(path: Path, provenance: Provenance) -> bool:
+def decoded(
+    images: ImageSet, job: Job, blocks: list[int], config: BuildLatents, device: torch.device
+) -> Iterator[Block]:
+    """Blocks of images in the order asked for, decoded by workers, on their way to the device."""
+    loader = DataLoader(
+        _Blocks(images, job),
+        batch_size=None,
+        sampler=blocks,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_interrupts,
+    )
+    for block, pixels, bad in loader:
+        yield block, pixels.to(device, non_blocking=True), bad
+
+
+class _Blocks(Dataset):
+    """Errors come as text: what a worker raises arrives wrapped in its traceback."""
+
+    def __init__(self, images: ImageSet, job: Job) -> None:
+        self.images, self.job = images, job
+
+    def __getitem__(self, block: int) -> Block:
+        bad: dict[int, str] = {}
+        return block, self.images.pixels(self.job.images_of(block), bad=bad), bad
+
+
+def _is_of(path: Path, provenance: Provenance, on_bad_image: OnBadImage) -> bool:
     """Whether the set at `path` was made by the same tokenizer from the same images in the same way."""
     try:
         found = LatentSet(path).provenance
     except UserError:
         return False
-    return all(
-        getattr(found, name) == getattr(provenance, name)
-        for name in ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
+    same = ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
+    return all(getattr(found, name) == getattr(provenance, name) for name in same) and (
+        on_bad_image == "skip" or not found.skipped
     )

@@ -92,19 +92,18 @@ def train_prior(config: TrainPrior[Any]) -> Path:
         tokenizer.save(folder / "tokenizer")
     tokenizer.to(process.device)
     objective = Sundae(prior, config.sundae)
-    train = LatentRows(latents, split="train")
+    train, workers = LatentRows(latents, split="train").for_training(process.device, config.fit.workers)
 
     def report(_step: int) -> None:
         with process.autocast():
             save_samples(prior, tokenizer, folder / "samples.png", config)
 
-    on_device = process.device.type != "cpu" and not config.fit.workers  # on a CPU the mapped file is as fast
     with tracked(process, settings):
         fit(
             process,
             [Phase("prior", objective, config.fit.optimizer_of(objective))],
-            train.to(process.device) if on_device else train,
-            config.fit,
+            train,
+            dataclasses.replace(config.fit, workers=workers),
             model=prior,
             run=run,
             held_out=_held_out(latents),

@@ -1,0 +1,130 @@
+"""Latent sets as `datasets` tables and back, and so as Parquet files and on the hub. Nothing is lost on the way.
+
+A table has a column for each level's codes (`codes_0`, ...), and `label`, `source_id`, `held_out`, `flipped`. What the
+file has as attributes is in the column `latent_set`: a class label whose only class is named by that JSON. The names of
+classes are the one thing about a table that every form of it keeps: memory, Parquet, the hub. As numbers, all zero, the
+column weighs nothing.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import torch
+from datasets.exceptions import DatasetsError
+
+from smalti.codes import Codes, Layout, Level
+from smalti.errors import UserError
+from smalti.files import whole_file
+from smalti.latentsets.format import Provenance, number_sources
+from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.writer import LatentSetWriter
+
+DESCRIPTION = "latent_set"
+COLUMN_NAMES = {"labels": "label", "source_ids": "source_id", "held_out": "held_out", "flipped": "flipped"}
+ROWS_AT_ONCE = 1024
+
+
+def to_dataset(latent_set: LatentSet, *, cache: Path | None = None) -> datasets.Dataset:
+    """The set as a table for `.to_parquet(path)`, `.push_to_hub(id)` and the rest.
+
+    Args:
+        latent_set: what to copy.
+        cache: the folder that holds the copy; where `datasets` keeps its own unless given.
+    """
+    texts = {"layout": json.dumps(latent_set.layout.to_json()), **latent_set.provenance.to_attributes()}
+    names = latent_set.provenance.label_names
+    features = {f"codes_{index}": _feature(level) for index, level in enumerate(latent_set.layout.levels)}
+    features["label"] = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
+    features["source_id"] = datasets.Value("int64")
+    features |= {name: datasets.Value("bool") for name in ("held_out", "flipped")}
+    features[DESCRIPTION] = datasets.ClassLabel(names=[json.dumps(texts, ensure_ascii=False)])
+    # The numbers of the rows first: what is made from a table on the disk is on the disk, too.
+    place: Any = str(cache) if cache else None  # typed as a string that has None for its default
+    numbers = datasets.Dataset.from_generator(_numbers, gen_kwargs={"rows": len(latent_set)}, cache_dir=place)
+    return cast(datasets.Dataset, numbers).map(
+        partial(_rows, latent_set),
+        batched=True,
+        batch_size=ROWS_AT_ONCE,
+        input_columns="row",
+        remove_columns="row",
+        features=datasets.Features(features),
+        desc="rows",
+    )
+
+
+def from_dataset(table: datasets.Dataset, path: str | Path) -> LatentSet:
+    """Writes a table that `to_dataset` made, or any selection of its rows, as a latent set.
+
+    Raises:
+        UserError: if it is no such table, it is empty, or its values do not belong to what it says of itself.
+    """
+    layout, provenance = _description(table)
+    names = [f"codes_{index}" for index in range(len(layout.levels))]
+    if missing := [name for name in (*names, *COLUMN_NAMES.values()) if name not in table.features]:
+        raise UserError(f"the table has no column {missing[0]!r}; give one that was made from a latent set, whole")
+    if not len(table):
+        raise UserError("the table has 0 rows, and a latent set of none would be empty; give at least one")
+    values: Any = table.select_columns([*COLUMN_NAMES.values()]).with_format("numpy")[:]
+    columns = {name: torch.from_numpy(values[of_table]) for name, of_table in COLUMN_NAMES.items()}
+    columns["source_ids"] = torch.from_numpy(number_sources(values["source_id"]))  # of a selection: with gaps
+    with LatentSetWriter(path, layout, **columns, provenance=provenance) as writer:
+        start = 0
+        batches: Any = table.select_columns(names).with_format("numpy").iter(ROWS_AT_ONCE)
+        for batch in batches:
+            codes: Codes = tuple(torch.from_numpy(batch[name]) for name in names)
+            writer.write(start, codes)
+            start += len(codes[0])
+    return LatentSet(path)
+
+
+def to_parquet(latent_set: LatentSet, path: Path) -> None:
+    """Writes the set as one Parquet file, whole or not at all."""
+    with whole_file(path) as partial_path, tempfile.TemporaryDirectory(dir=path.parent) as cache:
+        to_dataset(latent_set, cache=Path(cache)).to_parquet(partial_path)
+
+
+def from_parquet(source: str, path: Path) -> LatentSet:
+    """`from_dataset` for a Parquet file, or a glob of several.
+
+    Raises:
+        UserError: as `from_dataset` does, or if there is no such file, or it cannot be read.
+    """
+    try:
+        table = datasets.load_dataset("parquet", data_files=source, split="train")
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{source} cannot be opened as Parquet ({reason}); give one made from a latent set") from error
+    return from_dataset(table, path)
+
+
+def _numbers(rows: int) -> Iterator[dict[str, int]]:
+    for row in range(rows):
+        yield {"row": row}
+
+
+def _rows(latent_set: LatentSet, rows: list[int]) -> dict[str, Any]:
+    codes = {f"codes_{index}": stored[rows] for index, stored in enumerate(latent_set.stored)}
+    columns = {COLUMN_NAMES[name]: getattr(latent_set, name)[rows].numpy() for name in COLUMN_NAMES}
+    return {**codes, **columns, DESCRIPTION: np.zeros(len(rows), np.int64)}
+
+
+def _feature(level: Level) -> Any:
+    array = datasets.Array3D if level.channels else datasets.Array2D
+    return array(level.shape, level.dtype.name)
+
+
+def _description(table: datasets.Dataset) -> tuple[Layout, Provenance]:
+    feature = table.features.get(DESCRIPTION)
+    if not isinstance(feature, datasets.ClassLabel) or len(feature.names) != 1:
+        raise UserError(f"the table has no column {DESCRIPTION!r} of one class; give one made from a latent set")
+    try:
+        texts = json.loads(feature.names[0])
+        return Layout.from_json(json.loads(texts["layout"])), Provenance.from_attributes(texts)
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"the table's {DESCRIPTION!r} is damaged ({error}); make the table again") from error
