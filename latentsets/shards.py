@@ -120,9 +120,11 @@ class Shards:
             write_json(described, wanted)
         return changed[0] if before and changed else None
 
-    def missing(self) -> list[int]:
-        """The blocks not finished, ascending. Reads every shard."""
-        return sorted({*range(self.job.blocks)} - {*self._scan()})
+    def missing(self, *, with_bad: bool = False) -> list[int]:
+        """The blocks not finished, ascending; with those, if asked, that lack an image. Reads every shard."""
+        images = self.job.images_of
+        there = [b for b, place in self._scan().items() if not with_bad or place.kept.sum() == len(images(b))]
+        return sorted({*range(self.job.blocks)} - {*there})
 
     def require_room(self, blocks: int) -> None:
         """Tells of a full disk before the work, not after it.
@@ -250,15 +252,16 @@ class Shards:
         return shard
 
     def _scan(self) -> dict[int, "_Place"]:
-        """Where each finished block lies."""
-        places = {}
+        """Where each finished block lies; of one done twice, where most of its images could be decoded."""
+        places: dict[int, _Place] = {}
         for shard in sorted(self.folder.glob("*.shard")):
             with shard.open("rb") as file:
                 while len(read := file.read(self.record.itemsize)) == self.record.itemsize:
                     record = np.frombuffer(read, self.record)[0]
                     if record["checksum"] == _checksum(record):
-                        offset = file.tell() - self.record.itemsize
-                        places[int(record["block"])] = _Place(shard, offset, record["kept"].copy())
+                        place = _Place(shard, file.tell() - self.record.itemsize, record["kept"].copy())
+                        block = int(record["block"])
+                        places[block] = max(place, places.get(block, place), key=lambda found: found.kept.sum())
         return places
 
     def _codes(self, place: "_Place") -> Codes:

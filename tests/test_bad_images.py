@@ -125,6 +125,23 @@ def test_skipped_images_are_recorded_and_counted(place, capfd):
     assert latents.path.read_bytes() == before
 
 
+def test_what_one_build_skipped_the_next_names(place, capfd, monkeypatch):
+    write(place / "img", "empty.png", b"")
+    flags = [*FLAGS, "--out", "latents.h5", "--on-bad-image"]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # when all blocks are there
+        patch.setattr("smalti.latentsets.shards.Shards.merge", interrupted)
+        assert run(capfd, *flags, "skip")[0] == 130
+    status, _, err = run(capfd, *flags, "raise")
+    assert status == 2
+    assert "empty.png, row 5: the image is empty" in err
+    assert run(capfd, *flags, "skip")[0] == 0
+    assert [image["row"] for image in LatentSet("latents.h5").provenance.skipped] == [5]
+
+
 def test_a_folder_of_bad_images_only_is_refused(place, capfd):
     shutil.rmtree(place / "img")
     (place / "img").mkdir()

@@ -143,6 +143,20 @@ def test_a_note_cut_short_spoils_no_other(tmp_path):
     assert skipped == {1: "bad 1", 2: "it could not be decoded", 4: "bad 4"}
 
 
+def test_blocks_that_lack_an_image_are_missing_to_who_wants_all(tmp_path):
+    path = tmp_path / "latents.h5"
+    with Shards(job(path), process=1) as shards:
+        shards.folder.mkdir()
+        append(shards, range(4), bad={4, 10})
+        assert shards.missing() == []
+        assert shards.missing(with_bad=True) == [1, 3]
+    with Shards(job(path)) as shards:  # the images are mended; its shard is read before the other
+        append(shards, [1], bad={})
+        assert shards.missing(with_bad=True) == [3]
+        shards.merge(PROVENANCE, **COLUMNS)
+    check(path, {10})
+
+
 def test_one_that_failed_stops_the_others_until_the_next_build(tmp_path):
     first, second = Shards(job(tmp_path / "latents.h5")), Shards(job(tmp_path / "latents.h5"), process=1)
     first.claim()

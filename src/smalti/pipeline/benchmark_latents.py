@@ -1,14 +1,14 @@
 """What the benchmark compares of latent sets: reading random rows, building, and the memory that building takes.
 
-Every comparison is made of files in a temporary folder, which goes when the generator is exhausted or closed.
+Every comparison is made of files in a temporary folder, which goes when the next one is asked for.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,13 @@ def latents(
     config: HRVQConfig | None = None,
 ) -> Iterator[Comparison]:
     """Random batches beside the same rows read otherwise; a build beside a bare loop; memory at two sizes."""
-    with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
-        yield reading(Path(folder), rows=rows, side=side, batch=batch, batches=batches)
-        shutil.rmtree(folder)
-        yield building(Path(folder), rows=build_rows, config=config or HRVQConfig())
-        yield memory(Path(folder), rows=memory_rows)
+    for compare in (
+        partial(reading, rows=rows, side=side, batch=batch, batches=batches),
+        partial(building, rows=build_rows, config=config or HRVQConfig()),
+        partial(memory, rows=memory_rows),
+    ):
+        with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
+            yield compare(Path(folder))
 
 
 def reading(folder: Path, *, rows: int, side: int, batch: int, batches: int) -> Comparison:

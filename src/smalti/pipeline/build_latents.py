@@ -128,7 +128,8 @@ def encode(
         main = process.is_main_process
         stale = _in_step(process, lambda: shards.claim() if main else None)
         finished = _is_of(job.path, provenance, config.on_bad_image)
-        missing = _in_step(process, shards.missing, shards)  # all have looked before any writes
+        with_bad = config.on_bad_image == "raise"  # what an earlier build skipped, this one names
+        missing = _in_step(process, lambda: shards.missing(with_bad=with_bad), shards)  # all look before any writes
         if finished:
             process.print(f"{job.path} holds these codes already.")
             if main:
