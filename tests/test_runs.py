@@ -1,4 +1,4 @@
-"""A run's folder: what it writes down, what it refuses to go on with, and what `restart` throws away."""
+"""A run's folder: what it writes down, what it refuses to go on with, and what `resume` goes back to or throws away."""
 
 import json
 import math
