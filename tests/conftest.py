@@ -1,4 +1,4 @@
-"""How the tests run, whoever runs them: shapes checked, no network, two threads, the user's caches untouched.
+"""How the tests run, whoever runs them: shapes checked, no network, one thread, the user's caches untouched.
 
 All of it happens on import, before any test file imports smalti: the libraries read these settings when they are first
 imported. No fixtures live here.
@@ -18,6 +18,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": _CACHE.name,
     "HF_DATASETS_CACHE": f"{_CACHE.name}/datasets",
+    "OMP_NUM_THREADS": "1",  # of the commands that tests start, too
 }
 
 # Every annotated shape becomes a check, dimensions of one name agreeing within a call. What torch.compile must trace is
@@ -33,7 +34,7 @@ wait_without_spinning()
 import torch  # noqa: E402 - after the settings above
 from hypothesis import settings  # noqa: E402
 
-torch.set_num_threads(2)  # CI's size: timings and the order of float sums do not hang on the machine's
+torch.set_num_threads(1)  # the order of float sums does not hang on the machine, and tests may run side by side
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
