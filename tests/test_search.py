@@ -142,8 +142,8 @@ def test_compiled_search_is_the_eager_one(fused, depth, branching):
 def test_what_is_compiled_takes_the_nearest_child_too(branching):
     """The function that the compiler is given, run as it is written: every branching without the wait."""
     vectors, books = problem(300, 2, branching)
-    halves = [search._half_squares(book) for book in books]
-    assert_greedy(search._fusable(vectors, books, halves), vectors, books)
+    offsets = search._offsets(books)
+    assert_greedy(search._fusable(vectors, books, offsets), vectors, books)
 
 
 def test_falls_back_with_one_warning(fused, monkeypatch):

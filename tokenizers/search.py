@@ -38,10 +38,10 @@ def nearest_paths(
         vectors: what to quantize, compared in float32 whatever their type and whatever autocast says.
         codebooks: layer i's m**(i-1) codebooks of m codewords, ordered by the path that leads to them.
         compiled: force the fused search or the eager one; None chooses by size. They differ only where two children are
-            equally near to within float32 rounding.
+            equally near to within float32 rounding of the vector.
     """
     vectors, codebooks = vectors.detach().float(), [codebook.detach().float() for codebook in codebooks]
-    halves = [_half_squares(codebook) for codebook in codebooks]
+    offsets = _offsets(codebooks)
     if compiled is None:
         pairs = len(vectors) * codebooks[-1].shape[0] * codebooks[-1].shape[1]
         large = len(vectors) >= COMPILED_FROM_VECTORS and pairs >= COMPILED_FROM_PAIRS
@@ -50,12 +50,12 @@ def nearest_paths(
     # both are part of what a compiled graph is made for: one graph for training and encoding alike
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         if not compiled:
-            return _eager(vectors, codebooks, halves)
+            return _eager(vectors, codebooks, offsets)
         paths = [vectors.new_zeros(0, dtype=torch.long)]
         for block in vectors.split(BLOCK_VECTORS) if len(vectors) else ():
             missing = BLOCK_VECTORS - len(block)
             padded = F.pad(block, (0, 0, 0, missing)) if missing else block  # padding by nothing would be a copy
-            paths.append(_fused()(padded, codebooks, halves)[: len(block)])
+            paths.append(_fused()(padded, codebooks, offsets)[: len(block)])
         return torch.cat(paths)
 
 
@@ -64,13 +64,22 @@ def nearest_children(
 ) -> Int64[Tensor, " n"]:
     """One layer of the search: for each vector the nearest codeword of its node, as `node * m + digit`."""
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
-        half, size = _half_squares(codebook), _eager_block(vectors)
+        (offset,), size = _offsets([codebook]), _eager_block(vectors)
         blocks = zip(vectors.split(size), nodes.split(size), strict=True)
-        return torch.cat([_children(block, codebook, half, node) for block, node in blocks])
+        return torch.cat([_children(block, codebook, offset, node) for block, node in blocks])
 
 
-def _half_squares(codebook: Tensor) -> Tensor:
-    return codebook.square().sum(-1) / 2
+def _offsets(codebooks: Sequence[Tensor]) -> list[Tensor]:
+    """What makes a child's score of its product with the whole vector, so that no residual need be kept.
+
+    With x the vector, w the sum of the path's codewords so far and r = x - w: |r - c|^2 / 2 = |r|^2 / 2 - x.c + offset,
+    where |r|^2 / 2 is common to all children and offset = |c|^2 / 2 + w.c.
+    """
+    offsets, path_sums = [], codebooks[0].new_zeros(len(codebooks[0]), 1, codebooks[0].shape[-1])  # nodes 1 d
+    for codebook in codebooks:
+        offsets.append((codebook * (codebook / 2 + path_sums)).sum(-1))
+        path_sums = (codebook + path_sums).flatten(0, 1).unsqueeze(1)
+    return offsets
 
 
 def _is_dense(codebook: Tensor) -> bool:
@@ -83,46 +92,43 @@ def _eager_block(vectors: Tensor) -> int:
     return EAGER_VECTORS if vectors.device.type == "cpu" else BLOCK_VECTORS
 
 
-def _eager(vectors: Tensor, codebooks: list[Tensor], halves: list[Tensor]) -> Tensor:
+def _eager(vectors: Tensor, codebooks: list[Tensor], offsets: list[Tensor]) -> Tensor:
     paths = []
-    for residual in vectors.split(_eager_block(vectors)):
-        path = torch.zeros(len(residual), dtype=torch.long, device=vectors.device)
-        for codebook, half in zip(codebooks, halves, strict=True):
-            path = _children(residual, codebook, half, path)
-            residual = residual - F.embedding(path, codebook.flatten(0, 1))
+    for block in vectors.split(_eager_block(vectors)):
+        path = torch.zeros(len(block), dtype=torch.long, device=vectors.device)
+        for codebook, offset in zip(codebooks, offsets, strict=True):
+            path = _children(block, codebook, offset, path)
         paths.append(path)
     return torch.cat(paths)
 
 
-def _children(residual: Tensor, codebook: Tensor, half: Tensor, path: Tensor) -> Tensor:
+def _children(vectors: Tensor, codebook: Tensor, offset: Tensor, path: Tensor) -> Tensor:
     """`F.embedding` and `min` for indexing and `argmin`: the same, and several times faster on CPUs."""
     nodes, m, d = codebook.shape
-    # |r - c|^2 / 2 without the |r|^2 / 2 that all candidates share
     if _is_dense(codebook):
-        scores = torch.addmm(half.view(-1), residual, codebook.view(-1, d).T, alpha=-1).view(-1, nodes, m)
+        scores = torch.addmm(offset.view(-1), vectors, codebook.view(-1, d).T, alpha=-1).view(-1, nodes, m)
         scores = scores.gather(1, path.view(-1, 1, 1).expand(-1, 1, m)).squeeze(1) if nodes > 1 else scores.squeeze(1)
     else:
         candidates = F.embedding(path, codebook.flatten(1)).view(-1, m, d)
-        scores = torch.baddbmm(F.embedding(path, half)[..., None], candidates, residual[..., None], alpha=-1).squeeze(2)
+        start = F.embedding(path, offset)[..., None]
+        scores = torch.baddbmm(start, candidates, vectors[..., None], alpha=-1).squeeze(2)
     return path * m + scores.min(1).indices
 
 
 @typing.no_type_check  # compiled whole: shape checks under pytest would break the graph
-def _fusable(vectors, codebooks, halves):
+def _fusable(vectors, codebooks, offsets):
     """The same as `_eager` in operations that the compiler fuses into one pass: nothing of size (n, m, d) is stored."""
     path = torch.zeros(vectors.shape[0], dtype=torch.long, device=vectors.device)
-    residual = vectors
-    for codebook, half in zip(codebooks, halves, strict=True):
+    for codebook, offset in zip(codebooks, offsets, strict=True):
         _, m, d = codebook.shape
-        codewords, halved, first = codebook.reshape(-1, d), half.reshape(-1), path * m
+        codewords, of_codeword, first = codebook.reshape(-1, d), offset.reshape(-1), path * m
         if m <= UNROLLED_BRANCHING:
-            path, least = first, halved[first] - (residual * codewords[first]).sum(-1)
+            path, least = first, of_codeword[first] - (vectors * codewords[first]).sum(-1)
             for j in range(1, m):
-                score = halved[first + j] - (residual * codewords[first + j]).sum(-1)
+                score = of_codeword[first + j] - (vectors * codewords[first + j]).sum(-1)
                 path, least = torch.where(score < least, first + j, path), torch.minimum(score, least)
         else:
-            path = first + (half[path] - (residual[:, None] * codebook[path]).sum(-1)).argmin(1)
-        residual = residual - codewords[path]
+            path = first + (offset[path] - (vectors[:, None] * codebook[path]).sum(-1)).argmin(1)
     return path
 
 
@@ -135,15 +141,15 @@ def _fused() -> Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]:
     compiled = torch.compile(_fusable, dynamic=False)
     broken = False
 
-    def search(vectors: Tensor, codebooks: list[Tensor], halves: list[Tensor]) -> Tensor:
+    def search(vectors: Tensor, codebooks: list[Tensor], offsets: list[Tensor]) -> Tensor:
         nonlocal broken
         if not broken:
             try:
-                return compiled(vectors, codebooks, halves)
+                return compiled(vectors, codebooks, offsets)
             except (TorchDynamoException, InductorError) as error:
                 broken = True
                 reason = (str(error).splitlines() or ["unknown"])[0]
                 warnings.warn(f"the linked search runs unfused: it could not be compiled ({reason})", stacklevel=3)
-        return _eager(vectors, codebooks, halves)
+        return _eager(vectors, codebooks, offsets)
 
     return search
