@@ -87,15 +87,28 @@ class FactorizedHead(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, features: Float[Tensor, "b n d"], uniforms: Float[Tensor, "b n k"], temperature: float = 1.0
+        self,
+        features: Float[Tensor, "b n d"],
+        uniforms: Float[Tensor, "b n k"],
+        temperature: float = 1.0,
+        *,
+        without_class: Float[Tensor, "b n d"] | None = None,
+        guidance: float = 1.0,
     ) -> Int64[Tensor, "b n"]:
         """Draws a code at each position, digit after digit from softmax(logits / temperature); `uniforms` in [0, 1)
-        decide."""
+        decide.
+
+        With the features of the same codes `without_class`, by classifier-free guidance (arXiv 2207.12598, Eq. 6, whose
+        1 + w is `guidance`), digit by digit: logits = without + guidance (with - without).
+        """
         child_logits = self._reader(features)
+        other_logits = None if without_class is None else self._reader(without_class)
         codes = torch.zeros(uniforms.shape[:2], dtype=torch.int64, device=uniforms.device)
         for i, radix in enumerate(self.radices):
-            probabilities = (child_logits(i, codes) / temperature).softmax(-1)
-            codes = codes * radix + inverse_cdf(probabilities, uniforms[..., i])
+            logits = child_logits(i, codes)
+            if other_logits:
+                logits = torch.lerp(other_logits(i, codes), logits, guidance)
+            codes = codes * radix + inverse_cdf((logits / temperature).softmax(-1), uniforms[..., i])
         return codes
 
     def log_probs(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n leaves"]:

@@ -19,7 +19,7 @@ from x_transformers.x_transformers import Attention, FeedForward
 from smalti.codes import Level
 from smalti.errors import UserError
 from smalti.priors.head import FactorizedHead
-from smalti.priors.prior import Prior
+from smalti.priors.prior import ClassEmbedding, Prior
 from smalti.registry import register
 
 ROTARY_THETA = 100
@@ -34,7 +34,7 @@ UNFUSED_POSITIONS = 256
 class HourglassConfig:
     """A 2-D hourglass transformer over one level of codes, small enough by default to learn in minutes on two cores.
 
-    Height, width and radices are those of a latent set, and no flags.
+    Height, width, radices and classes are those of a latent set, and no flags.
 
     Raises:
         UserError: for values that make no network, naming them.
@@ -46,6 +46,8 @@ class HourglassConfig:
     """Columns of the grid of codes trained on."""
     radices: tyro.conf.Suppress[tuple[int, ...]] = (8, 8, 8)
     """Digits of a code, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat codebook."""
+    classes: tyro.conf.Suppress[int] = 0
+    """Classes of images; 0 for a prior that knows none."""
     model_width: int = 192
     """Numbers at each position."""
     heads: int = 6
@@ -61,6 +63,8 @@ class HourglassConfig:
     """Hidden numbers of a feed-forward layer, as a multiple of model_width."""
 
     def __post_init__(self) -> None:
+        if self.classes < 0:
+            raise UserError(f"classes must not be negative, got {self.classes}")
         if self.heads < 1 or self.model_width < 1 or self.model_width % (4 * self.heads):
             raise UserError(
                 f"model_width must be a positive multiple of 4 x heads (pairs of numbers turn, on two axes), "
@@ -85,7 +89,7 @@ class Hourglass(Prior):
 
     Non-causal; shortening over s x s patches; positions enter through axial rotary frequencies only, on every head, in
     units of codes. So nothing depends on where a patch lies on the canvas, and grids of any size run. No time input and
-    no mask token: SUNDAE needs neither.
+    no mask token: SUNDAE needs neither. A class is one more vector in the sum at every position; it begins at zero.
 
     Deviation: a grid that s does not divide ends in partial patches, whose missing positions count as zeros and are
     never attended to.
@@ -97,7 +101,9 @@ class Hourglass(Prior):
     def __init__(self, config: HourglassConfig) -> None:
         super().__init__(config)
         self.level = Level(config.height, config.width, config.radices)
+        self.classes = config.classes
         self.head = FactorizedHead(config.radices, config.model_width)
+        self.of_class = ClassEmbedding(config.classes, config.model_width) if config.classes else None
         self.body = Stage(config, config.depth, config.shorten)
         self.norm = nn.LayerNorm(config.model_width)
 
@@ -105,10 +111,14 @@ class Hourglass(Prior):
         """Every attention and feed-forward layer."""
         return [module for module in self.modules() if isinstance(module, Attention | FeedForward)]
 
-    def features(self, codes: Int64[Tensor, "b h w"]) -> Float[Tensor, "b n d"]:
+    def features(
+        self, codes: Int64[Tensor, "b h w"], labels: Int64[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b n d"]:
         """See `Prior.features`."""
         _, h, w = codes.shape
         x = self.head.embed(codes)  # b n d
+        if self.of_class:
+            x = x + rearrange(self.of_class(labels, len(codes)), "b d -> b 1 d")
         if torch.is_autocast_enabled(x.device.type):  # else every layer would cast what it reads, and every sum back
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.body(x, (h, w))  # b n d

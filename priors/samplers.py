@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.errors import UserError
 from smalti.priors.prior import Prior
 from smalti.randomness import derive, uniform
 
-START, STEP, PROPOSE, UPDATE = range(4)
+START, STEP, PROPOSE, UPDATE, LABEL = range(5)
 """Streams of a row's seed: what each of its draws is for."""
 
 
@@ -36,12 +36,17 @@ class SundaeSampling:
     """Share of positions that take their newly drawn code, from first step to last, in (0, 1]."""
     min_steps: int = 10
     """A sample is finished once a step changes nothing, but not before this many steps."""
+    guidance: float = 1.0
+    """How far to go from what is likely in any class (0) past what is likely in the given one (1); other values than 1
+    take twice the time, and change nothing for images of no class."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.min_steps < 1:
             raise UserError(f"steps and min_steps must be at least 1, got {self.steps} and {self.min_steps}")
         if min(self.temperature) <= 0:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
+        if self.guidance < 0:
+            raise UserError(f"guidance must not be negative, got {self.guidance}")
         if not 0 < min(self.proportion) <= max(self.proportion) <= 1:
             raise UserError(f"proportion must be above 0 and at most 1 from first step to last, got {self.proportion}")
 
@@ -59,6 +64,7 @@ def sample_sundae(
     known: Int64[Tensor, "b h w"],
     known_mask: Bool[Tensor, "b h w"],
     seeds: Int64[Tensor, " b"],
+    labels: Int64[Tensor, " b"] | None = None,
     sampling: SundaeSampling = SundaeSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Int64[Tensor, "b h w"]:
@@ -77,11 +83,12 @@ def sample_sundae(
         known: codes to keep; what stands where the mask is False does not matter.
         known_mask: True = keep.
         seeds: one for each row.
+        labels: the class of each row, -1 for any; None is any for all.
         sampling: the chain.
         callback: called after each step with its number, from 0, and the codes as they are.
 
     Raises:
-        UserError: for a known code outside the codebook.
+        UserError: for a known code outside the codebook, or a label that the prior has no class for.
     """
     head, (b, h, w) = prior.head, known.shape
     kept = known[known_mask]
@@ -89,13 +96,17 @@ def sample_sundae(
         raise UserError(
             f"known codes must be from 0 to {head.codebook_size - 1}, got {int(kept.min())} to {int(kept.max())}"
         )
+    if labels is not None and labels.numel() and not -1 <= labels.min() <= labels.max() < prior.classes:
+        raise UserError(
+            f"labels must be from -1 (any class) to {prior.classes - 1}, got {int(labels.min())} to {int(labels.max())}"
+        )
     codes = torch.where(known_mask, known, head.random_codes(derive(seeds, START), h, w))
     unfinished = torch.ones(b, 1, 1, dtype=torch.bool, device=known.device)
     for step in range(sampling.steps):
         temperature, proportion = sampling.at(step)
         of_step = derive(seeds, STEP, step)
         draws = uniform(derive(of_step, PROPOSE), h * w, len(head.radices))
-        proposal = head.sample(prior.features(codes), draws, temperature).view_as(codes)
+        proposal = propose(prior, codes, labels, draws, temperature, sampling.guidance)
         update = (uniform(derive(of_step, UPDATE), h, w) < proportion) & ~known_mask & unfinished
         changed = update & (proposal != codes)
         codes = torch.where(update, proposal, codes)
@@ -106,3 +117,21 @@ def sample_sundae(
             if not unfinished.any():
                 break
     return codes
+
+
+def propose(
+    prior: Prior,
+    codes: Int64[Tensor, "b h w"],
+    labels: Int64[Tensor, " b"] | None,
+    uniforms: Float[Tensor, "b n k"],
+    temperature: float,
+    guidance: float,
+) -> Int64[Tensor, "b h w"]:
+    """A code for every position, drawn given all of them; guided, both answers of the network come from one pass."""
+    head = prior.head
+    if labels is None or not prior.classes or guidance == 1:
+        return head.sample(prior.features(codes, labels), uniforms, temperature).view_as(codes)
+    both = prior.features(torch.cat([codes, codes]), torch.cat([labels, torch.full_like(labels, -1)]))
+    features, without = both.chunk(2)
+    proposal = head.sample(features, uniforms, temperature, without_class=without, guidance=guidance)
+    return proposal.view_as(codes)

@@ -16,7 +16,7 @@ from smalti.priors.head import FactorizedHead
 from smalti.priors.prior import Prior
 from smalti.randomness import derive, uniform
 
-RATE, WHERE, WHAT, UNROLL = range(4)
+RATE, WHERE, WHAT, UNROLL, LABEL = range(5)
 """Streams of a row's seed: what each of its draws is for."""
 
 
@@ -25,14 +25,19 @@ class SundaeConfig:
     """Step-unrolled denoising.
 
     Raises:
-        UserError: for fewer than one unrolled step.
+        UserError: for fewer than one unrolled step, or a share that is none.
     """
 
     unrolled_steps: int = 2
     """Repairs in a row that are trained together: the first of corrupted codes, each next of what the one before
     drew."""
+    label_dropout: float = 0.1
+    """Share of rows whose class the prior is not told, so that it can draw without one, and be guided; 1 for a prior
+    without classes."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"label_dropout must be from 0 to 1, got {self.label_dropout}")
         if self.unrolled_steps < 1:
             raise UserError(f"unrolled_steps must be at least 1, got {self.unrolled_steps}")
 
@@ -56,7 +61,7 @@ class Sundae(nn.Module):
 
         Args:
             batch: `codes` int64 `(b, h, w)`, and `seeds` int64 `(b,)`, another for each row and step of training: they
-            decide all draws.
+            decide all draws. With classes also `labels` int64 `(b,)`, -1 = none.
 
         Returns:
             The loss, and detached: `loss_1`, `loss_2`, ... of each unrolled step; `nll_1`, `nll_2`, ... of each digit,
@@ -64,12 +69,12 @@ class Sundae(nn.Module):
         """
         codes, seeds = batch["codes"], batch["seeds"]
         head, (_, h, w) = self.prior.head, codes.shape
-        target = codes.flatten(1)  # b n
-        features = self.prior.features(corrupt(head, codes, seeds))  # b n d
+        target, labels = codes.flatten(1), self._labels(batch)  # b n and b
+        features = self.prior.features(corrupt(head, codes, seeds), labels)  # b n d
         scores = [head.score(features, target)]
         for step in range(1, self.config.unrolled_steps):
             draws = uniform(derive(seeds, UNROLL, step), h * w, len(head.radices))
-            features = self.prior.features(head.sample(features, draws).view_as(codes))
+            features = self.prior.features(head.sample(features, draws).view_as(codes), labels)
             scores.append(head.score(features, target))
         nll, hits = zip(*scores, strict=True)  # b n k and b n, of each step
         table = torch.stack([of_step.mean((0, 1)) for of_step in nll])  # steps k
@@ -77,6 +82,15 @@ class Sundae(nn.Module):
         metrics = {f"loss_{i + 1}": value for i, value in enumerate(table.detach().sum(1))}
         metrics |= {f"nll_{i + 1}": value for i, value in enumerate(table.detach().mean(0))}
         return loss, metrics | {"accuracy": hits[0].float().mean()}
+
+    def _labels(self, batch: dict[str, Any]) -> Tensor | None:
+        """The classes as the prior is told them; all, when nothing is trained."""
+        if not self.prior.classes:
+            return None
+        if not self.training:
+            return batch["labels"]
+        untold = uniform(derive(batch["seeds"], LABEL)) < self.config.label_dropout
+        return batch["labels"].masked_fill(untold, -1)
 
 
 def corrupt(head: FactorizedHead, codes: Int64[Tensor, "b h w"], seeds: Int64[Tensor, " b"]) -> Int64[Tensor, "b h w"]:

@@ -130,12 +130,13 @@ def test_of_several_candidates_the_one_nearest_to_the_known_pixels_beside_the_ho
 
 def test_a_sample_is_that_of_its_number_whatever_the_batch(models):
     prior, _ = models
-    together = generate_codes(prior, num=5, seed=3, sampling=SAMPLING)
+    rows = torch.arange(5)
+    together = generate_codes(prior, rows, None, seed=3, sampling=SAMPLING)
     assert together.shape == (5, 4, 8)
-    apart = [generate_codes(prior, num=1, first=first, seed=3, sampling=SAMPLING) for first in range(5)]
+    apart = [generate_codes(prior, row.view(1), None, seed=3, sampling=SAMPLING) for row in rows]
     assert torch.equal(torch.cat(apart), together)
     assert len(together.unique(dim=0)) == 5
-    assert not torch.equal(together, generate_codes(prior, num=5, seed=4, sampling=SAMPLING))
+    assert not torch.equal(together, generate_codes(prior, rows, None, seed=4, sampling=SAMPLING))
 
 
 def test_numbers_that_make_no_sheet_are_refused():

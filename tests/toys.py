@@ -24,7 +24,7 @@ from smalti.tokenizers.objective import Reconstruction
 TINY = {
     "hrvq": HRVQConfig(height=8, width=12, widths=(4, 6), residual_blocks=1, code_width=5, depth=2, branching=3),
     "hourglass": HourglassConfig(
-        height=2, width=3, radices=(3, 3), model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
+        height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),
 }
 KINDS = [(family, kind) for family in ("tokenizer", "prior") for kind in registry.kinds(family)]
@@ -108,7 +108,9 @@ def make(family, kind):
     shape = (ROWS + 5, config.height, config.width)
     if family == "prior":
         codes = torch.randint(model.level.codebook_size, shape, generator=generator)
-        return model, Sundae(model, SundaeConfig()), Rows(codes=codes[:ROWS]), Rows(codes=codes[ROWS:])
+        labels = torch.arange(len(codes)) % 3 - 1
+        rows = [Rows(codes=codes[part], labels=labels[part]) for part in (slice(ROWS), slice(ROWS, None))]
+        return model, Sundae(model, SundaeConfig()), *rows
     shape = (ROWS + 5, model.image_channels, config.height, config.width)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     model.start_from(images.float() / 127.5 - 1)

@@ -14,6 +14,7 @@ from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.masks import blank, known_codes, load_mask
 from smalti.pictures import save_grid, save_png, save_sheet, to_image
+from smalti.pipeline.classes import draw_labels, find_classes
 from smalti.pipeline.places import RUNS, load_prior
 from smalti.preprocess import load_image, to_float, to_uint8
 from smalti.priors.prior import Prior
@@ -37,6 +38,9 @@ class Sample:
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     num: int = 64
     """How many images."""
+    classes: tuple[str, ...] = ()
+    """Draw these in turn, each a row of the sheet: names or how they begin, or `all` [default: every image of a class
+    drawn as often as the training set has it]."""
     seed: int = 0
     """Image i depends on the seed and i alone: --num 8 gives the first 8 of --num 64."""
     batch_size: int = 64
@@ -90,23 +94,25 @@ def sample(config: Sample) -> Path:
     where = device(config.device)
     prior, tokenizer = load_prior(config.prior, config.tokenizer)
     prior, tokenizer = prior.to(where), tokenizer.to(where)
+    classes = find_classes(prior, config.classes)
     images = []
     batches = range(0, config.num, config.batch_size)
     with bar(what="sampling", total=len(batches) * config.sampling.steps, unit="step") as progress:
         for index, start in enumerate(batches):
+            rows = torch.arange(start, min(start + config.batch_size, config.num))
+            labels = draw_labels(prior, list(classes.values()), rows, config.seed)
             with autocast(where, config.precision):
                 codes = generate_codes(
-                    prior,
-                    num=min(config.batch_size, config.num - start),
-                    first=start,
-                    seed=config.seed,
-                    sampling=config.sampling,
-                    callback=_counting(progress),
+                    prior, rows, labels, seed=config.seed, sampling=config.sampling, callback=_counting(progress)
                 )
             images.append(tokenizer.decode((codes,)).cpu())
             progress.update((index + 1) * config.sampling.steps - progress.n)  # steps that stopping early saved
     settings = {**flatten(config), "prior_digest": prior.digest(), "versions": versions()}
-    save_grid(config.out, torch.cat(images), settings=settings)
+    if classes:
+        of_class = {name: torch.cat(images)[i :: len(classes)] for i, name in enumerate(classes) if i < config.num}
+        save_sheet(config.out, of_class, settings=settings)
+    else:
+        save_grid(config.out, torch.cat(images), settings=settings)
     return config.out
 
 
@@ -159,19 +165,24 @@ def inpaint(config: Inpaint) -> Path:
 @torch.no_grad()
 def generate_codes(
     prior: Prior,
+    rows: Int64[Tensor, " b"],
+    labels: Int64[Tensor, " b"] | None,
     *,
-    num: int,
     seed: int,
     sampling: SundaeSampling,
-    first: int = 0,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Int64[Tensor, "b h w"]:
-    """Codes of samples `first` to `first + num - 1` of a seed: inpainting with nothing known."""
-    rows = torch.arange(first, first + num, device=next(prior.parameters()).device)
-    known = rows.new_zeros(num, prior.level.height, prior.level.width)
-    nothing = torch.zeros_like(known, dtype=torch.bool)
+    """Codes of the samples of a seed that have these numbers, each of its class: inpainting with nothing known."""
+    where = next(prior.parameters()).device
+    known = torch.zeros(len(rows), prior.level.height, prior.level.width, dtype=torch.int64, device=where)
     return sample_sundae(
-        prior, known=known, known_mask=nothing, seeds=row_seeds(seed, rows), sampling=sampling, callback=callback
+        prior,
+        known=known,
+        known_mask=torch.zeros_like(known, dtype=torch.bool),
+        seeds=row_seeds(seed, rows.to(where)),
+        labels=None if labels is None else labels.to(where),
+        sampling=sampling,
+        callback=callback,
     )
 
 

@@ -16,6 +16,7 @@ from smalti.interfaces import Tokenizer
 from smalti.latentsets.reader import LatentSet, require_tokenizer
 from smalti.latentsets.rows import LatentRows
 from smalti.pictures import save_grid
+from smalti.pipeline.classes import draw_labels
 from smalti.pipeline.generate import generate_codes
 from smalti.pipeline.places import LATENTS, PRIORS, load_tokenizer
 from smalti.priors.prior import Prior
@@ -71,8 +72,12 @@ def train_prior(config: TrainPrior[Any]) -> Path:
     require_tokenizer(latents, tokenizer.digest())
     (level,) = latents.layout.levels
     torch.manual_seed(config.fit.seed)
-    grid = {"height": level.height, "width": level.width, "radices": level.radices}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **grid))
+    names, labels = latents.provenance.label_names, latents.labels
+    if config.sundae.label_dropout == 1:
+        names, labels = (), torch.full_like(labels, -1)
+    classes = max(len(names), int(labels.max()) + 1)
+    known = {"height": level.height, "width": level.width, "radices": level.radices, "classes": classes}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
     prior = cast(Prior, registry.find("prior", config.prior)(config.model))
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
@@ -86,7 +91,8 @@ def train_prior(config: TrainPrior[Any]) -> Path:
         "latents_digest": latents.content_digest,
         "image_source": latents.provenance.image_source,
         "preprocessing": latents.provenance.preprocessing,
-        "label_names": latents.provenance.label_names,
+        "label_names": names,
+        "label_counts": torch.bincount(labels + 1, minlength=classes + 1).tolist(),  # of none, then of each class
     }
     if process.is_main_process:
         tokenizer.save(folder / "tokenizer")
@@ -114,8 +120,10 @@ def train_prior(config: TrainPrior[Any]) -> Path:
 
 
 def save_samples(prior: Prior, tokenizer: Tokenizer, path: Path, config: TrainPrior[Any]) -> None:
-    """A sheet of samples as the prior is now; the same seeds every time, so that sheets can be compared."""
-    codes = generate_codes(prior, num=SHEET_SAMPLES, seed=config.fit.seed, sampling=SundaeSampling())
+    """A sheet of samples as the prior is now, of each class in turn; the same seeds every time, to be compared."""
+    rows = torch.arange(SHEET_SAMPLES)
+    labels = draw_labels(prior, range(prior.classes), rows, config.fit.seed)
+    codes = generate_codes(prior, rows, labels, seed=config.fit.seed, sampling=SundaeSampling())
     save_grid(path, tokenizer.decode((codes,)).cpu())
 
 
