@@ -1,7 +1,7 @@
-"""Fills holes in an image; see `smalti.pipeline.generate`."""
+"""Fills holes in an image; see `smalti.pipeline.inpaint`."""
 
 from smalti import cli
-from smalti.pipeline.generate import Inpaint, inpaint
+from smalti.pipeline.inpaint import Inpaint, inpaint
 
 ABOUT = """Fills the masked part of an image, several times; everything outside the mask is returned exactly.
 

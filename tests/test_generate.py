@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from smalti.devices import autocast, device
 from smalti.errors import UserError
 from smalti.masks import blank, known_codes
-from smalti.pipeline.generate import Sample, fill, generate_codes, sample
+from smalti.pipeline.generate import Sample, generate_codes, sample
+from smalti.pipeline.inpaint import fill
 from smalti.preprocess import to_float, to_uint8
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.samplers import SundaeSampling, sample_sundae

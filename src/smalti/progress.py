@@ -1,7 +1,7 @@
 """Progress bars: live on a terminal, a line now and then in a log file."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -34,3 +34,12 @@ def bar(
         smoothing=0.05,
         delay=delay_seconds,
     )
+
+
+def counting(progress: tqdm) -> Callable[[int, Any], None]:
+    """A sampler's callback that moves a progress bar by a step."""
+
+    def count(_step: int, _codes: Any) -> None:
+        progress.update()
+
+    return count

@@ -22,7 +22,8 @@ from smalti.masks import blank, examples
 from smalti.pictures import save_sheet
 from smalti.pipeline.build_latents import BuildLatents, build_latents
 from smalti.pipeline.demo import DONE_NAME, PICTURES, REPORT_NAME, Demo
-from smalti.pipeline.generate import FILL_TEMPERATURE, Inpaint, Sample, fill, sample
+from smalti.pipeline.generate import Sample, sample
+from smalti.pipeline.inpaint import FILL_TEMPERATURE, Inpaint, fill
 from smalti.pipeline.places import load_prior, load_tokenizer
 from smalti.pipeline.train_prior import TrainPrior, train_prior
 from smalti.pipeline.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
