@@ -22,23 +22,23 @@ START, STEP, PROPOSE, UPDATE, LABEL = range(5)
 class SundaeSampling:
     """How a chain of repairs runs. Temperature and proportion go linearly from the first step's value to the last's.
 
-    The falling proportion is for young priors, whose chains drift to plain areas at a constant half.
+    The small, falling proportion is for young priors, whose chains drift to plain areas at a constant half.
 
     Raises:
         UserError: for values outside their ranges.
     """
 
-    steps: int = 60
+    steps: int = 100
     """Most steps of the chain."""
     temperature: tuple[float, float] = (1.0, 0.6)
     """Divides the logits, from first step to last; below 1 draws likelier codes, with less variety."""
-    proportion: tuple[float, float] = (0.5, 0.2)
+    proportion: tuple[float, float] = (0.3, 0.1)
     """Share of positions that take their newly drawn code, from first step to last, in (0, 1]."""
     min_steps: int = 10
     """A sample is finished once a step changes nothing, but not before this many steps."""
-    guidance: float = 1.0
-    """How far to go from what is likely in any class (0) past what is likely in the given one (1); other values than 1
-    take twice the time, and change nothing for images of no class."""
+    guidance: float = 1.5
+    """How far to go from what is likely in any class (0) past what is likely in the given one (1), at the cost of
+    variety; other values than 1 take twice the time. Without classes it is nothing."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.min_steps < 1:

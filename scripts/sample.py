@@ -7,7 +7,8 @@ ABOUT = """Generates images with a trained prior, as one sheet.
 
 $ python scripts/sample.py                                               # 64 images from runs/priors/hourglass
 $ python scripts/sample.py --num 16 --seed 7 --temperature 1.0 0.6       # safer ones: cooler towards the end
-$ python scripts/sample.py --prior my/prior --steps 100 --out more.png"""
+$ python scripts/sample.py --classes flags smileys --guidance 2           # two classes, a row each
+$ python scripts/sample.py --prior my/prior --steps 60 --out fewer_steps.png"""
 
 
 def main() -> None:

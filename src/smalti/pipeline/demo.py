@@ -22,7 +22,9 @@ class Demo:
     prior_steps: int = 1000
     """Optimiser steps of the prior."""
     sampling: SundaeSampling = field(default_factory=SundaeSampling)
-    """Of samples; fills are drawn in as many steps, but cooler."""
+    """Of samples."""
+    samples: int = 80
+    """How many new images."""
     seed: int = 0
     """Decides everything that is drawn."""
     precision: Precision = "auto"

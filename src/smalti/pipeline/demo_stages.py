@@ -23,7 +23,7 @@ from smalti.pictures import save_sheet
 from smalti.pipeline.build_latents import BuildLatents, build_latents
 from smalti.pipeline.demo import DONE_NAME, PICTURES, REPORT_NAME, Demo
 from smalti.pipeline.generate import Sample, sample
-from smalti.pipeline.inpaint import FILL_TEMPERATURE, Inpaint, fill
+from smalti.pipeline.inpaint import FILLING, Inpaint, fill
 from smalti.pipeline.places import load_prior, load_tokenizer
 from smalti.pipeline.train_prior import TrainPrior, train_prior
 from smalti.pipeline.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
@@ -60,6 +60,8 @@ def run_stages(config: Demo, settings: dict[str, Any]) -> None:
             Sample(
                 sampling=config.sampling,
                 prior=str(prior),
+                num=config.samples,
+                classes=("all",),
                 seed=config.seed,
                 precision=config.precision,
                 out=pictures[1],
@@ -96,7 +98,7 @@ def _inpainting(prior_folder: str, config: Demo, path: Path) -> None:
             images.repeat_interleave(FILLS, 0),
             hole.repeat_interleave(FILLS, 0),
             seeds=row_seeds(config.seed, torch.arange(count * FILLS)),
-            sampling=replace(config.sampling, temperature=FILL_TEMPERATURE),
+            sampling=FILLING,
             candidates=Inpaint.candidates,
         )
     shown = torch.cat(
@@ -156,7 +158,7 @@ Seconds: {", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}; 
 {resolve(config.precision)} on {best_device().type}. Of a demonstration that was stopped, those since it went on.
 
 - `reconstructions.png`: held-out images, their reconstructions, and what the first digits of each code alone say.
-- `samples.png`: new images, none of them picked.
+- `samples.png`: new images of every class, none of them picked.
 - `inpainting.png`: held-out images filled under a box, a half, a stroke and a letter, three times each, none picked.
 
 ## What to try next

@@ -1,7 +1,7 @@
 """What a trained pair of tokenizer and prior is for besides new images: the missing parts of given ones."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from smalti.progress import bar, counting
 from smalti.randomness import derive, row_seeds
 from smalti.runs import flatten, versions
 
-FILL_TEMPERATURE = (0.7, 0.3)
-"""Cooler than for samples: a fill is to agree with what surrounds it before it is to be one of many."""
+FILLING = SundaeSampling(steps=60, temperature=(0.7, 0.3), proportion=(0.5, 0.2))
+"""Cooler than for samples, and in less time: a fill is to agree with what surrounds it before it is to be one of many,
+and has that to start from."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Inpaint:
     """The image to mend: any format that Pillow opens, of a size that divides by the tokenizer's downsampling."""
     mask: Path
     """An image of the same size: what is white is filled in."""
-    sampling: SundaeSampling = field(default_factory=lambda: SundaeSampling(temperature=FILL_TEMPERATURE))
+    sampling: SundaeSampling = FILLING
     invert: bool = False
     """Fill what is black in the mask instead."""
     num: int = 3
