@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.errors import UserError
+from smalti.priors.canvases import canvas_features
 from smalti.priors.prior import Prior
 from smalti.randomness import derive, uniform
 
-START, STEP, PROPOSE, UPDATE, LABEL = range(5)
+START, STEP, PROPOSE, UPDATE, LABEL, WINDOW = range(6)
 """Streams of a row's seed: what each of its draws is for."""
 
 
@@ -75,6 +76,8 @@ def sample_sundae(
     them, and every unknown position takes its new code with probability `proportion`. A row is finished, and stays,
     once a step changes nothing in it. The loop ends with the last unfinished row.
 
+    On a canvas larger than the prior was trained on, through windows: see `canvas_features`.
+
     A row's result is a function of its own codes, mask and seed: another batch around it changes nothing but the
     rounding of sums.
 
@@ -106,7 +109,7 @@ def sample_sundae(
         temperature, proportion = sampling.at(step)
         of_step = derive(seeds, STEP, step)
         draws = uniform(derive(of_step, PROPOSE), h * w, len(head.radices))
-        proposal = propose(prior, codes, labels, draws, temperature, sampling.guidance)
+        proposal = propose(prior, codes, labels, derive(of_step, WINDOW), draws, temperature, sampling.guidance)
         update = (uniform(derive(of_step, UPDATE), h, w) < proportion) & ~known_mask & unfinished
         changed = update & (proposal != codes)
         codes = torch.where(update, proposal, codes)
@@ -123,6 +126,7 @@ def propose(
     prior: Prior,
     codes: Int64[Tensor, "b h w"],
     labels: Int64[Tensor, " b"] | None,
+    seeds: Int64[Tensor, " b"],
     uniforms: Float[Tensor, "b n k"],
     temperature: float,
     guidance: float,
@@ -130,8 +134,9 @@ def propose(
     """A code for every position, drawn given all of them; guided, both answers of the network come from one pass."""
     head = prior.head
     if labels is None or not prior.classes or guidance == 1:
-        return head.sample(prior.features(codes, labels), uniforms, temperature).view_as(codes)
-    both = prior.features(torch.cat([codes, codes]), torch.cat([labels, torch.full_like(labels, -1)]))
+        return head.sample(canvas_features(prior, codes, labels, seeds), uniforms, temperature).view_as(codes)
+    told = torch.cat([labels, torch.full_like(labels, -1)])
+    both = canvas_features(prior, torch.cat([codes, codes]), told, torch.cat([seeds, seeds]))
     features, without = both.chunk(2)
     proposal = head.sample(features, uniforms, temperature, without_class=without, guidance=guidance)
     return proposal.view_as(codes)

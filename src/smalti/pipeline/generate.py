@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smalti.devices import Device, Precision, autocast, device
 from smalti.errors import UserError
+from smalti.interfaces import Tokenizer
 from smalti.pictures import save_grid, save_sheet
 from smalti.pipeline.classes import draw_labels, find_classes
 from smalti.pipeline.places import RUNS, load_prior
@@ -31,6 +32,10 @@ class Sample:
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     num: int = 64
     """How many images."""
+    height: int | None = None
+    """Pixels from top to bottom [default: as trained]. Larger canvases are painted through overlapping windows."""
+    width: int | None = None
+    """Pixels from left to right [default: as trained]."""
     classes: tuple[str, ...] = ()
     """Draw these in turn, each a row of the sheet: names or how they begin, or `all` [default: every image of a class
     drawn as often as the training set has it]."""
@@ -59,6 +64,7 @@ def sample(config: Sample) -> Path:
     prior, tokenizer = load_prior(config.prior, config.tokenizer)
     prior, tokenizer = prior.to(where), tokenizer.to(where)
     classes = find_classes(prior, config.classes)
+    grid = _grid(config, prior, tokenizer)
     images = []
     batches = range(0, config.num, config.batch_size)
     with bar(what="sampling", total=len(batches) * config.sampling.steps, unit="step") as progress:
@@ -67,7 +73,13 @@ def sample(config: Sample) -> Path:
             labels = draw_labels(prior, list(classes.values()), rows, config.seed)
             with autocast(where, config.precision):
                 codes = generate_codes(
-                    prior, rows, labels, seed=config.seed, sampling=config.sampling, callback=counting(progress)
+                    prior,
+                    rows,
+                    labels,
+                    grid=grid,
+                    seed=config.seed,
+                    sampling=config.sampling,
+                    callback=counting(progress),
                 )
             images.append(tokenizer.decode((codes,)).cpu())
             progress.update((index + 1) * config.sampling.steps - progress.n)  # steps that stopping early saved
@@ -88,11 +100,16 @@ def generate_codes(
     *,
     seed: int,
     sampling: SundaeSampling,
+    grid: tuple[int, int] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Int64[Tensor, "b h w"]:
-    """Codes of the samples of a seed that have these numbers, each of its class: inpainting with nothing known."""
+    """Codes of the samples of a seed that have these numbers, each of its class: inpainting with nothing known.
+
+    `grid` is rows and columns, where other than those trained on.
+    """
     where = next(prior.parameters()).device
-    known = torch.zeros(len(rows), prior.level.height, prior.level.width, dtype=torch.int64, device=where)
+    height, width = grid or (prior.level.height, prior.level.width)
+    known = torch.zeros(len(rows), height, width, dtype=torch.int64, device=where)
     return sample_sundae(
         prior,
         known=known,
@@ -102,3 +119,13 @@ def generate_codes(
         sampling=sampling,
         callback=callback,
     )
+
+
+def _grid(config: Sample, prior: Prior, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Rows and columns of codes of images of the size asked for."""
+    sizes = {"height": (config.height, prior.level.height), "width": (config.width, prior.level.width)}
+    for name, (pixels, _) in sizes.items():
+        if pixels is not None and (pixels < 1 or pixels % tokenizer.downsampling):
+            raise UserError(f"--{name} must be a multiple of {tokenizer.downsampling} pixels, not {pixels}")
+    height, width = (codes if pixels is None else pixels // tokenizer.downsampling for pixels, codes in sizes.values())
+    return height, width

@@ -1,0 +1,61 @@
+"""Grids larger than those a prior was trained on, through overlapping windows of the trained size. Which codes change,
+and when, is the samplers'.
+
+Legend: b batch, h w canvas, y x window, n positions (n = h w), d width.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from smalti.priors.head import inverse_cdf
+from smalti.priors.prior import Prior
+from smalti.randomness import uniform
+
+
+def canvas_features(
+    prior: Prior, codes: Int64[Tensor, "b h w"], labels: Int64[Tensor, " b"] | None, seeds: Int64[Tensor, " b"]
+) -> Float[Tensor, "b n d"]:
+    """`prior.features` on a canvas of any size: for each position, those of one window that covers it.
+
+    Windows begin at most half a window apart. Which one of a position's is taken is drawn anew at each call, so that a
+    code drawn from the features follows the average of the windows' probabilities: the same distribution as if they
+    were computed and averaged, at the cost of one. A window weighs the less in it, the nearer the position is to the
+    window's edge, where the window knows least; so no seam is left. A canvas that one window covers is read as it is.
+
+    Args:
+        prior: trained on grids of `prior.level`.
+        codes: the canvas.
+        labels: see `Prior.features`.
+        seeds: of each row, others at each step; they decide the choice of windows.
+    """
+    b, h, w = codes.shape
+    y, x = min(h, prior.level.height), min(w, prior.level.width)
+    if (h, w) == (y, x):
+        return prior.features(codes, labels)
+    tops, lefts = (window_starts(*sizes).to(codes.device) for sizes in ((h, y), (w, x)))
+    windows = len(tops) * len(lefts)
+    crops = [codes[:, top : top + y, left : left + x] for top in tops.tolist() for left in lefts.tolist()]
+    told = None if labels is None else labels.repeat_interleave(windows)
+    features = prior.features(torch.stack(crops, 1).flatten(0, 1), told)  # (b windows) (y x) d
+    draws = uniform(seeds, h, w, 2)
+    row = inverse_cdf(window_shares(tops, h, y)[:, None].expand(b, h, w, -1), draws[..., 0])  # b h w
+    column = inverse_cdf(window_shares(lefts, w, x).expand(b, h, w, -1), draws[..., 1])
+    down = torch.arange(h, device=codes.device)[:, None] - tops[row]
+    right = torch.arange(w, device=codes.device) - lefts[column]
+    index = ((row * len(lefts) + column) * y + down) * x + right
+    flat = features.view(b, windows * y * x, -1)
+    return flat.gather(1, index.view(b, -1, 1).expand(-1, -1, flat.shape[-1]))
+
+
+def window_starts(size: int, window: int) -> Int64[Tensor, " windows"]:
+    """Where windows begin along an axis: evenly, at most half a window apart, the last one flush with the end."""
+    gaps = -(-(size - window) // max(1, window // 2))
+    return torch.arange(gaps + 1) * (size - window) // max(1, gaps)
+
+
+def window_shares(starts: Int64[Tensor, " windows"], size: int, window: int) -> Float[Tensor, "size windows"]:
+    """How often each window is taken at each position: in proportion to the distance to its nearer end."""
+    into = torch.arange(size, device=starts.device)[:, None] - starts  # positions before this one in the window
+    weights = torch.minimum(into + 1, window - into).clamp(min=0).float()
+    return weights / weights.sum(1, keepdim=True)
