@@ -10,7 +10,7 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 import toys
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
@@ -203,7 +203,7 @@ def test_a_kill_between_model_and_state_does_no_harm(tmp_path, saved_before):
 
 
 def test_a_signal_during_the_last_report_is_not_lost(tmp_path):
-    def interrupt(done):
+    def interrupt(done, _model):
         if done == CONFIG.steps:
             signal.raise_signal(signal.SIGINT)
 
@@ -215,7 +215,7 @@ def test_a_signal_during_the_last_report_is_not_lost(tmp_path):
 def test_reports_come_on_time_with_the_averaged_weights_in_evaluation_mode(tmp_path):
     seen, (model, objective, rows, held_out) = [], toys.toy()
 
-    def report(done):
+    def report(done, model):
         seen.append((done, model.training, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
 
     fit(
@@ -285,14 +285,6 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         train(tmp_path, process=several)
     with pytest.raises(UserError, match="among 1 processes of 3 slices; change --batch-size or --accumulation"):
         train(tmp_path, config=replace(CONFIG, accumulation=3))
-
-
-@pytest.mark.parametrize("how", ["FSDP", "DEEPSPEED"])
-def test_a_split_model_is_refused(tmp_path, how):
-    split = create_autospec(Accelerator, instance=True, num_processes=2, process_index=0)
-    split.distributed_type = DistributedType[how]
-    with pytest.raises(UserError, match=f"{how} splits the model.*--multi_gpu"):
-        train(tmp_path, process=split)
 
 
 def test_the_best_state_stays_and_loads(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_a_bad_batch_changes_nothing_but_its_count(tmp_path, value):
 
 
 def test_a_run_that_was_killed_after_a_bad_batch_still_counts_it(tmp_path):
-    def die_at_8(done):
+    def die_at_8(done, _model):
         assert done != 8
 
     train(tmp_path / "whole", wrap=lambda rows: Bad(rows, {3}))

@@ -12,6 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
 from smalti.errors import UserError
+from smalti.sharding import refuse_engines
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
@@ -62,8 +63,9 @@ def accelerator(precision: Precision, trackers: Sequence[str] = (), folder: Path
         folder: where those of them write that write files.
 
     Raises:
-        UserError: for a tracker that is unknown or not installed.
+        UserError: for a tracker that is unknown or not installed, or as `refuse_engines` does.
     """
+    refuse_engines()
     installed = [kind.value for kind in get_available_trackers()]
     for name in trackers:
         if name not in LOGGER_TYPE_TO_CLASS:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from smalti.sharding import local, split_like
+
 
 class EMA:
     """theta_ema <- d theta_ema + (1 - d) theta, with d = min(decay, (1 + step) / (10 + step)).
@@ -28,7 +30,7 @@ class EMA:
         state = self.model.state_dict()
         floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
         mix = get_ema_multi_avg_fn(decay)  # all tensors in one kernel
-        mix([self.average[name] for name in floats], [state[name] for name in floats], step)
+        mix([local(self.average[name]) for name in floats], [local(state[name]) for name in floats], step)
         for name in state.keys() - set(floats):
             self.average[name].copy_(state[name])
 
@@ -46,10 +48,10 @@ class EMA:
             self.model.load_state_dict(raw)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, for resuming."""
+        """The average, for resuming; split where the model is."""
         return self.average
 
     def load_state_dict(self, average: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, from whole tensors."""
         assert average.keys() == self.average.keys()
-        self.average = {name: tensor.to(self.average[name].device) for name, tensor in average.items()}
+        self.average = {name: split_like(tensor, self.average[name]) for name, tensor in average.items()}

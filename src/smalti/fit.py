@@ -4,14 +4,14 @@ Every random draw of a step is a function of the run's seed, the step and the ro
 run repeats an uninterrupted one without any generator's state. What happens between steps is in `upkeep.py`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,13 +21,14 @@ from smalti.ema import EMA
 from smalti.errors import UserError
 from smalti.fit_config import FitConfig, Phase
 from smalti.health import Buffers, Health, StopAgreement, Watchdog, explained, poisoned
-from smalti.optimizers import step_unless
+from smalti.optimizers import clip, step_unless
 from smalti.progress import bar
 from smalti.randomness import derive, row_seeds
 from smalti.rows import Batch, RowData, StepRows, batches
 from smalti.runs import Run
+from smalti.sharding import is_split, plan, refuse_engines, shard
 from smalti.signals import Interrupted, received_signals
-from smalti.upkeep import Upkeep
+from smalti.upkeep import OnReport, Upkeep
 
 
 def fit(
@@ -39,7 +40,7 @@ def fit(
     model: Checkpointed,
     run: Run,
     held_out: RowData | None = None,
-    on_report: Callable[[int], Mapping[str, float] | None] | None = None,
+    on_report: OnReport | None = None,
     what: str = "training",
 ) -> None:
     """Trains `model`, which the phases' objectives contain, and leaves it in `run.folder`; goes on where a run stopped.
@@ -55,19 +56,21 @@ def fit(
         model: what is averaged and saved.
         run: the folder, and the state in it.
         held_out: rows for the held-out loss, computed with the averaged weights.
-        on_report: called on the main process every `report_steps` and at the end, with the averaged weights in `model`,
-            in evaluation mode; what it returns is logged.
+        on_report: called on the main process every `report_steps` and at the end, with the number of steps done and the
+            model with the averaged weights, in evaluation mode; what it returns is logged. The model is `model` itself,
+            or a whole copy where that is split among processes.
         what: the progress bar's name.
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, at the end of the step in hand.
-        UserError: if the batch does not divide among processes and slices, the accelerator splits the model, the
-            network has no blocks to compute again, the states differ between processes, memory is full, a worker died,
-            or the loss is no longer a number and there is no state to go back to.
+        UserError: if the batch does not divide among processes and slices, the model cannot be split as Accelerate's
+            configuration says, the network has no blocks to compute again, the states differ between processes, memory
+            is full, a worker died, or the loss is no longer a number and there is no state to go back to.
     """
     _check(accelerator, config)
     for phase in phases:
         phase.objective.to(accelerator.device)
+    shown = _split(accelerator, phases, model)
     if config.gradient_checkpointing:
         _compute_again(model)
     health, device = Health(accelerator.device), accelerator.device
@@ -75,22 +78,22 @@ def fit(
         received_signals() as received,
         Watchdog(config.stall_seconds) as watchdog,
         explained(device, _savings(config)),
-        bar(what=what, total=config.steps, initial=run.step, unit="step", shown=accelerator.is_main_process) as shown,
+        bar(
+            what=what, total=config.steps, initial=run.step, unit="step", shown=accelerator.is_main_process
+        ) as progress,
     ):
         ema = EMA(model, config.ema_decay)
-        upkeep = Upkeep(accelerator, phases, config, model, run, ema, health, held_out, on_report, shown)
+        upkeep = Upkeep(accelerator, phases, config, model, shown, run, ema, health, held_out, on_report, progress)
         steps = range(upkeep.begin(), config.steps)
         if config.compile:
             for phase in phases:
                 phase.objective.compile()
-        prepared = [
-            _Prepared(phase, accelerator.prepare_model(phase.objective), Buffers(phase.objective)) for phase in phases
-        ]
+        prepared = [_prepare(accelerator, phase) for phase in phases]
         agreement = StopAgreement(accelerator.num_processes)
         for step, batch in zip(steps, _batches(accelerator, data, config, steps), strict=True):
             measured = _step(accelerator, prepared, batch, config, step, health)
             ema.update(step)
-            shown.update()
+            progress.update()
             watchdog.hear(step + 1)
             upkeep.after(step + 1, measured)
             watchdog.hear(step + 1)
@@ -107,11 +110,22 @@ def _check(accelerator: Accelerator, config: FitConfig) -> None:
             f"a batch of {config.batch_size} does not divide among {among}; change --batch-size"
             + (" or --accumulation" if slices > 1 else "")
         )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    refuse_engines()
+
+
+def _split(accelerator: Accelerator, phases: Sequence[Phase], model: Checkpointed) -> Checkpointed:
+    """Splits the model among processes where Accelerate is to; the model as the main process shows and saves it."""
+    how = plan(accelerator)
+    if how is None:
+        return model
+    if len(phases) > 1:
         raise UserError(
-            f"{accelerator.distributed_type.value} splits the model among processes, which smalti does not support: "
-            "launch with --multi_gpu, where each process holds the whole model"
+            f"{model.kind} is trained in {len(phases)} phases, whose networks FSDP cannot split; launch with "
+            "--multi_gpu, where each process holds the whole model"
         )
+    shown = copy.deepcopy(model).cpu().eval() if accelerator.is_main_process else model
+    shard(phases[0].objective, model.recomputable(), phases[0].optimizer.param_groups, how)
+    return shown
 
 
 def _compute_again(model: Checkpointed) -> None:
@@ -149,6 +163,12 @@ class _Prepared:
     buffers: Buffers
 
 
+def _prepare(accelerator: Accelerator, phase: Phase) -> _Prepared:
+    # what is split needs no wrapper, only the arithmetic
+    wrapped = accelerator.prepare_model(phase.objective, evaluation_mode=is_split(phase.objective))
+    return _Prepared(phase, wrapped, Buffers(phase.objective))
+
+
 def _step(
     accelerator: Accelerator,
     prepared: Sequence[_Prepared],
@@ -170,7 +190,7 @@ def _step(
         part.buffers.keep()
         found = _gradients(accelerator, part.wrapped, batch, config.accumulation)
         trained = [parameter for group in phase.optimizer.param_groups for parameter in group["params"]]
-        norm = found["gradient_norm"] = cast(Tensor, accelerator.clip_grad_norm_(trained, config.clip_norm))
+        norm = found["gradient_norm"] = clip(trained, config.clip_norm)
         bad = ~norm.isfinite()  # the same on all processes, whose gradients are the same
         step_unless(phase.optimizer, bad)
         part.buffers.put_back(bad)

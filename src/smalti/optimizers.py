@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from smalti.sharding import full, local, split_like, total_norm
+
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
 
 BETAS = (0.9, 0.95)  # AdamW's; the second below torch's 0.999, which remembers longer than a short run lasts
@@ -35,11 +37,6 @@ class Together:
         """The parts' states, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-
 
 class BatchedMuon(torch.optim.Muon):
     """Torch's Muon with `match_rms_adamw`, whose matrices of one shape are orthogonalised together.
@@ -59,13 +56,13 @@ class BatchedMuon(torch.optim.Muon):
                 rows, columns = parameter.shape
                 shapes[min(rows, columns), max(rows, columns)].append(parameter)
             for (_, columns), parameters in shapes.items():
-                updates = _wide(self._momenta(parameters, group["momentum"]))
+                updates = _wide([full(momentum) for momentum in self._momenta(parameters, group["momentum"])])
                 updates = orthogonalized(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rate = group["lr"] * 0.2 * math.sqrt(columns)  # arXiv 2502.16982, Eq. 4
                 for parameter, update in zip(parameters, updates, strict=True):
                     tall = parameter.shape[0] > parameter.shape[1]
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.T if tall else update, alpha=-rate)
+                    parameter.add_(split_like(update.T if tall else update, parameter), alpha=-rate)
 
     def _momenta(self, parameters: list[Tensor], momentum: float) -> Sequence[Tensor]:
         """Nesterov's: the gradients led towards their running means, which this moves on."""
@@ -99,6 +96,35 @@ def _wide(matrices: Sequence[Tensor]) -> Tensor:
 
 Optimizer: TypeAlias = torch.optim.Optimizer | Together
 """What the training loop steps and saves."""
+
+
+def put_back(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """The inverse of `state_dict`, from whole tensors; also where the optimiser's own are split."""
+    if isinstance(optimizer, Together):
+        for part, of_part in zip(optimizer.parts, saved["parts"], strict=True):
+            put_back(part, of_part)
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {
+            name: split_like(v, parameters[index]) if v.shape == parameters[index].shape else v
+            for name, v in of.items()
+        }
+        for index, of in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": state})
+
+
+def clip(parameters: Sequence[nn.Parameter], longest: float) -> Float[Tensor, ""]:
+    """Shortens the gradients, taken together, to a length of `longest`; the length that they had."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = total_norm(gradients)
+    if norm.device.type != "cpu" or norm > longest:
+        # torch has it but does not export it to type checkers
+        torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
+            [local(gradient) for gradient in gradients], (longest / (norm + 1e-6)).clamp(max=1)
+        )
+    return norm
 
 
 def step_unless(optimizer: Optimizer, bad: Bool[Tensor, ""]) -> None:

@@ -6,9 +6,10 @@ Here alone it waits for the device. What a step is, `fit.py` says.
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,11 +21,16 @@ from smalti.ema import EMA
 from smalti.errors import UserError
 from smalti.fit_config import FitConfig, Phase
 from smalti.health import ROLL_BACK_AFTER, Health
+from smalti.optimizers import put_back
 from smalti.randomness import row_seeds
 from smalti.rows import RowData
 from smalti.runs import Run
+from smalti.sharding import gathered, is_split, split_like
 
 HELD_OUT_ROWS = 1_024  # at most: enough for a loss to about one per cent
+
+OnReport: TypeAlias = Callable[[int, Any], Mapping[str, float] | None]
+"""Called with the steps done and the model; what it returns is logged."""
 
 
 @dataclass
@@ -32,6 +38,7 @@ class Upkeep:
     """The work between steps, and what a saved state is made of: phases, average, counts of skipped steps, the best.
 
     Attributes:
+        shown: the model as it is saved and reported: itself, or a whole copy on the CPU beside one that is split.
         timed_from, clock: the step and the time from which rows per second are counted.
         best: held-out loss and step of the best state so far.
         went_back: how often the run went back since a step last counted.
@@ -41,11 +48,12 @@ class Upkeep:
     phases: Sequence[Phase]
     config: FitConfig
     model: Checkpointed
+    shown: Checkpointed
     run: Run
     ema: EMA
     health: Health
     held_out: RowData | None
-    on_report: Callable[[int], Mapping[str, float] | None] | None
+    on_report: OnReport | None
     progress: Any
     timed_from: int = 0
     clock: float = 0.0
@@ -79,8 +87,10 @@ class Upkeep:
 
     def _put_back(self, state: dict[str, Any]) -> None:
         for phase, saved in zip(self.phases, state["phases"], strict=True):
-            phase.objective.load_state_dict(saved["objective"])
-            phase.optimizer.load_state_dict(saved["optimizer"])
+            there = phase.objective.state_dict()
+            weights = {name: split_like(tensor, there.get(name, tensor)) for name, tensor in saved["objective"].items()}
+            phase.objective.load_state_dict(weights)
+            put_back(phase.optimizer, saved["optimizer"])
         self.ema.load_state_dict(state["ema"])
 
     def after(self, done: int, measured: dict[str, Tensor]) -> None:
@@ -107,18 +117,32 @@ class Upkeep:
 
     def save(self, done: int) -> None:
         """Saves the model, then the state: where that says that n steps are done, the model of step n is there."""
-        if self.accelerator.is_main_process:
-            with self.ema.applied():
-                self.model.provenance = {**self.model.provenance, "steps": done}
-                self.model.save(self.run.folder)
-            phases = [
-                {"objective": phase.objective.state_dict(), "optimizer": phase.optimizer.state_dict()}
-                for phase in self.phases
-            ]
+        main = self.accelerator.is_main_process
+        with self._averaged() as model:
+            if main:
+                model.provenance = {**model.provenance, "steps": done}
+                model.save(self.run.folder)
+        phases = [
+            {"objective": phase.objective.state_dict(), "optimizer": phase.optimizer.state_dict()}
+            for phase in self.phases
+        ]
+        learned = gathered({"phases": phases, "ema": self.ema.state_dict()}, keep=main)
+        if main:
             counts = {"health": list(self.health.read()), "best": list(self.best), "went_back": self.went_back}
-            state = {"step": done, "phases": phases, "ema": self.ema.state_dict(), **counts}
+            state = {"step": done, **learned, **counts}
             self.run.states.save(done, state, keep=self.config.keep_states, best=self.best[1])
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[Checkpointed]:
+        """The model with the averaged weights; on the main process all of it."""
+        main = self.accelerator.is_main_process
+        with self.ema.applied():
+            if is_split(self.phases[0].objective):
+                weights = gathered(self.model.state_dict(), keep=main)
+                if main:
+                    self.shown.load_state_dict(weights)
+            yield self.shown
 
     def _go_back(self, done: int, in_a_row: int) -> None:
         """Takes the weights of a state from before the trouble; steps and rows go on, past those that led into it.
@@ -157,13 +181,15 @@ class Upkeep:
     def _report(self, done: int) -> float:
         """Logs what is held out and what `on_report` finds; the held-out loss, infinite if there is none."""
         found: dict[str, float] = {}
-        with self.ema.applied(), torch.no_grad():
+        with self._averaged() as model, torch.no_grad():
             for phase in self.phases:
                 phase.objective.eval()
             if self.held_out is not None and len(self.held_out):
                 found |= evaluate(self.accelerator, self.phases[0].objective, self.held_out, self.config)
             if self.on_report and self.accelerator.is_main_process:
-                found |= self.on_report(done) or {}
+                found |= self.on_report(done, model.to(self.accelerator.device)) or {}
+                if is_split(self.phases[0].objective):
+                    model.cpu()
             for phase in self.phases:
                 phase.objective.train()
         if found:

@@ -100,9 +100,9 @@ def train_prior(config: TrainPrior[Any]) -> Path:
     objective = Sundae(prior, config.sundae)
     train, workers = LatentRows(latents, split="train").for_training(process.device, config.fit.workers)
 
-    def report(_step: int) -> None:
+    def report(_step: int, trained: Prior) -> None:
         with process.autocast():
-            save_samples(prior, tokenizer, folder / "samples.png", config)
+            save_samples(trained, tokenizer, folder / "samples.png", config)
 
     with tracked(process, settings):
         fit(

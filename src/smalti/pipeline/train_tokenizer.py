@@ -84,9 +84,9 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
     objective = Reconstruction(tokenizer)
     shown = held_out if len(held_out) else train
 
-    def report(_step: int) -> dict[str, float]:
-        save_reconstructions(tokenizer, shown, folder / "reconstructions.png")
-        return codebook_usage(tokenizer, shown)
+    def report(_step: int, trained: Tokenizer) -> dict[str, float]:
+        save_reconstructions(trained, shown, folder / "reconstructions.png")
+        return codebook_usage(trained, shown)
 
     with tracked(process, settings):
         fit(

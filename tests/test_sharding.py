@@ -1,0 +1,187 @@
+"""Models split among two processes by FSDP2 train what one process does. This file is also the program of the two."""
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from smalti.checkpoint import WEIGHTS_NAME
+from smalti.devices import accelerator
+from smalti.errors import UserError
+from smalti.fit_config import Phase
+from smalti.runs import Run
+from smalti.signals import Interrupted
+
+ADAMW = toys.CONFIG
+MUON = replace(ADAMW, optimizer="muon")
+SPLIT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+STOPPED_AT = 6  # batches
+BAD = 6
+FAMILIES = {kind: family for family, kind in toys.KINDS}
+
+
+class BadAt:
+    """Rows that the second process, or one alone, finds to be NaN in batch number `BAD`."""
+
+    def __init__(self, rows, harmed):
+        self.rows, self.harmed, self.batches = rows, harmed, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, rows):
+        batch = self.rows.__getitems__(rows)
+        if self.harmed and self.batches == BAD:
+            batch["x"] = batch["x"] * torch.nan
+        self.batches += 1
+        return batch
+
+
+def plain_toy():
+    """The toy without statistics and dropout, which are of the process."""
+    model, objective, rows, held_out = toys.toy()
+    model.net[1], model.net[2] = nn.Identity(), nn.Identity()
+    return model, objective, rows, held_out
+
+
+def lengths(_done, model):
+    """What a report logs: a number that every weight of the model shown has a part in."""
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert not model.training
+    return {"length": float(nn.utils.get_total_norm(model.parameters()))}
+
+
+def train(folder, of, config, process, wrap=lambda rows: rows):
+    with process.main_process_first():
+        run = Run(folder, {}, main=process.is_main_process)
+    with suppress(Interrupted):
+        toys.train(folder, of, config, process=process, run=run, wrap=wrap, on_report=lengths)
+
+
+def stopping(rows):
+    return toys.Signalling(rows, STOPPED_AT)
+
+
+def program(folder):
+    """Whole runs, runs that one process goes on with, runs that it began, and one with a bad batch of one process."""
+    process, seen = accelerator("fp32"), []
+
+    def make(kind):
+        model, objective, rows, held_out = toys.make(FAMILIES[kind], kind)
+        seen.append((model, objective))
+        return model, objective, rows, held_out
+
+    for kind in FAMILIES:
+        train(folder / "whole" / kind, lambda kind=kind: make(kind), ADAMW, process)
+        train(folder / "muon" / kind, lambda kind=kind: make(kind), MUON, process)
+        train(folder / "stopped" / kind, lambda kind=kind: make(kind), ADAMW, process, stopping)
+        train(folder / "begun" / kind, lambda kind=kind: make(kind), replace(ADAMW, accumulation=2), process)
+    train(folder / "bad", plain_toy, ADAMW, process, lambda rows: BadAt(rows, process.process_index == 1))
+    for model, objective in seen:
+        assert isinstance(objective, FSDPModule)
+        blocks = model.recomputable()
+        assert blocks
+        assert all(isinstance(block, FSDPModule) for block in blocks)
+        held = sum(tensor.to_local().numel() for tensor in model.state_dict().values())
+        assert held < 0.75 * sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharding")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    one = accelerator("fp32")
+    for kind, family in FAMILIES.items():
+        of = lambda family=family, kind=kind: toys.make(family, kind)  # noqa: E731 - a fresh one for each run
+        train(folder / "one adamw" / kind, of, ADAMW, one)
+        train(folder / "one muon" / kind, of, MUON, one)
+        train(folder / "begun" / kind, of, ADAMW, one, stopping)
+    train(folder / "one bad", plain_toy, ADAMW, one, lambda rows: BadAt(rows, True))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
+    environment = {**os.environ, **SPLIT, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for kind, family in FAMILIES.items():
+        train(folder / "stopped" / kind, lambda f=family, k=kind: toys.make(f, k), ADAMW, one)
+    return folder
+
+
+def without_largest(line):
+    """The mean of two processes' largest errors is not the largest of both."""
+    return {name: value for name, value in line.items() if name != "largest"}
+
+
+def compare(ours, theirs, *, within):
+    """All that was measured, and the weights, of two runs."""
+    lines, others = ([without_largest(line) for line in toys.measured(run)] for run in (ours, theirs))
+    assert len([line for line in lines if "learning_rate" in line]) == ADAMW.steps
+    assert [line.keys() for line in lines] == [line.keys() for line in others]
+    for line, other in zip(lines, others, strict=True):
+        assert line == pytest.approx(other, rel=within, abs=within / 10)
+    weights, others = load_file(ours / WEIGHTS_NAME), load_file(theirs / WEIGHTS_NAME)
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert (tensor - others[name]).abs().max() < within, name
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("way", ["whole", "stopped", "begun", "muon"])
+def test_a_split_model_trains_what_a_whole_one_does(folder, way, kind):
+    """From end to end; stopped and gone on with by one process; begun by one process, then in slices; with Muon, which
+    rounds to bfloat16."""
+    like, within = ("one muon", 1e-2) if way == "muon" else ("one adamw", 1e-4)
+    compare(folder / way / kind, folder / like / kind, within=within)
+
+
+def test_a_bad_batch_of_one_process_is_a_step_that_none_takes(folder):
+    compare(folder / "bad", folder / "one bad", within=1e-4)
+    assert toys.measured(folder / "bad")[-2]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed brings a training loop of its own.*fsdp_version: 2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM brings a training loop of its own.*fsdp_version: 2"),
+        ({**SPLIT, "FSDP_VERSION": "1"}, "smalti knows the second version; set fsdp_version: 2"),
+        ({**SPLIT, "FSDP_OFFLOAD_PARAMS": "true"}, "on the device; set fsdp_offload_params: false"),
+        ({**SPLIT, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "give --gradient-checkpointing, which does that"),
+    ],
+)
+def test_what_is_not_followed_is_refused(tmp_path, monkeypatch, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(UserError, match=said):
+        train(tmp_path, plain_toy, ADAMW, two_processes())
+
+
+def test_several_phases_are_refused(tmp_path, monkeypatch):
+    for name, value in SPLIT.items():
+        monkeypatch.setenv(name, value)
+    model, objective, rows, _ = plain_toy()
+    phases = [Phase(name, objective, ADAMW.optimizer_of(objective)) for name in ("generator", "discriminator")]
+    with pytest.raises(UserError, match=r"toy is trained in 2 phases, whose networks FSDP cannot split.*--multi_gpu"):
+        toys.fit(two_processes(), phases, rows, ADAMW, model=model, run=Run(tmp_path, {}))
+
+
+def two_processes():
+    """As the first of two sees them, up to where they would meet."""
+    process = accelerator("fp32")
+    process.state._shared_state["num_processes"] = 2
+    return process
+
+
+if __name__ == "__main__":
+    program(Path(sys.argv[1]))
