@@ -18,7 +18,8 @@ from smalti.codes import Codes, Layout
 from smalti.errors import UserError
 from smalti.latentsets.format import COLUMNS, Provenance, content_digest, fault, read_contents, stored_dtype
 
-BLOCK_VALUES = 1 << 22
+BLOCK_VALUES = 1 << 18
+"""Codes that are counted at once; numpy widens them to 8 bytes each."""
 
 
 class LatentSet:

@@ -6,6 +6,7 @@ Also what such a table says of its rows: labels and source ids. Not here: pixels
 
 import hashlib
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from smalti.errors import UserError
 from smalti.preprocess import BadImageError
+from smalti.runtime import give_back_freed_memory
 
 EMOJI = "emoji"
 _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
@@ -141,7 +143,9 @@ def read_contents(table: Table) -> Int64[Tensor, " n"]:
 
 
 def _hashes(table: Table, column: str, kind: str) -> Int64[Tensor, " n"]:
-    ids = table.rows.select_columns(column).map(
+    # a copy maps the file anew, and what was read of it leaves the memory with it
+    rows = pickle.loads(pickle.dumps(table.rows.select_columns(column)))
+    ids = rows.map(
         _hash_keys,
         batched=True,
         batch_size=_ROWS_AT_ONCE,
@@ -279,7 +283,8 @@ def _opened(open_rows: Callable[[], Any], what: str, remedy: str) -> datasets.Da
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{what} cannot be opened ({reason}); {remedy}") from error
-    pa.default_memory_pool().release_unused()  # some 50 MiB of a Parquet file's row groups, which Arrow would keep
+    pa.default_memory_pool().release_unused()  # what a Parquet file's row groups took: Arrow would keep some 50 MiB,
+    give_back_freed_memory()  # and the C library as much again
     return rows
 
 
