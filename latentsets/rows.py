@@ -1,4 +1,5 @@
-"""Rows of a latent set as training wants them: one level, one side of the held-out split, whole batches at a time."""
+"""Rows of a latent set as training wants them: one level and those above it, one side of the held-out split, whole
+batches at a time."""
 
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -29,7 +30,7 @@ class LatentRows(Dataset):
     Args:
         latent_set: to read from; in workers through a map of the file.
         split: which side: `train`, `held_out`, or `all` rows.
-        level: whose codes.
+        level: whose codes; with them come those of the levels above.
 
     Raises:
         UserError: if the set has no such level, or no rows on that side.
@@ -45,7 +46,8 @@ class LatentRows(Dataset):
             self._index = np.flatnonzero(latent_set.held_out.numpy() == (split == "held_out"))
         if not len(self._index):
             raise UserError(f"{latent_set.path} has no {split} rows among {len(latent_set)}; build it from more images")
-        self._resident: tuple[Tensor, Tensor] | None = None
+        self._levels = {"codes": level, **{f"upper_{above}": above for above in range(level)}}
+        self._resident: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._index)
@@ -54,22 +56,24 @@ class LatentRows(Dataset):
         """One batch, on the CPU or where `to` moved it.
 
         Returns:
-            `codes` of the level, int64 `(b, h, w)`, or float32 `(b, c, h, w)` where it is continuous; `labels`, int64
-            `(b,)`, -1 for none; `rows`, int64 `(b,)`: the numbers asked for, each naming its row within this dataset.
+            `codes` of the level, int64 `(b, h, w)`, or float32 `(b, c, h, w)` where it is continuous; likewise
+            `upper_0`, `upper_1`, ... of the levels above, coarsest first; `labels`, int64 `(b,)`, -1 for none; `rows`,
+            int64 `(b,)`: the numbers asked for, each naming its row within this dataset.
         """
         if self._resident:
-            codes, labels = self._resident
-            numbers = torch.as_tensor(rows, dtype=torch.int64, device=codes.device)
-            return {"codes": _widen(codes.index_select(0, numbers)), "labels": labels[numbers], "rows": numbers}
+            numbers = torch.as_tensor(rows, dtype=torch.int64, device=self._resident["labels"].device)
+            batch = {name: column.index_select(0, numbers) for name, column in self._resident.items()}
+            return {**batch, **{name: _widen(batch[name]) for name in self._levels}, "rows": numbers}
         numbers = np.array(rows, np.int64)  # numpy reads a list, and gathers, several times faster than torch
         index = self._index[numbers]
-        batch = {"labels": self.latent_set.labels.numpy()[index], "rows": numbers}
-        return {"codes": self.latent_set.read(self.level, index)} | {k: torch.from_numpy(v) for k, v in batch.items()}
+        codes = {name: self.latent_set.read(level, index) for name, level in self._levels.items()}
+        columns = {"labels": self.latent_set.labels.numpy()[index], "rows": numbers}
+        return codes | {name: torch.from_numpy(column) for name, column in columns.items()}
 
     @property
     def resident_bytes(self) -> int:
         """What `to` takes on the device for the codes."""
-        return level_bytes(self.latent_set.layout.levels[self.level], len(self))
+        return sum(level_bytes(level, len(self)) for level in self.latent_set.layout.levels[: self.level + 1])
 
     def for_training(self, device: torch.device, workers: int) -> tuple["LatentRows", int]:
         """The same rows as a device reads them fastest, and how many workers a loader then needs.
@@ -86,10 +90,12 @@ class LatentRows(Dataset):
 
     def to(self, device: torch.device | str) -> "LatentRows":
         """Moves the codes whole onto a device, in the width they are stored in. From then on a batch costs an index."""
-        codes = np.take(self.latent_set.stored[self.level], self._index, axis=0)
-        if self.latent_set.layout.levels[self.level].radices:
-            codes = codes.view(_SIGNED[codes.itemsize])
-        self._resident = torch.from_numpy(codes).to(device), self.latent_set.labels[self._index].to(device)
+        self._resident = {"labels": self.latent_set.labels[self._index].to(device)}
+        for name, level in self._levels.items():
+            codes = np.take(self.latent_set.stored[level], self._index, axis=0)
+            if self.latent_set.layout.levels[level].radices:
+                codes = codes.view(_SIGNED[codes.itemsize])
+            self._resident[name] = torch.from_numpy(codes).to(device)
         return self
 
 

@@ -4,6 +4,8 @@ and when, is the samplers'.
 Legend: b batch, h w canvas, y x window, n positions (n = h w), d width.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -14,7 +16,11 @@ from smalti.randomness import uniform
 
 
 def canvas_features(
-    prior: Prior, codes: Int64[Tensor, "b h w"], labels: Int64[Tensor, " b"] | None, seeds: Int64[Tensor, " b"]
+    prior: Prior,
+    codes: Int64[Tensor, "b h w"],
+    labels: Int64[Tensor, " b"] | None,
+    upper: tuple[Int64[Tensor, "b _y _x"], ...],
+    seeds: Int64[Tensor, " b"],
 ) -> Float[Tensor, "b n d"]:
     """`prior.features` on a canvas of any size: for each position, those of one window that covers it.
 
@@ -27,17 +33,27 @@ def canvas_features(
         prior: trained on grids of `prior.level`.
         codes: the canvas.
         labels: see `Prior.features`.
+        upper: likewise; windows begin where the codes there do.
         seeds: of each row, others at each step; they decide the choice of windows.
     """
     b, h, w = codes.shape
     y, x = min(h, prior.level.height), min(w, prior.level.width)
     if (h, w) == (y, x):
-        return prior.features(codes, labels)
-    tops, lefts = (window_starts(*sizes).to(codes.device) for sizes in ((h, y), (w, x)))
+        return prior.features(codes, labels, upper)
+    factors = [h // of_level.shape[1] for of_level in upper]
+    step = math.lcm(*factors)
+    tops, lefts = (window_starts(*sizes).to(codes.device) * step for sizes in ((h // step, y // step), (w // step, x // step)))
     windows = len(tops) * len(lefts)
-    crops = [codes[:, top : top + y, left : left + x] for top in tops.tolist() for left in lefts.tolist()]
+
+    def crops(grids: Tensor, factor: int) -> Tensor:
+        size_y, size_x = y // factor, x // factor
+        starts = [(top // factor, left // factor) for top in tops.tolist() for left in lefts.tolist()]
+        cropped = [grids[:, top : top + size_y, left : left + size_x] for top, left in starts]
+        return torch.stack(cropped, 1).flatten(0, 1)  # (b windows) y x
+
     told = None if labels is None else labels.repeat_interleave(windows)
-    features = prior.features(torch.stack(crops, 1).flatten(0, 1), told)  # (b windows) (y x) d
+    above = tuple(crops(of_level, factor) for of_level, factor in zip(upper, factors, strict=True))
+    features = prior.features(crops(codes, 1), told, above)  # (b windows) (y x) d
     draws = uniform(seeds, h, w, 2)
     row = inverse_cdf(window_shares(tops, h, y)[:, None].expand(b, h, w, -1), draws[..., 0])  # b h w
     column = inverse_cdf(window_shares(lefts, w, x).expand(b, h, w, -1), draws[..., 1])

@@ -5,6 +5,7 @@ Legend: b batch, n positions, d width, r radix, k digits.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,11 @@ nodes, 40 against 151; 128, 104 against 190; 256, 253 against 105.
 INITIAL_LOGIT_STD = 0.1
 
 
-class FactorizedHead(nn.Module):
-    """Reads and predicts mixed-radix codes digit by digit, along the tree that their prefixes form.
+class TreeEmbedding(nn.Module):
+    """Reads mixed-radix codes along the tree that their prefixes form: each prefix of one digit or more is a node.
 
-    Each prefix of one digit or more is a node. A node has an embedding, and the weights and bias of its own logit among
-    its siblings. A code is read as the sum of the embeddings on its path, and digit i is predicted among the children
-    of the node that the digits before it lead to. So features and prefix interact, and 32**3 leaves cost 96 logits.
-    With one radix this is an ordinary embedding and softmax.
-
-    Softmax, losses and draws are float32 under autocast. The tables hold the nodes by depth, then by prefix: siblings
-    lie together.
+    A node has an embedding, and a code is read as the sum of those on its path. The table holds the nodes by depth,
+    then by prefix: siblings lie together.
 
     Raises:
         UserError: for radices that are no codebook (see `Level`).
@@ -46,15 +42,10 @@ class FactorizedHead(nn.Module):
     def __init__(self, radices: tuple[int, ...], width: int) -> None:
         super().__init__()
         self.radices = radices
-        self.tree = Level(1, 1, radices)  # for its arithmetic of prefixes and digits; the head has no grid
-        self.codebook_size = self.tree.codebook_size
+        self.tree = Level(1, 1, radices)  # for its arithmetic of prefixes and digits; it has no grid here
         self.rows = [Level(1, 1, radices[: i + 1]).codebook_size for i in range(len(radices))]  # nodes at each depth
-        parents = [rows // radix for rows, radix in zip(self.rows, radices, strict=True)]
-        self.dense_digits = sum(nodes <= DENSE_NODES for nodes in parents)
-        nodes = sum(self.rows)
-        self.embedding = nn.Parameter(torch.randn(nodes, width) * len(radices) ** -0.5)  # a path sums to unit variance
-        self.weight = nn.Parameter(torch.randn(nodes, width) * INITIAL_LOGIT_STD * width**-0.5)
-        self.bias = nn.Parameter(torch.zeros(nodes))
+        # a path sums to unit variance
+        self.embedding = nn.Parameter(torch.randn(sum(self.rows), width) * len(radices) ** -0.5)
 
     def embed(self, codes: Int64[Tensor, "b *grid"]) -> Float[Tensor, "b n d"]:
         """What a body reads: at each position, in raster order, the sum of the embeddings on its code's path."""
@@ -64,11 +55,38 @@ class FactorizedHead(nn.Module):
         embedded = F.embedding_bag(torch.stack(paths, dim=-1), self.embedding, mode="sum")  # (b n) d
         return rearrange(embedded, "(b n) d -> b n d", b=b)
 
+
+class FactorizedHead(TreeEmbedding):
+    """Reads and predicts mixed-radix codes digit by digit, along the tree that their prefixes form.
+
+    Beside its embedding each node has the weights and bias of its own logit among its siblings, and digit i is
+    predicted among the children of the node that the digits before it lead to. So features and prefix interact, and
+    32**3 leaves cost 96 logits. With one radix this is an ordinary embedding and softmax.
+
+    Softmax, losses and draws are float32 under autocast.
+    """
+
+    def __init__(self, radices: tuple[int, ...], width: int) -> None:
+        super().__init__(radices, width)
+        self.codebook_size = self.tree.codebook_size
+        parents = [rows // radix for rows, radix in zip(self.rows, radices, strict=True)]
+        self.dense_digits = sum(nodes <= DENSE_NODES for nodes in parents)
+        nodes = sum(self.rows)
+        self.weight = nn.Parameter(torch.randn(nodes, width) * INITIAL_LOGIT_STD * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(nodes))
+
     def score(
-        self, features: Float[Tensor, "b n d"], codes: Int64[Tensor, "b n"]
+        self,
+        features: Float[Tensor, "b n d"],
+        codes: Int64[Tensor, "b n"],
+        temperature: float = 1.0,
+        *,
+        without_class: Float[Tensor, "b n d"] | None = None,
+        guidance: float = 1.0,
     ) -> tuple[Float[Tensor, "b n k"], Bool[Tensor, "b n"]]:
-        """`digit_nll`, and where the likeliest digit at every turn leads to the very code."""
-        child_logits = self._reader(features)
+        """`digit_nll`, and where the likeliest digit at every turn leads to the very code; of the distribution that
+        `sample` draws from with the same temperature and guidance."""
+        child_logits = self._logits(features, temperature, without_class, guidance)
         nll, hits = [], []
         for i in range(len(self.radices)):
             digit = self.tree.digit(codes, i)
@@ -81,9 +99,9 @@ class FactorizedHead(nn.Module):
         """-log p(digit | features, the digits before it), nats."""
         return self.score(features, codes)[0]
 
-    def nll(self, features: Float[Tensor, "b n d"], codes: Int64[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        """-log p(code | features), nats."""
-        return self.digit_nll(features, codes).sum(-1)
+    def nll(self, features: Float[Tensor, "b n d"], codes: Int64[Tensor, "b n"], **how: Any) -> Float[Tensor, "b n"]:
+        """-log p(code | features), nats; `how` is for `score`."""
+        return self.score(features, codes, **how)[0].sum(-1)
 
     @torch.no_grad()
     def sample(
@@ -101,14 +119,10 @@ class FactorizedHead(nn.Module):
         With the features of the same codes `without_class`, by classifier-free guidance (arXiv 2207.12598, Eq. 6, whose
         1 + w is `guidance`), digit by digit: logits = without + guidance (with - without).
         """
-        child_logits = self._reader(features)
-        other_logits = None if without_class is None else self._reader(without_class)
+        child_logits = self._logits(features, temperature, without_class, guidance)
         codes = torch.zeros(uniforms.shape[:2], dtype=torch.int64, device=uniforms.device)
         for i, radix in enumerate(self.radices):
-            logits = child_logits(i, codes)
-            if other_logits:
-                logits = torch.lerp(other_logits(i, codes), logits, guidance)
-            codes = codes * radix + inverse_cdf((logits / temperature).softmax(-1), uniforms[..., i])
+            codes = codes * radix + inverse_cdf(child_logits(i, codes).softmax(-1), uniforms[..., i])
         return codes
 
     def log_probs(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n leaves"]:
@@ -123,6 +137,18 @@ class FactorizedHead(nn.Module):
     def random_codes(self, seeds: Int64[Tensor, " b"], *grid: int) -> Int64[Tensor, "b *grid"]:
         """Codes uniform over all leaves, decided by each row's seed."""
         return (uniform(seeds, *grid) * self.codebook_size).long()
+
+    def _logits(
+        self, features: Tensor, temperature: float, without_class: Tensor | None, guidance: float
+    ) -> Callable[[int, Tensor], Tensor]:
+        """What `_reader` gives, guided, and divided by the temperature."""
+        child_logits = self._reader(features)
+        if without_class is None:
+            return (
+                child_logits if temperature == 1 else lambda digit, parents: child_logits(digit, parents) / temperature
+            )
+        other_logits = self._reader(without_class)
+        return lambda i, parents: torch.lerp(other_logits(i, parents), child_logits(i, parents), guidance) / temperature
 
     def _reader(self, features: Tensor) -> Callable[[int, Tensor], Tensor]:
         """A function (digit, parents `(b, n)`) -> `(b, n, r)`: float32 logits of the parents' children. See

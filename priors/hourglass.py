@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import tyro
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float, Int64
-from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 from x_transformers import Encoder
 from x_transformers.attend import Attend
@@ -18,13 +17,12 @@ from x_transformers.x_transformers import Attention, FeedForward
 
 from smalti.codes import Level
 from smalti.errors import UserError
+from smalti.priors.conditions import ClassEmbedding, UpperLevels
 from smalti.priors.head import FactorizedHead
-from smalti.priors.prior import ClassEmbedding, Prior
+from smalti.priors.methods import REPAIRS
+from smalti.priors.prior import Prior
+from smalti.priors.rotary import AxialRotary
 from smalti.registry import register
-
-ROTARY_THETA = 100
-"""Wavelengths run from 6 to some 400 positions, the range of code grids; language models' 10 000 would leave most of a
-head unturned."""
 
 UNFUSED_POSITIONS = 256
 """The most positions for which attention is not fused where fusing is slow; see `Blocks.forward`."""
@@ -34,7 +32,7 @@ UNFUSED_POSITIONS = 256
 class HourglassConfig:
     """A 2-D hourglass transformer over one level of codes, small enough by default to learn in minutes on two cores.
 
-    Height, width, radices and classes are those of a latent set, and no flags.
+    Height, width, radices, classes and the levels above are those of a latent set, and no flags.
 
     Raises:
         UserError: for values that make no network, naming them.
@@ -48,6 +46,10 @@ class HourglassConfig:
     """Digits of a code, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat codebook."""
     classes: tyro.conf.Suppress[int] = 0
     """Classes of images; 0 for a prior that knows none."""
+    upper_radices: tyro.conf.Suppress[tuple[tuple[int, ...], ...]] = ()
+    """Digits of the codes of each level above, coarsest first."""
+    upper_factors: tyro.conf.Suppress[tuple[int, ...]] = ()
+    """How many times finer this level's grid is than that of each level above."""
     model_width: int = 192
     """Numbers at each position."""
     heads: int = 6
@@ -89,7 +91,8 @@ class Hourglass(Prior):
 
     Non-causal; shortening over s x s patches; positions enter through axial rotary frequencies only, on every head, in
     units of codes. So nothing depends on where a patch lies on the canvas, and grids of any size run. No time input and
-    no mask token: SUNDAE needs neither. A class is one more vector in the sum at every position; it begins at zero.
+    no mask token: SUNDAE needs neither. Class and upper levels are more vectors in the
+    sum at every position; that of a class begins at zero.
 
     Deviation: a grid that s does not divide ends in partial patches, whose missing positions count as zeros and are
     never attended to.
@@ -97,13 +100,19 @@ class Hourglass(Prior):
 
     kind = "hourglass"
     config_class = HourglassConfig
+    method = REPAIRS
 
     def __init__(self, config: HourglassConfig) -> None:
         super().__init__(config)
         self.level = Level(config.height, config.width, config.radices)
-        self.classes = config.classes
+        self.classes, self.upper_levels = config.classes, len(config.upper_radices)
         self.head = FactorizedHead(config.radices, config.model_width)
         self.of_class = ClassEmbedding(config.classes, config.model_width) if config.classes else None
+        self.of_upper = (
+            UpperLevels(config.upper_radices, config.upper_factors, config.model_width)
+            if config.upper_radices
+            else None
+        )
         self.body = Stage(config, config.depth, config.shorten)
         self.norm = nn.LayerNorm(config.model_width)
 
@@ -112,11 +121,16 @@ class Hourglass(Prior):
         return [module for module in self.modules() if isinstance(module, Attention | FeedForward)]
 
     def features(
-        self, codes: Int64[Tensor, "b h w"], labels: Int64[Tensor, " b"] | None = None
+        self,
+        codes: Int64[Tensor, "b h w"],
+        labels: Int64[Tensor, " b"] | None = None,
+        upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Float[Tensor, "b n d"]:
         """See `Prior.features`."""
         _, h, w = codes.shape
         x = self.head.embed(codes)  # b n d
+        if self.of_upper:
+            x = x + rearrange(self.of_upper(upper, h, w), "b h w d -> b (h w) d")
         if self.of_class:
             x = x + rearrange(self.of_class(labels, len(codes)), "b d -> b 1 d")
         if torch.is_autocast_enabled(x.device.type):  # else every layer would cast what it reads, and every sum back
@@ -139,10 +153,8 @@ class Stage(nn.Module):
         self, config: HourglassConfig, depth: tuple[int, ...], shorten: tuple[int, ...], stride: int = 1
     ) -> None:
         super().__init__()
-        d, axis_width = config.model_width, config.model_width // config.heads // 2
-        self.stride = stride
-        # without its cache, which forgets the positions it was asked for
-        self.rotary = RotaryEmbedding(axis_width, theta=ROTARY_THETA, cache_if_possible=False, cache_max_seq_len=1)
+        d = config.model_width
+        self.rotary = AxialRotary(d // config.heads, stride)
         self.before = Blocks(config, depth[0]) if depth[0] else None
         self.shorten = shorten[0] if shorten else None
         if self.shorten:
@@ -156,7 +168,7 @@ class Stage(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
         """Features in raster order over `grid` (rows, columns) to features."""
         h, w = grid
-        angles = self.angles(h, w, x.device)  # 1 n a
+        angles = self.rotary(h, w)  # 1 n a
         if self.before:
             x = self.before(x, angles)
         if self.shorten is None:
@@ -172,14 +184,6 @@ class Stage(nn.Module):
         patches = rearrange(patches, "b (y x) (s1 s2 d) -> b (y s1) (x s2) d", y=rows, s1=s, s2=s)
         x = x + rearrange(patches[:, :h, :w], "b h w d -> b (h w) d")
         return self.after(x, angles) if self.after else x
-
-    def angles(self, h: int, w: int, device: torch.device) -> Float[Tensor, "1 n a"]:
-        """Rotations at each position: half of a head's numbers by the row, half by the column.
-
-        Attention sees differences only, so the centres of patches may count from zero like the codes do.
-        """
-        row, column = (self.rotary(torch.arange(size, device=device) * self.stride) for size in (h, w))
-        return torch.cat([repeat(row, "h a -> 1 (h w) a", w=w), repeat(column, "w a -> 1 (h w) a", h=h)], dim=-1)
 
 
 class Blocks(nn.Module):

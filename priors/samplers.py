@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from smalti.codes import Level
 from smalti.errors import UserError
 from smalti.priors.canvases import canvas_features
 from smalti.priors.prior import Prior
@@ -51,11 +52,23 @@ class SundaeSampling:
         if not 0 < min(self.proportion) <= max(self.proportion) <= 1:
             raise UserError(f"proportion must be above 0 and at most 1 from first step to last, got {self.proportion}")
 
+    def calls(self, _level: Level) -> int:
+        """How often a callback hears of progress, at most."""
+        return self.steps
+
     def at(self, step: int) -> tuple[float, float]:
         """Temperature and proportion of a step, counted from 0."""
         way = step / max(self.steps - 1, 1)
         temperature, proportion = (first + way * (last - first) for first, last in (self.temperature, self.proportion))
         return temperature, proportion
+
+
+@dataclass(frozen=True)
+class SundaeFilling(SundaeSampling):
+    """The same for the missing part of given codes: cooler, as it is to agree with what surrounds it before it is to be
+    one of many."""
+
+    temperature: tuple[float, float] = (0.7, 0.3)
 
 
 @torch.no_grad()
@@ -66,6 +79,7 @@ def sample_sundae(
     known_mask: Bool[Tensor, "b h w"],
     seeds: Int64[Tensor, " b"],
     labels: Int64[Tensor, " b"] | None = None,
+    upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     sampling: SundaeSampling = SundaeSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Int64[Tensor, "b h w"]:
@@ -87,29 +101,23 @@ def sample_sundae(
         known_mask: True = keep.
         seeds: one for each row.
         labels: the class of each row, -1 for any; None is any for all.
+        upper: the codes of the levels above, where the prior has any.
         sampling: the chain.
         callback: called after each step with its number, from 0, and the codes as they are.
 
     Raises:
-        UserError: for a known code outside the codebook, or a label that the prior has no class for.
+        UserError: for a known code outside the codebook, a label that the prior has no class for, or upper levels that
+            do not go with it.
     """
     head, (b, h, w) = prior.head, known.shape
-    kept = known[known_mask]
-    if kept.numel() and not 0 <= kept.min() <= kept.max() < head.codebook_size:
-        raise UserError(
-            f"known codes must be from 0 to {head.codebook_size - 1}, got {int(kept.min())} to {int(kept.max())}"
-        )
-    if labels is not None and labels.numel() and not -1 <= labels.min() <= labels.max() < prior.classes:
-        raise UserError(
-            f"labels must be from -1 (any class) to {prior.classes - 1}, got {int(labels.min())} to {int(labels.max())}"
-        )
+    check_given(prior, known, known_mask, labels)
     codes = torch.where(known_mask, known, head.random_codes(derive(seeds, START), h, w))
     unfinished = torch.ones(b, 1, 1, dtype=torch.bool, device=known.device)
     for step in range(sampling.steps):
         temperature, proportion = sampling.at(step)
         of_step = derive(seeds, STEP, step)
         draws = uniform(derive(of_step, PROPOSE), h * w, len(head.radices))
-        proposal = propose(prior, codes, labels, derive(of_step, WINDOW), draws, temperature, sampling.guidance)
+        proposal = propose(prior, codes, labels, upper, derive(of_step, WINDOW), draws, temperature, sampling.guidance)
         update = (uniform(derive(of_step, UPDATE), h, w) < proportion) & ~known_mask & unfinished
         changed = update & (proposal != codes)
         codes = torch.where(update, proposal, codes)
@@ -126,6 +134,7 @@ def propose(
     prior: Prior,
     codes: Int64[Tensor, "b h w"],
     labels: Int64[Tensor, " b"] | None,
+    upper: tuple[Int64[Tensor, "b _y _x"], ...],
     seeds: Int64[Tensor, " b"],
     uniforms: Float[Tensor, "b n k"],
     temperature: float,
@@ -134,9 +143,29 @@ def propose(
     """A code for every position, drawn given all of them; guided, both answers of the network come from one pass."""
     head = prior.head
     if labels is None or not prior.classes or guidance == 1:
-        return head.sample(canvas_features(prior, codes, labels, seeds), uniforms, temperature).view_as(codes)
+        return head.sample(canvas_features(prior, codes, labels, upper, seeds), uniforms, temperature).view_as(codes)
     told = torch.cat([labels, torch.full_like(labels, -1)])
-    both = canvas_features(prior, torch.cat([codes, codes]), told, torch.cat([seeds, seeds]))
+    above = tuple(torch.cat([of_level, of_level]) for of_level in upper)
+    both = canvas_features(prior, torch.cat([codes, codes]), told, above, torch.cat([seeds, seeds]))
     features, without = both.chunk(2)
     proposal = head.sample(features, uniforms, temperature, without_class=without, guidance=guidance)
     return proposal.view_as(codes)
+
+
+def check_given(
+    prior: Prior, known: Int64[Tensor, "b h w"], known_mask: Bool[Tensor, "b h w"], labels: Int64[Tensor, " b"] | None
+) -> None:
+    """Refuses what the prior does not know.
+
+    Raises:
+        UserError: for a known code outside the codebook, or a label that the prior has no class for.
+    """
+    kept = known[known_mask]
+    if kept.numel() and not 0 <= kept.min() <= kept.max() < prior.head.codebook_size:
+        raise UserError(
+            f"known codes must be from 0 to {prior.head.codebook_size - 1}, got {int(kept.min())} to {int(kept.max())}"
+        )
+    if labels is not None and labels.numel() and not -1 <= labels.min() <= labels.max() < prior.classes:
+        raise UserError(
+            f"labels must be from -1 (any class) to {prior.classes - 1}, got {int(labels.min())} to {int(labels.max())}"
+        )

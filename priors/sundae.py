@@ -16,7 +16,7 @@ from smalti.priors.head import FactorizedHead
 from smalti.priors.prior import Prior
 from smalti.randomness import derive, uniform
 
-RATE, WHERE, WHAT, UNROLL, LABEL = range(5)
+RATE, WHERE, WHAT, UNROLL = range(4)
 """Streams of a row's seed: what each of its draws is for."""
 
 
@@ -61,7 +61,7 @@ class Sundae(nn.Module):
 
         Args:
             batch: `codes` int64 `(b, h, w)`, and `seeds` int64 `(b,)`, another for each row and step of training: they
-            decide all draws. With classes also `labels` int64 `(b,)`, -1 = none.
+            decide all draws; and what `Prior.told` reads.
 
         Returns:
             The loss, and detached: `loss_1`, `loss_2`, ... of each unrolled step; `nll_1`, `nll_2`, ... of each digit,
@@ -69,12 +69,13 @@ class Sundae(nn.Module):
         """
         codes, seeds = batch["codes"], batch["seeds"]
         head, (_, h, w) = self.prior.head, codes.shape
-        target, labels = codes.flatten(1), self._labels(batch)  # b n and b
-        features = self.prior.features(corrupt(head, codes, seeds), labels)  # b n d
+        target = codes.flatten(1)  # b n
+        more = self.prior.told(batch, self.config.label_dropout if self.training else 0.0)
+        features = self.prior.features(corrupt(head, codes, seeds), **more)  # b n d
         scores = [head.score(features, target)]
         for step in range(1, self.config.unrolled_steps):
             draws = uniform(derive(seeds, UNROLL, step), h * w, len(head.radices))
-            features = self.prior.features(head.sample(features, draws).view_as(codes), labels)
+            features = self.prior.features(head.sample(features, draws).view_as(codes), **more)
             scores.append(head.score(features, target))
         nll, hits = zip(*scores, strict=True)  # b n k and b n, of each step
         table = torch.stack([of_step.mean((0, 1)) for of_step in nll])  # steps k
@@ -82,15 +83,6 @@ class Sundae(nn.Module):
         metrics = {f"loss_{i + 1}": value for i, value in enumerate(table.detach().sum(1))}
         metrics |= {f"nll_{i + 1}": value for i, value in enumerate(table.detach().mean(0))}
         return loss, metrics | {"accuracy": hits[0].float().mean()}
-
-    def _labels(self, batch: dict[str, Any]) -> Tensor | None:
-        """The classes as the prior is told them; all, when nothing is trained."""
-        if not self.prior.classes:
-            return None
-        if not self.training:
-            return batch["labels"]
-        untold = uniform(derive(batch["seeds"], LABEL)) < self.config.label_dropout
-        return batch["labels"].masked_fill(untold, -1)
 
 
 def corrupt(head: FactorizedHead, codes: Int64[Tensor, "b h w"], seeds: Int64[Tensor, " b"]) -> Int64[Tensor, "b h w"]:

@@ -62,7 +62,7 @@ def test_a_code_follows_the_average_of_the_windows(h, w):
     seeds = row_seeds(3, torch.arange(rows))
     drawn = torch.zeros(rows, h * w, dtype=torch.int64)
     for part in torch.arange(rows).split(2000):
-        features = canvas_features(prior, canvas.expand(len(part), -1, -1), labels.expand(len(part)), seeds[part])
+        features = canvas_features(prior, canvas.expand(len(part), -1, -1), labels.expand(len(part)), (), seeds[part])
         uniforms = torch.rand(len(part), h * w, 1, generator=torch.Generator().manual_seed(int(part[0])))
         drawn[part] = prior.head.sample(features, uniforms)
     found = F.one_hot(drawn, 3).float().mean(0).view(h, w, 3)
@@ -75,7 +75,7 @@ def test_a_code_follows_the_average_of_the_windows(h, w):
 def test_what_one_window_covers_is_read_as_it_is():
     prior, codes = prior_of(), torch.randint(3, (4, 2, 2))
     seeds = row_seeds(0, torch.arange(4))
-    assert torch.equal(canvas_features(prior, codes, None, seeds), prior.features(codes))
+    assert torch.equal(canvas_features(prior, codes, None, (), seeds), prior.features(codes))
 
 
 @settings(max_examples=10)

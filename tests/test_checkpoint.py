@@ -33,7 +33,10 @@ def make(family, kind, seed=0):
 def output(family, model):
     generator = torch.Generator().manual_seed(1)
     if family == "prior":
-        return [model.features(torch.randint(9, (2, 2, 3), generator=generator))]
+        config = model.config
+        upper = [(2, config.height // factor, config.width // factor) for factor in config.upper_factors]
+        codes = torch.randint(9, (2, config.height, config.width), generator=generator)
+        return [model.features(codes, upper=tuple(torch.randint(4, grid, generator=generator) for grid in upper))]
     images = torch.rand(2, model.image_channels, 8, 12, generator=generator) * 2 - 1
     codes = model.encode(images)
     return [*codes, model.decode(codes)]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from smalti import checkpoint
 from smalti.errors import UserError
-from smalti.priors.hourglass import ROTARY_THETA, Blocks, Hourglass, HourglassConfig, Stage
+from smalti.priors.hourglass import Blocks, Hourglass, HourglassConfig, Stage
+from smalti.priors.rotary import ROTARY_THETA
 
 TINY = HourglassConfig(height=4, width=6, radices=(3, 4), model_width=32, heads=2, depth=(1, 1, 1), shorten=(2,))
 
@@ -110,9 +111,9 @@ def test_every_head_gets_rows_and_columns_and_only_their_offsets(part):
 
 def test_positions_are_whole_numbers_of_codes_on_every_canvas_and_in_the_valley():
     body = model_of().body
-    large = body.angles(8, 10, torch.device("cpu")).view(8, 10, -1)
-    assert torch.equal(large[:4, :6].reshape(1, 24, -1), body.angles(4, 6, torch.device("cpu")))
-    assert torch.allclose(body.valley.angles(4, 5, torch.device("cpu")).view(4, 5, -1), large[::2, ::2])
+    large = body.rotary(8, 10).view(8, 10, -1)
+    assert torch.equal(large[:4, :6].reshape(1, 24, -1), body.rotary(4, 6))
+    assert torch.allclose(body.valley.rotary(4, 5).view(4, 5, -1), large[::2, ::2])
 
 
 @pytest.mark.parametrize(("shorten", "h", "w"), [(2, 4, 6), (2, 5, 9), (3, 4, 7), (4, 3, 3)])

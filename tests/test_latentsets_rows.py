@@ -73,15 +73,21 @@ def test_a_batch_from_the_device_equals_one_from_the_map(latent_set, level, aske
     for batch in (mapped, resident):
         assert torch.equal(batch["codes"], expected)
         assert batch["codes"].dtype == (torch.int64 if level else torch.float32)
+        for above in range(level):
+            assert torch.equal(batch[f"upper_{above}"], make_codes()[above][~HELD_OUT][asked])
         assert torch.equal(batch["labels"], LABELS[~HELD_OUT][asked])
         assert batch["rows"].tolist() == asked
+        assert len(batch) == level + 3
 
 
 def test_codes_on_the_device_keep_their_stored_width(latent_set):
-    for level, width_bytes in enumerate(WIDTHS_BYTES):
+    stored_bytes = [codes.numel() * width for codes, width in zip(make_codes(), WIDTHS_BYTES, strict=True)]
+    for level in range(len(WIDTHS_BYTES)):
         rows = LatentRows(latent_set, split="all", level=level).to("cpu")
         assert rows._resident is not None
-        assert rows._resident[0].nbytes == rows.resident_bytes == make_codes()[level].numel() * width_bytes
+        assert rows._resident["codes"].nbytes == stored_bytes[level]
+        held = sum(codes.nbytes for name, codes in rows._resident.items() if name != "labels")
+        assert held == rows.resident_bytes == sum(stored_bytes[: level + 1])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

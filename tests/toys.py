@@ -1,6 +1,7 @@
 """Small things to train, for the tests of training: a network of a few numbers, and every registered kind, tiny."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from smalti.devices import accelerator
 from smalti.fit import fit
 from smalti.fit_config import FitConfig, Phase
 from smalti.priors.hourglass import HourglassConfig
-from smalti.priors.sundae import Sundae, SundaeConfig
+from smalti.priors.pixelcnn import PixelCNNConfig
 from smalti.randomness import uniform
 from smalti.runs import METRICS_NAME, Run
 from smalti.tokenizers.hrvq import HRVQConfig
@@ -25,6 +26,18 @@ TINY = {
     "hrvq": HRVQConfig(height=8, width=12, widths=(4, 6), residual_blocks=1, code_width=5, depth=2, branching=3),
     "hourglass": HourglassConfig(
         height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
+    ),
+    "pixelcnn": PixelCNNConfig(
+        height=4,
+        width=6,
+        radices=(3, 3),
+        upper_radices=((4,),),
+        upper_factors=(2,),
+        model_width=8,
+        layers=2,
+        attention_every=2,
+        heads=1,
+        classes=2,
     ),
 }
 KINDS = [(family, kind) for family in ("tokenizer", "prior") for kind in registry.kinds(family)]
@@ -107,10 +120,14 @@ def make(family, kind):
     model = registry.find(family, kind)(config)
     shape = (ROWS + 5, config.height, config.width)
     if family == "prior":
-        codes = torch.randint(model.level.codebook_size, shape, generator=generator)
-        labels = torch.arange(len(codes)) % 3 - 1
-        rows = [Rows(codes=codes[part], labels=labels[part]) for part in (slice(ROWS), slice(ROWS, None))]
-        return model, Sundae(model, SundaeConfig()), *rows
+        columns = {"codes": torch.randint(model.level.codebook_size, shape, generator=generator)}
+        columns["labels"] = torch.arange(ROWS + 5) % 3 - 1
+        for number, (radices, factor) in enumerate(zip(config.upper_radices, config.upper_factors, strict=True)):
+            grid = (ROWS + 5, config.height // factor, config.width // factor)
+            columns[f"upper_{number}"] = torch.randint(math.prod(radices), grid, generator=generator)
+        objective = model.method.objective(model, model.method.objective_config())
+        parts = [{k: v[part] for k, v in columns.items()} for part in (slice(ROWS), slice(ROWS, None))]
+        return model, objective, *(Rows(**part) for part in parts)
     shape = (ROWS + 5, model.image_channels, config.height, config.width)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     model.start_from(images.float() / 127.5 - 1)
