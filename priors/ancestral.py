@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import tyro
 from einops import rearrange
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from smalti.codes import Level
 from smalti.errors import UserError
 from smalti.priors.head import inverse_cdf
 from smalti.priors.prior import CausalPrior
@@ -36,9 +36,8 @@ class AncestralSampling:
     guidance: float = 1.0
     """How far to go from what is likely in any class (0) past what is likely in the given one (1); other values than 1
     take twice the time, and change nothing for images of no class."""
-    particles: int = 1
-    """Where some codes are given: how many grids are drawn for each one kept, which is chosen by how likely it makes
-    the given codes that come after its own. One sees only those that come before."""
+    particles: tyro.conf.Suppress[int] = 1
+    """Grids drawn for each one kept, where some codes are given; see `AncestralFilling`."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -48,16 +47,18 @@ class AncestralSampling:
         if self.particles < 1:
             raise UserError(f"particles must be at least 1, got {self.particles}")
 
-    def calls(self, level: Level) -> int:
+    def calls(self, h: int, w: int) -> int:
         """How often a callback hears of progress."""
-        return level.positions
+        return h * w
 
 
 @dataclass(frozen=True)
 class AncestralFilling(AncestralSampling):
-    """The same for the missing part of given codes, which are to count wherever they are."""
+    """The same for the missing part of given codes, of which those that come after it are to count too."""
 
     particles: int = 8
+    """Grids drawn for each one kept, which is chosen by how likely it makes the given codes that come after its own:
+    one grid sees only those that come before."""
 
 
 @torch.no_grad()

@@ -82,8 +82,9 @@ class PixelCNN(CausalPrior):
     """Gated PixelCNN (arXiv 1606.05328, Fig. 2), with the attention of arXiv 1712.09763 on request.
 
     A vertical stack sees all rows above, a horizontal one what is left in the row, and is told by the vertical one: so
-    there is no blind spot. Classes and upper levels enter every gate (Eq. 4). Both stacks read codes that are moved on
-    by a position, down and to the right; then every layer is the same, and none must hide its middle.
+    there is no blind spot. Classes and upper levels enter every gate (Eq. 4). The one reads codes that are moved on
+    by a row, the other by a position (from the end of a row to the start of the next, or else attention would not find
+    the last column); then every layer is the same, and none must hide its middle.
 
     Deviations: the vertical stack has residual connections as well, without which deep ones begin with next to nothing
     at their end; a LayerNorm ends the body in place of two layers, as the head's weights expect.
@@ -122,10 +123,11 @@ class PixelCNN(CausalPrior):
     ) -> Float[Tensor, "b n d"]:
         """See `Prior.features`; those of a position hang on the codes before it only."""
         b, h, w = codes.shape
-        x = rearrange(self.head.embed(codes), "b (h w) d -> b h w d", h=h)
+        x = self.head.embed(codes)  # b n d
         condition = self._condition(b, h, w, labels, upper)  # b h w d, b 1 1 d or None
-        vertical = F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0))
-        horizontal = F.pad(x[:, :, :-1], (0, 0, 1, 0))
+        vertical, horizontal = (
+            rearrange(F.pad(x[:, :-moved], (0, 0, moved, 0)), "b (h w) d -> b h w d", h=h) for moved in (w, 1)
+        )
         for layer in self.layers:
             vertical, horizontal = layer(vertical, horizontal, condition)
         return self.norm(rearrange(horizontal, "b h w d -> b (h w) d").float())
@@ -149,7 +151,7 @@ class PixelCNN(CausalPrior):
         new = self.norm.weight.new_zeros
         memories = [new(b, c - 1, w, d) for _ in layers]  # the rows above that each layer reads
         recalls = [layer.attention.recall(b, h, w) if layer.attention else None for layer in layers]
-        embedded = new(b, w, d)
+        embedded, x = new(b, w, d), new(b, d)
         for y in range(h):
             here = condition if condition is None or condition.shape[1] == 1 else condition[:, y : y + 1]
             vertical, heard = embedded[:, None], []
@@ -160,7 +162,6 @@ class PixelCNN(CausalPrior):
                 heard.append(rearrange(told, "b 1 w d -> w b d").contiguous())
             embedded = new(b, w, d)
             read = [new(b, (w + c - 1) * d) for _ in layers]  # what each layer read in this row, after its padding
-            x = new(b, d)
             for column in range(w):
                 for layer, seen, told, recall in zip(layers, read, heard, recalls, strict=True):
                     seen[:, (column + c - 1) * d : (column + c) * d] = x

@@ -126,8 +126,8 @@ class Method:
         objective: (prior, its config) -> a module whose `forward(batch)` is the loss.
         objective_config: a frozen dataclass.
         sampler: draws codes.
-        sampling: the sampler's config, a frozen dataclass; its `calls(level)` is how often the callback is called at
-            most.
+        sampling: the sampler's config, a frozen dataclass; its `calls(h, w)` is how often the callback is called at
+            most for a grid.
         filling: the same, with defaults for the missing part of given codes.
     """
 

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from smalti.codes import Level
 from smalti.errors import UserError
 from smalti.priors.canvases import canvas_features
 from smalti.priors.prior import Prior
@@ -52,7 +51,7 @@ class SundaeSampling:
         if not 0 < min(self.proportion) <= max(self.proportion) <= 1:
             raise UserError(f"proportion must be above 0 and at most 1 from first step to last, got {self.proportion}")
 
-    def calls(self, _level: Level) -> int:
+    def calls(self, _h: int, _w: int) -> int:
         """How often a callback hears of progress, at most."""
         return self.steps
 
@@ -65,10 +64,12 @@ class SundaeSampling:
 
 @dataclass(frozen=True)
 class SundaeFilling(SundaeSampling):
-    """The same for the missing part of given codes: cooler, as it is to agree with what surrounds it before it is to be
-    one of many."""
+    """The same for the missing part of given codes: cooler, and in less time, as it is to agree with what surrounds it
+    before it is to be one of many, and has that to start from."""
 
+    steps: int = 60
     temperature: tuple[float, float] = (0.7, 0.3)
+    proportion: tuple[float, float] = (0.5, 0.2)
 
 
 @torch.no_grad()

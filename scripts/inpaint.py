@@ -1,7 +1,7 @@
 """Fills holes in an image; see `smalti.pipeline.inpaint`."""
 
 from smalti import cli
-from smalti.pipeline.inpaint import Inpaint, inpaint
+from smalti.pipeline.inpaint import default_config, inpaint
 
 ABOUT = """Fills the masked part of an image, several times; everything outside the mask is returned exactly.
 
@@ -12,7 +12,9 @@ $ python scripts/inpaint.py --image in.png --mask mask.png --invert      # black
 
 def main() -> None:
     """The command."""
-    cli.run(lambda config: print(inpaint(config)), Inpaint, about=ABOUT)
+    cli.run(
+        lambda config: print(inpaint(config)), lambda: default_config(cli.chosen("--prior", "hourglass")), about=ABOUT
+    )
 
 
 if __name__ == "__main__":

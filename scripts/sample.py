@@ -1,7 +1,7 @@
 """Generates images; see `smalti.pipeline.generate`."""
 
 from smalti import cli
-from smalti.pipeline.generate import Sample, sample
+from smalti.pipeline.generate import default_config, sample
 
 ABOUT = """Generates images with a trained prior, as one sheet.
 
@@ -13,7 +13,9 @@ $ python scripts/sample.py --prior my/prior --steps 60 --out fewer_steps.png"""
 
 def main() -> None:
     """The command."""
-    cli.run(lambda config: print(sample(config)), Sample, about=ABOUT)
+    cli.run(
+        lambda config: print(sample(config)), lambda: default_config(cli.chosen("--prior", "hourglass")), about=ABOUT
+    )
 
 
 if __name__ == "__main__":

@@ -126,18 +126,17 @@ def test_a_class_is_learned_and_forgotten_where_it_is_dropped():
     assert losses[1.0] > 0.1
 
 
-def test_labels_are_dropped_in_training_only_and_by_the_rows_seeds():
+def test_labels_are_dropped_by_the_rows_seeds():
     prior = prior_of()
     codes, labels = torch.randint(3, (2000, 2, 2)), torch.arange(2000) % 3
     batch = {"codes": codes, "labels": labels, "seeds": row_seeds(3, torch.arange(2000))}
-    objective = Sundae(prior, SundaeConfig(label_dropout=0.25))
-    told = objective._labels(batch)
+    told = prior.told(batch, 0.25)["labels"]
     assert told is not None
     assert abs(float((told == -1).float().mean()) - 0.25) < 0.04
     assert torch.equal(told[told >= 0], labels[told >= 0])
-    assert torch.equal(objective._labels({k: v[500:] for k, v in batch.items()}), told[500:])
-    assert objective.eval()._labels(batch) is labels
-    assert Sundae(prior_of(classes=0), SundaeConfig())._labels(batch) is None
+    assert torch.equal(prior.told({k: v[500:] for k, v in batch.items()}, 0.25)["labels"], told[500:])
+    assert prior.told(batch)["labels"] is labels
+    assert prior_of(classes=0).told(batch)["labels"] is None
 
 
 @pytest.mark.parametrize("label", [-2, 3])

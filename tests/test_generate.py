@@ -143,7 +143,7 @@ def test_a_sample_is_that_of_its_number_whatever_the_batch(models):
 def test_numbers_that_make_no_sheet_are_refused():
     for wrong in ({"num": 0}, {"batch_size": 0}):
         with pytest.raises(UserError, match="--num and --batch-size must be at least 1"):
-            sample(Sample(**wrong))
+            sample(Sample(sampling=SAMPLING, **wrong))
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])

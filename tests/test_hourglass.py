@@ -167,7 +167,7 @@ def test_depth_counts_blocks_from_the_outside_in():
     found = [len(part.attends) for part in (body.before, body.valley.before, body.valley.valley.before)]
     found += [len(part.attends) for part in (body.valley.after, body.after)]
     assert found == [1, 2, 3, 1, 2]
-    assert (body.stride, body.valley.stride, body.valley.valley.stride) == (1, 2, 6)
+    assert (body.rotary.stride, body.valley.rotary.stride, body.valley.valley.rotary.stride) == (1, 2, 6)
 
 
 def test_rows_do_not_see_each_other():

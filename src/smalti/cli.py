@@ -58,14 +58,17 @@ def run(command: Callable[[C], Any], config_class: Callable[[], type[C]] | type[
 
 
 def chosen(flag: str, default: str) -> str:
-    """The value of `--flag` on the command line, before that is parsed: a kind, which decides what flags there are."""
-    arguments = sys.argv[1:]
-    for index, argument in enumerate(arguments):
-        if argument == flag and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-    return default
+    """The last value of `--flag` on the command line, before that is parsed: a kind, which decides what flags there
+    are."""
+    found, follows = default, False
+    for argument in sys.argv[1:]:
+        if argument.startswith("-"):
+            name, _, value = argument.partition("=")
+            follows = name == flag
+            found = value if follows and value else found
+        elif follows:
+            found = argument
+    return found
 
 
 def _quiet_interrupts(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -22,13 +22,14 @@ from smalti.pipeline import benchmark_latents, benchmark_ways
 from smalti.pipeline.comparison import Comparison, Measured, Way, synchronize
 from smalti.runs import git_commit, versions
 
-Section: TypeAlias = Literal["search", "latents", "prior", "sampler", "training"]
+Section: TypeAlias = Literal["search", "latents", "prior", "sampler", "ancestral", "training"]
 
 SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "search": benchmark_ways.search,
     "latents": benchmark_latents.latents,
     "prior": benchmark_ways.prior,
     "sampler": benchmark_ways.sampler,
+    "ancestral": benchmark_ways.ancestral,
     "training": benchmark_ways.training,
 }
 

@@ -23,12 +23,14 @@ from smalti.pictures import save_sheet
 from smalti.pipeline.build_latents import BuildLatents, build_latents
 from smalti.pipeline.demo import DONE_NAME, PICTURES, REPORT_NAME, Demo
 from smalti.pipeline.generate import Sample, sample
-from smalti.pipeline.inpaint import FILLING, Inpaint, fill
+from smalti.pipeline.inpaint import Inpaint, fill
 from smalti.pipeline.places import load_prior, load_tokenizer
 from smalti.pipeline.train_prior import TrainPrior, train_prior
 from smalti.pipeline.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
 from smalti.preprocess import to_float
 from smalti.priors.hourglass import HourglassConfig
+from smalti.priors.samplers import SundaeFilling
+from smalti.priors.sundae import SundaeConfig
 from smalti.randomness import row_seeds
 from smalti.runs import flatten, last_metrics, versions
 from smalti.tokenizers.hrvq import HRVQConfig
@@ -50,16 +52,21 @@ def run_stages(config: Demo, settings: dict[str, Any]) -> None:
     with _timed(seconds, "latent set"):
         latents = build_latents(BuildLatents(tokenizer=str(folder), flips=False, out=config.out / "latents.h5"))
     with _timed(seconds, "prior"):
-        fit = replace(TrainPrior(model=None).fit, steps=config.prior_steps, seed=config.seed)
+        fit = replace(TrainPrior(model=None, objective=None).fit, steps=config.prior_steps, seed=config.seed)
         prior_config = TrainPrior(
-            model=HourglassConfig(), fit=fit, latents=latents, precision=config.precision, out=config.out / "prior"
+            model=HourglassConfig(),
+            objective=SundaeConfig(),
+            fit=fit,
+            latents=latents,
+            precision=config.precision,
+            out=config.out / "prior",
         )
         prior = train_prior(prior_config)
     with _timed(seconds, "samples"):
         sample(
             Sample(
                 sampling=config.sampling,
-                prior=str(prior),
+                prior=(str(prior),),
                 num=config.samples,
                 classes=("all",),
                 seed=config.seed,
@@ -98,7 +105,7 @@ def _inpainting(prior_folder: str, config: Demo, path: Path) -> None:
             images.repeat_interleave(FILLS, 0),
             hole.repeat_interleave(FILLS, 0),
             seeds=row_seeds(config.seed, torch.arange(count * FILLS)),
-            sampling=FILLING,
+            sampling=SundaeFilling(),
             candidates=Inpaint.candidates,
         )
     shown = torch.cat(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -13,28 +14,26 @@ from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.masks import blank, known_codes, load_mask
 from smalti.pictures import save_png, save_sheet, to_image
-from smalti.pipeline.places import RUNS, load_prior
+from smalti.pipeline.places import RUNS, load_prior, prior_class
 from smalti.preprocess import load_image, to_float, to_uint8
 from smalti.priors.prior import Prior
-from smalti.priors.samplers import SundaeSampling, sample_sundae
 from smalti.progress import bar, counting
 from smalti.randomness import derive, row_seeds
 from smalti.runs import flatten, versions
 
-FILLING = SundaeSampling(steps=60, temperature=(0.7, 0.3), proportion=(0.5, 0.2))
-"""Cooler than for samples, and in less time: a fill is to agree with what surrounds it before it is to be one of many,
-and has that to start from."""
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Inpaint:
+class Inpaint(Generic[S]):
     """How to fill the holes of an image."""
 
     image: Path
     """The image to mend: any format that Pillow opens, of a size that divides by the tokenizer's downsampling."""
     mask: Path
     """An image of the same size: what is white is filled in."""
-    sampling: SundaeSampling = FILLING
+    sampling: S
+    """How codes are drawn."""
     invert: bool = False
     """Fill what is black in the mask instead."""
     num: int = 3
@@ -55,7 +54,7 @@ class Inpaint:
     """The first fill; further ones get -2, -3, ... and a sheet of all -sheet after the name."""
 
 
-def inpaint(config: Inpaint) -> Path:
+def inpaint(config: Inpaint[Any]) -> Path:
     """Fills the holes of one image several times; returns the first fill's path.
 
     Every pixel outside the mask comes back exactly.
@@ -78,7 +77,7 @@ def inpaint(config: Inpaint) -> Path:
         )
     hole = load_mask(config.mask, height=height, width=width, invert=config.invert)
     with (
-        bar(what="filling", total=config.sampling.steps, unit="step") as progress,
+        bar(what="filling", total=config.sampling.calls(height // tokenizer.downsampling, width // tokenizer.downsampling), unit="step") as progress,
         autocast(where, config.precision),
     ):
         filled = fill(
@@ -109,7 +108,7 @@ def fill(
     hole: Bool[Tensor, "b h w"],
     *,
     seeds: Int64[Tensor, " b"],
-    sampling: SundaeSampling,
+    sampling: Any,
     candidates: int = 1,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -125,7 +124,7 @@ def fill(
         (known,) = tokenizer.encode(blank(given, hole))
     known_mask = known_codes(hole, tokenizer.downsampling)
     seeds = derive(seeds.to(where).repeat_interleave(candidates), torch.arange(candidates, device=where).repeat(b))
-    codes = sample_sundae(
+    codes = prior.method.sampler(
         prior,
         known=known.repeat_interleave(candidates, 0),
         known_mask=known_mask.repeat_interleave(candidates, 0),
@@ -145,3 +144,8 @@ def fill(
 def _patches(of_codes: Bool[Tensor, "b y x"], downsampling: int) -> Bool[Tensor, "b h w"]:
     """For each pixel what holds for its code."""
     return of_codes.repeat_interleave(downsampling, 1).repeat_interleave(downsampling, 2)
+
+
+def default_config(source: str) -> Any:
+    """The config class for a prior, for the command line: `Inpaint` of its kind's sampling, an alias and no `type`."""
+    return Inpaint[prior_class(source).method.filling]

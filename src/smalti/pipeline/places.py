@@ -1,9 +1,11 @@
 """Where things are unless the person says otherwise: the working folder, and names that stand for folders in it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from smalti import registry
-from smalti.checkpoint import CONFIG_NAME, load, locate
+from smalti.checkpoint import CONFIG_NAME, load, locate, read_config
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.priors.prior import Prior
@@ -31,27 +33,66 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 
 def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
-    """A trained prior, with the tokenizer that made its codes: the copy in its folder, or another copy of the same one.
+    """A trained prior of a tokenizer of one level; see `load_priors`."""
+    (prior,), decoder = load_priors((source,), tokenizer)
+    return prior, decoder
+
+
+def load_priors(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:
+    """The trained priors of all levels, coarsest first whatever the order given, with the tokenizer that made their
+    codes: the copy in the first one's folder, or another copy of the same one.
 
     Raises:
-        UserError: as `smalti.checkpoint.load` does, or if the tokenizer is not the one that made the prior's codes.
+        UserError: as `smalti.checkpoint.load` does, if the tokenizer is not the one that made the priors' codes, or if
+            there is not one prior for each of its levels.
     """
+    if not sources:
+        raise UserError("--prior needs at least one prior")
+    folders = [_prior_folder(source) for source in sources]
+    priors: list[Prior] = [load(folder, "prior") for folder in folders]
+    decoder = load_tokenizer(tokenizer if tokenizer is not None else str(_run_folder(folders[0]) / "tokenizer"))
+    found = decoder.digest()
+    for source, prior in zip(sources, priors, strict=True):
+        expected = prior.provenance.get("tokenizer_digest")
+        if found != expected:
+            raise UserError(
+                f"the prior {source} speaks the codes of tokenizer {str(expected)[:12]}, but "
+                f"{tokenizer or f'the copy beside {sources[0]}'} is {found[:12]}; give the one it was trained with"
+            )
+    levels, needed = [prior.provenance.get("level", 0) for prior in priors], list(range(len(decoder.layout.levels)))
+    if sorted(levels) != needed:
+        raise UserError(
+            f"the tokenizer has levels {_listed(needed)}, but the priors given draw {_listed(levels)}; "
+            "give one for each level (train_prior.py --level N trains it)"
+        )
+    return [priors[levels.index(level)] for level in needed], decoder
+
+
+def prior_class(source: str) -> type[Prior]:
+    """The class of a prior given by its kind, folder or hub id, without loading it.
+
+    Raises:
+        UserError: as `smalti.checkpoint.load` does.
+    """
+    kind = source if source in registry.kinds("prior") else read_config(locate(source))["kind"]
+    return cast(type[Prior], registry.find("prior", kind))
+
+
+def _prior_folder(source: str) -> Path:
     if source in registry.kinds("prior"):
         if not (PRIORS / source / CONFIG_NAME).exists():
             raise UserError(
-                f"{PRIORS / source} is not there: train it first (accelerate launch scripts/train_prior.py), "
-                "or give --prior a folder or hub id"
+                f"{PRIORS / source} is not there: train it first (accelerate launch scripts/train_prior.py "
+                f"--prior {source}), or give --prior a folder or hub id"
             )
-        source = str(PRIORS / source)
-    prior: Prior = load(source, "prior")
-    folder = locate(source)
-    if folder.parent.name == STATES_NAME:  # of a run, in whose folder the tokenizer is
-        folder = folder.parents[1]
-    decoder = load_tokenizer(tokenizer if tokenizer is not None else str(folder / "tokenizer"))
-    expected, found = prior.provenance.get("tokenizer_digest"), decoder.digest()
-    if found != expected:
-        raise UserError(
-            f"the prior {source} speaks the codes of tokenizer {str(expected)[:12]}, but "
-            f"{tokenizer or 'the copy beside it'} is {found[:12]}; give --tokenizer the one it was trained with"
-        )
-    return prior, decoder
+        return PRIORS / source
+    return locate(source)
+
+
+def _run_folder(folder: Path) -> Path:
+    """The folder of the run, in which the tokenizer is, of a prior or of one of the states of its training."""
+    return folder.parents[1] if folder.parent.name == STATES_NAME else folder
+
+
+def _listed(levels: Sequence[int]) -> str:
+    return ", ".join(map(str, levels))

@@ -1,6 +1,7 @@
 """Stage two: a latent set to a trained prior, in a folder with its tokenizer: all that generating needs."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -8,6 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from smalti import registry
+from smalti.codes import Level
 from smalti.devices import Precision, accelerator, tracked
 from smalti.errors import UserError
 from smalti.fit import fit
@@ -18,24 +20,24 @@ from smalti.latentsets.rows import LatentRows
 from smalti.pictures import save_grid
 from smalti.pipeline.classes import draw_labels
 from smalti.pipeline.generate import generate_codes
-from smalti.pipeline.places import LATENTS, PRIORS, load_tokenizer
+from smalti.pipeline.places import LATENTS, PRIORS, load_tokenizer, prior_class
 from smalti.priors.prior import Prior
-from smalti.priors.samplers import SundaeSampling
-from smalti.priors.sundae import Sundae, SundaeConfig
 from smalti.runs import Resume, Run, flatten
 
 C = TypeVar("C")
+Objective = TypeVar("Objective")
 
 SHEET_SAMPLES = 32
 
 
 @dataclass(frozen=True)
-class TrainPrior(Generic[C]):
+class TrainPrior(Generic[C, Objective]):
     """How to train a prior."""
 
     model: C
     """The network; its height, width and radices are those of the latent set."""
-    sundae: SundaeConfig = field(default_factory=SundaeConfig)
+    objective: Objective
+    """What it learns by."""
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(
             steps=3_000, batch_size=32, learning_rate=3e-3, optimizer="muon", decay_fraction=0.75, ema_decay=0.998
@@ -45,38 +47,41 @@ class TrainPrior(Generic[C]):
     """Kind of prior; its own settings are listed with it (`--prior KIND --help`)."""
     latents: Path = LATENTS / "hrvq.h5"
     """The latent set, from build_latents.py."""
+    level: int = 0
+    """Which of the latent set's levels to learn, 0 being the coarsest; the prior is told the codes of those above."""
     tokenizer: str | None = None
     """The tokenizer that made it: a kind, a folder or a hub id [default: where the latent set says]."""
     precision: Precision = "auto"
     """Arithmetic of the network; auto is bf16 where the hardware is fast in it."""
     out: Path | None = None
-    """Folder of the run [default: runs/priors/KIND]."""
+    """Folder of the run [default: runs/priors/KIND, and of a latent set of several levels runs/priors/KIND-LEVEL]."""
     resume: Resume = "auto"
     """`auto` goes on from the newest whole state, if there is one; `never` throws a run that is there away; a number
     goes back to the state of that step and forgets what came after."""
 
 
-def train_prior(config: TrainPrior[Any]) -> Path:
+def train_prior(config: TrainPrior[Any, Any]) -> Path:
     """Trains a prior, or goes on with a run that was stopped; returns its folder.
 
-    Leaves `model.safetensors` and `config.json`, `tokenizer/`, `run.json`, `metrics.jsonl` and `samples.png`.
+    Leaves `model.safetensors` and `config.json`, `tokenizer/`, `run.json`, `metrics.jsonl` and, of the finest level,
+    `samples.png`.
 
     Raises:
         UserError: for a latent set, tokenizer, settings or folder that will not do or do not belong together.
         Interrupted: if a signal stopped it.
     """
-    folder = config.out or PRIORS / config.prior
-    process = accelerator(config.precision, config.fit.trackers, folder)
     latents = LatentSet(config.latents)
+    levels = latents.layout.levels
+    folder = config.out or PRIORS / (f"{config.prior}-{config.level}" if len(levels) > 1 else config.prior)
+    process = accelerator(config.precision, config.fit.trackers, folder)
     tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
     require_tokenizer(latents, tokenizer.digest())
-    (level,) = latents.layout.levels
     torch.manual_seed(config.fit.seed)
     names, labels = latents.provenance.label_names, latents.labels
-    if config.sundae.label_dropout == 1:
+    if config.objective.label_dropout == 1:
         names, labels = (), torch.full_like(labels, -1)
     classes = max(len(names), int(labels.max()) + 1)
-    known = {"height": level.height, "width": level.width, "radices": level.radices, "classes": classes}
+    known = {**grids(levels, config.level), "classes": classes}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
     prior = cast(Prior, registry.find("prior", config.prior)(config.model))
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
@@ -89,6 +94,7 @@ def train_prior(config: TrainPrior[Any]) -> Path:
     prior.provenance = {
         "tokenizer_digest": latents.provenance.tokenizer_digest,
         "latents_digest": latents.content_digest,
+        "level": config.level,
         "image_source": latents.provenance.image_source,
         "preprocessing": latents.provenance.preprocessing,
         "label_names": names,
@@ -97,12 +103,15 @@ def train_prior(config: TrainPrior[Any]) -> Path:
     if process.is_main_process:
         tokenizer.save(folder / "tokenizer")
     tokenizer.to(process.device)
-    objective = Sundae(prior, config.sundae)
-    train, workers = LatentRows(latents, split="train").for_training(process.device, config.fit.workers)
+    objective = prior.method.objective(prior, config.objective)
+    held_out = _held_out(latents, config.level)
+    rows = LatentRows(latents, split="train", level=config.level)
+    train, workers = rows.for_training(process.device, config.fit.workers)
 
     def report(_step: int, trained: Prior) -> None:
-        with process.autocast():
-            save_samples(trained, tokenizer, folder / "samples.png", config)
+        if config.level == len(levels) - 1:  # else there is nothing to decode
+            with process.autocast():
+                save_samples(trained, tokenizer, held_out or rows, folder / "samples.png", config.fit.seed)
 
     with tracked(process, settings):
         fit(
@@ -112,29 +121,66 @@ def train_prior(config: TrainPrior[Any]) -> Path:
             dataclasses.replace(config.fit, workers=workers),
             model=prior,
             run=run,
-            held_out=_held_out(latents),
+            held_out=held_out,
             on_report=report,
             what=f"training {config.prior}",
         )
     return folder
 
 
-def save_samples(prior: Prior, tokenizer: Tokenizer, path: Path, config: TrainPrior[Any]) -> None:
-    """A sheet of samples as the prior is now, of each class in turn; the same seeds every time, to be compared."""
-    rows = torch.arange(SHEET_SAMPLES)
-    labels = draw_labels(prior, range(prior.classes), rows, config.fit.seed)
-    codes = generate_codes(prior, rows, labels, seed=config.fit.seed, sampling=SundaeSampling())
-    save_grid(path, tokenizer.decode((codes,)).cpu())
+def grids(levels: Sequence[Level], number: int) -> dict[str, Any]:
+    """What a prior's config says of the levels of its codes.
+
+    Raises:
+        UserError: if there is no such level, it or one above it has no codes, or their grids do not fit together.
+    """
+    if not 0 <= number < len(levels):
+        raise UserError(f"the latent set has levels 0 to {len(levels) - 1}; --level {number} is not one of them")
+    *upper, level = levels[: number + 1]
+    if not all(one.radices for one in (*upper, level)):
+        raise UserError(f"level {number} or one above it holds real numbers, not codes, which no prior learns yet")
+    for one in upper:
+        if (level.height % one.height, level.width % one.width) != (0, 0) or (
+            level.height * one.width != level.width * one.height
+        ):
+            grids = f"{one.height}x{one.width} and {level.height}x{level.width}"
+            raise UserError(f"the grids of the levels, {grids}, are not one a whole multiple of the other")
+    return {
+        "height": level.height,
+        "width": level.width,
+        "radices": level.radices,
+        "upper_radices": tuple(one.radices for one in upper),
+        "upper_factors": tuple(level.height // one.height for one in upper),
+    }
 
 
-def _held_out(latents: LatentSet) -> LatentRows | None:
+def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Path, seed: int) -> None:
+    """A sheet of samples as the prior is now, of each class in turn; the same seeds every time, to be compared.
+
+    Below upper levels, the codes there and the classes are those of the first rows in `shown`.
+    """
+    rows, upper = torch.arange(SHEET_SAMPLES), ()
+    if prior.upper_levels:
+        rows = rows[: len(shown)]
+        batch = shown.__getitems__(rows.tolist())
+        where = next(prior.parameters()).device
+        upper = tuple(batch[f"upper_{level}"].to(where) for level in range(prior.upper_levels))
+        labels = batch["labels"]
+    else:
+        labels = draw_labels(prior, range(prior.classes), rows, seed)
+    codes = generate_codes(prior, rows, labels, seed=seed, sampling=prior.method.sampling(), upper=upper)
+    save_grid(path, tokenizer.decode((*upper, codes)).cpu())
+
+
+def _held_out(latents: LatentSet, level: int) -> LatentRows | None:
     """The held-out rows; None if a small set has none."""
     try:
-        return LatentRows(latents, split="held_out")
+        return LatentRows(latents, split="held_out", level=level)
     except UserError:
         return None
 
 
 def default_config(kind: str) -> Any:
-    """The config class of a kind, for the command line: `TrainPrior` of its network's, an alias and no `type`."""
-    return TrainPrior[registry.find("prior", kind).config_class]
+    """The config class of a kind, for the command line: `TrainPrior` of its own, an alias and no `type`."""
+    prior = prior_class(kind)
+    return TrainPrior[prior.config_class, prior.method.objective_config]
