@@ -10,8 +10,10 @@ from smalti.pipeline import benchmark, benchmark_latents, benchmark_ways
 from smalti.pipeline.benchmark import Benchmark, insert, medians, table
 from smalti.pipeline.comparison import Comparison, Measured, Way, in_mebibytes
 from smalti.priors.hourglass import HourglassConfig
+from smalti.priors.pixelcnn import PixelCNNConfig
 
 TINY = HourglassConfig(height=4, width=4, radices=(3, 3), model_width=8, heads=1, depth=(1, 1, 1))
+TINY_CAUSAL = PixelCNNConfig(radices=(3, 3), model_width=8, layers=2)
 
 
 def test_ways_to_search_find_the_same():
@@ -52,6 +54,13 @@ def test_ways_to_train_and_to_sample_run():
     assert [path.split(", ")[-1] for path in precisions] == ["fp32", "bf16"]
     for comparison in [*benchmark_ways.prior(batch=2, config=TINY), *benchmark_ways.sampler(batch=2, config=TINY)]:
         assert all(seconds > 0 for seconds in medians(comparison, 1))
+
+
+def test_codes_drawn_one_by_one_and_naively_are_the_same():
+    for comparison in benchmark_ways.ancestral(batches=(2, 1), side=4, positions=5, config=TINY_CAUSAL):
+        ours, naive = (way.work().flatten(1) for way in comparison.ways)
+        assert torch.equal(ours[:, :5], naive[:, :5])
+        assert [way.units for way in comparison.ways] == [16, 5]
 
 
 def test_the_loop_is_timed_from_first_step_to_last():

@@ -290,7 +290,7 @@ def test_samples_are_the_seeds(prior, place, capfd):
     assert not np.array_equal(np.array(a), np.array(c))
     settings = json.loads(c.text["smalti"])
     assert settings["seed"] == 2
-    assert settings["prior_digest"] == described(prior)["digest"]
+    assert settings["prior_digests"] == [described(prior)["digest"]]
 
 
 def test_a_hole_is_filled_and_nothing_else(prior, place, capfd):

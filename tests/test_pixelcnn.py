@@ -1,4 +1,4 @@
-"""The PixelCNN sees what it may and all of it, its probabilities sum to one, and a walk gives what the whole grid gives."""
+"""The PixelCNN sees what it may and all of it, its probabilities sum to one, a walk gives what the grid gives."""
 
 import itertools
 
@@ -157,10 +157,9 @@ def test_it_is_trained_by_its_likelihood():
         digits = prior.level.split(codes)  # the likeliest first digit, then the likeliest second below the true first
         by_first = log_probs.exp().unflatten(-1, (3, 2)).sum(-1)
         below = log_probs.unflatten(-1, (3, 2))
-        second = below.gather(-2, digits[..., 0].flatten(1)[..., None, None].expand(-1, -1, -1, 2))[..., 0, :].argmax(
-            -1
-        )
-        hit = (by_first.argmax(-1) == digits[..., 0].flatten(1)) & (second == digits[..., 1].flatten(1))
+        first, second = digits.flatten(1, 2).unbind(-1)
+        taken = below.gather(-2, first[..., None, None].expand(-1, -1, -1, 2))[..., 0, :]
+        hit = (by_first.argmax(-1) == first) & (taken.argmax(-1) == second)
         assert torch.allclose(metrics["accuracy"], hit.float().mean())
 
 

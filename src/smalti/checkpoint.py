@@ -93,13 +93,8 @@ def load(source: str | Path, family: Family) -> Any:
         UserError: if there is nothing at `source`, it is of another family, its config has missing or unknown fields,
             its weights have missing or unknown names or other shapes, or its bytes are not those that were saved.
     """
-    folder = locate(source)
+    folder, cls = locate(source), find_class(source, family)
     described = read_config(folder)
-    if described.get("family") != family:
-        raise UserError(
-            f"{source} holds a {described.get('family')} ({described.get('kind')}), but a {family} is needed here"
-        )
-    cls = registry.find(family, described["kind"])
     model = cls(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
     model.provenance = described["provenance"]
     try:
@@ -116,6 +111,18 @@ def load(source: str | Path, family: Family) -> Any:
         )
     model.load_state_dict(weights)
     return model.eval()
+
+
+def find_class(source: str | Path, family: Family) -> type[Checkpointed]:
+    """The class of a trained model, which is not loaded.
+
+    Raises:
+        UserError: if there is no checkpoint at `source`, or it is of another family or an unknown kind.
+    """
+    described = read_config(locate(source))
+    if described["family"] != family:
+        raise UserError(f"{source} holds a {described['family']} ({described['kind']}), but a {family} is needed here")
+    return registry.find(family, described["kind"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

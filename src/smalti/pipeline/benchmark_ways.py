@@ -53,7 +53,7 @@ CACHED_TARGET = 100.0
 
 DEMONSTRATION = HourglassConfig()
 
-AT_32 = PixelCNNConfig(layers=12, kernel=5)
+DEMONSTRATION_ONE_BY_ONE = PixelCNNConfig()
 
 
 def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] = (8, 16, 32)) -> Iterator[Comparison]:
@@ -178,30 +178,33 @@ def sampler(*, batch: int = 64, steps: int = 10, config: HourglassConfig = DEMON
 
 
 def ancestral(
-    *, batches: Sequence[int] = (16, 1, 64), side: int = 32, positions: int = 2, config: PixelCNNConfig = AT_32
+    *,
+    batches: Sequence[int] = (16, 1, 64),
+    side: int = 32,
+    positions: int = 1,
+    config: PixelCNNConfig = DEMONSTRATION_ONE_BY_ONE,
 ) -> Iterator[Comparison]:
-    """Codes drawn one by one with what was computed before kept, beside computing the whole grid for each.
+    """Codes drawn one by one, what was computed before kept, beside computing the whole grid for each.
 
-    The naive way takes as long for every position, so it draws `positions` of them only.
+    The naive way takes as long for every position, so it draws the first `positions` only.
     """
     device = best_device()
     network = PixelCNN(replace(config, height=side, width=side)).to(device).eval()
     for batch in batches:
         codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
-        nothing, sampling = torch.zeros_like(codes, dtype=torch.bool), AncestralSampling()
-        most = torch.ones_like(nothing)
-        most.view(batch, -1)[:, :positions] = False
-
-        def ours(codes: Tensor = codes, nothing: Tensor = nothing, seeds: Tensor = seeds) -> Tensor:
-            return sample_ancestral(network, known=codes, known_mask=nothing, seeds=seeds)
-
+        nothing = torch.zeros_like(codes, dtype=torch.bool)
+        rest = (torch.arange(side * side, device=device) >= positions).view(side, side).expand(batch, -1, -1)
         yield Comparison(
             f"codes of a {side}x{side} grid drawn one by one, a position of {batch} samples",
             (
-                Way("smalti", ours, side * side),
+                Way(
+                    "smalti",
+                    partial(sample_ancestral, network, known=codes, known_mask=nothing, seeds=seeds),
+                    side * side,
+                ),
                 Way(
                     f"the whole grid anew for each position ({positions} of {side * side} timed)",
-                    lambda codes=codes, most=most, seeds=seeds: sample_naively(network, codes, most, seeds, sampling),
+                    partial(sample_naively, network, codes, rest, seeds, AncestralSampling()),
                     positions,
                     target=CACHED_TARGET if batch == 16 else None,
                 ),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import cast
 
 from smalti import registry
-from smalti.checkpoint import CONFIG_NAME, load, locate, read_config
+from smalti.checkpoint import CONFIG_NAME, find_class, load, locate
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.priors.prior import Prior
@@ -74,8 +74,8 @@ def prior_class(source: str) -> type[Prior]:
     Raises:
         UserError: as `smalti.checkpoint.load` does.
     """
-    kind = source if source in registry.kinds("prior") else read_config(locate(source))["kind"]
-    return cast(type[Prior], registry.find("prior", kind))
+    known = source in registry.kinds("prior")
+    return cast(type[Prior], registry.find("prior", source) if known else find_class(source, "prior"))
 
 
 def _prior_folder(source: str) -> Path:
