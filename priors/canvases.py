@@ -42,7 +42,9 @@ def canvas_features(
         return prior.features(codes, labels, upper)
     factors = [h // of_level.shape[1] for of_level in upper]
     step = math.lcm(*factors)
-    tops, lefts = (window_starts(*sizes).to(codes.device) * step for sizes in ((h // step, y // step), (w // step, x // step)))
+    tops, lefts = (
+        window_starts(size // step, window // step).to(codes.device) * step for size, window in ((h, y), (w, x))
+    )
     windows = len(tops) * len(lefts)
 
     def crops(grids: Tensor, factor: int) -> Tensor:

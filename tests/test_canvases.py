@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from smalti.errors import UserError
-from smalti.pipeline.generate import Sample, _grid, generate_codes
+from smalti.pipeline.generate import Sample, _grids, generate_codes
 from smalti.priors.canvases import canvas_features, window_shares, window_starts
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.samplers import SundaeSampling, sample_sundae
@@ -97,10 +97,26 @@ def test_any_rectangle_keeps_what_is_known_and_rows_are_their_own(h, w, seed):
 def test_the_size_asked_for_is_in_pixels():
     prior = prior_of()
     tokenizer = HRVQ(HRVQConfig(4, 6, widths=(6,), residual_blocks=1, code_width=5, depth=1, branching=3))
-    assert _grid(Sample(), prior, tokenizer) == (2, 3)
-    assert _grid(Sample(width=10), prior, tokenizer) == (2, 5)
+    assert _grids(Sample(None), [prior], tokenizer) == [(2, 3)]
+    assert _grids(Sample(None, width=10), [prior], tokenizer) == [(2, 5)]
     codes = generate_codes(prior, torch.arange(2), None, grid=(2, 5), seed=0, sampling=SundaeSampling(steps=2))
     assert tokenizer.decode((codes,)).shape == (2, 3, 4, 10)
-    for wrong in (Sample(height=5), Sample(height=0)):
+    for wrong in (Sample(None, height=5), Sample(None, height=0)):
         with pytest.raises(UserError, match=f"--height must be a multiple of 2 pixels, not {wrong.height}"):
-            _grid(wrong, prior, tokenizer)
+            _grids(wrong, [prior], tokenizer)
+
+
+@torch.no_grad()
+def test_windows_below_upper_levels_begin_where_their_codes_do():
+    """Each position has the features of one of the windows that cover it, read with what is above that window."""
+    prior = prior_of(height=4, width=4, upper_radices=((5,),), upper_factors=(2,))
+    codes, upper = torch.randint(3, (1, 8, 6)), torch.randint(5, (1, 4, 3))
+    features = canvas_features(prior, codes, None, (upper,), row_seeds(0, torch.arange(1))).view(8, 6, -1)
+    found = torch.zeros(8, 6, dtype=torch.bool)
+    for top, left in itertools.product((0, 2, 4), (0, 2)):
+        above = upper[:, top // 2 : top // 2 + 2, left // 2 : left // 2 + 2]
+        window = prior.features(codes[:, top : top + 4, left : left + 4], upper=(above,)).view(4, 4, -1)
+        found[top : top + 4, left : left + 4] |= torch.isclose(
+            features[top : top + 4, left : left + 4], window, atol=1e-5
+        ).all(-1)
+    assert found.all()

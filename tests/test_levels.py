@@ -125,7 +125,7 @@ def test_levels_are_drawn_as_one_model(place, capfd):
     assert a.tobytes() == b.tobytes()
     priors, _ = load_priors(("top", "bottom"), None)
     samplings = [SundaeSampling(steps=10), AncestralSampling()]
-    upper, lower = generate_levels(priors, torch.arange(64), None, seed=0, samplings=samplings)
+    upper, lower = generate_levels(priors, torch.arange(64), None, grids=[(2, 2), (4, 4)], seed=0, samplings=samplings)
     above = upper.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert (lower == (above == 2).long() * 3 + above).float().mean() > 0.7  # one in six by chance
     assert len(upper.flatten(1).unique(dim=0)) > 10

@@ -115,7 +115,7 @@ def generate_levels(
     samplings: Sequence[Any],
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Codes:
-    """Codes of all levels on these grids, coarsest first, each level drawn given those above it; see `generate_codes`."""
+    """Codes of all levels, coarsest first, on these grids, each drawn given those above it; see `generate_codes`."""
     codes: tuple[Tensor, ...] = ()
     for prior, grid, sampling in zip(priors, grids, samplings, strict=True):
         here = {"grid": grid, "sampling": sampling, "upper": codes, "callback": callback}

@@ -76,8 +76,9 @@ def inpaint(config: Inpaint[Any]) -> Path:
             f"(the model knows {trained} best)"
         )
     hole = load_mask(config.mask, height=height, width=width, invert=config.invert)
+    calls = config.sampling.calls(height // tokenizer.downsampling, width // tokenizer.downsampling)
     with (
-        bar(what="filling", total=config.sampling.calls(height // tokenizer.downsampling, width // tokenizer.downsampling), unit="step") as progress,
+        bar(what="filling", total=calls, unit="step") as progress,
         autocast(where, config.precision),
     ):
         filled = fill(
