@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from smalti.errors import UserError
     from smalti.images import open_images
     from smalti.latentsets.reader import LatentSet
+    from smalti.priors.ancestral import AncestralSampling, sample_ancestral
     from smalti.priors.hourglass import Hourglass, HourglassConfig
+    from smalti.priors.pixelcnn import PixelCNN, PixelCNNConfig
     from smalti.priors.samplers import SundaeSampling, sample_sundae
     from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
     from smalti.tokenizers.linked import LinkedQuantizer
 
 __all__ = [
     "HRVQ",
+    "AncestralSampling",
     "Codes",
     "HRVQConfig",
     "Hourglass",
@@ -28,10 +31,13 @@ __all__ = [
     "Layout",
     "Level",
     "LinkedQuantizer",
+    "PixelCNN",
+    "PixelCNNConfig",
     "SundaeSampling",
     "UserError",
     "load",
     "open_images",
+    "sample_ancestral",
     "sample_sundae",
 ]
 
@@ -41,7 +47,9 @@ _MODULES = {
     "errors": ("UserError",),
     "images": ("open_images",),
     "latentsets.reader": ("LatentSet",),
+    "priors.ancestral": ("AncestralSampling", "sample_ancestral"),
     "priors.hourglass": ("Hourglass", "HourglassConfig"),
+    "priors.pixelcnn": ("PixelCNN", "PixelCNNConfig"),
     "priors.samplers": ("SundaeSampling", "sample_sundae"),
     "tokenizers.hrvq": ("HRVQ", "HRVQConfig"),
     "tokenizers.linked": ("LinkedQuantizer",),
