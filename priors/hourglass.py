@@ -120,6 +120,10 @@ class Hourglass(Prior):
         """Every attention and feed-forward layer."""
         return [module for module in self.modules() if isinstance(module, Attention | FeedForward)]
 
+    def embed(self, codes: Int64[Tensor, "b h w"]) -> Float[Tensor, "b n d"]:
+        """What the body reads of codes."""
+        return self.head.embed(codes)
+
     def features(
         self,
         codes: Int64[Tensor, "b h w"],
@@ -128,7 +132,7 @@ class Hourglass(Prior):
     ) -> Float[Tensor, "b n d"]:
         """See `Prior.features`."""
         _, h, w = codes.shape
-        x = self.head.embed(codes)  # b n d
+        x = self.embed(codes)  # b n d
         if self.of_upper:
             x = x + rearrange(self.of_upper(upper, h, w), "b h w d -> b (h w) d")
         if self.of_class:

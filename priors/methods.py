@@ -2,6 +2,7 @@
 
 from smalti.priors.ancestral import AncestralFilling, AncestralSampling, sample_ancestral
 from smalti.priors.likelihood import Likelihood, LikelihoodConfig
+from smalti.priors.masked import MaskedCodes, MaskedConfig, MaskedFilling, MaskedSampling, sample_masked
 from smalti.priors.prior import Method
 from smalti.priors.samplers import SundaeFilling, SundaeSampling, sample_sundae
 from smalti.priors.sundae import Sundae, SundaeConfig
@@ -23,3 +24,12 @@ ONE_BY_ONE = Method(
     filling=AncestralFilling,
 )
 """Learns each code from those before it, and draws them in that order: for causal bodies."""
+
+ROUNDS = Method(
+    objective=MaskedCodes,
+    objective_config=MaskedConfig,
+    sampler=sample_masked,
+    sampling=MaskedSampling,
+    filling=MaskedFilling,
+)
+"""Learns to name hidden codes, and shows more of them round by round: for bodies that see the whole grid."""

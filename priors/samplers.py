@@ -5,9 +5,10 @@ Legend: b batch, h w grid, n positions, k digits.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from smalti.errors import UserError
@@ -118,7 +119,8 @@ def sample_sundae(
         temperature, proportion = sampling.at(step)
         of_step = derive(seeds, STEP, step)
         draws = uniform(derive(of_step, PROPOSE), h * w, len(head.radices))
-        proposal = propose(prior, codes, labels, upper, derive(of_step, WINDOW), draws, temperature, sampling.guidance)
+        seen = look(prior, codes, labels, upper, derive(of_step, WINDOW), temperature, sampling.guidance)
+        proposal = head.sample(uniforms=draws, **seen).view_as(codes)
         update = (uniform(derive(of_step, UPDATE), h, w) < proportion) & ~known_mask & unfinished
         changed = update & (proposal != codes)
         codes = torch.where(update, proposal, codes)
@@ -131,26 +133,24 @@ def sample_sundae(
     return codes
 
 
-def propose(
+def look(
     prior: Prior,
     codes: Int64[Tensor, "b h w"],
     labels: Int64[Tensor, " b"] | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
     seeds: Int64[Tensor, " b"],
-    uniforms: Float[Tensor, "b n k"],
     temperature: float,
     guidance: float,
-) -> Int64[Tensor, "b h w"]:
-    """A code for every position, drawn given all of them; guided, both answers of the network come from one pass."""
-    head = prior.head
+) -> dict[str, Any]:
+    """What the head takes to draw codes from and to weigh them by, beside draws and codes; guided, both answers of the
+    network come from one pass. `seeds` choose windows, see `canvas_features`."""
     if labels is None or not prior.classes or guidance == 1:
-        return head.sample(canvas_features(prior, codes, labels, upper, seeds), uniforms, temperature).view_as(codes)
+        return {"features": canvas_features(prior, codes, labels, upper, seeds), "temperature": temperature}
     told = torch.cat([labels, torch.full_like(labels, -1)])
     above = tuple(torch.cat([of_level, of_level]) for of_level in upper)
     both = canvas_features(prior, torch.cat([codes, codes]), told, above, torch.cat([seeds, seeds]))
     features, without = both.chunk(2)
-    proposal = head.sample(features, uniforms, temperature, without_class=without, guidance=guidance)
-    return proposal.view_as(codes)
+    return {"features": features, "temperature": temperature, "without_class": without, "guidance": guidance}
 
 
 def check_given(

@@ -27,6 +27,9 @@ TINY = {
     "hourglass": HourglassConfig(
         height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),
+    "maskgit": HourglassConfig(
+        height=3, width=2, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
+    ),
     "pixelcnn": PixelCNNConfig(
         height=4,
         width=6,

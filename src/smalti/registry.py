@@ -15,6 +15,7 @@ Family: TypeAlias = Literal["tokenizer", "prior"]
 _MODULES: dict[tuple[Family, str], str] = {
     ("tokenizer", "hrvq"): "smalti.tokenizers.hrvq",
     ("prior", "hourglass"): "smalti.priors.hourglass",
+    ("prior", "maskgit"): "smalti.priors.maskgit",
     ("prior", "pixelcnn"): "smalti.priors.pixelcnn",
 }
 _CLASSES: dict[tuple[Family, str], "type[Checkpointed]"] = {}

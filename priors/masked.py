@@ -1,0 +1,231 @@
+"""Masked codes: learning to name the hidden codes of a grid, and drawing grids in rounds that each show some more of
+them. The strongest neighbour of step-unrolled denoising, on the same network and head.
+
+Legend: b batch, h w grid, n positions, k digits.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from smalti.errors import UserError
+from smalti.priors.prior import Prior
+from smalti.priors.samplers import check_given, look
+from smalti.randomness import derive, uniform
+
+HIDDEN = -1
+"""Stands in a grid for a code that is not shown."""
+
+Order: TypeAlias = Literal["halton", "confidence", "random"]
+
+RATE, WHERE = range(2)
+"""Streams of a row's seed in training: what each of its draws is for."""
+DRAW, RANK, WINDOW = range(3)
+"""The same in sampling."""
+
+
+@dataclass(frozen=True)
+class MaskedConfig:
+    """Masked codes.
+
+    Raises:
+        UserError: for a share that is none.
+    """
+
+    label_dropout: float = 0.1
+    """Share of rows whose class the prior is not told, so that it can draw without one, and be guided; 1 for a prior
+    without classes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"label_dropout must be from 0 to 1, got {self.label_dropout}")
+
+
+class MaskedCodes(nn.Module):
+    """Naming hidden codes from shown ones (MaskGIT, arXiv 2202.04200, Eq. 1 and section 3.1).
+
+    In each row ceil(gamma(r) n) positions are hidden, r uniform on [0, 1), gamma(r) = cos(pi r / 2): most of them
+    mostly. The loss is the mean cross-entropy over all hidden codes of the batch.
+    """
+
+    def __init__(self, prior: Prior, config: MaskedConfig) -> None:
+        super().__init__()
+        self.prior = prior
+        self.config = config
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The loss, in nats per hidden code, and its parts.
+
+        Args:
+            batch: `codes` int64 `(b, h, w)`, what `Prior.told` reads, and `seeds` int64 `(b,)`.
+
+        Returns:
+            The loss, and detached: `nll_1`, `nll_2`, ... of each digit, which sum to the loss; `accuracy`, the share of
+            hidden codes that the likeliest digits hit; `hidden`, the share of codes that were.
+        """
+        codes, seeds = batch["codes"], batch["seeds"]
+        more = self.prior.told(batch, self.config.label_dropout if self.training else 0.0)
+        hidden = hide(seeds, codes[0].numel())  # b n
+        features = self.prior.features(codes.masked_fill(hidden.view_as(codes), HIDDEN), **more)
+        nll, hits = self.prior.head.score(features, codes.flatten(1))  # b n k, b n
+        count = hidden.sum()
+        digits = (nll * hidden[..., None]).sum((0, 1)) / count
+        metrics = {f"nll_{i + 1}": value for i, value in enumerate(digits.detach())}
+        return digits.sum(), {**metrics, "accuracy": (hits & hidden).sum() / count, "hidden": hidden.float().mean()}
+
+
+def hide(seeds: Int64[Tensor, " b"], positions: int) -> Bool[Tensor, "b n"]:
+    """Which positions are hidden in training; at least one in each row."""
+    count = (torch.cos(uniform(derive(seeds, RATE), 1) * math.pi / 2) * positions).ceil()  # b 1
+    return ranks(uniform(derive(seeds, WHERE), positions)) < count
+
+
+def ranks(keys: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
+    """The place of each key among its row's, from the smallest; of equals the first comes first."""
+    return keys.argsort(dim=1, stable=True).argsort(dim=1)
+
+
+@dataclass(frozen=True)
+class MaskedSampling:
+    """How hidden codes are shown. Temperature goes linearly from the first round's value to the last's.
+
+    Raises:
+        UserError: for values outside their ranges.
+    """
+
+    steps: int = 16
+    """Rounds; each shows more codes than the one before (MaskGIT's cosine schedule)."""
+    order: Order = "halton"
+    """Which codes are shown first: those spread evenly over the grid (arXiv 2503.17076), those the prior is surest of
+    (MaskGIT), or any."""
+    temperature: tuple[float, float] = (1.0, 1.0)
+    """Divides the logits, from first round to last; below 1 draws likelier codes, with less variety."""
+    choice_temperature: float = 4.5
+    """Noise in the order by confidence, falling to none at the end; without it the surest places all look alike."""
+    guidance: float = 1.5
+    """How far to go from what is likely in any class (0) past what is likely in the given one (1), at the cost of
+    variety; other values than 1 take twice the time. Without classes it is nothing."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps must be at least 1, got {self.steps}")
+        if min(self.temperature) <= 0:
+            raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
+        if self.choice_temperature < 0 or self.guidance < 0:
+            raise UserError(
+                f"choice_temperature and guidance must not be negative, got {self.choice_temperature} and "
+                f"{self.guidance}"
+            )
+
+    def calls(self, _h: int, _w: int) -> int:
+        """How often a callback hears of progress."""
+        return self.steps
+
+
+@dataclass(frozen=True)
+class MaskedFilling(MaskedSampling):
+    """The same for the missing part of given codes: cooler, as it is to agree with what surrounds it before it is to be
+    one of many."""
+
+    temperature: tuple[float, float] = (0.7, 0.3)
+
+
+@torch.no_grad()
+def sample_masked(
+    prior: Prior,
+    *,
+    known: Int64[Tensor, "b h w"],
+    known_mask: Bool[Tensor, "b h w"],
+    seeds: Int64[Tensor, " b"],
+    labels: Int64[Tensor, " b"] | None = None,
+    upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
+    sampling: MaskedSampling = MaskedSampling(),
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Int64[Tensor, "b h w"]:
+    """Fills in the unknown codes in rounds (MaskGIT, arXiv 2202.04200, section 3.2).
+
+    All unknown codes begin hidden. In round t of T one is drawn for each that still is, and all but
+    floor(cos(pi t / 2T) times the unknown ones) of them are shown from then on: the others are hidden again and drawn
+    anew. A row's result is a function of its own codes, mask and seed.
+
+    Args:
+        prior: in evaluation mode, on the device of the codes; one that knows hidden codes.
+        known: codes to keep; what stands where the mask is False does not matter.
+        known_mask: True = keep.
+        seeds: one for each row.
+        labels: the class of each row, -1 for any; None is any for all.
+        upper: the codes of the levels above, where the prior has any.
+        sampling: rounds, their order, temperatures and guidance.
+        callback: called after each round with its number, from 0, and the codes as they are, hidden ones as drawn.
+
+    Raises:
+        UserError: for a known code outside the codebook, a label that the prior has no class for, or upper levels that
+            do not go with it.
+    """
+    check_given(prior, known, known_mask, labels)
+    head, (b, h, w) = prior.head, known.shape
+    hidden, codes = ~known_mask.flatten(1), known.flatten(1)  # b n
+    unknown = hidden.sum(1, keepdim=True)  # b 1
+    for step in range(sampling.steps):
+        way = step / max(sampling.steps - 1, 1)
+        temperature = sampling.temperature[0] + way * (sampling.temperature[1] - sampling.temperature[0])
+        of_step = derive(seeds, step)
+        shown = codes.masked_fill(hidden, HIDDEN).view(b, h, w)
+        how = look(prior, shown, labels, upper, derive(of_step, WINDOW), temperature, sampling.guidance)
+        drawn = head.sample(uniforms=uniform(derive(of_step, DRAW), h * w, len(head.radices)), **how)
+        codes = torch.where(hidden, drawn, codes)
+        keys = _keys(sampling, step, of_step, seeds, (h, w), lambda drawn=drawn, how=how: -head.nll(codes=drawn, **how))
+        left = (unknown * math.cos(math.pi / 2 * (step + 1) / sampling.steps)).floor()
+        # the last to be shown come first
+        hidden = hidden & (ranks(keys.masked_fill(~hidden, torch.inf)) < left)
+        if callback is not None:
+            callback(step, codes.view(b, h, w))
+    return rearrange(codes, "b (h w) -> b h w", h=h)
+
+
+def _keys(
+    sampling: MaskedSampling,
+    step: int,
+    of_step: Tensor,
+    seeds: Tensor,
+    grid: tuple[int, int],
+    log_probs: Callable[[], Tensor],
+) -> Float[Tensor, "b n"]:
+    """What hidden positions are ordered by; those with the largest are shown next."""
+    positions = grid[0] * grid[1]
+    if sampling.order == "halton":
+        return -halton_ranks(*grid).to(seeds.device, torch.float32).expand(len(seeds), -1)
+    if sampling.order == "random":
+        return uniform(derive(seeds, RANK), positions)
+    noise = uniform(derive(of_step, RANK), positions).clamp(min=2.0**-25)
+    gumbel = -(-noise.log()).log()
+    return log_probs() + sampling.choice_temperature * (1 - (step + 1) / sampling.steps) * gumbel
+
+
+def halton_ranks(h: int, w: int) -> Int64[Tensor, " n"]:
+    """The place of each position, in raster order, in a Halton sequence of bases 2 and 3 over the grid, in which each
+    prefix is spread evenly."""
+    order: dict[int, None] = {}  # kept in the order of insertion
+    number = 0
+    while len(order) < h * w:
+        number += 1
+        order[int(_radical_inverse(number, 2) * h) * w + int(_radical_inverse(number, 3) * w)] = None
+    places = torch.empty(h * w, dtype=torch.int64)
+    places[torch.tensor(list(order))] = torch.arange(h * w)
+    return places
+
+
+def _radical_inverse(number: int, base: int) -> float:
+    """The digits of a number mirrored at the point: 6 = 110 in base 2 becomes 0.011."""
+    result, share = 0.0, 1.0
+    while number:
+        share /= base
+        number, digit = divmod(number, base)
+        result += digit * share
+    return result
