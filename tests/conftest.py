@@ -9,6 +9,7 @@ import tempfile
 from typing import Any, Self
 
 import jaxtyping
+import pytest
 from beartype import BeartypeConf, FrozenDict, beartype
 
 _CACHE = tempfile.TemporaryDirectory(
@@ -39,3 +40,10 @@ torch.set_num_threads(1)  # the order of float sums does not hang on the machine
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+LONGEST_FIRST = ("test_survival.py", "test_sharding.py", "test_fit_processes.py", "test_compile.py", "test_commands.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that train in processes of their own first: begun last, one would keep a worker when the others are done."""
+    items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)

@@ -128,20 +128,15 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, stops, accu
 def test_slices_of_a_batch_train_what_the_batch_does(tmp_path):
     """The average loss over the slices; with several processes too, in test_fit_processes.py."""
 
-    def make():
-        model, objective, rows, held_out = toys.toy()
-        model.net[1], model.net[2] = nn.Identity(), nn.Identity()  # statistics and dropout are of the slice
-        return model, objective, rows, held_out
-
-    whole = train(tmp_path / "1", make)
-    sliced = train(tmp_path / "4", make, replace(CONFIG, accumulation=4))
+    whole = train(tmp_path / "1", toys.plain_toy)
+    sliced = train(tmp_path / "4", toys.plain_toy, replace(CONFIG, accumulation=4))
     for ours, theirs in zip(sliced.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip(toys.measured(tmp_path / "4"), toys.measured(tmp_path / "1"), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"largest", "held_out_largest"}:  # a mean of largests is not the largest
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
-    train(tmp_path / "1", make, replace(CONFIG, accumulation=2))  # no other run: it is finished
+    train(tmp_path / "1", toys.plain_toy, replace(CONFIG, accumulation=2))  # no other run: it is finished
 
 
 @pytest.mark.parametrize(("family", "kind"), toys.KINDS)

@@ -48,13 +48,6 @@ class BadAt:
         return batch
 
 
-def plain_toy():
-    """The toy without statistics and dropout, which are of the process."""
-    model, objective, rows, held_out = toys.toy()
-    model.net[1], model.net[2] = nn.Identity(), nn.Identity()
-    return model, objective, rows, held_out
-
-
 def lengths(_done, model):
     """What a report logs: a number that every weight of the model shown has a part in."""
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -87,7 +80,7 @@ def program(folder):
         train(folder / "muon" / kind, lambda kind=kind: make(kind), MUON, process)
         train(folder / "stopped" / kind, lambda kind=kind: make(kind), ADAMW, process, stopping)
         train(folder / "begun" / kind, lambda kind=kind: make(kind), replace(ADAMW, accumulation=2), process)
-    train(folder / "bad", plain_toy, ADAMW, process, lambda rows: BadAt(rows, process.process_index == 1))
+    train(folder / "bad", toys.plain_toy, ADAMW, process, lambda rows: BadAt(rows, process.process_index == 1))
     for model, objective in seen:
         assert isinstance(objective, FSDPModule)
         blocks = model.recomputable()
@@ -107,7 +100,7 @@ def folder(tmp_path_factory):
         train(folder / "one adamw" / kind, of, ADAMW, one)
         train(folder / "one muon" / kind, of, MUON, one)
         train(folder / "begun" / kind, of, ADAMW, one, stopping)
-    train(folder / "one bad", plain_toy, ADAMW, one, lambda rows: BadAt(rows, True))
+    train(folder / "one bad", toys.plain_toy, ADAMW, one, lambda rows: BadAt(rows, True))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
     environment = {**os.environ, **SPLIT, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
@@ -164,13 +157,13 @@ def test_what_is_not_followed_is_refused(tmp_path, monkeypatch, environment, sai
         monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(UserError, match=said):
-        train(tmp_path, plain_toy, ADAMW, two_processes())
+        train(tmp_path, toys.plain_toy, ADAMW, two_processes())
 
 
 def test_several_phases_are_refused(tmp_path, monkeypatch):
     for name, value in SPLIT.items():
         monkeypatch.setenv(name, value)
-    model, objective, rows, _ = plain_toy()
+    model, objective, rows, _ = toys.plain_toy()
     phases = [Phase(name, objective, ADAMW.optimizer_of(objective)) for name in ("generator", "discriminator")]
     with pytest.raises(UserError, match=r"toy is trained in 2 phases, whose networks FSDP cannot split.*--multi_gpu"):
         toys.fit(two_processes(), phases, rows, ADAMW, model=model, run=Run(tmp_path, {}))

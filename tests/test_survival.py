@@ -20,7 +20,7 @@ from smalti.fit_config import FitConfig
 from smalti.runs import Run
 from smalti.signals import Interrupted
 
-CONFIG = replace(toys.CONFIG, steps=40, report_steps=9, save_steps=4, optimizer="muon")
+CONFIG = replace(toys.CONFIG, steps=20, report_steps=7, save_steps=3, optimizer="muon")
 of_every_kind = pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kind for _, kind in toys.KINDS])
 
 

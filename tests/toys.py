@@ -116,6 +116,13 @@ def toy():
     return model, Regression(model), Rows(x=x[:ROWS], y=y[:ROWS]), Rows(x=x[ROWS:], y=y[ROWS:])
 
 
+def plain_toy():
+    """The same without statistics and dropout, which are of the slice, of the process and of the compiler."""
+    model, *rest = toy()
+    model.net[1], model.net[2] = nn.Identity(), nn.Identity()
+    return model, *rest
+
+
 def make(family, kind):
     """The same of a registered kind."""
     config, generator = TINY[kind], torch.Generator().manual_seed(0)

@@ -1,0 +1,66 @@
+"""Runs under `--compile` train what others do. This file is also the program that trains them.
+
+In a process of its own, without the shape checks of the tests, which would break the compiler's graphs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toys
+
+from smalti.signals import Interrupted
+
+COMPILED = replace(toys.CONFIG, compile=True)
+STOPPED_AT = 5  # batches
+
+
+def program(folder):
+    import torch._dynamo.utils
+
+    def train(name, config, wrap=lambda rows: rows):
+        toys.train(folder / name, toys.plain_toy, config, wrap=wrap)
+
+    train("eager", toys.CONFIG)
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    train("compiled", COMPILED)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with suppress(Interrupted):
+        train("stopped", COMPILED, lambda rows: toys.Signalling(rows, STOPPED_AT))
+    shutil.copytree(folder / "stopped", folder / "eager from there")
+    train("stopped", COMPILED)
+    train("eager from there", toys.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("compile")
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("way", ["compiled", "stopped", "eager from there"])
+def test_a_compiled_run_trains_what_another_does(folder, way):
+    """From end to end; stopped and gone on with, compiled again or not."""
+    lines, others = toys.measured(folder / way), toys.measured(folder / "eager")
+    assert len(lines) == len(others) > toys.CONFIG.steps
+    for line, other in zip(lines, others, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_a_compiled_run_that_was_stopped_ends_as_if_it_had_not_been(folder):
+    assert toys.outcome(folder / "stopped") == toys.outcome(folder / "compiled")
+
+
+if __name__ == "__main__":
+    program(Path(sys.argv[1]))
