@@ -45,5 +45,5 @@ LONGEST_FIRST = ("test_survival.py", "test_sharding.py", "test_fit_processes.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that train in processes of their own first: begun last, one would keep a worker when the others are done."""
+    """Files that train in processes of their own go first: begun last, one would outlast all others."""
     items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)

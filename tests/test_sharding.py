@@ -23,7 +23,7 @@ from smalti.fit_config import Phase
 from smalti.runs import Run
 from smalti.signals import Interrupted
 
-ADAMW = toys.CONFIG
+ADAMW = replace(toys.CONFIG, report_steps=6, save_steps=100)  # saving puts every tensor together, one by one
 MUON = replace(ADAMW, optimizer="muon")
 SPLIT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 STOPPED_AT = 6  # batches
