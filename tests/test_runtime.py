@@ -22,6 +22,29 @@ for _ in range(20):
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+MEMORY_AFTER_A_PEAK = """
+import re
+from pathlib import Path
+from smalti.runtime import give_back_freed_memory, keep_freed_memory
+def mebibytes():
+    return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+keep_freed_memory()
+before = mebibytes()
+held = [bytes(100_000) for _ in range(1000)]
+del held
+kept = mebibytes() - before
+give_back_freed_memory()
+print(kept, mebibytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_what_is_kept_goes_back_when_asked_for():
+    command = [sys.executable, "-c", MEMORY_AFTER_A_PEAK]
+    kept, left = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert kept > 80
+    assert left < 10
+
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
 def test_what_is_freed_is_not_faulted_in_again():

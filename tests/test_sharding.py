@@ -16,16 +16,20 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from smalti import fit as fit_file
 from smalti.checkpoint import WEIGHTS_NAME
 from smalti.devices import accelerator
 from smalti.errors import UserError
 from smalti.fit_config import Phase
+from smalti.optimizers import Together, step_unless_on_device
 from smalti.runs import Run
 from smalti.signals import Interrupted
 
 ADAMW = replace(toys.CONFIG, report_steps=6, save_steps=100)  # saving puts every tensor together, one by one
 MUON = replace(ADAMW, optimizer="muon")
+AGAIN = replace(ADAMW, accumulation=2, gradient_checkpointing=True)
 SPLIT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+BAD_RUNS = {"bad adamw": ADAMW, "bad muon": MUON}
 STOPPED_AT = 6  # batches
 BAD = 6
 FAMILIES = {kind: family for family, kind in toys.KINDS}
@@ -66,8 +70,13 @@ def stopping(rows):
     return toys.Signalling(rows, STOPPED_AT)
 
 
+def as_on_a_device(optimizer, bad):
+    for part in optimizer.parts if isinstance(optimizer, Together) else [optimizer]:
+        step_unless_on_device(part, bad)
+
+
 def program(folder):
-    """Whole runs, runs that one process goes on with, runs that it began, and one with a bad batch of one process."""
+    """Whole runs, runs that one process goes on with, runs that it began, and some with a bad batch of one process."""
     process, seen = accelerator("fp32"), []
 
     def make(kind):
@@ -79,8 +88,10 @@ def program(folder):
         train(folder / "whole" / kind, lambda kind=kind: make(kind), ADAMW, process)
         train(folder / "muon" / kind, lambda kind=kind: make(kind), MUON, process)
         train(folder / "stopped" / kind, lambda kind=kind: make(kind), ADAMW, process, stopping)
-        train(folder / "begun" / kind, lambda kind=kind: make(kind), replace(ADAMW, accumulation=2), process)
-    train(folder / "bad", toys.plain_toy, ADAMW, process, lambda rows: BadAt(rows, process.process_index == 1))
+        train(folder / "begun" / kind, lambda kind=kind: make(kind), AGAIN, process)
+    fit_file.step_unless = as_on_a_device
+    for name, config in BAD_RUNS.items():
+        train(folder / name, toys.plain_toy, config, process, lambda rows: BadAt(rows, process.process_index == 1))
     for model, objective in seen:
         assert isinstance(objective, FSDPModule)
         blocks = model.recomputable()
@@ -100,7 +111,8 @@ def folder(tmp_path_factory):
         train(folder / "one adamw" / kind, of, ADAMW, one)
         train(folder / "one muon" / kind, of, MUON, one)
         train(folder / "begun" / kind, of, ADAMW, one, stopping)
-    train(folder / "one bad", toys.plain_toy, ADAMW, one, lambda rows: BadAt(rows, True))
+    for name, config in BAD_RUNS.items():
+        train(folder / f"one {name}", toys.plain_toy, config, one, lambda rows: BadAt(rows, True))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
     environment = {**os.environ, **SPLIT, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
@@ -131,15 +143,17 @@ def compare(ours, theirs, *, within):
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("way", ["whole", "stopped", "begun", "muon"])
 def test_a_split_model_trains_what_a_whole_one_does(folder, way, kind):
-    """From end to end; stopped and gone on with by one process; begun by one process, then in slices; with Muon, which
-    rounds to bfloat16."""
+    """From end to end; stopped and gone on with by one process; begun by one process, then in slices and with
+    blocks computed again; with Muon, which rounds to bfloat16."""
     like, within = ("one muon", 1e-2) if way == "muon" else ("one adamw", 1e-4)
     compare(folder / way / kind, folder / like / kind, within=within)
 
 
-def test_a_bad_batch_of_one_process_is_a_step_that_none_takes(folder):
-    compare(folder / "bad", folder / "one bad", within=1e-4)
-    assert toys.measured(folder / "bad")[-2]["skipped_steps"] == 1
+@pytest.mark.parametrize(("name", "within"), [("bad adamw", 1e-4), ("bad muon", 1e-2)])
+def test_a_bad_batch_of_one_process_is_a_step_that_none_takes(folder, name, within):
+    """Skipped as on GPUs, without a look."""
+    compare(folder / name, folder / f"one {name}", within=within)
+    assert toys.measured(folder / name)[-2]["skipped_steps"] == 1
 
 
 @pytest.mark.parametrize(

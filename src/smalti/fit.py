@@ -68,9 +68,10 @@ def fit(
             is full, a worker died, or the loss is no longer a number and there is no state to go back to.
     """
     _check(accelerator, config)
-    for phase in phases:
-        phase.objective.to(accelerator.device)
     shown = _split(accelerator, phases, model)
+    for phase in phases:
+        if not is_split(phase.objective):  # what is split is there already
+            phase.objective.to(accelerator.device)
     if config.gradient_checkpointing:
         _compute_again(model)
     health, device = Health(accelerator.device), accelerator.device

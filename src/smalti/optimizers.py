@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from smalti.sharding import full, local, split_like, total_norm
+from smalti.sharding import full, local, share, split_like, total_norm
 
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
 
@@ -62,7 +62,7 @@ class BatchedMuon(torch.optim.Muon):
                 for parameter, update in zip(parameters, updates, strict=True):
                     tall = parameter.shape[0] > parameter.shape[1]
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(split_like(update.T if tall else update, parameter), alpha=-rate)
+                    local(parameter).add_(share(update.T if tall else update, parameter), alpha=-rate)
 
     def _momenta(self, parameters: list[Tensor], momentum: float) -> Sequence[Tensor]:
         """Nesterov's: the gradients led towards their running means, which this moves on."""

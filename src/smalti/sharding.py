@@ -57,7 +57,7 @@ def shard(
     objective: nn.Module,
     blocks: Sequence[nn.Module],
     param_groups: Sequence[dict[str, Any]],
-    plan: FullyShardedDataParallelPlugin,
+    how: FullyShardedDataParallelPlugin,
 ) -> None:
     """Splits an objective, the same on all processes, in place; its optimiser, still without state, goes with it.
 
@@ -65,19 +65,20 @@ def shard(
     would lose codes.
 
     Args:
-        objective: put together for its forward and backward pass as a whole, but for the blocks.
+        objective: put together for its forward and backward pass as a whole, but for the blocks. From the CPU it goes to
+            the device block by block.
         blocks: within it, put together one at a time.
         param_groups: the optimiser's.
-        plan: whether blocks are taken apart again between forward and backward.
+        how: whether blocks are taken apart again between forward and backward.
     """
     # a block's output, often a view, goes into a sum: never changed in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
     for parameter in objective.parameters():
         parameter.data = parameter.data.contiguous()  # it splits no others, such as channels_last's
-    again = bool(plan.reshard_after_forward)  # of the second version never a word
+    apart_between = bool(how.reshard_after_forward)  # a word, as the type allows, is of FSDP's first version only
     for block in blocks:
-        fully_shard(block, reshard_after_forward=again)
+        fully_shard(block, reshard_after_forward=apart_between)
     fully_shard(objective)
     parts = dict(objective.named_parameters())
     for group in param_groups:
@@ -117,15 +118,20 @@ def gathered(tree: Any, *, keep: bool) -> Any:
     return tree_map(gather, tree)
 
 
+def share(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor, the same on every process, what this process holds of another one; all, where it holds all."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.contiguous(), like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A copy of a whole tensor, the same on every process, as another one is: its device, its parts, and its order in
     memory, which fused optimisers take for the parameter's.
     """
-    if not isinstance(like, DTensor):
-        return torch.empty_like(like, requires_grad=False).copy_(tensor)
-    whole = tensor.to(like.device).contiguous()
-    part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    return part.clone()  # which lets go of the whole
+    copy = torch.empty_like(like, requires_grad=False)
+    local(copy).copy_(share(tensor, like))
+    return copy
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
