@@ -30,7 +30,7 @@ def mebibytes():
     return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 keep_freed_memory()
 before = mebibytes()
-held = [bytes(100_000) for _ in range(1000)]
+held = [b"x" * 100_000 for _ in range(1000)]
 del held
 kept = mebibytes() - before
 give_back_freed_memory()
@@ -42,7 +42,7 @@ print(kept, mebibytes() - before)
 def test_what_is_kept_goes_back_when_asked_for():
     command = [sys.executable, "-c", MEMORY_AFTER_A_PEAK]
     kept, left = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    assert kept > 80
+    assert kept > 60  # of 95
     assert left < 10
 
 

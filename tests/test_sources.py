@@ -166,6 +166,18 @@ def test_a_source_id_column_names_the_sources(tmp_path):
     assert (ids >= 0).all()
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what is mapped")
+def test_hashing_leaves_nothing_of_the_images_in_memory(tmp_path):
+    size = 4 << 20
+    pq.write_table(pa.table({"image": [os.urandom(size) for _ in range(3)]}), tmp_path / "large.parquet")
+    table = sources.open_table(str(tmp_path / "large.parquet"))
+    sources.read_source_ids(table)
+    (cached,) = (file["filename"] for file in table.rows.cache_files)
+    mapped = re.findall(rf"{re.escape(cached)}\n(?:\w+: .*\n)*?Rss:\s*(\d+) kB", Path("/proc/self/smaps").read_text())
+    assert mapped
+    assert sum(map(int, mapped)) * 1024 < size
+
+
 def a_table(*images: str, **columns):
     """What makes a Parquet file, and images beside it."""
 

@@ -65,8 +65,8 @@ def shard(
     would lose codes.
 
     Args:
-        objective: put together for its forward and backward pass as a whole, but for the blocks. From the CPU it goes to
-            the device block by block.
+        objective: put together for its forward and backward pass as a whole, but for the blocks. If on the CPU, it goes
+            to the device block by block.
         blocks: within it, put together one at a time.
         param_groups: the optimiser's.
         how: whether blocks are taken apart again between forward and backward.
