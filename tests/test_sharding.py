@@ -30,7 +30,7 @@ MUON = replace(ADAMW, optimizer="muon")
 AGAIN = replace(ADAMW, accumulation=2, gradient_checkpointing=True)
 SPLIT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 BAD_RUNS = {"bad adamw": ADAMW, "bad muon": MUON}
-STOPPED_AT = 6  # batches
+STOPPED_AT = 3  # batches, of those who begin and of those who go on
 BAD = 6
 FAMILIES = {kind: family for family, kind in toys.KINDS}
 
@@ -76,7 +76,7 @@ def as_on_a_device(optimizer, bad):
 
 
 def program(folder):
-    """Whole runs, runs that one process goes on with, runs that it began, and some with a bad batch of one process."""
+    """Runs that one process began and will end; whole ones, with Muon; and some with a bad batch of one process."""
     process, seen = accelerator("fp32"), []
 
     def make(kind):
@@ -85,10 +85,8 @@ def program(folder):
         return model, objective, rows, held_out
 
     for kind in FAMILIES:
-        train(folder / "whole" / kind, lambda kind=kind: make(kind), ADAMW, process)
+        train(folder / "adamw" / kind, lambda kind=kind: make(kind), AGAIN, process, stopping)
         train(folder / "muon" / kind, lambda kind=kind: make(kind), MUON, process)
-        train(folder / "stopped" / kind, lambda kind=kind: make(kind), ADAMW, process, stopping)
-        train(folder / "begun" / kind, lambda kind=kind: make(kind), AGAIN, process)
     fit_file.step_unless = as_on_a_device
     for name, config in BAD_RUNS.items():
         train(folder / name, toys.plain_toy, config, process, lambda rows: BadAt(rows, process.process_index == 1))
@@ -110,26 +108,26 @@ def folder(tmp_path_factory):
         of = lambda family=family, kind=kind: toys.make(family, kind)  # noqa: E731 - a fresh one for each run
         train(folder / "one adamw" / kind, of, ADAMW, one)
         train(folder / "one muon" / kind, of, MUON, one)
-        train(folder / "begun" / kind, of, ADAMW, one, stopping)
+        train(folder / "adamw" / kind, of, ADAMW, one, stopping)
     for name, config in BAD_RUNS.items():
         train(folder / f"one {name}", toys.plain_toy, config, one, lambda rows: BadAt(rows, True))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
     environment = {**os.environ, **SPLIT, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     for kind, family in FAMILIES.items():
-        train(folder / "stopped" / kind, lambda f=family, k=kind: toys.make(f, k), ADAMW, one)
+        train(folder / "adamw" / kind, lambda f=family, k=kind: toys.make(f, k), ADAMW, one)
     return folder
 
 
-def without_largest(line):
-    """The mean of two processes' largest errors is not the largest of both."""
-    return {name: value for name, value in line.items() if name != "largest"}
+def comparable(line):
+    """Without the largest error, whose mean over processes is another number, and what counts whole codes."""
+    return {name: value for name, value in line.items() if name not in ("largest", "accuracy", "held_out_accuracy")}
 
 
 def compare(ours, theirs, *, within):
     """All that was measured, and the weights, of two runs."""
-    lines, others = ([without_largest(line) for line in toys.measured(run)] for run in (ours, theirs))
+    lines, others = ([comparable(line) for line in toys.measured(run)] for run in (ours, theirs))
     assert len([line for line in lines if "learning_rate" in line]) == ADAMW.steps
     assert [line.keys() for line in lines] == [line.keys() for line in others]
     for line, other in zip(lines, others, strict=True):
@@ -141,12 +139,11 @@ def compare(ours, theirs, *, within):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-@pytest.mark.parametrize("way", ["whole", "stopped", "begun", "muon"])
-def test_a_split_model_trains_what_a_whole_one_does(folder, way, kind):
-    """From end to end; stopped and gone on with by one process; begun by one process, then in slices and with
-    blocks computed again; with Muon, which rounds to bfloat16."""
-    like, within = ("one muon", 1e-2) if way == "muon" else ("one adamw", 1e-4)
-    compare(folder / way / kind, folder / like / kind, within=within)
+@pytest.mark.parametrize(("name", "within"), [("adamw", 1e-4), ("muon", 1e-2)])
+def test_a_split_model_trains_what_a_whole_one_does(folder, name, kind, within):
+    """Begun by one process, gone on with split, in slices and with blocks computed again, ended by one; and, with Muon,
+    which rounds to bfloat16, split all along."""
+    compare(folder / name / kind, folder / f"one {name}" / kind, within=within)
 
 
 @pytest.mark.parametrize(("name", "within"), [("bad adamw", 1e-4), ("bad muon", 1e-2)])
