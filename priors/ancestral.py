@@ -151,5 +151,5 @@ def _draw(
                 log_weights = log_weights - head.nll(features, code, **how) * known_mask[:, here]
         codes[:, here] = code
         if callback is not None:
-            callback(position, rearrange(codes, "b (h w) -> b h w", h=h))
+            callback(position, rearrange(codes.clone(), "b (h w) -> b h w", h=h))
     return rearrange(codes, "b (h w) -> b h w", h=h), log_weights[:, 0]

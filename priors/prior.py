@@ -124,7 +124,7 @@ class Method:
 
     Attributes:
         objective: (prior, its config) -> a module whose `forward(batch)` is the loss.
-        objective_config: a frozen dataclass.
+        objective_config: a frozen dataclass, which has a `label_dropout` whatever else.
         sampler: draws codes.
         sampling: the sampler's config, a frozen dataclass; its `calls(h, w)` is how often the callback is called at
             most for a grid.

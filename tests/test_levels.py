@@ -28,7 +28,7 @@ from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.pixelcnn import PixelCNN, PixelCNNConfig
 from smalti.priors.samplers import SundaeSampling
 from smalti.runs import METRICS_NAME
-from smalti.scripts import sample, train_prior
+from smalti.scripts import inpaint, sample, train_prior
 
 LAYOUT = Layout((Level(2, 2, (3,)), Level(4, 4, (2, 3))))
 ROWS = 96
@@ -148,6 +148,7 @@ def test_flags_are_those_of_the_last_priors_kind(place, capfd):
         ),
         (sample.main, "--prior top top", "the priors given draw 0, 0"),
         (sample.main, "--prior", "--prior needs at least one prior"),
+        (inpaint.main, "--prior top --image a --mask b", "top draws one of several levels; only sample.py takes"),
         (train_prior.main, f"{TRAIN} --level 2 --out never", "has levels 0 to 1; --level 2 is not one of them"),
     ],
 )

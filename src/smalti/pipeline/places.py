@@ -33,32 +33,27 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 
 def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
-    """A trained prior of a tokenizer of one level; see `load_priors`."""
-    (prior,), decoder = load_priors((source,), tokenizer)
+    """A trained prior, with the tokenizer that made its codes: the copy in its folder, or another copy of the same one.
+
+    Raises:
+        UserError: as `smalti.checkpoint.load` does, if the tokenizer is not the one that made the prior's codes, or if
+            it has several levels.
+    """
+    (prior,), decoder = _load((source,), tokenizer)
+    if len(decoder.layout.levels) > 1:
+        raise UserError(f"{source} draws one of several levels; only sample.py takes the priors of them all")
     return prior, decoder
 
 
 def load_priors(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:
-    """The trained priors of all levels, coarsest first whatever the order given, with the tokenizer that made their
-    codes: the copy in the first one's folder, or another copy of the same one.
+    """The trained priors of all levels of a tokenizer, coarsest first whatever the order given; see `load_prior`.
 
     Raises:
-        UserError: as `smalti.checkpoint.load` does, if the tokenizer is not the one that made the priors' codes, or if
-            there is not one prior for each of its levels.
+        UserError: as `load_prior` does, or if there is not one prior for each level.
     """
     if not sources:
         raise UserError("--prior needs at least one prior")
-    folders = [_prior_folder(source) for source in sources]
-    priors: list[Prior] = [load(folder, "prior") for folder in folders]
-    decoder = load_tokenizer(tokenizer if tokenizer is not None else str(_run_folder(folders[0]) / "tokenizer"))
-    found = decoder.digest()
-    for source, prior in zip(sources, priors, strict=True):
-        expected = prior.provenance.get("tokenizer_digest")
-        if found != expected:
-            raise UserError(
-                f"the prior {source} speaks the codes of tokenizer {str(expected)[:12]}, but "
-                f"{tokenizer or f'the copy beside {sources[0]}'} is {found[:12]}; give the one it was trained with"
-            )
+    priors, decoder = _load(sources, tokenizer)
     levels, needed = [prior.provenance.get("level", 0) for prior in priors], list(range(len(decoder.layout.levels)))
     if sorted(levels) != needed:
         raise UserError(
@@ -76,6 +71,22 @@ def prior_class(source: str) -> type[Prior]:
     """
     known = source in registry.kinds("prior")
     return cast(type[Prior], registry.find("prior", source) if known else find_class(source, "prior"))
+
+
+def _load(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:
+    """The priors, as many and in the order given, and the one tokenizer that made the codes of all of them."""
+    folders = [_prior_folder(source) for source in sources]
+    priors: list[Prior] = [load(folder, "prior") for folder in folders]
+    decoder = load_tokenizer(tokenizer if tokenizer is not None else str(_run_folder(folders[0]) / "tokenizer"))
+    found = decoder.digest()
+    for source, prior in zip(sources, priors, strict=True):
+        expected = prior.provenance.get("tokenizer_digest")
+        if found != expected:
+            raise UserError(
+                f"the prior {source} speaks the codes of tokenizer {str(expected)[:12]}, but "
+                f"{tokenizer or f'the copy beside {sources[0]}'} is {found[:12]}; give the one it was trained with"
+            )
+    return priors, decoder
 
 
 def _prior_folder(source: str) -> Path:
