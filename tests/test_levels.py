@@ -27,6 +27,7 @@ from smalti.priors.ancestral import AncestralSampling
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.pixelcnn import PixelCNN, PixelCNNConfig
 from smalti.priors.samplers import SundaeSampling
+from smalti.randomness import row_seeds
 from smalti.runs import METRICS_NAME
 from smalti.scripts import inpaint, sample, train_prior
 
@@ -219,3 +220,32 @@ def test_bits_are_those_of_the_enumerated_probabilities(tmp_path):
 
 def test_the_saved_prior_says_its_level(place):
     assert load("bottom", "prior").provenance["level"] == 1
+
+
+@torch.no_grad()
+def test_the_hourglass_is_told_what_is_above_it_whether_guided_or_not():
+    torch.manual_seed(0)
+    config = HourglassConfig(4, 4, (3,), classes=2, upper_radices=((5,),), upper_factors=(2,), model_width=16, heads=2)
+    prior, codes, upper = Hourglass(config).eval(), torch.randint(3, (1, 4, 4)), torch.randint(5, (1, 2, 2))
+    features = prior.features(codes, upper=(upper,))
+    for y, x in itertools.product(range(2), repeat=2):
+        other = upper.clone()
+        other[0, y, x] = (upper[0, y, x] + 1) % 5
+        changed = (prior.features(codes, upper=(other,)) - features).abs().amax(-1).view(4, 4) > 1e-4
+        assert changed[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].all()
+    prior.head.weight.mul_(30)
+    drawn = {}
+    for guidance, above in itertools.product((1.0, 3.0), (upper, (upper + 1) % 5)):
+        drawn[guidance, above] = prior.method.sampler(
+            prior,
+            known=codes.repeat(3, 1, 1),
+            known_mask=torch.zeros(3, 4, 4, dtype=torch.bool),
+            seeds=row_seeds(0, torch.arange(3)),
+            labels=torch.full((3,), -1),  # so that guidance leads from where it is to where it is
+            upper=(above.repeat(3, 1, 1),),
+            sampling=SundaeSampling(steps=3, guidance=guidance),
+        )
+    plain, plain_above_others, guided, guided_above_others = drawn.values()
+    assert torch.equal(plain, guided)
+    assert torch.equal(plain_above_others, guided_above_others)
+    assert not torch.equal(plain, plain_above_others)
