@@ -16,6 +16,7 @@ from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
 from smalti.tokenizers.objective import Reconstruction
 
 SMALL = {"widths": (8, 12), "residual_blocks": 1, "code_width": 6, "depth": 3, "branching": 3}
+GRADIENT = {"codebook_learning": "gradient", "revive_below": 0.0}
 
 
 def tokenizer_of(**changes) -> HRVQ:
@@ -121,7 +122,7 @@ def test_losses_and_images_are_float32_under_autocast():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_training_lowers_the_loss_and_moves_every_part(channels):
-    tokenizer = tokenizer_of(image_channels=channels).train()
+    tokenizer = tokenizer_of(image_channels=channels, **GRADIENT).train()
     objective = Reconstruction(tokenizer)
     batch = {"images": ((images_of(b=8, c=channels) + 1) * 127.5).byte()}
     tokenizer.start_from(to_float(batch["images"]))

@@ -95,8 +95,8 @@ def program(folder):
         blocks = model.recomputable()
         assert blocks
         assert all(isinstance(block, FSDPModule) for block in blocks)
-        held = sum(tensor.to_local().numel() for tensor in model.state_dict().values())
-        assert held < 0.75 * sum(tensor.numel() for tensor in model.state_dict().values())
+        held = sum(parameter.to_local().numel() for parameter in model.parameters())
+        assert held < 0.75 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,15 @@ from smalti.randomness import uniform
 from smalti.runs import METRICS_NAME, Run
 from smalti.tokenizers.hrvq import HRVQConfig
 from smalti.tokenizers.objective import Reconstruction
+from smalti.tokenizers.vqvae import VQVAEConfig
+from smalti.tokenizers.vqvae2 import VQVAE2Config
 
 # A new kind needs an entry here: none is registered without passing the tests of checkpoints and of training.
+SMALL = {"height": 8, "width": 12, "residual_blocks": 1, "codebook_decay": 0.8, "revive_below": 0.6}  # so that some die
 TINY = {
-    "hrvq": HRVQConfig(height=8, width=12, widths=(4, 6), residual_blocks=1, code_width=5, depth=2, branching=3),
+    "hrvq": HRVQConfig(**SMALL, widths=(4, 6), code_width=5, depth=2, branching=3),
+    "vqvae": VQVAEConfig(**SMALL, widths=(4, 6), code_width=5, codebook_size=7),
+    "vqvae2": VQVAE2Config(**SMALL, widths=(4,), code_width=3, codebook_size=5, codebook_learning="gradient"),
     "hourglass": HourglassConfig(
         height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),

@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.randomness import row_seeds, uniform
+from smalti.randomness import derive, row_seeds, uniform
+from smalti.tokenizers.drawing import drawing_keys, turns
 from smalti.tokenizers.search import nearest_children
 
 LLOYD_STEPS = 10
+SEED_ROUNDS = 64
 
 
 def linked_kmeans(
@@ -41,18 +43,23 @@ def linked_kmeans(
 def _spread_seeds(residual: Tensor, node: Tensor, fallback: Tensor, *, seed: int) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007) in all nodes at once.
 
-    m times, each node draws one of its vectors, the first uniformly, the others with probability proportional to the
-    squared distance to the nearest seed so far: the largest of log-weight + Gumbel noise.
+    In turn each node draws one of its vectors, the first uniformly, the others with probability proportional to the
+    squared distance to the nearest seed so far. Codebooks larger than `SEED_ROUNDS` draw several at once, as k-means||
+    does (Bahmani et al. 2012): one by one would take as many passes over the vectors as there are codewords.
     """
-    nodes, m, _ = fallback.shape
-    centres = fallback.clone()
-    distance = residual.new_full((len(residual),), torch.inf)
-    noise = uniform(row_seeds(seed, torch.arange(len(residual), device=residual.device)), m)
-    for j in range(m):
-        weight = distance if j else torch.ones_like(distance)
-        keys = weight.log() - (-noise[:, j].clamp_min(1e-7).log()).log()
-        best = keys.new_full((nodes,), -torch.inf).scatter_reduce(0, node, keys, "amax")
-        chosen = torch.nonzero((keys == best[node]) & (weight > 0)).squeeze(1)  # none of a node that is all seeds
-        centres[node[chosen], j] = residual[chosen]
-        distance = torch.minimum(distance, (residual - centres[node, j]).square().sum(1))
+    m, d = fallback.shape[1:]
+    centres, weight = fallback.clone(), residual.new_ones(len(residual))
+    seeds = row_seeds(seed, torch.arange(len(residual), device=residual.device))
+    first = 0
+    while first < m:
+        at_once = min(m - first, 1 if first == 0 else -(-m // SEED_ROUNDS))
+        keys = drawing_keys(weight, uniform(derive(seeds, first)))
+        turn = turns(node, keys)
+        chosen = torch.nonzero((turn < at_once) & (weight > 0)).squeeze(1)  # none of a node that is all seeds
+        centres[node[chosen], first + turn[chosen]] = residual[chosen]
+        new = centres[:, first : first + at_once].contiguous()
+        nearest = new.view(-1, d)[nearest_children(residual, new, node)]
+        distance = (residual - nearest).square().sum(1)
+        weight = torch.minimum(weight, distance) if first else distance
+        first += at_once
     return centres

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from smalti.priors.samplers import SundaeSampling, sample_sundae
     from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
     from smalti.tokenizers.linked import LinkedQuantizer
+    from smalti.tokenizers.vqvae import VQVAE, VQVAEConfig
+    from smalti.tokenizers.vqvae2 import VQVAE2, VQVAE2Config
 
 __all__ = [
     "HRVQ",
+    "VQVAE",
+    "VQVAE2",
     "AncestralSampling",
     "Codes",
     "HRVQConfig",
@@ -35,6 +39,8 @@ __all__ = [
     "PixelCNNConfig",
     "SundaeSampling",
     "UserError",
+    "VQVAE2Config",
+    "VQVAEConfig",
     "load",
     "open_images",
     "sample_ancestral",
@@ -53,6 +59,8 @@ _MODULES = {
     "priors.samplers": ("SundaeSampling", "sample_sundae"),
     "tokenizers.hrvq": ("HRVQ", "HRVQConfig"),
     "tokenizers.linked": ("LinkedQuantizer",),
+    "tokenizers.vqvae": ("VQVAE", "VQVAEConfig"),
+    "tokenizers.vqvae2": ("VQVAE2", "VQVAE2Config"),
 }
 
 

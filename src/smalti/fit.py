@@ -19,7 +19,7 @@ from smalti.checkpoint import Checkpointed
 from smalti.devices import seed_layers
 from smalti.ema import EMA
 from smalti.errors import UserError
-from smalti.fit_config import FitConfig, Phase
+from smalti.fit_config import FitConfig, LearnsAfterSteps, Phase
 from smalti.health import Buffers, Health, StopAgreement, Watchdog, explained, poisoned
 from smalti.optimizers import clip, step_unless
 from smalti.progress import bar
@@ -157,17 +157,19 @@ def _batches(accelerator: Accelerator, data: RowData, config: FitConfig, steps: 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A phase, its objective as processes share it, and what a bad step must not leave behind."""
+    """A phase, its objective as processes share it, what a bad step must not leave behind, and what learns after it."""
 
     phase: Phase
     wrapped: nn.Module
     buffers: Buffers
+    learners: Sequence[LearnsAfterSteps]
 
 
 def _prepare(accelerator: Accelerator, phase: Phase) -> _Prepared:
     # what is split needs no wrapper, only the arithmetic
     wrapped = accelerator.prepare_model(phase.objective, evaluation_mode=is_split(phase.objective))
-    return _Prepared(phase, wrapped, Buffers(phase.objective))
+    learners = [module for module in phase.objective.modules() if isinstance(module, LearnsAfterSteps)]
+    return _Prepared(phase, wrapped, Buffers(phase.objective), learners)
 
 
 def _step(
@@ -194,6 +196,8 @@ def _step(
         norm = found["gradient_norm"] = clip(trained, config.clip_norm)
         bad = ~norm.isfinite()  # the same on all processes, whose gradients are the same
         step_unless(phase.optimizer, bad)
+        for module in part.learners:
+            module.after_step(batch["seeds"], bad)
         part.buffers.put_back(bad)
         skipped |= bad
         part.wrapped.zero_grad()  # all: a discriminator in the generator's phase has gradients that are not its own

@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from torch import nn
+from jaxtyping import Bool, Int64
+from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.optimizers import Optimizer, OptimizerName, make_optimizer
@@ -100,3 +102,17 @@ class Phase:
     name: str
     objective: nn.Module
     optimizer: Optimizer
+
+
+@runtime_checkable
+class LearnsAfterSteps(Protocol):
+    """A module within an objective that learns otherwise than by gradients, such as a codebook of running means."""
+
+    def after_step(self, seeds: Int64[Tensor, " b"], bad: Bool[Tensor, ""]) -> None:
+        """Learns from all slices of the step, once after the optimiser, on every process.
+
+        Args:
+            seeds: of this process's rows, in the order in which the objective saw them.
+            bad: whether the step does not count. Saved buffers are put back then; what else changes is the module's.
+        """
+        ...

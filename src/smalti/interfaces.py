@@ -57,3 +57,7 @@ class Tokenizer(Checkpointed, ABC):
 
     def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
         """The data-dependent start of a new tokenizer, once before training; nothing, where a kind has none."""
+
+    def collapse_remedy(self) -> str:
+        """What a person may try whose codebook collapses, as it goes on after "Try"."""
+        return "fewer codes, more images, or a lower --learning-rate"

@@ -14,6 +14,8 @@ Family: TypeAlias = Literal["tokenizer", "prior"]
 # Named by module, not imported: the spine stands below the wings. Other packages add theirs with `register`.
 _MODULES: dict[tuple[Family, str], str] = {
     ("tokenizer", "hrvq"): "smalti.tokenizers.hrvq",
+    ("tokenizer", "vqvae"): "smalti.tokenizers.vqvae",
+    ("tokenizer", "vqvae2"): "smalti.tokenizers.vqvae2",
     ("prior", "hourglass"): "smalti.priors.hourglass",
     ("prior", "maskgit"): "smalti.priors.maskgit",
     ("prior", "pixelcnn"): "smalti.priors.pixelcnn",
