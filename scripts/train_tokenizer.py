@@ -1,21 +1,27 @@
 """Trains a tokenizer; see `smalti.pipeline.train_tokenizer`."""
 
 from smalti import cli
-from smalti.pipeline.train_tokenizer import default_config, train_tokenizer
+from smalti.pipeline.presets import default_config
+from smalti.pipeline.train_tokenizer import train_tokenizer
 
 ABOUT = """Trains a tokenizer: images to a model that turns them into grids of codes, and back.
 
 $ python scripts/train_tokenizer.py                          # the embedded emoji, on two CPU cores in minutes
 $ python scripts/train_tokenizer.py --images my/photos       # your own: height and width divide by 4
-$ accelerate launch scripts/train_tokenizer.py --tokenizer hrvq --images my/photos --height 64 --width 64
+$ accelerate launch scripts/train_tokenizer.py --tokenizer vqvae2 --preset paper64 --images my/photos
 
+Kinds: hrvq (linked codebooks), vqvae (one codebook), vqvae2 (codes at two or three resolutions).
 Stopped (Ctrl-C) or killed, the same command goes on where it was: see --resume.
 More in docs/training.md. Next: build_latents.py."""
 
 
 def main() -> None:
     """The command."""
-    cli.run(train_tokenizer, lambda: default_config(cli.chosen("--tokenizer", "hrvq")), about=ABOUT)
+    cli.run(
+        train_tokenizer,
+        lambda: default_config(cli.chosen("--preset", "small"), cli.chosen("--tokenizer", "hrvq")),
+        about=ABOUT,
+    )
 
 
 if __name__ == "__main__":

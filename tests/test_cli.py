@@ -51,8 +51,9 @@ def failing(error):
 def test_flags_have_no_prefixes_and_reach_the_command(monkeypatch):
     seen = []
     assert run(monkeypatch, seen.append, "--learning-rate", "0.5", "--seed", "3") == 0
+    assert run(monkeypatch, seen.append, "--seed", "4", config_class=lambda: (Config, Config(Inner(0.2)))) == 0
     assert run(monkeypatch, seen.append, config_class=lambda: Config) == 0
-    assert seen == [Config(Inner(0.5), 3), Config()]
+    assert seen == [Config(Inner(0.5), 3), Config(Inner(0.2), 4), Config()]
 
 
 def test_help_says_what_the_command_does(monkeypatch, capsys):

@@ -28,7 +28,9 @@ _OF_THE_DISK = {
 }
 
 
-def run(command: Callable[[C], Any], config_class: Callable[[], type[C]] | type[C], *, about: str) -> None:
+def run(
+    command: Callable[[C], Any], config_class: Callable[[], type[C] | tuple[type[C], C]] | type[C], *, about: str
+) -> None:
     """Parses the command line into `config_class` (or what it returns), calls `command`, exits with its status.
 
     Flags are the config's fields, without the names of the dataclasses they are nested in. Exits with 2 for what the
@@ -36,15 +38,16 @@ def run(command: Callable[[C], Any], config_class: Callable[[], type[C]] | type[
 
     Args:
         command: what to do with the config.
-        config_class: a dataclass, or a function that finds it.
+        config_class: a dataclass, or a function that finds it, perhaps with an instance that holds the defaults.
         about: what `--help` says first: what the command does, with examples.
     """
     keep_freed_memory()
     try:
         import tyro  # here, where Ctrl-C is caught
 
-        cls = config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], type[C]], config_class)()
-        command(tyro.cli(cast(type[C], cls), description=about, config=(tyro.conf.OmitArgPrefixes,)))
+        found = config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], Any], config_class)()
+        cls, defaults = (found[0], {"default": found[1]}) if isinstance(found, tuple) else (found, {})
+        command(tyro.cli(cast(type[C], cls), description=about, config=(tyro.conf.OmitArgPrefixes,), **defaults))
     except UserError as error:
         _leave(f"error: {error}", 2, everywhere=isinstance(error, OneProcessError))
     except Interrupted as stopped:

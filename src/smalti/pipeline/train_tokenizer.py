@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -10,20 +10,20 @@ from smalti import registry
 from smalti.devices import Precision, accelerator, tracked
 from smalti.fit import fit
 from smalti.fit_config import FitConfig, Phase
-from smalti.images import ImageRows, open_images
+from smalti.images import ImageRows, ImageSet, open_images
 from smalti.interfaces import Tokenizer
-from smalti.latentsets.reader import perplexity
 from smalti.pictures import save_sheet
+from smalti.pipeline.codebook_use import CodebookAlarm
 from smalti.pipeline.places import TOKENIZERS
 from smalti.preprocess import to_float
 from smalti.runs import Resume, Run, flatten
 from smalti.tokenizers.objective import Reconstruction
 
 C = TypeVar("C")
+Preset: TypeAlias = Literal["small", "paper32", "paper64", "paper128", "paper256"]
 
 START_IMAGES = 512  # whose features the codebooks start from
 SHEET_IMAGES = 12
-USAGE_IMAGES, USAGE_BATCH = 1_024, 64
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class TrainTokenizer(Generic[C]):
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2_000, batch_size=32))
     tokenizer: str = "hrvq"
     """Kind of tokenizer; its own settings are listed with it (`--tokenizer KIND --help`)."""
+    preset: Preset = "small"
+    """What the other settings are unless given: `small` for 32x32 images on two CPU cores; the others have the papers'
+    networks and grids of codes for images of that size, on a GPU."""
     images: str = "emoji"
     """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
     flips: bool = True
@@ -48,10 +51,14 @@ class TrainTokenizer(Generic[C]):
     goes back to the state of that step and forgets what came after."""
 
 
-def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
+def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None) -> Path:
     """Trains a tokenizer, or goes on with a run that was stopped; returns its folder.
 
     Leaves `model.safetensors` and `config.json`, `run.json`, `metrics.jsonl` and `reconstructions.png`.
+
+    Args:
+        config: how to train.
+        images: those that the config names, opened already by who trains several on them.
 
     Raises:
         UserError: for images, settings or a folder that will not do.
@@ -61,9 +68,10 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
     process = accelerator(config.precision, config.fit.trackers, folder)
     torch.manual_seed(config.fit.seed)
     tokenizer = cast(Tokenizer, registry.find("tokenizer", config.tokenizer)(config.model))
-    size = {"height": config.model.height, "width": config.model.width, "channels": tokenizer.image_channels}
-    with process.main_process_first():  # which fills the cache of hashes that the others read
-        images = open_images(config.images, **size)
+    if images is None:
+        size = {"height": config.model.height, "width": config.model.width, "channels": tokenizer.image_channels}
+        with process.main_process_first():  # which fills the cache of hashes that the others read
+            images = open_images(config.images, **size)
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
     with process.main_process_first():  # which may throw an earlier run away
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
@@ -81,12 +89,12 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
     if not run.step:
         rows = torch.arange(min(START_IMAGES, len(train))) * (len(train) // min(START_IMAGES, len(train)))
         tokenizer.start_from(to_float(train.__getitems__(rows.tolist())["images"]))
-    objective = Reconstruction(tokenizer)
+    objective, alarm = Reconstruction(tokenizer), CodebookAlarm()
     shown = held_out if len(held_out) else train
 
     def report(_step: int, trained: Tokenizer) -> dict[str, float]:
         save_reconstructions(trained, shown, folder / "reconstructions.png")
-        return codebook_usage(trained, shown)
+        return alarm.measure(trained, shown)
 
     with tracked(process, settings):
         fit(
@@ -104,31 +112,6 @@ def train_tokenizer(config: TrainTokenizer[Any]) -> Path:
 
 
 @torch.no_grad()
-def codebook_usage(tokenizer: Tokenizer, rows: ImageRows) -> dict[str, float]:
-    """How much of each level's codebook up to `USAGE_IMAGES` images need, evenly taken: a collapse shows here first.
-
-    Returns:
-        `codes_used`, the share of codes that occur, in (0, 1], and `code_perplexity`, from 1 to the codebook's size;
-        of several levels, with their numbers. Levels without a codebook are left out.
-    """
-    count, device = min(USAGE_IMAGES, len(rows)), next(tokenizer.parameters()).device
-    levels = tokenizer.layout.levels
-    counts = [torch.zeros(level.codebook_size if level.radices else 0, dtype=torch.int64) for level in levels]
-    for chosen in torch.arange(count).mul(len(rows)).div(count, rounding_mode="floor").split(USAGE_BATCH):
-        images = to_float(rows.__getitems__(chosen.tolist())["images"]).to(device)
-        for codes, total in zip(tokenizer.encode(images), counts, strict=True):
-            if len(total):
-                total += torch.bincount(codes.flatten().cpu(), minlength=len(total))
-    found: dict[str, float] = {}
-    for number, total in enumerate(counts):
-        if len(total):
-            suffix = f"_{number}" if len(levels) > 1 else ""
-            found[f"codes_used{suffix}"] = float((total > 0).float().mean())
-            found[f"code_perplexity{suffix}"] = perplexity(total)
-    return found
-
-
-@torch.no_grad()
 def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> None:
     """A sheet: images, reconstructions, and what the first digits alone of each code decode to (HR-VQVAE, Fig. 1)."""
     count = min(SHEET_IMAGES, len(rows))
@@ -143,8 +126,3 @@ def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> N
     for first in range(digits - 1, 0, -1):
         sheet[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = tokenizer.decode(codes, first).cpu()
     save_sheet(path, sheet)
-
-
-def default_config(kind: str) -> Any:
-    """The config class of a kind, for the command line: `TrainTokenizer` of its network's, an alias and no `type`."""
-    return TrainTokenizer[registry.find("tokenizer", kind).config_class]
