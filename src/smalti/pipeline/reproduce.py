@@ -1,0 +1,244 @@
+"""The HR-VQVAE paper's study of reconstruction, trained anew: which runs, and what is measured of each.
+
+A run is trained by `train_tokenizer` and measured once; both are kept, so a study that is stopped goes on. What is
+written of it is in `reproduce_report.py`.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tyro.conf import Positional
+
+from smalti.devices import Precision, best_device
+from smalti.errors import UserError
+from smalti.files import write_json
+from smalti.fit_config import FitConfig
+from smalti.images import ImageRows, ImageSet, open_images
+from smalti.interfaces import Tokenizer
+from smalti.latentsets.reader import perplexity
+from smalti.pipeline.codebook_use import code_counts
+from smalti.pipeline.comparison import synchronize
+from smalti.pipeline.places import RUNS, load_tokenizer
+from smalti.pipeline.train_tokenizer import TrainTokenizer, train_tokenizer
+from smalti.preprocess import to_float
+from smalti.tokenizers.hrvq import HRVQConfig
+from smalti.tokenizers.linked import LinkedQuantizer
+from smalti.tokenizers.vqvae import VQConfig, VQVAEConfig
+from smalti.tokenizers.vqvae2 import VQVAE2Config
+
+Part: TypeAlias = Literal["methods", "depth", "size", "search"]
+DataName: TypeAlias = Literal["mnist", "cifar10"]
+
+KINDS = ("vqvae", "vqvae2", "hrvq")
+LEAVES, DEPTH, DEPTHS, DEPTH_LEAVES, SIZES = 512, 3, (1, 2, 3, 6), 64, (512, 4_096, 32_768)
+PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "kmeans_start": False}
+"""As the papers train: the losses alone. The other settings are the defaults."""
+CODES_OF_IMAGES = 10_000
+"""How many images' codes are searched for, in Table 2."""
+SEARCH_BLOCK, SEARCH_REPETITIONS = 500, 3
+RESULT_NAME = "result.json"
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """What to reproduce, and at which budget.
+
+    Raises:
+        UserError: for a number below 1.
+    """
+
+    study: Positional[Literal["hr-vqvae"]]
+    """Whose numbers: the study of VQ-VAE, VQ-VAE-2 and HR-VQVAE."""
+    images: str
+    """The data set's training images, whatever `--images` of train_tokenizer takes: a Parquet file, say."""
+    data: DataName = "mnist"
+    """Which data set that is, for the paper's numbers beside ours."""
+    parts: tuple[Part, ...] = ("methods", "depth", "search", "size")
+    """Table 1 and Figs. 1 and 8; Fig. 5; Table 2; Fig. 6."""
+    seeds: int = 3
+    """Runs of each model in Table 1; the rest has one."""
+    steps: int = 1_000
+    """Optimiser steps of every run."""
+    size_steps: int = 300
+    """Those of the runs of Fig. 6, which at 32768 leaves of one codebook are slow."""
+    batch_size: int = 16
+    """Images a step."""
+    precision: Precision = "auto"
+    """Arithmetic of the networks in training; what is measured is in fp32."""
+    channels: int = 32
+    """Width of the networks."""
+    code_width: int = 16
+    """Length of a codeword."""
+    usage_images: int = 60_000
+    """Over how many training images, at most, leaves in use and perplexity are counted."""
+    work: Path = RUNS / "reproductions"
+    """Where runs are kept."""
+    out: Path = Path("docs/reproductions/hr-vqvae.md")
+    """The Markdown file whose measured parts are replaced, with its pictures beside it."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "size_steps", "batch_size", "channels", "code_width", "usage_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the study.
+
+    Attributes:
+        leaves: codes of a position; of VQ-VAE-2, of each level's.
+        depth: layers of linked codebooks.
+        plain: trained as the paper had it.
+    """
+
+    kind: str
+    plain: bool
+    steps: int
+    leaves: int
+    depth: int = 1
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        how = "plain" if self.plain else "best"
+        return f"{self.kind}-{self.leaves}-depth{self.depth}-{how}-{self.steps}steps-seed{self.seed}"
+
+
+def cells(config: Reproduce) -> dict[Part, list[Cell]]:
+    """The runs of each part; one that two parts share has one name."""
+    depths = {"vqvae": 1, "vqvae2": 1, "hrvq": DEPTH}
+    methods = [
+        Cell(kind, plain, config.steps, LEAVES, depths[kind], seed)
+        for seed in range(config.seeds)
+        for kind in reversed(KINDS)
+        for plain in (False, True)
+    ]
+    depth = [Cell("hrvq", False, config.steps, DEPTH_LEAVES, n) for n in DEPTHS]
+    size = [
+        Cell(kind, plain, config.size_steps, leaves, depths[kind])
+        for leaves in SIZES
+        for kind, plain in (("hrvq", False), ("vqvae", False), ("vqvae", True))
+    ]
+    found: dict[Part, list[Cell]] = {"methods": methods, "depth": depth, "size": size}
+    return {part: found.get(part, []) for part in config.parts}
+
+
+def model_of(cell: Cell, config: Reproduce) -> VQConfig:
+    """Networks of one shape: 16x16 codes of 32x32 images, and 8x8 and 4x4 above them in VQ-VAE-2."""
+    shared: dict[str, Any] = {
+        "image_channels": 1 if config.data == "mnist" else 3,
+        "widths": (config.channels,),
+        "code_width": config.code_width,
+        **(PLAIN if cell.plain else {}),
+    }
+    if cell.kind == "hrvq":
+        return HRVQConfig(**shared, depth=cell.depth, branching=round(cell.leaves ** (1 / cell.depth)))
+    if cell.kind == "vqvae2":
+        return VQVAE2Config(**shared, codebook_size=cell.leaves, levels=3)
+    return VQVAEConfig(**shared, codebook_size=cell.leaves)
+
+
+def open_data(config: Reproduce) -> ImageSet:
+    """The images, at 32x32 pixels: MNIST's 28x28 are enlarged, for 16x16 codes at half the size."""
+    return open_images(config.images, height=32, width=32, channels=1 if config.data == "mnist" else 3)
+
+
+def trained(cell: Cell, config: Reproduce, images: ImageSet) -> Path:
+    """The folder of a run, trained as far as it was not yet, and measured."""
+    folder = config.work / config.data / cell.name
+    if (folder / RESULT_NAME).exists():
+        return folder
+    start = time.perf_counter()
+    fit = FitConfig(steps=cell.steps, batch_size=config.batch_size, seed=cell.seed, report_steps=cell.steps)
+    model = model_of(cell, config)
+    flips = config.data != "mnist"  # mirrored digits are no digits
+    settings = TrainTokenizer(
+        model=model,
+        fit=fit,
+        tokenizer=cell.kind,
+        images=config.images,
+        flips=flips,
+        precision=config.precision,
+        out=folder,
+    )
+    train_tokenizer(settings, images)
+    seconds = time.perf_counter() - start
+    write_json(
+        folder / RESULT_NAME,
+        {
+            "cell": asdict(cell),
+            "train_seconds": seconds,
+            **measured(load_tokenizer(str(folder)).to(best_device()), images, config.usage_images),
+        },
+    )
+    return folder
+
+
+@torch.no_grad()
+def measured(tokenizer: Tokenizer, images: ImageSet, usage_images: int) -> dict[str, Any]:
+    """Held-out MSE, in [0, 1] units; and, of each level over training images, the share of codes in use, perplexity."""
+    rows = ImageRows(images, split="held_out", flips=False)
+    device = next(tokenizer.parameters()).device
+    error, values = 0.0, 0
+    for block in torch.arange(len(rows)).split(64):
+        batch = to_float(rows.__getitems__(block.tolist())["images"]).to(device)
+        error += float((tokenizer.decode(tokenizer.encode(batch)) - batch).double().square().sum()) / 4
+        values += batch.numel()
+    counts = code_counts(tokenizer, ImageRows(images, split="train", flips=False), usage_images)
+    return {
+        "mse": error / values,
+        "held_out_images": len(rows),
+        "used": [float((level > 0).double().mean()) for level in counts],
+        "perplexity": [perplexity(level) for level in counts],
+        "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
+    }
+
+
+def result(cell: Cell, config: Reproduce) -> dict[str, Any] | None:
+    """What was measured of a run; None if it was not trained yet."""
+    path = config.work / config.data / cell.name / RESULT_NAME
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@torch.no_grad()
+def features(tokenizer: Tokenizer, batch: Float[Tensor, "b c h w"]) -> list[tuple[LinkedQuantizer, Tensor]]:
+    """Each quantizer of a tokenizer, and what of these images reaches it."""
+    found: list[tuple[LinkedQuantizer, Tensor]] = []
+
+    def note(quantizer: nn.Module, given: tuple[Tensor]) -> None:
+        found.append((cast(LinkedQuantizer, quantizer), given[0]))
+
+    quantizers = [module for module in tokenizer.modules() if isinstance(module, LinkedQuantizer)]
+    hooks = [quantizer.register_forward_pre_hook(note) for quantizer in quantizers]
+    tokenizer(batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def search_seconds(tokenizer: Tokenizer, images: ImageSet) -> float:
+    """Seconds to find the codes of `CODES_OF_IMAGES` images in what the encoder makes of them; the best of some.
+
+    Of the images there are, as many as needed, over and over, in blocks.
+    """
+    rows = ImageRows(images, split="train", flips=False)
+    batch = to_float(rows.__getitems__([i % len(rows) for i in range(SEARCH_BLOCK)])["images"])
+    reached, taken = features(tokenizer, batch.to(next(tokenizer.parameters()).device)), []
+    for turn in range(SEARCH_REPETITIONS + 1):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(CODES_OF_IMAGES // SEARCH_BLOCK):
+            for quantizer, z_e in reached:
+                quantizer.encode(z_e)
+        synchronize()
+        if turn:  # the first compiles
+            taken.append(time.perf_counter() - start)
+    return min(taken)
