@@ -1,4 +1,5 @@
 # The commands of a clone. Each does its own set-up, so it works as the first thing typed on a machine that has Python 3.11 or newer, make and git.
+# DEV_EXTRAS has a name because its comma would part the arguments of a call.
 # What is installed is pinned in constraints.txt. Where packages come from is pip's own configuration (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, ...).
 
 .DEFAULT_GOAL := help
@@ -11,6 +12,7 @@ PYTHON := $(VENV)/bin/python
 # downloaded is in pip's cache): pip takes a package whose files are half there for installed.
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+DEV_EXTRAS := .[dev,metrics]
 
 define FIND_PYTHON
 for python in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -30,7 +32,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 	$(call INSTALL,.)
 
 $(DEV): pyproject.toml constraints.txt
-	$(call INSTALL,'.[dev]')
+	$(call INSTALL,'$(DEV_EXTRAS)')
 	@touch $@
 
 help: ## list these targets
@@ -49,7 +51,7 @@ type: $(DEV) ## check the code's types
 	$(PYTHON) -m pyright
 
 test: $(DEV) ## run the tests
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 bench: $(RUNTIME) ## measure the speeds that the documentation states
 	$(PYTHON) scripts/benchmark.py

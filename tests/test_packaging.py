@@ -110,7 +110,8 @@ def test_every_package_that_gets_installed_is_pinned():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines == sorted(lines, key=str.lower)
     pins = {canonicalize_name(name): pinned for name, pinned in (line.split("==") for line in lines)}
-    reached, waiting = set(), [*map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])]
+    optional = PROJECT["optional-dependencies"]
+    reached, waiting = set(), [*map(Requirement, PROJECT["dependencies"] + optional["dev"] + optional["metrics"])]
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
