@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from command_toys import run
 from PIL import Image
 
 from smalti.runs import METRICS_NAME
@@ -40,21 +41,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def run(capfd, main, *arguments):
-    """Calls a command in this process, in the current folder: (exit status, standard output, standard error)."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    capfd.readouterr()
-    before, sys.argv = sys.argv, [f"{main.__module__.split('.')[-1]}.py", *map(str, arguments)]
-    try:
-        main()
-        status = 0
-    except SystemExit as left:
-        status = left.code
-    finally:
-        sys.argv = before
-    return status, *capfd.readouterr()
 
 
 def interrupt(command, run_folder):
@@ -308,28 +294,3 @@ def test_a_hole_is_filled_and_nothing_else(prior, place, capfd):
         filled = np.array(Image.open(place / "filled" / name))
         assert np.array_equal(filled[hole == 0], pixels[hole == 0])
         assert not np.array_equal(filled[hole > 0], pixels[hole > 0])
-
-
-@pytest.mark.parametrize(
-    ("image", "mask", "flags", "said"),
-    [
-        ((8, 8), (4, 8), [], "mask.png is 8x4 but the image is 8x8; give a mask of the image's size"),
-        ((8, 8), (8, 8), [], "mask.png has no hole: no pixel is light; paint what to fill white"),
-        ((8, 6), (8, 6), ["--invert"], "in.png is 6x8, which does not divide by 4; crop or resize it"),
-        ((8, 8), (8, 8), ["--num", "0"], "--num and --candidates must be at least 1, not 0"),
-        ((8, 8), (8, 8), ["--prior", "nothing"], "no checkpoint at nothing"),
-        ((8, 8), (8, 8), ["--prior", "whole"], "whole holds a tokenizer (hrvq), but a prior is needed here"),
-        ((8, 8), (8, 8), ["--prior", "hourglass"], "runs/priors/hourglass is not there: train it first"),
-        ((8, 8), (8, 8), ["--tokenizer", "hrvq"], "runs/tokenizers/hrvq is not there: train it first"),
-    ],
-)
-def test_what_cannot_be_filled_is_one_line(prior, tmp_path, capfd, image, mask, flags, said):
-    Image.new("RGB", image[::-1]).save(tmp_path / "in.png")
-    Image.new("L", mask[::-1]).save(tmp_path / "mask.png")
-    arguments = ["--prior", "prior", "--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png"]
-    status, out, err = run(capfd, inpaint.main, *arguments, "--out", tmp_path / "out.png", *flags)
-    assert (status, out) == (2, "")
-    assert err.count("\n") == 1
-    assert err.startswith("error: ")
-    assert said in err
-    assert not (tmp_path / "out.png").exists()

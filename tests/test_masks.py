@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from smalti.errors import UserError
-from smalti.masks import blank, examples, known_codes, load_mask
+from smalti.masks import blank, examples, known_codes, load_mask, strokes
+from smalti.randomness import row_seeds
 
 SMALL = st.integers(1, 4)
 SIZES = {"rows": SMALL, "columns": SMALL, "side": SMALL, "seed": st.integers(0, 999)}
@@ -80,7 +81,9 @@ def test_masks_that_will_not_do_are_refused_in_one_line(tmp_path):
     for path, size, invert, said in [
         (black, (1, 3), False, "no hole: no pixel is light; paint what to fill white"),
         (white, (1, 3), True, "no hole: no pixel is dark; paint what to fill black"),
-        (white, (3, 1), False, "is 3x1 but the image is 1x3"),
+        (white, (1, 3), False, "is all hole: every pixel is light, and nothing is left to go by"),
+        (black, (1, 3), True, "is all hole: every pixel is dark"),
+        (white, (3, 1), False, "is 3x1 but the image is 1x3; pass --resize-mask"),
         (tmp_path / "missing.png", (1, 3), False, "cannot be read"),
         (tmp_path / "text.png", (1, 3), False, "not an image"),
     ]:
@@ -88,6 +91,68 @@ def test_masks_that_will_not_do_are_refused_in_one_line(tmp_path):
             load_mask(path, height=size[0], width=size[1], invert=invert)
         assert "\n" not in str(caught.value)
         assert str(path) in str(caught.value)
+
+
+def test_the_threshold_is_of_lightness(tmp_path):
+    path = save(tmp_path / "mask.png", [[0, 9, 10, 11, 255]])
+    assert load_mask(path, height=1, width=5, threshold=10).tolist() == [[False, False, False, True, True]]
+    assert load_mask(path, height=1, width=5, threshold=0).tolist() == [[False, True, True, True, True]]
+
+
+def test_of_a_mask_with_transparent_parts_only_these_count(tmp_path):
+    """Whatever their colours are, and those of the rest; turned as its EXIF block says."""
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[..., 3] = [[255, 200, 0], [255, 255, 100]]
+    rgba[0, 0, :3] = 255
+    hole = torch.tensor([[False, False, True], [False, False, True]])
+    Image.fromarray(rgba).save(tmp_path / "alpha.png")
+    assert torch.equal(load_mask(tmp_path / "alpha.png", height=2, width=3), hole)
+    assert torch.equal(load_mask(tmp_path / "alpha.png", height=2, width=3, invert=True), ~hole)
+    turned = Image.Exif()
+    turned[274] = 6  # to be shown turned right
+    Image.fromarray(rgba).save(tmp_path / "turned.png", exif=turned)
+    assert torch.equal(load_mask(tmp_path / "turned.png", height=3, width=2), hole.rot90(-1))
+    rgba[..., 3] = 255  # an opaque alpha channel says nothing
+    Image.fromarray(rgba).save(tmp_path / "opaque.png")
+    assert load_mask(tmp_path / "opaque.png", height=2, width=3).nonzero().tolist() == [[0, 0]]
+
+
+OF_ANY = [
+    *(("png", mode) for mode in ("1", "L", "P", "LA", "RGB", "I;16")),
+    *(("jpg", mode) for mode in ("1", "L", "RGB", "CMYK")),
+    ("tiff", "CMYK"),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), OF_ANY)
+def test_a_mask_may_be_of_any_mode_and_format(tmp_path, mode, kind):
+    square = Image.new("L", (24, 16))
+    square.paste(255, (8, 8, 16, 16))
+    image = Image.fromarray(np.array(square).astype(np.uint16) * 257) if mode == "I;16" else square.convert(mode)
+    image.save(tmp_path / f"mask.{kind}", **({"quality": 60} if kind == "jpg" else {}))
+    hole = load_mask(tmp_path / f"mask.{kind}", height=16, width=24)
+    assert torch.equal(hole, torch.from_numpy(np.array(square)) > 0)
+
+
+def test_a_mask_of_another_size_is_fitted_when_asked(tmp_path):
+    path = save(tmp_path / "mask.png", np.kron(np.eye(2), np.ones((4, 6))) * 255)
+    hole = load_mask(path, height=2, width=2, resize=True)
+    assert hole.tolist() == [[True, False], [False, True]]
+
+
+@given(st.integers(0, 999), st.integers(4, 40), st.integers(4, 40))
+def test_strokes_are_a_seeds_own_and_leave_something_known(seed, height, width):
+    holes = strokes(row_seeds(seed, torch.arange(3)), height, width)
+    assert holes.shape == (3, height, width)
+    assert torch.equal(strokes(row_seeds(seed, torch.arange(1, 2)), height, width), holes[1:2])
+    assert holes.flatten(1).any(1).all()
+    assert not holes.flatten(1).all(1).any()
+
+
+def test_strokes_differ_and_cover_about_a_quarter():
+    holes = strokes(row_seeds(0, torch.arange(300)), 32, 32)
+    assert len(holes.flatten(1).unique(dim=0)) == 300
+    assert 0.2 < float(holes.float().mean()) < 0.3
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (32, 32), (32, 48), (256, 256)])

@@ -32,9 +32,6 @@ TINY = {
     "hourglass": HourglassConfig(
         height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),
-    "maskgit": HourglassConfig(
-        height=3, width=2, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
-    ),
     "pixelcnn": PixelCNNConfig(
         height=4,
         width=6,
@@ -121,13 +118,6 @@ def toy():
     return model, Regression(model), Rows(x=x[:ROWS], y=y[:ROWS]), Rows(x=x[ROWS:], y=y[ROWS:])
 
 
-def plain_toy():
-    """The same without statistics and dropout, which are of the slice, of the process and of the compiler."""
-    model, *rest = toy()
-    model.net[1], model.net[2] = nn.Identity(), nn.Identity()
-    return model, *rest
-
-
 def make(family, kind):
     """The same of a registered kind."""
     config, generator = TINY[kind], torch.Generator().manual_seed(0)
@@ -195,3 +185,23 @@ class Signalling:
             os.kill(os.getpid(), self.number)
         self.batches += 1
         return self.rows.__getitems__(rows)
+
+
+def untrained_pair():
+    """A prior of two classes and the tokenizer of its codes, tiny and untrained, at 8x16 pixels and 4x8 codes.
+
+    Their weights are large enough that what a network sees decides what it says.
+    """
+    torch.manual_seed(0)
+    prior_config = HourglassConfig(
+        4, 8, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
+    )
+    tokenizer_config = HRVQConfig(8, 16, widths=(6,), residual_blocks=3, code_width=5, depth=2, branching=3)
+    prior = registry.find("prior", "hourglass")(prior_config).eval()
+    tokenizer = registry.find("tokenizer", "hrvq")(tokenizer_config).eval()
+    for parameter in tokenizer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # residual blocks start as the identity, which sees no neighbours
+    tokenizer.start_from(torch.rand(16, 3, 8, 16) * 2 - 1)
+    for table in (prior.head.weight, prior.of_class.vectors.weight):
+        torch.nn.init.normal_(table)
+    return prior, tokenizer

@@ -10,34 +10,62 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from smalti.errors import UserError
-from smalti.preprocess import load_image
+from smalti.preprocess import load_image, load_transparency
+from smalti.randomness import uniform
 
 DILATION_CODES = 1
 """How far around a hole codes are filled anew too: they saw the blank through the encoder's receptive field."""
+MID_GREY = 127
+MOST_STROKES, STROKE_POINTS = 3, 3
 
 
-def load_mask(path: str | Path, *, height: int, width: int, invert: bool = False) -> Bool[Tensor, "h w"]:
-    """A mask image as a hole: where it is lighter than mid-grey; where it is darker, with `invert`.
+def load_mask(
+    path: str | Path,
+    *,
+    height: int,
+    width: int,
+    invert: bool = False,
+    threshold: int = MID_GREY,
+    resize: bool = False,
+) -> Bool[Tensor, "h w"]:
+    """A mask image as a hole: where it is lighter than the threshold or, if it has transparent parts, where they are.
+
+    Any format, depth and mode that Pillow opens. Of an image with transparency its colours do not matter: erasing what
+    is to be filled makes a mask.
+
+    Args:
+        path: of the file.
+        height: of the image to fill, pixels.
+        width: of the same.
+        invert: the hole is where it would not be.
+        threshold: in [0, 254], of lightness or transparency.
+        resize: fit a mask of another size to the image's.
 
     Raises:
-        UserError: if it cannot be read, is not of the given size, or has no hole.
+        UserError: if it cannot be read, is of another size, or has no hole or nothing else.
     """
-    grey = load_image(path, channels=1)[0]
-    if tuple(grey.shape) != (height, width):
-        raise UserError(
-            f"{path} is {grey.shape[1]}x{grey.shape[0]} but the image is {width}x{height}; "
-            "give a mask of the image's size"
-        )
-    hole = (grey > 127) ^ invert
+    see_through = load_transparency(path)
+    light = load_image(path, channels=1)[0] if see_through is None else see_through
+    if tuple(light.shape) != (height, width):
+        if not resize:
+            raise UserError(
+                f"{path} is {light.shape[1]}x{light.shape[0]} but the image is {width}x{height}; "
+                "pass --resize-mask, or give a mask of the image's size"
+            )
+        light = torch.from_numpy(np.array(Image.fromarray(light.numpy()).resize((width, height))))
+    hole = (light > threshold) ^ invert
+    kind = ("dark" if invert else "light") if see_through is None else ("opaque" if invert else "transparent")
     if not hole.any():
+        paint = {"light": "paint what to fill white", "dark": "paint what to fill black"}
+        raise UserError(f"{path} has no hole: no pixel is {kind}; {paint.get(kind, 'erase what to fill')}")
+    if hole.all():
         raise UserError(
-            f"{path} has no hole: no pixel is {'dark' if invert else 'light'}; "
-            f"paint what to fill {'black' if invert else 'white'}"
+            f"{path} is all hole: every pixel is {kind}, and nothing is left to go by; mark less, or use --invert"
         )
     return hole
 
@@ -73,3 +101,21 @@ def examples(height: int, width: int) -> dict[str, Bool[Tensor, "h w"]]:
         (width / 2, height / 2), "S", fill=255, font=font, anchor="mm", stroke_width=max(1, height // 32)
     )
     return {name: torch.from_numpy(np.array(shape)) > 127 for name, shape in shapes.items()}
+
+
+def strokes(seeds: Int64[Tensor, " b"], height: int, width: int) -> Bool[Tensor, "b h w"]:
+    """A free-hand hole for each seed: one to three bent strokes, each a tenth to a fifth of the shorter side wide.
+
+    In the manner of the free-form masks of arXiv 1806.03589; about a quarter of an image on average.
+    """
+    holes = []
+    for numbers in uniform(seeds, MOST_STROKES, 2 + 2 * STROKE_POINTS).tolist():
+        shape = Image.new("L", (width, height))
+        draw = ImageDraw.Draw(shape)
+        for _, thickness, *places in numbers[: 1 + int(numbers[0][0] * MOST_STROKES)]:
+            points = [(x * width, y * height) for x, y in zip(places[::2], places[1::2], strict=True)]
+            draw.line(
+                points, fill=255, width=max(1, round((0.1 + 0.1 * thickness) * min(height, width))), joint="curve"
+            )
+        holes.append(torch.from_numpy(np.array(shape)) > MID_GREY)
+    return torch.stack(holes)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
+from smalti.errors import UserError
 from smalti.files import whole_file
 from smalti.preprocess import to_uint8
 
 GAP = 4  # pixels between pictures
 SMALLEST_SHOWN = 96  # pixels: smaller pictures are enlarged by a whole factor, so that one sees their pixels
 CAPTION_SIZE = 16
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
 
 
 def save_sheet(
@@ -39,21 +41,47 @@ def save_sheet(
 
 def save_grid(path: Path, images: Float[Tensor, "b _c _h _w"], *, settings: Mapping[str, Any] | None = None) -> None:
     """Images in [-1, 1] in a grid about twice as wide as high."""
+    save_png(path, _grid(images), settings)
+
+
+def save_animation(
+    path: Path, frames: Sequence[Float[Tensor, "b _c _h _w"]], *, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Grids of the same images, step by step, as an animated PNG that shows the last one longest and begins anew."""
+    sheets = [_grid(images) for images in frames]
+    shown = [FRAME_MILLISECONDS] * (len(sheets) - 1) + [LAST_FRAME_MILLISECONDS]
+    save_png(path, sheets[0], settings, save_all=True, append_images=sheets[1:], duration=shown, loop=0)
+
+
+def _grid(images: Tensor) -> Image.Image:
     columns = min(len(images), max(1, round(math.sqrt(2 * len(images)))))
     lines = [_strip(images[start : start + columns]) for start in range(0, len(images), columns)]
     sheet = Image.new("RGB", (lines[0].width, sum(line.height for line in lines)), "white")
     for index, line in enumerate(lines):
         sheet.paste(line, (0, index * line.height))
-    save_png(path, sheet, settings)
+    return sheet
 
 
-def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None = None) -> None:
-    """Writes a PNG whole, or not at all, with the settings that made it as JSON in its text chunk `smalti`."""
+def require_png(path: Path) -> None:
+    """Refuses a name that would lie about what is in the file.
+
+    Raises:
+        UserError: if it does not end in .png.
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path} is not the name of a PNG; pictures are written as PNGs, give one ending in .png")
+
+
+def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Writes a PNG whole, or not at all, with the settings that made it as JSON in its text chunk `smalti`.
+
+    The options are those of Pillow's PNG writer.
+    """
     info = PngImagePlugin.PngInfo()
     if settings:
         info.add_itxt("smalti", json.dumps(dict(settings), default=str))
     with whole_file(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
+        image.save(partial, format="PNG", pnginfo=info, **options)
 
 
 def to_image(image: Float[Tensor, "c h w"] | UInt8[Tensor, "c h w"]) -> Image.Image:

@@ -7,7 +7,8 @@ Legend: c channels (1 grey or 3 RGB), h w pixels.
 
 import struct
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -61,22 +62,8 @@ def decode(
     """
     assert (height is None) == (width is None)
     assert channels in (1, 3)
-    if not encoded:
-        raise BadImageError("the image is empty (0 bytes); repair or remove it")
-    try:
-        with Image.open(BytesIO(encoded)) as image:
-            flat = _flatten(_upright(image), mode="L" if channels == 1 else "RGB")
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError(
-            f"these {len(encoded)} bytes are not an image that Pillow can open; repair or remove it"
-        ) from error
-    except Image.DecompressionBombError as error:
-        limit = f"twice PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
-        raise BadImageError(
-            f"the image has more pixels than {limit}, a decompression bomb perhaps; shrink or remove it"
-        ) from error
-    except _DAMAGED as error:
-        raise BadImageError(f"the image cannot be decoded ({_one_line(error)}); repair or remove it") from error
+    with _opened(encoded) as image:
+        flat = _flatten(image, mode="L" if channels == 1 else "RGB")
     if height is not None and width is not None:
         flat = _fit(flat, height=height, width=width)
     pixels = torch.from_numpy(np.array(flat))  # a copy: torch must own writable memory
@@ -91,12 +78,21 @@ def load_image(
     Raises:
         UserError: naming the file, if it cannot be read or `decode` refuses it.
     """
-    try:
+    with _named(path):
         return decode(Path(path).read_bytes(), channels=channels, height=height, width=width)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
-    except BadImageError as error:
-        raise BadImageError(f"{path}: {error}") from error
+
+
+def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
+    """How far one sees through each pixel of a file's image, 255 = wholly; None if it is opaque everywhere.
+
+    Raises:
+        UserError: as `load_image` does.
+    """
+    with _named(path), _opened(Path(path).read_bytes()) as image:
+        if not image.has_transparency_data:
+            return None
+        alpha = torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))
+        return 255 - alpha if (alpha < 255).any() else None
 
 
 def describe(*, height: int, width: int, channels: int) -> dict[str, Any]:
@@ -119,6 +115,38 @@ def to_float(pixels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """From [-1, 1] to 0..255, rounded; what lies outside is clamped. The exact inverse of `to_float`."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Tells of which file an error is."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
+    except BadImageError as error:
+        raise BadImageError(f"{path}: {error}") from error
+
+
+@contextmanager
+def _opened(encoded: bytes) -> Iterator[Image.Image]:
+    """The image, upright and loaded; what goes wrong within, with its damaged bytes, is a `BadImageError`."""
+    if not encoded:
+        raise BadImageError("the image is empty (0 bytes); repair or remove it")
+    try:
+        with Image.open(BytesIO(encoded)) as image:
+            yield _upright(image)
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError(
+            f"these {len(encoded)} bytes are not an image that Pillow can open; repair or remove it"
+        ) from error
+    except Image.DecompressionBombError as error:
+        limit = f"twice PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
+        raise BadImageError(
+            f"the image has more pixels than {limit}, a decompression bomb perhaps; shrink or remove it"
+        ) from error
+    except _DAMAGED as error:
+        raise BadImageError(f"the image cannot be decoded ({_one_line(error)}); repair or remove it") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

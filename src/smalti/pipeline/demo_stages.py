@@ -22,8 +22,8 @@ from smalti.masks import blank, examples
 from smalti.pictures import save_sheet
 from smalti.pipeline.build_latents import BuildLatents, build_latents
 from smalti.pipeline.demo import DONE_NAME, PICTURES, REPORT_NAME, Demo
+from smalti.pipeline.fill import fill
 from smalti.pipeline.generate import Sample, sample
-from smalti.pipeline.inpaint import Inpaint, fill
 from smalti.pipeline.places import load_prior, load_tokenizer
 from smalti.pipeline.train_prior import TrainPrior, train_prior
 from smalti.pipeline.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
@@ -106,7 +106,6 @@ def _inpainting(prior_folder: str, config: Demo, path: Path) -> None:
             hole.repeat_interleave(FILLS, 0),
             seeds=row_seeds(config.seed, torch.arange(count * FILLS)),
             sampling=SundaeFilling(),
-            candidates=Inpaint.candidates,
         )
     shown = torch.cat(
         [

@@ -1,45 +1,62 @@
-"""What a trained pair of tokenizer and prior is for besides new images: the missing parts of given ones."""
+"""The command that fills holes in pictures: which files, which mask goes with which, what is written. The filling
+itself is in `fill.py`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int64
+import torch.nn.functional as F
+from jaxtyping import Bool, UInt8
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from smalti.devices import Device, Precision, autocast, device
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
-from smalti.masks import blank, known_codes, load_mask
-from smalti.pictures import save_png, save_sheet, to_image
+from smalti.masks import MID_GREY, blank, load_mask
+from smalti.pictures import require_png, save_png, save_sheet, to_image
+from smalti.pipeline.classes import draw_labels, find_classes
+from smalti.pipeline.fill import Filling, fill, working_size
 from smalti.pipeline.places import RUNS, load_prior, prior_class
-from smalti.preprocess import load_image, to_float, to_uint8
-from smalti.priors.prior import Prior
+from smalti.preprocess import load_image, load_transparency, to_float
 from smalti.progress import bar, counting
-from smalti.randomness import derive, row_seeds
+from smalti.randomness import row_seeds
 from smalti.runs import flatten, versions
+
+_MASK_GREY, _MASK_SHARE, _PICTURE_SHARE = 16, 0.99, 0.5  # what is black or white; of a mask; of a picture
+_MOST = 0.5
+
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
 class Inpaint(Generic[S]):
-    """How to fill the holes of an image."""
+    """How to fill the holes of one image, or of a folder of them."""
 
-    image: Path
-    """The image to mend: any format that Pillow opens, of a size that divides by the tokenizer's downsampling."""
-    mask: Path
-    """An image of the same size: what is white is filled in."""
     sampling: S
     """How codes are drawn."""
+    image: Path
+    """The image to mend, of any format that Pillow opens and any size; or a folder of images."""
+    mask: Path | None = None
+    """What is white in it is filled in; or, if it has transparent parts, what is transparent. A folder has one for each
+    image, of the same name but for the suffix; one mask serves all [default: the image's own transparent parts]."""
+    filling: Filling = field(default_factory=Filling)
     invert: bool = False
-    """Fill what is black in the mask instead."""
+    """Fill what the mask would keep instead."""
+    threshold: int = MID_GREY
+    """Lightness (or transparency), 0 to 254, above which a mask's pixel is a hole."""
+    resize_mask: bool = False
+    """Fit masks of another size to their image, instead of refusing them."""
+    expand: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Pixels to add on the left, top, right and bottom, and to fill."""
     num: int = 3
     """How many different fills."""
-    candidates: int = 16
-    """How many are drawn for each fill that is kept: the one that goes best with the pixels beside the hole."""
+    classes: tuple[str, ...] = ()
+    """Fill with things of these classes, in turn: names or how they begin, or `all` [default: of any class]."""
     prior: str = "hourglass"
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id."""
     tokenizer: str | None = None
@@ -51,100 +68,176 @@ class Inpaint(Generic[S]):
     precision: Precision = "auto"
     """Arithmetic of the prior; auto is bf16 where the hardware is fast in it."""
     out: Path = RUNS / "inpainted.png"
-    """The first fill; further ones get -2, -3, ... and a sheet of all -sheet after the name."""
+    """The first fill; further ones get -2, -3, ... and a sheet of all -sheet after the name. For a folder of images, a
+    folder, with the images' names."""
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise UserError(f"--num must be at least 1, not {self.num}")
+        if not 0 <= self.threshold <= 254:
+            raise UserError(f"--threshold must be from 0 to 254, not {self.threshold}; 127 is mid-grey")
+        if min(self.expand) < 0:
+            raise UserError(
+                f"--expand takes pixels to add: left, top, right, bottom, not {self.expand}; crop beforehand"
+            )
+
+
+class _Job(NamedTuple):
+    """One image, its mask, and where the first of its fills goes."""
+
+    image: Path
+    mask: Path | None
+    out: Path
 
 
 def inpaint(config: Inpaint[Any]) -> Path:
-    """Fills the holes of one image several times; returns the first fill's path.
+    """Fills the holes of one image, or of every image of a folder, several times; returns the first fill's path, or the
+    folder of all.
 
-    Every pixel outside the mask comes back exactly.
+    Every pixel outside hole and feather band comes back exactly, in 8 bits.
 
     Raises:
         UserError: for a file, mask or model that will not do, or sizes that do not fit together.
     """
-    if config.num < 1 or config.candidates < 1:
-        raise UserError(f"--num and --candidates must be at least 1, not {config.num} and {config.candidates}")
+    jobs = _jobs(config)
     where = device(config.device)
     prior, tokenizer = load_prior(config.prior, config.tokenizer)
     prior, tokenizer = prior.to(where), tokenizer.to(where)
-    pixels = load_image(config.image, channels=tokenizer.image_channels)
-    _, height, width = pixels.shape
-    if height % tokenizer.downsampling or width % tokenizer.downsampling:
-        trained = f"{tokenizer.config.width}x{tokenizer.config.height}"
-        raise UserError(
-            f"{config.image} is {width}x{height}, which does not divide by {tokenizer.downsampling}; crop or resize it "
-            f"(the model knows {trained} best)"
-        )
-    hole = load_mask(config.mask, height=height, width=width, invert=config.invert)
-    calls = config.sampling.calls(height // tokenizer.downsampling, width // tokenizer.downsampling)
-    with (
-        bar(what="filling", total=calls, unit="step") as progress,
-        autocast(where, config.precision),
-    ):
-        filled = fill(
-            prior,
-            tokenizer,
-            pixels.expand(config.num, -1, -1, -1),
-            hole.expand(config.num, -1, -1),
-            seeds=row_seeds(config.seed, torch.arange(config.num)),
-            sampling=config.sampling,
-            candidates=config.candidates,
-            callback=counting(progress),
-        )
+    chosen = list(find_classes(prior, config.classes).values())
+    numbers = torch.arange(config.num)
     settings = {**flatten(config), "prior_digest": prior.digest(), "versions": versions()}
-    for index, image in enumerate(filled):
-        name = config.out if index == 0 else config.out.with_stem(f"{config.out.stem}-{index + 1}")
-        save_png(name, to_image(image), {**settings, "fill": index})
-    masked = blank(to_float(pixels).unsqueeze(0), hole.unsqueeze(0))
-    rows = {"image": to_float(pixels).unsqueeze(0), "masked": masked, "fills": to_float(filled)}
-    save_sheet(config.out.with_stem(f"{config.out.stem}-sheet"), rows, settings=settings)
-    return config.out
+    calls: list[int] = []
+    for job in jobs:  # all, before the first is filled: what is wrong with the last one shows at once
+        height, width = _read(config, job, tokenizer.image_channels)[1].shape
+        size, step = working_size(tokenizer, height, width, config.filling.largest), tokenizer.downsampling
+        calls.append(config.sampling.calls(size.padded_height // step, size.padded_width // step))
+    with bar(what="filling", total=sum(calls), unit="step") as progress:
+        for index, job in enumerate(jobs):
+            pixels, hole = _read(config, job, tokenizer.image_channels)
+            _remark(config, job, hole, tokenizer)
+            with autocast(where, config.precision):
+                filled = fill(
+                    prior,
+                    tokenizer,
+                    pixels.expand(config.num, -1, -1, -1),
+                    hole.expand(config.num, -1, -1),
+                    seeds=row_seeds(config.seed, numbers),
+                    labels=draw_labels(prior, chosen, numbers, config.seed) if chosen else None,
+                    sampling=config.sampling,
+                    filling=config.filling,
+                    callback=counting(progress),
+                )
+            progress.update(sum(calls[: index + 1]) - progress.n)  # steps that stopping early saved
+            _write(job, pixels, hole, filled, {**settings, "image": job.image, "mask": job.mask})
+    return jobs[0].out if len(jobs) == 1 and not config.image.is_dir() else jobs[0].out.parent
 
 
-@torch.no_grad()
-def fill(
-    prior: Prior,
-    tokenizer: Tokenizer,
-    pixels: Tensor,
-    hole: Bool[Tensor, "b h w"],
-    *,
-    seeds: Int64[Tensor, " b"],
-    sampling: Any,
-    candidates: int = 1,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Images `(b, c, h, w)` uint8 with their holes filled; pixels outside the holes are those given.
+def _jobs(config: Inpaint[Any]) -> list[_Job]:
+    """What there is to do, by the names of the files alone."""
+    if not config.image.is_dir():
+        require_png(config.out)
+        if config.mask is not None and config.mask.is_dir():
+            raise UserError(f"--mask {config.mask} is a folder but --image {config.image} is not; give one mask")
+        if config.out.absolute() in {path.absolute() for path in (config.image, config.mask) if path}:
+            raise UserError(f"--out {config.out} would overwrite what was given; give another name")
+        return [_Job(config.image, config.mask, config.out)]
+    if config.out.suffix and config.out != RUNS / "inpainted.png":
+        raise UserError(f"--image {config.image} is a folder, so --out must be one too, not {config.out}")
+    out = config.out.with_suffix("")
+    if out.absolute() == config.image.absolute():
+        raise UserError(f"--out {config.out} would overwrite what was given; give another name")
+    images = _image_files(config.image)
+    stems = [image.stem for image in images]
+    if doubled := {stem for stem in stems if stems.count(stem) > 1}:
+        raise UserError(f"{config.image} has several images called {min(doubled)}; give each a name of its own")
+    masks = dict.fromkeys(stems, config.mask)
+    if config.mask is not None and config.mask.is_dir():
+        found = {mask.stem: mask for mask in _image_files(config.mask)}
+        if missing := [image for image in images if image.stem not in found]:
+            raise UserError(f"{config.mask} has no mask called {missing[0].stem} for {missing[0]}; add it")
+        masks = {stem: found[stem] for stem in stems}
+    return [_Job(image, masks[image.stem], out / f"{image.stem}.png") for image in images]
 
-    What the holes hide is painted over before encoding, so the fill cannot depend on it, and the codes beside a hole,
-    whose pixels saw the paint, are drawn anew. The pixels there that are known then judge: of several candidates the
-    one is kept whose decoding comes nearest to them.
-    """
-    where, b = next(prior.parameters()).device, len(pixels)
-    hole, given = hole.to(where), to_float(pixels).to(where)
-    with torch.autocast(where.type, enabled=False):
-        (known,) = tokenizer.encode(blank(given, hole))
-    known_mask = known_codes(hole, tokenizer.downsampling)
-    seeds = derive(seeds.to(where).repeat_interleave(candidates), torch.arange(candidates, device=where).repeat(b))
-    codes = prior.method.sampler(
-        prior,
-        known=known.repeat_interleave(candidates, 0),
-        known_mask=known_mask.repeat_interleave(candidates, 0),
-        seeds=seeds,
-        sampling=sampling,
-        callback=callback,
+
+def _image_files(folder: Path) -> list[Path]:
+    """Of the folder itself, sorted by name."""
+    known = Image.registered_extensions()
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in known and not path.name.startswith("."))
+    if not files:
+        raise UserError(f"{folder} holds no images; give an image, or a folder that has some")
+    return files
+
+
+def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor, "c h w"], Bool[Tensor, "h w"]]:
+    """An image and its hole, both with what `--expand` adds."""
+    pixels = load_image(job.image, channels=channels)
+    _, height, width = pixels.shape
+    mask = job.mask
+    if mask is None and load_transparency(job.image) is not None:
+        mask = job.image
+    if mask is not None:
+        _refuse_swapped(job)
+        hole = load_mask(
+            mask,
+            height=height,
+            width=width,
+            invert=config.invert,
+            threshold=config.threshold,
+            resize=config.resize_mask,
+        )
+    elif any(config.expand):
+        hole = torch.zeros(height, width, dtype=torch.bool)
+    else:
+        raise UserError(f"{job.image} has no transparent parts to fill; give --mask, or --expand to add to its edges")
+    left, top, right, bottom = config.expand
+    padding = (left, right, top, bottom)
+    return F.pad(pixels, padding), F.pad(hole, padding, value=True)
+
+
+def _refuse_swapped(job: _Job) -> None:
+    """Tells an image and a mask that changed places: the one is all black and white, the other is anything but."""
+    if job.mask is None or load_transparency(job.mask) is not None:
+        return
+    image, mask = (load_image(path, channels=3) for path in (job.image, job.mask))
+    of_image, of_mask = (
+        float(((each < _MASK_GREY) | (each > 255 - _MASK_GREY)).all(0).float().mean()) for each in (image, mask)
     )
-    with torch.autocast(where.type, enabled=False):
-        decoded: Float[Tensor, "bk c h w"] = tokenizer.decode((codes,))
-    of_images = decoded.unflatten(0, (b, candidates))  # b k c h w
-    judging = ~hole & ~_patches(known_mask, tokenizer.downsampling)  # b h w
-    errors = ((of_images - given.unsqueeze(1)).square().sum(2) * judging.unsqueeze(1)).sum((2, 3))  # b k
-    kept = of_images[torch.arange(b, device=where), errors.argmin(1)]
-    return torch.where(hole.unsqueeze(1).cpu(), to_uint8(kept).cpu(), pixels)
+    if of_image >= _MASK_SHARE and of_mask < _PICTURE_SHARE:
+        raise UserError(
+            f"--image {job.image} is all black and white and --mask {job.mask} is not: they seem to have changed places"
+        )
 
 
-def _patches(of_codes: Bool[Tensor, "b y x"], downsampling: int) -> Bool[Tensor, "b h w"]:
-    """For each pixel what holds for its code."""
-    return of_codes.repeat_interleave(downsampling, 1).repeat_interleave(downsampling, 2)
+def _write(
+    job: _Job,
+    pixels: UInt8[Tensor, "c h w"],
+    hole: Bool[Tensor, "h w"],
+    filled: UInt8[Tensor, "n c h w"],
+    settings: dict[str, object],
+) -> None:
+    for index, image in enumerate(filled):
+        name = job.out if index == 0 else job.out.with_stem(f"{job.out.stem}-{index + 1}")
+        save_png(name, to_image(image), {**settings, "fill": index})
+    image = to_float(pixels).unsqueeze(0)
+    rows = {"image": image, "masked": blank(image, hole.unsqueeze(0)), "fills": to_float(filled)}
+    save_sheet(job.out.with_stem(f"{job.out.stem}-sheet"), rows, settings=settings)
+
+
+def _remark(config: Inpaint[Any], job: _Job, hole: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> None:
+    """Says what is done that a person may not expect."""
+    height, width = hole.shape
+    size, trained = working_size(tokenizer, height, width, config.filling.largest), tokenizer.config
+    if size != (height, width, height, width):
+        tqdm.write(
+            f"note: {job.image} is worked on at {size.padded_width}x{size.padded_height}, as this model's codes are "
+            f"{tokenizer.downsampling} pixels wide and it was trained at {trained.width}x{trained.height} "
+            "(see --largest); its known pixels come back as they are",
+            file=sys.stderr,
+        )
+    if (share := float(hole.float().mean())) > _MOST:
+        tqdm.write(
+            f"note: {share:.0%} of {job.image} is filled; --invert if that is the wrong way round", file=sys.stderr
+        )
 
 
 def default_config(source: str) -> Any:
