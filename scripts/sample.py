@@ -9,6 +9,7 @@ $ python scripts/sample.py                                               # 64 im
 $ python scripts/sample.py --num 16 --seed 7 --temperature 1.0 0.6       # safer ones: cooler towards the end
 $ python scripts/sample.py --classes flags smileys --guidance 2           # two classes, a row each
 $ python scripts/sample.py --prior my/prior --steps 60 --out fewer_steps.png
+$ python scripts/sample.py --num 8 --files --animate                      # each by itself too, and how they came
 $ python scripts/sample.py --prior pixelcnn --temperature 0.9            # another kind has other flags: add --help
 $ python scripts/sample.py --prior my/top my/bottom                      # one for each level of the tokenizer"""
 

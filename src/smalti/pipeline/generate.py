@@ -1,19 +1,20 @@
-"""What a trained pair of tokenizer and prior is for: new images. Filling holes in given ones is in `inpaint.py`."""
+"""What a trained pair of tokenizer and prior is for: new images. Filling holes in given ones is in `fill.py`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from smalti.codes import Codes
 from smalti.devices import Device, Precision, autocast, device
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
-from smalti.pictures import save_grid, save_sheet
+from smalti.pictures import require_png, save_animation, save_grid, save_png, save_sheet, to_image
 from smalti.pipeline.classes import draw_labels, find_classes
 from smalti.pipeline.places import RUNS, load_priors, prior_class
 from smalti.priors.prior import Prior
@@ -23,6 +24,7 @@ from smalti.runs import flatten, versions
 
 S = TypeVar("S")
 
+MOST_FRAMES = 100
 LEVEL = 16
 """The stream of a row's seed that leads to those of the levels below the first; samplers have those below."""
 
@@ -57,6 +59,11 @@ class Sample(Generic[S]):
     """Arithmetic of the prior; auto is bf16 where the hardware is fast in it."""
     out: Path = RUNS / "samples.png"
     """The sheet, a PNG with the settings embedded."""
+    files: bool = False
+    """Also write each image by itself, with its number among the settings, into a folder named as the sheet."""
+    animate: bool = False
+    """Also write how the images came about, step by step, as an animated PNG with -steps after its name; of several
+    levels, the last one's steps."""
 
 
 @torch.no_grad()
@@ -68,40 +75,91 @@ def sample(config: Sample[Any]) -> Path:
     """
     if config.num < 1 or config.batch_size < 1:
         raise UserError(f"--num and --batch-size must be at least 1, not {config.num} and {config.batch_size}")
+    require_png(config.out)
     where = device(config.device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
-    samplings = [sampling_of(prior, config.sampling) for prior in priors]
-    told = next((prior for prior in priors if prior.classes), priors[0])  # all of one latent set
-    classes = find_classes(told, config.classes)
-    grids = _grids(config, priors, tokenizer)
-    images = []
-    batches = range(0, config.num, config.batch_size)
-    calls = sum(sampling.calls(*grid) for sampling, grid in zip(samplings, grids, strict=True))
-    with bar(what="sampling", total=len(batches) * calls, unit="step") as progress:
-        for index, start in enumerate(batches):
-            rows = torch.arange(start, min(start + config.batch_size, config.num))
-            labels = draw_labels(told, list(classes.values()), rows, config.seed)
-            with autocast(where, config.precision):
-                codes = generate_levels(
-                    priors,
-                    rows,
-                    labels,
-                    grids=grids,
-                    seed=config.seed,
-                    samplings=samplings,
-                    callback=counting(progress),
-                )
-            images.append(tokenizer.decode(codes).cpu())
-            progress.update((index + 1) * calls - progress.n)  # steps that stopping early saved
+    classes = find_classes(_told(priors), config.classes)
+    seen: dict[int, list[Codes]] = {}  # of each batch, by its first row: the codes after every step
+    images = generate_images(
+        priors,
+        tokenizer,
+        num=config.num,
+        seed=config.seed,
+        sampling=config.sampling,
+        grids=_grids(config, priors, tokenizer),
+        classes=list(classes.values()),
+        batch_size=config.batch_size,
+        precision=config.precision,
+        watch=lambda first, codes: seen.setdefault(first, []).append(codes) if config.animate else None,
+    )
     digests = [prior.digest() for prior in priors]
     settings = {**flatten(config), "prior_digests": digests, "versions": versions()}
     if classes:
-        of_class = {name: torch.cat(images)[i :: len(classes)] for i, name in enumerate(classes) if i < config.num}
+        of_class = {name: images[i :: len(classes)] for i, name in enumerate(classes) if i < config.num}
         save_sheet(config.out, of_class, settings=settings)
     else:
-        save_grid(config.out, torch.cat(images), settings=settings)
+        save_grid(config.out, images, settings=settings)
+    if config.files:
+        for number, image in enumerate(images):
+            name = config.out.with_suffix("") / f"{number:0{len(str(config.num - 1))}}.png"
+            save_png(name, to_image(image), {**settings, "number": number})
+    if config.animate:
+        frames = _frames(tokenizer, list(seen.values()))
+        save_animation(config.out.with_stem(f"{config.out.stem}-steps"), frames, settings=settings)
     return config.out
+
+
+@torch.no_grad()
+def generate_images(
+    priors: Sequence[Prior],
+    tokenizer: Tokenizer,
+    *,
+    num: int,
+    seed: int,
+    sampling: Any,
+    grids: Sequence[tuple[int, int]] | None = None,
+    classes: Sequence[int] = (),
+    batch_size: int = 64,
+    precision: Precision = "auto",
+    watch: Callable[[int, Codes], None] | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """The first `num` samples of a seed in [-1, 1], on the CPU, with a progress bar.
+
+    Args:
+        priors: of each level, coarsest first.
+        tokenizer: of their codes, on the same device.
+        num: how many.
+        seed: image i depends on it and on i alone.
+        sampling: how codes are drawn, for priors of its kind; see `sampling_of`.
+        grids: rows and columns of each level, where other than those trained on.
+        classes: see `draw_labels`.
+        batch_size: images at once.
+        precision: of the priors.
+        watch: called after each step of the last level with the number of the batch's first image and the codes of all
+            levels as they are.
+    """
+    grids = grids or [(prior.level.height, prior.level.width) for prior in priors]
+    samplings = [sampling_of(prior, sampling) for prior in priors]
+    images, batches = [], range(0, num, batch_size)
+    calls = sum(each.calls(*grid) for each, grid in zip(samplings, grids, strict=True))
+    with bar(what="sampling", total=len(batches) * calls, unit="step") as progress:
+        for index, start in enumerate(batches):
+            rows = torch.arange(start, min(start + batch_size, num))
+            with autocast(next(priors[0].parameters()).device, precision):
+                codes = generate_levels(
+                    priors,
+                    rows,
+                    draw_labels(_told(priors), classes, rows, seed),
+                    grids=grids,
+                    seed=seed,
+                    samplings=samplings,
+                    callback=counting(progress),
+                    watch=partial(watch, start) if watch else None,
+                )
+            images.append(tokenizer.decode(codes).cpu())
+            progress.update((index + 1) * calls - progress.n)  # steps that stopping early saved
+    return torch.cat(images)
 
 
 @torch.no_grad()
@@ -114,11 +172,22 @@ def generate_levels(
     seed: int,
     samplings: Sequence[Any],
     callback: Callable[[int, Tensor], None] | None = None,
+    watch: Callable[[Codes], None] | None = None,
 ) -> Codes:
-    """Codes of all levels, coarsest first, on these grids, each drawn given those above it; see `generate_codes`."""
+    """Codes of all levels, coarsest first, on these grids, each drawn given those above it; see `generate_codes`.
+
+    `watch` is called after each step of the last level, with the codes of all as they are.
+    """
     codes: tuple[Tensor, ...] = ()
     for prior, grid, sampling in zip(priors, grids, samplings, strict=True):
-        here = {"grid": grid, "sampling": sampling, "upper": codes, "callback": callback}
+
+        def stepped(step: int, drawn: Tensor, above: Codes = codes) -> None:
+            if callback is not None:
+                callback(step, drawn)
+            if watch is not None and len(above) == len(priors) - 1:
+                watch((*above, drawn.clone()))  # samplers may go on in place
+
+        here = {"grid": grid, "sampling": sampling, "upper": codes, "callback": stepped}
         codes += (generate_codes(prior, rows, labels, seed=seed, **here),)
     return codes
 
@@ -154,6 +223,20 @@ def generate_codes(
         sampling=sampling,
         callback=callback,
     )
+
+
+def _told(priors: Sequence[Prior]) -> Prior:
+    """The one that says which classes there are; all are of one latent set."""
+    return next((prior for prior in priors if prior.classes), priors[0])
+
+
+@torch.no_grad()
+def _frames(tokenizer: Tokenizer, seen: Sequence[Sequence[tuple[Tensor, ...]]]) -> list[Tensor]:
+    """Images of the codes of every batch after each step, of so many that one can watch them; a batch that was finished
+    sooner than another waits."""
+    steps = max(map(len, seen))
+    chosen = torch.linspace(0, steps - 1, min(steps, MOST_FRAMES)).round().long().tolist()
+    return [torch.cat([tokenizer.decode(of[min(step, len(of) - 1)]).cpu() for of in seen]) for step in chosen]
 
 
 def _grids(config: Sample[Any], priors: Sequence[Prior], tokenizer: Tokenizer) -> list[tuple[int, int]]:
