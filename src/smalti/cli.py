@@ -2,10 +2,13 @@
 
 import dataclasses
 import errno
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from itertools import takewhile
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -43,11 +46,9 @@ def run(
     """
     keep_freed_memory()
     try:
-        import tyro  # here, where Ctrl-C is caught
-
         found = config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], Any], config_class)()
         cls, defaults = (found[0], {"default": found[1]}) if isinstance(found, tuple) else (found, {})
-        command(tyro.cli(cast(type[C], cls), description=about, config=(tyro.conf.OmitArgPrefixes,), **defaults))
+        command(_parse(cls, about, defaults))
     except UserError as error:
         _leave(f"error: {error}", 2, everywhere=isinstance(error, OneProcessError))
     except Interrupted as stopped:
@@ -58,6 +59,26 @@ def run(
         if error.errno not in _OF_THE_DISK:
             raise
         _leave(f"error: {error.filename or 'a file'} cannot be written: {_OF_THE_DISK[error.errno]}", 2)
+
+
+def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
+    """The command line as a config; of what is wrong with it, one line in place of the box that tyro draws."""
+    import tyro  # here, where Ctrl-C is caught
+
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(cls, description=about, config=(tyro.conf.OmitArgPrefixes,), **defaults)
+    except SystemExit as left:
+        if not left.code:  # --help
+            raise
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        message = " ".join(takewhile(lambda line: line.strip("─"), lines)).rstrip(".")
+        similar = (
+            [line.split()[0] for line in lines if line.startswith("--")] if "similar to" in said.getvalue() else []
+        )
+        advice = f"did you mean {' or '.join(similar)}?" if similar else "--help lists the flags"
+        raise UserError(f"{message or said.getvalue()}; {advice}") from left
 
 
 def chosen(flag: str, default: str) -> str:
