@@ -84,7 +84,7 @@ def place(tmp_path_factory):
         (sample.main, ["--prior", "pair", "--num", "0"], "--num and --batch-size must be at least 1, not 0"),
         # flags
         (inpaint.main, [*FILL, "--masc", "x.png"], "Unrecognized options: --masc, x.png; --help lists the flags"),
-        (sample.main, ["--temprature", "1", "1"], "; did you mean --temperature?"),
+        (sample.main, ["--temprature", "1"], "; did you mean --temperature?"),
         (inpaint.main, [*FILL, "--num", "three"], "Error parsing --num: invalid literal for int()"),
         (
             inpaint.main,

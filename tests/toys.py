@@ -32,6 +32,9 @@ TINY = {
     "hourglass": HourglassConfig(
         height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),
+    "maskgit": HourglassConfig(
+        height=3, width=2, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
+    ),
     "pixelcnn": PixelCNNConfig(
         height=4,
         width=6,
@@ -116,6 +119,13 @@ def toy():
     model = Toy(ToyConfig())
     y = x.sum(1)
     return model, Regression(model), Rows(x=x[:ROWS], y=y[:ROWS]), Rows(x=x[ROWS:], y=y[ROWS:])
+
+
+def plain_toy():
+    """The same without statistics and dropout, which are of the slice, of the process and of the compiler."""
+    model, *rest = toy()
+    model.net[1], model.net[2] = nn.Identity(), nn.Identity()
+    return model, *rest
 
 
 def make(family, kind):
