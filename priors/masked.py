@@ -51,7 +51,10 @@ class MaskedCodes(nn.Module):
     """Naming hidden codes from shown ones (MaskGIT, arXiv 2202.04200, Eq. 1 and section 3.1).
 
     In each row ceil(gamma(r) n) positions are hidden, r uniform on [0, 1), gamma(r) = cos(pi r / 2): most of them
-    mostly. The loss is the mean cross-entropy over all hidden codes of the batch.
+    mostly. The loss is the mean over rows of the mean cross-entropy of their hidden codes.
+
+    Deviation: Eq. 1 sums over the hidden codes. A row's mean makes a row with few of them, which has seen the most,
+    count as much as one with many, and keeps the loss the same in whatever slices a batch is cut.
     """
 
     def __init__(self, prior: Prior, config: MaskedConfig) -> None:
@@ -66,18 +69,18 @@ class MaskedCodes(nn.Module):
             batch: `codes` int64 `(b, h, w)`, what `Prior.told` reads, and `seeds` int64 `(b,)`.
 
         Returns:
-            The loss, and detached: `nll_1`, `nll_2`, ... of each digit, which sum to the loss; `accuracy`, the share of
-            hidden codes that the likeliest digits hit; `hidden`, the share of codes that were.
+            The loss, and detached: `nll_1`, `nll_2`, ... of each digit, which sum to the loss; `accuracy`, the mean
+            share of hidden codes that the likeliest digits hit; `hidden`, the share of codes that were.
         """
         codes, seeds = batch["codes"], batch["seeds"]
         more = self.prior.told(batch, self.config.label_dropout if self.training else 0.0)
         hidden = hide(seeds, codes[0].numel())  # b n
         features = self.prior.features(codes.masked_fill(hidden.view_as(codes), HIDDEN), **more)
         nll, hits = self.prior.head.score(features, codes.flatten(1))  # b n k, b n
-        count = hidden.sum()
-        digits = (nll * hidden[..., None]).sum((0, 1)) / count
+        weight = hidden / hidden.sum(1, keepdim=True) / len(codes)  # b n, in all 1
+        digits = (nll * weight[..., None]).sum((0, 1))
         metrics = {f"nll_{i + 1}": value for i, value in enumerate(digits.detach())}
-        return digits.sum(), {**metrics, "accuracy": (hits & hidden).sum() / count, "hidden": hidden.float().mean()}
+        return digits.sum(), {**metrics, "accuracy": (hits * weight).sum(), "hidden": hidden.float().mean()}
 
 
 def hide(seeds: Int64[Tensor, " b"], positions: int) -> Bool[Tensor, "b n"]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import toys
+from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -250,6 +251,7 @@ def test_the_loop_teaches_every_kind_s_codebooks_and_revives(kind, tmp_path, mon
         return found
 
     monkeypatch.setattr("smalti.tokenizers.linked.revival", counted)
+    AcceleratorState._reset_state(reset_partial_state=True)
     toys.train(tmp_path, lambda: toys.make("tokenizer", kind))
     assert len(revivals) == toys.CONFIG.steps * {"vqvae": 1, "hrvq": 2, "vqvae2": 2}[kind]
     assert sum(revivals) > 0

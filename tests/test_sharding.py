@@ -32,7 +32,8 @@ SPLIT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 BAD_RUNS = {"bad adamw": ADAMW, "bad muon": MUON}
 STOPPED_AT = 3  # batches, of those who begin and of those who go on
 BAD = 6
-FAMILIES = {kind: family for family, kind in toys.KINDS}
+SAME_NETWORK = ("vqvae", "maskgit")  # as hrvq and hourglass: what is split does not differ
+FAMILIES = {kind: family for family, kind in toys.KINDS if kind not in SAME_NETWORK}
 
 
 class BadAt:

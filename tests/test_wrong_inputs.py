@@ -83,7 +83,7 @@ def place(tmp_path_factory):
         (inpaint.main, [*FILL, "--threshold", "255"], "--threshold must be from 0 to 254, not 255"),
         (sample.main, ["--prior", "pair", "--num", "0"], "--num and --batch-size must be at least 1, not 0"),
         # flags
-        (inpaint.main, [*FILL, "--masc", "x.png"], "Unrecognized options: --masc, x.png; --help lists the flags"),
+        (inpaint.main, [*FILL, "--masc", "x.png"], "Unrecognized options: --masc, x.png; did you mean --mask?"),
         (sample.main, ["--temprature", "1"], "; did you mean --temperature?"),
         (inpaint.main, [*FILL, "--num", "three"], "Error parsing --num: invalid literal for int()"),
         (

@@ -74,9 +74,8 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
             raise
         lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
         message = " ".join(takewhile(lambda line: line.strip("─"), lines)).rstrip(".")
-        similar = (
-            [line.split()[0] for line in lines if line.startswith("--")] if "similar to" in said.getvalue() else []
-        )
+        suggests = any(phrase in said.getvalue() for phrase in ("Perhaps you meant", "similar to"))
+        similar = [line.split()[0] for line in lines if line.startswith("--")] if suggests else []
         advice = f"did you mean {' or '.join(similar)}?" if similar else "--help lists the flags"
         raise UserError(f"{message or said.getvalue()}; {advice}") from left
 
