@@ -36,6 +36,9 @@ from smalti.runs import flatten, last_metrics, versions
 from smalti.tokenizers.hrvq import HRVQConfig
 
 FILLS = 3
+TOKENIZER = HRVQConfig(codebook_learning="gradient", revive_below=0.0)
+"""As the paper trains it, but for the k-means start. With running means and revival the error is the same, 0.0073, but
+a prior is worse at the codes: 3.05 nats held-out after 1000 steps against 2.93, one run each, and worse pictures."""
 IMAGES_PER_MASK = 2
 
 
@@ -47,7 +50,7 @@ def run_stages(config: Demo, settings: dict[str, Any]) -> None:
     with _timed(seconds, "tokenizer"):
         fit = replace(TrainTokenizer(model=None).fit, steps=config.tokenizer_steps, seed=config.seed)
         folder = train_tokenizer(
-            TrainTokenizer(model=HRVQConfig(), fit=fit, precision=config.precision, out=config.out / "tokenizer")
+            TrainTokenizer(model=TOKENIZER, fit=fit, precision=config.precision, out=config.out / "tokenizer")
         )
     with _timed(seconds, "latent set"):
         latents = build_latents(BuildLatents(tokenizer=str(folder), flips=False, out=config.out / "latents.h5"))
