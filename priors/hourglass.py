@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import tyro
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -15,12 +14,9 @@ from x_transformers import Encoder
 from x_transformers.attend import Attend
 from x_transformers.x_transformers import Attention, FeedForward
 
-from smalti.codes import Level
 from smalti.errors import UserError
-from smalti.priors.conditions import ClassEmbedding, UpperLevels
-from smalti.priors.head import FactorizedHead
 from smalti.priors.methods import REPAIRS
-from smalti.priors.prior import Prior
+from smalti.priors.prior import Prior, PriorConfig
 from smalti.priors.rotary import AxialRotary
 from smalti.registry import register
 
@@ -29,27 +25,13 @@ UNFUSED_POSITIONS = 256
 
 
 @dataclass(frozen=True)
-class HourglassConfig:
+class HourglassConfig(PriorConfig):
     """A 2-D hourglass transformer over one level of codes, small enough by default to learn in minutes on two cores.
-
-    Height, width, radices, classes and the levels above are those of a latent set, and no flags.
 
     Raises:
         UserError: for values that make no network, naming them.
     """
 
-    height: tyro.conf.Suppress[int] = 8
-    """Rows of the grid of codes trained on; other grids run too."""
-    width: tyro.conf.Suppress[int] = 8
-    """Columns of the grid of codes trained on."""
-    radices: tyro.conf.Suppress[tuple[int, ...]] = (8, 8, 8)
-    """Digits of a code, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat codebook."""
-    classes: tyro.conf.Suppress[int] = 0
-    """Classes of images; 0 for a prior that knows none."""
-    upper_radices: tyro.conf.Suppress[tuple[tuple[int, ...], ...]] = ()
-    """Digits of the codes of each level above, coarsest first."""
-    upper_factors: tyro.conf.Suppress[tuple[int, ...]] = ()
-    """How many times finer this level's grid is than that of each level above."""
     model_width: int = 192
     """Numbers at each position."""
     heads: int = 6
@@ -65,8 +47,7 @@ class HourglassConfig:
     """Hidden numbers of a feed-forward layer, as a multiple of model_width."""
 
     def __post_init__(self) -> None:
-        if self.classes < 0:
-            raise UserError(f"classes must not be negative, got {self.classes}")
+        super().__post_init__()
         if self.heads < 1 or self.model_width < 1 or self.model_width % (4 * self.heads):
             raise UserError(
                 f"model_width must be a positive multiple of 4 x heads (pairs of numbers turn, on two axes), "
@@ -91,8 +72,8 @@ class Hourglass(Prior):
 
     Non-causal; shortening over s x s patches; positions enter through axial rotary frequencies only, on every head, in
     units of codes. So nothing depends on where a patch lies on the canvas, and grids of any size run. No time input and
-    no mask token: SUNDAE needs neither. Class and upper levels are more vectors in the
-    sum at every position; that of a class begins at zero.
+    no mask token: SUNDAE needs neither. Class and upper levels are more vectors in
+    the sum at every position; that of a class begins at zero.
 
     Deviation: a grid that s does not divide ends in partial patches, whose missing positions count as zeros and are
     never attended to.
@@ -104,15 +85,6 @@ class Hourglass(Prior):
 
     def __init__(self, config: HourglassConfig) -> None:
         super().__init__(config)
-        self.level = Level(config.height, config.width, config.radices)
-        self.classes, self.upper_levels = config.classes, len(config.upper_radices)
-        self.head = FactorizedHead(config.radices, config.model_width)
-        self.of_class = ClassEmbedding(config.classes, config.model_width) if config.classes else None
-        self.of_upper = (
-            UpperLevels(config.upper_radices, config.upper_factors, config.model_width)
-            if config.upper_radices
-            else None
-        )
         self.body = Stage(config, config.depth, config.shorten)
         self.norm = nn.LayerNorm(config.model_width)
 

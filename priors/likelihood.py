@@ -10,25 +10,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smalti.errors import UserError
-from smalti.priors.prior import CausalPrior
+from smalti.priors.prior import CausalPrior, ObjectiveConfig
 
 
 @dataclass(frozen=True)
-class LikelihoodConfig:
-    """Maximum likelihood.
-
-    Raises:
-        UserError: for a share that is none.
-    """
-
-    label_dropout: float = 0.1
-    """Share of rows whose class the prior is not told, so that it can draw without one, and be guided; 1 for a prior
-    without classes."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout must be from 0 to 1, got {self.label_dropout}")
+class LikelihoodConfig(ObjectiveConfig):
+    """Maximum likelihood."""
 
 
 class Likelihood(nn.Module):

@@ -7,6 +7,7 @@ Legend: b batch, h w grid, n positions, k digits.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,8 +16,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from smalti.errors import UserError
-from smalti.priors.prior import Prior
-from smalti.priors.samplers import check_given, look
+from smalti.priors.prior import ObjectiveConfig, Prior
+from smalti.priors.samplers import between, check_given, look
 from smalti.randomness import derive, uniform
 
 HIDDEN = -1
@@ -31,20 +32,8 @@ DRAW, RANK, WINDOW = range(3)
 
 
 @dataclass(frozen=True)
-class MaskedConfig:
-    """Masked codes.
-
-    Raises:
-        UserError: for a share that is none.
-    """
-
-    label_dropout: float = 0.1
-    """Share of rows whose class the prior is not told, so that it can draw without one, and be guided; 1 for a prior
-    without classes."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout must be from 0 to 1, got {self.label_dropout}")
+class MaskedConfig(ObjectiveConfig):
+    """Masked codes."""
 
 
 class MaskedCodes(nn.Module):
@@ -176,14 +165,20 @@ def sample_masked(
     hidden, codes = ~known_mask.flatten(1), known.flatten(1)  # b n
     unknown = hidden.sum(1, keepdim=True)  # b 1
     for step in range(sampling.steps):
-        way = step / max(sampling.steps - 1, 1)
-        temperature = sampling.temperature[0] + way * (sampling.temperature[1] - sampling.temperature[0])
+        temperature = between(sampling.temperature, step, sampling.steps)
         of_step = derive(seeds, step)
         shown = codes.masked_fill(hidden, HIDDEN).view(b, h, w)
         how = look(prior, shown, labels, upper, derive(of_step, WINDOW), temperature, sampling.guidance)
         drawn = head.sample(uniforms=uniform(derive(of_step, DRAW), h * w, len(head.radices)), **how)
         codes = torch.where(hidden, drawn, codes)
-        keys = _keys(sampling, step, of_step, seeds, (h, w), lambda drawn=drawn, how=how: -head.nll(codes=drawn, **how))
+        match sampling.order:
+            case "halton":
+                keys = -halton_ranks(h, w).to(codes.device, torch.float32).expand(b, -1)
+            case "random":
+                keys = uniform(derive(seeds, RANK), h * w)
+            case "confidence":
+                noise = 1 - (step + 1) / sampling.steps
+                keys = -head.nll(codes=drawn, **how) + sampling.choice_temperature * noise * gumbel(of_step, h * w)
         left = (unknown * math.cos(math.pi / 2 * (step + 1) / sampling.steps)).floor()
         # the last to be shown come first
         hidden = hidden & (ranks(keys.masked_fill(~hidden, torch.inf)) < left)
@@ -192,25 +187,12 @@ def sample_masked(
     return rearrange(codes, "b (h w) -> b h w", h=h)
 
 
-def _keys(
-    sampling: MaskedSampling,
-    step: int,
-    of_step: Tensor,
-    seeds: Tensor,
-    grid: tuple[int, int],
-    log_probs: Callable[[], Tensor],
-) -> Float[Tensor, "b n"]:
-    """What hidden positions are ordered by; those with the largest are shown next."""
-    positions = grid[0] * grid[1]
-    if sampling.order == "halton":
-        return -halton_ranks(*grid).to(seeds.device, torch.float32).expand(len(seeds), -1)
-    if sampling.order == "random":
-        return uniform(derive(seeds, RANK), positions)
-    noise = uniform(derive(of_step, RANK), positions).clamp(min=2.0**-25)
-    gumbel = -(-noise.log()).log()
-    return log_probs() + sampling.choice_temperature * (1 - (step + 1) / sampling.steps) * gumbel
+def gumbel(seeds: Int64[Tensor, " b"], positions: int) -> Float[Tensor, "b n"]:
+    """Standard Gumbel noise for the order by confidence."""
+    return -(-uniform(derive(seeds, RANK), positions).clamp(min=2.0**-25).log()).log()
 
 
+@cache
 def halton_ranks(h: int, w: int) -> Int64[Tensor, " n"]:
     """The place of each position, in raster order, in a Halton sequence of bases 2 and 3 over the grid, in which each
     prefix is spread evenly."""

@@ -12,43 +12,25 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-import tyro
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from smalti.codes import Level
 from smalti.errors import UserError
 from smalti.priors.attention import CausalAttention
-from smalti.priors.conditions import ClassEmbedding, UpperLevels
-from smalti.priors.head import FactorizedHead
 from smalti.priors.methods import ONE_BY_ONE
-from smalti.priors.prior import CausalPrior
+from smalti.priors.prior import CausalPrior, PriorConfig
 from smalti.registry import register
 
 
 @dataclass(frozen=True)
-class PixelCNNConfig:
+class PixelCNNConfig(PriorConfig):
     """A gated PixelCNN over one level of codes, small enough by default to learn in minutes on two cores.
-
-    Height, width, radices, classes and the levels above are those of a latent set, and no flags.
 
     Raises:
         UserError: for values that make no network, naming them.
     """
 
-    height: tyro.conf.Suppress[int] = 8
-    """Rows of the grid of codes trained on; other grids run too."""
-    width: tyro.conf.Suppress[int] = 8
-    """Columns of the grid of codes trained on."""
-    radices: tyro.conf.Suppress[tuple[int, ...]] = (8, 8, 8)
-    """Digits of a code, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat codebook."""
-    classes: tyro.conf.Suppress[int] = 0
-    """Classes of images; 0 for a prior that knows none."""
-    upper_radices: tyro.conf.Suppress[tuple[tuple[int, ...], ...]] = ()
-    """Digits of the codes of each level above, coarsest first."""
-    upper_factors: tyro.conf.Suppress[tuple[int, ...]] = ()
-    """How many times finer this level's grid is than that of each level above."""
     model_width: int = 128
     """Numbers at each position, in either stack."""
     layers: int = 8
@@ -62,8 +44,7 @@ class PixelCNNConfig:
     """Heads of such attention; each has model_width / heads numbers, a multiple of 4."""
 
     def __post_init__(self) -> None:
-        if self.classes < 0:
-            raise UserError(f"classes must not be negative, got {self.classes}")
+        super().__post_init__()
         if self.model_width < 1 or self.layers < 1:
             raise UserError(f"model_width and layers must be at least 1, got {self.model_width} and {self.layers}")
         if self.kernel < 3 or self.kernel % 2 == 0:
@@ -97,11 +78,6 @@ class PixelCNN(CausalPrior):
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__(config)
         d = config.model_width
-        self.level = Level(config.height, config.width, config.radices)
-        self.classes, self.upper_levels = config.classes, len(config.upper_radices)
-        self.head = FactorizedHead(config.radices, d)
-        self.of_class = ClassEmbedding(config.classes, d) if config.classes else None
-        self.of_upper = UpperLevels(config.upper_radices, config.upper_factors, d) if config.upper_radices else None
         conditional = bool(config.classes or config.upper_radices)
         every = config.attention_every
         attentive = range(every, config.layers + 1, every) if every else ()

@@ -6,11 +6,14 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
 
+import tyro
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from smalti.checkpoint import Checkpointed
 from smalti.codes import Level
+from smalti.errors import UserError
+from smalti.priors.conditions import ClassEmbedding, UpperLevels
 from smalti.priors.head import FactorizedHead
 from smalti.randomness import derive, uniform
 from smalti.registry import Family
@@ -26,6 +29,50 @@ class Told(TypedDict):
     upper: tuple[Int64[Tensor, "b _y _x"], ...]
 
 
+@dataclass(frozen=True)
+class PriorConfig:
+    """What a prior's config says of the codes it learns: from a latent set, and no flags. Kinds add their own, among it
+    `model_width`, the numbers at each position.
+
+    Raises:
+        UserError: for a negative number of classes.
+    """
+
+    height: tyro.conf.Suppress[int] = 8
+    """Rows of the grid of codes trained on; other grids run too."""
+    width: tyro.conf.Suppress[int] = 8
+    """Columns of the grid of codes trained on."""
+    radices: tyro.conf.Suppress[tuple[int, ...]] = (8, 8, 8)
+    """Digits of a code, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat codebook."""
+    classes: tyro.conf.Suppress[int] = 0
+    """Classes of images; 0 for a prior that knows none."""
+    upper_radices: tyro.conf.Suppress[tuple[tuple[int, ...], ...]] = ()
+    """Digits of the codes of each level above, coarsest first."""
+    upper_factors: tyro.conf.Suppress[tuple[int, ...]] = ()
+    """How many times finer this level's grid is than that of each level above."""
+
+    def __post_init__(self) -> None:
+        if self.classes < 0:
+            raise UserError(f"classes must not be negative, got {self.classes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What every objective can be told.
+
+    Raises:
+        UserError: for a share that is none.
+    """
+
+    label_dropout: float = 0.1
+    """Share of rows whose class the prior is not told, so that it can draw without one, and be guided; 1 for a prior
+    without classes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"label_dropout must be from 0 to 1, got {self.label_dropout}")
+
+
 class Prior(Checkpointed, ABC):
     """A distribution over one level's grids of codes: a body, and the head that reads codes for it and predicts them
     from it.
@@ -36,14 +83,20 @@ class Prior(Checkpointed, ABC):
         upper_levels: how many levels its own has above it, whose codes it is told.
         method: how it is trained and drawn from.
         head: embedding, likelihood and draws.
+        of_class, of_upper: vectors that say the class and the upper levels; None where there are none.
     """
 
     family: ClassVar[Family] = "prior"
     method: ClassVar["Method"]
-    level: Level
-    classes: int
-    upper_levels: int
-    head: FactorizedHead
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        width = config.model_width
+        self.level = Level(config.height, config.width, config.radices)
+        self.classes, self.upper_levels = config.classes, len(config.upper_radices)
+        self.head = FactorizedHead(config.radices, width)
+        self.of_class = ClassEmbedding(config.classes, width) if config.classes else None
+        self.of_upper = UpperLevels(config.upper_radices, config.upper_factors, width) if config.upper_radices else None
 
     @abstractmethod
     def features(

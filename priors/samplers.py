@@ -20,6 +20,12 @@ START, STEP, PROPOSE, UPDATE, LABEL, WINDOW = range(6)
 """Streams of a row's seed: what each of its draws is for."""
 
 
+def between(ends: tuple[float, float], step: int, steps: int) -> float:
+    """The value at a step, counted from 0, on the straight way from the first of `steps` to the last."""
+    first, last = ends
+    return first + step / max(steps - 1, 1) * (last - first)
+
+
 @dataclass(frozen=True)
 class SundaeSampling:
     """How a chain of repairs runs. Temperature and proportion go linearly from the first step's value to the last's.
@@ -58,9 +64,7 @@ class SundaeSampling:
 
     def at(self, step: int) -> tuple[float, float]:
         """Temperature and proportion of a step, counted from 0."""
-        way = step / max(self.steps - 1, 1)
-        temperature, proportion = (first + way * (last - first) for first, last in (self.temperature, self.proportion))
-        return temperature, proportion
+        return between(self.temperature, step, self.steps), between(self.proportion, step, self.steps)
 
 
 @dataclass(frozen=True)

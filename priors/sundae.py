@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.priors.head import FactorizedHead
-from smalti.priors.prior import Prior
+from smalti.priors.prior import ObjectiveConfig, Prior
 from smalti.randomness import derive, uniform
 
 RATE, WHERE, WHAT, UNROLL = range(4)
@@ -21,7 +21,7 @@ RATE, WHERE, WHAT, UNROLL = range(4)
 
 
 @dataclass(frozen=True)
-class SundaeConfig:
+class SundaeConfig(ObjectiveConfig):
     """Step-unrolled denoising.
 
     Raises:
@@ -31,13 +31,9 @@ class SundaeConfig:
     unrolled_steps: int = 2
     """Repairs in a row that are trained together: the first of corrupted codes, each next of what the one before
     drew."""
-    label_dropout: float = 0.1
-    """Share of rows whose class the prior is not told, so that it can draw without one, and be guided; 1 for a prior
-    without classes."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"label_dropout must be from 0 to 1, got {self.label_dropout}")
+        super().__post_init__()
         if self.unrolled_steps < 1:
             raise UserError(f"unrolled_steps must be at least 1, got {self.unrolled_steps}")
 

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import command_toys
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from smalti.preprocess import to_float
@@ -46,17 +46,7 @@ def save_tokenizer(folder: Path, seed: int = 0) -> None:
 
 def run(capfd, *arguments: str) -> tuple[int, str, str]:
     """Builds in this process: (exit status, standard output, standard error)."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    capfd.readouterr()
-    before, sys.argv = sys.argv, ["build_latents.py", *map(str, arguments)]
-    try:
-        build_latents.main()
-        status = 0
-    except SystemExit as left:
-        status = left.code
-    finally:
-        sys.argv = before
-    return status, *capfd.readouterr()
+    return command_toys.run(capfd, build_latents.main, *arguments)
 
 
 class Builders:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from smalti.errors import UserError
+from smalti.processes import total
 
 
 def refuse_engines() -> None:
@@ -138,7 +138,5 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all tensors together, over all parts."""
     norm = nn.utils.get_total_norm([local(tensor) for tensor in tensors])
     if any(isinstance(tensor, DTensor) for tensor in tensors):
-        squared = norm.square()
-        dist.all_reduce(squared)
-        norm = squared.sqrt()
+        norm = total(norm.square()).sqrt()
     return norm
