@@ -10,9 +10,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from x_transformers import Encoder
-from x_transformers.attend import Attend
-from x_transformers.x_transformers import Attention, FeedForward
 
 from smalti.errors import UserError
 from smalti.priors.methods import REPAIRS
@@ -90,7 +87,7 @@ class Hourglass(Prior):
 
     def recomputable(self) -> list[nn.Module]:
         """Every attention and feed-forward layer."""
-        return [module for module in self.modules() if isinstance(module, Attention | FeedForward)]
+        return [layer for blocks in self.modules() if isinstance(blocks, Blocks) for layer in blocks.layers]
 
     def embed(self, codes: Int64[Tensor, "b h w"]) -> Float[Tensor, "b n d"]:
         """What the body reads of codes."""
@@ -170,6 +167,10 @@ class Blocks(nn.Module):
     """
 
     def __init__(self, config: HourglassConfig, depth: int) -> None:
+        from x_transformers import Encoder  # here: it takes a second, and the config alone does without
+        from x_transformers.attend import Attend
+        from x_transformers.x_transformers import Attention, FeedForward
+
         super().__init__()
         self.encoder = Encoder(
             dim=config.model_width,
@@ -180,6 +181,7 @@ class Blocks(nn.Module):
             ff_mult=config.feedforward_mult,
             pre_norm_has_final_norm=False,
         )
+        self.layers = [module for module in self.modules() if isinstance(module, Attention | FeedForward)]
         self.attends = [module for module in self.modules() if isinstance(module, Attend)]
 
     def forward(self, x: Float[Tensor, "b n d"], angles: Float[Tensor, "1 n a"]) -> Float[Tensor, "b n d"]:

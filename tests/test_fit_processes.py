@@ -18,9 +18,9 @@ from smalti.health import StopAgreement
 from smalti.runs import Run
 from smalti.signals import Interrupted
 
-CONFIG = replace(toys.CONFIG, steps=20)
+CONFIG = toys.CONFIG
 SLICED = replace(CONFIG, accumulation=2)
-STOPPED_AT = 9  # batches, of one process alone
+STOPPED_AT = 5  # batches, of one process alone
 of_every_kind = pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kind for _, kind in toys.KINDS])
 
 

@@ -6,14 +6,12 @@ process holds all of the model, and everything here leaves tensors as they are.
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from smalti.errors import UserError
@@ -42,6 +40,8 @@ def plan(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
     """
     if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     # on CPUs Accelerate forgets what it read from the environment, which still says it
     plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
@@ -71,6 +71,8 @@ def shard(
         param_groups: the optimiser's.
         how: whether blocks are taken apart again between forward and backward.
     """
+    from torch.distributed.fsdp import fully_shard
+
     # a block's output, often a view, goes into a sum: never changed in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
@@ -87,17 +89,22 @@ def shard(
 
 def is_split(module: nn.Module) -> bool:
     """Whether `shard` split it."""
-    return isinstance(module, FSDPModule)
+    return hasattr(module, "unshard")
+
+
+def _is_part(value: object) -> TypeGuard[Any]:
+    """Whether it is a DTensor; that module takes a second to import, so this file does it only where it splits."""
+    return hasattr(value, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_part(tensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
     """All parts of a tensor together, on every process; all must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_part(tensor) else tensor
 
 
 @torch.no_grad()
@@ -110,7 +117,7 @@ def gathered(tree: Any, *, keep: bool) -> Any:
     """
 
     def gather(value: Any) -> Any:
-        if not isinstance(value, DTensor):
+        if not _is_part(value):
             return value
         together = value.full_tensor()  # one at a time: the device may not hold them all
         return together.cpu() if keep else None
@@ -120,8 +127,10 @@ def gathered(tree: Any, *, keep: bool) -> Any:
 
 def share(tensor: Tensor, like: Tensor) -> Tensor:
     """Of a whole tensor, the same on every process, what this process holds of another one; all, where it holds all."""
-    if not isinstance(like, DTensor):
+    if not _is_part(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.contiguous(), like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
@@ -137,6 +146,6 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all tensors together, over all parts."""
     norm = nn.utils.get_total_norm([local(tensor) for tensor in tensors])
-    if any(isinstance(tensor, DTensor) for tensor in tensors):
+    if any(_is_part(tensor) for tensor in tensors):
         norm = total(norm.square()).sqrt()
     return norm
