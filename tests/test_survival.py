@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # optimisers import it when first used, which takes seconds: here the server does
 import toys
+import x_transformers  # noqa: F401 - the same
 
 from smalti.fit_config import FitConfig
 from smalti.runs import Run
