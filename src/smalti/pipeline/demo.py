@@ -17,9 +17,9 @@ REPORT_NAME, DONE_NAME = "report.md", "demo.json"
 class Demo:
     """How large a demonstration to make. The defaults take some six minutes on two CPU cores."""
 
-    tokenizer_steps: int = 550
+    tokenizer_steps: int = 480
     """Optimiser steps of the tokenizer."""
-    prior_steps: int = 1000
+    prior_steps: int = 900
     """Optimiser steps of the prior."""
     sampling: SundaeSampling = field(default_factory=SundaeSampling)
     """Of samples."""
