@@ -172,5 +172,6 @@ def test_what_is_imported_is_what_is_required():
     owners = packages_distributions()
     imported = {canonicalize_name(owners[top][0]) for top in tops - sys.stdlib_module_names - {"smalti"}}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = [*project["dependencies"], *project["optional-dependencies"]["metrics"]]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *extras["metrics"], *extras["app"]]
     assert imported == {canonicalize_name(Requirement(line).name) for line in required}

@@ -111,7 +111,8 @@ def test_every_package_that_gets_installed_is_pinned():
     assert lines == sorted(lines, key=str.lower)
     pins = {canonicalize_name(name): pinned for name, pinned in (line.split("==") for line in lines)}
     optional = PROJECT["optional-dependencies"]
-    reached, waiting = set(), [*map(Requirement, PROJECT["dependencies"] + optional["dev"] + optional["metrics"])]
+    extras = [line for extra in ("dev", "metrics", "app") for line in optional[extra]]
+    reached, waiting = set(), [*map(Requirement, PROJECT["dependencies"] + extras)]
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
@@ -125,9 +126,9 @@ def test_every_package_that_gets_installed_is_pinned():
             continue  # for another platform than this, or installed by other means
         if name == "torch":  # its CUDA build brings libraries that it pins itself, marked with the platform
             further = [each for each in further if not each.marker]
-        extras = ("", *requirement.extras)
+        asked = ("", *requirement.extras)
         waiting += [
-            each for each in further if not each.marker or any(each.marker.evaluate({"extra": e}) for e in extras)
+            each for each in further if not each.marker or any(each.marker.evaluate({"extra": e}) for e in asked)
         ]
     assert {name for name, *_ in reached} == set(pins)
 

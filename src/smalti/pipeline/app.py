@@ -70,6 +70,7 @@ def serve(config: App) -> Iterator[Any]:
                 max_file_size=MOST_MEGABYTES * 1024**2,
                 theme=THEME,
                 css=CSS,
+                footer_links=[],
                 quiet=True,
                 prevent_thread_lock=True,
             )

@@ -146,7 +146,7 @@ def _controls(studio: Studio, sampling: type, num: int) -> list[Any]:
         of = gradio.Dropdown([ANY, *studio.classes], value=ANY, label="class", visible=bool(studio.classes))
     with gradio.Row():
         sliders = [
-            gradio.Slider(_RANGES[name][0], _RANGES[name][1], value, step=_RANGES[name][2], label=label, min_width=140)
+            gradio.Slider(_RANGES[name][0], _RANGES[name][1], value, step=_RANGES[name][2], label=label, min_width=220)
             for name, label, value in _numbers(sampling)
         ]
     return [how_many, seed, of, *sliders]

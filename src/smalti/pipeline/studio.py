@@ -6,6 +6,7 @@ What is on the page, and how it reaches a browser, is in `app.py`.
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from queue import Queue
 from typing import Any, NamedTuple
@@ -170,7 +171,7 @@ def _watched(
     The function works in a thread, and passes what it shows the step and a function that draws the pictures, which is
     called now and then only.
     """
-    said: Queue[Frame | BaseException | None] = Queue()
+    frames: Queue[Frame | None] = Queue()
     left = threading.Event()
     last_step, last_time = -1, time.monotonic()
 
@@ -180,26 +181,16 @@ def _watched(
             raise _NobodyLooksError
         last_step = step
         if time.monotonic() - last_time >= SECONDS_BETWEEN:
-            said.put(Frame(step + 1, draw()))
+            frames.put(Frame(step + 1, draw()))
             last_time = time.monotonic()
 
-    def run() -> None:
+    with ThreadPoolExecutor(1) as thread:
+        working = thread.submit(work, show)
+        working.add_done_callback(lambda _: frames.put(None))
         try:
-            finished = work(show)
-            said.put(Frame(last_step + 1, finished))
-            said.put(None)
-        except _NobodyLooksError:
-            pass
-        except BaseException as error:  # raised again in the thread that watches
-            said.put(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while (frame := said.get()) is not None:
-            if isinstance(frame, BaseException):
-                raise frame
-            yield frame
-    finally:
-        left.set()
-        thread.join()
+            while (frame := frames.get()) is not None:
+                yield frame
+            finished = working.result()  # raises here what was raised there
+            yield Frame(last_step + 1, finished)
+        finally:
+            left.set()
