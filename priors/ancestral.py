@@ -16,7 +16,7 @@ from torch import Tensor
 from smalti.errors import UserError
 from smalti.priors.head import inverse_cdf
 from smalti.priors.prior import CausalPrior
-from smalti.priors.samplers import check_given
+from smalti.priors.samplers import check_given, check_share
 from smalti.randomness import derive, uniform
 
 DRAW, PARTICLE, CHOOSE = range(3)
@@ -36,6 +36,9 @@ class AncestralSampling:
     guidance: float = 1.0
     """How far to go from what is likely in any class (0) past what is likely in the given one (1); other values than 1
     take twice the time, and change nothing for images of no class."""
+    top_p: float = 1.0
+    """Each digit of a code is drawn from the fewest values that have this share of the probability together; below 1
+    leaves unlikely ones out."""
     particles: tyro.conf.Suppress[int] = 1
     """Grids drawn for each one kept, where some codes are given; see `AncestralFilling`."""
 
@@ -44,6 +47,7 @@ class AncestralSampling:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
         if self.guidance < 0:
             raise UserError(f"guidance must not be negative, got {self.guidance}")
+        check_share(self.top_p)
         if self.particles < 1:
             raise UserError(f"particles must be at least 1, got {self.particles}")
 
@@ -79,7 +83,7 @@ def sample_ancestral(
     grids are drawn from q = product over unknown codes of p(code | before), not from p(unknown | known). Of several
     `particles`, one is kept with a probability in proportion to p / q, which is the product of p(code | before) over
     the known codes (sampling-importance-resampling, Rubin 1987); as they grow in number, draws become those from
-    p(unknown | known). `temperature` and `guidance` are part of p.
+    p(unknown | known). `temperature` and `guidance` are part of p; `top_p` is of q's draws only.
 
     In float32 whatever the autocast, so that with the same seeds the codes are those that drawing from the features of
     the whole grid gives, at each position anew: but for a draw within the rounding of sums of a border between codes.
@@ -144,7 +148,7 @@ def _draw(
         features, *without = features.chunk(answers)
         how: dict[str, Any] = {"temperature": sampling.temperature, "guidance": sampling.guidance}
         how["without_class"] = without[0] if without else None
-        code = head.sample(features, draws[:, here], **how)
+        code = head.sample(features, draws[:, here], top_p=sampling.top_p, **how)
         if given[position]:
             code = torch.where(known_mask[:, here], codes[:, here], code)
             if weigh:

@@ -112,17 +112,23 @@ class FactorizedHead(TreeEmbedding):
         *,
         without_class: Float[Tensor, "b n d"] | None = None,
         guidance: float = 1.0,
+        top_p: float = 1.0,
     ) -> Int64[Tensor, "b n"]:
         """Draws a code at each position, digit after digit from softmax(logits / temperature); `uniforms` in [0, 1)
         decide.
 
         With the features of the same codes `without_class`, by classifier-free guidance (arXiv 2207.12598, Eq. 6, whose
         1 + w is `guidance`), digit by digit: logits = without + guidance (with - without).
+
+        With `top_p` below 1 each digit is one of the fewest values that have that share together (arXiv 1904.09751).
         """
         child_logits = self._logits(features, temperature, without_class, guidance)
         codes = torch.zeros(uniforms.shape[:2], dtype=torch.int64, device=uniforms.device)
         for i, radix in enumerate(self.radices):
-            codes = codes * radix + inverse_cdf(child_logits(i, codes).softmax(-1), uniforms[..., i])
+            probabilities = child_logits(i, codes).softmax(-1)
+            if top_p < 1:
+                probabilities = nucleus(probabilities, top_p)
+            codes = codes * radix + inverse_cdf(probabilities, uniforms[..., i])
         return codes
 
     def log_probs(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n leaves"]:
@@ -176,8 +182,15 @@ class FactorizedHead(TreeEmbedding):
         return child_logits
 
 
+def nucleus(probabilities: Float[Tensor, "*n r"], top_p: float) -> Float[Tensor, "*n r"]:
+    """The fewest likeliest values that reach `top_p` together; the others become 0 (arXiv 1904.09751)."""
+    sorted_, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    above = sorted_.cumsum(-1) - sorted_  # what the likelier ones have
+    return probabilities.masked_fill((above >= top_p).gather(-1, order.argsort(-1)), 0.0)
+
+
 def inverse_cdf(probabilities: Float[Tensor, "*n r"], uniforms: Float[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
-    """The index whose share of [0, 1) holds the uniform number.
+    """The index whose share of [0, 1) holds the uniform number; shares that sum to less than 1 are enlarged alike.
 
     The shares are summed as integers of 2**-38: float sums need not grow on devices that add in parallel. So the index
     is always below r, and never one whose probability is zero (or below 2**-38).

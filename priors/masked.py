@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.priors.prior import ObjectiveConfig, Prior
-from smalti.priors.samplers import between, check_given, look
+from smalti.priors.samplers import between, check_given, check_share, look
 from smalti.randomness import derive, uniform
 
 HIDDEN = -1
@@ -103,12 +103,16 @@ class MaskedSampling:
     guidance: float = 1.5
     """How far to go from what is likely in any class (0) past what is likely in the given one (1), at the cost of
     variety; other values than 1 take twice the time. Without classes it is nothing."""
+    top_p: float = 1.0
+    """Each digit of a code is drawn from the fewest values that have this share of the probability together; below 1
+    leaves unlikely ones out."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
         if min(self.temperature) <= 0:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
+        check_share(self.top_p)
         if self.choice_temperature < 0 or self.guidance < 0:
             raise UserError(
                 f"choice_temperature and guidance must not be negative, got {self.choice_temperature} and "
@@ -169,7 +173,8 @@ def sample_masked(
         of_step = derive(seeds, step)
         shown = codes.masked_fill(hidden, HIDDEN).view(b, h, w)
         how = look(prior, shown, labels, upper, derive(of_step, WINDOW), temperature, sampling.guidance)
-        drawn = head.sample(uniforms=uniform(derive(of_step, DRAW), h * w, len(head.radices)), **how)
+        draws = uniform(derive(of_step, DRAW), h * w, len(head.radices))
+        drawn = head.sample(uniforms=draws, top_p=sampling.top_p, **how)
         codes = torch.where(hidden, drawn, codes)
         match sampling.order:
             case "halton":

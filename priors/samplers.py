@@ -26,6 +26,16 @@ def between(ends: tuple[float, float], step: int, steps: int) -> float:
     return first + step / max(steps - 1, 1) * (last - first)
 
 
+def check_share(top_p: float) -> None:
+    """Refuses what is no share of the probability.
+
+    Raises:
+        UserError: if it is not above 0 and at most 1.
+    """
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, got {top_p}; 1 leaves nothing out")
+
+
 @dataclass(frozen=True)
 class SundaeSampling:
     """How a chain of repairs runs. Temperature and proportion go linearly from the first step's value to the last's.
@@ -47,6 +57,9 @@ class SundaeSampling:
     guidance: float = 1.5
     """How far to go from what is likely in any class (0) past what is likely in the given one (1), at the cost of
     variety; other values than 1 take twice the time. Without classes it is nothing."""
+    top_p: float = 1.0
+    """Each digit of a code is drawn from the fewest values that have this share of the probability together; below 1
+    leaves unlikely ones out."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.min_steps < 1:
@@ -55,6 +68,7 @@ class SundaeSampling:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
         if self.guidance < 0:
             raise UserError(f"guidance must not be negative, got {self.guidance}")
+        check_share(self.top_p)
         if not 0 < min(self.proportion) <= max(self.proportion) <= 1:
             raise UserError(f"proportion must be above 0 and at most 1 from first step to last, got {self.proportion}")
 
@@ -124,7 +138,7 @@ def sample_sundae(
         of_step = derive(seeds, STEP, step)
         draws = uniform(derive(of_step, PROPOSE), h * w, len(head.radices))
         seen = look(prior, codes, labels, upper, derive(of_step, WINDOW), temperature, sampling.guidance)
-        proposal = head.sample(uniforms=draws, **seen).view_as(codes)
+        proposal = head.sample(uniforms=draws, top_p=sampling.top_p, **seen).view_as(codes)
         update = (uniform(derive(of_step, UPDATE), h, w) < proportion) & ~known_mask & unfinished
         changed = update & (proposal != codes)
         codes = torch.where(update, proposal, codes)

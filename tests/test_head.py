@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smalti.errors import UserError
-from smalti.priors.head import DENSE_NODES, FactorizedHead, inverse_cdf
+from smalti.priors.head import DENSE_NODES, FactorizedHead, inverse_cdf, nucleus
 from smalti.randomness import row_seeds, uniform
 
 WIDTH = 6
@@ -193,3 +193,18 @@ def test_random_codes_are_uniform_and_the_rows_own():
 def test_radices_that_make_no_codebook_are_refused():
     with pytest.raises(UserError, match="at least 2"):
         FactorizedHead((8, 1), WIDTH)
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=2, max_size=9).map(lambda counts: torch.tensor(counts) / sum(counts)),
+    st.floats(0.01, 0.999),
+)
+def test_the_nucleus_is_the_smallest_likely_set(probabilities, top_p):
+    """By trying every number of the likeliest values."""
+    kept = nucleus(probabilities, top_p)
+    count = int((kept > 0).sum())
+    ordered = probabilities.sort(descending=True).values
+    assert kept.sort(descending=True).values[:count].equal(ordered[:count])
+    assert kept[kept > 0].equal(probabilities[kept > 0])
+    assert ordered[: count - 1].sum() < top_p + 1e-6
+    assert ordered[:count].sum() >= top_p - 1e-6

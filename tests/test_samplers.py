@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smalti import registry
 from smalti.errors import UserError
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.samplers import SundaeSampling, sample_sundae
@@ -192,3 +194,24 @@ def test_known_codes_outside_the_codebook_are_refused(bad):
     known = torch.tensor([[[0, bad]]])
     with pytest.raises(UserError, match="from 0 to 5"):
         sample_sundae(prior_of(), known=known, known_mask=known == bad, seeds=row_seeds(0, torch.arange(1)))
+
+
+@pytest.mark.parametrize("kind", ["hourglass", "maskgit", "pixelcnn"])
+def test_a_small_nucleus_is_the_likeliest_code(kind):
+    """As a low temperature is, whatever the draws; and 1 leaves nothing out."""
+    torch.manual_seed(0)
+    config = toys.TINY[kind]
+    prior = registry.find("prior", kind)(config).eval()
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter)
+    known = torch.zeros(3, config.height, config.width, dtype=torch.int64)
+    upper = tuple(known[:, ::factor, ::factor] for factor in config.upper_factors)
+    start = {"known": known, "known_mask": known.bool(), "seeds": row_seeds(5, torch.arange(3)), "upper": upper}
+    sampling = prior.method.sampling
+    cold = 1e-4 if isinstance(sampling().temperature, float) else (1e-4, 1e-4)
+    codes = [prior.method.sampler(prior, **start, sampling=sampling(**how)) for how in ({}, {"top_p": 1e-6})]
+    likeliest = prior.method.sampler(prior, **start, sampling=sampling(temperature=cold))
+    assert codes[1].equal(likeliest)
+    assert not codes[0].equal(likeliest)
+    with pytest.raises(UserError, match="top_p must be above 0 and at most 1"):
+        sampling(top_p=0.0)

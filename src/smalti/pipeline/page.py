@@ -25,7 +25,12 @@ MOST = 16
 ANY = "any"
 CSS = "#fills img, #draws img { image-rendering: pixelated }"
 THEME = themes.Default(font="system-ui", font_mono="monospace")  # fonts of other names are fetched from the web
-_RANGES = {"steps": (1, 200, 1), "temperature": (0.05, 2.0, 0.05), "guidance": (0.0, 5.0, 0.1)}  # least, most, step
+_RANGES = {  # least, most, step
+    "steps": (1, 200, 1),
+    "temperature": (0.05, 2.0, 0.05),
+    "guidance": (0.0, 5.0, 0.1),
+    "top_p": (0.05, 1.0, 0.05),
+}
 
 
 def painted_on(pixels: Tensor) -> Image.Image:
@@ -145,10 +150,11 @@ def _controls(studio: Studio, sampling: type, num: int) -> list[Any]:
         seed = gradio.Number(0, label="seed", precision=0)
         of = gradio.Dropdown([ANY, *studio.classes], value=ANY, label="class", visible=bool(studio.classes))
     with gradio.Row():
-        sliders = [
-            gradio.Slider(_RANGES[name][0], _RANGES[name][1], value, step=_RANGES[name][2], label=label, min_width=220)
-            for name, label, value in _numbers(sampling)
-        ]
+        sliders = []
+        for name, label, value in _numbers(sampling):
+            (least, most, step), visible = _RANGES[name], name != "guidance" or bool(studio.classes)
+            slider = gradio.Slider(least, most, value, step=step, label=label, visible=visible, min_width=220)
+            sliders.append(slider)
     return [how_many, seed, of, *sliders]
 
 
