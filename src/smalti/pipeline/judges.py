@@ -17,7 +17,7 @@ from smalti.classics import biharmonic, ssim
 from smalti.codes import Codes
 from smalti.devices import Precision, autocast, device
 from smalti.errors import UserError
-from smalti.extractors import Lite0, moments
+from smalti.extractors import Extractor, find_extractor, moments
 from smalti.images import ImageRows, open_images
 from smalti.interfaces import Tokenizer
 from smalti.latentsets.reader import perplexity
@@ -65,7 +65,7 @@ class _Real:
         conditions: of a result, as JSON.
     """
 
-    def __init__(self, judging: Judging, tokenizer: Tokenizer, extractor: Lite0) -> None:
+    def __init__(self, judging: Judging, tokenizer: Tokenizer, extractor: Extractor) -> None:
         size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
         images = open_images(judging.images, **size, channels=tokenizer.image_channels)
         held_out, training = (ImageRows(images, split=side, flips=False) for side in ("held_out", "train"))
@@ -100,7 +100,7 @@ class _Real:
 def judge_tokenizer(config: JudgeTokenizer) -> tuple[Scores, dict[str, Any]]:
     """Errors of reconstructions, how far they are from real images as a set, and how the codes are used."""
     where = device(config.judging.device)
-    extractor, tokenizer = Lite0(where), load_tokenizer(config.tokenizer).to(where)
+    extractor, tokenizer = find_extractor(config.judging.extractor, where), load_tokenizer(config.tokenizer).to(where)
     real = _Real(config.judging, tokenizer, extractor)
     images, codes, seconds = _reconstruct(tokenizer, real.judged, where, config.judging.precision)
     errors = mse(to_float(images), to_float(real.judged))
@@ -128,7 +128,10 @@ def judge_tokenizer(config: JudgeTokenizer) -> tuple[Scores, dict[str, Any]]:
 def judge_prior(config: JudgePrior[Any]) -> tuple[Scores, dict[str, Any]]:
     """Samples against real images as sets, and against the nearest of the training images, which they may repeat."""
     where = device(config.judging.device)
-    extractor, (priors, tokenizer) = Lite0(where), load_priors(config.prior, config.tokenizer)
+    extractor, (priors, tokenizer) = (
+        find_extractor(config.judging.extractor, where),
+        load_priors(config.prior, config.tokenizer),
+    )
     priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
     real = _Real(config.judging, tokenizer, extractor)
     start = time.perf_counter()
@@ -169,7 +172,10 @@ def judge_prior(config: JudgePrior[Any]) -> tuple[Scores, dict[str, Any]]:
 def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, Any]]:
     """Fills of random strokes against the truth beneath, each other, and the mean colour and biharmonic fills."""
     where = device(config.judging.device)
-    extractor, (prior, tokenizer) = Lite0(where), load_prior(config.prior, config.tokenizer)
+    extractor, (prior, tokenizer) = (
+        find_extractor(config.judging.extractor, where),
+        load_prior(config.prior, config.tokenizer),
+    )
     prior, tokenizer = prior.to(where), tokenizer.to(where)
     real = _Real(config.judging, tokenizer, extractor)
     truth, seeds = to_float(real.judged), row_seeds(config.judging.seed, torch.arange(len(real.judged)))

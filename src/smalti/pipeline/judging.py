@@ -6,6 +6,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from smalti.devices import Device, Precision
 from smalti.errors import UserError
+from smalti.extractors import ExtractorName
 from smalti.pipeline.fill import Filling
 from smalti.pipeline.places import RUNS
 
@@ -29,6 +30,9 @@ class Judging:
     """Images judged; all that are held out, where they are fewer. Distances of different numbers do not compare."""
     reference: int = 5000
     """Most training images that distances are taken to."""
+    extractor: ExtractorName = "lite0"
+    """Network whose features distances are of: `lite0`, which comes with the extra `metrics`, or `inception`, that of
+    the published FID, whose package brings torchvision and downloads the weights."""
     seed: int = 0
     """Decides which images, which holes, and all that is drawn."""
     device: Device = "auto"
