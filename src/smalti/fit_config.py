@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from smalti.errors import UserError
-from smalti.optimizers import Optimizer, OptimizerName, make_optimizer
+from smalti.optimizers import BETAS, Optimizer, OptimizerName, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ class FitConfig:
         if not -(2**63) <= self.seed < 2**63:
             raise UserError(f"seed must fit into 64 bits, which {self.seed} does not")
 
-    def optimizer_of(self, module: nn.Module) -> Optimizer:
-        """The optimiser of a module's parameters."""
-        return make_optimizer(module, self.optimizer, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+    def optimizer_of(self, module: nn.Module, betas: tuple[float, float] = BETAS) -> Optimizer:
+        """The optimiser of a module's parameters; `betas` are AdamW's."""
+        return make_optimizer(
+            module, self.optimizer, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=betas
+        )
 
     def rate(self, step: int) -> float:
         """The learning rate's factor in [0, 1] at a step: linear warm-up, flat, cosine down to a hundredth."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from smalti.checkpoint import Checkpointed
 from smalti.codes import Codes, Layout
+from smalti.fit_config import FitConfig, Phase
 from smalti.registry import Family
 
 
@@ -57,6 +58,10 @@ class Tokenizer(Checkpointed, ABC):
 
     def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
         """The data-dependent start of a new tokenizer, once before training; nothing, where a kind has none."""
+
+    def phases(self, fit: FitConfig) -> list[Phase]:
+        """What a step of training does, where it is more than to lower the sum of `forward`'s losses; else nothing."""
+        return []
 
     def collapse_remedy(self) -> str:
         """What a person may try whose codebook collapses, as it goes on after "Try"."""

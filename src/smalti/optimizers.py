@@ -158,7 +158,12 @@ def step_unless_on_device(optimizer: torch.optim.Optimizer, bad: Bool[Tensor, ""
 
 
 def make_optimizer(
-    module: nn.Module, name: OptimizerName, *, learning_rate: float, weight_decay: float = 0.0
+    module: nn.Module,
+    name: OptimizerName,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = BETAS,
 ) -> Optimizer:
     """An optimiser over a module's parameters, with weight decay on matrices and larger only.
 
@@ -167,22 +172,24 @@ def make_optimizer(
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if name == "adamw":
-        return _adamw(trained, learning_rate, weight_decay)
+        return _adamw(trained, learning_rate, weight_decay, betas)
     linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)}
     matrices = [parameter for parameter in trained if id(parameter) in linear]
     rest = [parameter for parameter in trained if id(parameter) not in linear]
-    parts: list[torch.optim.Optimizer] = [_adamw(rest, learning_rate, weight_decay)] if rest else []
+    parts: list[torch.optim.Optimizer] = [_adamw(rest, learning_rate, weight_decay, betas)] if rest else []
     if matrices:
         rate = MUON_TIMES * learning_rate
         parts.append(BatchedMuon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return Together(parts)
 
 
-def _adamw(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def _adamw(
+    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)

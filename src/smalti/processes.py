@@ -18,6 +18,11 @@ def total(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return summed
 
 
+def mean(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The mean of every process's tensor, on all of them."""
+    return total(tensor) / (dist.get_world_size() if _several() else 1)
+
+
 def collected(tensor: Tensor) -> Tensor:
     """Every process's tensor, of one shape on all, one after the other along the first dimension."""
     if not _several():

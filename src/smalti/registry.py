@@ -14,6 +14,7 @@ Family: TypeAlias = Literal["tokenizer", "prior"]
 # Named by module, not imported: the spine stands below the wings. Other packages add theirs with `register`.
 _MODULES: dict[tuple[Family, str], str] = {
     ("tokenizer", "hrvq"): "smalti.tokenizers.hrvq",
+    ("tokenizer", "vqgan"): "smalti.tokenizers.vqgan",
     ("tokenizer", "vqvae"): "smalti.tokenizers.vqvae",
     ("tokenizer", "vqvae2"): "smalti.tokenizers.vqvae2",
     ("prior", "hourglass"): "smalti.priors.hourglass",

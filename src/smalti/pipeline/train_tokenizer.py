@@ -89,7 +89,11 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     if not run.step:
         rows = torch.arange(min(START_IMAGES, len(train))) * (len(train) // min(START_IMAGES, len(train)))
         tokenizer.start_from(to_float(train.__getitems__(rows.tolist())["images"]))
-    objective, alarm = Reconstruction(tokenizer), CodebookAlarm()
+    phases = tokenizer.phases(config.fit)
+    if not phases:
+        objective = Reconstruction(tokenizer)
+        phases = [Phase("tokenizer", objective, config.fit.optimizer_of(objective))]
+    alarm = CodebookAlarm()
     shown = held_out if len(held_out) else train
 
     def report(_step: int, trained: Tokenizer) -> dict[str, float]:
@@ -99,7 +103,7 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     with tracked(process, settings):
         fit(
             process,
-            [Phase("tokenizer", objective, config.fit.optimizer_of(objective))],
+            phases,
             train,
             config.fit,
             model=tokenizer,

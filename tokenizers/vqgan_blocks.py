@@ -1,0 +1,121 @@
+"""Convolutional encoder and decoder of VQ-GAN: residual blocks, attention, GroupNorm. No quantization, no losses here.
+
+Fully convolutional: any height and width divisible by 2**(stages - 1). The order of layers, and what each computes, are
+those of the published checkpoints, which `foreign.py` reads. Legend: b batch, c channels, h w grid.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+EPSILON = 1e-6  # of every GroupNorm
+
+
+class ResidualBlock(nn.Module):
+    """shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))), where `shortcut` changes the channels, if need be."""
+
+    def __init__(self, before: int, after: int, groups: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, before, EPSILON), nn.Conv2d(before, after, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, after, EPSILON), nn.Conv2d(after, after, 3, padding=1)
+        self.shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        """Features to features on the same grid."""
+        inner = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(inner)))
+
+
+class Attention(nn.Module):
+    """x + attention of every position to all, with one head."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, EPSILON)
+        self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Features to features of the same shape."""
+        h, normed = x.shape[2], self.norm(x)
+        q, k, v = (rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        seen = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(seen, "b 1 (h w) c -> b c h w", h=h))
+
+
+class Downsample(nn.Conv2d):
+    """Halves the grid; pads below and to the right only, as the published networks do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Features to features on a grid of half the height and width."""
+        return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Doubles the grid: repeats every position 2x2 times, then convolves."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Features to features on a grid of twice the height and width."""
+        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+
+
+def encoder(
+    *,
+    image_channels: int,
+    widths: Sequence[int],
+    residual_blocks: int,
+    attention_stages: Collection[int],
+    latent_width: int,
+    code_width: int,
+    groups: int,
+) -> nn.Sequential:
+    """Images to z_e, at 1 / 2**(len(widths) - 1) of their size: every stage but the last halves it."""
+    layers: list[nn.Module] = [nn.Conv2d(image_channels, widths[0], 3, padding=1)]
+    for stage, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+        layers += _stage(before, width, residual_blocks, groups, attention=stage in attention_stages)
+        layers += [Downsample(width)] if stage < len(widths) - 1 else []
+    layers += [*_middle(widths[-1], groups), *_last(widths[-1], latent_width, groups)]
+    return nn.Sequential(*layers, nn.Conv2d(latent_width, code_width, 1))
+
+
+def decoder(
+    *,
+    image_channels: int,
+    widths: Sequence[int],
+    residual_blocks: int,
+    attention_stages: Collection[int],
+    latent_width: int,
+    code_width: int,
+    groups: int,
+) -> nn.Sequential:
+    """The mirror of `encoder`, with one more residual block in each stage."""
+    layers = [nn.Conv2d(code_width, latent_width, 1), nn.Conv2d(latent_width, widths[-1], 3, padding=1)]
+    layers += _middle(widths[-1], groups)
+    for stage, before in zip(reversed(range(len(widths))), (widths[-1], *reversed(widths)), strict=False):
+        layers += _stage(before, widths[stage], residual_blocks + 1, groups, attention=stage in attention_stages)
+        layers += [Upsample(widths[stage])] if stage else []
+    return nn.Sequential(*layers, *_last(widths[0], image_channels, groups))
+
+
+def _stage(before: int, width: int, blocks: int, groups: int, *, attention: bool) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for number in range(blocks):
+        layers.append(ResidualBlock(width if number else before, width, groups))
+        layers += [Attention(width, groups)] if attention else []
+    return layers
+
+
+def _middle(width: int, groups: int) -> list[nn.Module]:
+    return [ResidualBlock(width, width, groups), Attention(width, groups), ResidualBlock(width, width, groups)]
+
+
+def _last(width: int, after: int, groups: int) -> list[nn.Module]:
+    return [nn.GroupNorm(groups, width, EPSILON), nn.SiLU(), nn.Conv2d(width, after, 3, padding=1)]
