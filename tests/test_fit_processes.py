@@ -63,8 +63,8 @@ def folder(tmp_path_factory):
 def test_two_processes_train_what_one_does(folder, way, family, kind):
     """Whole, in two slices each, and stopped among two to go on with one: nothing is left out or seen twice."""
     one, two = toys.measured(folder / "one" / kind), toys.measured(folder / way / kind)
-    losses, others = ([line["loss"] for line in lines if "loss" in line] for lines in (one, two))
-    assert len(losses) == CONFIG.steps
+    losses, others = toys.losses(one), toys.losses(two)
+    assert len(losses) in (CONFIG.steps, 2 * CONFIG.steps)  # of one phase, or two
     assert others == pytest.approx(losses, rel=1e-5)
     assert max(losses) - min(losses) > 1e-3  # it trains: equal losses would say nothing otherwise
     for ours, theirs in zip(one, two, strict=True):
@@ -72,7 +72,8 @@ def test_two_processes_train_what_one_does(folder, way, family, kind):
     weights, others = (load_file(folder / count / kind / WEIGHTS_NAME) for count in ("one", way))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
-        assert (tensor - others[name]).abs().max() < 1e-4, name
+        if not name.endswith(".k.bias"):  # no attention hangs on it: its gradient is rounding, which Adam enlarges
+            assert (tensor - others[name]).abs().max() < 1e-4, name
 
 
 @of_every_kind

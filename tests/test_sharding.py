@@ -33,7 +33,8 @@ BAD_RUNS = {"bad adamw": ADAMW, "bad muon": MUON}
 STOPPED_AT = 3  # batches, of those who begin and of those who go on
 BAD = 6
 SAME_NETWORK = ("vqvae", "maskgit")  # as hrvq and hourglass: what is split does not differ
-FAMILIES = {kind: family for family, kind in toys.KINDS if kind not in SAME_NETWORK}
+NOT_SPLIT = ("vqgan",)  # trained in two phases
+FAMILIES = {kind: family for family, kind in toys.KINDS if kind not in (*SAME_NETWORK, *NOT_SPLIT)}
 WITH_MUON = ("hrvq", "hourglass")
 
 

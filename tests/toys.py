@@ -14,6 +14,7 @@ from smalti.checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkpointed
 from smalti.devices import accelerator
 from smalti.fit import fit
 from smalti.fit_config import FitConfig, Phase
+from smalti.interfaces import Tokenizer
 from smalti.priors.hourglass import HourglassConfig
 from smalti.priors.pixelcnn import PixelCNNConfig
 from smalti.randomness import uniform
@@ -28,7 +29,20 @@ from smalti.tokenizers.vqvae2 import VQVAE2Config
 SMALL = {"height": 8, "width": 12, "residual_blocks": 1, "codebook_decay": 0.8, "revive_below": 0.6}  # so that some die
 TINY = {
     "hrvq": HRVQConfig(**SMALL, widths=(4, 6), code_width=5, depth=2, branching=3),
-    "vqgan": VQGANConfig(**SMALL, widths=(4, 6), norm_groups=2, latent_width=3, code_width=5, depth=2, branching=3),
+    "vqgan": VQGANConfig(
+        **SMALL,
+        widths=(4, 6),
+        norm_groups=2,
+        latent_width=3,
+        code_width=5,
+        depth=2,
+        branching=3,
+        perceptual_weight=0.0,
+        discriminator_start=2,
+        discriminator_ramp=4,
+        discriminator_width=4,
+        discriminator_layers=1,
+    ),
     "vqvae": VQVAEConfig(**SMALL, widths=(4, 6), code_width=5, codebook_size=7),
     "vqvae2": VQVAE2Config(**SMALL, widths=(4,), code_width=3, codebook_size=5, codebook_learning="gradient"),
     "hourglass": HourglassConfig(
@@ -156,7 +170,7 @@ def train(folder, of=toy, config=CONFIG, *, wrap=lambda rows: rows, run=None, pr
     model, objective, rows, held_out = of()
     fit(
         process or accelerator("fp32"),
-        one_phase(objective, config),
+        phases(model, objective, config),
         wrap(rows),
         config,
         model=model,
@@ -181,6 +195,17 @@ def outcome(folder):
 
 def one_phase(objective, config=CONFIG):
     return [Phase("only", objective, config.optimizer_of(objective))]
+
+
+def phases(model, objective, config):
+    """A tokenizer's own, where it has more than the objective."""
+    own = model.phases(config) if isinstance(model, Tokenizer) else []
+    return own or one_phase(objective, config)
+
+
+def losses(lines):
+    """Of every step and phase."""
+    return [value for line in lines for name, value in line.items() if name.split("/")[-1] == "loss"]
 
 
 class Signalling:

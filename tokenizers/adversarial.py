@@ -6,7 +6,6 @@ Legend: b batch, c channels, h w image, p q grid of patches.
 import math
 from collections import deque
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +18,13 @@ from smalti.fit_config import FitConfig, Phase
 from smalti.preprocess import to_float
 from smalti.processes import mean
 from smalti.tokenizers.perceptual import PerceptualDistance
-
-if TYPE_CHECKING:
-    from smalti.tokenizers.vqgan import VQGAN
+from smalti.tokenizers.vqvae import OneGrid
 
 BETAS = (0.5, 0.9)  # of both optimisers: adversaries move, so less of the past is remembered
 LARGEST_ADAPTIVE_WEIGHT = 1e4
 
 
-def phases(tokenizer: "VQGAN", fit: FitConfig) -> list[Phase]:
+def phases(tokenizer: OneGrid, fit: FitConfig) -> list[Phase]:
     """The phases of a step: the tokenizer's, then, if the config has one, the discriminator's.
 
     Raises:
@@ -38,7 +35,11 @@ def phases(tokenizer: "VQGAN", fit: FitConfig) -> list[Phase]:
     if config.adversarial_weight:
         judge = Discriminator(config.image_channels, config.discriminator_width, config.discriminator_layers)
         judge.check_size(config.height, config.width)
-    generator = Generator(tokenizer, PerceptualDistance() if config.perceptual_weight else None, judge)
+    perceptual = None
+    if config.perceptual_weight:
+        perceptual = PerceptualDistance()
+        perceptual.check_size(config.height, config.width)
+    generator = Generator(tokenizer, perceptual, judge)
     found = [Phase("generator", generator, fit.optimizer_of(generator, betas=BETAS))]
     if judge is not None:
         adversary = Adversary(judge, generator.made)
@@ -90,19 +91,25 @@ class Generator(nn.Module):
     Logs each term; `mse`, the squared error in [0, 1] units of what decoding gives; and with a discriminator
     `adversarial`, minus the mean of what it says, and `adaptive_weight`.
 
+    Deviation: a step's adaptive weight is that of the step before it, which all processes and all slices of a batch
+    have measured together: the result depends on neither. The first step that hears the discriminator has weight 0.
+
     Attributes:
-        steps: how many have counted; saved, so that a resumed run starts the discriminator where it would have.
         made: reconstructions, one tensor a slice of this step, for the discriminator's phase.
     """
 
     steps: Int64[Tensor, ""]
+    weight: Float[Tensor, ""]
 
-    def __init__(self, tokenizer: "VQGAN", perceptual: PerceptualDistance | None, judge: Discriminator | None) -> None:
+    def __init__(self, tokenizer: OneGrid, perceptual: PerceptualDistance | None, judge: Discriminator | None) -> None:
         super().__init__()
         self.tokenizer, self.config, self._perceptual = tokenizer, tokenizer.config, perceptual
         self._judge = (judge,)  # in a tuple, as it belongs to the other phase: its device, its gradients, its state
         self.made: deque[Tensor] = deque()
+        self._gradients: list[tuple[Tensor, Tensor]] = []  # of likeness and discriminator, of this step's slices
+        # saved, so that a resumed run hears the discriminator when and as it would have
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("weight", torch.zeros(()))
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss, and scalars to log, of a batch whose `images` are uint8 `(b, c, h, w)`."""
@@ -115,18 +122,26 @@ class Generator(nn.Module):
             likeness = likeness + terms["perceptual"]
         loss = torch.stack(list(terms.values())).sum()
         terms["mse"] = (made.detach().clamp(-1, 1) - images).square().mean() / 4
-        heard = self._heard() if self.training else 0.0
-        if (judge := self._judge[0]) is not None and heard:
+        (judge,), heard = self._judge, self._heard() if self.training else 0.0
+        if judge is not None and heard:
             self.made.append(made.detach())
-            terms["adversarial"] = -judge.frozen(made).float().mean()
-            weight = adaptive_weight(likeness, terms["adversarial"], self.tokenizer.decoder[-1].weight)
-            terms["adaptive_weight"] = weight
-            loss = loss + self.config.adversarial_weight * heard * weight * terms["adversarial"]
+            terms["adversarial"], terms["adaptive_weight"] = -judge.frozen(made).float().mean(), self.weight.clone()
+            self._gradients.append((self._at_last_layer(likeness), self._at_last_layer(terms["adversarial"])))
+            loss = loss + self.config.adversarial_weight * heard * terms["adaptive_weight"] * terms["adversarial"]
         return loss, {name: value.detach() for name, value in terms.items()}
 
+    @torch.no_grad()
     def after_step(self, seeds: Int64[Tensor, " b"], bad: Bool[Tensor, ""]) -> None:
-        """Counts the step; if it was bad, the training loop puts the count back."""
+        """Counts the step, and measures the next one's weight; if it was bad, the training loop puts both back."""
         self.steps += 1
+        if self._gradients:
+            likeness, adversarial = (mean(torch.stack(of).sum(0)) for of in zip(*self._gradients, strict=True))
+            self._gradients.clear()
+            self.weight.copy_(adaptive_weight(likeness, adversarial))
+
+    def _at_last_layer(self, loss: Tensor) -> Tensor:
+        last = self.tokenizer.decoder[-1].get_parameter("weight")
+        return torch.autograd.grad(loss, last, retain_graph=True)[0].float()
 
     def _heard(self) -> float:
         """How much the discriminator counts at this step, from 0 (before it starts) to 1 (after the ramp)."""
@@ -134,15 +149,9 @@ class Generator(nn.Module):
         return min(1.0, (after + 1) / max(1, self.config.discriminator_ramp)) if after >= 0 else 0.0
 
 
-def adaptive_weight(likeness: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Float[Tensor, ""]:
-    """How many times the gradient of one loss at the decoder's last layer is that of the other (Eq. 7), in float32.
-
-    Gradients are means over processes, so that the weight is the same on all; of a batch taken in slices, each slice
-    has its own.
-    """
-    gradients = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (likeness, adversarial))
-    of_likeness, of_adversarial = (mean(gradient.float()).norm() for gradient in gradients)
-    return (of_likeness / (of_adversarial + 1e-4)).clamp(max=LARGEST_ADAPTIVE_WEIGHT).detach()
+def adaptive_weight(likeness: Float[Tensor, "*shape"], adversarial: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """How much longer one gradient at the decoder's last layer is than the other (Eq. 7), from 0 to 10 000."""
+    return (likeness.norm() / (adversarial.norm() + 1e-4)).clamp(max=LARGEST_ADAPTIVE_WEIGHT)
 
 
 class Adversary(nn.Module):

@@ -3,11 +3,13 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.extractors import lite0_network
 
 TAPS = (0, 2, 4, 10)  # the last blocks at 1/2, 1/4, 1/8 and 1/16 of the image's size
+SMALLEST = 16  # pixels
 
 
 class PerceptualDistance:
@@ -21,13 +23,24 @@ class PerceptualDistance:
     """
 
     def __init__(self) -> None:
-        self._network: nn.Module = lite0_network(torch.device("cpu"))
+        self._network = lite0_network(torch.device("cpu"))
 
     def __call__(self, images: Float[Tensor, "b c h w"], others: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
         """The mean distance of images to others, grey or colour, in [-1, 1]; gradients reach both."""
         self._network.to(images.device)
         pairs = zip(self._features(images), self._features(others), strict=True)
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses images of which there would be nothing left at the coarsest scale.
+
+        Raises:
+            UserError: so.
+        """
+        if min(height, width) < SMALLEST:
+            raise UserError(
+                f"images of {height}x{width} are too small for the perceptual loss; give --perceptual-weight 0"
+            )
 
     def _features(self, images: Tensor) -> list[Tensor]:
         network, found = self._network, []

@@ -20,7 +20,17 @@ from smalti.runs import Resume, Run, flatten
 from smalti.tokenizers.objective import Reconstruction
 
 C = TypeVar("C")
-Preset: TypeAlias = Literal["small", "paper32", "paper64", "paper128", "paper256"]
+Preset: TypeAlias = Literal[
+    "small",
+    "paper32",
+    "paper64",
+    "paper128",
+    "paper256",
+    "f16-1024",
+    "f16-16384",
+    "f8-gumbel-8192",
+    "f32-megapixel",
+]
 
 START_IMAGES = 512  # whose features the codebooks start from
 SHEET_IMAGES = 12
@@ -37,7 +47,7 @@ class TrainTokenizer(Generic[C]):
     """Kind of tokenizer; its own settings are listed with it (`--tokenizer KIND --help`)."""
     preset: Preset = "small"
     """What the other settings are unless given: `small` for 32x32 images on two CPU cores; the others have the papers'
-    networks and grids of codes for images of that size, on a GPU."""
+    networks and grids of codes on a GPU, `paperN` of the VQ-VAE family for images of that size, `fN-...` of `vqgan`."""
     images: str = "emoji"
     """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
     flips: bool = True
