@@ -64,11 +64,13 @@ def test_two_processes_train_what_one_does(folder, way, family, kind):
     """Whole, in two slices each, and stopped among two to go on with one: nothing is left out or seen twice."""
     one, two = toys.measured(folder / "one" / kind), toys.measured(folder / way / kind)
     losses, others = toys.losses(one), toys.losses(two)
-    assert len(losses) in (CONFIG.steps, 2 * CONFIG.steps)  # of one phase, or two
-    assert others == pytest.approx(losses, rel=1e-5)
+    phases = len(losses) // CONFIG.steps
+    assert len(losses) == phases * CONFIG.steps > 0
+    within = 1e-5 if phases == 1 else 1e-4  # adversaries enlarge what rounding differs by
+    assert others == pytest.approx(losses, rel=within)
     assert max(losses) - min(losses) > 1e-3  # it trains: equal losses would say nothing otherwise
     for ours, theirs in zip(one, two, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        assert ours == pytest.approx(theirs, rel=10 * within, abs=within)
     weights, others = (load_file(folder / count / kind / WEIGHTS_NAME) for count in ("one", way))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():

@@ -31,6 +31,10 @@ def phases(tokenizer: OneGrid, fit: FitConfig) -> list[Phase]:
         UserError: as `VQGAN.phases` does.
     """
     config = tokenizer.config
+    if fit.compile:
+        raise UserError(
+            f"{tokenizer.kind} takes gradients at one layer within a step, which is not compiled; leave --compile out"
+        )
     judge = None
     if config.adversarial_weight:
         judge = Discriminator(config.image_channels, config.discriminator_width, config.discriminator_layers)

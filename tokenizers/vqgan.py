@@ -125,7 +125,8 @@ class VQGAN(OneGrid):
         """The tokenizer's own, and with an `adversarial_weight` the discriminator's.
 
         Raises:
-            UserError: if the extra `metrics` is wanted and not there, or images are too small for the discriminator.
+            UserError: if the extra `metrics` is wanted and not there, images are too small for the perceptual loss or
+                the discriminator, or the networks are to be compiled.
         """
         return adversarial.phases(self, fit)
 
