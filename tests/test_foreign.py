@@ -4,15 +4,17 @@ import json
 import sys
 from types import ModuleType
 
+import build_toys
 import pytest
 import torch
 import yaml
+from command_toys import run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from smalti import VQGAN, UserError, VQGANConfig
+from smalti import VQGAN, LatentSet, UserError, VQGANConfig
 from smalti.pipeline.places import load_tokenizer
-from smalti.scripts import convert
+from smalti.scripts import build_latents, convert, train_tokenizer
 from smalti.scripts.convert import Convert
 from smalti.tokenizers.foreign import from_diffusers, from_taming, to_diffusers
 
@@ -263,3 +265,28 @@ def test_what_diffusers_does_not_have_is_not_written(tmp_path):
     VQGAN(VQGANConfig(**SMALL)).save(tmp_path / "vq")
     with pytest.raises(UserError, match="is there already"):
         convert.convert(Convert(tmp_path / "vq", to="diffusers", out=tmp_path / "vq"))
+
+
+def test_from_images_to_diffusers_and_back_to_codes(tmp_path, monkeypatch, capfd):
+    """Trained in two phases with everything on, converted both ways, and used: each by its command."""
+    monkeypatch.chdir(tmp_path)
+    build_toys.write_images(tmp_path / "img", count=30)
+    flags = "--tokenizer vqgan --height 16 --width 16 --widths 8 8 --norm-groups 4 --latent-width 8 --code-width 4"
+    flags += " --branching 8 --discriminator-start 2 --discriminator-width 8 --discriminator-layers 2"
+    fit = "--images img --steps 4 --batch-size 8 --log-steps 1 --precision fp32 --ema-decay 0.5 --out runs/trained"
+    status, _, err = run(capfd, train_tokenizer.main, *flags.split(), *fit.split())
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "runs/trained/metrics.jsonl").read_text().splitlines()]
+    assert lines[3]["generator/adaptive_weight"] > 0
+    assert {"generator/perceptual", "discriminator/real", "rows_per_second"} <= lines[3].keys()
+    assert {"held_out_mse", "held_out_perceptual", "codes_used", "code_perplexity"} <= lines[-1].keys()
+    assert (tmp_path / "runs/trained/reconstructions.png").exists()
+    status, out, _ = run(capfd, convert.main, "--source", "runs/trained", "--to", "diffusers", "--out", "vq")
+    assert (status, out[:43]) == (0, "vq: 16x16 images to 8x8 of 8, digest " + VQGAN.load("runs/trained").digest()[:6])
+    assert run(capfd, convert.main, "--source", "vq")[0] == 0
+    build = "--images img --batch-size 8 --workers 0 --device cpu"
+    for source, out in (("runs/trained", "a.h5"), ("vqgan", "b.h5")):  # a kind stands for where convert.py writes
+        assert run(capfd, build_latents.main, "--tokenizer", source, *build.split(), "--out", out)[0] == 0
+    assert LatentSet("a.h5").batch(range(60))[0].equal(LatentSet("b.h5").batch(range(60))[0])
+    status, _, err = run(capfd, convert.main, "--source", "img/0001.png", "--out", "nothing")
+    assert (status, err) == (2, "error: img/0001.yaml is not there; give --description, the .yaml of the checkpoint\n")

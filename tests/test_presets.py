@@ -26,6 +26,8 @@ def test_the_default_preset_is_the_defaults():
     _, config = default_config("small", "hrvq")
     assert config == training.TrainTokenizer(model=registry.find("tokenizer", "hrvq").config_class())
     assert config.preset == next(iter(PRESETS)) == "small"
+    _, config = default_config("small", "vqgan")
+    assert config.model.discriminator_start < config.fit.steps
 
 
 def test_flags_override_a_preset(monkeypatch):

@@ -83,6 +83,8 @@ def from_taming(weights: Path, description: Path) -> VQGAN:
     Raises:
         UserError: if either cannot be read, or describes a network that smalti's is not.
     """
+    if not description.exists():
+        raise UserError(f"{description} is not there; give --description, the .yaml of the checkpoint")
     try:
         model = yaml.safe_load(description.read_text())["model"]
         given, network = model["params"], model["params"]["ddconfig"]

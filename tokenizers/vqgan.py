@@ -49,9 +49,9 @@ class VQGANConfig(VQConfig):
     """Weight of the distance of features (EfficientNet-Lite0's, from the extra `metrics`); 0 does without."""
     adversarial_weight: float = 0.8
     """Weight of what the discriminator says, times the adaptive one; 0 trains without a discriminator."""
-    discriminator_start: int = 10_000
+    discriminator_start: int = 1_000
     """Steps before the discriminator begins to learn and to be heard."""
-    discriminator_ramp: int = 0
+    discriminator_ramp: int = 500
     """Steps, from then on, over which what it says gets its full weight."""
     discriminator_width: int = 64
     """Channels of its first layer."""
