@@ -194,6 +194,9 @@ def test_weights_without_their_place_are_refused(folder):
     save_file({**state, "quant_conv.bias": torch.zeros(7)}, path)
     with pytest.raises(UserError, match=r"quant_conv.bias is \(7,\), not \(6,\)"):
         from_diffusers(folder)
+    save_file({**state, "decoder.conv_in.weight": state["decoder.conv_in.weight"].transpose(0, 1).contiguous()}, path)
+    with pytest.raises(UserError, match=r"decoder.conv_in.weight is \(7, 64, 3, 3\), not \(64, 7, 3, 3\)"):
+        from_diffusers(folder)
     path.write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be read"):
         from_diffusers(folder)
@@ -221,7 +224,7 @@ DESCRIPTION = {
     "params": {
         "embed_dim": 6,
         "n_embed": 9,
-        "ddconfig": {"z_channels": 7, "resolution": 32, "in_channels": 3, "ch": 32, "ch_mult": [1, 2]}
+        "ddconfig": {"z_channels": 7, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2]}
         | {"num_res_blocks": 1, "attn_resolutions": []},
     },
 }
@@ -230,9 +233,10 @@ DESCRIPTION = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ch_mult": [2, 2]}, "its ch_mult must begin with 1"),
-        ({"double_z": True}, "its double_z be false"),
-        ({"ch": "many"}, "no description of a VQ-GAN"),
+        ({"ch_mult": [2, 2]}, "ch_mult must begin with 1"),
+        ({"out_ch": 1}, "in_channels be out_ch"),
+        ({"double_z": True}, "double_z false"),
+        ({"ch_mult": None}, "no description of a VQ-GAN"),
     ],
 )
 def test_descriptions_that_are_not_ours_are_refused(tmp_path, change, message):
@@ -253,6 +257,13 @@ def test_pickles_that_are_programs_are_not_run(tmp_path, capsys):
         from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
     torch.save({"state_dict": {}, "other": Harmful()}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="holds more than weights") as caught:
+        from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)
+    torch.save([torch.zeros(2)], tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="holds a list, not weights by name"):
+        from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("a: [1,\n  b: :")
+    with pytest.raises(UserError, match="no description of a VQ-GAN") as caught:
         from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""

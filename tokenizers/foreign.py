@@ -89,8 +89,11 @@ def from_taming(weights: Path, description: Path) -> VQGAN:
         model = yaml.safe_load(description.read_text())["model"]
         given, network = model["params"], model["params"]["ddconfig"]
         drawn = model["target"].endswith("GumbelVQ")
-        if (drawn, network["ch_mult"][0], network.get("double_z", False)) not in ((True, 1, False), (False, 1, False)):
-            raise UserError(f"{description} describes no VQ-GAN: its ch_mult must begin with 1, its double_z be false")
+        if network["ch_mult"][0] != 1 or network["in_channels"] != network["out_ch"] or network.get("double_z"):
+            raise UserError(
+                f"{description} describes another network than smalti's VQ-GAN: its ch_mult must begin with 1, "
+                "in_channels be out_ch, and double_z false"
+            )
         if given.get("remap"):
             raise UserError(f"{description} remaps codes, by a file that no checkpoint holds; remove its remap")
         config = _config(
@@ -109,7 +112,7 @@ def from_taming(weights: Path, description: Path) -> VQGAN:
             quantizer="gumbel" if drawn else "nearest",
         )
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{description} is no description of a VQ-GAN ({type(error).__name__}: {error})") from error
+        raise UserError(f"{description} is no description of a VQ-GAN ({_said(error)})") from error
     state = _unpickled(weights)
     state = {name: tensor for name, tensor in state.get("state_dict", state).items() if not name.startswith("loss.")}
     return _filled(config, state, _TAMING, weights)
@@ -144,7 +147,7 @@ def from_diffusers(folder: Path) -> VQGAN:
             norm_groups=given["norm_num_groups"],
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no VQModel of diffusers ({type(error).__name__}: {error})") from error
+        raise UserError(f"{folder} holds no VQModel of diffusers ({_said(error)})") from error
     path = folder / _DIFFUSERS_WEIGHTS
     try:
         state = load_file(path) if path.exists() else _unpickled(path.with_suffix(".bin"))
@@ -190,20 +193,21 @@ def _config(*, size: int, **given: Any) -> VQGANConfig:
     return VQGANConfig(height=size, width=size, **learned, **given)
 
 
-def _filled(config: VQGANConfig, state: dict[str, Tensor], names: _Names, source: Path) -> VQGAN:
+def _filled(config: VQGANConfig, state: dict[str, Any], names: _Names, source: Path) -> VQGAN:
     model = VQGAN(config)
     expected, found = model.state_dict(), dict(_names(model, names))
-    missing, unknown = set(found.values()) - set(state), set(state) - set(found.values())
+    weights = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    missing, unknown = set(found.values()) - set(weights), set(state) - set(found.values())
     if missing or unknown:
         few = [f"{what} {', '.join(sorted(of)[:3])}" for what, of in (("lacks", missing), ("has also", unknown)) if of]
         raise UserError(f"{source} is not the network that its description says: it {' and '.join(few)}")
-    weights: dict[str, Tensor] = {}
+    filled: dict[str, Tensor] = {}
     for mine, theirs in found.items():
-        if state[theirs].numel() != expected[mine].numel():
-            shapes = f"{tuple(state[theirs].shape)}, not {tuple(expected[mine].shape)}"
+        if weights[theirs].squeeze().shape != expected[mine].squeeze().shape:  # 1x1 convolutions may be matrices
+            shapes = f"{tuple(weights[theirs].shape)}, not {tuple(expected[mine].shape)}"
             raise UserError(f"{source} is not the network that its description says: {theirs} is {shapes}")
-        weights[mine] = state[theirs].float().reshape(expected[mine].shape)
-    model.load_state_dict(weights)
+        filled[mine] = weights[theirs].float().reshape(expected[mine].shape)
+    model.load_state_dict(filled)
     model.provenance = {"converted_from": source.name}
     return model.eval()
 
@@ -253,8 +257,9 @@ def _decoder_places(config: VQGANConfig, names: _Names) -> list[str]:
 
 def _shaped(tensor: Tensor, theirs: str) -> Tensor:
     """Our weight as diffusers has it: attention's 1x1 convolutions are matrices there, a codebook has no nodes."""
-    flat = re.search(r"\.to_\w+(\.0)?\.weight$", theirs) or theirs.startswith("quantize.")
-    return tensor.reshape(-1, tensor.shape[2 if theirs.startswith("quantize.") else 1]) if flat else tensor.contiguous()
+    if theirs.startswith("quantize."):
+        return tensor.flatten(0, 1).contiguous()
+    return (tensor.flatten(1) if re.search(r"\.to_\w+(\.0)?\.weight$", theirs) else tensor).contiguous()
 
 
 def _renamed(name: str) -> str:
@@ -276,11 +281,19 @@ def _unpickled(path: Path) -> dict[str, Any]:
     callback = (_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
     try:
         with torch.serialization.safe_globals([callback]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; give the file of the weights") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise UserError(
             f"{path} is not loaded: it is damaged, or holds more than weights, which could run as a program "
-            f"({str(error).splitlines()[0]})"
+            f"({_said(error)})"
         ) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, not weights by name")
+    return found
+
+
+def _said(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
