@@ -76,19 +76,15 @@ class VQGAN(OneGrid):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config, downsampling=2 ** (len(config.widths) - 1) if config.widths else 1)
         _check(config)
-        encoder, decoder = (
-            make(
-                image_channels=config.image_channels,
-                widths=config.widths,
-                residual_blocks=config.residual_blocks,
-                attention_stages=config.attention_stages,
-                latent_width=config.latent_width,
-                code_width=config.code_width,
-                groups=config.norm_groups,
-            )
-            for make in (vqgan_blocks.encoder, vqgan_blocks.decoder)
+        self.encoder, self.decoder = vqgan_blocks.encoder_and_decoder(
+            image_channels=config.image_channels,
+            widths=config.widths,
+            residual_blocks=config.residual_blocks,
+            attention_stages=config.attention_stages,
+            latent_width=config.latent_width,
+            code_width=config.code_width,
+            groups=config.norm_groups,
         )
-        self.encoder, self.decoder = encoder, decoder
         self.quantizer = (
             self.quantizer_of(depth=config.depth, branching=config.branching)
             if config.quantizer == "nearest"

@@ -67,7 +67,7 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
 
 
-def encoder(
+def encoder_and_decoder(
     *,
     image_channels: int,
     widths: Sequence[int],
@@ -76,33 +76,25 @@ def encoder(
     latent_width: int,
     code_width: int,
     groups: int,
-) -> nn.Sequential:
-    """Images to z_e, at 1 / 2**(len(widths) - 1) of their size: every stage but the last halves it."""
-    layers: list[nn.Module] = [nn.Conv2d(image_channels, widths[0], 3, padding=1)]
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """Images to z_e, at 1 / 2**(len(widths) - 1) of their size: every stage but the last halves it; and the mirror of
+    that, z_q to images, with one more residual block in each stage.
+    """
+    last = len(widths) - 1
+    inwards: list[nn.Module] = [nn.Conv2d(image_channels, widths[0], 3, padding=1)]
     for stage, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-        layers += _stage(before, width, residual_blocks, groups, attention=stage in attention_stages)
-        layers += [Downsample(width)] if stage < len(widths) - 1 else []
-    layers += [*_middle(widths[-1], groups), *_last(widths[-1], latent_width, groups)]
-    return nn.Sequential(*layers, nn.Conv2d(latent_width, code_width, 1))
-
-
-def decoder(
-    *,
-    image_channels: int,
-    widths: Sequence[int],
-    residual_blocks: int,
-    attention_stages: Collection[int],
-    latent_width: int,
-    code_width: int,
-    groups: int,
-) -> nn.Sequential:
-    """The mirror of `encoder`, with one more residual block in each stage."""
-    layers = [nn.Conv2d(code_width, latent_width, 1), nn.Conv2d(latent_width, widths[-1], 3, padding=1)]
-    layers += _middle(widths[-1], groups)
-    for stage, before in zip(reversed(range(len(widths))), (widths[-1], *reversed(widths)), strict=False):
-        layers += _stage(before, widths[stage], residual_blocks + 1, groups, attention=stage in attention_stages)
-        layers += [Upsample(widths[stage])] if stage else []
-    return nn.Sequential(*layers, *_last(widths[0], image_channels, groups))
+        inwards += _stage(before, width, residual_blocks, groups, attention=stage in attention_stages)
+        inwards += [Downsample(width)] if stage < last else []
+    inwards += [*_middle(widths[-1], groups), *_last(widths[-1], latent_width, groups)]
+    inwards.append(nn.Conv2d(latent_width, code_width, 1))
+    outwards = [nn.Conv2d(code_width, latent_width, 1), nn.Conv2d(latent_width, widths[-1], 3, padding=1)]
+    outwards += _middle(widths[-1], groups)
+    for stage in range(last, -1, -1):
+        before, width = widths[min(stage + 1, last)], widths[stage]
+        outwards += _stage(before, width, residual_blocks + 1, groups, attention=stage in attention_stages)
+        outwards += [Upsample(width)] if stage else []
+    outwards += _last(widths[0], image_channels, groups)
+    return nn.Sequential(*inwards), nn.Sequential(*outwards)
 
 
 def _stage(before: int, width: int, blocks: int, groups: int, *, attention: bool) -> list[nn.Module]:
