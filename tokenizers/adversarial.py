@@ -139,7 +139,7 @@ class Generator(nn.Module):
         """Counts the step, and measures the next one's weight; if it was bad, the training loop puts both back."""
         self.steps += 1
         if self._gradients:
-            likeness, adversarial = (mean(torch.stack(of).sum(0)) for of in zip(*self._gradients, strict=True))
+            likeness, adversarial = (mean(torch.stack(of).mean(0)) for of in zip(*self._gradients, strict=True))
             self._gradients.clear()
             self.weight.copy_(adaptive_weight(likeness, adversarial))
 

@@ -29,7 +29,7 @@ def small(kind: str) -> TrainTokenizer[Any]:
 
     `python scripts/train_tokenizer.py`: the embedded emoji on two CPU cores, 2000 steps in some minutes. The
     demonstration's tokenizer, whose report states its held-out MSE. With `--tokenizer vqgan`, whose discriminator comes
-    half way, it takes some ten times as long.
+    half way, most of an hour; these settings of it have not been tuned.
     """
     model = registry.find("tokenizer", kind).config_class()
     if kind != "vqgan":
