@@ -1,8 +1,8 @@
 """Networks whose features stand for what an image shows, by name. The numbers made of features are in `metrics.py`.
 
 A distance between sets of images means something only together with its extractor's name: `lite0` and the Inception
-network of the published FID give numbers of different sizes. They are needed for judging, and
-Lite0 as the eye of a perceptual loss; they come with the extra `metrics`.
+network of the published FID give numbers of different sizes. They are needed for judging, and Lite0 also as the eye of
+a perceptual loss; they come with the extra `metrics`.
 """
 
 from abc import ABC, abstractmethod
