@@ -78,7 +78,7 @@ def f16_1024(kind: str) -> TrainTokenizer[Any]:
     """VQ-GAN's 16x16 codes of 256x256 images, 1024 of them (arXiv 2012.09841).
 
     `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f16-1024 --images ffhq --workers 8`: for
-    GPUs, days. The paper's FID of reconstructions: 7.94 on ImageNet (Inception features, not evaluate.py's).
+    GPUs, days.
     """
     return _vqgan(kind, "f16-1024", size=256, **F16, branching=1024)
 
@@ -87,7 +87,7 @@ def f16_16384(kind: str) -> TrainTokenizer[Any]:
     """The same with 16384 codes.
 
     `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f16-16384 --images imagenet --workers 8
-    --discriminator-start 250001`: for GPUs, days. The paper's FID of reconstructions: 4.98 on ImageNet.
+    --discriminator-start 250001`: for GPUs, days.
     """
     return _vqgan(kind, "f16-16384", size=256, **F16, branching=16384)
 
@@ -96,7 +96,7 @@ def f8_gumbel_8192(kind: str) -> TrainTokenizer[Any]:
     """VQ-GAN's 32x32 drawn codes of 256x256 images, 8192 of them.
 
     `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f8-gumbel-8192 --images imagenet --workers
-    8`: for GPUs, days. Its authors' FID of reconstructions: 1.49 on ImageNet.
+    8`: for GPUs, days.
     """
     return _vqgan(
         kind,
