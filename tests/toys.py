@@ -19,6 +19,7 @@ from smalti.priors.hourglass import HourglassConfig
 from smalti.priors.pixelcnn import PixelCNNConfig
 from smalti.randomness import uniform
 from smalti.runs import METRICS_NAME, Run
+from smalti.tokenizers.hqa import HAMsConfig, HQAConfig
 from smalti.tokenizers.hrvq import HRVQConfig
 from smalti.tokenizers.objective import Reconstruction
 from smalti.tokenizers.vqgan import VQGANConfig
@@ -45,6 +46,8 @@ TINY = {
     ),
     "vqvae": VQVAEConfig(**SMALL, widths=(4, 6), code_width=5, codebook_size=7),
     "vqvae2": VQVAE2Config(**SMALL, widths=(4,), code_width=3, codebook_size=5, codebook_learning="gradient"),
+    "hqa": HQAConfig(8, 12, widths=(4, 6), code_width=3, codebook_size=6, normalize=True),
+    "hams": HAMsConfig(8, 12, widths=(4, 6), code_width=3, codebook_size=6),
     "hourglass": HourglassConfig(
         height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),

@@ -183,6 +183,7 @@ def _step(
     """Runs every phase once; what they measured, by name."""
     batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     batch["seeds"] = derive(row_seeds(config.seed, batch["rows"]), step)
+    batch["progress"] = torch.full_like(batch["rows"], step / config.steps, dtype=torch.float32)
     seed_layers(int(derive(torch.tensor(config.seed), step, accelerator.process_index)), accelerator.device)
     measured: dict[str, Tensor] = {}
     skipped = torch.zeros((), dtype=torch.bool, device=accelerator.device)

@@ -1,9 +1,11 @@
 """What a tokenizer promises to the rest of smalti. The networks are in the wings; the commands know only this."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,12 +20,12 @@ class TokenizerOutput:
     """What training on a batch of images gives.
 
     Attributes:
-        reconstruction: images, [-1, 1].
+        reconstruction: images, [-1, 1]; None where training makes none.
         codes: one tensor per level.
         losses: scalar terms by name, already weighted; their sum is the objective.
     """
 
-    reconstruction: Float[Tensor, "b c h w"]
+    reconstruction: Float[Tensor, "b c h w"] | None
     codes: Codes
     losses: dict[str, Float[Tensor, ""]]
 
@@ -33,9 +35,13 @@ class Tokenizer(Checkpointed, ABC):
 
     A tokenizer works at any height and width divisible by `downsampling`; `layout` is that of the size it was made for.
     `forward(images)` returns a `TokenizerOutput`.
+
+    Attributes:
+        uses: what else of a batch `forward` takes, by name, after the images: `seeds`, `progress`.
     """
 
     family: ClassVar[Family] = "tokenizer"
+    uses: ClassVar[tuple[str, ...]] = ()
     image_channels: int
     downsampling: int
 
@@ -62,6 +68,25 @@ class Tokenizer(Checkpointed, ABC):
     def phases(self, fit: FitConfig) -> list[Phase]:
         """What a step of training does, where it is more than to lower the sum of `forward`'s losses; else nothing."""
         return []
+
+    @classmethod
+    def stages(cls, config: Any) -> Sequence[Any]:
+        """The configs of the tokenizers to train in turn, each built on the one before; the last is `config`."""
+        return [config]
+
+    def build_on(self, below: "Tokenizer") -> None:
+        """Takes over what the stage before has learned; of kinds that have several stages."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
+        """What to show of a tokenizer beside images: by caption, from all of each code, then from fewer digits."""
+        codes = self.encode(images)
+        found = {f"from {str(self.layout).replace('×', 'x')}": self.decode(codes)}
+        digits = max(len(level.radices) for level in self.layout.levels)
+        for first in range(digits - 1, 0, -1):
+            found[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = self.decode(codes, first)
+        return found
 
     def collapse_remedy(self) -> str:
         """What a person may try whose codebook collapses, as it goes on after "Try"."""

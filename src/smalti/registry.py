@@ -13,6 +13,8 @@ Family: TypeAlias = Literal["tokenizer", "prior"]
 
 # Named by module, not imported: the spine stands below the wings. Other packages add theirs with `register`.
 _MODULES: dict[tuple[Family, str], str] = {
+    ("tokenizer", "hams"): "smalti.tokenizers.hqa",
+    ("tokenizer", "hqa"): "smalti.tokenizers.hqa",
     ("tokenizer", "hrvq"): "smalti.tokenizers.hrvq",
     ("tokenizer", "vqgan"): "smalti.tokenizers.vqgan",
     ("tokenizer", "vqvae"): "smalti.tokenizers.vqvae",

@@ -210,6 +210,7 @@ def evaluate(accelerator: Accelerator, objective: nn.Module, held_out: RowData, 
         chosen = [int(row * stride) for row in range(start, min(start + size, rows))]
         batch = {name: tensor.to(accelerator.device) for name, tensor in held_out.__getitems__(chosen).items()}
         batch["seeds"] = row_seeds(config.seed, batch["rows"])
+        batch["progress"] = torch.ones_like(batch["rows"], dtype=torch.float32)
         with accelerator.autocast():
             loss, terms = objective(batch)
         for name, value in {"loss": loss, **terms}.items():

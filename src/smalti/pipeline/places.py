@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import cast
 
 from smalti import registry
-from smalti.checkpoint import CONFIG_NAME, find_class, load, locate
+from smalti.checkpoint import CONFIG_NAME, config_from_json, find_class, load, locate, read_config
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.priors.prior import Prior
@@ -30,6 +30,27 @@ def load_tokenizer(source: str) -> Tokenizer:
             )
         return load(folder, "tokenizer")
     return load(source, "tokenizer")
+
+
+def layer_name(number: int) -> str:
+    """Of the folder, within a tokenizer's, of the tokenizer of its first layers; of kinds trained layer by layer."""
+    return f"layer-{number}"
+
+
+def of_layer(source: str, layer: int | None) -> str:
+    """Where the tokenizer is that has a trained tokenizer's first layers: itself, without a layer.
+
+    Raises:
+        UserError: if there is no such layer, or `source` is no tokenizer.
+    """
+    if layer is None:
+        return source
+    folder = TOKENIZERS / source if source in registry.kinds("tokenizer") else locate(source)
+    described, cls = read_config(folder), find_class(folder, "tokenizer")
+    stages = cls.stages(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
+    if not 1 <= layer <= len(stages):
+        raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
+    return str(folder if layer == len(stages) else folder / layer_name(layer))
 
 
 def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:

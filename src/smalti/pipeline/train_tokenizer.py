@@ -1,6 +1,6 @@
 """Stage one: images to a trained tokenizer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
@@ -14,7 +14,7 @@ from smalti.images import ImageRows, ImageSet, open_images
 from smalti.interfaces import Tokenizer
 from smalti.pictures import save_sheet
 from smalti.pipeline.codebook_use import CodebookAlarm
-from smalti.pipeline.places import TOKENIZERS
+from smalti.pipeline.places import TOKENIZERS, layer_name, load_tokenizer
 from smalti.preprocess import to_float
 from smalti.runs import Resume, Run, flatten
 from smalti.tokenizers.objective import Reconstruction
@@ -64,7 +64,9 @@ class TrainTokenizer(Generic[C]):
 def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None) -> Path:
     """Trains a tokenizer, or goes on with a run that was stopped; returns its folder.
 
-    Leaves `model.safetensors` and `config.json`, `run.json`, `metrics.jsonl` and `reconstructions.png`.
+    Leaves `model.safetensors` and `config.json`, `run.json`, `metrics.jsonl` and `reconstructions.png`. A kind that is
+    trained layer by layer is trained in runs of so many steps each; all but the top layer's are in folders `layer-1`,
+    `layer-2`, ... within, each a whole tokenizer of the layers so far.
 
     Args:
         config: how to train.
@@ -75,6 +77,19 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         Interrupted: if a signal stopped it.
     """
     folder = config.out or TOKENIZERS / config.tokenizer
+    *lower, top = registry.find("tokenizer", config.tokenizer).stages(config.model)
+    below = None
+    for number, model in enumerate(lower, 1):
+        resume = config.resume if config.resume == "never" else "auto"  # a step to go back to is the top layer's
+        stage = replace(config, model=model, out=folder / layer_name(number), resume=resume)
+        below = _train(stage, images, below)
+    return _train(replace(config, model=top, out=folder), images, below)
+
+
+def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | None) -> Path:
+    """One stage, on top of that before it."""
+    folder = config.out
+    assert folder is not None
     process = accelerator(config.precision, config.fit.trackers, folder)
     torch.manual_seed(config.fit.seed)
     tokenizer = cast(Tokenizer, registry.find("tokenizer", config.tokenizer)(config.model))
@@ -83,6 +98,10 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         with process.main_process_first():  # which fills the cache of hashes that the others read
             images = open_images(config.images, **size)
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
+    if below:
+        lower = load_tokenizer(str(below))
+        tokenizer.build_on(lower)
+        settings["below"] = lower.digest()  # so that what was trained on other layers does not go on upon these
     with process.main_process_first():  # which may throw an earlier run away
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
     if run.step >= config.fit.steps:
@@ -120,23 +139,17 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
             run=run,
             held_out=held_out,
             on_report=report,
-            what=f"training {config.tokenizer}",
+            what=f"training {folder.name}",
         )
     return folder
 
 
 @torch.no_grad()
 def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> None:
-    """A sheet: images, reconstructions, and what the first digits alone of each code decode to (HR-VQVAE, Fig. 1)."""
+    """A sheet: images, reconstructions, and what a part of each code alone, or another layer's, says of them."""
     count = min(SHEET_IMAGES, len(rows))
     images = rows.__getitems__([i * len(rows) // count for i in range(count)])["images"]
     device = next(tokenizer.parameters()).device
-    codes = tokenizer.encode(to_float(images).to(device))
-    sheet = {
-        "original": to_float(images),
-        f"from {str(tokenizer.layout).replace('×', 'x')}": tokenizer.decode(codes).cpu(),
-    }
-    digits = max(len(level.radices) for level in tokenizer.layout.levels)
-    for first in range(digits - 1, 0, -1):
-        sheet[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = tokenizer.decode(codes, first).cpu()
-    save_sheet(path, sheet)
+    shown = to_float(images)
+    made = tokenizer.reconstructions(shown.to(device))
+    save_sheet(path, {"original": shown, **{caption: row.cpu() for caption, row in made.items()}})

@@ -1,0 +1,343 @@
+"""HQA and HAMs: a stack of quantized autoencoders, each trained on what the one below makes of an image, one by one.
+
+The layers, and how images go up and down through them. How codes are drawn is in `stochastic.py`; the order of
+training, bottom first, is the pipeline's: it trains a tokenizer of one layer, then one of two on top of it, and so on.
+
+Legend: b batch, c channels, h w image or grid, d code width, k codebook size. Layers are numbered from 1, at the image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from smalti.codes import Codes, Layout, Level
+from smalti.errors import UserError
+from smalti.interfaces import Tokenizer, TokenizerOutput
+from smalti.randomness import derive, row_seeds
+from smalti.registry import register
+from smalti.tokenizers import blocks
+from smalti.tokenizers.linked import LinkedQuantizer
+from smalti.tokenizers.stochastic import StochasticQuantizer, draw
+
+Posterior: TypeAlias = Literal["stochastic", "nearest"]
+Target: TypeAlias = Literal["features", "codes"]
+_ENCODE, _DECODE = range(2)  # streams of a row's seed
+
+
+@dataclass(frozen=True)
+class HQAConfig:
+    """Settings of an HQA. The defaults bring 32x32 images to one code of 8 bits, through 16x16, 8x8, 4x4 and 2x2."""
+
+    height: int = 32
+    """Height of the images in pixels; others that divide by the downsampling work too."""
+    width: int = 32
+    """Width of the images in pixels."""
+    image_channels: int = 3
+    """3 for colour, 1 for grey."""
+    widths: tuple[int, ...] = (32, 32, 32, 48, 64)
+    """Channels of each layer's networks, from the image upwards; every layer halves the size."""
+    residual_blocks: int = 1
+    """Residual blocks of each encoder and of each decoder."""
+    code_width: int = 64
+    """Length of a codeword."""
+    codebook_size: int = 256
+    """Codewords of each layer."""
+    posterior: Posterior = "stochastic"
+    """How layers quantize: `stochastic` samples (Eq. 3), through a Gumbel softmax in training; `nearest` takes the
+    nearest codeword."""
+    target: Target = "features"
+    """What layers above the first reconstruct: the `features` z_e of the layer below (Section 5.2.2), by squared error,
+    or its `codes`, by cross-entropy, as HAMs do."""
+    probabilistic: bool = True
+    """Add Eq. 4's entropy and probabilistic commitment to the reconstruction; if not, Eq. 2's codebook and commitment
+    terms. Of stochastic posteriors only."""
+    latent_weight: float = 0.001
+    """Weight of these terms: Eq. 4 in units of twice the variance of p(x|z), which the paper leaves open."""
+    temperature: float = 0.667
+    """Of the Gumbel softmax when training starts; it falls linearly to 0."""
+    reset_below: float = 0.03
+    """A codeword used less than this share of the most used one moves to beside one in use; 0 moves none."""
+    normalize: bool = False
+    """Bring the features that a layer reconstructs to mean 0 and variance 1."""
+
+
+class Stage(nn.Module):
+    """One layer of the stack: encoder, quantizer, decoder, and the mean and deviation of what it is given.
+
+    Deviations: residual blocks and activations are those of the rest of smalti's family, not the paper's; the mean and
+    deviation, which the authors' code keeps running, are taken once, as the layer below no longer changes.
+    """
+
+    def __init__(self, config: HQAConfig, number: int) -> None:
+        super().__init__()
+        of_codes = number > 0 and config.target == "codes"
+        given = config.code_width if number else config.image_channels
+        shape: dict[str, Any] = {
+            "widths": (config.widths[number],),
+            "residual_blocks": config.residual_blocks,
+            "code_width": config.code_width,
+        }
+        made = config.codebook_size if of_codes else given
+        self.encoder = blocks.encoder(image_channels=given, **shape)
+        self.decoder = blocks.decoder(image_channels=made, **shape)
+        self.quantizer = _quantizer(config, values=4 * (1 if of_codes else given))
+        self.register_buffer("mean", torch.zeros(given, 1, 1))
+        self.register_buffer("deviation", torch.ones(given, 1, 1))
+
+    def encode(self, given: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        """z_e, at half the size."""
+        return self.encoder((given - self.mean) / self.deviation)
+
+
+def _quantizer(config: HQAConfig, *, values: int) -> LinkedQuantizer | StochasticQuantizer:
+    """A layer's.
+
+    Args:
+        config: of the stack.
+        values: how many the decoder makes for each code: the loss is per value.
+    """
+    if config.posterior == "nearest":
+        return LinkedQuantizer(code_width=config.code_width, branching=config.codebook_size, revive_below=0)
+    return StochasticQuantizer(
+        code_width=config.code_width,
+        codebook_size=config.codebook_size,
+        probabilistic=config.probabilistic,
+        weight=config.latent_weight / values,
+        temperature=config.temperature,
+        reset_below=config.reset_below,
+    )
+
+
+@register
+class HQA(Tokenizer):
+    """Hierarchical Quantized Autoencoders (arXiv 2002.08111): only the top layer's codes are kept.
+
+    Training trains the top layer alone; those below are frozen, whatever `train()` is told. Decoding goes down layer by
+    layer: what a layer's decoder makes is quantized anew before the next one decodes it (Algorithm 1), by sampling if
+    seeds are given, so that a code has many decodes. The codes of each lower layer are codes of the image too, at
+    a higher rate: `layer` takes them.
+
+    Raises:
+        UserError: if there is no layer, or the image size does not divide by the downsampling.
+    """
+
+    kind: ClassVar[str] = "hqa"
+    config_class: ClassVar[type] = HQAConfig
+    uses: ClassVar[tuple[str, ...]] = ("seeds", "progress")
+
+    def __init__(self, config: HQAConfig) -> None:
+        super().__init__(config)
+        if not config.widths or min(config.widths) < 1:
+            raise UserError(f"widths must name the channels of at least one layer, got {config.widths}")
+        self.image_channels, self.downsampling = config.image_channels, 2 ** len(config.widths)
+        self._check(config.height, config.width, len(config.widths))
+        self.layers = nn.ModuleList(Stage(config, number) for number in range(len(config.widths)))
+        self.layers[:-1].requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """The top layer's mode; those below stay in evaluation."""
+        super().train(mode)
+        self.layers[:-1].train(False)
+        return self
+
+    def recomputable(self) -> list[nn.Module]:
+        """Every residual block of the top layer."""
+        return [module for module in self.layers[-1].modules() if isinstance(module, blocks.ResidualBlock)]
+
+    @classmethod
+    def stages(cls, config: HQAConfig) -> Sequence[HQAConfig]:
+        """See `Tokenizer.stages`: one layer more each time."""
+        return [replace(config, widths=config.widths[: number + 1]) for number in range(len(config.widths))]
+
+    def build_on(self, below: Tokenizer) -> None:
+        """See `Tokenizer.build_on`."""
+        for mine, theirs in zip(self.layers[:-1], cast(HQA, below).layers, strict=True):
+            mine.load_state_dict(theirs.state_dict())
+
+    @property
+    def layout(self) -> Layout:
+        """One level: the top layer's, at 1 / 2**layers of the image's size."""
+        return self.layout_of(len(self.layers))
+
+    def layout_of(self, layer: int) -> Layout:
+        """The codes of one image at a layer.
+
+        Raises:
+            UserError: if there is no such layer.
+        """
+        scale = 2 ** self._number(layer)
+        return Layout((Level(self.config.height // scale, self.config.width // scale, (self.config.codebook_size,)),))
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c h w"],
+        seeds: Int64[Tensor, " b"] | None = None,
+        progress: Float[Tensor, " b"] | None = None,
+    ) -> TokenizerOutput:
+        """The top layer's losses: `reconstruction`, and those of its quantizer.
+
+        The reconstruction of the images is None in training of layers above the first: nothing there needs it.
+
+        Args:
+            images: [-1, 1].
+            seeds: of the images, which decide what is drawn in training; without, they draw the same each time.
+            progress: of the training, from 0, where it is without, to 1.
+        """
+        *_, top = self._layers
+        seeds = row_seeds(0, torch.arange(len(images), device=images.device)) if seeds is None else seeds
+        progress = torch.zeros(len(images), device=images.device) if progress is None else progress
+        with torch.no_grad():
+            given = self.features(images, len(self.layers) - 1) if len(self.layers) > 1 else images
+        z_e = top.encode(given)
+        quantizer = top.quantizer
+        stochastic = isinstance(quantizer, StochasticQuantizer)
+        quantized = quantizer(z_e, seeds, progress) if stochastic else quantizer(z_e)
+        made = top.decoder(quantized.z_q).float()
+        if len(self.layers) > 1 and self.config.target == "codes":
+            reconstruction_loss = F.cross_entropy(made, self._layers[-2].quantizer.encode(given))
+        else:
+            reconstruction_loss = F.mse_loss(made, (given - top.mean) / top.deviation)
+        reconstruction = None
+        if len(self.layers) == 1:
+            reconstruction = made
+        elif not self.training:
+            reconstruction = self.decode((quantized.codes,))
+        return TokenizerOutput(
+            reconstruction, (quantized.codes,), {"reconstruction": reconstruction_loss, **quantized.losses}
+        )
+
+    def features(self, images: Float[Tensor, "b c h w"], layer: int | None = None) -> Float[Tensor, "b d _h _w"]:
+        """What a layer's encoder makes of images before it is quantized, z_e; the top layer's unless another is named.
+
+        Raises:
+            UserError: if there is no such layer, or the images' size does not divide by its downsampling.
+        """
+        number = self._number(layer)
+        self._check(*images.shape[2:], number)
+        found = images
+        for stage in self._layers[:number]:
+            found = stage.encode(found).float()
+        return found
+
+    def quantize(
+        self, z_e: Float[Tensor, "b d h w"], layer: int | None = None, seeds: Int64[Tensor, " b"] | None = None
+    ) -> Int64[Tensor, "b h w"]:
+        """The codes of a layer's features: the most probable, or with seeds, one for each image, samples (Eq. 3).
+
+        Raises:
+            UserError: if there is no such layer.
+        """
+        quantizer = self._layers[self._number(layer) - 1].quantizer
+        return quantizer.encode(z_e, seeds) if isinstance(quantizer, StochasticQuantizer) else quantizer.encode(z_e)
+
+    @torch.no_grad()
+    def encode(
+        self, images: Float[Tensor, "b c h w"], layer: int | None = None, seeds: Int64[Tensor, " b"] | None = None
+    ) -> Codes:
+        """See `Tokenizer.encode`: the top layer's codes, or another's; with seeds, one for each image, samples.
+
+        Raises:
+            UserError: as `features` does.
+        """
+        seeds = None if seeds is None else derive(seeds, _ENCODE)
+        return (self.quantize(self.features(images, layer), layer, seeds),)
+
+    def decode(
+        self,
+        codes: Codes,
+        digits: int | None = None,
+        layer: int | None = None,
+        seeds: Int64[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """See `Tokenizer.decode`: of the top layer's codes, or another's, by Algorithm 1.
+
+        With seeds, one for each image, every layer below samples its codes, or of HAMs what its decoder predicts of
+        them; without, it takes the most probable.
+
+        Raises:
+            UserError: if there is no such layer, or the codes have fewer digits.
+        """
+        (grid,) = codes
+        number = self._number(layer)
+        for above in range(number - 1, 0, -1):
+            stage = self._layers[above]
+            made = stage.decoder(stage.quantizer.lookup(grid, digits)).float()
+            of_layer = None if seeds is None else derive(seeds, _DECODE, above)
+            if self.config.target == "codes":
+                grid = draw(rearrange(made, "b k h w -> b h w k"), of_layer)
+            else:
+                grid = self.quantize(made * stage.deviation + stage.mean, above, of_layer)
+        lowest = self._layers[0]
+        return lowest.decoder(lowest.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
+        """The mean and deviation of what the top layer is given, if so configured; codewords of `nearest` posteriors
+        at the k-means centres of what the untrained encoder makes of it."""
+        top = self._layers[-1]
+        given = self.features(images, len(self.layers) - 1) if len(self.layers) > 1 else images
+        if self.config.normalize and len(self.layers) > 1:
+            deviation, mean = torch.std_mean(given, (0, 2, 3), keepdim=True)
+            top.mean.copy_(mean[0])
+            top.deviation.copy_(deviation[0].clamp_min(1e-6))
+        if isinstance(top.quantizer, LinkedQuantizer):
+            top.quantizer.start_from(top.encode(given))
+
+    @torch.no_grad()
+    def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
+        """See `Tokenizer.reconstructions`: from each layer's codes, the coarsest first."""
+        return {
+            f"layer {layer}, {str(self.layout_of(layer)).replace('×', 'x')}": self.decode(
+                self.encode(images, layer), layer=layer
+            )
+            for layer in range(len(self.layers), 0, -1)
+        }
+
+    @property
+    def _layers(self) -> list[Stage]:
+        """From the image upwards."""
+        return [cast(Stage, layer) for layer in self.layers]
+
+    def _number(self, layer: int | None) -> int:
+        number = len(self.layers) if layer is None else layer
+        if not 1 <= number <= len(self.layers):
+            raise UserError(f"this tokenizer has layers 1 to {len(self.layers)}; there is no layer {layer}")
+        return number
+
+    def _check(self, height: int, width: int, layers: int) -> None:
+        if height % 2**layers or width % 2**layers:
+            raise UserError(
+                f"images of {height}x{width} do not divide by {2**layers}, the downsampling of {layers} layers; crop "
+                "or resize them"
+            )
+
+
+@dataclass(frozen=True)
+class HAMsConfig(HQAConfig):
+    """Settings of HAMs: those of HQA, with the defaults of what HQA is compared with."""
+
+    posterior: Posterior = "nearest"
+    target: Target = "codes"
+    probabilistic: bool = False
+    reset_below: float = 0.0
+
+
+@register
+class HAMs(HQA):
+    """Hierarchical autoregressive image models' hierarchy of codes (arXiv 1903.04933), as HQA's paper compares with it.
+
+    Each layer is a VQ-VAE, and those above the first predict the codes of the layer below; its autoregressive decoders
+    are left out there, and here. Their encoders see the features of the layer below, as HQA's do.
+
+    Raises:
+        UserError: as `HQA` does.
+    """
+
+    kind: ClassVar[str] = "hams"
+    config_class: ClassVar[type] = HAMsConfig
