@@ -103,7 +103,9 @@ def _quantizer(config: HQAConfig, *, values: int) -> LinkedQuantizer | Stochasti
         values: how many the decoder makes for each code: the loss is per value.
     """
     if config.posterior == "nearest":
-        return LinkedQuantizer(code_width=config.code_width, branching=config.codebook_size, revive_below=0)
+        return LinkedQuantizer(
+            code_width=config.code_width, branching=config.codebook_size, revive_below=config.reset_below
+        )
     return StochasticQuantizer(
         code_width=config.code_width,
         codebook_size=config.codebook_size,

@@ -27,7 +27,7 @@ from smalti.latentsets.format import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.shards import Job, Shards
 from smalti.latentsets.summary import describe
-from smalti.pipeline.places import LATENTS, load_tokenizer
+from smalti.pipeline.places import LATENTS, layer_name, load_tokenizer, of_layer
 from smalti.preprocess import BadImageError, to_float
 from smalti.progress import bar
 from smalti.rows import leave_interrupts
@@ -53,6 +53,8 @@ class BuildLatents:
 
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
+    layer: int | None = None
+    """Of hqa and hams, the layer whose codes are stored [default: the top]."""
     images: str | None = None
     """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: what the tokenizer was
     trained on]."""
@@ -72,7 +74,7 @@ class BuildLatents:
     device: Device = "auto"
     """Where to encode."""
     out: Path | None = None
-    """The file [default: runs/latents/KIND.h5]."""
+    """The file [default: runs/latents/KIND.h5, and of a layer KIND-layer-N.h5]."""
 
 
 def build_latents(config: BuildLatents) -> Path:
@@ -94,15 +96,17 @@ def build_latents(config: BuildLatents) -> Path:
     process = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
     of_process = process.device  # of several GPUs, its own
     where = of_process if of_process is not None and of_process.type == wanted.type else wanted
-    tokenizer = load_tokenizer(config.tokenizer).to(where)
+    tokenizer_source = of_layer(config.tokenizer, config.layer)
+    tokenizer = load_tokenizer(tokenizer_source).to(where)
     with process.main_process_first():  # which fills the cache of hashes that the others read
-        images = _images(tokenizer, config)
-    path = config.out or LATENTS / f"{tokenizer.kind}.h5"
+        images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
+    name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
+    path = config.out or LATENTS / f"{name}.h5"
     provenance = Provenance(
         tokenizer_kind=tokenizer.kind,
         tokenizer_config=dataclasses.asdict(tokenizer.config),
         tokenizer_digest=tokenizer.digest(),
-        tokenizer_source=config.tokenizer,
+        tokenizer_source=tokenizer_source,
         image_source=images.source,
         image_fingerprint=images.fingerprint,
         preprocessing={**images.preprocessing, "flips": config.flips},
@@ -178,16 +182,17 @@ def _device_of(tokenizer: Tokenizer) -> torch.device:
     return next(tokenizer.parameters()).device
 
 
-def _images(tokenizer: Tokenizer, config: BuildLatents) -> ImageSet:
-    source = config.images or tokenizer.provenance.get("image_source")
+def images_for(tokenizer: Tokenizer, name: str, source: str | None, height: int | None, width: int | None) -> ImageSet:
+    """Images as a tokenizer sees them: unless others are named, those that it was trained on, at its own size.
+
+    Raises:
+        UserError: if there are none, or the tokenizer, by its `name`, does not say on which it was trained.
+    """
+    source = source or tokenizer.provenance.get("image_source")
     if source is None:
-        raise UserError(f"{config.tokenizer} does not say what images it was trained on; give --images")
-    return open_images(
-        source,
-        height=config.height or tokenizer.config.height,
-        width=config.width or tokenizer.config.width,
-        channels=tokenizer.image_channels,
-    )
+        raise UserError(f"{name} does not say what images it was trained on; give --images")
+    height, width = height or tokenizer.config.height, width or tokenizer.config.width
+    return open_images(source, height=height, width=width, channels=tokenizer.image_channels)
 
 
 def _in_step(process: PartialState, work: Callable[[], T], claimed: Shards | None = None) -> T:
