@@ -1,21 +1,30 @@
-"""Reproduces papers' studies; see `smalti.pipeline.reproduce`."""
+"""Reproduces papers' studies; see `smalti.pipeline.reproduce` and `smalti.pipeline.reproduce_hqa`."""
+
+import sys
 
 from smalti import cli
 from smalti.pipeline.reproduce import Reproduce
+from smalti.pipeline.reproduce_hqa import ReproduceHQA
+from smalti.pipeline.reproduce_hqa_report import reproduce_hqa
 from smalti.pipeline.reproduce_report import reproduce
 
 ABOUT = """Trains a paper's models anew, on equal budgets, and writes our numbers beside the paper's.
 
 $ python scripts/reproduce.py hr-vqvae --data mnist --images mnist-train.parquet
 $ python scripts/reproduce.py hr-vqvae --data cifar10 --images cifar10-train.parquet --steps 20000 --channels 128
+$ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet
+$ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet --seeds 3 --steps 20000
 
-Into docs/reproductions/hr-vqvae.md; the runs are kept in runs/reproductions. Stopped (Ctrl-C), the same command goes on
-where it was."""
+Into docs/reproductions/hr-vqvae.md and hqa.md; the runs are kept in runs/reproductions. Stopped (Ctrl-C), the same
+command goes on where it was. `hqa --help` has the flags of that study."""
 
 
 def main() -> None:
     """The command."""
-    cli.run(reproduce, Reproduce, about=ABOUT)
+    if "hqa" in sys.argv[1:]:
+        cli.run(reproduce_hqa, ReproduceHQA, about=ABOUT)
+    else:
+        cli.run(reproduce, Reproduce, about=ABOUT)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def test_the_way_up_and_down_by_hand(config_class, normalize):
         with pytest.raises(UserError, match=f"layers 1 to 3; there is no layer {refused}"):
             tokenizer.encode(images, refused)
     with pytest.raises(UserError, match="1 digit; cannot decode 2"):
-        hqa_of().decode(codes[-1:], 2)
+        hqa_of().decode((codes[-1],), 2)
 
 
 @torch.no_grad()
@@ -226,6 +226,8 @@ def test_a_code_has_many_decodes_each_of_its_seed():
     for config_class in (HQAConfig, HAMsConfig):
         tokenizer, count = hqa_of(config_class, height=4, width=4, widths=(4, 4), codebook_size=3), 3000
         grid = torch.ones(1, 1, 1, dtype=torch.long)
+        for parameter in tokenizer.parameters():
+            parameter.mul_(0.5)  # so that no path is all but certain
         lower, top = tokenizer.layers
         made = top.decoder(top.quantizer.lookup(grid))
         logits = made.movedim(1, -1) if config_class is HAMsConfig else lower.quantizer.logits(made)
@@ -234,12 +236,12 @@ def test_a_code_has_many_decodes_each_of_its_seed():
         paths = torch.tensor(list(product(range(3), repeat=4)))
         images = lower.decoder(lower.quantizer.lookup(paths.view(-1, 2, 2))).clamp(-1, 1)
         nearest = torch.cdist(decoded.flatten(1), images.flatten(1))
-        assert nearest.min(1).values.max() < 1e-4
+        assert nearest.min(1).values.max() < 0.01
         frequencies = torch.bincount(nearest.argmin(1), minlength=81) / count
         expected = torch.stack([shares[range(4), path].prod() for path in paths])
         assert (frequencies - expected).abs().max() < 4 * math.sqrt(0.25 / count)
         assert expected.max() < 0.95  # there are many
-        assert decoded[:5].equal(tokenizer.decode((grid.expand(5, 1, 1),), seeds=seeds_of(5)))
+        torch.testing.assert_close(decoded[:5], tokenizer.decode((grid.expand(5, 1, 1),), seeds=seeds_of(5)))
 
 
 def test_sampled_codes_differ_by_seed_and_the_others_do_not():
@@ -258,10 +260,10 @@ def test_the_top_layer_s_reconstruction_loss(config_class):
     output = tokenizer(images)
     below = tokenizer.features(images, 2)
     made = tokenizer.layers[2].decoder(tokenizer.layers[2].quantizer.lookup(tokenizer.encode(images)[0]))
-    expected = (made - below).square().mean()
-    if config_class is HAMsConfig:
-        codes = tokenizer.layers[1].quantizer.encode(below)
-        expected = -made.log_softmax(1).gather(1, codes[:, None]).mean()
+    codes = tokenizer.layers[1].quantizer.encode(below)[:, None]
+    expected = (
+        -made.log_softmax(1).gather(1, codes).mean() if config_class is HAMsConfig else (made - below).square().mean()
+    )
     torch.testing.assert_close(output.losses["reconstruction"], expected)
     torch.testing.assert_close(output.reconstruction, tokenizer.decode(output.codes))
     assert tokenizer.train()(images).reconstruction is None

@@ -107,9 +107,9 @@ def test_codes_of_one_position_are_stored_learned_and_drawn(folder, capfd):
     assert (status, "1×1 of 5" in said) == (0, True)
     codes = LatentSet(folder / "runs/latents/hqa.h5").batch(range(60))[0]
     assert codes.shape == (60, 1, 1)
-    small = "--steps 3 --batch-size 8 --model-width 16 --latents runs/latents/hqa.h5 --precision fp32".split()
+    flags = "--steps 3 --batch-size 8 --model-width 16 --latents runs/latents/hqa.h5 --precision fp32"
     for prior, more in (("hourglass", "--heads 2 --depth 1 1 1"), ("pixelcnn", "--layers 1")):
-        assert run(capfd, train_prior.main, "--prior", prior, *small, *more.split()) [0] == 0
+        assert run(capfd, train_prior.main, "--prior", prior, *flags.split(), *more.split())[0] == 0
         status, said, wrong = run(capfd, sample.main, "--prior", prior, "--num", "4", "--out", f"{prior}.png")
         assert status == 0, wrong
         assert Image.open(folder / f"{prior}.png").width > 0
@@ -136,7 +136,9 @@ def test_compressed_files_have_the_rate_they_say_and_come_back(folder, capfd, la
     payload = -(-30 * bits // 8)
     header, _, body = (folder / "x.smalti").read_bytes().partition(b"\n")
     assert len(body) == payload
-    assert f"rate: {bits} bits an image, {bits / 64:.4g} a pixel; {payload} bytes of codes, {len(header) + 1} of" in said
+    assert (
+        f"rate: {bits} bits an image, {bits / 64:.4g} a pixel; {payload} bytes of codes, {len(header) + 1} of" in said
+    )
     tokenizer, images = load(HQA, "tokenizer"), to_float(open_images("img", height=8, width=8).pixels(range(30)))
     codes = tokenizer.encode(images, layer)
     with torch.no_grad():

@@ -74,6 +74,9 @@ class Stage(nn.Module):
     deviation, which the authors' code keeps running, are taken once, as the layer below no longer changes.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, config: HQAConfig, number: int) -> None:
         super().__init__()
         of_codes = number > 0 and config.target == "codes"
@@ -197,9 +200,8 @@ class HQA(Tokenizer):
         with torch.no_grad():
             given = self.features(images, len(self.layers) - 1) if len(self.layers) > 1 else images
         z_e = top.encode(given)
-        quantizer = top.quantizer
-        stochastic = isinstance(quantizer, StochasticQuantizer)
-        quantized = quantizer(z_e, seeds, progress) if stochastic else quantizer(z_e)
+        more = (seeds, progress) if isinstance(top.quantizer, StochasticQuantizer) else ()
+        quantized = top.quantizer(z_e, *more)
         made = top.decoder(quantized.z_q).float()
         if len(self.layers) > 1 and self.config.target == "codes":
             reconstruction_loss = F.cross_entropy(made, self._layers[-2].quantizer.encode(given))

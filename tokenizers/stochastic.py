@@ -54,6 +54,9 @@ class StochasticQuantizer(nn.Module):
             `reset_below` not from 0 to below 1.
     """
 
+    use: Tensor
+    steps: Tensor
+
     def __init__(
         self,
         *,
@@ -128,9 +131,7 @@ class StochasticQuantizer(nn.Module):
         """Linear in the progress, from `temperature` to nearly 0 (Section 5.1)."""
         return self.temperature + (LAST_TEMPERATURE - self.temperature) * progress
 
-    def encode(
-        self, z_e: Float[Tensor, "b d h w"], seeds: Int64[Tensor, " b"] | None = None
-    ) -> Int64[Tensor, "b h w"]:
+    def encode(self, z_e: Float[Tensor, "b d h w"], seeds: Int64[Tensor, " b"] | None = None) -> Int64[Tensor, "b h w"]:
         """The most probable codes; with seeds, one for each image, samples from the posterior (Eq. 3)."""
         return draw(self.logits(z_e), seeds)
 

@@ -92,7 +92,8 @@ def compress(config: Compress) -> Path:
     payload = -(-len(images) * bits // 8)
     print(
         f"{config.out}: {len(images)} image(s), {layout}\n"
-        f"rate: {bits} bits an image, {bits / pixels:.4g} a pixel; {payload} bytes of codes, {size - payload} of header\n"
+        f"rate: {bits} bits an image, {bits / pixels:.4g} a pixel; {payload} bytes of codes, "
+        f"{size - payload} of header\n"
         f"distortion: MSE {float(error):.4g}, PSNR {float(psnr(error)):.2f} dB, of the most probable decodes"
     )
     return config.out

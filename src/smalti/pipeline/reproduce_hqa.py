@@ -1,0 +1,266 @@
+"""HQA's studies, trained anew: the four modes of Fig. 1, and MNIST's ablation and rate curves (Table 3, Fig. 3).
+
+A run is trained by `train_tokenizer` and measured once; both are kept, so a study that is stopped goes on. What is
+written of it is in `reproduce_hqa_report.py`; the four modes are in `four_modes.py`.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from tyro.conf import Positional
+
+from smalti.devices import Precision, best_device
+from smalti.errors import UserError
+from smalti.files import write_json
+from smalti.fit_config import FitConfig
+from smalti.images import ImageRows, ImageSet, open_images
+from smalti.interfaces import Tokenizer
+from smalti.metrics import Moments, frechet_distance, mse
+from smalti.packing import bits_per_image
+from smalti.pipeline.places import RUNS, layer_name, load_tokenizer
+from smalti.pipeline.train_tokenizer import TrainTokenizer, train_tokenizer
+from smalti.preprocess import to_float
+from smalti.randomness import derive, generator_for, row_seeds
+from smalti.tokenizers.hqa import HQA, HAMsConfig, HQAConfig
+from smalti.tokenizers.vqvae import VQVAEConfig
+
+Part: TypeAlias = Literal["modes", "table", "curves"]
+
+GUMBEL: dict[str, Any] = {"posterior": "stochastic", "reset_below": 0.03}
+HAMS: dict[str, dict[str, Any]] = {"hams": {}, "hams-gs": GUMBEL, "hams-mse": {"target": "features"}}
+HAMS["hams-gs-mse"] = GUMBEL | HAMS["hams-mse"]
+MODELS = ("vqvae", *HAMS, "hqa")
+"""Table 3's rows, from the top."""
+CURVES = ("hqa", "hams", "vqvae")
+LAYERS = 5
+VQVAE_WIDTHS = (32, 48, 64, 64, 64)  # with which it has a million parameters, as the default stack
+HAMS_WIDTHS = (32, 16, 16, 24, 32)  # likewise, where decoders predict codes, each with 256 numbers
+CLASSIFIER_FEATURES = 128
+RESULT_NAME, CLASSIFIER_NAME = "result.json", "classifier.pt"
+_AT_ONCE = 250
+_STREAM = 64  # of a seed, that which leads to the decodes
+
+
+@dataclass(frozen=True)
+class ReproduceHQA:
+    """What to reproduce of HQA's paper, and at which budget.
+
+    Raises:
+        UserError: for a number below 1.
+    """
+
+    study: Positional[Literal["hqa"]]
+    """Whose numbers: the study of HQA, HAMs and VQ-VAE."""
+    images: str = "mnist-train.parquet"
+    """MNIST's training images, with their labels: a Parquet file, say."""
+    test_images: str = "mnist-test.parquet"
+    """Its test images, which are compressed."""
+    parts: tuple[Part, ...] = ("modes", "table", "curves")
+    """Fig. 1; Table 3, with Table 4's interpolations; Fig. 3."""
+    seeds: int = 1
+    """Runs of each model in Table 3."""
+    steps: int = 1_000
+    """Optimiser steps of every layer, and of VQ-VAE as many in all as the layers have together."""
+    batch_size: int = 32
+    """Images a step."""
+    learning_rate: float = 1e-3
+    """AdamW's."""
+    test_num: int = 10_000
+    """How many test images are compressed, at most."""
+    classifier_steps: int = 2_000
+    """Steps of the classifier that judges the reconstructions."""
+    precision: Precision = "auto"
+    """Arithmetic of the networks in training; what is measured is in fp32."""
+    work: Path = RUNS / "reproductions" / "hqa"
+    """Where runs are kept."""
+    out: Path = Path("docs/reproductions/hqa.md")
+    """The Markdown file whose measured parts are replaced, with its pictures beside it."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "batch_size", "test_num", "classifier_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """MNIST at 32x32.
+
+    Attributes:
+        train: what models and classifier train on.
+        test: `(n, 1, 32, 32)` in [-1, 1].
+        labels: of the test images.
+    """
+
+    train: ImageSet
+    test: Float[Tensor, "n 1 h w"]
+    labels: Int64[Tensor, " n"]
+
+
+def open_data(config: ReproduceHQA) -> Data:
+    """Opens both sets.
+
+    Raises:
+        UserError: if they are not there, or have no labels.
+    """
+    train, test = (open_images(source, channels=1) for source in (config.images, config.test_images))
+    if not train.label_names or not test.label_names:
+        raise UserError("the images have no labels, which the classifier needs; give MNIST with its labels")
+    rows = torch.arange(min(config.test_num, len(test)))
+    return Data(train, to_float(test.pixels(rows)), test.labels[rows])
+
+
+def model_of(kind: str, layers: int = LAYERS) -> HQAConfig | VQVAEConfig:
+    """Of a row of Table 3: 256 codes of width 64, at 1 / 2**layers of the image's size."""
+    if kind == "vqvae":
+        widths = VQVAE_WIDTHS[:layers]
+        plain = {"residual_blocks": 1, "revive_below": 0.0}
+        return VQVAEConfig(image_channels=1, widths=widths, codebook_size=256, **plain)
+    made = HQAConfig(image_channels=1) if kind == "hqa" else HAMsConfig(image_channels=1, **HAMS[kind])
+    widths = HAMS_WIDTHS if made.target == "codes" else made.widths
+    return replace(made, widths=widths[:layers])
+
+
+def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layers: int = LAYERS) -> Path:
+    """The folder of a run, trained as far as it was not yet."""
+    of_layers = "" if layers == LAYERS else f"-{layers}-layers"
+    folder = config.work / f"{kind}{of_layers}-{config.steps}steps-seed{seed}"
+    steps = config.steps * (layers if kind == "vqvae" else 1)
+    fit = FitConfig(
+        steps=steps, batch_size=config.batch_size, learning_rate=config.learning_rate, seed=seed, report_steps=steps
+    )
+    registered = kind if kind in ("vqvae", "hqa") else "hams"
+    settings = TrainTokenizer(
+        model=model_of(kind, layers),
+        fit=fit,
+        tokenizer=registered,
+        images=config.images,
+        flips=False,  # mirrored digits are no digits
+        precision=config.precision,
+        out=folder,
+    )
+    start = time.perf_counter()
+    train_tokenizer(settings, data.train)
+    timing = folder / "seconds.json"
+    if not timing.exists():
+        write_json(timing, time.perf_counter() - start)
+    return folder
+
+
+class Classifier(nn.Module):
+    """A small convolutional network for digits; its features are what Fréchet distances are taken of."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        stages = [
+            layer
+            for before, after in ((1, 16), (16, 32), (32, 64))
+            for layer in (nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        ]
+        self.body = nn.Sequential(*stages, nn.Flatten(), nn.Linear(64 * 16, CLASSIFIER_FEATURES), nn.ReLU())
+        self.head = nn.Linear(CLASSIFIER_FEATURES, classes)
+
+    def forward(self, images: Float[Tensor, "b 1 32 32"]) -> Float[Tensor, "b k"]:
+        """Logits."""
+        return self.head(self.body(images))
+
+
+def classifier(config: ReproduceHQA, data: Data) -> Classifier:
+    """Trained on real digits, once."""
+    path = config.work / CLASSIFIER_NAME
+    torch.manual_seed(0)
+    made = Classifier(len(data.train.label_names)).to(best_device())
+    if path.exists():
+        made.load_state_dict(torch.load(path, map_location=best_device(), weights_only=True))
+        return made.eval()
+    rows = ImageRows(data.train, split="all", flips=False)
+    order = torch.randint(len(rows), (config.classifier_steps, 64), generator=generator_for(0))
+    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3)
+    for chosen in order:
+        batch = rows.__getitems__(chosen.tolist())
+        loss = F.cross_entropy(made(to_float(batch["images"]).to(best_device())), batch["labels"].to(best_device()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    config.work.mkdir(parents=True, exist_ok=True)
+    torch.save(made.state_dict(), path)
+    return made.eval()
+
+
+@torch.no_grad()
+def compressed(tokenizer: Tokenizer, images: Float[Tensor, "n 1 h w"], *, sampled: bool) -> Float[Tensor, "n 1 h w"]:
+    """What images come back as; sampled through and through (Algorithm 1), or the most probable."""
+    device, decoded = next(tokenizer.parameters()).device, []
+    for rows in torch.arange(len(images)).split(_AT_ONCE):
+        batch = images[rows].to(device)
+        if isinstance(tokenizer, HQA) and sampled:
+            seeds = row_seeds(0, rows).to(device)
+            decoded.append(tokenizer.decode(tokenizer.encode(batch, seeds=seeds), seeds=derive(seeds, _STREAM)).cpu())
+        else:
+            decoded.append(tokenizer.decode(tokenizer.encode(batch)).cpu())
+    return torch.cat(decoded)
+
+
+def measured(folder: Path, judge: Classifier, data: Data, *, sampled: bool) -> dict[str, Any]:
+    """Rate, distortion, Fréchet distance and classification error of a run, or of one of its layers; kept there."""
+    path = folder / f"{'sampled' if sampled else 'probable'}-{RESULT_NAME}"
+    if path.exists():
+        return json.loads(path.read_text())
+    tokenizer = load_tokenizer(str(folder)).to(best_device())
+    found = {
+        "bits": bits_per_image(tokenizer.layout),
+        "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
+        **judged(compressed(tokenizer, data.test, sampled=sampled), judge, data),
+    }
+    write_json(path, found)
+    return found
+
+
+@torch.no_grad()
+def judged(images: Float[Tensor, "n 1 h w"], judge: Classifier, data: Data) -> dict[str, float]:
+    """Of what the test images came back as: MSE in [0, 1] units, Fréchet distance of the classifier's features, and its
+    errors as a share."""
+    of_real, of_made, wrong = Moments(CLASSIFIER_FEATURES), Moments(CLASSIFIER_FEATURES), 0
+    for rows in torch.arange(len(images)).split(_AT_ONCE):
+        made = judge.body(images[rows].to(best_device()))
+        of_made.update(made)
+        of_real.update(judge.body(data.test[rows].to(best_device())))
+        wrong += int((judge.head(made).argmax(1).cpu() != data.labels[rows]).sum())
+    return {
+        "mse": float(mse(images, data.test).mean()),
+        "frechet": frechet_distance(of_real, of_made),
+        "error": wrong / len(images),
+    }
+
+
+def sampled_in(kind: str) -> bool:
+    """Whether a model of Table 3 has a posterior to sample from."""
+    return kind == "hqa" or HAMS.get(kind, {}).get("posterior") == "stochastic"
+
+
+def rate_curve(kind: str, config: ReproduceHQA, judge: Classifier, data: Data) -> list[dict[str, Any]]:
+    """Fig. 3: what is measured of the codes of each layer; of VQ-VAE, of a model trained for each."""
+    if kind == "vqvae":
+        folders: Sequence[Path] = [trained(kind, config, data, layers=layers) for layers in range(1, LAYERS + 1)]
+    else:
+        top = trained(kind, config, data)
+        folders = [*(top / layer_name(number) for number in range(1, LAYERS)), top]
+    return [measured(folder, judge, data, sampled=sampled_in(kind)) for folder in folders]
+
+
+@torch.no_grad()
+def interpolations(
+    tokenizer: HQA, a: Float[Tensor, "b 1 h w"], b: Float[Tensor, "b 1 h w"], steps: int
+) -> list[Float[Tensor, "b 1 h w"]]:
+    """Decodes of points evenly between the top layer's z_e of two images, quantized (Tables 1 and 4)."""
+    of_a, of_b = tokenizer.features(a), tokenizer.features(b)
+    places = torch.linspace(0, 1, steps)
+    return [tokenizer.decode((tokenizer.quantize(torch.lerp(of_a, of_b, float(place))),)) for place in places]
