@@ -223,7 +223,7 @@ class HQA(Tokenizer):
             UserError: if there is no such layer, or the images' size does not divide by its downsampling.
         """
         number = self._number(layer)
-        self._check(*images.shape[2:], number)
+        self._check(images.shape[2], images.shape[3], number)
         found = images
         for stage in self._layers[:number]:
             found = stage.encode(found).float()

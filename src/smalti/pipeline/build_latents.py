@@ -191,8 +191,12 @@ def images_for(tokenizer: Tokenizer, name: str, source: str | None, height: int 
     source = source or tokenizer.provenance.get("image_source")
     if source is None:
         raise UserError(f"{name} does not say what images it was trained on; give --images")
-    height, width = height or tokenizer.config.height, width or tokenizer.config.width
-    return open_images(source, height=height, width=width, channels=tokenizer.image_channels)
+    return open_images(
+        source,
+        height=height or tokenizer.config.height,
+        width=width or tokenizer.config.width,
+        channels=tokenizer.image_channels,
+    )
 
 
 def _in_step(process: PartialState, work: Callable[[], T], claimed: Shards | None = None) -> T:

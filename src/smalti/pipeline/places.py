@@ -46,7 +46,7 @@ def of_layer(source: str, layer: int | None) -> str:
     if layer is None:
         return source
     folder = TOKENIZERS / source if source in registry.kinds("tokenizer") else locate(source)
-    described, cls = read_config(folder), find_class(folder, "tokenizer")
+    described, cls = read_config(folder), cast(type[Tokenizer], find_class(folder, "tokenizer"))
     stages = cls.stages(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
     if not 1 <= layer <= len(stages):
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")

@@ -5,7 +5,6 @@ written of it is in `reproduce_hqa_report.py`; the four modes are in `four_modes
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,12 +146,7 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
         precision=config.precision,
         out=folder,
     )
-    start = time.perf_counter()
-    train_tokenizer(settings, data.train)
-    timing = folder / "seconds.json"
-    if not timing.exists():
-        write_json(timing, time.perf_counter() - start)
-    return folder
+    return train_tokenizer(settings, data.train)
 
 
 class Classifier(nn.Module):

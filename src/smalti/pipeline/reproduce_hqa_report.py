@@ -3,7 +3,6 @@
 Which runs there are and what is measured of them: `reproduce_hqa.py`.
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any, cast
@@ -123,20 +122,19 @@ def table(config: ReproduceHQA, runs: dict[str, list[Path]], judge: Classifier, 
         f"Table 3: {len(data.test)} test images, each kept in 8 bits; the mean of {config.seeds} seed(s), and from the "
         "least to the most.",
         "",
-        "| | paper: MSE | Fréchet | error | ours: MSE | Fréchet | error | parameters | training |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-        f"| No compression | 0.000 | 0.0 | 3.1 % | 0.000 | 0.0 | {real['error']:.1%} | | |",
+        "| | paper: MSE | Fréchet | error | ours: MSE | Fréchet | error | parameters |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| No compression | 0.000 | 0.0 | 3.1 % | 0.000 | 0.0 | {real['error']:.1%} | |",
     ]
     for kind, folders in runs.items():
         theirs = PAPER[kind]
         row = [NAMES[kind], f"{theirs[0]:.3f}", f"{theirs[1]:.1f}", f"{theirs[2]:.1f} %"]
         if not folders:
-            lines.append(f"| {' | '.join(row)} | not run | | | | |")
+            lines.append(f"| {' | '.join(row)} | not run | | | |")
             continue
         found = [measured(folder, judge, data, sampled=sampled_in(kind)) for folder in folders]
-        seconds = statistics.mean(json.loads((folder / "seconds.json").read_text()) for folder in folders)
         row += [_spread(found, "mse", "{:.4f}"), _spread(found, "frechet", "{:.1f}"), _spread(found, "error", "{:.1%}")]
-        lines.append(f"| {' | '.join(row)} | {found[0]['parameters']:,} | {seconds:.0f} s |")
+        lines.append(f"| {' | '.join(row)} | {found[0]['parameters']:,} |")
     return "\n".join(lines)
 
 

@@ -77,7 +77,8 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         Interrupted: if a signal stopped it.
     """
     folder = config.out or TOKENIZERS / config.tokenizer
-    *lower, top = registry.find("tokenizer", config.tokenizer).stages(config.model)
+    kind = cast(type[Tokenizer], registry.find("tokenizer", config.tokenizer))
+    *lower, top = kind.stages(config.model)
     below = None
     for number, model in enumerate(lower, 1):
         resume = config.resume if config.resume == "never" else "auto"  # a step to go back to is the top layer's
