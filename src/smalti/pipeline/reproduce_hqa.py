@@ -117,7 +117,7 @@ def open_data(config: ReproduceHQA) -> Data:
     return Data(train, to_float(test.pixels(rows)), test.labels[rows])
 
 
-def model_of(kind: str, layers: int = LAYERS) -> HQAConfig | VQVAEConfig:
+def model_of(kind: str, layers: int) -> HQAConfig | VQVAEConfig:
     """Of a row of Table 3: 256 codes of width 64, at 1 / 2**layers of the image's size."""
     if kind == "vqvae":
         widths = VQVAE_WIDTHS[:layers]
@@ -128,8 +128,9 @@ def model_of(kind: str, layers: int = LAYERS) -> HQAConfig | VQVAEConfig:
     return replace(made, widths=widths[:layers])
 
 
-def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layers: int = LAYERS) -> Path:
-    """The folder of a run, trained as far as it was not yet."""
+def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layers: int | None = None) -> Path:
+    """The folder of a run, trained as far as it was not yet; of as many layers as the paper's unless said."""
+    layers = layers or LAYERS
     of_layers = "" if layers == LAYERS else f"-{layers}-layers"
     folder = config.work / f"{kind}{of_layers}-{config.steps}steps-seed{seed}"
     steps = config.steps * (layers if kind == "vqvae" else 1)
