@@ -7,7 +7,7 @@ ABOUT = """Encodes every image with a trained tokenizer and stores the codes as 
 
 $ python scripts/build_latents.py --tokenizer hrvq                      # the images it was trained on
 $ python scripts/build_latents.py --tokenizer hrvq --images my/photos   # others
-$ python scripts/build_latents.py --tokenizer hqa --layer 3               # of a stack of layers, not the top one's
+$ python scripts/build_latents.py --tokenizer hqa --layer 3             # of a stack of layers, the third one's
 $ python scripts/build_latents.py --on-bad-image skip                   # leave out what cannot be decoded
 $ accelerate launch --num_processes 8 scripts/build_latents.py          # the same file from eight processes
 

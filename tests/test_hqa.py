@@ -311,6 +311,8 @@ def test_sizes_and_settings_that_will_not_do():
         hqa_of(height=12)
     with pytest.raises(UserError, match="6x8 do not divide by 4"):
         hqa_of().features(images_of(h=6), 2)
+    assert "--reset-below 0.03" in hqa_of(HAMsConfig).collapse_remedy()
+    assert "fewer codes" in hqa_of().collapse_remedy()
     for wrong in ({"widths": ()}, {"widths": (4, 0)}, {"codebook_size": 1}, {"temperature": 0.0}, {"reset_below": 1.0}):
         with pytest.raises(UserError):
             hqa_of(**wrong)

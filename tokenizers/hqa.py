@@ -151,6 +151,12 @@ class HQA(Tokenizer):
         self.layers[:-1].train(False)
         return self
 
+    def collapse_remedy(self) -> str:
+        """Resets, where the config does without."""
+        return (
+            super().collapse_remedy() if self.config.reset_below else "--reset-below 0.03, which moves dead codewords"
+        )
+
     def recomputable(self) -> list[nn.Module]:
         """Every residual block of the top layer."""
         return [module for module in self.layers[-1].modules() if isinstance(module, blocks.ResidualBlock)]
@@ -197,8 +203,7 @@ class HQA(Tokenizer):
         *_, top = self._layers
         seeds = row_seeds(0, torch.arange(len(images), device=images.device)) if seeds is None else seeds
         progress = torch.zeros(len(images), device=images.device) if progress is None else progress
-        with torch.no_grad():
-            given = self.features(images, len(self.layers) - 1) if len(self.layers) > 1 else images
+        given = self._given(images)
         z_e = top.encode(given)
         more = (seeds, progress) if isinstance(top.quantizer, StochasticQuantizer) else ()
         quantized = top.quantizer(z_e, *more)
@@ -285,7 +290,7 @@ class HQA(Tokenizer):
         """The mean and deviation of what the top layer is given, if so configured; codewords of `nearest` posteriors
         at the k-means centres of what the untrained encoder makes of it."""
         top = self._layers[-1]
-        given = self.features(images, len(self.layers) - 1) if len(self.layers) > 1 else images
+        given = self._given(images)
         if self.config.normalize and len(self.layers) > 1:
             deviation, mean = torch.std_mean(given, (0, 2, 3), keepdim=True)
             top.mean.copy_(mean[0])
@@ -307,6 +312,11 @@ class HQA(Tokenizer):
     def _layers(self) -> list[Stage]:
         """From the image upwards."""
         return [cast(Stage, layer) for layer in self.layers]
+
+    @torch.no_grad()
+    def _given(self, images: Tensor) -> Tensor:
+        """What the top layer is given of images: the features of the layer below."""
+        return self.features(images, len(self.layers) - 1) if len(self.layers) > 1 else images
 
     def _number(self, layer: int | None) -> int:
         number = len(self.layers) if layer is None else layer

@@ -83,12 +83,12 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     for number, model in enumerate(lower, 1):
         resume = config.resume if config.resume == "never" else "auto"  # a step to go back to is the top layer's
         stage = replace(config, model=model, out=folder / layer_name(number), resume=resume)
-        below = _train(stage, images, below)
-    return _train(replace(config, model=top, out=folder), images, below)
+        below, images = _train(stage, images, below)
+    return _train(replace(config, model=top, out=folder), images, below)[0]
 
 
-def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | None) -> Path:
-    """One stage, on top of that before it."""
+def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | None) -> tuple[Path, ImageSet]:
+    """One stage, on top of that before it; its folder, and the images, opened."""
     folder = config.out
     assert folder is not None
     process = accelerator(config.precision, config.fit.trackers, folder)
@@ -107,7 +107,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
     if run.step >= config.fit.steps:
         process.print(f"{folder} is finished: {run.step} steps. Give --steps to train on, or --resume never.")
-        return folder
+        return folder, images
     train = ImageRows(images, split="train", flips=config.flips)
     held_out = ImageRows(images, split="held_out", flips=False)
     tokenizer.provenance = {
@@ -142,7 +142,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
             on_report=report,
             what=f"training {folder.name}",
         )
-    return folder
+    return folder, images
 
 
 @torch.no_grad()
