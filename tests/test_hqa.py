@@ -17,7 +17,7 @@ from smalti.errors import UserError
 from smalti.randomness import row_seeds
 from smalti.tokenizers.hqa import HQA, HAMs, HAMsConfig, HQAConfig
 from smalti.tokenizers.objective import Reconstruction
-from smalti.tokenizers.stochastic import RESET_NOISE, RESET_STEPS, StochasticQuantizer, draw
+from smalti.tokenizers.stochastic import RESET_NOISE, RESET_STEPS, START_LENGTH, StochasticQuantizer, draw
 
 D, K = 3, 5
 SMALL = {"height": 8, "width": 8, "widths": (4, 6, 4), "code_width": D, "codebook_size": K, "image_channels": 1}
@@ -304,6 +304,25 @@ def test_training_lowers_the_loss_of_every_combination():
             objective(batch)[0].backward()
             optimizer.step()
         assert objective(batch)[0] < before, choice
+
+
+@torch.no_grad()
+def test_the_start_is_from_the_images_or_left_out():
+    """Every codeword of the top layer is used, and z_e spread as widely as codewords are; nothing below moves."""
+    for config_class in (HQAConfig, HAMsConfig):
+        tokenizer, images = hqa_of(config_class, height=16, width=16), images_of(64, h=16, w=16)
+        before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
+        tokenizer.start_from(images)
+        moved = {name for name, tensor in tokenizer.state_dict().items() if not tensor.equal(before[name])}
+        assert all(name.startswith("layers.2.") for name in moved)
+        assert tokenizer.encode(images)[0].unique().numel() == K
+        if config_class is HQAConfig:
+            vectors = vectors_of(tokenizer.features(images))
+            assert math.sqrt(vectors.var(0).sum()) == pytest.approx(START_LENGTH, rel=0.05)
+        random = hqa_of(config_class, kmeans_start=False)
+        before = {name: tensor.clone() for name, tensor in random.state_dict().items()}
+        random.start_from(images)
+        assert all(tensor.equal(before[name]) for name, tensor in random.state_dict().items())
 
 
 def test_sizes_and_settings_that_will_not_do():

@@ -23,7 +23,7 @@ from smalti.randomness import derive, row_seeds
 from smalti.registry import register
 from smalti.tokenizers import blocks
 from smalti.tokenizers.linked import LinkedQuantizer
-from smalti.tokenizers.stochastic import StochasticQuantizer, draw
+from smalti.tokenizers.stochastic import START_LENGTH, StochasticQuantizer, draw
 
 Posterior: TypeAlias = Literal["stochastic", "nearest"]
 Target: TypeAlias = Literal["features", "codes"]
@@ -63,6 +63,9 @@ class HQAConfig:
     """Of the Gumbel softmax when training starts; it falls linearly to 0."""
     reset_below: float = 0.03
     """A codeword used less than this share of the most used one moves to beside one in use; 0 moves none."""
+    kmeans_start: bool = True
+    """Start a layer's codewords at the k-means centres of what its untrained encoder, scaled to their spread, makes of
+    images; not from random codewords."""
     normalize: bool = False
     """Bring the features that a layer reconstructs to mean 0 and variance 1."""
 
@@ -287,16 +290,24 @@ class HQA(Tokenizer):
 
     @torch.no_grad()
     def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
-        """The mean and deviation of what the top layer is given, if so configured; codewords of `nearest` posteriors
-        at the k-means centres of what the untrained encoder makes of it."""
+        """The mean and deviation of what the top layer is given; its codewords at the k-means centres of what the
+        untrained encoder makes of it. Each if so configured."""
         top = self._layers[-1]
         given = self._given(images)
         if self.config.normalize and len(self.layers) > 1:
             deviation, mean = torch.std_mean(given, (0, 2, 3), keepdim=True)
             top.mean.copy_(mean[0])
             top.deviation.copy_(deviation[0].clamp_min(1e-6))
-        if isinstance(top.quantizer, LinkedQuantizer):
-            top.quantizer.start_from(top.encode(given))
+        if not self.config.kmeans_start:
+            return
+        z_e = top.encode(given)
+        if isinstance(top.quantizer, StochasticQuantizer):
+            last = cast(nn.Conv2d, top.encoder[-1])
+            scale = START_LENGTH / z_e.var((0, 2, 3)).sum().sqrt().clamp_min(1e-6)
+            last.weight.mul_(scale)
+            cast(Tensor, last.bias).mul_(scale)
+            z_e = z_e * scale
+        top.quantizer.start_from(z_e)
 
     @torch.no_grad()
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:

@@ -17,6 +17,7 @@ from smalti.processes import collected, total
 from smalti.randomness import derive, uniform
 from smalti.sharding import full, split_like
 from smalti.tokenizers.drawing import drawing_keys
+from smalti.tokenizers.kmeans import linked_kmeans
 from smalti.tokenizers.linked import QuantizerOutput
 
 LAST_TEMPERATURE = 1e-3  # in place of 0, by which logits cannot be divided
@@ -144,6 +145,12 @@ class StochasticQuantizer(nn.Module):
         if digits not in (None, 1):
             raise UserError(f"these codes have 1 digit; cannot decode {digits} of them")
         return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
+
+    @torch.no_grad()
+    def start_from(self, z_e: Float[Tensor, "b d h w"]) -> None:
+        """Sets the codewords to the k-means centres of these vectors."""
+        (centres,) = linked_kmeans(rearrange(z_e, "b d h w -> (b h w) d"), [self.codebook[None]], seed=0)
+        self.codebook.copy_(centres[0])
 
     @torch.no_grad()
     def after_step(self, seeds: Int64[Tensor, " b"], bad: Bool[Tensor, ""] | None = None) -> None:
