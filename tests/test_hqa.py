@@ -15,7 +15,8 @@ from smalti.checkpoint import load
 from smalti.codes import Layout, Level
 from smalti.errors import UserError
 from smalti.randomness import row_seeds
-from smalti.tokenizers.hqa import HQA, HAMs, HAMsConfig, HQAConfig
+from smalti.tokenizers.hams import HAMs, HAMsConfig
+from smalti.tokenizers.hqa import HQA, HQAConfig
 from smalti.tokenizers.objective import Reconstruction
 from smalti.tokenizers.stochastic import RESET_NOISE, RESET_STEPS, START_LENGTH, StochasticQuantizer, draw
 

@@ -19,7 +19,8 @@ from smalti.priors.hourglass import HourglassConfig
 from smalti.priors.pixelcnn import PixelCNNConfig
 from smalti.randomness import uniform
 from smalti.runs import METRICS_NAME, Run
-from smalti.tokenizers.hqa import HAMsConfig, HQAConfig
+from smalti.tokenizers.hams import HAMsConfig
+from smalti.tokenizers.hqa import HQAConfig
 from smalti.tokenizers.hrvq import HRVQConfig
 from smalti.tokenizers.objective import Reconstruction
 from smalti.tokenizers.vqgan import VQGANConfig

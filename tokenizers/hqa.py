@@ -1,4 +1,4 @@
-"""HQA and HAMs: a stack of quantized autoencoders, each trained on what the one below makes of an image, one by one.
+"""HQA: a stack of quantized autoencoders, each trained on what the one below makes of an image, one by one.
 
 The layers, and how images go up and down through them. How codes are drawn is in `stochastic.py`; the order of
 training, bottom first, is the pipeline's: it trains a tokenizer of one layer, then one of two on top of it, and so on.
@@ -341,28 +341,3 @@ class HQA(Tokenizer):
                 f"images of {height}x{width} do not divide by {2**layers}, the downsampling of {layers} layers; crop "
                 "or resize them"
             )
-
-
-@dataclass(frozen=True)
-class HAMsConfig(HQAConfig):
-    """Settings of HAMs: those of HQA, with the defaults of what HQA is compared with."""
-
-    posterior: Posterior = "nearest"
-    target: Target = "codes"
-    probabilistic: bool = False
-    reset_below: float = 0.0
-
-
-@register
-class HAMs(HQA):
-    """Hierarchical autoregressive image models' hierarchy of codes (arXiv 1903.04933), as HQA's paper compares with it.
-
-    Each layer is a VQ-VAE, and those above the first predict the codes of the layer below; its autoregressive decoders
-    are left out there, and here. Their encoders see the features of the layer below, as HQA's do.
-
-    Raises:
-        UserError: as `HQA` does.
-    """
-
-    kind: ClassVar[str] = "hams"
-    config_class: ClassVar[type] = HAMsConfig

@@ -13,7 +13,7 @@ Family: TypeAlias = Literal["tokenizer", "prior"]
 
 # Named by module, not imported: the spine stands below the wings. Other packages add theirs with `register`.
 _MODULES: dict[tuple[Family, str], str] = {
-    ("tokenizer", "hams"): "smalti.tokenizers.hqa",
+    ("tokenizer", "hams"): "smalti.tokenizers.hams",
     ("tokenizer", "hqa"): "smalti.tokenizers.hqa",
     ("tokenizer", "hrvq"): "smalti.tokenizers.hrvq",
     ("tokenizer", "vqgan"): "smalti.tokenizers.vqgan",

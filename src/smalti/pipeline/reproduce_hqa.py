@@ -28,7 +28,8 @@ from smalti.pipeline.places import RUNS, layer_name, load_tokenizer
 from smalti.pipeline.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.preprocess import to_float
 from smalti.randomness import derive, generator_for, row_seeds
-from smalti.tokenizers.hqa import HQA, HAMsConfig, HQAConfig
+from smalti.tokenizers.hams import HAMsConfig
+from smalti.tokenizers.hqa import HQA, HQAConfig
 from smalti.tokenizers.vqvae import VQVAEConfig
 
 Part: TypeAlias = Literal["modes", "table", "curves"]
