@@ -41,7 +41,15 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-LONGEST_FIRST = ("test_survival.py", "test_sharding.py", "test_fit_processes.py", "test_compile.py", "test_commands.py")
+LONGEST_FIRST = (
+    "test_survival.py",
+    "test_sharding.py",
+    "test_fit_processes.py",
+    "test_compile.py",
+    "test_commands.py",
+    "test_adversarial.py",
+    "test_hqa_commands.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from smalti.errors import UserError
 from smalti.pipeline import benchmark, benchmark_latents, benchmark_ways
@@ -64,6 +65,7 @@ def test_codes_drawn_one_by_one_and_naively_are_the_same():
 
 
 def test_the_loop_is_timed_from_first_step_to_last():
+    AcceleratorState._reset_state(reset_partial_state=True)  # another file's tests may have chosen another precision
     for comparison in benchmark_ways.training(batch=2, steps=3):
         start = time.perf_counter()
         seconds = [way.work() for way in comparison.ways]

@@ -130,7 +130,7 @@ DAMAGES = {
     "foreign config": (lambda folder: (folder / CONFIG_NAME).write_text('{"model_type": "bert"}'), "not smalti's"),
     "missing field": (edit_json(lambda d: d["config"].pop("height")), "lacks height"),
     "unknown field": (edit_json(lambda d: d["config"].update(colour=1)), "unknown fields: colour"),
-    "another kind": (edit_json(lambda d: d.update(kind="hqvr")), "no .* of kind 'hqvr'"),
+    "another kind": (edit_json(lambda d: d.update(kind="hrqv")), "no .* of kind 'hrqv'"),
     "another family": (edit_json(lambda d: d.update(family="metric")), "holds a metric"),
 }
 
@@ -201,7 +201,7 @@ def test_a_config_survives_json_with_its_tuples(config):
 
 def test_a_kind_with_a_typo_is_told_the_nearest():
     with pytest.raises(UserError, match="did you mean 'hrvq'"):
-        registry.find("tokenizer", "hqvr")
+        registry.find("tokenizer", "hrqv")
     with pytest.raises(UserError, match=r"kinds: .*hourglass"):
         registry.find("prior", "zzzz")
     with pytest.raises(UserError, match="there is no prior of kind 'hrvq'"):

@@ -83,13 +83,13 @@ def test_a_wrong_flag_suggests_the_right_one(monkeypatch, capsys, main, wrong, r
     assert "Traceback" not in shown
 
 
-@pytest.mark.parametrize("form", [["--tokenizer", "hqvr"], ["--tokenizer=hqvr"]])
+@pytest.mark.parametrize("form", [["--tokenizer", "hrqv"], ["--tokenizer=hrqv"]])
 def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *form])
     with pytest.raises(SystemExit) as left:
         train_tokenizer.main()
     assert left.value.code == 2
-    assert capsys.readouterr().err == "error: there is no tokenizer of kind 'hqvr'; did you mean 'hrvq'?\n"
+    assert capsys.readouterr().err == "error: there is no tokenizer of kind 'hrqv'; did you mean 'hrvq'?\n"
 
 
 @pytest.mark.parametrize(
