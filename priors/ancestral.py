@@ -16,7 +16,7 @@ from torch import Tensor
 from smalti.errors import UserError
 from smalti.priors.head import inverse_cdf
 from smalti.priors.prior import CausalPrior
-from smalti.priors.samplers import check_given, check_share
+from smalti.priors.samplers import Sampling, check_given
 from smalti.randomness import derive, uniform
 
 DRAW, PARTICLE, CHOOSE = range(3)
@@ -24,7 +24,7 @@ DRAW, PARTICLE, CHOOSE = range(3)
 
 
 @dataclass(frozen=True)
-class AncestralSampling:
+class AncestralSampling(Sampling):
     """How codes are drawn one after the other.
 
     Raises:
@@ -36,18 +36,15 @@ class AncestralSampling:
     guidance: float = 1.0
     """How far to go from what is likely in any class (0) past what is likely in the given one (1); other values than 1
     take twice the time, and change nothing for images of no class."""
-    top_p: float = 1.0
-    """Each digit of a code is drawn from the fewest values that have this share of the probability together; below 1
-    leaves unlikely ones out."""
     particles: tyro.conf.Suppress[int] = 1
     """Grids drawn for each one kept, where some codes are given; see `AncestralFilling`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.temperature <= 0:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
         if self.guidance < 0:
             raise UserError(f"guidance must not be negative, got {self.guidance}")
-        check_share(self.top_p)
         if self.particles < 1:
             raise UserError(f"particles must be at least 1, got {self.particles}")
 

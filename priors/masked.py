@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.priors.prior import ObjectiveConfig, Prior
-from smalti.priors.samplers import between, check_given, check_share, look
-from smalti.randomness import derive, uniform
+from smalti.priors.samplers import Sampling, between, check_given, look
+from smalti.randomness import derive, gumbel, uniform
 
 HIDDEN = -1
 """Stands in a grid for a code that is not shown."""
@@ -84,7 +84,7 @@ def ranks(keys: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
 
 
 @dataclass(frozen=True)
-class MaskedSampling:
+class MaskedSampling(Sampling):
     """How hidden codes are shown. Temperature goes linearly from the first round's value to the last's.
 
     Raises:
@@ -103,16 +103,13 @@ class MaskedSampling:
     guidance: float = 1.5
     """How far to go from what is likely in any class (0) past what is likely in the given one (1), at the cost of
     variety; other values than 1 take twice the time. Without classes it is nothing."""
-    top_p: float = 1.0
-    """Each digit of a code is drawn from the fewest values that have this share of the probability together; below 1
-    leaves unlikely ones out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
         if min(self.temperature) <= 0:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
-        check_share(self.top_p)
         if self.choice_temperature < 0 or self.guidance < 0:
             raise UserError(
                 f"choice_temperature and guidance must not be negative, got {self.choice_temperature} and "
@@ -182,19 +179,14 @@ def sample_masked(
             case "random":
                 keys = uniform(derive(seeds, RANK), h * w)
             case "confidence":
-                noise = 1 - (step + 1) / sampling.steps
-                keys = -head.nll(codes=drawn, **how) + sampling.choice_temperature * noise * gumbel(of_step, h * w)
+                noise = sampling.choice_temperature * (1 - (step + 1) / sampling.steps)
+                keys = -head.nll(codes=drawn, **how) + noise * gumbel(derive(of_step, RANK), h * w)
         left = (unknown * math.cos(math.pi / 2 * (step + 1) / sampling.steps)).floor()
         # the last to be shown come first
         hidden = hidden & (ranks(keys.masked_fill(~hidden, torch.inf)) < left)
         if callback is not None:
             callback(step, codes.view(b, h, w))
     return rearrange(codes, "b (h w) -> b h w", h=h)
-
-
-def gumbel(seeds: Int64[Tensor, " b"], positions: int) -> Float[Tensor, "b n"]:
-    """Standard Gumbel noise for the order by confidence."""
-    return -(-uniform(derive(seeds, RANK), positions).clamp(min=2.0**-25).log()).log()
 
 
 @cache

@@ -26,18 +26,25 @@ def between(ends: tuple[float, float], step: int, steps: int) -> float:
     return first + step / max(steps - 1, 1) * (last - first)
 
 
-def check_share(top_p: float) -> None:
-    """Refuses what is no share of the probability.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What every way of drawing codes can be told.
 
     Raises:
-        UserError: if it is not above 0 and at most 1.
+        UserError: for a share that is none.
     """
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, got {top_p}; 1 leaves nothing out")
+
+    top_p: float = 1.0
+    """Each digit of a code is drawn from the fewest values that have this share of the probability together; below 1
+    leaves unlikely ones out."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}; 1 leaves nothing out")
 
 
 @dataclass(frozen=True)
-class SundaeSampling:
+class SundaeSampling(Sampling):
     """How a chain of repairs runs. Temperature and proportion go linearly from the first step's value to the last's.
 
     The small, falling proportion is for young priors, whose chains drift to plain areas at a constant half.
@@ -57,18 +64,15 @@ class SundaeSampling:
     guidance: float = 1.5
     """How far to go from what is likely in any class (0) past what is likely in the given one (1), at the cost of
     variety; other values than 1 take twice the time. Without classes it is nothing."""
-    top_p: float = 1.0
-    """Each digit of a code is drawn from the fewest values that have this share of the probability together; below 1
-    leaves unlikely ones out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1 or self.min_steps < 1:
             raise UserError(f"steps and min_steps must be at least 1, got {self.steps} and {self.min_steps}")
         if min(self.temperature) <= 0:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
         if self.guidance < 0:
             raise UserError(f"guidance must not be negative, got {self.guidance}")
-        check_share(self.top_p)
         if not 0 < min(self.proportion) <= max(self.proportion) <= 1:
             raise UserError(f"proportion must be above 0 and at most 1 from first step to last, got {self.proportion}")
 

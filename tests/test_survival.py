@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # optimisers import it when first used, which takes seconds: here the server does
+import torch._dynamo  # by the server, once: optimisers would in each process, which takes seconds
 import toys
-import x_transformers  # noqa: F401 - the same
+import x_transformers  # noqa: F401 - by the server, once: the hourglass would in each process
 
 from smalti.fit_config import FitConfig
 from smalti.runs import Run

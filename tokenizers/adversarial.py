@@ -17,6 +17,7 @@ from smalti.errors import UserError
 from smalti.fit_config import FitConfig, Phase
 from smalti.preprocess import to_float
 from smalti.processes import mean
+from smalti.tokenizers.objective import logged_mse
 from smalti.tokenizers.perceptual import PerceptualDistance
 from smalti.tokenizers.vqvae import OneGrid
 
@@ -125,7 +126,7 @@ class Generator(nn.Module):
             terms["perceptual"] = self.config.perceptual_weight * self._perceptual(made, images)
             likeness = likeness + terms["perceptual"]
         loss = torch.stack(list(terms.values())).sum()
-        terms["mse"] = (made.detach().clamp(-1, 1) - images).square().mean() / 4
+        terms["mse"] = logged_mse(made, images)
         (judge,), heard = self._judge, self._heard() if self.training else 0.0
         if judge is not None and heard:
             self.made.append(made.detach())

@@ -11,9 +11,8 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from smalti.errors import UserError
-from smalti.randomness import uniform
-from smalti.tokenizers.linked import QuantizerOutput
+from smalti.randomness import gumbel
+from smalti.tokenizers.linked import QuantizerOutput, codewords
 
 
 class GumbelQuantizer(nn.Module):
@@ -41,8 +40,7 @@ class GumbelQuantizer(nn.Module):
         logits = self._logits(z_e)
         drawn = logits
         if seeds is not None:
-            noise = rearrange(uniform(seeds, h, w, k), "b h w k -> b k h w")
-            drawn = logits - (-(noise + 2.0**-25).log()).log()  # half a step up: never the logarithm of 0
+            drawn = logits + rearrange(gumbel(seeds, h, w, k), "b h w k -> b k h w")
         codes = drawn.argmax(1)
         soft = (drawn / self.temperature).softmax(1)
         hard = rearrange(F.one_hot(codes, k), "b h w k -> b k h w") + soft - soft.detach()
@@ -61,9 +59,7 @@ class GumbelQuantizer(nn.Module):
         Raises:
             UserError: for other than one digit.
         """
-        if digits not in (None, 1):
-            raise UserError(f"these codes have 1 digits; cannot decode {digits} of them")
-        return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
+        return codewords(self.codebook, codes, digits)
 
     def start_from(self, z_e: Float[Tensor, "b d h w"]) -> None:
         """Nothing: codewords are not where vectors are."""

@@ -44,6 +44,19 @@ class QuantizerOutput:
     losses: dict[str, Float[Tensor, ""]]
 
 
+def codewords(
+    codebook: Float[Tensor, "k d"], codes: Int64[Tensor, "b h w"], digits: int | None
+) -> Float[Tensor, "b d h w"]:
+    """The codewords of a flat codebook's codes, for quantizers that search in none.
+
+    Raises:
+        UserError: if more or less than the one digit of these codes is asked for.
+    """
+    if digits not in (None, 1):
+        raise UserError(f"these codes have 1 digit; cannot decode {digits} of them")
+    return rearrange(F.embedding(codes, codebook), "b h w d -> b d h w")
+
+
 class LinkedQuantizer(nn.Module):
     """Residual quantization through linked codebooks (HR-VQVAE, Eqs. 3-6); with `depth=1` it is VQ-VAE's (Eqs. 1-2).
 

@@ -8,11 +8,15 @@ from smalti.interfaces import Tokenizer
 from smalti.preprocess import to_float
 
 
+def logged_mse(reconstruction: Float[Tensor, "b c h w"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """The squared error in [0, 1] units, as papers report it, of what decoding gives; without gradient."""
+    return (reconstruction.detach().clamp(-1, 1) - images).square().mean() / 4
+
+
 class Reconstruction(nn.Module):
     """The sum of a tokenizer's losses on a batch of images (HR-VQVAE, Eq. 5).
 
-    Logs each term, and `mse`: the squared error in [0, 1] units of what decoding gives, as papers report it, where
-    there is a reconstruction.
+    Logs each term, and where there is a reconstruction its `mse`, see `logged_mse`.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -24,7 +28,5 @@ class Reconstruction(nn.Module):
         images = to_float(batch["images"])
         output = self.tokenizer(images, *(batch[name] for name in self.tokenizer.uses))
         loss = torch.stack(list(output.losses.values())).sum()
-        terms = {}
-        if output.reconstruction is not None:
-            terms["mse"] = (output.reconstruction.detach().clamp(-1, 1) - images).square().mean() / 4
+        terms = {} if output.reconstruction is None else {"mse": logged_mse(output.reconstruction, images)}
         return loss, terms | {name: value.detach() for name, value in output.losses.items()}

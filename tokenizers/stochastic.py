@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.processes import collected, total
-from smalti.randomness import derive, uniform
+from smalti.randomness import derive, gumbel, uniform
 from smalti.sharding import full, split_like
 from smalti.tokenizers.drawing import drawing_keys
 from smalti.tokenizers.kmeans import linked_kmeans
-from smalti.tokenizers.linked import QuantizerOutput
+from smalti.tokenizers.linked import QuantizerOutput, codewords
 
 LAST_TEMPERATURE = 1e-3  # in place of 0, by which logits cannot be divided
 BETA = 0.25  # of the deterministic commitment (Eq. 2), VQ-VAE's
@@ -107,8 +107,7 @@ class StochasticQuantizer(nn.Module):
         log_q = logits.log_softmax(-1)
         q = log_q.exp()
         if self.training:
-            noise = uniform(derive(seeds, _NOISE), *logits.shape[1:]).clamp_(2.0**-25, 1 - 2.0**-24)
-            noisy = log_q - noise.log_().neg_().log_()
+            noisy = log_q + gumbel(derive(seeds, _NOISE), *logits.shape[1:])
             chosen = (noisy / rearrange(self._temperature(progress), "b -> b 1 1 1")).softmax(-1)
             codes = noisy.argmax(-1)
             if torch.is_grad_enabled():
@@ -142,9 +141,7 @@ class StochasticQuantizer(nn.Module):
         Raises:
             UserError: if more or less than the one digit of these codes is asked for.
         """
-        if digits not in (None, 1):
-            raise UserError(f"these codes have 1 digit; cannot decode {digits} of them")
-        return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
+        return codewords(self.codebook, codes, digits)
 
     @torch.no_grad()
     def start_from(self, z_e: Float[Tensor, "b d h w"]) -> None:

@@ -5,6 +5,7 @@ those of the published checkpoints, which `foreign.py` reads. Legend: b batch, c
 """
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -82,7 +83,7 @@ def encoder_and_decoder(
     """
     last = len(widths) - 1
     inwards: list[nn.Module] = [nn.Conv2d(image_channels, widths[0], 3, padding=1)]
-    for stage, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+    for stage, (before, width) in enumerate(pairwise((widths[0], *widths))):
         inwards += _stage(before, width, residual_blocks, groups, attention=stage in attention_stages)
         inwards += [Downsample(width)] if stage < last else []
     inwards += [*_middle(widths[-1], groups), *_last(widths[-1], latent_width, groups)]

@@ -76,7 +76,7 @@ class Tokenizer(Checkpointed, ABC):
 
     def build_on(self, below: "Tokenizer") -> None:
         """Takes over what the stage before has learned; of kinds that have several stages."""
-        raise NotImplementedError
+        raise NotImplementedError  # a kind of one stage has none before it, and is never asked
 
     @torch.no_grad()
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:

@@ -50,6 +50,11 @@ def uniform(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
 
+def gumbel(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
+    """Standard Gumbel noise: added to log-weights, the place of the largest sum is drawn with these weights."""
+    return uniform(seeds, *shape).clamp_(min=2.0**-25).log_().neg_().log_().neg_()
+
+
 def generator_for(seed: int, *streams: int) -> torch.Generator:
     """A CPU generator seeded by (seed, streams), for what only a generator can draw, such as a permutation."""
     return torch.Generator().manual_seed(int(derive(torch.tensor(seed), *streams)) & (2**63 - 1))

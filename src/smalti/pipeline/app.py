@@ -61,7 +61,8 @@ def serve(config: App) -> Iterator[Any]:
         raise UserError("the page needs Gradio: pip install 'smalti[app]'") from error
     studio = Studio(config.prior, config.tokenizer, config.device, config.precision)
     with TemporaryDirectory(prefix="smalti-app-") as folder:
-        blocks = page(studio, partial(_saved, Path(folder), config, studio))
+        made_with = {**flatten(config), "prior_digest": studio.prior.digest(), "versions": versions()}
+        blocks = page(studio, partial(_saved, Path(folder), made_with))
         try:
             blocks.queue(default_concurrency_limit=1)  # one at a time: they would only slow each other down
             blocks.launch(
@@ -82,12 +83,9 @@ def serve(config: App) -> Iterator[Any]:
             blocks.close(verbose=False)
 
 
-def _saved(
-    folder: Path, config: App, studio: Studio, what: str, images: list[Image.Image], **made_by: Any
-) -> list[str]:
+def _saved(folder: Path, made_with: dict[str, Any], what: str, images: list[Image.Image], **made_by: Any) -> list[str]:
     """Finished pictures as files whose names and text chunks say what made them."""
-    settings = {**flatten(config), **made_by, "prior_digest": studio.prior.digest(), "versions": versions()}
     paths = [folder / f"{what}-{made_by['seed']}-{number}.png" for number in range(len(images))]
     for number, (path, image) in enumerate(zip(paths, images, strict=True)):
-        save_png(path, image, {**settings, "number": number})
+        save_png(path, image, {**made_with, **made_by, "number": number})
     return [str(path) for path in paths]

@@ -74,13 +74,14 @@ def compress(config: Compress) -> Path:
         UserError: for a tokenizer or images that will not do.
     """
     source = of_layer(config.tokenizer, config.layer)
-    tokenizer = load_tokenizer(source).to(device(config.device))
+    where = device(config.device)
+    tokenizer = load_tokenizer(source).to(where)
     images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
     parts, errors = [], []
     progress = bar(what="compressing", total=len(images), unit="image", delay_seconds=SLOW_SECONDS)
     with progress:
         for rows in torch.arange(len(images)).split(_ROWS_AT_ONCE):
-            batch = to_float(images.pixels(rows)).to(_device_of(tokenizer))
+            batch = to_float(images.pixels(rows)).to(where)
             parts.append(tokenizer.encode(batch))
             errors.append(mse(decode(tokenizer, parts[-1]), batch).cpu())
             progress.update(len(rows))
@@ -118,15 +119,16 @@ def decompress(config: Decompress) -> Path:
         loaded.append(tokenizer)
 
     packed = read_codes(config.codes, expected)
-    tokenizer = loaded[0].to(device(config.device))
+    where = device(config.device)
+    tokenizer = loaded[0].to(where)
     if config.decodes and not isinstance(tokenizer, HQA):
         raise UserError(f"{tokenizer.kind} has one decode of each code; leave --decodes out")
     config.out.mkdir(parents=True, exist_ok=True)
     images = len(packed.codes[0])
     for rows in torch.arange(images).split(_ROWS_AT_ONCE):
-        codes = tuple(grid[rows].to(_device_of(tokenizer)) for grid in packed.codes)
+        codes = tuple(grid[rows].to(where) for grid in packed.codes)
         for number in range(config.decodes + 1):
-            seeds = derive(row_seeds(config.seed, rows), number).to(_device_of(tokenizer)) if number else None
+            seeds = derive(row_seeds(config.seed, rows), number).to(where) if number else None
             suffix = f"-sample-{number}" if number else ""
             for row, image in zip(rows.tolist(), decode(tokenizer, codes, seeds), strict=True):
                 save_png(config.out / f"{row:05d}{suffix}.png", to_image(image))
@@ -139,7 +141,3 @@ def decompress(config: Decompress) -> Path:
 def decode(tokenizer: Tokenizer, codes: Codes, seeds: Tensor | None = None) -> Tensor:
     """Images of codes: the most probable, or with seeds, which kinds with one decode never see, samples."""
     return tokenizer.decode(codes, seeds=seeds) if isinstance(tokenizer, HQA) else tokenizer.decode(codes)
-
-
-def _device_of(tokenizer: Tokenizer) -> torch.device:
-    return next(tokenizer.parameters()).device

@@ -6,7 +6,7 @@ Legend: b batch, k candidates, c channels, h w pixels, y x codes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,12 +16,14 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from smalti.blend import compose
+from smalti.devices import Precision, autocast
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.masks import DILATION_CODES, blank, known_codes
+from smalti.pipeline.classes import draw_labels
 from smalti.preprocess import to_float
 from smalti.priors.prior import Prior
-from smalti.randomness import derive
+from smalti.randomness import derive, row_seeds
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,39 @@ def fill(
     if (work.height, work.width) != (height, width):
         kept = F.interpolate(kept, (height, width), mode="bicubic").clamp(-1, 1)
     return compose(pixels, kept, hole, feather_pixels=filling.feather, match_colour=filling.match_colour)
+
+
+def fills(
+    prior: Prior,
+    tokenizer: Tokenizer,
+    pixels: UInt8[Tensor, "c h w"],
+    hole: Bool[Tensor, "h w"],
+    *,
+    num: int,
+    seed: int,
+    classes: Sequence[int],
+    sampling: Any,
+    filling: Filling,
+    precision: Precision,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> UInt8[Tensor, "n c h w"]:
+    """`num` fills of one image, of these classes in turn, or of any; fill i depends on the seed and on i alone.
+
+    The rest is as in `fill`; `precision` is that of the prior.
+    """
+    numbers = torch.arange(num)
+    with autocast(next(prior.parameters()).device, precision):
+        return fill(
+            prior,
+            tokenizer,
+            pixels.expand(num, -1, -1, -1),
+            hole.expand(num, -1, -1),
+            seeds=row_seeds(seed, numbers),
+            labels=draw_labels(prior, classes, numbers, seed) if classes else None,
+            sampling=sampling,
+            filling=filling,
+            callback=callback,
+        )
 
 
 def _at_working_size(

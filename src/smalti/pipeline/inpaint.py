@@ -13,17 +13,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from smalti.devices import Device, Precision, autocast, device
+from smalti.devices import Device, Precision, device
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.masks import MID_GREY, blank, load_mask
 from smalti.pictures import require_png, save_png, save_sheet, to_image
-from smalti.pipeline.classes import draw_labels, find_classes
-from smalti.pipeline.fill import Filling, fill, working_size
+from smalti.pipeline.classes import find_classes
+from smalti.pipeline.fill import Filling, fills, working_size
 from smalti.pipeline.places import RUNS, load_prior, prior_class
 from smalti.preprocess import load_image, load_transparency, to_float
 from smalti.progress import bar, counting
-from smalti.randomness import row_seeds
 from smalti.runs import flatten, versions
 
 _MASK_GREY, _MASK_SHARE, _PICTURE_SHARE = 16, 0.99, 0.5  # what is black or white; of a mask; of a picture
@@ -104,7 +103,6 @@ def inpaint(config: Inpaint[Any]) -> Path:
     prior, tokenizer = load_prior(config.prior, config.tokenizer)
     prior, tokenizer = prior.to(where), tokenizer.to(where)
     chosen = list(find_classes(prior, config.classes).values())
-    numbers = torch.arange(config.num)
     settings = {**flatten(config), "prior_digest": prior.digest(), "versions": versions()}
     calls: list[int] = []
     for job in jobs:  # all, before the first is filled: what is wrong with the last one shows at once
@@ -115,18 +113,19 @@ def inpaint(config: Inpaint[Any]) -> Path:
         for index, job in enumerate(jobs):
             pixels, hole = _read(config, job, tokenizer.image_channels)
             _remark(config, job, hole, tokenizer)
-            with autocast(where, config.precision):
-                filled = fill(
-                    prior,
-                    tokenizer,
-                    pixels.expand(config.num, -1, -1, -1),
-                    hole.expand(config.num, -1, -1),
-                    seeds=row_seeds(config.seed, numbers),
-                    labels=draw_labels(prior, chosen, numbers, config.seed) if chosen else None,
-                    sampling=config.sampling,
-                    filling=config.filling,
-                    callback=counting(progress),
-                )
+            filled = fills(
+                prior,
+                tokenizer,
+                pixels,
+                hole,
+                num=config.num,
+                seed=config.seed,
+                classes=chosen,
+                sampling=config.sampling,
+                filling=config.filling,
+                precision=config.precision,
+                callback=counting(progress),
+            )
             progress.update(sum(calls[: index + 1]) - progress.n)  # steps that stopping early saved
             _write(job, pixels, hole, filled, {**settings, "image": job.image, "mask": job.mask})
     return jobs[0].out if len(jobs) == 1 and not config.image.is_dir() else jobs[0].out.parent

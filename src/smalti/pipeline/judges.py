@@ -128,10 +128,8 @@ def judge_tokenizer(config: JudgeTokenizer) -> tuple[Scores, dict[str, Any]]:
 def judge_prior(config: JudgePrior[Any]) -> tuple[Scores, dict[str, Any]]:
     """Samples against real images as sets, and against the nearest of the training images, which they may repeat."""
     where = device(config.judging.device)
-    extractor, (priors, tokenizer) = (
-        find_extractor(config.judging.extractor, where),
-        load_priors(config.prior, config.tokenizer),
-    )
+    extractor = find_extractor(config.judging.extractor, where)
+    priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
     real = _Real(config.judging, tokenizer, extractor)
     start = time.perf_counter()
@@ -172,10 +170,8 @@ def judge_prior(config: JudgePrior[Any]) -> tuple[Scores, dict[str, Any]]:
 def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, Any]]:
     """Fills of random strokes against the truth beneath, each other, and the mean colour and biharmonic fills."""
     where = device(config.judging.device)
-    extractor, (prior, tokenizer) = (
-        find_extractor(config.judging.extractor, where),
-        load_prior(config.prior, config.tokenizer),
-    )
+    extractor = find_extractor(config.judging.extractor, where)
+    prior, tokenizer = load_prior(config.prior, config.tokenizer)
     prior, tokenizer = prior.to(where), tokenizer.to(where)
     real = _Real(config.judging, tokenizer, extractor)
     truth, seeds = to_float(real.judged), row_seeds(config.judging.seed, torch.arange(len(real.judged)))

@@ -160,12 +160,14 @@ def _controls(studio: Studio, sampling: type, num: int) -> list[Any]:
 
 def _numbers(sampling: type) -> Iterator[tuple[str, str, float]]:
     """Of each slider the field, the label, and the value to begin with."""
-    for field in dataclasses.fields(sampling):
-        if isinstance(field.default, tuple) and field.name in _RANGES:
-            for when, value in zip(("first", "last"), field.default, strict=True):
-                yield field.name, f"{field.name}, {when} step", value
-        elif field.name in _RANGES:
-            yield field.name, field.name, cast(float, field.default)
+    defaults = {field.name: field.default for field in dataclasses.fields(sampling)}
+    for name in (name for name in _RANGES if name in defaults):
+        default = defaults[name]
+        if isinstance(default, tuple):
+            first, last = default
+            yield from ((name, f"{name}, first step", first), (name, f"{name}, last step", last))
+        else:
+            yield name, name, cast(float, default)
 
 
 def _settings(sampling: type, values: tuple[Any, ...]) -> dict[str, Any]:

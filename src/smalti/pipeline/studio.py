@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from queue import Queue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,21 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.codes import Codes
-from smalti.devices import Device, Precision, autocast, device
+from smalti.devices import Device, Precision, device
 from smalti.errors import UserError
 from smalti.pictures import to_image
-from smalti.pipeline.classes import draw_labels, find_classes
-from smalti.pipeline.fill import Filling, fill, working_size
+from smalti.pipeline.classes import find_classes
+from smalti.pipeline.fill import Filling, fills, working_size
 from smalti.pipeline.generate import generate_images
 from smalti.pipeline.places import load_prior
 from smalti.preprocess import to_uint8
-from smalti.randomness import row_seeds
 
 SECONDS_BETWEEN = 0.2
 """Between two pictures of what is under way: each is decoded, which costs about as much as a step."""
+
+
+Show: TypeAlias = Callable[[int, Callable[[], list[Image.Image]]], None]
+"""Takes a step, and what draws the pictures as they are after it."""
 
 
 class Frame(NamedTuple):
@@ -94,7 +98,7 @@ class Studio:
         if hole.all():
             raise UserError("the whole image is painted over, and nothing is left to go by; paint less")
         sampling = replace(self.prior.method.filling(), **settings)
-        chosen, numbers = list(find_classes(self.prior, classes).values()), torch.arange(num)
+        chosen = list(find_classes(self.prior, classes).values())
         height, width = hole.shape
         size = working_size(self.tokenizer, height, width, filling.largest)
 
@@ -103,19 +107,20 @@ class Studio:
             fitted = F.interpolate(decoded, (height, width), mode="bilinear")
             return [to_image(image) for image in torch.where(hole, to_uint8(fitted), pixels)]
 
-        def work(show: Callable[[int, Callable[[], list[Image.Image]]], None]) -> list[Image.Image]:
-            with autocast(self.device, self.precision):
-                filled = fill(
-                    self.prior,
-                    self.tokenizer,
-                    pixels.expand(num, -1, -1, -1),
-                    hole.expand(num, -1, -1),
-                    seeds=row_seeds(seed, numbers),
-                    labels=draw_labels(self.prior, chosen, numbers, seed) if chosen else None,
-                    sampling=sampling,
-                    filling=filling,
-                    callback=lambda step, codes: show(step, lambda: as_it_is(codes)),
-                )
+        def work(show: Show) -> list[Image.Image]:
+            filled = fills(
+                self.prior,
+                self.tokenizer,
+                pixels,
+                hole,
+                num=num,
+                seed=seed,
+                classes=chosen,
+                sampling=sampling,
+                filling=filling,
+                precision=self.precision,
+                callback=lambda step, codes: show(step, lambda: as_it_is(codes)),
+            )
             return [to_image(image) for image in filled]
 
         return _watched(work)
@@ -135,8 +140,8 @@ class Studio:
         sampling = replace(self.prior.method.sampling(), **settings)
         chosen = list(find_classes(self.prior, classes).values())
 
-        def work(show: Callable[[int, Callable[[], list[Image.Image]]], None]) -> list[Image.Image]:
-            steps = iter(range(sampling.calls(self.prior.config.height, self.prior.config.width)))
+        def work(show: Show) -> list[Image.Image]:
+            steps = count()
             images = generate_images(
                 [self.prior],
                 self.tokenizer,
@@ -163,9 +168,7 @@ class _NobodyLooksError(Exception):
     """Ends work whose watcher has left."""
 
 
-def _watched(
-    work: Callable[[Callable[[int, Callable[[], list[Image.Image]]], None]], list[Image.Image]],
-) -> Iterator[Frame]:
+def _watched(work: Callable[[Show], list[Image.Image]]) -> Iterator[Frame]:
     """What a function shows while it works, and then what it returns, as they come; it stops if nobody asks for more.
 
     The function works in a thread, and passes what it shows the step and a function that draws the pictures, which is
