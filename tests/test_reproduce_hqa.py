@@ -74,7 +74,7 @@ def test_what_is_measured_is_of_what_images_come_back_as(folder):
     data = open_data(config)
     judge = classifier(config, data)
     path = folder / "runs/reproductions/hqa/hams-1steps-seed0"
-    found = json.loads((path / "probable-result.json").read_text())
+    found = json.loads((path / "result-probable-6images-2steps.json").read_text())
     tokenizer = load(path, "tokenizer")
     with torch.no_grad():
         back = tokenizer.decode(tokenizer.encode(data.test))
@@ -90,8 +90,8 @@ def test_what_is_measured_is_of_what_images_come_back_as(folder):
 
 
 def test_posteriors_that_can_be_are_sampled(folder):
-    names = {path.parent.name: path.name for path in folder.glob("runs/reproductions/hqa/*seed0/*-result.json")}
-    sampled = {name.split("-1steps")[0] for name, file in names.items() if file == "sampled-result.json"}
+    names = {path.parent.name: path.name for path in folder.glob("runs/reproductions/hqa/*seed0/result-*.json")}
+    sampled = {name.split("-1steps")[0] for name, file in names.items() if "sampled" in file}
     assert sampled == {"hqa", "hams-gs", "hams-gs-mse"}
     tokenizer = load(folder / "runs/reproductions/hqa/hqa-1steps-seed0", "tokenizer")
     test = open_data(config_of()).test
@@ -113,7 +113,9 @@ def test_the_report_has_every_row_beside_the_paper(folder):
     assert "not run" not in text
     assert "| + probabilistic loss (HQA) | 0.053 | 22.8 | 12.4 % |" in text
     assert text.count("<!-- measured: ") == 4
-    found = json.loads((folder / "runs/reproductions/hqa/vqvae-1steps-seed0/probable-result.json").read_text())
+    found = json.loads(
+        (folder / "runs/reproductions/hqa/vqvae-1steps-seed0/result-probable-6images-2steps.json").read_text()
+    )
     (row,) = [line for line in text.splitlines() if line.startswith("| VQ-VAE |")]
     assert f"| {found['mse']:.4f} | {found['frechet']:.1f} | {found['error']:.1%} | {found['parameters']:,} |" in row
     for what in ("modes", "reconstructions", "interpolations", "curves"):

@@ -44,7 +44,6 @@ LAYERS = 5
 VQVAE_WIDTHS = (32, 48, 64, 64, 64)  # with which it has a million parameters, as the default stack
 HAMS_WIDTHS = (32, 16, 16, 24, 32)  # likewise, where decoders predict codes, each with 256 numbers
 CLASSIFIER_FEATURES = 128
-RESULT_NAME, CLASSIFIER_NAME = "result.json", "classifier.pt"
 _AT_ONCE = 250
 _STREAM = 64  # of a seed, that which leads to the decodes
 
@@ -152,10 +151,16 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
 
 
 class Classifier(nn.Module):
-    """A small convolutional network for digits; its features are what Fréchet distances are taken of."""
+    """A small convolutional network for digits; its features are what Fréchet distances are taken of.
 
-    def __init__(self, classes: int) -> None:
+    Args:
+        classes: what it tells apart.
+        steps: it is trained for, which say whose verdict a kept result is.
+    """
+
+    def __init__(self, classes: int, steps: int) -> None:
         super().__init__()
+        self.steps = steps
         stages = [
             layer
             for before, after in ((1, 16), (16, 32), (32, 64))
@@ -171,9 +176,9 @@ class Classifier(nn.Module):
 
 def classifier(config: ReproduceHQA, data: Data) -> Classifier:
     """Trained on real digits, once."""
-    path = config.work / CLASSIFIER_NAME
+    path = config.work / f"classifier-{config.classifier_steps}steps.pt"
     torch.manual_seed(0)
-    made = Classifier(len(data.train.label_names)).to(best_device())
+    made = Classifier(len(data.train.label_names), config.classifier_steps).to(best_device())
     if path.exists():
         made.load_state_dict(torch.load(path, map_location=best_device(), weights_only=True))
         return made.eval()
@@ -207,7 +212,8 @@ def compressed(tokenizer: Tokenizer, images: Float[Tensor, "n 1 h w"], *, sample
 
 def measured(folder: Path, judge: Classifier, data: Data, *, sampled: bool) -> dict[str, Any]:
     """Rate, distortion, Fréchet distance and classification error of a run, or of one of its layers; kept there."""
-    path = folder / f"{'sampled' if sampled else 'probable'}-{RESULT_NAME}"
+    of = f"{'sampled' if sampled else 'probable'}-{len(data.test)}images-{judge.steps}steps"
+    path = folder / f"result-{of}.json"
     if path.exists():
         return json.loads(path.read_text())
     tokenizer = load_tokenizer(str(folder)).to(best_device())
