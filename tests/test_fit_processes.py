@@ -31,10 +31,9 @@ def train(folder, family, kind, config=CONFIG, *, process, wrap=lambda rows: row
 
 
 def program(folder):
-    """Whole runs, runs in slices, and runs that a signal to one process stops."""
+    """Runs in slices, and runs that a signal to one process stops."""
     process = accelerator("fp32")
     for family, kind in toys.KINDS:
-        train(folder / "two" / kind, family, kind, process=process)
         train(folder / "sliced" / kind, family, kind, SLICED, process=process)
         stop = STOPPED_AT if process.process_index == 1 else -1
         try:
@@ -59,9 +58,9 @@ def folder(tmp_path_factory):
 
 
 @of_every_kind
-@pytest.mark.parametrize("way", ["two", "sliced", "stopped"])
+@pytest.mark.parametrize("way", ["sliced", "stopped"])
 def test_two_processes_train_what_one_does(folder, way, family, kind):
-    """Whole, in two slices each, and stopped among two to go on with one: nothing is left out or seen twice."""
+    """In two slices each, and stopped among two to go on with one: nothing is left out or seen twice."""
     one, two = toys.measured(folder / "one" / kind), toys.measured(folder / way / kind)
     losses, others = toys.losses(one), toys.losses(two)
     phases = len(losses) // CONFIG.steps

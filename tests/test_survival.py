@@ -23,7 +23,7 @@ from smalti.runs import Run
 from smalti.signals import Interrupted
 
 CONFIG = replace(toys.CONFIG, steps=20, report_steps=7, save_steps=3, optimizer="muon")
-of_every_kind = pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kind for _, kind in toys.KINDS])
+SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
 class Slow:
@@ -87,11 +87,11 @@ def lines(folder):
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-@of_every_kind
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_survives(start, whole, tmp_path, family, kind, number):
-    """At random moments, wherever they fall: while a state is written too. Twice, then it is left in peace."""
-    for wait in random.choices(range(1, CONFIG.steps // 2), k=2):
+@pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kind for _, kind in toys.KINDS])
+def test_a_run_survives(start, whole, tmp_path, family, kind):
+    """Each signal, at random moments, wherever they fall: while a state is written too. Then it is left in peace."""
+    for number in random.sample(SIGNALS, k=len(SIGNALS)):
+        wait = random.randint(1, CONFIG.steps // len(SIGNALS))
         process, before = start(tmp_path, family, kind, CONFIG, 0.01), lines(tmp_path)
         while process.is_alive() and lines(tmp_path) < before + wait:
             time.sleep(0.001)
@@ -106,15 +106,15 @@ def test_a_run_survives(start, whole, tmp_path, family, kind, number):
     assert toys.outcome(tmp_path) == toys.outcome(whole / kind)
 
 
-@of_every_kind
-def test_a_run_survives_a_flipped_byte(start, whole, tmp_path, family, kind):
+@pytest.mark.parametrize("kind", ["hrvq", "vqgan"])
+def test_a_run_survives_a_flipped_byte(start, whole, tmp_path, kind):
     """The newest state is passed over, and what was trained since the one before it is trained again."""
     shutil.copytree(whole / kind, tmp_path / "run")
     newest = max((tmp_path / "run" / "states").glob("step_*")) / "state.pt"
     content = bytearray(newest.read_bytes())
     content[random.randrange(len(content))] ^= 1
     newest.write_bytes(content)
-    process = start(tmp_path / "run", family, kind, CONFIG)
+    process = start(tmp_path / "run", "tokenizer", kind, CONFIG)
     process.join(60)
     assert process.exitcode == 0
     assert toys.outcome(tmp_path / "run") == toys.outcome(whole / kind)
