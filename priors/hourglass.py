@@ -3,10 +3,10 @@
 Legend: b batch, h w grid, n positions (n = h w), d width, s shortening factor (patches are s x s).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smalti.errors import UserError
 from smalti.priors.methods import REPAIRS
 from smalti.priors.prior import Prior, PriorConfig
+from smalti.priors.resampling import DOWN_AND_UP, Buckets, Resampling, bucket_sides, join, split
 from smalti.priors.rotary import AxialRotary
 from smalti.registry import register
 
@@ -40,6 +41,12 @@ class HourglassConfig(PriorConfig):
     shorten: tuple[int, ...] = (2,)
     """Side of the patches that each valley takes for one position, outermost first. None at all is a flat
     transformer."""
+    resampling: Resampling = "linear"
+    """How vectors of a patch become one: by a linear map of all of them, as their mean, or by that map and attention
+    to them; and one becomes many by a linear map, or after the mean the same everywhere."""
+    buckets: Buckets = "patches"
+    """What a valley takes for one position: square patches, or runs of as many codes in raster order, as if a grid
+    were text: the hourglass of arXiv 2110.13711, to compare with."""
     feedforward_mult: int = 4
     """Hidden numbers of a feed-forward layer, as a multiple of model_width."""
 
@@ -72,8 +79,8 @@ class Hourglass(Prior):
     no mask token: SUNDAE needs neither. Class and upper levels are more vectors in
     the sum at every position; that of a class begins at zero.
 
-    Deviation: a grid that s does not divide ends in partial patches, whose missing positions count as zeros and are
-    never attended to.
+    A patch lies where its first code does. Deviation: a grid that s does not divide ends in partial patches, whose
+    missing positions count as zeros and are never attended to.
     """
 
     kind = "hourglass"
@@ -82,6 +89,7 @@ class Hourglass(Prior):
 
     def __init__(self, config: HourglassConfig) -> None:
         super().__init__(config)
+        self.rotary = AxialRotary(config.model_width // config.heads)
         self.body = Stage(config, config.depth, config.shorten)
         self.norm = nn.LayerNorm(config.model_width)
 
@@ -108,7 +116,8 @@ class Hourglass(Prior):
             x = x + rearrange(self.of_class(labels, len(codes)), "b d -> b 1 d")
         if torch.is_autocast_enabled(x.device.type):  # else every layer would cast what it reads, and every sum back
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.body(x, (h, w))  # b n d
+        grid = (h, w) if self.config.buckets == "patches" else (1, h * w)
+        x = self.body(x, grid, self.rotary(h, w))  # b n d
         return self.norm(x.float())
 
 
@@ -119,43 +128,37 @@ class Stage(nn.Module):
         config: for the sizes of a block.
         depth: blocks of this stage and those within, from the outside in and out again.
         shorten: sides of patches, outermost first.
-        stride: codes between neighbouring positions of this stage.
     """
 
-    def __init__(
-        self, config: HourglassConfig, depth: tuple[int, ...], shorten: tuple[int, ...], stride: int = 1
-    ) -> None:
+    def __init__(self, config: HourglassConfig, depth: tuple[int, ...], shorten: tuple[int, ...]) -> None:
         super().__init__()
         d = config.model_width
-        self.rotary = AxialRotary(d // config.heads, stride)
         self.before = Blocks(config, depth[0]) if depth[0] else None
-        self.shorten = shorten[0] if shorten else None
-        if self.shorten:
-            s = self.shorten
-            self.down = nn.Linear(s * s * d, d)
-            self.valley = Stage(config, depth[1:-1], shorten[1:], stride * s)
+        self.sides = bucket_sides(config.buckets, shorten[0]) if shorten else None
+        if self.sides:
+            down, up = DOWN_AND_UP[config.resampling]
+            of = (d, math.prod(self.sides), d // config.heads)
+            self.down = down(*of)
+            self.valley = Stage(config, depth[1:-1], shorten[1:])
             self.norm = nn.LayerNorm(d)
-            self.up = nn.Linear(d, s * s * d)
+            self.up = up(*of)
             self.after = Blocks(config, depth[-1]) if depth[-1] else None
 
-    def forward(self, x: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
-        """Features in raster order over `grid` (rows, columns) to features."""
-        h, w = grid
-        angles = self.rotary(h, w)  # 1 n a
+    def forward(
+        self, x: Float[Tensor, "b n d"], grid: tuple[int, int], angles: Float[Tensor, "1 n a"]
+    ) -> Float[Tensor, "b n d"]:
+        """Features in raster order over `grid` (rows, columns), at the rotations `angles`, to features."""
         if self.before:
             x = self.before(x, angles)
-        if self.shorten is None:
+        if self.sides is None:
             return x
-        s = self.shorten
-        below, right = -h % s, -w % s  # what the last patches lack
-        rows, columns = (h + below) // s, (w + right) // s
+        there = split(torch.ones_like(angles[..., :1]), grid, self.sides)[0, ..., 0] > 0  # m s
+        where = split(angles, grid, self.sides)[0]  # m s a
+        smaller = tuple(-(-size // side) for size, side in zip(grid, self.sides, strict=True))
 
-        patches = F.pad(rearrange(x, "b (h w) d -> b h w d", h=h), (0, 0, 0, right, 0, below))
-        patches = rearrange(patches, "b (y s1) (x s2) d -> b (y x) (s1 s2 d)", s1=s, s2=s)
-        patches = self.valley(self.down(patches), (rows, columns))  # b (y x) d
-        patches = self.up(self.norm(patches))
-        patches = rearrange(patches, "b (y x) (s1 s2 d) -> b (y s1) (x s2) d", y=rows, s1=s, s2=s)
-        x = x + rearrange(patches[:, :h, :w], "b h w d -> b (h w) d")
+        pooled = self.down(split(x, grid, self.sides), there, where)  # b m d
+        pooled = self.norm(self.valley(pooled, smaller, where[None, :, 0]))
+        x = x + join(self.up(pooled), grid, self.sides)
         return self.after(x, angles) if self.after else x
 
 

@@ -17,21 +17,19 @@ head unturned."""
 class AxialRotary(nn.Module):
     """Rotations of the numbers of one head, half of them by the row, half by the column, in units of codes.
 
-    Attention sees differences only, so any grid runs, and the centres of patches may count from zero like codes do.
+    Attention sees differences only, so any grid runs.
 
     Args:
         head_width: numbers of a head, a multiple of 4.
-        stride: codes between neighbouring positions.
     """
 
-    def __init__(self, head_width: int, stride: int = 1) -> None:
+    def __init__(self, head_width: int) -> None:
         super().__init__()
-        self.stride = stride
         # without its cache, which forgets the positions it was asked for
         self.rotary = RotaryEmbedding(head_width // 2, theta=ROTARY_THETA, cache_if_possible=False, cache_max_seq_len=1)
 
     def forward(self, h: int, w: int) -> Float[Tensor, "1 n a"]:
         """The rotation of each position of a grid, in raster order."""
         device = self.rotary.freqs.device
-        row, column = (self.rotary(torch.arange(size, device=device) * self.stride) for size in (h, w))
+        row, column = (self.rotary(torch.arange(size, device=device)) for size in (h, w))
         return torch.cat([repeat(row, "h a -> 1 (h w) a", w=w), repeat(column, "w a -> 1 (h w) a", h=h)], dim=-1)

@@ -5,7 +5,8 @@ Those are: heads without positions, buckets that are not patches, squares only.
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from smalti import checkpoint
 from smalti.errors import UserError
 from smalti.priors.hourglass import Blocks, Hourglass, HourglassConfig, Stage
-from smalti.priors.rotary import ROTARY_THETA
+from smalti.priors.resampling import Buckets, Resampling
+from smalti.priors.rotary import ROTARY_THETA, AxialRotary
 
 TINY = HourglassConfig(height=4, width=6, radices=(3, 4), model_width=32, heads=2, depth=(1, 1, 1), shorten=(2,))
 
@@ -32,15 +34,20 @@ def codes_of(model: Hourglass, *shape: int) -> Tensor:
 class PassOn(nn.Module):
     """Stands in for blocks: what is left of a stage is its resampling."""
 
-    def forward(self, x: Tensor, _: object) -> Tensor:
+    def forward(self, x: Tensor, *_: object) -> Tensor:
         return x
 
 
-def resampling(shorten: int) -> Stage:
-    stage = Stage(TINY, (1, 1, 1), (shorten,))
+def resampling_of(stage: Stage, h: int, w: int) -> Callable[[Tensor], Tensor]:
+    """What a stage does between its blocks, on a grid."""
     for part in ("before", "valley", "after"):
         stage.set_submodule(part, PassOn())
-    return stage
+    return lambda x: stage(x, (h, w), AxialRotary(16)(h, w))
+
+
+def stage_of(shorten: int = 2, **changes: Any) -> Stage:
+    torch.manual_seed(0)
+    return Stage(replace(TINY, **changes), (1, 1, 1), (shorten,))
 
 
 def jacobian_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -109,35 +116,95 @@ def test_every_head_gets_rows_and_columns_and_only_their_offsets(part):
             assert torch.allclose(head[row, column, row + down, column + right], head[0, 0, down, right], rtol=1e-4)
 
 
-def test_positions_are_whole_numbers_of_codes_on_every_canvas_and_in_the_valley():
-    body = model_of().body
-    large = body.rotary(8, 10).view(8, 10, -1)
-    assert torch.equal(large[:4, :6].reshape(1, 24, -1), body.rotary(4, 6))
-    assert torch.allclose(body.valley.rotary(4, 5).view(4, 5, -1), large[::2, ::2])
+@pytest.mark.parametrize("buckets", get_args(Buckets))
+def test_a_bucket_lies_where_its_first_code_does_and_a_canvas_changes_nothing(buckets):
+    model, seen = model_of(depth=(1, 1, 1, 1, 1), shorten=(2, 3), buckets=buckets), []
+    for part in ("before", "valley.before", "valley.valley.before"):
+        model.body.get_submodule(part).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    model.features(codes_of(model, 1, 8, 10))
+    codes, patches, outer = seen
+    assert torch.equal(codes.view(8, 10, -1)[:4, :6].flatten(0, 1)[None], model.rotary(4, 6))
+    if buckets == "patches":
+        assert torch.equal(patches, codes.view(8, 10, -1)[::2, ::2].flatten(0, 1)[None])
+        assert torch.equal(outer, codes.view(8, 10, -1)[::6, ::6].flatten(0, 1)[None])
+    else:
+        assert torch.equal(patches, codes[:, ::4])
+        assert torch.equal(outer, codes[:, ::36])
 
 
+@pytest.mark.parametrize("how", get_args(Resampling))
 @pytest.mark.parametrize(("shorten", "h", "w"), [(2, 4, 6), (2, 5, 9), (3, 4, 7), (4, 3, 3)])
-def test_buckets_are_patches_also_where_the_last_are_partial(shorten, h, w):
+def test_buckets_are_patches_also_where_the_last_are_partial(shorten, h, w, how):
     """Between blocks, a position hears of exactly those in its patch."""
-    stage = resampling(shorten)
-    jacobian = jacobian_of(lambda x: stage(x, (h, w)).sum((0, 2)), torch.randn(1, h * w, 32))
+    stage = resampling_of(stage_of(shorten, resampling=how), h, w)
+    jacobian = jacobian_of(lambda x: (stage(x) ** 2).sum((0, 2)), torch.randn(1, h * w, 32))
     hears = jacobian[:, 0].abs().sum(-1) > 1e-6
     places = [(i // w // shorten, i % w // shorten) for i in range(h * w)]
     assert torch.equal(hears, torch.tensor([[ours == theirs for theirs in places] for ours in places]))
 
 
+@pytest.mark.parametrize("how", get_args(Resampling))
+def test_buckets_are_runs_where_a_grid_is_read_as_text(how):
+    """Through the whole model, whose only block is beyond the valley's resampling."""
+    model = model_of(resampling=how, buckets="runs")
+    for part in ("before", "valley", "after"):
+        model.body.set_submodule(part, PassOn())
+    codes = codes_of(model, 1, 3, 5)
+    for place in range(15):
+        other = codes.clone().flatten()
+        other[place] = (other[place] + 1) % 12
+        differs = (model.features(other.view_as(codes)) - model.features(codes)).abs().sum((0, 2)) > 1e-6
+        assert differs.tolist() == [at // 4 == place // 4 for at in range(15)]
+
+
+def test_means_are_torch_s_and_of_what_is_there():
+    x = torch.randn(1, 15, 32)
+    grid = x.mT.reshape(1, 32, 3, 5)
+    pooled = F.avg_pool2d(grid, 2, ceil_mode=True).flatten(2).mT  # divides by the cells that exist
+    stage = stage_of(resampling="mean")
+    back = stage.norm(pooled).mT.reshape(1, 32, 2, 3).repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :3, :5]
+    assert torch.allclose(resampling_of(stage, 3, 5)(x), x + back.flatten(2).mT, atol=1e-5)
+
+
+def test_attention_to_a_bucket_is_attention_to_all_under_a_mask():
+    """On a 3x5 grid in patches of 2x2: torch's attention, with the rest masked out, and a hand-made rotation."""
+    stage, x = stage_of(resampling="attention"), torch.randn(1, 15, 32)
+    down, linear = stage.down, stage_of()
+    linear.down.map.load_state_dict(down.map.state_dict())
+    where = [(0, 0), (0, 2), (0, 4), (2, 0), (2, 2), (2, 4)]
+    places = list(itertools.product(range(3), range(5)))
+    mask = torch.tensor([[(i // 2, j // 2) == (y // 2, x // 2) for i, j in places] for y, x in where])
+
+    def at(vectors: Tensor, positions: list[tuple[int, int]]) -> Tensor:
+        frequencies = ROTARY_THETA ** -(torch.arange(0, 8, 2) / 8)
+        angles = torch.cat([torch.tensor(positions)[:, i : i + 1] * frequencies for i in (0, 1)], -1)
+        pairs = torch.view_as_complex(vectors.view(1, -1, 2, 8, 2).transpose(1, 2).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    inputs = []
+    for module in (linear, stage):
+        module.norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        resampling_of(module, 3, 5)(x)
+    pooled, found = inputs
+    keys, values = down.to_keys_and_values(down.of_positions(x)).chunk(2, -1)
+    values = values.view(1, 15, 2, 16).transpose(1, 2)
+    queries = at(down.to_query(down.of_bucket(pooled)), where)
+    expected = F.scaled_dot_product_attention(queries, at(keys, places), values, attn_mask=mask)
+    assert torch.allclose(found, pooled + down.to_out(expected.transpose(1, 2).flatten(2)), atol=1e-5)
+
+
 def test_partial_patches_count_what_is_there():
     """A 3x3 grid in patches of 2x2, summed in loops over the positions that exist."""
-    stage = resampling(2)
+    stage = stage_of()
     x = torch.randn(1, 9, 32)
-    found = stage(x, (3, 3)).view(3, 3, 32)
-    down, up = stage.down.weight.view(32, 2, 2, 32), stage.up.weight.view(2, 2, 32, 32)
+    found = resampling_of(stage, 3, 3)(x).view(3, 3, 32)
+    down, up = stage.down.map.weight.view(32, 2, 2, 32), stage.up.map.weight.view(2, 2, 32, 32)
     for row, column in itertools.product(range(3), range(3)):
         there = [(i, j) for i in (0, 1) for j in (0, 1) if row // 2 * 2 + i < 3 and column // 2 * 2 + j < 3]
-        patch = stage.down.bias + sum(
+        patch = stage.down.map.bias + sum(
             down[:, i, j] @ x[0, (row // 2 * 2 + i) * 3 + column // 2 * 2 + j] for i, j in there
         )
-        back = up[row % 2, column % 2] @ stage.norm(patch) + stage.up.bias.view(2, 2, 32)[row % 2, column % 2]
+        back = up[row % 2, column % 2] @ stage.norm(patch) + stage.up.map.bias.view(2, 2, 32)[row % 2, column % 2]
         assert torch.allclose(found[row, column], x[0, row * 3 + column] + back, atol=1e-5)
 
 
@@ -153,12 +220,14 @@ def test_partial_patches_count_what_is_there():
     ],
 )
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (5, 9), (1, 3)])
-def test_every_position_hears_every_other_on_any_grid(depth, shorten, h, w):
-    model = model_of(depth=depth, shorten=shorten)
+@pytest.mark.parametrize("buckets", get_args(Buckets))
+def test_every_position_hears_every_other_on_any_grid(depth, shorten, h, w, buckets):
+    model = model_of(depth=depth, shorten=shorten, buckets=buckets)
     embedded = model.head.embed(codes_of(model, 1, h, w)).detach()
     probe = torch.randn(32)
     some = [0, h * w // 2, h * w - 1]
-    jacobian = jacobian_of(lambda x: model.body(x, (h, w))[0, some] @ probe, embedded)
+    grid = (1, h * w) if buckets == "runs" else (h, w)
+    jacobian = jacobian_of(lambda x: model.body(x, grid, model.rotary(h, w))[0, some] @ probe, embedded)
     assert (jacobian[:, 0].abs().sum(-1) > 0).all()
 
 
@@ -167,7 +236,6 @@ def test_depth_counts_blocks_from_the_outside_in():
     found = [len(part.attends) for part in (body.before, body.valley.before, body.valley.valley.before)]
     found += [len(part.attends) for part in (body.valley.after, body.after)]
     assert found == [1, 2, 3, 1, 2]
-    assert (body.rotary.stride, body.valley.rotary.stride, body.valley.valley.rotary.stride) == (1, 2, 6)
 
 
 def test_rows_do_not_see_each_other():
