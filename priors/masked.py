@@ -7,8 +7,7 @@ Legend: b batch, h w grid, n positions, k digits.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,14 +15,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from smalti.errors import UserError
+from smalti.priors.orders import Order, halton_ranks, ranks
 from smalti.priors.prior import ObjectiveConfig, Prior
 from smalti.priors.samplers import Sampling, between, check_given, look
 from smalti.randomness import derive, gumbel, uniform
 
 HIDDEN = -1
 """Stands in a grid for a code that is not shown."""
-
-Order: TypeAlias = Literal["halton", "confidence", "random"]
 
 RATE, WHERE = range(2)
 """Streams of a row's seed in training: what each of its draws is for."""
@@ -76,11 +74,6 @@ def hide(seeds: Int64[Tensor, " b"], positions: int) -> Bool[Tensor, "b n"]:
     """Which positions are hidden in training; at least one in each row."""
     count = (torch.cos(uniform(derive(seeds, RATE), 1) * math.pi / 2) * positions).ceil()  # b 1
     return ranks(uniform(derive(seeds, WHERE), positions)) < count
-
-
-def ranks(keys: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
-    """The place of each key among its row's, from the smallest; of equals the first comes first."""
-    return keys.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 @dataclass(frozen=True)
@@ -187,27 +180,3 @@ def sample_masked(
         if callback is not None:
             callback(step, codes.view(b, h, w))
     return rearrange(codes, "b (h w) -> b h w", h=h)
-
-
-@cache
-def halton_ranks(h: int, w: int) -> Int64[Tensor, " n"]:
-    """The place of each position, in raster order, in a Halton sequence of bases 2 and 3 over the grid, in which each
-    prefix is spread evenly."""
-    order: dict[int, None] = {}  # kept in the order of insertion
-    number = 0
-    while len(order) < h * w:
-        number += 1
-        order[int(_radical_inverse(number, 2) * h) * w + int(_radical_inverse(number, 3) * w)] = None
-    places = torch.empty(h * w, dtype=torch.int64)
-    places[torch.tensor(list(order))] = torch.arange(h * w)
-    return places
-
-
-def _radical_inverse(number: int, base: int) -> float:
-    """The digits of a number mirrored at the point: 6 = 110 in base 2 becomes 0.011."""
-    result, share = 0.0, 1.0
-    while number:
-        share /= base
-        number, digit = divmod(number, base)
-        result += digit * share
-    return result

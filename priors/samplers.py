@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.errors import UserError
 from smalti.priors.canvases import canvas_features
+from smalti.priors.orders import Order, halton_ranks, ranks
 from smalti.priors.prior import Prior
-from smalti.randomness import derive, uniform
+from smalti.randomness import derive, gumbel, uniform
 
 START, STEP, PROPOSE, UPDATE, LABEL, WINDOW = range(6)
 """Streams of a row's seed: what each of its draws is for."""
@@ -59,6 +60,10 @@ class SundaeSampling(Sampling):
     """Divides the logits, from first step to last; below 1 draws likelier codes, with less variety."""
     proportion: tuple[float, float] = (0.3, 0.1)
     """Share of positions that take their newly drawn code, from first step to last, in (0, 1]."""
+    order: Order = "random"
+    """Which positions these are: any, each by itself, as SUNDAE has it; those whose code the prior has least confidence
+    in, drawn without replacement, one that is half as likely twice as readily; or all in turn, in the order of a Halton
+    sequence, which is spread evenly at every step."""
     min_steps: int = 10
     """A sample is finished once a step changes nothing, but not before this many steps."""
     guidance: float = 1.5
@@ -111,7 +116,8 @@ def sample_sundae(
     2206.12351).
 
     Unknown positions start uniform over the codebook. At each step a code is drawn for every position given all of
-    them, and every unknown position takes its new code with probability `proportion`. A row is finished, and stays,
+    them, and every unknown position takes its new code with probability `proportion`, or by another `order` that share
+    of them do. A row is finished, and stays,
     once a step changes nothing in it. The loop ends with the last unfinished row.
 
     On a canvas larger than the prior was trained on, through windows: see `canvas_features`.
@@ -137,13 +143,19 @@ def sample_sundae(
     check_given(prior, known, known_mask, labels)
     codes = torch.where(known_mask, known, head.random_codes(derive(seeds, START), h, w))
     unfinished = torch.ones(b, 1, 1, dtype=torch.bool, device=known.device)
+    had_turn = torch.zeros(b, 1, dtype=torch.int64, device=known.device)
     for step in range(sampling.steps):
         temperature, proportion = sampling.at(step)
         of_step = derive(seeds, STEP, step)
         draws = uniform(derive(of_step, PROPOSE), h * w, len(head.radices))
         seen = look(prior, codes, labels, upper, derive(of_step, WINDOW), temperature, sampling.guidance)
         proposal = head.sample(uniforms=draws, top_p=sampling.top_p, **seen).view_as(codes)
-        update = (uniform(derive(of_step, UPDATE), h, w) < proportion) & ~known_mask & unfinished
+        if sampling.order == "random":
+            turn = uniform(derive(of_step, UPDATE), h, w) < proportion
+        else:
+            surprise = head.nll(codes=codes.flatten(1), **seen) if sampling.order == "confidence" else None
+            turn, had_turn = take_turns(~known_mask, proportion, had_turn, surprise, derive(of_step, UPDATE))
+        update = turn & ~known_mask & unfinished
         changed = update & (proposal != codes)
         codes = torch.where(update, proposal, codes)
         if callback is not None:
@@ -153,6 +165,35 @@ def sample_sundae(
             if not unfinished.any():
                 break
     return codes
+
+
+def take_turns(
+    unknown: Bool[Tensor, "b h w"],
+    proportion: float,
+    had_turn: Int64[Tensor, "b 1"],
+    surprise: Float[Tensor, "b n"] | None,
+    seeds: Int64[Tensor, " b"],
+) -> tuple[Bool[Tensor, "b h w"], Int64[Tensor, "b 1"]]:
+    """Whose turn it is, that share of a row's unknown positions, rounded up; and how many turns there were by then.
+
+    Args:
+        unknown: the positions that have turns at all.
+        proportion: the share, in (0, 1].
+        had_turn: how many turns each row has had.
+        surprise: -log p of the codes as they are: they are drawn with weights 1 / p, without replacement (Gumbel's top
+            k). None lets positions follow each other in the order of a Halton sequence.
+        seeds: for these draws.
+    """
+    (b, h, w), number = unknown.shape, unknown.sum((1, 2))[:, None]  # b 1
+    count = (proportion * number).ceil().long()
+    if surprise is None:
+        keys = halton_ranks(h, w).to(unknown.device, torch.float32).expand(b, -1)
+    else:
+        keys = -surprise - gumbel(seeds, h * w)
+    place = ranks(keys.masked_fill(~unknown.flatten(1), torch.inf))  # b n
+    if surprise is None:
+        place = (place - had_turn) % number.clamp_min(1)
+    return (place < count).view(b, h, w) & unknown, had_turn + count
 
 
 def look(

@@ -4,8 +4,9 @@ samplers are elsewhere.
 Legend: b batch, h w grid, n positions, k digits.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,7 +17,9 @@ from smalti.priors.head import FactorizedHead
 from smalti.priors.prior import ObjectiveConfig, Prior
 from smalti.randomness import derive, uniform
 
-RATE, WHERE, WHAT, UNROLL = range(4)
+Corruption: TypeAlias = Literal["codes", "finer-digits"]
+
+RATE, WHERE, WHAT, UNROLL, DEPTH = range(5)
 """Streams of a row's seed: what each of its draws is for."""
 
 
@@ -31,6 +34,10 @@ class SundaeConfig(ObjectiveConfig):
     unrolled_steps: int = 2
     """Repairs in a row that are trained together: the first of corrupted codes, each next of what the one before
     drew."""
+    corruption: Corruption = "codes"
+    """What becomes of a corrupted code: any of the codebook; or one that shares its leading digits, any number of them
+    from none to all but the last, which for linked codebooks is one that looks alike. Codes of one digit have no finer
+    ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,7 +48,8 @@ class SundaeConfig(ObjectiveConfig):
 class Sundae(nn.Module):
     """Step-unrolled denoising autoencoder (arXiv 2112.06749, Eq. 7; on image codes arXiv 2206.12351).
 
-    The codes are corrupted, at a rate uniform on [0, 1) for each row, by codes uniform over the codebook. The prior
+    The codes are corrupted, at a rate uniform on [0, 1) for each row, by codes uniform over the codebook, or by
+    `finer-digits` of it, an option of our own. The prior
     predicts the codes from them; a draw from the prediction, at temperature 1 and without gradient, is what the next
     unrolled step starts from. The loss is the mean cross-entropy of all unrolled steps over all positions, corrupted or
     not.
@@ -67,7 +75,7 @@ class Sundae(nn.Module):
         head, (_, h, w) = self.prior.head, codes.shape
         target = codes.flatten(1)  # b n
         more = self.prior.told(batch, self.config.label_dropout if self.training else 0.0)
-        features = self.prior.features(corrupt(head, codes, seeds), **more)  # b n d
+        features = self.prior.features(corrupt(head, codes, seeds, self.config.corruption), **more)  # b n d
         scores = [head.score(features, target)]
         for step in range(1, self.config.unrolled_steps):
             draws = uniform(derive(seeds, UNROLL, step), h * w, len(head.radices))
@@ -81,9 +89,18 @@ class Sundae(nn.Module):
         return loss, metrics | {"accuracy": hits[0].float().mean()}
 
 
-def corrupt(head: FactorizedHead, codes: Int64[Tensor, "b h w"], seeds: Int64[Tensor, " b"]) -> Int64[Tensor, "b h w"]:
-    """Replaces each code, with a probability drawn uniformly for its row, by one drawn uniformly from the codebook."""
-    _, h, w = codes.shape
+def corrupt(
+    head: FactorizedHead, codes: Int64[Tensor, "b h w"], seeds: Int64[Tensor, " b"], corruption: Corruption = "codes"
+) -> Int64[Tensor, "b h w"]:
+    """Replaces each code, with a probability drawn uniformly for its row, by one drawn uniformly from the codebook; or
+    from those that share a number of its leading digits, drawn uniformly too, see `SundaeConfig.corruption`."""
+    (_, h, w), digits = codes.shape, len(head.radices)
     rate = uniform(derive(seeds, RATE), 1, 1)  # b 1 1
     where = uniform(derive(seeds, WHERE), h, w) < rate
-    return torch.where(where, head.random_codes(derive(seeds, WHAT), h, w), codes)
+    drawn = other = head.random_codes(derive(seeds, WHAT), h, w)
+    if corruption == "finer-digits":
+        kept = (uniform(derive(seeds, DEPTH), h, w) * digits).long()
+        for digit in range(1, digits):
+            below = math.prod(head.radices[digit:])  # codes that share so many digits
+            other = torch.where(kept == digit, codes - codes % below + drawn % below, other)
+    return torch.where(where, other, codes)

@@ -16,12 +16,11 @@ from smalti.priors.masked import (
     MaskedCodes,
     MaskedConfig,
     MaskedSampling,
-    halton_ranks,
     hide,
-    ranks,
     sample_masked,
 )
 from smalti.priors.maskgit import MaskGIT
+from smalti.priors.orders import halton_ranks, ranks
 from smalti.randomness import row_seeds
 
 ALL = 10_000  # rows of a distribution

@@ -14,7 +14,7 @@ from torch import Tensor
 from smalti import registry
 from smalti.errors import UserError
 from smalti.priors.hourglass import Hourglass, HourglassConfig
-from smalti.priors.samplers import SundaeSampling, sample_sundae
+from smalti.priors.samplers import SundaeSampling, sample_sundae, take_turns
 from smalti.randomness import row_seeds
 
 
@@ -116,6 +116,51 @@ def test_known_codes_never_change_and_hidden_ones_never_matter(data):
     assert all(torch.equal(now[mask], codes[mask]) for _, now in seen)
     assert all(((now >= 0) & (now < 6)).all() for _, now in seen)
     assert torch.equal(fill(torch.where(mask, codes, -1)), filled)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.floats(0.05, 1.0), st.integers(0, 2**20))
+@settings(max_examples=30)
+def test_in_halton_order_all_have_their_turn_as_often(h, w, proportion, seed):
+    """Of the unknown positions only, and no two steps differ in how many by more than rows do."""
+    unknown = torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed)) < 0.7
+    had, seen = torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, h, w, dtype=torch.int64)
+    for _ in range(7):
+        turn, after = take_turns(unknown, proportion, had, None, torch.zeros(3, dtype=torch.int64))
+        assert (after - had)[:, 0].tolist() == turn.sum((1, 2)).tolist()
+        assert not (turn & ~unknown).any()
+        had, seen = after, seen + turn
+        for row, mask in zip(seen, unknown, strict=True):
+            assert not mask.any() or row[mask].max() - row[mask].min() <= 1
+
+
+def test_the_least_likely_codes_have_their_turn_first_in_proportion():
+    """One of two positions: drawn with weights 1 / p, as Gumbel noise does; and the surest at last."""
+    rows = 20_000
+    surprise = torch.tensor([[0.0, 1.0, 2.0, 9.0]]).expand(rows, -1)
+    unknown = torch.tensor([True, True, True, False]).view(1, 2, 2).expand(rows, -1, -1)
+    turn, _ = take_turns(
+        unknown, 0.3, torch.zeros(rows, 1, dtype=torch.int64), surprise, row_seeds(0, torch.arange(rows))
+    )
+    shares = turn.flatten(1).double().mean(0)
+    assert torch.allclose(shares[:3], surprise[0, :3].double().softmax(0), atol=0.015)
+    assert shares[3] == 0
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton"])
+def test_orders_leave_known_codes_and_depend_on_the_seed_only(order):
+    prior, seeds = prior_of(), row_seeds(12, torch.arange(3))
+    known = prior.head.random_codes(seeds, 4, 6)
+    mask = known % 2 == 0
+    sampling = SundaeSampling(steps=6, order=order)
+
+    def fill(rows: slice, **more) -> Tensor:
+        of_rows = {"known": known[rows], "known_mask": mask[rows], "seeds": seeds[rows]}
+        return sample_sundae(prior, **of_rows, sampling=replace(sampling, **more))
+
+    filled = fill(slice(None))
+    assert torch.equal(filled[mask], known[mask])
+    assert torch.equal(fill(slice(1, 2))[0], filled[1])
+    assert not torch.equal(fill(slice(None), order="random"), filled)
 
 
 def test_a_rows_codes_depend_on_its_seed_only():

@@ -11,7 +11,7 @@ from smalti.errors import UserError
 from smalti.priors.head import FactorizedHead
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.samplers import SundaeSampling, sample_sundae
-from smalti.priors.sundae import UNROLL, Sundae, SundaeConfig, corrupt
+from smalti.priors.sundae import RATE, UNROLL, WHERE, Sundae, SundaeConfig, corrupt
 from smalti.randomness import derive, row_seeds, uniform
 
 
@@ -61,6 +61,29 @@ def test_corruption_has_a_uniform_rate_for_each_row_and_uniform_codes():
     assert ((counts[torch.arange(1000) != 123] - expected) ** 2 / expected).sum() < 999 + 5 * (2 * 999) ** 0.5
     places = replaced.float().mean(0)
     assert (places - 0.5).abs().max() < 0.05  # no position is spared
+
+
+def test_finer_digits_keep_any_number_of_those_before_them():
+    """At corrupted positions each depth is as likely, and below it every code: by the digit that differs first."""
+    head = FactorizedHead((5, 4, 3), 4)
+    seeds = row_seeds(2, torch.arange(2000))
+    noisy = corrupt(head, torch.full((2000, 8, 8), 34), seeds, "finer-digits")  # 34 is 2, 3, 1
+    where = uniform(derive(seeds, WHERE), 8, 8) < uniform(derive(seeds, RATE), 1, 1)
+    assert torch.equal(noisy[~where], torch.full_like(noisy[~where], 34))
+    counts = torch.bincount(noisy[where], minlength=60)
+    expected = torch.full((60,), 1 / 3 / 60)
+    expected[24:36] += 1 / 3 / 12
+    expected[33:36] += 1 / 3 / 3
+    expected = expected * int(where.sum())
+    assert ((counts - expected) ** 2 / expected).sum() < 59 + 5 * (2 * 59) ** 0.5
+
+
+def test_finer_digits_are_what_training_corrupts_if_told():
+    prior = tiny()
+    batch = {"codes": torch.randint(6, (4, 2, 3)), "seeds": row_seeds(1, torch.arange(4))}
+    noisy = corrupt(prior.head, batch["codes"], batch["seeds"], "finer-digits")
+    loss, _ = Sundae(prior, SundaeConfig(1, corruption="finer-digits"))(batch)
+    assert torch.allclose(loss, nll_by_enumeration(prior, noisy, batch["codes"]).mean(), atol=1e-5)
 
 
 def test_a_rows_corruption_is_its_own():
