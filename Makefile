@@ -12,7 +12,7 @@ PYTHON := $(VENV)/bin/python
 # downloaded is in pip's cache): pip takes a package whose files are half there for installed.
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
-DEV_EXTRAS := .[dev,metrics,app]
+DEV_EXTRAS := .[dev,metrics,app,bench]
 
 define FIND_PYTHON
 for python in python3 python3.13 python3.12 python3.11 python3.14 python; do \

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_pixelcnn import OPTIONS, of_every_option, prior_of, told_of
 
 from smalti.errors import UserError
-from smalti.pipeline.benchmark_ways import sample_naively
+from smalti.pipeline.benchmark_priors import sample_naively
 from smalti.priors.ancestral import AncestralFilling, AncestralSampling, sample_ancestral
 from smalti.randomness import row_seeds
 

@@ -173,5 +173,5 @@ def test_what_is_imported_is_what_is_required():
     imported = {canonicalize_name(owners[top][0]) for top in tops - sys.stdlib_module_names - {"smalti"}}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    required = [*project["dependencies"], *extras["metrics"], *extras["app"]]
+    required = [*project["dependencies"], *extras["metrics"], *extras["app"], *extras["bench"]]
     assert imported == {canonicalize_name(Requirement(line).name) for line in required}

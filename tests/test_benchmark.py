@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from smalti.errors import UserError
-from smalti.pipeline import benchmark, benchmark_latents, benchmark_ways
+from smalti.pipeline import benchmark, benchmark_latents, benchmark_priors, benchmark_ways
 from smalti.pipeline.benchmark import Benchmark, insert, medians, table
 from smalti.pipeline.comparison import Comparison, Measured, Way, in_mebibytes
 from smalti.priors.hourglass import HourglassConfig
@@ -19,7 +19,8 @@ TINY_CAUSAL = PixelCNNConfig(radices=(3, 3), model_width=8, layers=2)
 
 def test_ways_to_search_find_the_same():
     (comparison,) = benchmark_ways.search(vectors=5000, width=8, branchings=(4,))
-    ours, flat, large_blocks, gathered, _ = (way.work() for way in comparison.ways)
+    ours, flat, large_blocks, gathered, _, *peers = (way.work() for way in comparison.ways)
+    assert [len(codes) for codes in peers] == [5000, 5000]
     assert gathered.equal(ours)
     assert large_blocks.equal(flat)
     torch.manual_seed(0)
@@ -51,14 +52,32 @@ def test_peak_memory_is_of_the_process_that_builds(tmp_path):
 
 
 def test_ways_to_train_and_to_sample_run():
-    precisions = [comparison.path for comparison in benchmark_ways.prior(batch=2, config=TINY)]
-    assert [path.split(", ")[-1] for path in precisions] == ["fp32", "bf16"]
-    for comparison in [*benchmark_ways.prior(batch=2, config=TINY), *benchmark_ways.sampler(batch=2, config=TINY)]:
+    training = list(benchmark_priors.prior(batch=2, config=TINY))
+    assert [comparison.path.split(", ")[-1] for comparison in training] == ["fp32", "bf16"]
+    sampling = list(benchmark_priors.sampler(batch=2, config=TINY, large=[(1, TINY)]))
+    assert [comparison.ways[1].target is None for comparison in sampling] == [True, False]
+    for comparison in [*training, *sampling]:
         assert all(seconds > 0 for seconds in medians(comparison, 1))
 
 
+def test_the_hourglass_has_a_size_between_those_it_is_compared_with():
+    (comparison,) = benchmark_priors.hourglass(batch=1, side=4, width=64, blocks=3)
+    ours, smaller, larger = (float(way.name.split(", ")[-1].split()[0]) for way in comparison.ways)
+    assert smaller < ours < larger
+    assert all(seconds > 0 for seconds in medians(comparison, 1))
+
+
+def test_what_a_head_keeps_is_counted():
+    """Of a softmax over all leaves, the logits, in the least two bytes each."""
+    times, kept = benchmark_priors.head(positions=16, width=8, radices=(8, 8, 8))
+    assert all(seconds > 0 for seconds in medians(times, 1))
+    digits, leaves = (way.work() for way in kept.ways)
+    assert leaves > 16 * 512 * 2
+    assert digits < leaves
+
+
 def test_codes_drawn_one_by_one_and_naively_are_the_same():
-    for comparison in benchmark_ways.ancestral(batches=(2, 1), side=4, positions=5, config=TINY_CAUSAL):
+    for comparison in benchmark_priors.ancestral(batches=(2, 1), side=4, positions=5, config=TINY_CAUSAL):
         ours, naive = (way.work().flatten(1) for way in comparison.ways)
         assert torch.equal(ours[:, :5], naive[:, :5])
         assert [way.units for way in comparison.ways] == [16, 5]

@@ -1,6 +1,6 @@
 """Measuring the hot paths and writing down what was found.
 
-What is compared with what is in `benchmark_ways.py` and `benchmark_latents.py`.
+What is compared with what is in `benchmark_ways.py`, `benchmark_priors.py` and `benchmark_latents.py`.
 """
 
 import os
@@ -18,18 +18,20 @@ import torch
 from smalti.devices import best_device, resolve
 from smalti.errors import UserError
 from smalti.files import whole_file
-from smalti.pipeline import benchmark_latents, benchmark_ways
+from smalti.pipeline import benchmark_latents, benchmark_priors, benchmark_ways
 from smalti.pipeline.comparison import Comparison, Measured, Way, synchronize
 from smalti.runs import git_commit, versions
 
-Section: TypeAlias = Literal["search", "latents", "prior", "sampler", "ancestral", "training"]
+Section: TypeAlias = Literal["search", "latents", "prior", "hourglass", "head", "sampler", "ancestral", "training"]
 
 SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "search": benchmark_ways.search,
     "latents": benchmark_latents.latents,
-    "prior": benchmark_ways.prior,
-    "sampler": benchmark_ways.sampler,
-    "ancestral": benchmark_ways.ancestral,
+    "prior": benchmark_priors.prior,
+    "hourglass": benchmark_priors.hourglass,
+    "head": benchmark_priors.head,
+    "sampler": benchmark_priors.sampler,
+    "ancestral": benchmark_priors.ancestral,
     "training": benchmark_ways.training,
 }
 

@@ -7,18 +7,17 @@ their own, `benchmark_latents.py`; what a way and a comparison are is in `compar
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from smalti.checkpoint import Checkpointed
 from smalti.codes import Level
-from smalti.devices import Precision, accelerator, autocast, best_device
+from smalti.devices import accelerator, best_device
 from smalti.fit import fit
 from smalti.fit_config import FitConfig, Phase
 from smalti.images import ImageRows, open_images
@@ -26,13 +25,9 @@ from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.rows import LatentRows
 from smalti.pipeline.benchmark_latents import write_random_latents
 from smalti.pipeline.comparison import Comparison, Measured, Way, synchronize
-from smalti.priors.ancestral import DRAW, PARTICLE, AncestralSampling, sample_ancestral
 from smalti.priors.hourglass import Hourglass, HourglassConfig
-from smalti.priors.pixelcnn import PixelCNN, PixelCNNConfig
-from smalti.priors.prior import CausalPrior, Prior
-from smalti.priors.samplers import SundaeSampling, sample_sundae
 from smalti.priors.sundae import Sundae, SundaeConfig
-from smalti.randomness import derive, row_seeds, uniform
+from smalti.randomness import row_seeds
 from smalti.rows import Batch, RowData
 from smalti.runs import Run
 from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
@@ -47,13 +42,6 @@ LARGEST_OVERHEAD = 1.03
 
 FLAT_TILE = {"cpu": (256, 512), "cuda": (4096, 32_768), "mps": (4096, 32_768)}
 """Vectors and leaves that flat search compares at once: on CPUs the scores stay in the cache until their minimum."""
-
-CACHED_TARGET = 100.0
-"""How many times faster than the naive way drawing codes one by one is to be, at 32x32 and 16 samples."""
-
-DEMONSTRATION = HourglassConfig()
-
-DEMONSTRATION_ONE_BY_ONE = PixelCNNConfig()
 
 
 def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] = (8, 16, 32)) -> Iterator[Comparison]:
@@ -87,8 +75,30 @@ def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] 
                     "limit: one matrix product of the linked search's multiply-adds",
                     lambda product=product, all_layers=all_layers: torch.mm(z, all_layers, out=product),
                 ),
+                *peers(z, m),
             ),
         )
+
+
+def peers(vectors: Tensor, branching: int, block: int = 8192) -> list[Way]:
+    """vector-quantize-pytorch, where it is installed: flat search over as many leaves, and as many layers of one
+    codebook each, which has no tree of them."""
+    try:
+        from vector_quantize_pytorch import ResidualVQ, VectorQuantize
+    except ImportError:
+        return []
+    width = vectors.shape[1]
+    flat = VectorQuantize(dim=width, codebook_size=branching**3).to(vectors.device).eval()
+    residual = ResidualVQ(dim=width, codebook_size=branching, num_quantizers=3).to(vectors.device).eval()
+
+    @torch.no_grad()
+    def codes(module: nn.Module) -> Tensor:
+        return torch.cat([module(rows[None])[1][0] for rows in vectors.split(block)])
+
+    return [
+        Way("vector-quantize-pytorch, VectorQuantize, with its z_q", partial(codes, flat)),
+        Way("vector-quantize-pytorch, ResidualVQ, with its z_q", partial(codes, residual)),
+    ]
 
 
 def plain_flat_search(vectors: Tensor, leaves: Tensor, block: int = 8192) -> Tensor:
@@ -123,124 +133,6 @@ def gathering_search(vectors: Tensor, books: Sequence[Tensor]) -> Tensor:
     return path
 
 
-def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterator[Comparison]:
-    """Loss and gradients of the demonstration's prior beside those of its body alone, as often as SUNDAE unrolls."""
-    device = best_device()
-    network, unrolled = Hourglass(config).to(device), SundaeConfig().unrolled_steps
-    objective, codes = Sundae(network, SundaeConfig()), random_codes(network, batch)
-    seeds = row_seeds(0, torch.arange(batch, device=device))
-
-    def ours(precision: Precision) -> None:
-        network.zero_grad()
-        with autocast(device, precision):
-            loss, _ = objective({"codes": codes, "seeds": seeds})
-        loss.backward()
-
-    def body(precision: Precision) -> None:
-        network.zero_grad()
-        for _ in range(unrolled):
-            with autocast(device, precision):
-                loss = network.features(codes).float().square().mean()
-            loss.backward()
-
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    for precision in precisions:
-        yield Comparison(
-            f"prior, loss and gradients of a batch of {batch}, {precision}",
-            (
-                Way("smalti, SUNDAE", lambda precision=precision: ours(precision)),
-                Way(f"limit: features alone, {unrolled} times", lambda precision=precision: body(precision)),
-            ),
-        )
-
-
-def sampler(*, batch: int = 64, steps: int = 10, config: HourglassConfig = DEMONSTRATION) -> Iterator[Comparison]:
-    """A step of the sampler beside a bare forward pass."""
-    device = best_device()
-    network = Hourglass(config).to(device).eval()
-    codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
-    nothing, chain = torch.zeros_like(codes, dtype=torch.bool), SundaeSampling(steps=steps, min_steps=steps)
-
-    def ours() -> Tensor:
-        with autocast(device, "auto"):
-            return sample_sundae(network, known=codes, known_mask=nothing, seeds=seeds, sampling=chain)
-
-    @torch.no_grad()
-    def forward() -> None:
-        with autocast(device, "auto"):
-            for _ in range(steps):
-                F.linear(network.features(codes), network.head.weight, network.head.bias)
-
-    yield Comparison(
-        f"sampler, one step of {batch} samples",
-        (Way("smalti", ours, steps), Way("limit: features and the logits of every node", forward, steps)),
-    )
-
-
-def ancestral(
-    *,
-    batches: Sequence[int] = (16, 1, 64),
-    side: int = 32,
-    positions: int = 1,
-    config: PixelCNNConfig = DEMONSTRATION_ONE_BY_ONE,
-) -> Iterator[Comparison]:
-    """Codes drawn one by one, what was computed before kept, beside computing the whole grid for each.
-
-    The naive way takes as long for every position, so it draws the first `positions` only.
-    """
-    device = best_device()
-    network = PixelCNN(replace(config, height=side, width=side)).to(device).eval()
-    for batch in batches:
-        codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
-        nothing = torch.zeros_like(codes, dtype=torch.bool)
-        rest = (torch.arange(side * side, device=device) >= positions).view(side, side).expand(batch, -1, -1)
-        yield Comparison(
-            f"codes of a {side}x{side} grid drawn one by one, a position of {batch} samples",
-            (
-                Way(
-                    "smalti",
-                    partial(sample_ancestral, network, known=codes, known_mask=nothing, seeds=seeds),
-                    side * side,
-                ),
-                Way(
-                    f"the whole grid anew for each position ({positions} of {side * side} timed)",
-                    partial(sample_naively, network, codes, rest, seeds, AncestralSampling()),
-                    positions,
-                    target=CACHED_TARGET if batch == 16 else None,
-                ),
-            ),
-        )
-
-
-@torch.no_grad()
-def sample_naively(
-    prior: CausalPrior,
-    known: Tensor,
-    known_mask: Tensor,
-    seeds: Tensor,
-    sampling: AncestralSampling,
-    labels: Tensor | None = None,
-    upper: tuple[Tensor, ...] = (),
-) -> Tensor:
-    """Drawing as one writes it: at each position the features of the whole grid. The same draws as ours.
-
-    Positions known in every row cost nothing.
-    """
-    head, (b, h, w) = prior.head, known.shape
-    codes = torch.where(known_mask, known, 0)
-    first = derive(derive(seeds, PARTICLE, torch.zeros_like(seeds)), DRAW)
-    draws = uniform(first, h * w, len(head.radices))
-    for position in (~known_mask).flatten(1).any(0).nonzero().flatten().tolist():
-        features, without = prior.features(codes, labels, upper), None
-        if labels is not None and sampling.guidance != 1:
-            without = prior.features(codes, torch.full_like(labels, -1), upper)
-        drawn = head.sample(features, draws, sampling.temperature, without_class=without, guidance=sampling.guidance)
-        here = torch.zeros_like(known_mask).view(b, -1)
-        here[:, position] = True
-        codes = torch.where(here.view_as(known_mask) & ~known_mask, drawn.view_as(codes), codes)
-    return codes
-
-
 def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
     """A step of `fit` beside a bare loop over the same model and batch: what the loop, data and logging add."""
     process, config = accelerator("auto"), FitConfig(steps=steps, batch_size=batch)
@@ -248,7 +140,7 @@ def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
     with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
         path = Path(folder) / "latents.h5"
         write_random_latents(path, rows=4096, level=Level(8, 8, (8, 8, 8)))
-        tokenizer, network = HRVQ(HRVQConfig()), Hourglass(DEMONSTRATION)
+        tokenizer, network = HRVQ(HRVQConfig()), Hourglass(HourglassConfig())
         rows = LatentRows(LatentSet(path), split="train")
         models: tuple[tuple[str, Checkpointed, nn.Module, RowData], ...] = (
             ("tokenizer", tokenizer, Reconstruction(tokenizer), images),
@@ -311,9 +203,3 @@ def _bare_loop(process: Accelerator, objective: nn.Module, data: RowData, config
         optimizer.step()
         objective.zero_grad()
     return Measured((asked[-1] - asked[0]) / (len(asked) - 1))
-
-
-def random_codes(network: Prior, batch: int) -> Tensor:
-    """Codes for a network of one level, on its device."""
-    level, device = network.level, network.head.weight.device
-    return torch.randint(level.codebook_size, (batch, level.height, level.width), device=device)
