@@ -11,6 +11,7 @@ $ python scripts/inpaint.py --image in.png --mask mask.png --num 8 --seed 3 --ou
 $ python scripts/inpaint.py --image in.png --mask mask.png --invert      # black is filled in instead
 $ python scripts/inpaint.py --image in.png --expand 0 0 16 0             # 16 pixels more on the right
 $ python scripts/inpaint.py --image photos --mask masks --out fills      # a folder, each with its mask
+$ python scripts/inpaint.py --prior my/top my/bottom --image erased.png  # one for each level of the tokenizer
 
 A sheet of image, hole and fills lies beside the fills. More in docs/inpainting.md."""
 

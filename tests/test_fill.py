@@ -23,7 +23,8 @@ PLAIN = Filling(candidates=1, feather=0, match_colour=False)
 
 @pytest.fixture(scope="module")
 def models():
-    return untrained_pair()
+    prior, tokenizer = untrained_pair()
+    return [prior], tokenizer
 
 
 def pixels(seed, count=3):
@@ -167,11 +168,11 @@ def test_a_fill_depends_on_its_seed_and_on_what_is_known(models):
 
 def test_a_fill_keeps_the_known_codes_and_draws_the_rest(models):
     """By the sampler's callback, which sees the codes after every step."""
-    prior, tokenizer = models
+    priors, tokenizer = models
     images, hole = pixels(3), holes(3)
     steps = []
     fill(
-        prior,
+        priors,
         tokenizer,
         images,
         hole,
@@ -192,9 +193,11 @@ def test_a_fill_keeps_the_known_codes_and_draws_the_rest(models):
 @torch.no_grad()
 def test_of_several_candidates_the_one_nearest_to_the_known_pixels_beside_the_hole_is_kept(models):
     """Each image alone, candidate by candidate and patch by patch."""
-    prior, tokenizer = models
+    (prior,), tokenizer = models
     images, hole, seeds, size = pixels(5), holes(5), row_seeds(5, torch.arange(3)), tokenizer.downsampling
-    filled = fill(prior, tokenizer, images, hole, seeds=seeds, sampling=SAMPLING, filling=replace(PLAIN, candidates=4))
+    filled = fill(
+        [prior], tokenizer, images, hole, seeds=seeds, sampling=SAMPLING, filling=replace(PLAIN, candidates=4)
+    )
     (known,) = tokenizer.encode(blank(to_float(images), hole))
     kept = known_codes(hole, size)
     chosen = []

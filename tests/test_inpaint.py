@@ -11,7 +11,7 @@ from command_toys import run, save_pair
 from PIL import Image
 
 from smalti.pipeline.fill import Filling, fill
-from smalti.pipeline.places import load_prior
+from smalti.pipeline.places import load_priors
 from smalti.priors.samplers import SundaeFilling
 from smalti.randomness import row_seeds
 from smalti.scripts import inpaint
@@ -67,7 +67,7 @@ def test_the_command_fills_as_the_function_does(capfd):
         == 0
     )
     filled = fill(
-        *load_prior("pair", None),
+        *load_priors(("pair",), None),
         torch.from_numpy(noise(0)).permute(2, 0, 1)[None],
         torch.from_numpy(box() > 0)[None],
         seeds=row_seeds(4, torch.arange(1)),

@@ -19,11 +19,14 @@ from smalti.interfaces import Tokenizer
 from smalti.latentsets.format import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter
+from smalti.pictures import save_png, to_image
+from smalti.pipeline.fill import Filling, fill
 from smalti.pipeline.generate import generate_levels
 from smalti.pipeline.likelihood import count_bits
-from smalti.pipeline.places import load_priors
+from smalti.pipeline.places import load_prior, load_priors
 from smalti.pipeline.train_prior import grids
-from smalti.priors.ancestral import AncestralSampling
+from smalti.preprocess import to_float, to_uint8
+from smalti.priors.ancestral import AncestralFilling, AncestralSampling
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.pixelcnn import PixelCNN, PixelCNNConfig
 from smalti.priors.samplers import SundaeSampling
@@ -58,7 +61,9 @@ class TwoLevels(Tokenizer):
         return LAYOUT
 
     def encode(self, images):
-        raise AssertionError("nothing here encodes")
+        red, green, blue = ((images + 1) / 2).unbind(1)
+        upper = red.unflatten(1, (2, 2)).unflatten(3, (2, 2)).amax((2, 4))
+        return (2 * upper).round().long(), (3 * green.round() + (2 * blue).round()).long()
 
     def decode(self, codes, digits=None):
         upper, lower = codes
@@ -139,6 +144,39 @@ def test_flags_are_those_of_the_last_priors_kind(place, capfd):
     assert "--steps" in capfd.readouterr().err
 
 
+def test_all_levels_fill_a_hole_as_one_model(place, capfd):
+    """Each keeps what it knows; what is drawn below hangs on what is drawn above; and the command does it too."""
+    priors, tokenizer = load_priors(("top", "bottom"), None)
+    codes = tuple(level[:32] for level in codes_of_rows())
+    pixels = to_uint8(tokenizer.decode(codes))
+    assert all(map(torch.equal, tokenizer.encode(to_float(pixels)), codes))
+    hole = torch.zeros(32, 4, 4, dtype=torch.bool)
+    hole[:, :2, 2:] = True
+    filled = fill(
+        priors,
+        tokenizer,
+        pixels,
+        hole,
+        seeds=row_seeds(0, torch.arange(32)),
+        sampling=AncestralFilling(),
+        filling=Filling(candidates=2, dilation=0, match_colour=False),
+    )
+    upper, lower = tokenizer.encode(to_float(filled))
+    assert torch.equal(filled[~hole.unsqueeze(1).expand_as(filled)], pixels[~hole.unsqueeze(1).expand_as(pixels)])
+    inside = lower[:, :2, 2:]
+    assert (inside == ((upper == 2).long() * 3 + upper)[:, :1, 1:]).float().mean() > 0.7
+    assert (upper[:, 0, 1] != codes[0][:, 0, 1]).any()
+    save_png(place / "in.png", to_image(pixels[0]))
+    save_png(place / "mask.png", Image.fromarray(hole[0].numpy()))
+    for order in ("top bottom", "bottom top"):
+        flags = f"--prior {order} --image in.png --mask mask.png --num 1 --dilation 0 --out {order[0]}.png"
+        assert run(inpaint.main, *flags.split()) == 0
+    assert (place / "t.png").exists()
+    assert Image.open(place / "t.png").tobytes() == Image.open(place / "b.png").tobytes()
+    with pytest.raises(UserError, match="top draws one of several levels; the page shows one"):
+        load_prior("top", None)
+
+
 @pytest.mark.parametrize(
     ("main", "flags", "said"),
     [
@@ -149,7 +187,7 @@ def test_flags_are_those_of_the_last_priors_kind(place, capfd):
         ),
         (sample.main, "--prior top top", "the priors given draw 0, 0"),
         (sample.main, "--prior", "--prior needs at least one prior"),
-        (inpaint.main, "--prior top --image a --mask b", "top draws one of several levels; only sample.py takes"),
+        (inpaint.main, "--prior top --image a --mask b", "but the priors given draw 0; give one for each"),
         (train_prior.main, f"{TRAIN} --level 2 --out never", "has levels 0 to 1; --level 2 is not one of them"),
     ],
 )

@@ -43,3 +43,8 @@ def draw_labels(prior: Prior, classes: Sequence[int], rows: Int64[Tensor, " b"],
     rows_of_class = torch.tensor(prior.provenance.get("label_counts", [1.0]), dtype=torch.float32)  # none, then each
     shares = (rows_of_class / rows_of_class.sum()).expand(len(rows), -1)
     return inverse_cdf(shares, uniform(derive(row_seeds(seed, rows), LABEL))) - 1
+
+
+def that_knows_classes(priors: Sequence[Prior]) -> Prior:
+    """Of the priors of several levels the one that says which classes there are; all are of one latent set."""
+    return next((prior for prior in priors if prior.classes), priors[0])

@@ -103,7 +103,7 @@ def _inpainting(prior_folder: str, config: Demo, path: Path) -> None:
     hole = torch.stack(list(holes.values())).repeat_interleave(IMAGES_PER_MASK, 0)
     with autocast(device, config.precision):
         filled = fill(
-            prior,
+            [prior],
             tokenizer,
             images.repeat_interleave(FILLS, 0),
             hole.repeat_interleave(FILLS, 0),

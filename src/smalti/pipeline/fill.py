@@ -20,7 +20,8 @@ from smalti.devices import Precision, autocast
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.masks import DILATION_CODES, blank, known_codes
-from smalti.pipeline.classes import draw_labels
+from smalti.pipeline.classes import draw_labels, that_knows_classes
+from smalti.pipeline.generate import LEVEL
 from smalti.preprocess import to_float
 from smalti.priors.prior import Prior
 from smalti.randomness import derive, row_seeds
@@ -75,7 +76,7 @@ def working_size(tokenizer: Tokenizer, height: int, width: int, largest: float) 
 
 @torch.no_grad()
 def fill(
-    prior: Prior,
+    priors: Sequence[Prior],
     tokenizer: Tokenizer,
     pixels: UInt8[Tensor, "b c h w"],
     hole: Bool[Tensor, "b h w"],
@@ -90,48 +91,61 @@ def fill(
 
     What the holes hide is painted over before anything else, so the fill cannot depend on it, and the codes beside a
     hole, whose pixels saw the paint, are drawn anew. The pixels there that are known then judge: of several candidates
-    the one is kept whose decoding comes nearest to them.
+    the one is kept whose decoding comes nearest to them. Of several levels, each is filled given those above it, with
+    its own codes around the hole drawn anew.
 
     Args:
-        prior: on the device to compute on.
+        priors: of each level, coarsest first, on the device to compute on.
         tokenizer: on the same device.
         pixels: of any size, which stays.
         hole: True = to fill; not all of an image.
         seeds: one for each image.
-        sampling: how codes are drawn, of the kind that `prior.method.filling` is.
+        sampling: how codes are drawn, by priors of whose kind it is; the others keep their defaults for filling.
         labels: the class of each, -1 for any; None is any for all.
         filling: the rest.
         callback: as that of a sampler, with the candidates of an image after each other.
     """
-    where, (height, width) = next(prior.parameters()).device, pixels.shape[2:]
+    where, (height, width), k = next(priors[0].parameters()).device, pixels.shape[2:], filling.candidates
     work = working_size(tokenizer, height, width, filling.largest)
     painted, work_hole = _at_working_size(blank(to_float(pixels), hole), hole, work)
     painted, work_hole = painted.to(where), work_hole.to(where)
     with torch.autocast(where.type, enabled=False):
-        (known,) = tokenizer.encode(painted)
-    known_mask = known_codes(work_hole, tokenizer.downsampling, dilation=filling.dilation)
-    numbers = torch.arange(filling.candidates, device=where).repeat(len(pixels))
-    codes = prior.method.sampler(
-        prior,
-        known=known.repeat_interleave(filling.candidates, 0),
-        known_mask=known_mask.repeat_interleave(filling.candidates, 0),
-        seeds=derive(seeds.to(where).repeat_interleave(filling.candidates), numbers),
-        labels=None if labels is None else labels.to(where).repeat_interleave(filling.candidates),
-        sampling=sampling,
-        callback=callback,
-    )
+        encoded = tokenizer.encode(painted)
+    of_candidates = derive(seeds.to(where).repeat_interleave(k), torch.arange(k, device=where).repeat(len(pixels)))
+    codes: tuple[Tensor, ...] = ()
+    judging = torch.zeros_like(work_hole)
+    for prior, known in zip(priors, encoded, strict=True):
+        pixels_a_code = work.padded_height // known.shape[1]
+        known_mask = known_codes(work_hole, pixels_a_code, dilation=filling.dilation)
+        judging |= ~work_hole & ~_patches(known_mask, pixels_a_code)
+        codes += (
+            prior.method.sampler(
+                prior,
+                known=known.repeat_interleave(k, 0),
+                known_mask=known_mask.repeat_interleave(k, 0),
+                seeds=derive(of_candidates, LEVEL, len(codes)) if codes else of_candidates,
+                labels=labels.to(where).repeat_interleave(k) if labels is not None and prior.classes else None,
+                upper=codes,
+                sampling=filling_of(prior, sampling),
+                callback=callback,
+            ),
+        )
     with torch.autocast(where.type, enabled=False):
-        decoded: Float[Tensor, "bk c h w"] = tokenizer.decode((codes,))
-    judging = ~work_hole & ~_patches(known_mask, tokenizer.downsampling)
-    kept = _nearest(decoded.unflatten(0, (len(pixels), filling.candidates)), painted, judging)
+        decoded: Float[Tensor, "bk c h w"] = tokenizer.decode(codes)
+    kept = _nearest(decoded.unflatten(0, (len(pixels), k)), painted, judging)
     kept = kept[:, :, : work.height, : work.width].cpu()
     if (work.height, work.width) != (height, width):
         kept = F.interpolate(kept, (height, width), mode="bicubic").clamp(-1, 1)
     return compose(pixels, kept, hole, feather_pixels=filling.feather, match_colour=filling.match_colour)
 
 
+def filling_of(prior: Prior, given: Any) -> Any:
+    """How a prior fills: as given, if that is for its kind; else by its kind's defaults."""
+    return given if isinstance(given, prior.method.filling) else prior.method.filling()
+
+
 def fills(
-    prior: Prior,
+    priors: Sequence[Prior],
     tokenizer: Tokenizer,
     pixels: UInt8[Tensor, "c h w"],
     hole: Bool[Tensor, "h w"],
@@ -146,21 +160,33 @@ def fills(
 ) -> UInt8[Tensor, "n c h w"]:
     """`num` fills of one image, of these classes in turn, or of any; fill i depends on the seed and on i alone.
 
-    The rest is as in `fill`; `precision` is that of the prior.
+    The rest is as in `fill`; `precision` is that of the priors.
     """
     numbers = torch.arange(num)
-    with autocast(next(prior.parameters()).device, precision):
+    with autocast(next(priors[0].parameters()).device, precision):
         return fill(
-            prior,
+            priors,
             tokenizer,
             pixels.expand(num, -1, -1, -1),
             hole.expand(num, -1, -1),
             seeds=row_seeds(seed, numbers),
-            labels=draw_labels(prior, classes, numbers, seed) if classes else None,
+            labels=draw_labels(that_knows_classes(priors), classes, numbers, seed) if classes else None,
             sampling=sampling,
             filling=filling,
             callback=callback,
         )
+
+
+def calls_of(priors: Sequence[Prior], tokenizer: Tokenizer, sampling: Any, size: WorkingSize) -> int:
+    """How often a callback hears of one image's progress, at most."""
+    trained = tokenizer.config
+    return sum(
+        filling_of(prior, sampling).calls(
+            prior.level.height * size.padded_height // trained.height,
+            prior.level.width * size.padded_width // trained.width,
+        )
+        for prior in priors
+    )
 
 
 def _at_working_size(

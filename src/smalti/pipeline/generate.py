@@ -15,7 +15,7 @@ from smalti.devices import Device, Precision, autocast, device
 from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.pictures import require_png, save_animation, save_grid, save_png, save_sheet, to_image
-from smalti.pipeline.classes import draw_labels, find_classes
+from smalti.pipeline.classes import draw_labels, find_classes, that_knows_classes
 from smalti.pipeline.places import RUNS, load_priors, prior_class
 from smalti.priors.prior import Prior
 from smalti.progress import bar, counting
@@ -79,7 +79,7 @@ def sample(config: Sample[Any]) -> Path:
     where = device(config.device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
-    classes = find_classes(_told(priors), config.classes)
+    classes = find_classes(that_knows_classes(priors), config.classes)
     seen: dict[int, list[Codes]] = {}  # of each batch, by its first row: the codes after every step
     images = generate_images(
         priors,
@@ -150,7 +150,7 @@ def generate_images(
                 codes = generate_levels(
                     priors,
                     rows,
-                    draw_labels(_told(priors), classes, rows, seed),
+                    draw_labels(that_knows_classes(priors), classes, rows, seed),
                     grids=grids,
                     seed=seed,
                     samplings=samplings,
@@ -223,11 +223,6 @@ def generate_codes(
         sampling=sampling,
         callback=callback,
     )
-
-
-def _told(priors: Sequence[Prior]) -> Prior:
-    """The one that says which classes there are; all are of one latent set."""
-    return next((prior for prior in priors if prior.classes), priors[0])
 
 
 @torch.no_grad()

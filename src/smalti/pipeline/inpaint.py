@@ -18,9 +18,9 @@ from smalti.errors import UserError
 from smalti.interfaces import Tokenizer
 from smalti.masks import MID_GREY, blank, load_mask
 from smalti.pictures import require_png, save_png, save_sheet, to_image
-from smalti.pipeline.classes import find_classes
-from smalti.pipeline.fill import Filling, fills, working_size
-from smalti.pipeline.places import RUNS, load_prior, prior_class
+from smalti.pipeline.classes import find_classes, that_knows_classes
+from smalti.pipeline.fill import Filling, calls_of, fills, working_size
+from smalti.pipeline.places import RUNS, load_priors, prior_class
 from smalti.preprocess import load_image, load_transparency, to_float
 from smalti.progress import bar, counting
 from smalti.runs import flatten, versions
@@ -37,7 +37,7 @@ class Inpaint(Generic[S]):
     """How to fill the holes of one image, or of a folder of them."""
 
     sampling: S
-    """How codes are drawn."""
+    """How codes are drawn; of priors of several kinds, by those of the last one's. The others keep their defaults."""
     image: Path
     """The image to mend, of any format that Pillow opens and any size; or a folder of images."""
     mask: Path | None = None
@@ -56,8 +56,9 @@ class Inpaint(Generic[S]):
     """How many different fills."""
     classes: tuple[str, ...] = ()
     """Fill with things of these classes, in turn: names or how they begin, or `all` [default: of any class]."""
-    prior: str = "hourglass"
-    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id."""
+    prior: tuple[str, ...] = ("hourglass",)
+    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Of a tokenizer of several levels,
+    one for each."""
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     seed: int = 0
@@ -100,21 +101,22 @@ def inpaint(config: Inpaint[Any]) -> Path:
     """
     jobs = _jobs(config)
     where = device(config.device)
-    prior, tokenizer = load_prior(config.prior, config.tokenizer)
-    prior, tokenizer = prior.to(where), tokenizer.to(where)
-    chosen = list(find_classes(prior, config.classes).values())
-    settings = {**flatten(config), "prior_digest": prior.digest(), "versions": versions()}
+    priors, tokenizer = load_priors(config.prior, config.tokenizer)
+    priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
+    chosen = list(find_classes(that_knows_classes(priors), config.classes).values())
+    digests = [prior.digest() for prior in priors]
+    settings = {**flatten(config), "prior_digests": digests, "versions": versions()}
     calls: list[int] = []
     for job in jobs:  # all, before the first is filled: what is wrong with the last one shows at once
         height, width = _read(config, job, tokenizer.image_channels)[1].shape
-        size, step = working_size(tokenizer, height, width, config.filling.largest), tokenizer.downsampling
-        calls.append(config.sampling.calls(size.padded_height // step, size.padded_width // step))
+        size = working_size(tokenizer, height, width, config.filling.largest)
+        calls.append(calls_of(priors, tokenizer, config.sampling, size))
     with bar(what="filling", total=sum(calls), unit="step") as progress:
         for index, job in enumerate(jobs):
             pixels, hole = _read(config, job, tokenizer.image_channels)
             _remark(config, job, hole, tokenizer)
             filled = fills(
-                prior,
+                priors,
                 tokenizer,
                 pixels,
                 hole,

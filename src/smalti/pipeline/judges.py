@@ -37,7 +37,7 @@ from smalti.pictures import save_sheet
 from smalti.pipeline.fill import fill
 from smalti.pipeline.generate import generate_images
 from smalti.pipeline.judging import JudgeInpainting, JudgePrior, JudgeTokenizer, Judging
-from smalti.pipeline.places import load_prior, load_priors, load_tokenizer
+from smalti.pipeline.places import load_priors, load_tokenizer
 from smalti.preprocess import to_float, to_uint8
 from smalti.priors.prior import CausalPrior, Prior
 from smalti.progress import SLOW_SECONDS, bar
@@ -171,12 +171,12 @@ def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, An
     """Fills of random strokes against the truth beneath, each other, and the mean colour and biharmonic fills."""
     where = device(config.judging.device)
     extractor = find_extractor(config.judging.extractor, where)
-    prior, tokenizer = load_prior(config.prior, config.tokenizer)
-    prior, tokenizer = prior.to(where), tokenizer.to(where)
+    priors, tokenizer = load_priors(config.prior, config.tokenizer)
+    priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
     real = _Real(config.judging, tokenizer, extractor)
     truth, seeds = to_float(real.judged), row_seeds(config.judging.seed, torch.arange(len(real.judged)))
     hole = strokes(derive(seeds, _HOLES), *truth.shape[2:])
-    filled = _fill(config, prior, tokenizer, real.judged, hole, derive(seeds, _FILLS), where)
+    filled = _fill(config, priors, tokenizer, real.judged, hole, derive(seeds, _FILLS), where)
     fills = to_float(filled)
     completed = {
         "model": filled[:, 0],
@@ -199,7 +199,11 @@ def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, An
     if config.fills > 1:
         scores[f"mse_in_hole_best_of_{config.fills}"] = {"model": float(errors.min(0).values.mean())}
         scores["diversity"] = {"model": float(diversity(fills, hole).mean())}
-    return scores, {**real.conditions, "prior_digest": prior.digest(), "share_of_hole": float(hole.float().mean())}
+    return scores, {
+        **real.conditions,
+        "prior_digests": [prior.digest() for prior in priors],
+        "share_of_hole": float(hole.float().mean()),
+    }
 
 
 def _choose(count: int, most: int, seed: int, stream: int) -> list[int]:
@@ -245,7 +249,7 @@ def _reconstruct(
 
 def _fill(
     config: JudgeInpainting[Any],
-    prior: Prior,
+    priors: Sequence[Prior],
     tokenizer: Tokenizer,
     pixels: UInt8[Tensor, "n c h w"],
     hole: Bool[Tensor, "n h w"],
@@ -260,7 +264,7 @@ def _fill(
         of_fills = derive(of_some.repeat_interleave(k), torch.arange(k).repeat(len(some)))
         with autocast(where, config.judging.precision):
             done = fill(
-                prior,
+                priors,
                 tokenizer,
                 some.repeat_interleave(k, 0),
                 holes.repeat_interleave(k, 0),

@@ -86,8 +86,9 @@ class JudgeInpainting(Generic[S]):
     """What is judged: `tokenizer`, `prior` or `inpainting`."""
     fills: int = 3
     """Fills of each image; the first alone is compared with other ways, all with each other and with the truth."""
-    prior: str = "hourglass"
-    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id."""
+    prior: tuple[str, ...] = ("hourglass",)
+    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Of a tokenizer of several levels,
+    one for each."""
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     filling: Filling = field(default_factory=Filling)

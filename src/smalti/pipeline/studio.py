@@ -109,7 +109,7 @@ class Studio:
 
         def work(show: Show) -> list[Image.Image]:
             filled = fills(
-                self.prior,
+                [self.prior],
                 self.tokenizer,
                 pixels,
                 hole,
