@@ -141,7 +141,7 @@ def fill(
 
 def filling_of(prior: Prior, given: Any) -> Any:
     """How a prior fills: as given, if that is for its kind; else by its kind's defaults."""
-    return given if isinstance(given, prior.method.filling) else prior.method.filling()
+    return given if isinstance(given, prior.method.sampling) else prior.method.filling()
 
 
 def fills(

@@ -63,8 +63,8 @@ def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
     (prior,), decoder = _load((source,), tokenizer)
     if len(decoder.layout.levels) > 1:
         raise UserError(
-            f"{source} draws one of several levels; the page shows one, but sample.py and inpaint.py take the priors of "
-            "them all"
+            f"{source} draws one of several levels; the page shows one, but sample.py and inpaint.py take the priors "
+            "of them all"
         )
     return prior, decoder
 
