@@ -5,23 +5,42 @@ Fully convolutional: any height and width divisible by 2**stages. Legend: b batc
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class ResidualBlock(nn.Module):
+class Residual(nn.Module):
+    """shortcut(x) + branch(x), the branch's layers one after the other."""
+
+    shortcut: nn.Module
+
+    @property
+    def branch(self) -> Sequence[nn.Module]:
+        """Its layers, in order."""
+        raise NotImplementedError
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        """Features to features on the same grid."""
+        inner = x
+        for layer in self.branch:
+            inner = layer(inner)
+        return self.shortcut(x) + inner
+
+
+class ResidualBlock(Residual):
     """x + conv(silu(conv(silu(x)))), the last weights starting at zero: a deep stack starts as nearly the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 1)
+        self.shortcut, self.silu = nn.Identity(), nn.SiLU()
         nn.init.zeros_(self.second.weight)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Features to features of the same shape."""
-        return x + self.second(F.silu(self.first(F.silu(x))))
+    @property
+    def branch(self) -> Sequence[nn.Module]:
+        """See `Residual`."""
+        return self.silu, self.first, self.silu, self.second
 
 
 def encoder(*, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int) -> nn.Sequential:

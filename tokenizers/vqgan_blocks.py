@@ -12,10 +12,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smalti.tokenizers.blocks import Residual
+
 EPSILON = 1e-6  # of every GroupNorm
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Residual):
     """shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))), where `shortcut` changes the channels, if need be."""
 
     def __init__(self, before: int, after: int, groups: int) -> None:
@@ -23,11 +25,12 @@ class ResidualBlock(nn.Module):
         self.norm1, self.conv1 = nn.GroupNorm(groups, before, EPSILON), nn.Conv2d(before, after, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(groups, after, EPSILON), nn.Conv2d(after, after, 3, padding=1)
         self.shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
+        self.silu = nn.SiLU()
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
-        """Features to features on the same grid."""
-        inner = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(inner)))
+    @property
+    def branch(self) -> Sequence[nn.Module]:
+        """See `Residual`."""
+        return self.norm1, self.silu, self.conv1, self.norm2, self.silu, self.conv2
 
 
 class Attention(nn.Module):
@@ -65,7 +68,12 @@ class Upsample(nn.Conv2d):
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         """Features to features on a grid of twice the height and width."""
-        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+        return super().forward(twice_as_large(input))
+
+
+def twice_as_large(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    """Every position repeated 2x2 times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def encoder_and_decoder(

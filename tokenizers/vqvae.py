@@ -22,6 +22,7 @@ from smalti.registry import register
 from smalti.tokenizers import blocks
 from smalti.tokenizers.gumbel import GumbelQuantizer
 from smalti.tokenizers.linked import CodebookLearning, LinkedQuantizer
+from smalti.tokenizers.strips import in_bounded_memory
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,12 @@ class OneGrid(VQFamily):
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
         """See `Tokenizer.encode`."""
-        return (self.quantizer.encode(self.encoder(self.prepared(images))),)
+        return (self.quantizer.encode(in_bounded_memory(self.encoder, self.prepared(images))),)
 
     def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
         """See `Tokenizer.decode`."""
         (grid,) = codes
-        return self.decoder(self.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
+        return in_bounded_memory(self.decoder, self.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
 
     @torch.no_grad()
     def start_from(self, images: Float[Tensor, "b c h w"]) -> None:

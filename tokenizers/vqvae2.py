@@ -18,6 +18,7 @@ from smalti.interfaces import TokenizerOutput
 from smalti.registry import register
 from smalti.tokenizers import blocks
 from smalti.tokenizers.linked import LinkedQuantizer
+from smalti.tokenizers.strips import in_bounded_memory
 from smalti.tokenizers.vqvae import VQConfig, VQFamily
 
 
@@ -109,7 +110,7 @@ class VQVAE2(VQFamily):
         combined = looked_up[0]
         for upsampling, z_q in zip(self.upsamplings, looked_up[1:], strict=True):
             combined = torch.cat([upsampling(combined), z_q], 1)
-        return self.decoder(combined).float().clamp(-1, 1)
+        return in_bounded_memory(self.decoder, combined).float().clamp(-1, 1)
 
     @torch.no_grad()
     def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
@@ -132,7 +133,7 @@ class VQVAE2(VQFamily):
 
     def _descend(self, images: Tensor, quantize: Callable[[LinkedQuantizer, Tensor], Tensor]) -> Tensor:
         """From the coarsest level to the finest, each by `quantize`; what the decoder takes, (b, levels * d, h, w)."""
-        features = [self.encoder(self.prepared(images))]
+        features = [in_bounded_memory(self.encoder, self.prepared(images))]
         for encoder in self.encoders:
             features.insert(0, encoder(features[0]))
         combined = quantize(self._quantizers[0], self.to_code[0](features[0]))
