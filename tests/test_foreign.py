@@ -270,7 +270,7 @@ def test_pickles_that_are_programs_are_not_run(tmp_path, capsys):
 
 
 def test_what_diffusers_does_not_have_is_not_written(tmp_path):
-    for more in ({"depth": 2}, {"quantizer": "gumbel"}):
+    for more in ({"depth": 2}, {"quantizer": "gumbel"}, {"quantizer": "cosine"}):
         with pytest.raises(UserError, match="flat codebooks"):
             to_diffusers(VQGAN(VQGANConfig(**SMALL, **more)), tmp_path / "vq")
     VQGAN(VQGANConfig(**SMALL)).save(tmp_path / "vq")

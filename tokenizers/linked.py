@@ -90,10 +90,14 @@ class LinkedQuantizer(nn.Module):
         decay: of the running means and counts, a step.
         revive_below: after a step, a codeword chosen less often than this share of its codebook's mean moves to where
             vectors are; 0 revives none.
+        cosine: whether directions are compared (ViT-VQGAN, arXiv 2110.04627, Sec. 3.2): vectors and codewords are
+            scaled to length 1 before anything else, so that the nearest codeword is that of the largest cosine. Running
+            means then are of vectors of length 1, and a codeword is the direction of its mean.
 
     Raises:
         UserError: if `code_width` or `depth` is below 1, `branching` below 2, `commitment_weight` negative, `decay` or
-            `revive_below` not from 0 to below 1, or there are more than 2**31 - 1 leaves.
+            `revive_below` not from 0 to below 1, there are more than 2**31 - 1 leaves, or several layers with `cosine`:
+            what is left after the first is no direction.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class LinkedQuantizer(nn.Module):
         learning: CodebookLearning = "ema",
         decay: float = 0.99,
         revive_below: float = 0.01,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
         if min(depth, code_width) < 1 or branching < 2:
@@ -119,8 +124,10 @@ class LinkedQuantizer(nn.Module):
         if depth * math.log2(branching) >= 31:  # before the power, which might never end
             leaves = f"{branching}**{depth} leaves are more than {LARGEST_CODEBOOK_SIZE}"
             raise UserError(f"{leaves}; take a smaller depth or branching")
+        if cosine and depth > 1:
+            raise UserError(f"codes that compare directions have one layer; give depth 1, not {depth}")
         self.depth, self.branching, self.commitment_weight = depth, branching, commitment_weight
-        self.learning, self.decay, self.revive_below = learning, decay, revive_below
+        self.learning, self.decay, self.revive_below, self.cosine = learning, decay, revive_below, cosine
         for layer in range(depth):
             codebook = torch.zeros(branching**layer, branching, code_width).uniform_(-(0.5**layer), 0.5**layer)
             if learning == "gradient":
@@ -133,8 +140,20 @@ class LinkedQuantizer(nn.Module):
 
     @property
     def codebooks(self) -> list[Float[Tensor, "_nodes m d"]]:
-        """Each layer's, (m**(i-1), m, d)."""
+        """Each layer's, (m**(i-1), m, d), as vectors are compared with them."""
+        return [self._scaled(codebook) for codebook in self._stored]
+
+    @property
+    def _stored(self) -> list[Tensor]:
+        """The same, as they learn."""
         return [getattr(self, f"codebook_{layer}") for layer in range(self.depth)]
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.cosine else vectors
+
+    def _vectors(self, z_e: Tensor) -> Tensor:
+        """What is quantized, (b h w, d), in float32."""
+        return self._scaled(rearrange(z_e, "b d h w -> (b h w) d").float())
 
     @property
     def _counting(self) -> bool:
@@ -144,7 +163,7 @@ class LinkedQuantizer(nn.Module):
     def forward(self, z_e: Float[Tensor, "b d h w"]) -> QuantizerOutput:
         """Quantizes, with the losses that train codebooks and encoder; any grid will do."""
         b, _, h, w = z_e.shape
-        vectors = rearrange(z_e, "b d h w -> (b h w) d").float()
+        vectors = self._vectors(z_e)
         paths = nearest_paths(vectors, self.codebooks)
         if self._counting and self.training and torch.is_grad_enabled():
             self._quantized.append((vectors.detach(), paths))
@@ -187,11 +206,10 @@ class LinkedQuantizer(nn.Module):
         positions = torch.arange(len(vectors) // len(seeds), device=vectors.device)
         seeds, residual = derive(seeds[:, None], positions).flatten(), vectors
         nodes = torch.zeros_like(paths)
-        for layer, parts in enumerate(self.codebooks):
+        for layer, parts in enumerate(self._stored):
             codebook, children = full(parts), self._prefixes(layer, paths)
-            codeword = F.embedding(
-                children, codebook.flatten(0, 1)
-            )  # before it moves: the search's residual is of this
+            # before it moves: the search's residual is of this
+            codeword = F.embedding(children, self._scaled(codebook).flatten(0, 1))
             moved, counts = self._learned(layer, codebook, residual, children)
             if self.revive_below:
                 errors = (residual - codeword).square().sum(1)
@@ -218,15 +236,14 @@ class LinkedQuantizer(nn.Module):
     @torch.no_grad()
     def start_from(self, z_e: Float[Tensor, "b d h w"], *, seed: int = 0) -> None:
         """Sets every codebook to the k-means centres of what reaches it, so that no subtree dies unused."""
-        vectors = rearrange(z_e, "b d h w -> (b h w) d")
-        started = linked_kmeans(vectors, self.codebooks, seed=seed)
-        for codebook, centres in zip(self.codebooks, started, strict=True):
+        started = linked_kmeans(self._vectors(z_e), self.codebooks, seed=seed)
+        for codebook, centres in zip(self._stored, started, strict=True):
             codebook.copy_(centres)
 
     def encode(self, z_e: Float[Tensor, "b d h w"]) -> Int64[Tensor, "b h w"]:
         """Codes only, without losses or gradients."""
         b, _, h, w = z_e.shape
-        paths = nearest_paths(rearrange(z_e, "b d h w -> (b h w) d"), self.codebooks)
+        paths = nearest_paths(self._vectors(z_e), self.codebooks)
         return rearrange(paths, "(b h w) -> b h w", b=b, h=h, w=w)
 
     def lookup(self, codes: Int64[Tensor, "b h w"], digits: int | None = None) -> Float[Tensor, "b d h w"]:

@@ -35,8 +35,9 @@ class VQGANConfig(VQConfig):
     """Channels between the networks and the 1x1 convolutions to and from codewords."""
     norm_groups: int = 32
     """Groups of every GroupNorm; each width divides by them."""
-    quantizer: Literal["nearest", "gumbel"] = "nearest"
-    """`nearest`: the nearest codeword, or path through linked codebooks; `gumbel`: codes are drawn."""
+    quantizer: Literal["nearest", "cosine", "gumbel"] = "nearest"
+    """`nearest`: the nearest codeword, or path through linked codebooks; `cosine`: the codeword nearest in direction,
+    both scaled to length 1, for a small --code-width such as 8; `gumbel`: codes are drawn."""
     branching: int = 512
     """Codewords of each codebook."""
     depth: int = 1
@@ -63,7 +64,7 @@ class VQGANConfig(VQConfig):
 class VQGAN(OneGrid):
     """VQ-GAN (arXiv 2012.09841): one grid of codes of a network with attention, trained for looks besides error.
 
-    The codebook is flat, drawn from (Gumbel), or HR-VQVAE's linked codebooks.
+    The codebook is flat, of directions (ViT-VQGAN's), drawn from (Gumbel), or HR-VQVAE's linked codebooks.
 
     Raises:
         UserError: as `VQFamily` and `LinkedQuantizer` do; for attention at a stage that is not there, widths that do
@@ -86,14 +87,14 @@ class VQGAN(OneGrid):
             groups=config.norm_groups,
         )
         self.quantizer = (
-            self.quantizer_of(depth=config.depth, branching=config.branching)
-            if config.quantizer == "nearest"
-            else GumbelQuantizer(
+            GumbelQuantizer(
                 code_width=config.code_width,
                 codebook_size=config.branching,
                 temperature=config.temperature,
                 kl_weight=config.kl_weight,
             )
+            if config.quantizer == "gumbel"
+            else self.quantizer_of(depth=config.depth, branching=config.branching, cosine=config.quantizer == "cosine")
         )
         # convolutions are 1.3-2x faster so, on CPUs and GPUs
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload

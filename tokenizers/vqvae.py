@@ -68,7 +68,7 @@ class VQFamily(Tokenizer):
         self.image_channels, self.downsampling = config.image_channels, downsampling
         self._check(config.height, config.width)
 
-    def quantizer_of(self, *, depth: int, branching: int) -> LinkedQuantizer:
+    def quantizer_of(self, *, depth: int, branching: int, cosine: bool = False) -> LinkedQuantizer:
         """A quantizer that learns as the config says."""
         return LinkedQuantizer(
             code_width=self.config.code_width,
@@ -78,6 +78,7 @@ class VQFamily(Tokenizer):
             learning=self.config.codebook_learning,
             decay=self.config.codebook_decay,
             revive_below=self.config.revive_below,
+            cosine=cosine,
         )
 
     def prepared(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
