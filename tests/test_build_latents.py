@@ -19,9 +19,11 @@ from build_toys import CONFIG, FLAGS, IMAGES, Builders, run, save_tokenizer, wai
 
 from smalti.codes import Layout
 from smalti.errors import UserError
+from smalti.images import open_images
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.shards import Job, Shards
 from smalti.pipeline import build_latents
+from smalti.preprocess import to_float
 from smalti.splits import held_out
 from smalti.tokenizers.hrvq import HRVQ
 
@@ -184,6 +186,7 @@ def other_image(place):
         (other_image, [], "of another image_fingerprint"),
         (None, ["--height", "12"], "of another layout"),
         (None, ["--no-flips"], "of another block_images"),
+        (None, ["--precision", "bf16"], "of another preprocessing"),
         (None, ["--batch-size", "16"], "of another block_images"),
     ],
 )
@@ -215,6 +218,25 @@ def test_a_set_that_is_there_stays_unless_its_inputs_change(place, capfd, monkey
     assert run(capfd, *FLAGS, "--out", "latents.h5")[0] == 0
     assert not same("latents.h5", place / "whole.h5")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["img", "latents.h5", "tokenizer"]
+
+
+def test_codes_in_bf16_are_others_and_the_set_says_so(capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(Path("tokenizer"))
+    write_images(Path("img"), 60)
+    assert run(capfd, *FLAGS, "--no-flips", "--out", "latents.h5")[0] == 0
+    exact = LatentSet(Path("latents.h5"))
+    status, out, _ = run(capfd, *FLAGS, "--no-flips", "--precision", "bf16", "--out", "latents.h5")
+    assert (status, "holds these codes already" in out, '"precision": "bf16"' in out) == (0, False, True)
+    images = open_images("img", height=8, width=8, channels=3)
+    tokenizer = HRVQ.load("tokenizer")
+    expected = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows in torch.arange(60).split(8):  # as many at once as FLAGS say
+            expected.append(tokenizer.encode(to_float(images.pixels(rows)))[0])
+    (codes,), (before,) = (found.batch(torch.arange(60)) for found in (LatentSet(Path("latents.h5")), exact))
+    assert codes.equal(torch.cat(expected))
+    assert 0 < (codes != before).float().mean() < 0.1
 
 
 def test_new_bytes_under_an_old_name_are_other_images(tmp_path):

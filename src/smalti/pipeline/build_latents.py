@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.codes import Codes
-from smalti.devices import Device, device
+from smalti.devices import Device, autocast, device
 from smalti.errors import UserError
 from smalti.images import ImageSet, open_images
 from smalti.interfaces import Tokenizer
@@ -73,6 +73,9 @@ class BuildLatents:
     no more than 4]."""
     device: Device = "auto"
     """Where to encode."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the networks; the search of codebooks stays in fp32. bf16 is for hardware that is fast in it; it
+    gives some codes other than those of fp32, so the set says so."""
     out: Path | None = None
     """The file [default: runs/latents/KIND.h5, and of a layer KIND-layer-N.h5]."""
 
@@ -81,8 +84,8 @@ def build_latents(config: BuildLatents) -> Path:
     """Encodes every image and stores the codes; returns the file. One that already holds exactly this is left as it is.
 
     The processes are those of `accelerate launch` or `torchrun`. Finished blocks survive anything, `kill -9` included:
-    the same call, by any number of processes, goes on from them. Codes are computed in float32, so that they do not
-    depend on what precision a device is fast in.
+    the same call, by any number of processes, goes on from them. Codes are computed in float32 unless bf16 is asked
+    for, so that they do not depend on what precision a device is fast in.
 
     Raises:
         UserError: for a tokenizer or images that will not do, another builder of the same file, or a full disk. The
@@ -102,6 +105,7 @@ def build_latents(config: BuildLatents) -> Path:
         images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
     name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
     path = config.out or LATENTS / f"{name}.h5"
+    precision = {} if config.precision == "fp32" else {"precision": config.precision}
     provenance = Provenance(
         tokenizer_kind=tokenizer.kind,
         tokenizer_config=dataclasses.asdict(tokenizer.config),
@@ -109,7 +113,7 @@ def build_latents(config: BuildLatents) -> Path:
         tokenizer_source=tokenizer_source,
         image_source=images.source,
         image_fingerprint=images.fingerprint,
-        preprocessing={**images.preprocessing, "flips": config.flips},
+        preprocessing={**images.preprocessing, "flips": config.flips, **precision},
         label_names=images.label_names,
         command=command(),
     )
@@ -236,8 +240,9 @@ def _encode(
         unit="block",
         shown=process.is_main_process,
     )
-    with progress:
-        for block, pixels, bad in decoded(images, job, share, config, _device_of(tokenizer)):
+    where = _device_of(tokenizer)
+    with progress, autocast(where, config.precision):
+        for block, pixels, bad in decoded(images, job, share, config, where):
             if shards.abandoned:
                 return
             if bad and config.on_bad_image == "raise":
