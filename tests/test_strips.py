@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from smalti import HRVQ, VQGAN, VQVAE2, HRVQConfig, VQGANConfig, VQVAE2Config
 from smalti.tokenizers import strips
 from smalti.tokenizers.strips import in_bounded_memory
+from smalti.tokenizers.vqgan_blocks import GroupNorm
 
 SHAPE = {"height": 16, "width": 24, "code_width": 4}
 GAN = {**SHAPE, "norm_groups": 2, "latent_width": 6, "branching": 7}
@@ -48,7 +50,7 @@ def limits(*, strip, held, whole=0):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(rows=st.integers(1, 4), columns=st.integers(1, 3), strip=st.integers(300, 3_000), held=st.integers(0, 3_000))
+@given(rows=st.integers(1, 3), columns=st.integers(1, 3), strip=st.integers(500, 3_000), held=st.integers(0, 3_000))
 @settings(max_examples=3)
 def test_strips_are_equal_to_the_whole(name, rows, columns, strip, held):
     """Every pixel of an image, with statistics over all of it, whatever is held and however thin the strips are."""
@@ -61,6 +63,17 @@ def test_strips_are_equal_to_the_whole(name, rows, columns, strip, held):
             torch.testing.assert_close(in_bounded_memory(tokenizer.encoder, images), z_e, atol=1e-5, rtol=0)
             torch.testing.assert_close(tokenizer.decode(codes), decoded, atol=1e-5, rtol=0)
             assert all(ours.equal(theirs) for ours, theirs in zip(tokenizer.encode(images), codes, strict=True))
+
+
+@pytest.mark.parametrize("way", ["whole", "strips"])
+def test_statistics_of_many_positions_are_exact(way):
+    """Where torch's own, of channels-last maps on CPUs, are off by 3e-4."""
+    torch.manual_seed(0)
+    x = (torch.randn(1, 8, 512, 512) * 0.7 + 0.9).contiguous(memory_format=torch.channels_last)
+    norm = GroupNorm(4, 8)
+    with torch.no_grad(), limits(strip=2**18, held=0, whole=2**30 if way == "whole" else 0):
+        ours = in_bounded_memory(nn.Sequential(norm), x)
+    torch.testing.assert_close(ours, F.group_norm(x.double(), 4, eps=1e-6).float(), atol=1e-5, rtol=0)
 
 
 class Sizes(TorchDispatchMode):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from smalti.tokenizers.blocks import Residual
 from smalti.tokenizers.vqgan_blocks import Attention, Downsample, Upsample, twice_as_large
 
-LARGEST_WHOLE = 2**27
-"""Numbers of the largest map that a network makes at once, of one image or several: 128 channels of 1024x1024."""
+LARGEST_WHOLE = 2**26
+"""Numbers of the largest map that a network makes at once, of one image or several: 128 channels of 724x724."""
 LARGEST_HELD = 2**27
 """Numbers of the largest map that is held where images are computed in strips; at most three are at a time."""
 STRIP = 2**22
@@ -205,20 +205,20 @@ def _enlarged(layer: Callable[[Tensor], Tensor], x: _Map, times: int, channels: 
 def _normalized(layer: nn.GroupNorm, x: _Map) -> _Map:
     """By a GroupNorm: the first rows asked for wait for the statistics of all."""
 
-    c, _, w = x.shape
+    c, h, _ = x.shape
 
     @cache
     def scale_and_shift() -> tuple[Tensor, Tensor]:
-        means, variances, heights = [], [], []
+        shares, means, variances = [], [], []
         for first, last in x.strips():
-            part, size = x.rows(first, last).float(), (last - first) * w
-            _, mean, scale = torch.native_group_norm(part, None, None, 1, c, size, layer.num_groups, layer.eps)
-            means.append(mean[0].double())
-            variances.append(scale[0].double() ** -2 - layer.eps)
-            heights.append(last - first)
-        share = torch.tensor(heights).to(means[0])[:, None] / x.shape[1]
-        mean = (share * torch.stack(means)).sum(0)
-        variance = (share * (torch.stack(variances) + (torch.stack(means) - mean).square())).sum(0)
+            part = x.rows(first, last).float().flatten(2).contiguous()  # channels first: see `GroupNorm`
+            _, mean, scale = torch.native_group_norm(part, None, None, 1, c, part.shape[2], layer.num_groups, layer.eps)
+            shares.append((last - first) / h)
+            means.append(mean.double())
+            variances.append(scale.double() ** -2 - layer.eps)
+        share, means = torch.tensor(shares).to(means[0])[:, None], torch.cat(means)
+        mean = (share * means).sum(0)
+        variance = (share * (torch.cat(variances) + (means - mean).square())).sum(0)
         scale = (variance + layer.eps).rsqrt()
         scale, mean = (each.float().repeat_interleave(c // layer.num_groups) for each in (scale, mean))
         scale = scale * layer.weight
