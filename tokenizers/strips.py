@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from smalti.tokenizers.blocks import Residual
 from smalti.tokenizers.vqgan_blocks import Attention, Downsample, Upsample, twice_as_large
 
-LARGEST_WHOLE = 2**26
-"""Numbers of the largest map that a network makes at once, of one image or several: 128 channels of 724x724."""
-LARGEST_HELD = 2**27
-"""Numbers of the largest map that is held where images are computed in strips; at most three are at a time."""
+LARGEST_WHOLE = {"cpu": 2**26, "cuda": 2**27, "mps": 2**27}
+"""Numbers of the largest map that a network makes at once, of one image or several; 2**27 is 128 channels of 1024x1024.
+It is larger where computing again what was not held costs more than memory does."""
+LARGEST_HELD = 2**26
+"""Numbers of the largest map that is held where images are computed in strips, 256 MiB; at most three at a time."""
 STRIP = 2**22
 """Numbers of the largest strip of a map that is computed at once, if it has more rows than a few."""
 
@@ -37,11 +38,11 @@ def in_bounded_memory(network: nn.Sequential, x: Float[Tensor, "b c h w"]) -> Fl
     """
     _, c, h, w = x.shape
     shape = _Map((c, h, w), lambda first, last: x[:1, :, first:last])
-    largest = 0 if torch.is_grad_enabled() else _applied(network, shape).largest
-    if len(x) * largest <= LARGEST_WHOLE:
+    largest, limit = _applied(network, shape).largest, LARGEST_WHOLE[x.device.type]
+    if torch.is_grad_enabled() or len(x) * largest <= limit:
         return network(x)
-    if largest <= LARGEST_WHOLE:
-        return torch.cat([network(part) for part in x.split(LARGEST_WHOLE // largest)])
+    if largest <= limit:
+        return torch.cat([network(part) for part in x.split(limit // largest)])
     return torch.cat([_whole(_applied(network, replace(shape, rows=_rows_of(image)))) for image in x.split(1)])
 
 
