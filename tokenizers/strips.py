@@ -37,13 +37,13 @@ def in_bounded_memory(network: nn.Sequential, x: Float[Tensor, "b c h w"]) -> Fl
     Which way an image goes hangs on its size alone. With gradients, which need every map, the network runs as it is.
     """
     _, c, h, w = x.shape
-    shape = _Map((c, h, w), lambda first, last: x[:1, :, first:last])
-    largest, limit = _applied(network, shape).largest, LARGEST_WHOLE[x.device.type]
+    given = _Map((c, h, w), _rows_of(x[:1]))
+    largest, limit = _applied(network, given).largest, LARGEST_WHOLE[x.device.type]
     if torch.is_grad_enabled() or len(x) * largest <= limit:
         return network(x)
     if largest <= limit:
         return torch.cat([network(part) for part in x.split(limit // largest)])
-    return torch.cat([_whole(_applied(network, replace(shape, rows=_rows_of(image)))) for image in x.split(1)])
+    return torch.cat([_whole(_applied(network, replace(given, rows=_rows_of(image)))) for image in x.split(1)])
 
 
 @dataclass(frozen=True)
@@ -205,23 +205,25 @@ def _enlarged(layer: Callable[[Tensor], Tensor], x: _Map, times: int, channels: 
 
 def _normalized(layer: nn.GroupNorm, x: _Map) -> _Map:
     """By a GroupNorm: the first rows asked for wait for the statistics of all."""
-
     c, h, _ = x.shape
 
     @cache
     def scale_and_shift() -> tuple[Tensor, Tensor]:
-        shares, means, variances = [], [], []
+        shares, means, scales = [], [], []
         for first, last in x.strips():
             part = x.rows(first, last).float().flatten(2).contiguous()  # channels first: see `GroupNorm`
             _, mean, scale = torch.native_group_norm(part, None, None, 1, c, part.shape[2], layer.num_groups, layer.eps)
             shares.append((last - first) / h)
-            means.append(mean.double())
-            variances.append(scale.double() ** -2 - layer.eps)
-        share, means = torch.tensor(shares).to(means[0])[:, None], torch.cat(means)
-        mean = (share * means).sum(0)
-        variance = (share * (torch.cat(variances) + (means - mean).square())).sum(0)
-        scale = (variance + layer.eps).rsqrt()
-        scale, mean = (each.float().repeat_interleave(c // layer.num_groups) for each in (scale, mean))
+            means.append(mean)
+            scales.append(scale)
+        of_strips, device = torch.tensor(shares, dtype=torch.double)[:, None], scales[0].device
+        mean_of, scale_of = (torch.cat(each).cpu().double() for each in (means, scales))  # GPUs may lack float64
+        mean = (of_strips * mean_of).sum(0)
+        variance = (of_strips * (scale_of**-2 - layer.eps + (mean_of - mean).square())).sum(0)
+        repeats = c // layer.num_groups
+        scale, mean = (
+            each.float().to(device).repeat_interleave(repeats) for each in ((variance + layer.eps).rsqrt(), mean)
+        )
         scale = scale * layer.weight
         return scale.view(1, -1, 1, 1), (layer.bias - mean * scale).view(1, -1, 1, 1)
 

@@ -111,7 +111,10 @@ class VQFamily(Tokenizer):
 
 
 class OneGrid(VQFamily):
-    """A tokenizer of an encoder, a quantizer and a decoder, which the kinds make: one grid of codes."""
+    """A tokenizer of an encoder, a quantizer and a decoder, which the kinds make: one grid of codes.
+
+    Both networks run in bounded memory, whatever the size of the images; `decode` under `torch.no_grad` only.
+    """
 
     encoder: nn.Sequential
     quantizer: LinkedQuantizer | GumbelQuantizer
