@@ -61,7 +61,7 @@ def test_fills_are_those_of_the_command(studio, prior, tmp_path):
         filling=Filling(candidates=2),
         num=2,
         seed=4,
-        prior=str(prior),
+        prior=(str(prior),),
         device="cpu",
         precision="fp32",
         out=tmp_path / "out.png",
