@@ -23,12 +23,15 @@ from smalti.tokenizers.hams import HAMsConfig
 from smalti.tokenizers.hqa import HQAConfig
 from smalti.tokenizers.hrvq import HRVQConfig
 from smalti.tokenizers.objective import Reconstruction
+from smalti.tokenizers.selfvae import SelfVAEConfig, VAEConfig
 from smalti.tokenizers.vqgan import VQGANConfig
 from smalti.tokenizers.vqvae import VQVAEConfig
 from smalti.tokenizers.vqvae2 import VQVAE2Config
 
 # A new kind needs an entry here: none is registered without passing the tests of checkpoints and of training.
 SMALL = {"height": 8, "width": 12, "residual_blocks": 1, "codebook_decay": 0.8, "revive_below": 0.6}  # so that some die
+LATENT = {"channels": 4, "growth": 2, "dense_layers": 1, "stages": 1, "latent_channels": 2, "mixtures": 2}
+LATENT |= {"flow_layers": 4, "flow_width": 4}
 TINY = {
     "hrvq": HRVQConfig(**SMALL, widths=(4, 6), code_width=5, depth=2, branching=3),
     "vqgan": VQGANConfig(
@@ -49,6 +52,8 @@ TINY = {
     "vqvae2": VQVAE2Config(**SMALL, widths=(4,), code_width=3, codebook_size=5, codebook_learning="gradient"),
     "hqa": HQAConfig(8, 12, widths=(4, 6), code_width=3, codebook_size=6, normalize=True),
     "hams": HAMsConfig(8, 12, widths=(4, 6), code_width=3, codebook_size=6),
+    "selfvae": SelfVAEConfig(8, 12, **LATENT, levels=2),
+    "vae": VAEConfig(8, 12, **LATENT),
     "hourglass": HourglassConfig(
         height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),

@@ -15,6 +15,10 @@ from smalti.pipeline.train_tokenizer import Preset, TrainTokenizer
 from smalti.tokenizers.vqgan import VQGANConfig
 
 LEVELS = 3  # of VQ-VAE-2, in the HR-VQVAE paper
+LIKELIHOOD_FIT = FitConfig(
+    steps=4_000, batch_size=32, learning_rate=2e-3, optimizer="adamax", clip_norm=100.0, ema_decay=0.995
+)
+"""AdaMax at 2e-3, as selfVAE's predecessor (arXiv 2006.05218)."""
 F16: dict[str, Any] = {
     "widths": (128, 128, 256, 256, 512),
     "residual_blocks": 2,
@@ -32,10 +36,12 @@ def small(kind: str) -> TrainTokenizer[Any]:
     half way, most of an hour; these settings of it have not been tuned.
     """
     model = registry.find("tokenizer", kind).config_class()
-    if kind != "vqgan":
-        return TrainTokenizer(model=model, tokenizer=kind)
-    fit = FitConfig(steps=2_000, batch_size=32, learning_rate=3e-4, ema_decay=0.99)
-    return TrainTokenizer(model=model, fit=fit, tokenizer=kind)
+    fits = {
+        "vqgan": FitConfig(steps=2_000, batch_size=32, learning_rate=3e-4, ema_decay=0.99),
+        "vae": LIKELIHOOD_FIT,
+        "selfvae": LIKELIHOOD_FIT,
+    }
+    return TrainTokenizer(model=model, tokenizer=kind, **({"fit": fits[kind]} if kind in fits else {}))
 
 
 def paper32(kind: str) -> TrainTokenizer[Any]:
