@@ -17,8 +17,9 @@ from smalti.errors import UserError
 from smalti.flows import Flow
 from smalti.randomness import derive, normal, row_seeds
 from smalti.tokenizers.dense import DenseBlock, WeightNormConv, start_from_data
+from smalti.tokenizers.hierarchy import WAYS
 from smalti.tokenizers.logistic import LogisticMixture, log_discretized_logistic, parameters_for, to_bins
-from smalti.tokenizers.selfvae import WAYS, SelfVAE, SelfVAEConfig
+from smalti.tokenizers.selfvae import SelfVAE, SelfVAEConfig
 from smalti.tokenizers.transformations import Form, forms, sketch, transform
 from smalti.tokenizers.vae import VAE
 
@@ -250,7 +251,7 @@ def test_every_network_learns_from_the_bound():
 
 @torch.no_grad()
 def test_what_is_sent_decides_and_the_rest_is_drawn():
-    """Of each way: the receiver needs no more than what was sent, its size is counted, other seeds draw other images."""
+    """Of each way: the receiver needs no more than what was sent, its size is counted, other seeds draw others."""
     model, x = model_of(), images()
     other = derive(SEEDS, 1)
     numbers = {"y": 3 * 4 * 4 * 8, "u": 2 * 2 * SMALL.latent_channels * 16, "z": 2 * 2 * SMALL.latent_channels * 16}

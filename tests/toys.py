@@ -17,13 +17,15 @@ from smalti.fit_config import FitConfig, Phase
 from smalti.interfaces import Tokenizer
 from smalti.priors.hourglass import HourglassConfig
 from smalti.priors.pixelcnn import PixelCNNConfig
+from smalti.priors.realnvp import RealNVPConfig
 from smalti.randomness import uniform
 from smalti.runs import METRICS_NAME, Run
 from smalti.tokenizers.hams import HAMsConfig
+from smalti.tokenizers.hierarchy import VAEConfig
 from smalti.tokenizers.hqa import HQAConfig
 from smalti.tokenizers.hrvq import HRVQConfig
 from smalti.tokenizers.objective import Reconstruction
-from smalti.tokenizers.selfvae import SelfVAEConfig, VAEConfig
+from smalti.tokenizers.selfvae import SelfVAEConfig
 from smalti.tokenizers.vqgan import VQGANConfig
 from smalti.tokenizers.vqvae import VQVAEConfig
 from smalti.tokenizers.vqvae2 import VQVAE2Config
@@ -60,6 +62,7 @@ TINY = {
     "maskgit": HourglassConfig(
         height=3, width=2, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),
+    "realnvp": RealNVPConfig(height=2, width=3, channels=2, layers=4, model_width=4),
     "pixelcnn": PixelCNNConfig(
         height=4,
         width=6,
@@ -159,6 +162,10 @@ def make(family, kind):
     torch.manual_seed(1)
     model = registry.find(family, kind)(config)
     shape = (ROWS + 5, config.height, config.width)
+    if kind == "realnvp":
+        objective = model.method.objective(model, model.method.objective_config())
+        latents = torch.randn(ROWS + 5, *model.level.shape, generator=generator).exp()
+        return model, objective, Rows(codes=latents[:ROWS]), Rows(codes=latents[ROWS:])
     if family == "prior":
         columns = {"codes": torch.randint(model.level.codebook_size, shape, generator=generator)}
         columns["labels"] = torch.arange(ROWS + 5) % 3 - 1

@@ -1,7 +1,8 @@
 """Likelihoods of pixels: mixtures of discretised logistics (selfVAE, Eqs. 14, 16 and 19; arXiv 1701.05517).
 
-Images are float in [-1, 1], of which `bins` values are possible: value v of 0..bins-1 is at 2 v / (bins - 1) - 1, so for
-8 bits v = 127.5 (x + 1), as `smalti.preprocess` has it. Means and scales are in units of [-1, 1] too. No network here.
+Images are float in [-1, 1], of which `bins` values are possible: value v of 0..bins-1 is at 2 v / (bins - 1) - 1, so
+for 8 bits v = 127.5 (x + 1), as `smalti.preprocess` has it. Means and scales are in units of [-1, 1] too. No network
+here.
 
 Legend: b batch, k components, c channels, h w pixels, p parameters.
 """

@@ -7,6 +7,7 @@ Legend: b batch, c channels of an image, d latent channels, h w pixels, y x grid
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -82,7 +83,7 @@ class Encoder(nn.Module):
         halvings = shape.stages - form.halvings
         widths = [form.channels] + [shape.channels] * max(1, halvings)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [WeightNormConv(before, after, resize=-1 if halvings else 0), shape.block()]
         self.body = nn.Sequential(*layers)
         self.above = WeightNormConv(shape.latent_channels, shape.channels) if told else None
@@ -99,7 +100,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents, and perhaps the image's next representation, to the image's likelihood: p(x|y, z), or p(y|u) of the last.
+    """Latents, and perhaps the image's representation, to the image's likelihood: p(x|y, z), or p(y|u) of the last.
 
     The representation joins where the features have its size, and a dense block follows.
 

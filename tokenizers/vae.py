@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from smalti.registry import register
-from smalti.tokenizers.selfvae import Hierarchy, VAEConfig
+from smalti.tokenizers.hierarchy import Hierarchy, VAEConfig
 from smalti.tokenizers.transformations import Form
 
 

@@ -28,8 +28,8 @@ class FitConfig:
     learning_rate: float = 1e-3
     """The optimiser's rate after warm-up."""
     optimizer: OptimizerName = "adamw"
-    """`muon` orthogonalises the updates of linear layers, at five times the rate; the rest stays with AdamW. `adamax` is
-    selfVAE's (arXiv 1412.6980)."""
+    """`muon` orthogonalises the updates of linear layers, at five times the rate; the rest stays with AdamW. `adamax`
+    (arXiv 1412.6980) is selfVAE's."""
     warmup_steps: int = 50
     """Steps over which the rate rises from zero."""
     decay_fraction: float = 0.5

@@ -29,8 +29,8 @@ class Coupling(nn.Module):
         super().__init__()
         self.by_channel, self.odd = by_channel, odd
         last = nn.Conv2d(width, 2 * channels, 3, padding=1)
-        nn.init.zeros_(last.weight)  # the start is the identity
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():  # the start is the identity
+            nn.init.zeros_(parameter)
         self.net = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1), nn.ELU(), nn.Conv2d(width, width, 1), nn.ELU(), last
         )

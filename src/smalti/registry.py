@@ -24,6 +24,7 @@ _MODULES: dict[tuple[Family, str], str] = {
     ("prior", "hourglass"): "smalti.priors.hourglass",
     ("prior", "maskgit"): "smalti.priors.maskgit",
     ("prior", "pixelcnn"): "smalti.priors.pixelcnn",
+    ("prior", "realnvp"): "smalti.priors.realnvp",
 }
 _CLASSES: dict[tuple[Family, str], "type[Checkpointed]"] = {}
 

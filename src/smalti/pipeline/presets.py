@@ -6,6 +6,7 @@ the paper does not give is VQ-VAE-2's (arXiv 1906.00446): networks 128 channels 
 megapixel; they learn at 4.5e-6 times the batch, without a k-means start, which takes long for so many codes.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from smalti import registry
@@ -41,7 +42,8 @@ def small(kind: str) -> TrainTokenizer[Any]:
         "vae": LIKELIHOOD_FIT,
         "selfvae": LIKELIHOOD_FIT,
     }
-    return TrainTokenizer(model=model, tokenizer=kind, **({"fit": fits[kind]} if kind in fits else {}))
+    made = TrainTokenizer(model=model, tokenizer=kind)
+    return replace(made, fit=fits.get(kind, made.fit))
 
 
 def paper32(kind: str) -> TrainTokenizer[Any]:
