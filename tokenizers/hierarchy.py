@@ -197,7 +197,7 @@ class Hierarchy(Tokenizer):
         seeds = row_seeds(0, torch.arange(len(images), device=images.device)) if seeds is None else seeds
         y = self.representations(images)
         q = [self.posterior(level, image) for level, image in enumerate(y)]
-        unit = bits_per_number(y[0])
+        unit = bits_per_number(images[0].numel())
         losses = {f"bits_{name}": nats.mean() * unit for name, nats in self.terms(y, q, seeds).items()}
         return TokenizerOutput(None, (q[-1].mean.detach(),), losses)
 
@@ -338,6 +338,6 @@ class Hierarchy(Tokenizer):
             )
 
 
-def bits_per_number(images: Float[Tensor, "b c h w"]) -> float:
-    """What nats of one image are multiplied by, for bits for each pixel and channel."""
-    return 1 / (math.log(2) * images[0].numel())
+def bits_per_number(numbers: int) -> float:
+    """What nats of an image of so many numbers (pixels times channels) are multiplied by, for bits for each."""
+    return 1 / (math.log(2) * numbers)

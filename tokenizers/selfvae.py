@@ -1,4 +1,5 @@
 """selfVAE: VAEs in a hierarchy, through representations that transformations make. The model is in `hierarchy.py`."""
+
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar

@@ -118,8 +118,8 @@ class Decoder(nn.Module):
         self.start = WeightNormConv(shape.latent_channels, shape.channels)
         self.given = WeightNormConv(given.channels, shape.channels) if given else None
         self.ups = nn.ModuleList(WeightNormConv(shape.channels, shape.channels, resize=1) for _ in range(doublings))
-        self.blocks = nn.ModuleList(  # none at the full size, where it costs most, unless something joins there
-            shape.block() if size < doublings or size == self.joins_at else nn.Identity()
+        self.blocks = nn.ModuleList(  # none at the full size, where it costs most, unless it is the first or joined
+            shape.block() if size < max(1, doublings) or size == self.joins_at else nn.Identity()
             for size in range(doublings + 1)
         )
         parameters = parameters_for(shape.mixtures, form.channels)

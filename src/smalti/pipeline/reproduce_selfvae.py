@@ -48,7 +48,7 @@ class ReproduceSelfVAE:
     """Rows of Table 1."""
     channels: int = 48
     """Channels of the networks."""
-    steps: int = 1_500
+    steps: int = 1_200
     """Optimiser steps of every model."""
     batch_size: int = 16
     """Images a step."""
