@@ -25,7 +25,7 @@ from smalti.pipeline.train_prior import grid_of_numbers
 from smalti.preprocess import to_float, to_uint8
 from smalti.priors.realnvp import FlowSampling, sample_flow
 from smalti.randomness import derive, row_seeds
-from smalti.scripts import build_latents, evaluate, sample, train_prior, train_tokenizer
+from smalti.scripts import build_latents, evaluate, reproduce, sample, train_prior, train_tokenizer
 from smalti.tokenizers.hierarchy import WAYS, VAEConfig
 from smalti.tokenizers.vae import VAE
 
@@ -197,6 +197,24 @@ def test_a_prior_of_the_other_kind_is_refused(folder, capfd):
     assert (status, "--prior realnvp learns" in said) == (2, True), said
     with pytest.raises(UserError, match="--prior hourglass, maskgit and pixelcnn learn"):
         grid_of_numbers(LatentSet("runs/latents/selfvae.h5").layout.resized([(4, 4)]).levels * 2, 0)
+
+
+def test_the_study_has_every_row_beside_the_paper(folder, capfd, monkeypatch):
+    monkeypatch.setattr(judges, "find_extractor", lambda _, where: MeanColours(where))
+    flags = "selfvae --images img --models vae selfvae-downscale --channels 4 --steps 1 --batch-size 4 --num 8"
+    flags = [*flags.split(), "--likelihood-num", "2", "--samples", "2", "--out", "study/selfvae.md"]
+    assert run(capfd, reproduce.main, *flags)[0] == 0
+    text = (folder / "study/selfvae.md").read_text()
+    for name, paper in (("vae", "VAE | 3.51 | 41.36"), ("selfvae-downscale", "selfVAE-downscale | 3.65 | 34.71")):
+        kept = json.loads(next(folder.glob(f"runs/reproductions/selfvae/cifar10/{name}-4-*/result.json")).read_text())
+        assert f"| {paper} | {kept['likelihood']['bits_per_dim']['model']:.2f} |" in text
+        for what in ("generations", "ladder", "latents"):
+            assert Image.open(folder / f"study/selfvae-cifar10-{name}-{what}.png").width > 500
+            assert f"(selfvae-cifar10-{name}-{what}.png)" in text
+    assert text.count("| reconstruction-1 | 2048 | 1.50 |") == 2
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/reproductions/**/*") if path.is_file()}
+    assert run(capfd, reproduce.main, *flags)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # a finished study trains nothing again
 
 
 def test_what_will_not_do_is_refused(folder, capfd):
