@@ -55,7 +55,9 @@ class ReproduceSelfVAE:
     precision: Precision = "auto"
     """Arithmetic of the networks in training; what is measured is in fp32."""
     num: int = 1_000
-    """Images judged by distances and errors, at most; `likelihood_num` of them by bits."""
+    """Held-out images sent and made again, and images generated, at most."""
+    reference: int = 5_000
+    """Most training images that distances are taken to."""
     likelihood_num: int = 64
     """Held-out images whose bits are counted."""
     samples: int = 512
@@ -66,7 +68,7 @@ class ReproduceSelfVAE:
     """The Markdown file whose measured parts are replaced, with its pictures beside it."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "steps", "batch_size", "num", "likelihood_num", "samples"):
+        for name in ("channels", "steps", "batch_size", "likelihood_num", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
 

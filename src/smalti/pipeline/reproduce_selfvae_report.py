@@ -72,7 +72,7 @@ def measured(folder: Path, config: ReproduceSelfVAE) -> dict[str, Any]:
     likelihood, _ = judge_likelihood(
         JudgeLikelihood(tokenizer=str(folder), images=config.images, num=config.likelihood_num, samples=config.samples)
     )
-    judging = Judging(images=config.images, num=config.num, precision="fp32")
+    judging = Judging(images=config.images, num=config.num, reference=config.reference, precision="fp32")
     ways, _ = judge_ways(JudgeWays(tokenizer=str(folder), judging=judging))
     parameters = sum(parameter.numel() for parameter in load_hierarchy(str(folder)).parameters())
     found = {"likelihood": likelihood, "ways": ways, "parameters": parameters}
@@ -85,7 +85,8 @@ def table(config: ReproduceSelfVAE, done: dict[ModelName, Path]) -> str:
     lines = [
         f"Table 1, {config.data}, {config.steps} steps of {config.batch_size} images: bits per dimension of "
         f"{config.likelihood_num} held-out images by {config.samples} importance samples, their standard error, the "
-        f"bound of one sample; Fréchet distance of {config.num} generations at most, and that of as many real images.",
+        f"bound of one sample; Fréchet distance of {config.num} generations to {config.reference} training images, and "
+        "that of as many real ones.",
         "",
         "| | paper: bpd | FID | ours: bpd | ± | bound | Fréchet | real | parameters |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
