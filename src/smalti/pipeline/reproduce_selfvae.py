@@ -48,6 +48,10 @@ class ReproduceSelfVAE:
     """Rows of Table 1."""
     channels: int = 48
     """Channels of the networks."""
+    growth: int = 16
+    """Channels that each layer of a dense block adds."""
+    dense_layers: int = 2
+    """Layers of a dense block."""
     steps: int = 1_200
     """Optimiser steps of every model."""
     batch_size: int = 16
@@ -68,7 +72,7 @@ class ReproduceSelfVAE:
     """The Markdown file whose measured parts are replaced, with its pictures beside it."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "steps", "batch_size", "likelihood_num", "samples"):
+        for name in ("channels", "growth", "dense_layers", "steps", "batch_size", "likelihood_num", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
 
@@ -80,12 +84,14 @@ def open_data(config: ReproduceSelfVAE) -> ImageSet:
 
 def trained(name: ModelName, config: ReproduceSelfVAE, images: ImageSet) -> Path:
     """The folder of a run, trained as far as it was not yet."""
-    folder = config.work / config.data / f"{name}-{config.channels}-{config.steps}steps"
+    size = {"channels": config.channels, "growth": config.growth, "dense_layers": config.dense_layers}
+    named = "-".join(map(str, size.values()))
+    folder = config.work / config.data / f"{name}-{named}-{config.steps}steps"
     fit = replace(
         LIKELIHOOD_FIT, steps=config.steps, batch_size=config.batch_size, report_steps=config.steps, save_steps=250
     )
     settings = TrainTokenizer(
-        model=replace(MODELS[name], channels=config.channels),
+        model=replace(MODELS[name], **size),
         fit=fit,
         tokenizer="vae" if name == "vae" else "selfvae",
         images=config.images,

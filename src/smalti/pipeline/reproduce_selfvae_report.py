@@ -108,7 +108,8 @@ def table(config: ReproduceSelfVAE, done: dict[ModelName, Path]) -> str:
         for way in sorted(ways["mse"], key=lambda way, sent=ways["bytes_sent"]: sent[way]):
             cells = [f"{ways[key][way]:{form}}" for key, form in LADDER.items()]
             ladder.append(f"| {' | '.join([NAMES[name], way, *cells])} |")
-    budget = f"networks {config.channels} wide, trained in {resolve(config.precision)}"
+    of = f"{config.channels} channels, dense blocks of {config.dense_layers} layers of {config.growth}"
+    budget = f"{of}, AdaMax at 2e-3, trained in {resolve(config.precision)}"
     return "\n".join([*lines, *ladder, "", f"{machine()}; {budget}."])
 
 
