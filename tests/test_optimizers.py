@@ -1,5 +1,7 @@
 """Optimisers: who trains what, steps by hand, states that go on."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -107,7 +109,7 @@ def test_adamax_is_torch_s_with_its_own_betas_and_goes_on():
         step(theirs, expected, seed)
     other = make_optimizer(again, "adamax", learning_rate=0.1, weight_decay=0.5)
     again.load_state_dict(ours.state_dict())
-    put_back(other, optimizer.state_dict())
+    put_back(other, copy.deepcopy(optimizer.state_dict()))
     for module, of in ((ours, optimizer), (theirs, expected), (again, other)):
         step(module, of, 9)
     for a, b, c in zip(ours.parameters(), theirs.parameters(), again.parameters(), strict=True):

@@ -19,7 +19,7 @@ from smalti.pipeline.places import prior_class
 from smalti.runs import versions
 
 WITHOUT_PRIOR = {"tokenizer": JudgeTokenizer, "ways": JudgeWays, "likelihood": JudgeLikelihood}
-KINDS = (*WITHOUT_PRIOR, "prior", "inpainting")
+KINDS = ("tokenizer", "prior", "inpainting", "ways", "likelihood")
 
 
 @dataclass(frozen=True)
