@@ -21,7 +21,7 @@ from smalti.flows import Flow
 from smalti.interfaces import Tokenizer, TokenizerOutput
 from smalti.randomness import derive, normal, row_seeds
 from smalti.tokenizers.dense import DenseBlock, start_from_data
-from smalti.tokenizers.logistic import to_bins
+from smalti.tokenizers.logistic import bits_per_number, to_bins
 from smalti.tokenizers.selfvae_networks import Decoder, Encoder, Gaussian, Shape
 from smalti.tokenizers.transformations import Form
 
@@ -307,6 +307,15 @@ class Hierarchy(Tokenizer):
         of_y = 0.0 if sent.y is None else sent.y[0].numel() * math.log2(self.forms[-1].bins)
         return of_y + SENT_BITS * sum(each[0].numel() for each in latents)
 
+    def compression_ratio(self, sent: Sent, images: Float[Tensor, "b c h w"]) -> float:
+        """How many times more bits the images' 8-bit values are; infinite where nothing is sent."""
+        bits = self.bits_sent(sent)
+        return 8 * images[0].numel() / bits if bits else math.inf
+
+    def says_all(self, sent: Sent) -> bool:
+        """Whether no latents are left to draw."""
+        return len(sent.z) == self.top and (sent.u is not None or sent.y is not None)
+
     def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
         """See `start_from_data`."""
         start_from_data(self, lambda: self(images[:START_IMAGES]))
@@ -322,8 +331,8 @@ class Hierarchy(Tokenizer):
         found = {}
         for way in self.ways:
             sent = self.sent(images, way, seeds)
-            ratio = 8 * images[0].numel() / self.bits_sent(sent) if WAYS[way] else math.inf
-            found[f"{way}, {ratio:.3g}:1" if WAYS[way] else way] = self.received(sent, seeds)
+            ratio = f", {self.compression_ratio(sent, images):.3g}:1" if WAYS[way] else ""
+            found[f"{way}{ratio}"] = self.received(sent, seeds)
         return found
 
     @staticmethod
@@ -336,8 +345,3 @@ class Hierarchy(Tokenizer):
                 f"images of {height}x{width} do not divide by {self.downsampling}, this tokenizer's downsampling; "
                 "crop or resize them"
             )
-
-
-def bits_per_number(numbers: int) -> float:
-    """What nats of an image of so many numbers (pixels times channels) are multiplied by, for bits for each."""
-    return 1 / (math.log(2) * numbers)

@@ -7,6 +7,7 @@ here.
 Legend: b batch, k components, c channels, h w pixels, p parameters.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,11 @@ def log_discretized_logistic(
     below, above = F.logsigmoid(upper), F.logsigmoid(-lower)
     between = below + above + (-torch.expm1(-inverse)).log()
     return torch.where(value == 0, below, torch.where(value == bins - 1, above, between))
+
+
+def bits_per_number(numbers: int) -> float:
+    """What nats of an image of so many numbers (pixels times channels) are multiplied by, for bits for each."""
+    return 1 / (math.log(2) * numbers)
 
 
 def parameters_for(components: int, channels: int) -> int:

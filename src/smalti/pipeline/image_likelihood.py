@@ -22,7 +22,8 @@ from smalti.pipeline.ways import load_hierarchy
 from smalti.preprocess import to_float
 from smalti.progress import bar
 from smalti.randomness import derive, generator_for, row_seeds
-from smalti.tokenizers.hierarchy import Hierarchy, bits_per_number
+from smalti.tokenizers.hierarchy import Hierarchy
+from smalti.tokenizers.logistic import bits_per_number
 from smalti.tokenizers.selfvae_networks import Gaussian
 
 ROWS_AT_ONCE = 64  # images times samples that networks see together

@@ -147,7 +147,7 @@ def judge_ways(config: JudgeWays) -> tuple[Scores, dict[str, Any]]:
         scores["frechet"][way] = frechet_distance(_moments(extractor(received)), reference)
         if way != "generation":
             errors = mse(to_float(received), truth)
-            scores["compression_ratio"][way] = real.judged[0].numel() / scores["bytes_sent"][way]
+            scores["compression_ratio"][way] = model.compression_ratio(sent, truth)
             scores["mse"][way], scores["psnr_db"][way] = float(errors.mean()), float(psnr(errors).mean())
             scores["ssim"][way] = ssim(received, real.judged)
     scores["frechet"]["real"] = frechet_distance(_moments(real.features), reference)

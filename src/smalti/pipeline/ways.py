@@ -17,7 +17,7 @@ from smalti.pipeline.places import RUNS, load_tokenizer
 from smalti.preprocess import to_float
 from smalti.randomness import derive, row_seeds
 from smalti.runs import flatten, versions
-from smalti.tokenizers.hierarchy import WAYS, Hierarchy, Pixels, Way
+from smalti.tokenizers.hierarchy import Hierarchy, Pixels, Way
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,12 @@ def sample_way(config: SampleWay) -> Path:
         return config.out
     images = to_float(_held_out(model, config)).to(where)
     sent = model.sent(images, config.way, seeds[: len(images)])
-    bits = model.bits_sent(sent)
-    print(f"{config.way}: {bits / 8:.0f} bytes an image, {8 * images[0].numel() / bits:.3g}:1")
+    ratio = model.compression_ratio(sent, images)
+    print(f"{config.way}: {model.bits_sent(sent) / 8:.0f} bytes an image, {ratio:.3g}:1")
     sheet: dict[str, Float[Tensor, "_b _c _h _w"]] = {"original": images.cpu()}
     if sent.y is not None:
         sheet["representation"] = _enlarged(sent.y, images).cpu()
-    all_known = "z" in WAYS[config.way] or (config.way == "reconstruction-1" and not model.top)
-    for number in range(1 if all_known and config.pixels == "mean" else config.draws):
+    for number in range(1 if model.says_all(sent) and config.pixels == "mean" else config.draws):
         drawn = model.received(sent, derive(seeds[: len(images)], number), config.pixels)
         sheet[f"{config.way}, draw {number + 1}"] = drawn.cpu()
     save_sheet(config.out, sheet, settings=settings)
