@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
+from smalti import registry
 from smalti.codes import Level
 from smalti.devices import Precision, accelerator, tracked
 from smalti.errors import UserError
@@ -77,16 +78,13 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
     require_tokenizer(latents, tokenizer.digest())
     torch.manual_seed(config.fit.seed)
-    names, labels, classes = latents.provenance.label_names, latents.labels, 0
-    cls = prior_class(config.prior)
+    cls = cast(type[Prior], registry.find("prior", config.prior))
     of_codes = issubclass(cls, CodePrior)
+    names, labels = latents.provenance.label_names, latents.labels
     if not of_codes or config.objective.label_dropout == 1:
         names, labels = (), torch.full_like(labels, -1)
-    if of_codes:
-        classes = max(len(names), int(labels.max()) + 1)
-        known = {**grids(levels, config.level), "classes": classes}
-    else:
-        known = grid_of_numbers(levels, config.level)
+    classes = max(len(names), int(labels.max()) + 1)
+    known = {**grids(levels, config.level), "classes": classes} if of_codes else grid_of_numbers(levels, config.level)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
     prior = cls(config.model)
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
