@@ -160,7 +160,7 @@ def test_a_sheet_of_every_way(folder, capfd, way):
         assert rows == {"": 1, "y": 5, "yz": 3, "u": 4, "uz": 2}[WAYS[way]]
 
 
-def test_the_latent_set_of_u_makes_a_prior_that_draws(folder, capfd):
+def test_the_latent_set_of_u_makes_a_prior_that_draws(folder, capfd, monkeypatch):
     """Must-show 5, end to end."""
     status, said, wrong = run(
         capfd, build_latents.main, *["--tokenizer", "selfvae", "--workers", "0", "--device", "cpu"]
@@ -187,6 +187,10 @@ def test_the_latent_set_of_u_makes_a_prior_that_draws(folder, capfd):
     assert np.array_equal(picture[4:100:12, 4:100:12], to_uint8(made)[0].permute(1, 2, 0).numpy())
     colder = generate_codes(prior, rows, None, seed=0, sampling=FlowSampling(temperature=0.0))
     assert colder[0].equal(colder[1])
+    monkeypatch.setattr(judges, "find_extractor", lambda _, where: MeanColours(where))
+    judged = "--of prior --prior realnvp --images img --num 50 --reference 12 --precision fp32 --out prior.json"
+    assert run(capfd, evaluate.main, *judged.split())[0] == 0
+    assert json.loads(Path("prior.json").read_text())["settings"]["sampling"] == {"temperature": 1.0}
     with pytest.raises(UserError, match="fills none in; take a prior of codes"):
         load_prior("runs/priors/realnvp", None)
     with pytest.raises(UserError, match="cannot fill in parts"):
