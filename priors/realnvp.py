@@ -96,15 +96,11 @@ def sample_flow(
 ) -> Float[Tensor, "b c h w"]:
     """Grids of real numbers, whole: f of normal numbers (Eq. 3), one for each seed.
 
-    Labels and upper levels are those of other kinds: there are none.
-
-    Raises:
-        UserError: if a part is known already, on which a flow cannot be conditioned.
+    Labels and upper levels are those of other kinds: there are none. Nothing is known: a flow cannot be told a part.
     """
     assert labels is None
     assert not upper
-    if known_mask.any():
-        raise UserError("a realnvp draws whole grids and cannot fill in parts; fill with a prior of codes")
+    assert not known_mask.any()
     drawn = prior.flow.from_base(sampling.temperature * normal(seeds, *known.shape[1:]))
     if callback is not None:
         callback(0, drawn)

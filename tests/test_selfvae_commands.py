@@ -22,12 +22,11 @@ from smalti.images import ImageRows, open_images
 from smalti.pipeline import judges, reproduce_selfvae
 from smalti.pipeline.generate import DETAILS, generate_codes
 from smalti.pipeline.image_likelihood import bits, log_weights
-from smalti.pipeline.places import load_prior
 from smalti.pipeline.train_prior import grid_of_numbers
 from smalti.preprocess import to_float, to_uint8
-from smalti.priors.realnvp import FlowSampling, sample_flow
+from smalti.priors.realnvp import FlowSampling
 from smalti.randomness import derive, row_seeds
-from smalti.scripts import build_latents, evaluate, reproduce, sample, train_prior, train_tokenizer
+from smalti.scripts import build_latents, evaluate, inpaint, reproduce, sample, train_prior, train_tokenizer
 from smalti.tokenizers.hierarchy import WAYS, VAEConfig
 from smalti.tokenizers.vae import VAE
 
@@ -191,10 +190,12 @@ def test_the_latent_set_of_u_makes_a_prior_that_draws(folder, capfd, monkeypatch
     judged = "--of prior --prior realnvp --images img --num 50 --reference 12 --precision fp32 --out prior.json"
     assert run(capfd, evaluate.main, *judged.split())[0] == 0
     assert json.loads(Path("prior.json").read_text())["settings"]["sampling"] == {"temperature": 1.0}
-    with pytest.raises(UserError, match="fills none in; take a prior of codes"):
-        load_prior("runs/priors/realnvp", None)
-    with pytest.raises(UserError, match="cannot fill in parts"):
-        sample_flow(prior, known=drawn, known_mask=torch.ones(4, 4, 4, dtype=torch.bool), seeds=rows)
+    hole = np.zeros((8, 8), np.uint8)
+    hole[0, 0] = 255
+    Image.fromarray(hole).save("hole.png")
+    flags = "--prior realnvp --image img/0000.png --mask hole.png --out filled.png"
+    status, _, said = run(capfd, inpaint.main, *flags.split())
+    assert (status, "cannot fill in parts; fill with a prior of codes" in said) == (2, True), said
 
 
 def test_a_prior_of_the_other_kind_is_refused(folder, capfd):
