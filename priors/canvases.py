@@ -11,12 +11,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from smalti.priors.head import inverse_cdf
-from smalti.priors.prior import Prior
+from smalti.priors.prior import CodePrior
 from smalti.randomness import uniform
 
 
 def canvas_features(
-    prior: Prior,
+    prior: CodePrior,
     codes: Int64[Tensor, "b h w"],
     labels: Int64[Tensor, " b"] | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
@@ -32,7 +32,7 @@ def canvas_features(
     Args:
         prior: trained on grids of `prior.level`.
         codes: the canvas.
-        labels: see `Prior.features`.
+        labels: see `CodePrior.features`.
         upper: likewise; windows begin where the codes there do.
         seeds: of each row, others at each step; they decide the choice of windows.
     """

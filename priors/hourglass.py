@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.priors.methods import REPAIRS
-from smalti.priors.prior import Prior, PriorConfig
+from smalti.priors.prior import CodePrior, PriorConfig
 from smalti.priors.resampling import DOWN_AND_UP, Buckets, Resampling, bucket_sides, join, split
 from smalti.priors.rotary import AxialRotary
 from smalti.registry import register
@@ -71,7 +71,7 @@ class HourglassConfig(PriorConfig):
 
 
 @register
-class Hourglass(Prior):
+class Hourglass(CodePrior):
     """Hourglass transformer (arXiv 2110.13711) made 2-D, as the prior of arXiv 2206.12351.
 
     Non-causal; shortening over s x s patches; positions enter through axial rotary frequencies only, on every head, in
@@ -107,7 +107,7 @@ class Hourglass(Prior):
         labels: Int64[Tensor, " b"] | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Float[Tensor, "b n d"]:
-        """See `Prior.features`."""
+        """See `CodePrior.features`."""
         _, h, w = codes.shape
         x = self.embed(codes)  # b n d
         if self.of_upper:

@@ -30,7 +30,7 @@ class Likelihood(nn.Module):
         """The loss, in nats per code, and its parts.
 
         Args:
-            batch: `codes` int64 `(b, h, w)`, what `Prior.told` reads, and `seeds` int64 `(b,)`.
+            batch: `codes` int64 `(b, h, w)`, what `CodePrior.told` reads, and `seeds` int64 `(b,)`.
 
         Returns:
             The loss, and detached: `bits_per_code`, the same in bits; `nll_1`, `nll_2`, ... of each digit, which sum to

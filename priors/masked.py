@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.priors.orders import Order, halton_ranks, ranks
-from smalti.priors.prior import ObjectiveConfig, Prior
+from smalti.priors.prior import CodePrior, ObjectiveConfig
 from smalti.priors.samplers import Sampling, between, check_given, look
 from smalti.randomness import derive, gumbel, uniform
 
@@ -44,7 +44,7 @@ class MaskedCodes(nn.Module):
     count as much as one with many, and keeps the loss the same in whatever slices a batch is cut.
     """
 
-    def __init__(self, prior: Prior, config: MaskedConfig) -> None:
+    def __init__(self, prior: CodePrior, config: MaskedConfig) -> None:
         super().__init__()
         self.prior = prior
         self.config = config
@@ -53,7 +53,7 @@ class MaskedCodes(nn.Module):
         """The loss, in nats per hidden code, and its parts.
 
         Args:
-            batch: `codes` int64 `(b, h, w)`, what `Prior.told` reads, and `seeds` int64 `(b,)`.
+            batch: `codes` int64 `(b, h, w)`, what `CodePrior.told` reads, and `seeds` int64 `(b,)`.
 
         Returns:
             The loss, and detached: `nll_1`, `nll_2`, ... of each digit, which sum to the loss; `accuracy`, the mean
@@ -124,7 +124,7 @@ class MaskedFilling(MaskedSampling):
 
 @torch.no_grad()
 def sample_masked(
-    prior: Prior,
+    prior: CodePrior,
     *,
     known: Int64[Tensor, "b h w"],
     known_mask: Bool[Tensor, "b h w"],

@@ -97,7 +97,7 @@ class PixelCNN(CausalPrior):
         labels: Int64[Tensor, " b"] | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Float[Tensor, "b n d"]:
-        """See `Prior.features`; those of a position hang on the codes before it only."""
+        """See `CodePrior.features`; those of a position hang on the codes before it only."""
         b, h, w = codes.shape
         x = self.head.embed(codes)  # b n d
         condition = self._condition(b, h, w, labels, upper)  # b h w d, b 1 1 d or None

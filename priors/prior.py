@@ -1,5 +1,5 @@
-"""What objectives and samplers ask of a prior, whatever its body: features of codes, and a head that turns them into
-probabilities. Which of them belong to a kind, its `Method` says."""
+"""What commands ask of a prior; and, of one over codes, what objectives and samplers do, whatever its body: features of
+codes, and a head that turns them into probabilities. Which of them belong to a kind, its `Method` says."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
@@ -23,7 +23,7 @@ LABEL = 4
 
 
 class Told(TypedDict):
-    """What `Prior.features` takes beside codes."""
+    """What `CodePrior.features` takes beside codes."""
 
     labels: Int64[Tensor, " b"] | None
     upper: tuple[Int64[Tensor, "b _y _x"], ...]
@@ -73,21 +73,30 @@ class ObjectiveConfig:
             raise UserError(f"label_dropout must be from 0 to 1, got {self.label_dropout}")
 
 
-class Prior(Checkpointed, ABC):
-    """A distribution over one level's grids of codes: a body, and the head that reads codes for it and predicts them
-    from it.
+class Prior(Checkpointed):
+    """A distribution over one level's grids, of codes or of real numbers.
 
     Attributes:
-        level: the grid it is trained on, and the radices of its codes.
+        level: the grid it is trained on, and the radices of its codes or the channels of its numbers.
         classes: how many classes of images it tells apart; 0 for none.
         upper_levels: how many levels its own has above it, whose codes it is told.
         method: how it is trained and drawn from.
-        head: embedding, likelihood and draws.
-        of_class, of_upper: vectors that say the class and the upper levels; None where there are none.
     """
 
     family: ClassVar[Family] = "prior"
     method: ClassVar["Method"]
+    level: Level
+    classes: int = 0
+    upper_levels: int = 0
+
+
+class CodePrior(Prior, ABC):
+    """A prior over codes: a body, and the head that reads codes for it and predicts them from it.
+
+    Attributes:
+        head: embedding, likelihood and draws.
+        of_class, of_upper: vectors that say the class and the upper levels; None where there are none.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -131,7 +140,7 @@ class Prior(Checkpointed, ABC):
         return {"labels": labels, "upper": tuple(batch[f"upper_{level}"] for level in range(self.upper_levels))}
 
 
-class CausalPrior(Prior):
+class CausalPrior(CodePrior):
     """A prior whose features at a position hang on the codes before it in raster order only.
 
     So the head's probabilities of all positions multiply to that of the grid: its likelihood is exact, and codes are
@@ -159,14 +168,14 @@ class Sampler(Protocol):
         self,
         prior: Any,
         *,
-        known: Int64[Tensor, "b h w"],
+        known: Int64[Tensor, "b h w"] | Float[Tensor, "b _c h w"],
         known_mask: Bool[Tensor, "b h w"],
         seeds: Int64[Tensor, " b"],
         labels: Int64[Tensor, " b"] | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
         sampling: Any,
         callback: Callable[[int, Tensor], None] | None = None,
-    ) -> Int64[Tensor, "b h w"]:
+    ) -> Int64[Tensor, "b h w"] | Float[Tensor, "b _c h w"]:
         """Grids whose unknown codes are drawn; see `sample_sundae` and `sample_ancestral`."""
         ...
 
@@ -177,7 +186,7 @@ class Method:
 
     Attributes:
         objective: (prior, its config) -> a module whose `forward(batch)` is the loss.
-        objective_config: a frozen dataclass, which has a `label_dropout` whatever else.
+        objective_config: a frozen dataclass, which for priors over codes has a `label_dropout` whatever else.
         sampler: draws codes.
         sampling: the sampler's config, a frozen dataclass; its `calls(h, w)` is how often the callback is called at
             most for a grid.

@@ -14,7 +14,7 @@ from torch import Tensor
 from smalti.errors import UserError
 from smalti.priors.canvases import canvas_features
 from smalti.priors.orders import Order, halton_ranks, ranks
-from smalti.priors.prior import Prior
+from smalti.priors.prior import CodePrior
 from smalti.randomness import derive, gumbel, uniform
 
 START, STEP, PROPOSE, UPDATE, LABEL, WINDOW = range(6)
@@ -102,7 +102,7 @@ class SundaeFilling(SundaeSampling):
 
 @torch.no_grad()
 def sample_sundae(
-    prior: Prior,
+    prior: CodePrior,
     *,
     known: Int64[Tensor, "b h w"],
     known_mask: Bool[Tensor, "b h w"],
@@ -197,7 +197,7 @@ def take_turns(
 
 
 def look(
-    prior: Prior,
+    prior: CodePrior,
     codes: Int64[Tensor, "b h w"],
     labels: Int64[Tensor, " b"] | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
@@ -217,7 +217,10 @@ def look(
 
 
 def check_given(
-    prior: Prior, known: Int64[Tensor, "b h w"], known_mask: Bool[Tensor, "b h w"], labels: Int64[Tensor, " b"] | None
+    prior: CodePrior,
+    known: Int64[Tensor, "b h w"],
+    known_mask: Bool[Tensor, "b h w"],
+    labels: Int64[Tensor, " b"] | None,
 ) -> None:
     """Refuses what the prior does not know.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.priors.head import FactorizedHead
-from smalti.priors.prior import ObjectiveConfig, Prior
+from smalti.priors.prior import CodePrior, ObjectiveConfig
 from smalti.randomness import derive, uniform
 
 Corruption: TypeAlias = Literal["codes", "finer-digits"]
@@ -55,7 +55,7 @@ class Sundae(nn.Module):
     not.
     """
 
-    def __init__(self, prior: Prior, config: SundaeConfig) -> None:
+    def __init__(self, prior: CodePrior, config: SundaeConfig) -> None:
         super().__init__()
         self.prior = prior
         self.config = config
@@ -65,7 +65,7 @@ class Sundae(nn.Module):
 
         Args:
             batch: `codes` int64 `(b, h, w)`, and `seeds` int64 `(b,)`, another for each row and step of training: they
-            decide all draws; and what `Prior.told` reads.
+            decide all draws; and what `CodePrior.told` reads.
 
         Returns:
             The loss, and detached: `loss_1`, `loss_2`, ... of each unrolled step; `nll_1`, `nll_2`, ... of each digit,

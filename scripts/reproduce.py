@@ -1,4 +1,4 @@
-"""Reproduces papers' studies; see `smalti.pipeline.reproduce` and `smalti.pipeline.reproduce_hqa`."""
+"""Reproduces papers' studies; see `smalti.pipeline.reproduce`, `.reproduce_hqa` and `.reproduce_selfvae`."""
 
 import sys
 
@@ -7,6 +7,8 @@ from smalti.pipeline.reproduce import Reproduce
 from smalti.pipeline.reproduce_hqa import ReproduceHQA
 from smalti.pipeline.reproduce_hqa_report import reproduce_hqa
 from smalti.pipeline.reproduce_report import reproduce
+from smalti.pipeline.reproduce_selfvae import ReproduceSelfVAE
+from smalti.pipeline.reproduce_selfvae_report import reproduce_selfvae
 
 ABOUT = """Trains a paper's models anew, on equal budgets, and writes our numbers beside the paper's.
 
@@ -14,15 +16,18 @@ $ python scripts/reproduce.py hr-vqvae --data mnist --images mnist-train.parquet
 $ python scripts/reproduce.py hr-vqvae --data cifar10 --images cifar10-train.parquet --steps 20000 --channels 128
 $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet
 $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet --seeds 3 --steps 20000
+$ python scripts/reproduce.py selfvae --data cifar10 --images cifar10-train.parquet --models vae selfvae-downscale
 
-Into docs/reproductions/hr-vqvae.md and hqa.md; the runs are kept in runs/reproductions. Stopped (Ctrl-C), the same
-command goes on where it was. `hqa --help` has the flags of that study."""
+Into docs/reproductions/hr-vqvae.md, hqa.md and selfvae.md; the runs are kept in runs/reproductions. Stopped (Ctrl-C),
+the same command goes on where it was. `hqa --help` and `selfvae --help` have the flags of those studies."""
 
 
 def main() -> None:
     """The command."""
     if "hqa" in sys.argv[1:]:
         cli.run(reproduce_hqa, ReproduceHQA, about=ABOUT)
+    elif "selfvae" in sys.argv[1:]:
+        cli.run(reproduce_selfvae, ReproduceSelfVAE, about=ABOUT)
     else:
         cli.run(reproduce, Reproduce, about=ABOUT)
 

@@ -8,6 +8,7 @@ ABOUT = """Trains a prior: the codes of a latent set to a model that draws new o
 $ accelerate launch scripts/train_prior.py                               # on runs/latents/hrvq.h5
 $ accelerate launch scripts/train_prior.py --latents my.h5 --out runs/priors/mine --steps 20000
 $ accelerate launch scripts/train_prior.py --prior pixelcnn              # code after code; exact likelihoods
+$ accelerate launch scripts/train_prior.py --prior realnvp --latents runs/latents/selfvae.h5   # of real numbers
 $ accelerate launch scripts/train_prior.py --latents two.h5 --level 1    # a prior for each level of several
 $ accelerate launch --num_processes 8 scripts/train_prior.py --batch-size 512   # eight GPUs share each batch
 

@@ -32,6 +32,8 @@ def make(family, kind, seed=0):
 @torch.no_grad()
 def output(family, model):
     generator = torch.Generator().manual_seed(1)
+    if model.kind == "realnvp":
+        return [model.flow.from_base(torch.randn(2, *model.level.shape, generator=generator))]
     if family == "prior":
         config = model.config
         upper = [(2, config.height // factor, config.width // factor) for factor in config.upper_factors]

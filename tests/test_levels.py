@@ -248,7 +248,7 @@ def test_bits_are_those_of_the_enumerated_probabilities(tmp_path):
     assert other.per_code != found.per_code
     sundae = Hourglass(HourglassConfig(1, 2, (3,), model_width=8, heads=1, depth=(1,), shorten=()))
     for wrong, said in (
-        ([sundae, bottom], "the likelihood of a hourglass is not known exactly"),
+        ([sundae, bottom], "a hourglass has no exact likelihood of codes"),
         ([top], r"has 2 level\(s\), but 1 priors are given"),
         ([top, top], r"not for codes of \(2,\)"),
     ):

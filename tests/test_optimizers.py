@@ -1,5 +1,7 @@
 """Optimisers: who trains what, steps by hand, states that go on."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -92,3 +94,24 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened():
     for seed in range(2, 4):
         step(stopped, second, seed)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
+
+
+def test_adamax_is_torch_s_with_its_own_betas_and_goes_on():
+    """Decay on matrices only; a state put back trains what the run it is of does."""
+    ours, theirs, again = network(), network(), network()
+    optimizer = make_optimizer(ours, "adamax", learning_rate=0.1, weight_decay=0.5)
+    matrices = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
+    rest = [parameter for parameter in theirs.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.5}, {"params": rest}]
+    expected = torch.optim.Adamax(groups, lr=0.1, betas=(0.9, 0.999))
+    for seed in range(3):
+        step(ours, optimizer, seed)
+        step(theirs, expected, seed)
+    other = make_optimizer(again, "adamax", learning_rate=0.1, weight_decay=0.5)
+    again.load_state_dict(ours.state_dict())
+    put_back(other, copy.deepcopy(optimizer.state_dict()))
+    for module, of in ((ours, optimizer), (theirs, expected), (again, other)):
+        step(module, of, 9)
+    for a, b, c in zip(ours.parameters(), theirs.parameters(), again.parameters(), strict=True):
+        assert a.equal(b)
+        assert a.equal(c)

@@ -17,18 +17,23 @@ from smalti.fit_config import FitConfig, Phase
 from smalti.interfaces import Tokenizer
 from smalti.priors.hourglass import HourglassConfig
 from smalti.priors.pixelcnn import PixelCNNConfig
+from smalti.priors.realnvp import RealNVPConfig
 from smalti.randomness import uniform
 from smalti.runs import METRICS_NAME, Run
 from smalti.tokenizers.hams import HAMsConfig
+from smalti.tokenizers.hierarchy import VAEConfig
 from smalti.tokenizers.hqa import HQAConfig
 from smalti.tokenizers.hrvq import HRVQConfig
 from smalti.tokenizers.objective import Reconstruction
+from smalti.tokenizers.selfvae import SelfVAEConfig
 from smalti.tokenizers.vqgan import VQGANConfig
 from smalti.tokenizers.vqvae import VQVAEConfig
 from smalti.tokenizers.vqvae2 import VQVAE2Config
 
 # A new kind needs an entry here: none is registered without passing the tests of checkpoints and of training.
 SMALL = {"height": 8, "width": 12, "residual_blocks": 1, "codebook_decay": 0.8, "revive_below": 0.6}  # so that some die
+LATENT = {"channels": 4, "growth": 2, "dense_layers": 1, "stages": 1, "latent_channels": 2, "mixtures": 2}
+LATENT |= {"flow_layers": 4, "flow_width": 4}
 TINY = {
     "hrvq": HRVQConfig(**SMALL, widths=(4, 6), code_width=5, depth=2, branching=3),
     "vqgan": VQGANConfig(
@@ -49,12 +54,15 @@ TINY = {
     "vqvae2": VQVAE2Config(**SMALL, widths=(4,), code_width=3, codebook_size=5, codebook_learning="gradient"),
     "hqa": HQAConfig(8, 12, widths=(4, 6), code_width=3, codebook_size=6, normalize=True),
     "hams": HAMsConfig(8, 12, widths=(4, 6), code_width=3, codebook_size=6),
+    "selfvae": SelfVAEConfig(8, 12, **LATENT, levels=2),
+    "vae": VAEConfig(8, 12, **LATENT),
     "hourglass": HourglassConfig(
         height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),
     "maskgit": HourglassConfig(
         height=3, width=2, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),
+    "realnvp": RealNVPConfig(height=2, width=3, channels=2, layers=4, model_width=4),
     "pixelcnn": PixelCNNConfig(
         height=4,
         width=6,
@@ -154,6 +162,10 @@ def make(family, kind):
     torch.manual_seed(1)
     model = registry.find(family, kind)(config)
     shape = (ROWS + 5, config.height, config.width)
+    if kind == "realnvp":
+        objective = model.method.objective(model, model.method.objective_config())
+        latents = torch.randn(ROWS + 5, *model.level.shape, generator=generator).exp()
+        return model, objective, Rows(codes=latents[:ROWS]), Rows(codes=latents[ROWS:])
     if family == "prior":
         columns = {"codes": torch.randint(model.level.codebook_size, shape, generator=generator)}
         columns["labels"] = torch.arange(ROWS + 5) % 3 - 1

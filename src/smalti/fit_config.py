@@ -26,15 +26,16 @@ class FitConfig:
     compile: bool = False
     """Fuse the network with torch.compile: slow to start, then faster on GPUs."""
     learning_rate: float = 1e-3
-    """AdamW's rate after warm-up."""
+    """The optimiser's rate after warm-up."""
     optimizer: OptimizerName = "adamw"
-    """`muon` orthogonalises the updates of linear layers, at five times the rate; the rest stays with AdamW."""
+    """`muon` orthogonalises the updates of linear layers, at five times the rate; the rest stays with AdamW. `adamax`
+    (arXiv 1412.6980) is selfVAE's."""
     warmup_steps: int = 50
     """Steps over which the rate rises from zero."""
     decay_fraction: float = 0.5
     """Share of the steps, at the end, over which the rate falls to a hundredth along a cosine."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, on matrices only."""
+    """Weight decay, on matrices only: decoupled, but for AdaMax."""
     clip_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     ema_decay: float = 0.0
@@ -75,7 +76,7 @@ class FitConfig:
             raise UserError(f"seed must fit into 64 bits, which {self.seed} does not")
 
     def optimizer_of(self, module: nn.Module, betas: tuple[float, float] = BETAS) -> Optimizer:
-        """The optimiser of a module's parameters; `betas` are AdamW's."""
+        """The optimiser of a module's parameters; `betas` are AdamW's alone."""
         return make_optimizer(
             module, self.optimizer, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=betas
         )

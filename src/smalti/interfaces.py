@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from smalti.checkpoint import Checkpointed
@@ -61,6 +61,10 @@ class Tokenizer(Checkpointed, ABC):
         Raises:
             UserError: if the codes have fewer digits.
         """
+
+    def draw(self, codes: Codes, seeds: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+        """Images of codes for new images: where a kind draws the details that codes leave open, by a seed for each."""
+        return self.decode(codes)
 
     def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
         """The data-dependent start of a new tokenizer, once before training; nothing, where a kind has none."""

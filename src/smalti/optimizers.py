@@ -1,4 +1,4 @@
-"""What runs are optimised with: AdamW, as the papers do, or Muon on linear layers beside AdamW on the rest."""
+"""What runs are optimised with: AdamW, as most papers do, Muon on linear layers beside AdamW on the rest, or AdaMax."""
 
 import math
 from collections import defaultdict
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from smalti.sharding import full, local, share, split_like, total_norm
 
-OptimizerName: TypeAlias = Literal["adamw", "muon"]
+OptimizerName: TypeAlias = Literal["adamw", "muon", "adamax"]
 
 BETAS = (0.9, 0.95)  # AdamW's; the second below torch's 0.999, which remembers longer than a short run lasts
+ADAMAX_BETAS = (0.9, 0.999)  # the paper's (arXiv 1412.6980)
 MUON_TIMES = 5.0  # Muon's rate, as a multiple of AdamW's beside it
 
 
@@ -169,8 +170,12 @@ def make_optimizer(
 
     `muon` orthogonalises the momentum of every `nn.Linear`'s weight (arXiv 2502.16982, whose scaling lets one rate
     serve all shapes), at `MUON_TIMES` the rate; embeddings, tables, convolutions, norms and biases stay with AdamW.
+    `adamax` has betas of its own, and its weight decay is torch's, a penalty in the gradient.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if name == "adamax":
+        groups = _groups(trained, weight_decay)
+        return torch.optim.Adamax(groups, lr=learning_rate, betas=ADAMAX_BETAS)
     if name == "adamw":
         return _adamw(trained, learning_rate, weight_decay, betas)
     linear = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)}
@@ -186,10 +191,14 @@ def make_optimizer(
 def _adamw(
     parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
+    return torch.optim.AdamW(_groups(parameters, weight_decay), lr=learning_rate, betas=betas, fused=True)
+
+
+def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and larger, with decay; the rest, without."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return [group for group in groups if group["params"]]

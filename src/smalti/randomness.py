@@ -55,6 +55,11 @@ def gumbel(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]
     return uniform(seeds, *shape).clamp_(min=2.0**-25).log_().neg_().log_().neg_()
 
 
+def normal(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
+    """Standard normal numbers, by the inverse of their distribution function; none beyond 5.5 in either direction."""
+    return torch.erfinv(2 * uniform(seeds, *shape) - 1 + 2.0**-24) * math.sqrt(2)  # exact within: never -1 nor 1
+
+
 def generator_for(seed: int, *streams: int) -> torch.Generator:
     """A CPU generator seeded by (seed, streams), for what only a generator can draw, such as a permutation."""
     return torch.Generator().manual_seed(int(derive(torch.tensor(seed), *streams)) & (2**63 - 1))

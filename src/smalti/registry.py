@@ -16,12 +16,15 @@ _MODULES: dict[tuple[Family, str], str] = {
     ("tokenizer", "hams"): "smalti.tokenizers.hams",
     ("tokenizer", "hqa"): "smalti.tokenizers.hqa",
     ("tokenizer", "hrvq"): "smalti.tokenizers.hrvq",
+    ("tokenizer", "selfvae"): "smalti.tokenizers.selfvae",
+    ("tokenizer", "vae"): "smalti.tokenizers.vae",
     ("tokenizer", "vqgan"): "smalti.tokenizers.vqgan",
     ("tokenizer", "vqvae"): "smalti.tokenizers.vqvae",
     ("tokenizer", "vqvae2"): "smalti.tokenizers.vqvae2",
     ("prior", "hourglass"): "smalti.priors.hourglass",
     ("prior", "maskgit"): "smalti.priors.maskgit",
     ("prior", "pixelcnn"): "smalti.priors.pixelcnn",
+    ("prior", "realnvp"): "smalti.priors.realnvp",
 }
 _CLASSES: dict[tuple[Family, str], "type[Checkpointed]"] = {}
 

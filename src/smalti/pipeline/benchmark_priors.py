@@ -15,7 +15,7 @@ from smalti.priors.ancestral import DRAW, PARTICLE, AncestralSampling, sample_an
 from smalti.priors.head import FactorizedHead
 from smalti.priors.hourglass import Hourglass, HourglassConfig
 from smalti.priors.pixelcnn import PixelCNN, PixelCNNConfig
-from smalti.priors.prior import CausalPrior, Prior
+from smalti.priors.prior import CausalPrior, CodePrior
 from smalti.priors.samplers import SundaeSampling, sample_sundae
 from smalti.priors.sundae import Sundae, SundaeConfig
 from smalti.randomness import derive, row_seeds, uniform
@@ -241,7 +241,7 @@ def sample_naively(
     return codes
 
 
-def random_codes(network: Prior, batch: int) -> Tensor:
+def random_codes(network: CodePrior, batch: int) -> Tensor:
     """Codes for a network of one level, on its device."""
     level, device = network.level, network.head.weight.device
     return torch.randint(level.codebook_size, (batch, level.height, level.width), device=device)

@@ -1,6 +1,6 @@
 """Evaluations as files: a result is written with all that made it, shown as a table, and can be had again from itself.
 
-What is measured is in `judges.py`.
+What is measured is in `judges.py` and `image_likelihood.py`.
 """
 
 import dataclasses
@@ -12,12 +12,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 from smalti.errors import UserError
 from smalti.files import write_json
 from smalti.pipeline import judges
+from smalti.pipeline.image_likelihood import judge_likelihood
 from smalti.pipeline.judges import SPEEDS, Scores
-from smalti.pipeline.judging import Judge, JudgeInpainting, JudgePrior, JudgeTokenizer
+from smalti.pipeline.judging import Judge, JudgeInpainting, JudgeLikelihood, JudgePrior, JudgeTokenizer, JudgeWays
 from smalti.pipeline.places import prior_class
 from smalti.runs import versions
 
-KINDS = ("tokenizer", "prior", "inpainting")
+WITHOUT_PRIOR = {"tokenizer": JudgeTokenizer, "ways": JudgeWays, "likelihood": JudgeLikelihood}
+KINDS = ("tokenizer", "prior", "inpainting", "ways", "likelihood")
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ def config_for(of: str, prior: str) -> Any:
     """
     if of not in KINDS:
         raise UserError(f"--of {of} cannot be evaluated; give one of {', '.join(KINDS)}")
-    if of == "tokenizer":
-        return JudgeTokenizer
+    if of in WITHOUT_PRIOR:
+        return WITHOUT_PRIOR[of]
     method = prior_class(prior).method
     return JudgePrior[method.sampling] if of == "prior" else JudgeInpainting[method.filling]
 
@@ -75,6 +77,10 @@ def table(scores: Scores, conditions: dict[str, Any]) -> str:
 def _judge(config: Judge) -> tuple[Scores, dict[str, Any]]:
     if isinstance(config, JudgeTokenizer):
         return judges.judge_tokenizer(config)
+    if isinstance(config, JudgeWays):
+        return judges.judge_ways(config)
+    if isinstance(config, JudgeLikelihood):
+        return judge_likelihood(config)
     if isinstance(config, JudgePrior):
         return judges.judge_prior(config)
     return judges.judge_inpainting(config)

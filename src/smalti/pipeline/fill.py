@@ -23,7 +23,7 @@ from smalti.masks import DILATION_CODES, blank, known_codes
 from smalti.pipeline.classes import draw_labels, that_knows_classes
 from smalti.pipeline.generate import LEVEL
 from smalti.preprocess import to_float
-from smalti.priors.prior import Prior
+from smalti.priors.prior import CodePrior, Prior
 from smalti.randomness import derive, row_seeds
 
 
@@ -104,7 +104,13 @@ def fill(
         labels: the class of each, -1 for any; None is any for all.
         filling: the rest.
         callback: as that of a sampler, with the candidates of an image after each other.
+
+    Raises:
+        UserError: for a prior over real numbers, which cannot be told a part of them.
     """
+    for prior in priors:
+        if not isinstance(prior, CodePrior):
+            raise UserError(f"a {prior.kind} draws whole images and cannot fill in parts; fill with a prior of codes")
     where, (height, width), k = next(priors[0].parameters()).device, pixels.shape[2:], filling.candidates
     work = working_size(tokenizer, height, width, filling.largest)
     painted, work_hole = _at_working_size(blank(to_float(pixels), hole), hole, work)

@@ -1,7 +1,7 @@
 """What a trained pair of tokenizer and prior is for: new images. Filling holes in given ones is in `fill.py`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,8 +25,9 @@ from smalti.runs import flatten, versions
 S = TypeVar("S")
 
 MOST_FRAMES = 100
-LEVEL = 16
-"""The stream of a row's seed that leads to those of the levels below the first; samplers have those below."""
+LEVEL, DETAILS = 16, 17
+"""The streams of a row's seed that lead to those of the levels below the first, and to what a tokenizer draws when it
+decodes; samplers have those below."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def generate_images(
                     callback=counting(progress),
                     watch=partial(watch, start) if watch else None,
                 )
-            images.append(tokenizer.decode(codes).cpu())
+            seeds = derive(row_seeds(seed, rows), DETAILS).to(codes[0].device)
+            images.append(tokenizer.draw(codes, seeds).cpu())
             progress.update((index + 1) * calls - progress.n)  # steps that stopping early saved
     return torch.cat(images)
 
@@ -203,20 +205,22 @@ def generate_codes(
     upper: Codes = (),
     grid: tuple[int, int] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
-) -> Int64[Tensor, "b h w"]:
-    """Codes of the samples of a seed that have these numbers, each of its class and below the codes of its upper
-    levels: inpainting with nothing known.
+) -> Int64[Tensor, "b h w"] | Float[Tensor, "b _c h w"]:
+    """Codes, or real numbers, of the samples of a seed that have these numbers, each of its class and below the codes
+    of its upper levels: inpainting with nothing known.
 
     `grid` is rows and columns, where other than those trained on.
     """
     where = next(prior.parameters()).device
     height, width = grid or (prior.level.height, prior.level.width)
-    known = torch.zeros(len(rows), height, width, dtype=torch.int64, device=where)
+    level = replace(prior.level, height=height, width=width)
+    dtype = torch.int64 if level.radices else torch.float32
+    known = torch.zeros(len(rows), *level.shape, dtype=dtype, device=where)
     seeds = row_seeds(seed, rows.to(where))
     return prior.method.sampler(
         prior,
         known=known,
-        known_mask=torch.zeros_like(known, dtype=torch.bool),
+        known_mask=torch.zeros(len(rows), height, width, dtype=torch.bool, device=where),
         seeds=derive(seeds, LEVEL, len(upper)) if upper else seeds,
         labels=labels.to(where) if labels is not None and prior.classes else None,
         upper=upper,

@@ -36,12 +36,14 @@ from smalti.metrics import (
 from smalti.pictures import save_sheet
 from smalti.pipeline.fill import fill
 from smalti.pipeline.generate import generate_images
-from smalti.pipeline.judging import JudgeInpainting, JudgePrior, JudgeTokenizer, Judging
+from smalti.pipeline.judging import JudgeInpainting, JudgePrior, JudgeTokenizer, JudgeWays, Judging
 from smalti.pipeline.places import load_priors, load_tokenizer
+from smalti.pipeline.ways import load_hierarchy
 from smalti.preprocess import to_float, to_uint8
 from smalti.priors.prior import CausalPrior, Prior
 from smalti.progress import SLOW_SECONDS, bar
 from smalti.randomness import derive, generator_for, row_seeds
+from smalti.tokenizers.hierarchy import Sent
 
 _ROWS_AT_ONCE = 64
 _TRAINING, _HELD_OUT, _HOLES, _FILLS = range(4)  # streams of the seed
@@ -122,6 +124,33 @@ def judge_tokenizer(config: JudgeTokenizer) -> tuple[Scores, dict[str, Any]]:
             scores[f"codes_used{name}"] = {"model": float((counts > 0).double().mean())}
             scores[f"perplexity{name}"] = {"model": perplexity(counts)}
     scores["images_per_second"] = {"model": len(images) / seconds}
+    return scores, real.conditions
+
+
+@torch.no_grad()
+def judge_ways(config: JudgeWays) -> tuple[Scores, dict[str, Any]]:
+    """What comes back of held-out images by each way of selfVAE's, a column each, and what is sent of one."""
+    where = device(config.judging.device)
+    extractor, model = find_extractor(config.judging.extractor, where), load_hierarchy(config.tokenizer).to(where)
+    real = _Real(config.judging, model, extractor)
+    reference, truth = _moments(real.reference()), to_float(real.judged)
+    seeds = row_seeds(config.judging.seed, torch.arange(len(truth)))
+    scores: Scores = {name: {} for name in ("bytes_sent", "compression_ratio", "mse", "psnr_db", "ssim", "frechet")}
+    for way in model.ways:
+        made, sent = [], Sent()
+        for images, of_images in zip(truth.split(_ROWS_AT_ONCE), seeds.to(where).split(_ROWS_AT_ONCE), strict=True):
+            with autocast(where, config.judging.precision):
+                sent = model.sent(images.to(where), way, of_images)
+                made.append(to_uint8(model.received(sent, of_images, config.pixels)).cpu())
+        received = torch.cat(made)
+        scores["bytes_sent"][way] = model.bits_sent(sent) / 8
+        scores["frechet"][way] = frechet_distance(_moments(extractor(received)), reference)
+        if way != "generation":
+            errors = mse(to_float(received), truth)
+            scores["compression_ratio"][way] = model.compression_ratio(sent, truth)
+            scores["mse"][way], scores["psnr_db"][way] = float(errors.mean()), float(psnr(errors).mean())
+            scores["ssim"][way] = ssim(received, real.judged)
+    scores["frechet"]["real"] = frechet_distance(_moments(real.features), reference)
     return scores, real.conditions
 
 

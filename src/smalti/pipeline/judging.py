@@ -9,6 +9,7 @@ from smalti.errors import UserError
 from smalti.extractors import ExtractorName
 from smalti.pipeline.fill import Filling
 from smalti.pipeline.places import RUNS
+from smalti.tokenizers.hierarchy import Pixels
 
 S = TypeVar("S")
 
@@ -50,7 +51,7 @@ class JudgeTokenizer:
     """How to judge a tokenizer: by reconstructions of held-out images."""
 
     of: Literal["tokenizer"] = "tokenizer"
-    """What is judged: `tokenizer`, `prior` or `inpainting`."""
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     judging: Judging = field(default_factory=Judging)
@@ -65,7 +66,7 @@ class JudgePrior(Generic[S]):
     sampling: S
     """How codes are drawn; of priors of several kinds, by those of the last one's."""
     of: Literal["prior"] = "prior"
-    """What is judged: `tokenizer`, `prior` or `inpainting`."""
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
     prior: tuple[str, ...] = ("hourglass",)
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Of a tokenizer of several levels,
     one for each."""
@@ -83,7 +84,7 @@ class JudgeInpainting(Generic[S]):
     sampling: S
     """How codes are drawn."""
     of: Literal["inpainting"] = "inpainting"
-    """What is judged: `tokenizer`, `prior` or `inpainting`."""
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
     fills: int = 3
     """Fills of each image; the first alone is compared with other ways, all with each other and with the truth."""
     prior: tuple[str, ...] = ("hourglass",)
@@ -101,4 +102,50 @@ class JudgeInpainting(Generic[S]):
             raise UserError(f"--fills must be at least 1, not {self.fills}")
 
 
-Judge = JudgeTokenizer | JudgePrior[Any] | JudgeInpainting[Any]
+@dataclass(frozen=True)
+class JudgeWays:
+    """How to judge selfVAE's ways to make images: by what comes back of held-out ones, and by what must be sent."""
+
+    of: Literal["ways"] = "ways"
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
+    tokenizer: str = "selfvae"
+    """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
+    pixels: Pixels = "mean"
+    """What is taken of the pixels' likelihoods: the `mean`, or a `sample`."""
+    judging: Judging = field(default_factory=Judging)
+    out: Path = EVALUATIONS / "ways.json"
+    """The result, with all that is needed to repeat it."""
+
+
+@dataclass(frozen=True)
+class JudgeLikelihood:
+    """How to judge a likelihood of images: by the bits for each number of held-out ones.
+
+    Raises:
+        UserError: for a number below 1.
+    """
+
+    of: Literal["likelihood"] = "likelihood"
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
+    tokenizer: str = "selfvae"
+    """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
+    images: str | None = None
+    """Images, of which held-out ones are judged: emoji, a folder, Parquet files or a hub id [default: what the
+    tokenizer was trained on]."""
+    num: int = 100
+    """Images judged; all that are held out, where they are fewer."""
+    samples: int = 512
+    """Importance samples of each image's latents."""
+    seed: int = 0
+    """Decides which images, and all that is drawn."""
+    device: Device = "auto"
+    """Where to compute, in fp32."""
+    out: Path = EVALUATIONS / "likelihood.json"
+    """The result, with all that is needed to repeat it."""
+
+    def __post_init__(self) -> None:
+        if self.num < 1 or self.samples < 1:
+            raise UserError(f"--num and --samples must be at least 1, not {self.num} and {self.samples}")
+
+
+Judge = JudgeTokenizer | JudgePrior[Any] | JudgeInpainting[Any] | JudgeWays | JudgeLikelihood

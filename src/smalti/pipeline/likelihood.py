@@ -51,7 +51,7 @@ def count_bits(priors: Sequence[Prior], latents: LatentSet, *, split: Split = "h
     found = []
     for number, (prior, level) in enumerate(zip(priors, latents.layout.levels, strict=True)):
         if not isinstance(prior, CausalPrior):
-            raise UserError(f"the likelihood of a {prior.kind} is not known exactly; a pixelcnn's is")
+            raise UserError(f"a {prior.kind} has no exact likelihood of codes; a pixelcnn has")
         if (prior.level.radices, prior.upper_levels) != (level.radices, number):
             raise UserError(f"the prior given for level {number} of {latents.path} is not for codes of {level.radices}")
         found.append(_bits_per_row(prior, LatentRows(latents, split=split, level=number), batch_size))

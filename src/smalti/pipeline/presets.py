@@ -6,6 +6,7 @@ the paper does not give is VQ-VAE-2's (arXiv 1906.00446): networks 128 channels 
 megapixel; they learn at 4.5e-6 times the batch, without a k-means start, which takes long for so many codes.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from smalti import registry
@@ -15,6 +16,10 @@ from smalti.pipeline.train_tokenizer import Preset, TrainTokenizer
 from smalti.tokenizers.vqgan import VQGANConfig
 
 LEVELS = 3  # of VQ-VAE-2, in the HR-VQVAE paper
+LIKELIHOOD_FIT = FitConfig(
+    steps=4_000, batch_size=32, learning_rate=2e-3, optimizer="adamax", clip_norm=100.0, ema_decay=0.995
+)
+"""AdaMax at 2e-3, as selfVAE's predecessor (arXiv 2006.05218)."""
 F16: dict[str, Any] = {
     "widths": (128, 128, 256, 256, 512),
     "residual_blocks": 2,
@@ -32,10 +37,13 @@ def small(kind: str) -> TrainTokenizer[Any]:
     half way, most of an hour; these settings of it have not been tuned.
     """
     model = registry.find("tokenizer", kind).config_class()
-    if kind != "vqgan":
-        return TrainTokenizer(model=model, tokenizer=kind)
-    fit = FitConfig(steps=2_000, batch_size=32, learning_rate=3e-4, ema_decay=0.99)
-    return TrainTokenizer(model=model, fit=fit, tokenizer=kind)
+    fits = {
+        "vqgan": FitConfig(steps=2_000, batch_size=32, learning_rate=3e-4, ema_decay=0.99),
+        "vae": LIKELIHOOD_FIT,
+        "selfvae": LIKELIHOOD_FIT,
+    }
+    made = TrainTokenizer(model=model, tokenizer=kind)
+    return replace(made, fit=fits.get(kind, made.fit))
 
 
 def paper32(kind: str) -> TrainTokenizer[Any]:

@@ -19,9 +19,10 @@ from smalti.latentsets.reader import LatentSet, require_tokenizer
 from smalti.latentsets.rows import LatentRows
 from smalti.pictures import save_grid
 from smalti.pipeline.classes import draw_labels
-from smalti.pipeline.generate import generate_codes
+from smalti.pipeline.generate import DETAILS, generate_codes
 from smalti.pipeline.places import LATENTS, PRIORS, load_tokenizer, prior_class
-from smalti.priors.prior import Prior
+from smalti.priors.prior import CodePrior, Prior
+from smalti.randomness import derive, row_seeds
 from smalti.runs import Resume, Run, flatten
 
 C = TypeVar("C")
@@ -35,7 +36,7 @@ class TrainPrior(Generic[C, Objective]):
     """How to train a prior."""
 
     model: C
-    """The network; its height, width and radices are those of the latent set."""
+    """The network; its grid and what is at each position are those of the latent set."""
     objective: Objective
     """What it learns by."""
     fit: FitConfig = field(
@@ -77,13 +78,15 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
     require_tokenizer(latents, tokenizer.digest())
     torch.manual_seed(config.fit.seed)
+    cls = cast(type[Prior], registry.find("prior", config.prior))
+    of_codes = issubclass(cls, CodePrior)
     names, labels = latents.provenance.label_names, latents.labels
-    if config.objective.label_dropout == 1:
+    if not of_codes or config.objective.label_dropout == 1:
         names, labels = (), torch.full_like(labels, -1)
     classes = max(len(names), int(labels.max()) + 1)
-    known = {**grids(levels, config.level), "classes": classes}
+    known = {**grids(levels, config.level), "classes": classes} if of_codes else grid_of_numbers(levels, config.level)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
-    prior = cast(Prior, registry.find("prior", config.prior)(config.model))
+    prior = cls(config.model)
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
     with process.main_process_first():  # which may throw an earlier run away
@@ -138,7 +141,9 @@ def grids(levels: Sequence[Level], number: int) -> dict[str, Any]:
         raise UserError(f"the latent set has levels 0 to {len(levels) - 1}; --level {number} is not one of them")
     *upper, level = levels[: number + 1]
     if not all(one.radices for one in (*upper, level)):
-        raise UserError(f"level {number} or one above it holds real numbers, not codes, which no prior learns yet")
+        raise UserError(
+            f"level {number} or one above it holds real numbers, not codes, which --prior realnvp learns alone"
+        )
     for one in upper:
         if (level.height % one.height, level.width % one.width) != (0, 0) or (
             level.height * one.width != level.width * one.height
@@ -152,6 +157,20 @@ def grids(levels: Sequence[Level], number: int) -> dict[str, Any]:
         "upper_radices": tuple(one.radices for one in upper),
         "upper_factors": tuple(level.height // one.height for one in upper),
     }
+
+
+def grid_of_numbers(levels: Sequence[Level], number: int) -> dict[str, Any]:
+    """What the config of a prior over real numbers says of them.
+
+    Raises:
+        UserError: if the level holds codes, or is not the only one.
+    """
+    if len(levels) > 1 or number or not levels[0].channels:
+        raise UserError(
+            "realnvp learns latent sets of one level of real numbers, such as selfvae's; this one's are codes, which "
+            "--prior hourglass, maskgit and pixelcnn learn"
+        )
+    return {"height": levels[0].height, "width": levels[0].width, "channels": levels[0].channels}
 
 
 def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Path, seed: int) -> None:
@@ -169,7 +188,8 @@ def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Pa
     else:
         labels = draw_labels(prior, range(prior.classes), rows, seed)
     codes = generate_codes(prior, rows, labels, seed=seed, sampling=prior.method.sampling(), upper=upper)
-    save_grid(path, tokenizer.decode((*upper, codes)).cpu())
+    seeds = derive(row_seeds(seed, rows), DETAILS).to(codes.device)
+    save_grid(path, tokenizer.draw((*upper, codes), seeds).cpu())
 
 
 def _held_out(latents: LatentSet, level: int) -> LatentRows | None:
