@@ -184,6 +184,12 @@ def test_a_bug_is_not_taken_for_full_memory():
         raise RuntimeError("shapes differ")
 
 
+def test_a_worker_that_dies_while_it_sends_is_one_line_too():
+    with pytest.raises(OneProcessError, match=r"prepares batches died \(.*reset by peer.*fewer --workers"):
+        with explained(torch.device("cpu"), ["nothing"]):
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+
 def test_a_worker_that_dies_is_one_line_and_the_state_stands(tmp_path):
     class Dying:
         def __init__(self, rows):
@@ -198,7 +204,7 @@ def test_a_worker_that_dies_is_one_line_and_the_state_stands(tmp_path):
             return self.rows.__getitems__(rows)
 
     config = replace(CONFIG, workers=1, save_steps=1)
-    with pytest.raises(OneProcessError, match=r"prepares batches died \(DataLoader worker .*fewer --workers") as caught:
+    with pytest.raises(OneProcessError, match=r"prepares batches died \(.*fewer --workers") as caught:
         train(tmp_path, config=config, wrap=Dying)
     assert "\n" not in str(caught.value)
     train(tmp_path, config=config)

@@ -148,11 +148,14 @@ def explained(device: torch.device, remedies: Sequence[str]) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ConnectionError) as error:
         said = str(error)
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:
             raise OneProcessError(f"the memory of {device} is full; give {', or '.join(remedies)}") from error
-        if died := [line.strip() for line in said.splitlines() if "DataLoader worker" in line]:
+        died = [line.strip() for line in said.splitlines() if "DataLoader worker" in line]
+        if isinstance(error, ConnectionError):  # one that died while a batch was fetched from it
+            died = [said]
+        if died:
             raise OneProcessError(
                 f"a process that prepares batches died ({died[0]}), often for want of memory; the same "
                 "command goes on from the last saved state, perhaps with fewer --workers"
