@@ -185,9 +185,11 @@ def test_a_bug_is_not_taken_for_full_memory():
 
 
 def test_a_worker_that_dies_while_it_sends_is_one_line_too():
-    with pytest.raises(OneProcessError, match=r"prepares batches died \(.*reset by peer.*fewer --workers"):
-        with explained(torch.device("cpu"), ["nothing"]):
-            raise ConnectionResetError(104, "Connection reset by peer")
+    with (
+        pytest.raises(OneProcessError, match=r"prepares batches died \(.*reset by peer.*fewer --workers"),
+        explained(torch.device("cpu"), ["nothing"]),
+    ):
+        raise ConnectionResetError(104, "Connection reset by peer")
 
 
 def test_a_worker_that_dies_is_one_line_and_the_state_stands(tmp_path):
