@@ -51,7 +51,7 @@ type: $(DEV) ## check the code's types
 	$(PYTHON) -m pyright
 
 test: $(DEV) ## run the tests
-	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(RUNTIME) ## measure the speeds that the documentation states
 	$(PYTHON) scripts/benchmark.py
