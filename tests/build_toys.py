@@ -1,4 +1,4 @@
-"""A tiny tokenizer and images to build latent sets from, and builders in processes of their own that can be killed."""
+"""Images and tiny tokenizers to build latent sets from, and builders in processes of their own that can be killed."""
 
 import importlib
 import multiprocessing
@@ -7,15 +7,19 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import command_toys
 import numpy as np
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from smalti.preprocess import to_float
-from smalti.scripts import build_latents
+from smalti.scripts import build_latents, train_tokenizer
 from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
 
 IMAGES = 300
@@ -42,6 +46,18 @@ def save_tokenizer(folder: Path, seed: int = 0) -> None:
     tokenizer = HRVQ(CONFIG)
     tokenizer.start_from(to_float(torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)))
     tokenizer.save(folder)
+
+
+@contextmanager
+def trained_in(folder: Path, train: list[str], images: int) -> Iterator[Path]:
+    """The folder, which is the current one meanwhile, with so many images and what train_tokenizer makes of them."""
+    write_images(folder / "img", count=images)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train_tokenizer.py", *train])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_tokenizer.main()
+        yield folder
 
 
 def run(capfd, *arguments: str) -> tuple[int, str, str]:

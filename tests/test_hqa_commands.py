@@ -4,13 +4,11 @@ from by priors on 1x1 grids, and compressed to files.
 
 import json
 import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from build_toys import write_images
+from build_toys import trained_in
 from command_toys import run
 from PIL import Image
 
@@ -35,13 +33,7 @@ HQA = "runs/tokenizers/hqa"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A trained HQA of three layers, in a folder of its own, which is the current one."""
-    folder = tmp_path_factory.mktemp("hqa")
-    write_images(folder / "img", count=30)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train_tokenizer.py", *TRAIN])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train_tokenizer.main()
+    with trained_in(tmp_path_factory.mktemp("hqa"), TRAIN, images=30) as folder:
         yield folder
 
 

@@ -2,15 +2,13 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from build_toys import write_images
+from build_toys import trained_in
 from command_toys import run
 from PIL import Image
 from torch import nn
@@ -26,7 +24,7 @@ from smalti.pipeline.train_prior import grid_of_numbers
 from smalti.preprocess import to_float, to_uint8
 from smalti.priors.realnvp import FlowSampling
 from smalti.randomness import derive, row_seeds
-from smalti.scripts import build_latents, evaluate, inpaint, reproduce, sample, train_prior, train_tokenizer
+from smalti.scripts import build_latents, evaluate, inpaint, reproduce, sample, train_prior
 from smalti.tokenizers.hierarchy import WAYS, VAEConfig
 from smalti.tokenizers.vae import VAE
 
@@ -38,13 +36,7 @@ TRAIN = f"--tokenizer selfvae --images img --height 8 --width 8 --stages 1 {NETW
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A trained selfVAE in a folder of its own, which is the current one."""
-    folder = tmp_path_factory.mktemp("selfvae")
-    write_images(folder / "img", count=80)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train_tokenizer.py", *TRAIN])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train_tokenizer.main()
+    with trained_in(tmp_path_factory.mktemp("selfvae"), TRAIN, images=80) as folder:
         yield folder
 
 
@@ -216,7 +208,7 @@ def test_the_study_has_every_row_beside_the_paper(folder, capfd, monkeypatch):
     assert run(capfd, reproduce.main, *flags)[0] == 0
     text = (folder / "study/selfvae.md").read_text()
     for name, paper in (("vae", "VAE | 3.51 | 41.36"), ("selfvae-downscale", "selfVAE-downscale | 3.65 | 34.71")):
-        kept = json.loads(next(folder.glob(f"runs/reproductions/selfvae/cifar10/{name}-4-*/result.json")).read_text())
+        kept = json.loads(next(folder.glob(f"runs/reproductions/selfvae/cifar10/{name}-4-*/result-*.json")).read_text())
         assert f"| {paper} | {kept['likelihood']['bits_per_dim']['model']:.2f} |" in text
         for what in ("generations", "ladder", "latents"):
             assert Image.open(folder / f"study/selfvae-cifar10-{name}-{what}.png").width > 500

@@ -3,21 +3,22 @@
 Fully convolutional: any height and width divisible by 2**stages. Legend: b batch, c channels, h w grid.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class Residual(nn.Module):
+class Residual(nn.Module, ABC):
     """shortcut(x) + branch(x), the branch's layers one after the other."""
 
     shortcut: nn.Module
 
     @property
+    @abstractmethod
     def branch(self) -> Sequence[nn.Module]:
         """Its layers, in order."""
-        raise NotImplementedError
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
         """Features to features on the same grid."""

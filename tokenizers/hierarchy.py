@@ -16,9 +16,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from smalti.codes import Codes, Layout, Level
-from smalti.errors import UserError
+from smalti.errors import UserError, require_at_least_one
 from smalti.flows import Flow
-from smalti.interfaces import Tokenizer, TokenizerOutput
+from smalti.interfaces import Tokenizer, TokenizerOutput, require_size
 from smalti.randomness import derive, normal, row_seeds
 from smalti.tokenizers.dense import DenseBlock, start_from_data
 from smalti.tokenizers.logistic import bits_per_number, to_bins
@@ -88,9 +88,9 @@ class VAEConfig:
     """Channels of the couplings' networks."""
 
     def __post_init__(self) -> None:
-        for name in ("image_channels", "channels", "growth", "dense_layers", "latent_channels", "mixtures"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_at_least_one(
+            self, "image_channels", "channels", "growth", "dense_layers", "latent_channels", "mixtures"
+        )
         for name in ("stages", "flow_layers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
@@ -120,7 +120,7 @@ class Hierarchy(Tokenizer):
     def __init__(self, config: VAEConfig, forms: Sequence[Form]) -> None:
         super().__init__(config)
         self.image_channels, self.downsampling, self.forms = config.image_channels, 2**config.stages, tuple(forms)
-        self._check(config.height, config.width)
+        require_size(config.height, config.width, self.downsampling)
         if forms[-1].halvings > config.stages:
             raise UserError(
                 f"{forms[-1].halvings} halvings go below the grid of latents, which halves the size {config.stages} "
@@ -154,7 +154,7 @@ class Hierarchy(Tokenizer):
 
     def representations(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
         """y_0 = x to the nearest 8-bit values, y_1, ..., y_K (Eq. 20)."""
-        self._check(*images.shape[2:])
+        require_size(images.shape[2], images.shape[3], self.downsampling)
         return [to_bins(images.float(), 256)]
 
     def posterior(self, level: int, y: Float[Tensor, "b c h w"]) -> Gaussian:
@@ -338,10 +338,3 @@ class Hierarchy(Tokenizer):
     @staticmethod
     def _taken(gaussian: Gaussian, seeds: Tensor | None, *stream: int) -> Tensor:
         return gaussian.mean if seeds is None else gaussian.sample(derive(seeds, *stream))
-
-    def _check(self, height: int, width: int) -> None:
-        if height % self.downsampling or width % self.downsampling:
-            raise UserError(
-                f"images of {height}x{width} do not divide by {self.downsampling}, this tokenizer's downsampling; "
-                "crop or resize them"
-            )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smalti.codes import Codes, Layout, Level
 from smalti.errors import UserError
-from smalti.interfaces import Tokenizer, TokenizerOutput
+from smalti.interfaces import Tokenizer, TokenizerOutput, require_size
 from smalti.randomness import derive, row_seeds
 from smalti.registry import register
 from smalti.tokenizers import blocks
@@ -335,9 +335,6 @@ class HQA(Tokenizer):
             raise UserError(f"this tokenizer has layers 1 to {len(self.layers)}; there is no layer {layer}")
         return number
 
-    def _check(self, height: int, width: int, layers: int) -> None:
-        if height % 2**layers or width % 2**layers:
-            raise UserError(
-                f"images of {height}x{width} do not divide by {2**layers}, the downsampling of {layers} layers; crop "
-                "or resize them"
-            )
+    @staticmethod
+    def _check(height: int, width: int, layers: int) -> None:
+        require_size(height, width, 2**layers, f"the downsampling of {layers} layers")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.processes import collected, total
-from smalti.randomness import derive, gumbel, uniform
+from smalti.randomness import derive, gumbel, normal, uniform
 from smalti.sharding import full, split_like
 from smalti.tokenizers.drawing import drawing_keys
 from smalti.tokenizers.kmeans import linked_kmeans
@@ -172,8 +172,8 @@ class StochasticQuantizer(nn.Module):
             drawn = drawing_keys(use, uniform(seed, len(use))[0]).argsort(descending=True)
             sources = drawn[(dead.cumsum(0) - 1).clamp_min(0)]
             moves = dead & ~dead[sources]
-            noise = torch.special.ndtri(uniform(derive(seed, 1), *codebook.shape)[0].clamp_min(2.0**-25))
-            moved = torch.where(moves[:, None], codebook[sources] + RESET_NOISE * noise, codebook)
+            noise = RESET_NOISE * normal(derive(seed, 1), *codebook.shape)[0]
+            moved = torch.where(moves[:, None], codebook[sources] + noise, codebook)
             use = torch.where(moves, use[sources], use)
             self.codebook.copy_(split_like(moved if bad is None else torch.where(bad, codebook, moved), self.codebook))
         self.use.copy_(use)

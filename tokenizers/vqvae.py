@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smalti.codes import Codes, Layout, Level
 from smalti.errors import UserError
-from smalti.interfaces import Tokenizer, TokenizerOutput
+from smalti.interfaces import Tokenizer, TokenizerOutput, require_size
 from smalti.registry import register
 from smalti.tokenizers import blocks
 from smalti.tokenizers.gumbel import GumbelQuantizer
@@ -66,7 +66,7 @@ class VQFamily(Tokenizer):
         if not config.widths or min(config.widths) < 1:
             raise UserError(f"widths must name the channels of at least one stage, got {config.widths}")
         self.image_channels, self.downsampling = config.image_channels, downsampling
-        self._check(config.height, config.width)
+        require_size(config.height, config.width, downsampling)
 
     def quantizer_of(self, *, depth: int, branching: int, cosine: bool = False) -> LinkedQuantizer:
         """A quantizer that learns as the config says."""
@@ -87,7 +87,7 @@ class VQFamily(Tokenizer):
         Raises:
             UserError: if their size does not divide by the downsampling.
         """
-        self._check(*images.shape[2:])
+        require_size(images.shape[2], images.shape[3], self.downsampling)
         return images.contiguous(memory_format=torch.channels_last)
 
     def collapse_remedy(self) -> str:
@@ -101,13 +101,6 @@ class VQFamily(Tokenizer):
     def recomputable(self) -> list[nn.Module]:
         """Every residual block."""
         return [module for module in self.modules() if isinstance(module, blocks.ResidualBlock)]
-
-    def _check(self, height: int, width: int) -> None:
-        if height % self.downsampling or width % self.downsampling:
-            raise UserError(
-                f"images of {height}x{width} do not divide by {self.downsampling}, this tokenizer's downsampling; "
-                "crop or resize them"
-            )
 
 
 class OneGrid(VQFamily):

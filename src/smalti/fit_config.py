@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
-from smalti.errors import UserError
+from smalti.errors import UserError, require_at_least_one
 from smalti.optimizers import BETAS, Optimizer, OptimizerName, make_optimizer
 
 
@@ -58,9 +58,9 @@ class FitConfig:
     """If no step ends for so long, say where every thread is and exit with status 75; 0 waits for ever."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_steps", "report_steps", "save_steps", "keep_states"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_at_least_one(
+            self, "steps", "batch_size", "accumulation", "log_steps", "report_steps", "save_steps", "keep_states"
+        )
         for name in ("warmup_steps", "weight_decay", "workers", "stall_seconds"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, not {getattr(self, name)}")

@@ -179,6 +179,10 @@ class ImageRows(Dataset):
     def __len__(self) -> int:
         return len(self._images) * self._rows_per_image
 
+    def spread(self, count: int) -> UInt8[Tensor, "b c h w"]:
+        """The images of so many rows, evenly spread over all of them, to be shown; of few rows, some again."""
+        return self.__getitems__([i * len(self) // count for i in range(count)])["images"]
+
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """A batch.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smalti.checkpoint import Checkpointed
 from smalti.codes import Codes, Layout
+from smalti.errors import UserError
 from smalti.fit_config import FitConfig, Phase
 from smalti.registry import Family
 
@@ -28,6 +29,16 @@ class TokenizerOutput:
     reconstruction: Float[Tensor, "b c h w"] | None
     codes: Codes
     losses: dict[str, Float[Tensor, ""]]
+
+
+def require_size(height: int, width: int, downsampling: int, whose: str = "this tokenizer's downsampling") -> None:
+    """Refuses images of a size that does not divide by a tokenizer's downsampling.
+
+    Raises:
+        UserError: saying `whose` that is.
+    """
+    if height % downsampling or width % downsampling:
+        raise UserError(f"images of {height}x{width} do not divide by {downsampling}, {whose}; crop or resize them")
 
 
 class Tokenizer(Checkpointed, ABC):

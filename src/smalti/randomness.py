@@ -60,6 +60,11 @@ def normal(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]
     return torch.erfinv(2 * uniform(seeds, *shape) - 1 + 2.0**-24) * math.sqrt(2)  # exact within: never -1 nor 1
 
 
+def choose(count: int, most: int, seed: int, *streams: int) -> list[int]:
+    """Up to `most` of `count` rows, drawn without repeats, in order."""
+    return sorted(torch.randperm(count, generator=generator_for(seed, *streams))[:most].tolist())
+
+
 def generator_for(seed: int, *streams: int) -> torch.Generator:
     """A CPU generator seeded by (seed, streams), for what only a generator can draw, such as a permutation."""
     return torch.Generator().manual_seed(int(derive(torch.tensor(seed), *streams)) & (2**63 - 1))

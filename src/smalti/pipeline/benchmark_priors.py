@@ -83,7 +83,9 @@ def hourglass(*, batch: int = 4, side: int = 32, width: int = 256, blocks: int =
     def step(network: Hourglass) -> None:
         network.zero_grad()
         with autocast(device, "auto"):
-            loss, _ = Sundae(network, SundaeConfig())({"codes": codes, "seeds": row_seeds(0, torch.arange(batch))})
+            loss, _ = Sundae(network, SundaeConfig())(
+                {"codes": codes, "seeds": row_seeds(0, torch.arange(batch, device=device))}
+            )
         loss.backward()
 
     names = [f"hourglass 1-{blocks - 2}-1", *(f"flat, {config.depth[0]} blocks" for config in flat)]

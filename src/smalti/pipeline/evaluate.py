@@ -95,8 +95,9 @@ def _repeat(config: Again) -> Scores:
     try:
         before = json.loads(config.again.read_text())
         settings = before["settings"]
-        prior = settings.get("prior", "")
-        judge = _from_json(config_for(settings["of"], prior if isinstance(prior, str) else prior[0]), settings)
+        if isinstance(settings.get("prior"), str):  # of inpainting, before it took the priors of several levels
+            settings["prior"] = [settings["prior"]]
+        judge = _from_json(config_for(settings["of"], settings.get("prior", [""])[0]), settings)
         scores_before, conditions_before = before["scores"], before["conditions"]
     except OSError as error:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error

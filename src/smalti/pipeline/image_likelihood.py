@@ -21,7 +21,7 @@ from smalti.pipeline.judging import JudgeLikelihood
 from smalti.pipeline.ways import load_hierarchy
 from smalti.preprocess import to_float
 from smalti.progress import bar
-from smalti.randomness import derive, generator_for, row_seeds
+from smalti.randomness import choose, derive, row_seeds
 from smalti.tokenizers.hierarchy import Hierarchy
 from smalti.tokenizers.logistic import bits_per_number
 from smalti.tokenizers.selfvae_networks import Gaussian
@@ -103,8 +103,7 @@ def judge_likelihood(config: JudgeLikelihood) -> tuple[dict[str, dict[str, float
     rows = ImageRows(source, split="held_out", flips=False)
     if not len(rows):
         raise UserError(f"{source.source} has no held-out images; judge by more images")
-    chosen = sorted(torch.randperm(len(rows), generator=generator_for(config.seed))[: config.num].tolist())
-    images = rows.__getitems__(chosen)["images"]
+    images = rows.__getitems__(choose(len(rows), config.num, config.seed))["images"]
     weights = log_weights(model, images, samples=config.samples, seed=config.seed)
     scores: dict[str, dict[str, float]] = {}
     for name, found in (("bits_per_dim", bits(weights, images)), ("bound_bits_per_dim", bits(weights, images, 1))):

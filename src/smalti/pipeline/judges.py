@@ -42,7 +42,7 @@ from smalti.pipeline.ways import load_hierarchy
 from smalti.preprocess import to_float, to_uint8
 from smalti.priors.prior import CausalPrior, Prior
 from smalti.progress import SLOW_SECONDS, bar
-from smalti.randomness import derive, generator_for, row_seeds
+from smalti.randomness import choose, derive, row_seeds
 from smalti.tokenizers.hierarchy import Sent
 
 _ROWS_AT_ONCE = 64
@@ -74,9 +74,9 @@ class _Real:
         if len(held_out) < 4:
             raise UserError(f"only {len(held_out)} image(s) of {judging.images} are held out; judge by more images")
         self._extractor, self._training = extractor, training
-        self._chosen = _choose(len(training), judging.reference, judging.seed, _TRAINING)
+        self._chosen = choose(len(training), judging.reference, judging.seed, _TRAINING)
         self.judged: UInt8[Tensor, "n c h w"] = held_out.__getitems__(
-            _choose(len(held_out), judging.num, judging.seed, _HELD_OUT)
+            choose(len(held_out), judging.num, judging.seed, _HELD_OUT)
         )["images"]
         self.features = extractor(self.judged)
         self.conditions = {
@@ -233,11 +233,6 @@ def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, An
         "prior_digests": [prior.digest() for prior in priors],
         "share_of_hole": float(hole.float().mean()),
     }
-
-
-def _choose(count: int, most: int, seed: int, stream: int) -> list[int]:
-    """Up to `most` of `count` rows, drawn without repeats, in order."""
-    return sorted(torch.randperm(count, generator=generator_for(seed, stream))[:most].tolist())
 
 
 def _moments(features: Float[Tensor, "n d"]) -> Moments:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from smalti.devices import Precision, best_device
-from smalti.errors import UserError
+from smalti.errors import require_at_least_one
 from smalti.files import write_json
 from smalti.fit_config import FitConfig
 from smalti.images import ImageRows, ImageSet, open_images
@@ -83,9 +83,9 @@ class Reproduce:
     """The Markdown file whose measured parts are replaced, with its pictures beside it."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "size_steps", "batch_size", "channels", "code_width", "usage_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_at_least_one(
+            self, "seeds", "steps", "size_steps", "batch_size", "channels", "code_width", "usage_images"
+        )
 
 
 @dataclass(frozen=True)

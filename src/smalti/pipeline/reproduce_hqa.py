@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from smalti.devices import Precision, best_device
-from smalti.errors import UserError
+from smalti.errors import UserError, require_at_least_one
 from smalti.files import write_json
 from smalti.fit_config import FitConfig
 from smalti.images import ImageRows, ImageSet, open_images
@@ -84,9 +84,7 @@ class ReproduceHQA:
     """The Markdown file whose measured parts are replaced, with its pictures beside it."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "batch_size", "test_num", "classifier_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_at_least_one(self, "seeds", "steps", "batch_size", "test_num", "classifier_steps")
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def search_table(config: Reproduce, images: ImageSet) -> str:
 def pictures(config: Reproduce, images: ImageSet) -> None:
     """Figs. 1 and 8: what each layer of HR-VQVAE adds, and what each level of VQ-VAE-2 does."""
     rows = ImageRows(images, split="held_out", flips=False)
-    batch = to_float(rows.__getitems__([i * len(rows) // SHOWN for i in range(SHOWN)])["images"]).to(best_device())
+    batch = to_float(rows.spread(SHOWN)).to(best_device())
     linked, levels = (_model(config, kind, images) for kind in ("hrvq", "vqvae2"))
     codes = linked.encode(batch)
     sheet = {"original": batch}

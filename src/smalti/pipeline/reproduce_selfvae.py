@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from tyro.conf import Positional
 
 from smalti.devices import Precision
-from smalti.errors import UserError
+from smalti.errors import require_at_least_one
 from smalti.images import ImageSet, open_images
 from smalti.pipeline.places import RUNS
 from smalti.pipeline.presets import LIKELIHOOD_FIT
@@ -72,9 +72,9 @@ class ReproduceSelfVAE:
     """The Markdown file whose measured parts are replaced, with its pictures beside it."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "growth", "dense_layers", "steps", "batch_size", "likelihood_num", "samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_at_least_one(
+            self, "channels", "growth", "dense_layers", "steps", "batch_size", "likelihood_num", "samples"
+        )
 
 
 def open_data(config: ReproduceSelfVAE) -> ImageSet:

@@ -33,7 +33,6 @@ NAMES: dict[ModelName, str] = {
 }
 PAPER: dict[ModelName, tuple[str, str]] = {"vae": ("3.51", "41.36"), "selfvae-downscale": ("3.65", "34.71")}
 """Bits per dimension and FID of CIFAR10 (Table 1); the paper has the other rows of other data sets alone."""
-RESULT_NAME = "result.json"
 LADDER = {
     "bytes_sent": ".0f",
     "compression_ratio": ".2f",
@@ -65,8 +64,9 @@ def reproduce_selfvae(config: ReproduceSelfVAE) -> None:
 
 
 def measured(folder: Path, config: ReproduceSelfVAE) -> dict[str, Any]:
-    """Bits of held-out images and the ladder of ways; measured once for all, and kept in the run's folder."""
-    path = folder / RESULT_NAME
+    """Bits of held-out images and the ladder of ways; measured once of so many, and kept in the run's folder."""
+    of = f"{config.num}-{config.reference}-{config.likelihood_num}-{config.samples}"
+    path = folder / f"result-{of}.json"
     if path.exists():
         return json.loads(path.read_text())
     likelihood, _ = judge_likelihood(
@@ -118,8 +118,7 @@ def pictures(name: ModelName, folder: Path, config: ReproduceSelfVAE, images: Im
     """Figs. 4, 5 and 6 of one model, beside the report."""
     model = load_hierarchy(str(folder)).to(best_device())
     where, rows = best_device(), ImageRows(images, split="held_out", flips=False)
-    chosen = rows.__getitems__([i * len(rows) // SHOWN for i in range(SHOWN)])["images"]
-    shown, seeds = to_float(chosen).to(where), row_seeds(0, torch.arange(4 * SHOWN)).to(where)
+    shown, seeds = to_float(rows.spread(SHOWN)).to(where), row_seeds(0, torch.arange(4 * SHOWN)).to(where)
     save_grid(_picture(config, name, "generations"), model.generation(seeds).cpu())
     ladder = {"original": shown, **model.reconstructions(shown)}
     save_sheet(_picture(config, name, "ladder"), {caption: row.cpu() for caption, row in ladder.items()})

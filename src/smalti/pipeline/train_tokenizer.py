@@ -148,9 +148,6 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
 @torch.no_grad()
 def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> None:
     """A sheet: images, reconstructions, and what a part of each code alone, or another layer's, says of them."""
-    count = min(SHEET_IMAGES, len(rows))
-    images = rows.__getitems__([i * len(rows) // count for i in range(count)])["images"]
-    device = next(tokenizer.parameters()).device
-    shown = to_float(images)
+    device, shown = next(tokenizer.parameters()).device, to_float(rows.spread(min(SHEET_IMAGES, len(rows))))
     made = tokenizer.reconstructions(shown.to(device))
     save_sheet(path, {"original": shown, **{caption: row.cpu() for caption, row in made.items()}})

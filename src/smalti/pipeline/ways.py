@@ -102,8 +102,7 @@ def _held_out(model: Tokenizer, config: SampleWay) -> Tensor:
     rows = ImageRows(images, split="held_out", flips=False)
     if not len(rows):
         raise UserError(f"{images.source} has no held-out images; give more --images")
-    num = min(config.num, len(rows))
-    return rows.__getitems__([i * len(rows) // num for i in range(num)])["images"]
+    return rows.spread(min(config.num, len(rows)))
 
 
 def _enlarged(y: Tensor, images: Tensor) -> Tensor:
