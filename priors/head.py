@@ -5,7 +5,7 @@ Legend: b batch, n positions, d width, r radix, k digits.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,7 @@ class FactorizedHead(TreeEmbedding):
         weights, biases = self.weight.split(split), self.bias.split(split)
         dense = F.linear(features, weights[0], biases[0]).split(self.rows[: self.dense_digits], dim=-1)
 
+        @no_type_check  # made anew at every step of a sampler: shape checks under pytest would be made anew as well
         def child_logits(digit: int, parents: Tensor) -> Tensor:
             radix = self.radices[digit]
             if digit == 0:

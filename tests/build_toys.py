@@ -22,7 +22,7 @@ from smalti.preprocess import to_float
 from smalti.scripts import build_latents, train_tokenizer
 from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
 
-IMAGES = 300
+IMAGES = 200
 CONFIG = HRVQConfig(8, 8, widths=(6, 8), residual_blocks=1, code_width=6, depth=2, branching=4)
 FLAGS = ("--tokenizer", "tokenizer", "--images", "img", "--batch-size", "8", "--workers", "0", "--device", "cpu")
 

@@ -4,8 +4,11 @@ All of it happens on import, before any test file imports smalti: the libraries 
 imported. No fixtures live here.
 """
 
+import inspect
 import os
+import sys
 import tempfile
+from collections import Counter
 from typing import Any, Self
 
 import jaxtyping
@@ -25,7 +28,47 @@ os.environ |= {
 # Every annotated shape becomes a check, dimensions of one name agreeing within a call. What torch.compile must trace is
 # marked with `typing.no_type_check`, which leaves the function as it was written. The hook decorates methods singly,
 # where beartype cannot know what `Self` is, so that alone goes unchecked.
-checked = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
+_beartyped = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
+_CALLS_CHECKED = 10  # of each function, in each test: to check all calls takes a third of the time of all tests
+_calls: Counter[tuple[str, str]] = Counter()
+_spared: set[Any] = set()
+
+
+def checked(function: Any) -> Any:
+    """The function, checking what it is called with, until the test in hand has called it often enough."""
+    name = function.__module__, function.__qualname__
+    beartyped = None  # made when it is called: most tests call few functions
+
+    def check(*args: Any, **options: Any) -> Any:
+        nonlocal beartyped
+        _calls[name] += 1
+        if _calls[name] > _CALLS_CHECKED:
+            return _spare(*name)
+        beartyped = beartyped or _beartyped(function)
+        return beartyped(*args, **options)
+
+    return check
+
+
+def _spare(module: str, qualified: str) -> None:
+    """Marks a function as `typing.no_type_check` does, which jaxtyping asks about at each call."""
+    found: Any = sys.modules[module]
+    for part in qualified.split("."):
+        found = inspect.getattr_static(found, part, None)
+    found = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "__func__", None) or found)
+    if inspect.isfunction(found):  # not within another function
+        found.__no_type_check__ = True
+        _spared.add(found)
+
+
+def pytest_runtest_setup() -> None:
+    """Every test begins with all checks."""
+    for function in _spared:
+        del function.__no_type_check__
+    _spared.clear()
+    _calls.clear()
+
+
 jaxtyping.install_import_hook("smalti", f"{__name__}.checked")
 
 from smalti.runtime import wait_without_spinning  # noqa: E402 - after the settings above

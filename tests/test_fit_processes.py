@@ -21,7 +21,12 @@ from smalti.signals import Interrupted
 CONFIG = toys.CONFIG
 SLICED = replace(CONFIG, accumulation=2)
 STOPPED_AT = 5  # batches, of one process alone
+WHOLE = ("hrvq", "vqgan", "hourglass")  # one of each way to train: how a run ends is not the kind's affair
 of_every_kind = pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kind for _, kind in toys.KINDS])
+of_every_way = pytest.mark.parametrize(
+    ("way", "family", "kind"),
+    [("stopped", *each) for each in toys.KINDS] + [("whole", *each) for each in toys.KINDS if each[1] in WHOLE],
+)
 
 
 def train(folder, family, kind, config=CONFIG, *, process, wrap=lambda rows: rows):
@@ -31,17 +36,23 @@ def train(folder, family, kind, config=CONFIG, *, process, wrap=lambda rows: row
 
 
 def program(folder):
-    """Runs in slices, and runs that a signal to one process stops."""
+    """Runs in slices that a signal to one process stops, and some whole ones."""
     process = accelerator("fp32")
     for family, kind in toys.KINDS:
-        train(folder / "sliced" / kind, family, kind, SLICED, process=process)
         stop = STOPPED_AT if process.process_index == 1 else -1
         try:
             train(
-                folder / "stopped" / kind, family, kind, process=process, wrap=lambda r, n=stop: toys.Signalling(r, n)
+                folder / "stopped" / kind,
+                family,
+                kind,
+                SLICED,
+                process=process,
+                wrap=lambda rows, batch=stop: toys.Signalling(rows, batch),
             )
         except Interrupted as stopped:
             (folder / f"{kind} {process.process_index} {stopped.step}").touch()
+        if kind in WHOLE:
+            train(folder / "whole" / kind, family, kind, process=process)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +64,13 @@ def folder(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     for family, kind in toys.KINDS:
         train(folder / "one" / kind, family, kind, process=accelerator("fp32"))
-        train(folder / "stopped" / kind, family, kind, process=accelerator("fp32"))  # one goes on where two stopped
+        train(folder / "stopped" / kind, family, kind, SLICED, process=accelerator("fp32"))  # where two stopped
     return folder
 
 
-@of_every_kind
-@pytest.mark.parametrize("way", ["sliced", "stopped"])
+@of_every_way
 def test_two_processes_train_what_one_does(folder, way, family, kind):
-    """In two slices each, and stopped among two to go on with one: nothing is left out or seen twice."""
+    """And in two slices each, stopped among two to go on with one: nothing is left out or seen twice."""
     one, two = toys.measured(folder / "one" / kind), toys.measured(folder / way / kind)
     losses, others = toys.losses(one), toys.losses(two)
     phases = len(losses) // CONFIG.steps

@@ -55,10 +55,10 @@ def test_what_is_freed_is_not_faulted_in_again():
 
 
 def openmp_settings(**environment: str) -> str:
-    """What GNU OpenMP says that it goes by, in a process that imports a command."""
+    """What GNU OpenMP says that it goes by, in a process that imports what commands do, in that order."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     ran = subprocess.run(
-        [sys.executable, "-c", "import smalti.scripts.sample"],
+        [sys.executable, "-c", "from smalti import cli; import torch"],
         env={**bare, "OMP_DISPLAY_ENV": "VERBOSE", **environment},
         capture_output=True,
         text=True,

@@ -25,14 +25,14 @@ from smalti.optimizers import Together, step_unless_on_device
 from smalti.runs import Run
 from smalti.signals import Interrupted
 
-ADAMW = replace(toys.CONFIG, report_steps=6, save_steps=100)  # saving puts every tensor together, one by one
+ADAMW = replace(toys.CONFIG, steps=9, report_steps=6, save_steps=100)  # saving puts every tensor together, one by one
 MUON = replace(ADAMW, optimizer="muon")
 AGAIN = replace(ADAMW, accumulation=2, gradient_checkpointing=True)
 SPLIT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 BAD_RUNS = {"bad adamw": ADAMW, "bad muon": MUON}
 STOPPED_AT = 3  # batches, of those who begin and of those who go on
 BAD = 6
-SAME_NETWORK = ("vqvae", "hqa", "hams", "vae", "maskgit")  # as hrvq, selfvae, hourglass: what is split is the same
+SAME_NETWORK = ("vqvae", "hqa", "hams", "selfvae", "maskgit")  # as hrvq, vae, hourglass: what is split is the same
 NOT_SPLIT = ("vqgan",)  # trained in two phases
 FAMILIES = {kind: family for family, kind in toys.KINDS if kind not in (*SAME_NETWORK, *NOT_SPLIT)}
 WITH_MUON = ("hrvq", "hourglass")

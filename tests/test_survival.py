@@ -22,7 +22,7 @@ from smalti.fit_config import FitConfig
 from smalti.runs import Run
 from smalti.signals import Interrupted
 
-CONFIG = replace(toys.CONFIG, steps=20, report_steps=7, save_steps=3, optimizer="muon")
+CONFIG = replace(toys.CONFIG, steps=14, report_steps=5, save_steps=3, optimizer="muon")
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
