@@ -1,4 +1,5 @@
-"""Reproduces papers' studies; see `smalti.pipeline.reproduce`, `.reproduce_hqa` and `.reproduce_selfvae`."""
+"""Reproduces papers' studies; see `smalti.pipeline.reproduce`, `.reproduce_hqa`, `.reproduce_selfvae` and
+`.reproduce_priors`."""
 
 import sys
 
@@ -6,6 +7,8 @@ from smalti import cli
 from smalti.pipeline.reproduce import Reproduce
 from smalti.pipeline.reproduce_hqa import ReproduceHQA
 from smalti.pipeline.reproduce_hqa_report import reproduce_hqa
+from smalti.pipeline.reproduce_priors import ReproducePriors
+from smalti.pipeline.reproduce_priors_report import reproduce_priors
 from smalti.pipeline.reproduce_report import reproduce
 from smalti.pipeline.reproduce_selfvae import ReproduceSelfVAE
 from smalti.pipeline.reproduce_selfvae_report import reproduce_selfvae
@@ -17,9 +20,12 @@ $ python scripts/reproduce.py hr-vqvae --data cifar10 --images cifar10-train.par
 $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet
 $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet --seeds 3 --steps 20000
 $ python scripts/reproduce.py selfvae --data cifar10 --images cifar10-train.parquet --models vae selfvae-downscale
+$ python scripts/reproduce.py priors --parts samplers canvas
+$ python scripts/reproduce.py priors --data mnist --images mnist-train.parquet --parts resampling
 
-Into docs/reproductions/hr-vqvae.md, hqa.md and selfvae.md; the runs are kept in runs/reproductions. Stopped (Ctrl-C),
-the same command goes on where it was. `hqa --help` and `selfvae --help` have the flags of those studies."""
+Into docs/reproductions/hr-vqvae.md, hqa.md, selfvae.md and priors.md; the runs are kept in runs/reproductions. Stopped
+(Ctrl-C), the same command goes on where it was. `hqa --help`, `selfvae --help` and `priors --help` have the flags of
+those studies."""
 
 
 def main() -> None:
@@ -28,6 +34,8 @@ def main() -> None:
         cli.run(reproduce_hqa, ReproduceHQA, about=ABOUT)
     elif "selfvae" in sys.argv[1:]:
         cli.run(reproduce_selfvae, ReproduceSelfVAE, about=ABOUT)
+    elif "priors" in sys.argv[1:]:
+        cli.run(reproduce_priors, ReproducePriors, about=ABOUT)
     else:
         cli.run(reproduce, Reproduce, about=ABOUT)
 

@@ -30,7 +30,7 @@ back to the state of that step, forgetting what came after."""
 FREE_SETTINGS = frozenset(
     {
         *("steps", "report_steps", "save_steps", "log_steps", "keep_states", "stall_seconds", "trackers"),
-        *("accumulation", "gradient_checkpointing", "compile", "workers", "out", "resume"),
+        *("accumulation", "gradient_checkpointing", "compile", "workers", "out", "resume", "sheet_samples"),
     }
 )
 

@@ -59,7 +59,7 @@ SPEEDS = ("images_per_second", "seconds_per_image")
 """Scores that hang on the machine."""
 
 
-class _Real:
+class Real:
     """Real images to judge by: held-out ones, and training images as the reference of distances.
 
     Attributes:
@@ -103,7 +103,7 @@ def judge_tokenizer(config: JudgeTokenizer) -> tuple[Scores, dict[str, Any]]:
     """Errors of reconstructions, how far they are from real images as a set, and how the codes are used."""
     where = device(config.judging.device)
     extractor, tokenizer = find_extractor(config.judging.extractor, where), load_tokenizer(config.tokenizer).to(where)
-    real = _Real(config.judging, tokenizer, extractor)
+    real = Real(config.judging, tokenizer, extractor)
     images, codes, seconds = _reconstruct(tokenizer, real.judged, where, config.judging.precision)
     errors = mse(to_float(images), to_float(real.judged))
     features, reference = extractor(images), _moments(real.reference())
@@ -132,7 +132,7 @@ def judge_ways(config: JudgeWays) -> tuple[Scores, dict[str, Any]]:
     """What comes back of held-out images by each way of selfVAE's, a column each, and what is sent of one."""
     where = device(config.judging.device)
     extractor, model = find_extractor(config.judging.extractor, where), load_hierarchy(config.tokenizer).to(where)
-    real = _Real(config.judging, model, extractor)
+    real = Real(config.judging, model, extractor)
     reference, truth = _moments(real.reference()), to_float(real.judged)
     seeds = row_seeds(config.judging.seed, torch.arange(len(truth)))
     scores: Scores = {name: {} for name in ("bytes_sent", "compression_ratio", "mse", "psnr_db", "ssim", "frechet")}
@@ -160,7 +160,7 @@ def judge_prior(config: JudgePrior[Any]) -> tuple[Scores, dict[str, Any]]:
     extractor = find_extractor(config.judging.extractor, where)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
-    real = _Real(config.judging, tokenizer, extractor)
+    real = Real(config.judging, tokenizer, extractor)
     start = time.perf_counter()
     samples = to_uint8(
         generate_images(
@@ -202,7 +202,7 @@ def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, An
     extractor = find_extractor(config.judging.extractor, where)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
-    real = _Real(config.judging, tokenizer, extractor)
+    real = Real(config.judging, tokenizer, extractor)
     truth, seeds = to_float(real.judged), row_seeds(config.judging.seed, torch.arange(len(real.judged)))
     hole = strokes(derive(seeds, _HOLES), *truth.shape[2:])
     filled = _fill(config, priors, tokenizer, real.judged, hole, derive(seeds, _FILLS), where)

@@ -28,12 +28,14 @@ from smalti.runs import Resume, Run, flatten
 C = TypeVar("C")
 Objective = TypeVar("Objective")
 
-SHEET_SAMPLES = 32
-
 
 @dataclass(frozen=True)
 class TrainPrior(Generic[C, Objective]):
-    """How to train a prior."""
+    """How to train a prior.
+
+    Raises:
+        UserError: for a negative number of samples.
+    """
 
     model: C
     """The network; its grid and what is at each position are those of the latent set."""
@@ -54,11 +56,17 @@ class TrainPrior(Generic[C, Objective]):
     """The tokenizer that made it: a kind, a folder or a hub id [default: where the latent set says]."""
     precision: Precision = "auto"
     """Arithmetic of the network; auto is bf16 where the hardware is fast in it."""
+    sheet_samples: int = 32
+    """Samples in `samples.png`, drawn at every report; 0 draws none, where drawing is slow."""
     out: Path | None = None
     """Folder of the run [default: runs/priors/KIND, and of a latent set of several levels runs/priors/KIND-LEVEL]."""
     resume: Resume = "auto"
     """`auto` goes on from the newest whole state, if there is one; `never` throws a run that is there away; a number
     goes back to the state of that step and forgets what came after."""
+
+    def __post_init__(self) -> None:
+        if self.sheet_samples < 0:
+            raise UserError(f"--sheet-samples must not be negative, not {self.sheet_samples}; 0 draws none")
 
 
 def train_prior(config: TrainPrior[Any, Any]) -> Path:
@@ -112,9 +120,10 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     train, workers = rows.for_training(process.device, config.fit.workers)
 
     def report(_step: int, trained: Prior) -> None:
-        if config.level == len(levels) - 1:  # else there is nothing to decode
+        if config.sheet_samples and config.level == len(levels) - 1:  # of the others there is nothing to decode
             with process.autocast():
-                save_samples(trained, tokenizer, held_out or rows, folder / "samples.png", config.fit.seed)
+                shown, path = held_out or rows, folder / "samples.png"
+                save_samples(trained, tokenizer, shown, path, config.sheet_samples, config.fit.seed)
 
     with tracked(process, settings):
         fit(
@@ -173,12 +182,12 @@ def grid_of_numbers(levels: Sequence[Level], number: int) -> dict[str, Any]:
     return {"height": levels[0].height, "width": levels[0].width, "channels": levels[0].channels}
 
 
-def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Path, seed: int) -> None:
-    """A sheet of samples as the prior is now, of each class in turn; the same seeds every time, to be compared.
+def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Path, number: int, seed: int) -> None:
+    """A sheet of so many samples as the prior is now, of each class in turn; the same seeds every time, to be compared.
 
     Below upper levels, the codes there and the classes are those of the first rows in `shown`.
     """
-    rows, upper = torch.arange(SHEET_SAMPLES), ()
+    rows, upper = torch.arange(number), ()
     if prior.upper_levels:
         rows = rows[: len(shown)]
         batch = shown.__getitems__(rows.tolist())
