@@ -8,8 +8,8 @@ with a digest of all that decides it, so that a study that is stopped goes on. S
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -77,8 +77,8 @@ class Model:
 
 
 GRIDS: dict[Part, Grid] = {
-    "resampling": Grid(32, 1),
-    "resampling-outer": Grid(32, 1),
+    "resampling": Grid(32, 2),
+    "resampling-outer": Grid(32, 2),
     "samplers": Grid(32, 2),
     "head": Grid(32, 2, branching=32),
     "depth": Grid(64, 1),
@@ -109,7 +109,7 @@ MODELS: dict[Part, dict[str, Model]] = {
     },
 }
 """By part. The first of a part has its steps given; the others have as many, or as many as take the same time."""
-BATCHES: dict[Part, int] = {"resampling": 8, "resampling-outer": 8, "samplers": 32, "head": 8, "depth": 2}
+BATCHES: dict[Part, int] = {"resampling": 16, "resampling-outer": 16, "samplers": 32, "head": 8, "depth": 2}
 
 
 @dataclass(frozen=True)
@@ -287,10 +287,10 @@ def step_seconds(part: Part, config: ReproducePriors) -> dict[str, float]:
     """What a training step of each model takes, by name: measured once, in turns, with untrained networks."""
     first, *_ = MODELS[part]
     batch = fit_of(Cell(part, first, 1), config).batch_size
-    levels = {flat: LatentSet(latents_of(GRIDS[part], config, flat=flat)).layout.levels for flat in _kinds(part)}
-    networks = {
-        name: replace(network(model, config), **grids(levels[model.flat], 0)) for name, model in MODELS[part].items()
-    }
+    networks = {}
+    for name, model in MODELS[part].items():
+        levels = LatentSet(latents_of(GRIDS[part], config, flat=model.flat)).layout.levels
+        networks[name] = replace(network(model, config), **grids(levels, 0))
     shown = {name: [MODELS[part][name].kind, flatten(made)] for name, made in networks.items()}
     decides = {"models": shown, "batch": batch, "precision": resolve(config.precision), "device": best_device()}
     path = config.work / f"{keyed(f'seconds-{part}', decides)}.json"
@@ -302,11 +302,7 @@ def step_seconds(part: Part, config: ReproducePriors) -> dict[str, float]:
     return json.loads(path.read_text())
 
 
-def _kinds(part: Part) -> set[bool]:
-    return {model.flat for model in MODELS[part].values()}
-
-
-def training_step(kind: str, made: Any, batch: int, config: ReproducePriors) -> partial[None]:
+def training_step(kind: str, made: Any, batch: int, config: ReproducePriors) -> Callable[[], None]:
     """A step on random codes: loss, gradients, optimiser."""
     where, cls = best_device(), prior_class(kind)
     prior = cls(made).to(where)
@@ -324,7 +320,7 @@ def training_step(kind: str, made: Any, batch: int, config: ReproducePriors) -> 
         loss.backward()
         optimizer.step()
 
-    return partial(step)
+    return step
 
 
 def given_steps(part: Part, config: ReproducePriors) -> int:

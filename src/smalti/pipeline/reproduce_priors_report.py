@@ -74,7 +74,7 @@ def resampling_table(part: Part, config: ReproducePriors, found: dict[str, list[
     more = ", ".join(f"{b - a:+.4f}" for a, b in zip(found["patches"], found["runs"], strict=False))
     return "\n".join(
         [
-            f"{config.data}, 16×16 codes of 8³, hourglass {depth}, {config.steps} steps: held-out loss of SUNDAE's "
+            f"{config.data}, 8×8 codes of 8³, hourglass {depth}, {config.steps} steps: held-out loss of SUNDAE's "
             f"objective, nats a code; the mean of {config.seeds} seed(s), from the least to the most. A seed's two runs "
             "share rows and draws.",
             "",
