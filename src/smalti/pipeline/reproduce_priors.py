@@ -160,6 +160,8 @@ class ReproducePriors:
     """How many, of `canvas`."""
     canvas_codes: int = 256
     """Codes from left to right of a canvas."""
+    canvas_steps: int = 100
+    """Steps of sampling, of `canvas`."""
     work: Path = RUNS / "reproductions" / "priors"
     """Where runs are kept."""
     out: Path = Path("docs/reproductions/priors.md")
@@ -167,7 +169,7 @@ class ReproducePriors:
 
     def __post_init__(self) -> None:
         counted = ("seeds", "steps", "sampler_steps", "head_steps", "depth_steps", "tokenizer_steps", "channels")
-        require_at_least_one(self, *counted, "factor", "canvases", "canvas_codes")
+        require_at_least_one(self, *counted, "factor", "canvases", "canvas_codes", "canvas_steps")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from smalti.pipeline.reproduce_priors import (
     step_seconds,
     trained,
 )
-from smalti.pipeline.reproduce_priors_samples import Draw, Judge, canvases, drawn, draws, steps_across
+from smalti.pipeline.reproduce_priors_samples import Draw, Judge, canvases, drawn, draws, loaded, steps_across
 
 NONE = "not run"
 SHOWN, SHOWN_STEPS, SHOWN_CANVASES = 10, (4, 16, 100), 3  # samples in a row, and of how many steps there are rows
@@ -75,8 +75,8 @@ def resampling_table(part: Part, config: ReproducePriors, found: dict[str, list[
     return "\n".join(
         [
             f"{config.data}, 8×8 codes of 8³, hourglass {depth}, {config.steps} steps: held-out loss of SUNDAE's "
-            f"objective, nats a code; the mean of {config.seeds} seed(s), from the least to the most. A seed's two runs "
-            "share rows and draws.",
+            f"objective, nats a code; the mean of {config.seeds} seed(s), from the least to the most. A seed's two "
+            "runs share rows and draws.",
             "",
             "| patches of 2×2 | runs of 4 | runs less patches, by seed |",
             "|---:|---:|---|",
@@ -129,7 +129,7 @@ def samplers(config: ReproducePriors) -> None:
         write(config, "samplers", samplers_table(config, found, judge.floors(), steps))
     plot(config, found, judge.floors())
     best = [draw for draw in ways if draw.way == draw.model and draw.steps in (*SHOWN_STEPS, None)]
-    rows = {caption(draw): drawn(draw, folders[draw.model], SHOWN, config) for draw in best}
+    rows = {caption(draw): drawn(draw, loaded(folders[draw.model]), SHOWN, config) for draw in best}
     save_sheet(beside(config, "samples"), rows)
     pictures = [
         f"![Distance by steps]({beside(config, 'steps').name})",

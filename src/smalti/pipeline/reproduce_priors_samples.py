@@ -20,6 +20,7 @@ from torch import Tensor
 from smalti.devices import autocast, best_device
 from smalti.extractors import find_extractor
 from smalti.files import write_json
+from smalti.interfaces import Tokenizer
 from smalti.metrics import Moments, frechet_distance
 from smalti.pipeline.classes import draw_labels
 from smalti.pipeline.generate import generate_codes, generate_images
@@ -115,13 +116,15 @@ class Judge:
         return json.loads(path.read_text())
 
     def of_draw(self, draw: Draw, folder: Path) -> dict[str, float]:
-        """Fréchet distance and seconds an image of what a prior draws."""
+        """Fréchet distance of what a prior draws, and seconds an image: without a GPU those of the processor, as other
+        work on the machine would else count."""
         path = folder / f"{keyed('samples', {**self._decides(), 'sampling': repr(draw.sampling)})}.json"
         if not path.exists():
-            count = len(self._real.judged)
-            start = time.perf_counter()
-            images = to_uint8(drawn(draw, folder, count, self._config))
-            seconds = (time.perf_counter() - start) / count
+            clock = time.perf_counter if self._where.type == "cuda" else time.process_time
+            pair, count = loaded(folder), len(self._real.judged)
+            start = clock()
+            images = to_uint8(drawn(draw, pair, count, self._config))
+            seconds = (clock() - start) / count
             write_json(path, {"frechet": self.of_images(images), "seconds": seconds, "images": count})
         return json.loads(path.read_text())
 
@@ -129,18 +132,17 @@ class Judge:
         return {name: getattr(self._config, name) for name in ("images", "num", "reference", "precision")}
 
 
-@torch.no_grad()
-def drawn(draw: Draw, folder: Path, count: int, config: ReproducePriors) -> Float[Tensor, "b c h w"]:
-    """The first `count` images of seed 0, on the CPU."""
+def loaded(folder: Path) -> tuple[Prior, Tokenizer]:
+    """A trained prior and its tokenizer, on the best device."""
     prior, tokenizer = load_prior(str(folder), None)
-    return generate_images(
-        [prior.to(best_device())],
-        tokenizer.to(best_device()),
-        num=count,
-        seed=0,
-        sampling=draw.sampling,
-        precision=config.precision,
-    )
+    return prior.to(best_device()), tokenizer.to(best_device())
+
+
+@torch.no_grad()
+def drawn(draw: Draw, pair: tuple[Prior, Tokenizer], count: int, config: ReproducePriors) -> Float[Tensor, "b c h w"]:
+    """The first `count` images of seed 0, on the CPU."""
+    prior, tokenizer = pair
+    return generate_images([prior], tokenizer, num=count, seed=0, sampling=draw.sampling, precision=config.precision)
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,7 @@ class Canvases:
 @torch.no_grad()
 def canvases(folder: Path, config: ReproducePriors) -> Canvases:
     """As high as the prior was trained on, and `canvas_codes` wide, of seed 0."""
-    prior, tokenizer = load_prior(str(folder), None)
-    prior, tokenizer = prior.to(best_device()), tokenizer.to(best_device())
+    prior, tokenizer = loaded(folder)
     level, wide = prior.level, config.canvas_codes
     tiles = -(-wide // level.width)
     painted = _codes(prior, config.canvases, (level.height, wide), config)
@@ -185,7 +186,7 @@ def canvases(folder: Path, config: ReproducePriors) -> Canvases:
 
 
 def _codes(prior: Prior, count: int, grid: tuple[int, int], config: ReproducePriors) -> Int64[Tensor, "b h w"]:
-    found, sampling = [], SundaeSampling(guidance=config.guidance)
+    found, sampling = [], SundaeSampling(steps=config.canvas_steps, guidance=config.guidance)
     for rows in torch.arange(count).split(ROWS_AT_ONCE):
         with autocast(best_device(), config.precision):
             labels = draw_labels(prior, (), rows, 0)
