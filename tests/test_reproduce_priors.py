@@ -16,6 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from smalti import LatentSet, load
+from smalti.errors import UserError
 from smalti.extractors import Extractor
 from smalti.latentsets.rows import LatentRows
 from smalti.pipeline import judges, reproduce_priors, reproduce_priors_samples
@@ -36,6 +37,7 @@ from smalti.pipeline.reproduce_priors import (
 )
 from smalti.pipeline.reproduce_priors_report import resampling_table
 from smalti.pipeline.reproduce_priors_samples import Judge, canvases, columns, draws, proportion, steps_across
+from smalti.pipeline.train_prior import TrainPrior
 from smalti.priors.canvases import window_starts
 from smalti.priors.samplers import SundaeSampling
 from smalti.priors.sundae import Sundae
@@ -134,6 +136,7 @@ def test_runs_are_of_the_steps_that_were_given_or_take_the_same_time(folder):
             expected |= {f"{part}-emoji-{name.replace(' ', '-')}-{count}steps-seed0" for count in counts}
     assert {name.rsplit("-", 1)[0] for name in results(folder)} == expected
     assert equal_time_steps("depth", replace(CONFIG, depth_steps=7))["flat, 6 blocks"] == 7
+    assert not list(folder.glob("runs/**/samples.png"))  # drawing would take longer than training
 
 
 @torch.no_grad()
@@ -263,6 +266,11 @@ def test_the_report_says_what_was_measured(folder):
         with Image.open(folder / f"docs/reproductions/priors-emoji-{what}.png") as picture:
             assert picture.width > 100
             assert str(folder) not in str(picture.info)
+
+
+def test_a_number_of_samples_below_none_is_refused():
+    with pytest.raises(UserError, match="--sheet-samples must not be negative, not -1"):
+        TrainPrior(model=None, objective=None, sheet_samples=-1)
 
 
 def test_what_was_not_run_is_said():

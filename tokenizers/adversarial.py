@@ -115,6 +115,8 @@ class Generator(nn.Module):
         # saved, so that a resumed run hears the discriminator when and as it would have
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("weight", torch.zeros(()))
+        self._read, self._most = -1, -1  # `steps` when it was last read, and the most it may be by now; -1: never read
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_read", -1))
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss, and scalars to log, of a batch whose `images` are uint8 `(b, c, h, w)`."""
@@ -139,6 +141,7 @@ class Generator(nn.Module):
     def after_step(self, seeds: Int64[Tensor, " b"], bad: Bool[Tensor, ""]) -> None:
         """Counts the step, and measures the next one's weight; if it was bad, the training loop puts both back."""
         self.steps += 1
+        self._most += 1  # also for a bad step, of which only the device knows
         if self._gradients:
             likeness, adversarial = (mean(torch.stack(of).mean(0)) for of in zip(*self._gradients, strict=True))
             self._gradients.clear()
@@ -149,9 +152,15 @@ class Generator(nn.Module):
         return torch.autograd.grad(loss, last, retain_graph=True)[0].float()
 
     def _heard(self) -> float:
-        """How much the discriminator counts at this step, from 0 (before it starts) to 1 (after the ramp)."""
-        after = int(self.steps) - self.config.discriminator_start
-        return min(1.0, (after + 1) / max(1, self.config.discriminator_ramp)) if after >= 0 else 0.0
+        """How much the discriminator counts at this step, from 0 (before it starts) to 1 (after the ramp).
+
+        The device, which counts the steps, is waited for on the ramp alone.
+        """
+        start, ramp = self.config.discriminator_start, self.config.discriminator_ramp
+        if self._read < 0 or (self._most >= start and self._read < start + ramp):
+            self._read = self._most = int(self.steps)
+        after = (self._read if self._most >= start else self._most) - start
+        return min(1.0, (after + 1) / max(1, ramp)) if after >= 0 else 0.0
 
 
 def adaptive_weight(likeness: Float[Tensor, "*shape"], adversarial: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:

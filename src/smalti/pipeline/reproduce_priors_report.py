@@ -71,12 +71,13 @@ def resampling(part: Part, config: ReproducePriors) -> None:
 def resampling_table(part: Part, config: ReproducePriors, found: dict[str, list[float]]) -> str:
     """Means over seeds, and what each seed gains by patches."""
     depth = "-".join(map(str, MODELS[part]["patches"].changes["depth"]))
-    more = ", ".join(f"{b - a:+.4f}" for a, b in zip(found["patches"], found["runs"], strict=False))
+    pairs = zip(found["patches"], found["runs"], strict=False)  # the last seed's second run may be to come
+    more = ", ".join(f"{runs - patches:+.4f}" for patches, runs in pairs)
     return "\n".join(
         [
             f"{config.data}, 8×8 codes of 8³, hourglass {depth}, {config.steps} steps: held-out loss of SUNDAE's "
-            f"objective, nats a code; the mean of {config.seeds} seed(s), from the least to the most. A seed's two "
-            "runs share rows and draws.",
+            f"objective, nats a code; the mean of {len(found['patches'])} seed(s), from the least to the most. A seed's "
+            "two runs share rows and draws.",
             "",
             "| patches of 2×2 | runs of 4 | runs less patches, by seed |",
             "|---:|---:|---|",
@@ -97,12 +98,8 @@ def race(part: Part, config: ReproducePriors) -> None:
 
 def race_table(part: Part, config: ReproducePriors, found: dict[tuple[str, int], dict[str, Any]]) -> str:
     """A row of each model."""
-    seconds, equal_time, given = (
-        step_seconds(part, config),
-        equal_time_steps(part, config),
-        given_steps(part, config),
-    )
-    first, *_ = seconds
+    seconds, given = step_seconds(part, config), given_steps(part, config)
+    equal_time, (first, *_) = equal_time_steps(part, config), seconds
     what = {"head": "8×8 codes of 32³ leaves", "depth": "32×32 codes of 8³"}[part]
     lines = [
         f"{config.data}, {what}: held-out loss of SUNDAE's objective, nats a code, one seed.",
