@@ -76,8 +76,8 @@ def resampling_table(part: Part, config: ReproducePriors, found: dict[str, list[
     return "\n".join(
         [
             f"{config.data}, 8×8 codes of 8³, hourglass {depth}, {config.steps} steps: held-out loss of SUNDAE's "
-            f"objective, nats a code; the mean of {len(found['patches'])} seed(s), from the least to the most. A seed's "
-            "two runs share rows and draws.",
+            f"objective, nats a code; the mean of {len(found['patches'])} seed(s), from the least to the most. A "
+            "seed's two runs share rows and draws.",
             "",
             "| patches of 2×2 | runs of 4 | runs less patches, by seed |",
             "|---:|---:|---|",
