@@ -19,24 +19,19 @@ from smalti import LatentSet, load
 from smalti.errors import UserError
 from smalti.extractors import Extractor
 from smalti.latentsets.rows import LatentRows
-from smalti.pipeline import judges, reproduce_priors, reproduce_priors_samples
+from smalti.pipeline import judges, reproduce_priors_samples, reproduce_priors_training
 from smalti.pipeline.judges import judge_prior
 from smalti.pipeline.judging import JudgePrior, Judging
-from smalti.pipeline.reproduce_priors import (
-    BATCHES,
-    GRIDS,
-    MODELS,
+from smalti.pipeline.reproduce_priors import SETUPS, Cell, Grid, ReproducePriors
+from smalti.pipeline.reproduce_priors_report import resampling_table
+from smalti.pipeline.reproduce_priors_samples import Judge, canvases, columns, draws, proportion, steps_across
+from smalti.pipeline.reproduce_priors_training import (
     RESULT_NAME,
-    Cell,
-    Grid,
-    ReproducePriors,
     equal_time_steps,
     latents_of,
     step_seconds,
     trained,
 )
-from smalti.pipeline.reproduce_priors_report import resampling_table
-from smalti.pipeline.reproduce_priors_samples import Judge, canvases, columns, draws, proportion, steps_across
 from smalti.pipeline.train_prior import TrainPrior
 from smalti.priors.canvases import window_starts
 from smalti.priors.samplers import SundaeSampling
@@ -84,21 +79,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     write_images(folder / "img", count=80)
     small = {"model_width": 16, "heads": 2}
-    models = {
-        part: {
-            name: replace(model, changes={**model.changes, **small, **({"layers": 1} if name == "PixelCNN" else {})})
-            for name, model in of_part.items()
-        }
-        for part, of_part in MODELS.items()
-    }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(reproduce_priors, "REPETITIONS", 1)
+        patch.setattr(reproduce_priors_training, "REPETITIONS", 1)
         for module in (judges, reproduce_priors_samples):
             patch.setattr(module, "find_extractor", lambda _name, device: Quarters(device))
-        for part in MODELS:
-            patch.setitem(MODELS, part, models[part])
-            patch.setitem(GRIDS, part, Grid(8, 1, branching=2))
+        for part, setup in SETUPS.items():
+            models = {name: replace(model, changes={**model.changes, **small}) for name, model in setup.models.items()}
+            patch.setitem(SETUPS, part, replace(setup, grid=Grid(8, 1, branching=2), models=models))
         study(patch)
         yield folder
 
@@ -144,11 +132,11 @@ def test_a_held_out_loss_is_that_of_all_held_out_codes(folder):
     """SUNDAE's, of the model that is kept, with the draws of the run's seed."""
     run = trained(Cell("resampling", "runs", 2, seed=1), CONFIG)
     prior = load(run, "prior")
-    rows = LatentRows(LatentSet(latents_of(GRIDS["resampling"], CONFIG)), split="held_out")
+    rows = LatentRows(LatentSet(latents_of(SETUPS["resampling"].grid, CONFIG)), split="held_out")
     batch = rows.__getitems__(range(len(rows)))
     losses = []
-    for start in range(0, len(rows), BATCHES["resampling"]):
-        some = {name: column[start : start + BATCHES["resampling"]] for name, column in batch.items()}
+    for start in range(0, len(rows), SETUPS["resampling"].batch):
+        some = {name: column[start : start + SETUPS["resampling"].batch] for name, column in batch.items()}
         loss, _ = Sundae(prior, prior.method.objective_config()).eval()({**some, "seeds": row_seeds(1, some["rows"])})
         losses += [float(loss)] * len(some["rows"])
     found = json.loads((run / RESULT_NAME).read_text())
@@ -158,7 +146,7 @@ def test_a_held_out_loss_is_that_of_all_held_out_codes(folder):
 
 
 def test_flat_codes_are_the_same_numbers_of_one_digit(folder):
-    paths = [latents_of(GRIDS["head"], CONFIG, flat=flat) for flat in (False, True)]
+    paths = [latents_of(SETUPS["head"].grid, CONFIG, flat=flat) for flat in (False, True)]
     tree, flat = map(LatentSet, paths)
     assert (tree.layout.levels[0].radices, flat.layout.levels[0].radices) == ((2, 2, 2), (8,))
     rows = torch.arange(len(tree))
@@ -166,7 +154,7 @@ def test_flat_codes_are_the_same_numbers_of_one_digit(folder):
     assert tree.held_out.equal(flat.held_out)
     assert flat.provenance == tree.provenance
     flat.verify()
-    one, digits = (load(trained(Cell("head", name, 1), CONFIG), "prior") for name in MODELS["head"])
+    one, digits = (load(trained(Cell("head", name, 1), CONFIG), "prior") for name in SETUPS["head"].models)
     assert (one.head.radices, digits.head.radices) == ((8,), (2, 2, 2))
 
 

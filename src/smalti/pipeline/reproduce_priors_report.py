@@ -1,6 +1,6 @@
 """What is written of the study of priors: tables, a plot of distance by steps of sampling, and pictures.
 
-Which runs there are: `reproduce_priors.py`. What is measured of samples: `reproduce_priors_samples.py`.
+Which runs there are: `reproduce_priors.py`; what is measured of samples: `reproduce_priors_samples.py`.
 """
 
 import json
@@ -15,19 +15,15 @@ from smalti.devices import resolve
 from smalti.files import whole_file
 from smalti.pictures import save_sheet
 from smalti.pipeline.benchmark import insert, machine
-from smalti.pipeline.reproduce_priors import (
-    BATCHES,
-    MODELS,
+from smalti.pipeline.reproduce_priors import SETUPS, Cell, Part, ReproducePriors
+from smalti.pipeline.reproduce_priors_samples import Draw, Judge, canvases, drawn, draws, loaded, steps_across
+from smalti.pipeline.reproduce_priors_training import (
     RESULT_NAME,
-    Cell,
-    Part,
-    ReproducePriors,
     equal_time_steps,
     given_steps,
     step_seconds,
     trained,
 )
-from smalti.pipeline.reproduce_priors_samples import Draw, Judge, canvases, drawn, draws, loaded, steps_across
 
 NONE = "not run"
 SHOWN, SHOWN_STEPS, SHOWN_CANVASES = 10, (4, 16, 100), 3  # samples in a row, and of how many steps there are rows
@@ -55,13 +51,13 @@ def reproduce_priors(config: ReproducePriors) -> None:
 def write(config: ReproducePriors, part: Part, text: str) -> None:
     """Puts a part into the report, with what it was measured on."""
     of = "samplers" if part == "canvas" else part
-    budget = f"tokenizer {config.tokenizer_steps} steps, priors in batches of {BATCHES[of] * config.factor}"
+    budget = f"tokenizer {config.tokenizer_steps} steps, priors in batches of {SETUPS[of].batch * config.factor}"
     insert(config.out, f"{config.data} {part}", f"{text}\n\n{machine()}; {budget}, {resolve(config.precision)}.")
 
 
 def resampling(part: Part, config: ReproducePriors) -> None:
     """Seed by seed, so that a study that is stopped has pairs."""
-    found: dict[str, list[float]] = {name: [] for name in MODELS[part]}
+    found: dict[str, list[float]] = {name: [] for name in SETUPS[part].models}
     for seed in range(config.seeds):
         for name, losses in found.items():
             losses.append(result(trained(Cell(part, name, config.steps, seed), config))["held_out_loss"])
@@ -70,7 +66,7 @@ def resampling(part: Part, config: ReproducePriors) -> None:
 
 def resampling_table(part: Part, config: ReproducePriors, found: dict[str, list[float]]) -> str:
     """Means over seeds, and what each seed gains by patches."""
-    depth = "-".join(map(str, MODELS[part]["patches"].changes["depth"]))
+    depth = "-".join(map(str, SETUPS[part].models["patches"].changes["depth"]))
     pairs = zip(found["patches"], found["runs"], strict=False)  # the last seed's second run may be to come
     more = ", ".join(f"{runs - patches:+.4f}" for patches, runs in pairs)
     return "\n".join(
@@ -90,7 +86,7 @@ def race(part: Part, config: ReproducePriors) -> None:
     """Each model at the first one's steps and at its time."""
     equal_time, given = equal_time_steps(part, config), given_steps(part, config)
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for name in MODELS[part]:
+    for name in SETUPS[part].models:
         for steps in dict.fromkeys((given, equal_time[name])):
             found[name, steps] = result(trained(Cell(part, name, steps), config))
             write(config, part, race_table(part, config, found))
@@ -107,7 +103,7 @@ def race_table(part: Part, config: ReproducePriors, found: dict[tuple[str, int],
         f"| | parameters | a step's time | after {given} steps | steps in the same time | after these |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for name in MODELS[part]:
+    for name in SETUPS[part].models:
         results = [found.get((name, steps)) for steps in (given, equal_time[name])]
         losses = [f"{each['held_out_loss']:.4f}" if each else NONE for each in results]
         parameters = next((f"{each['parameters']:,}" for each in results if each), NONE)
@@ -119,7 +115,7 @@ def race_table(part: Part, config: ReproducePriors, found: dict[tuple[str, int],
 def samplers(config: ReproducePriors) -> None:
     """Trains the three, then judges the ways to draw from each, one by one."""
     steps = equal_time_steps("samplers", config)
-    folders = {name: trained(Cell("samplers", name, steps[name]), config) for name in MODELS["samplers"]}
+    folders = {name: trained(Cell("samplers", name, steps[name]), config) for name in steps}
     judge, found, ways = Judge(config), {}, draws(config)
     for draw in ways:
         found[draw] = judge.of_draw(draw, folders[draw.model])

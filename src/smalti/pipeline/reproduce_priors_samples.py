@@ -1,6 +1,6 @@
 """What is measured of samples in the study of priors: distance and time by steps of sampling, and seams of canvases.
 
-Which priors there are and how they are trained: `reproduce_priors.py`. What is written: `reproduce_priors_report.py`.
+Which priors there are: `reproduce_priors.py`; what is written: `reproduce_priors_report.py`.
 
 Legend: b canvases, c channels, h w pixels, t tiles.
 """
@@ -27,7 +27,8 @@ from smalti.pipeline.generate import generate_codes, generate_images
 from smalti.pipeline.judges import Real
 from smalti.pipeline.judging import Judging
 from smalti.pipeline.places import load_prior, load_tokenizer
-from smalti.pipeline.reproduce_priors import GRIDS, ReproducePriors, keyed, tokenizer_of
+from smalti.pipeline.reproduce_priors import SETUPS, ReproducePriors
+from smalti.pipeline.reproduce_priors_training import keyed, tokenizer_of
 from smalti.preprocess import to_float, to_uint8
 from smalti.priors.ancestral import AncestralSampling
 from smalti.priors.canvases import window_starts
@@ -81,7 +82,7 @@ class Judge:
 
     def __init__(self, config: ReproducePriors) -> None:
         self._config, self._where = config, best_device()
-        folder = tokenizer_of(GRIDS["samplers"], config).out
+        folder = tokenizer_of(SETUPS["samplers"].grid, config).out
         assert folder is not None
         self._folder: Path = folder
 
