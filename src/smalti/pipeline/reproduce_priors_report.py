@@ -124,11 +124,10 @@ def samplers(config: ReproducePriors) -> None:
     best = [draw for draw in ways if draw.way == draw.model and draw.steps in (*SHOWN_STEPS, None)]
     rows = {caption(draw): drawn(draw, loaded(folders[draw.model]), SHOWN, config) for draw in best}
     save_sheet(beside(config, "samples"), rows)
-    pictures = [
-        f"![Distance by steps]({beside(config, 'steps').name})",
-        f"![Samples]({beside(config, 'samples').name})",
-    ]
-    write(config, "samplers", "\n\n".join([samplers_table(config, found, judge.floors(), steps), *pictures]))
+    table = samplers_table(config, found, judge.floors(), steps)
+    beneath = {"steps": "Distance by steps and by time", "samples": "Samples, none of them picked"}
+    shown = [f"![{what}]({beside(config, name).name})" for name, what in beneath.items()]
+    write(config, "samplers", "\n\n".join([table, *shown]))
 
 
 def samplers_table(
@@ -140,8 +139,8 @@ def samplers_table(
     """Distances by steps, with seconds an image."""
     images = next(iter(found.values()))["images"]
     lines = [
-        f"{config.data}, 8×8 codes of 8³: Fréchet distance of {images:.0f} samples to {config.reference} training "
-        "images at most, and seconds an image, decoding among them. Trained in equal time: "
+        f"{config.data}, 8×8 codes of 8³: Fréchet distance of {images:.0f} samples to at most {config.reference} "
+        "training images, and seconds an image, decoding among them. Trained in equal time: "
         f"{', '.join(f'{name} {steps} steps' for name, steps in trained_steps.items())}. Guidance {config.guidance:g}.",
         "",
         f"| steps | {' | '.join(map(str, config.step_counts))} | one a code |",
