@@ -239,24 +239,6 @@ def test_the_discriminator_starts_when_it_should_and_is_heard_by_and_by(tmp_path
     assert {"held_out_mse", "held_out_loss"} <= {name for line in toys.measured(tmp_path) for name in line}
 
 
-@pytest.mark.parametrize("bad_at", [None, 0, START, START + RAMP])
-def test_the_count_of_steps_is_read_on_the_ramp_alone(monkeypatch, bad_at):
-    """And heard is what the count says, a step that was put back included, and after a state was loaded."""
-    objective = VQGAN(toys.TINY["vqgan"]).phases(CONFIG)[0].objective
-    config, seeds, of_tensor, reads = objective.config, torch.arange(1), torch.Tensor.__int__, []
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: reads.append(calls) or of_tensor(tensor))
-    for calls in range(START + RAMP + 4):
-        after = objective.steps.item() - config.discriminator_start + 1
-        assert objective._heard() == min(1.0, max(0, after) / config.discriminator_ramp)
-        objective.after_step(seeds, torch.tensor(calls == bad_at))
-        if calls == bad_at:
-            objective.steps -= 1
-    assert len(reads) <= RAMP + 3
-    assert calls not in reads
-    objective.load_state_dict({**objective.state_dict(), "steps": torch.tensor(START)})
-    assert objective._heard() == 1 / config.discriminator_ramp
-
-
 @pytest.mark.parametrize("at", [1, 6, 10])
 def test_a_run_that_was_stopped_goes_on_with_both_losses(tmp_path, at):
     """Before the discriminator starts, on the ramp, and after; killed runs are in test_survival.py."""

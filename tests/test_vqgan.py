@@ -1,4 +1,4 @@
-"""VQ-GAN as a tokenizer: its quantizers, sizes, presets and what it refuses. Its training is in test_adversarial.py."""
+"""VQ-GAN as a tokenizer: its quantizers, sizes, presets, what it refuses. Its losses are in test_adversarial.py."""
 
 import math
 
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti import VQGAN, Layout, Level, UserError, VQGANConfig, registry
+from smalti.fit_config import FitConfig
 from smalti.pipeline.presets import default_config
 from smalti.randomness import derive
 from smalti.tokenizers.gumbel import GumbelQuantizer
@@ -145,3 +146,18 @@ def test_a_preset_has_the_published_network(name, grid, radix, attends_at, param
 def test_the_vq_vae_family_s_presets_are_not_for_vqgan():
     with pytest.raises(UserError, match="not for vqgan"):
         default_config("paper32", "vqgan")
+
+
+def test_the_device_that_counts_steps_is_waited_for_on_the_ramp_alone(monkeypatch):
+    """And the discriminator is heard as the count says: after bad steps, which are put back, and a loaded state too."""
+    start, ramp, reads = 6, 3, []
+    model = vqgan(perceptual_weight=0.0, discriminator_start=start, discriminator_ramp=ramp)
+    objective = model.phases(FitConfig())[0].objective
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: reads.append(calls) or tensor.item())
+    for calls in range(start + ramp + 6):
+        assert objective._heard() == min(1.0, max(0, objective.steps.item() - start + 1) / ramp)
+        objective.after_step(torch.arange(1), torch.tensor(False))
+        objective.steps -= int(calls in (1, start + 2))
+    assert set(reads) <= {0, *range(start, start + ramp + 3)}
+    objective.load_state_dict(objective.state_dict() | {"steps": torch.tensor(start)})
+    assert objective._heard() == 1 / ramp
