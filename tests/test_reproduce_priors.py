@@ -256,6 +256,20 @@ def test_the_report_says_what_was_measured(folder):
             assert str(folder) not in str(picture.info)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth_steps": 0}, "depth_steps must be at least 1, not 0"),
+        ({"num": 3}, "--num and --reference must be at least 4"),
+        ({"step_counts": (4, 0)}, "steps and min_steps must be at least 1, got 0"),
+        ({"guidance": -1.0}, "guidance must not be negative"),
+    ],
+)
+def test_what_would_be_refused_after_training_is_refused_before(changes, message):
+    with pytest.raises(UserError, match=message):
+        ReproducePriors("priors", **changes)
+
+
 def test_a_number_of_samples_below_none_is_refused():
     with pytest.raises(UserError, match="--sheet-samples must not be negative, not -1"):
         TrainPrior(model=None, objective=None, sheet_samples=-1)

@@ -12,7 +12,9 @@ from tyro.conf import Positional
 
 from smalti.devices import Precision
 from smalti.errors import require_at_least_one
+from smalti.pipeline.judging import Judging
 from smalti.pipeline.places import RUNS
+from smalti.priors.samplers import SundaeSampling
 
 Part: TypeAlias = Literal["resampling", "samplers", "head", "depth", "canvas", "resampling-outer"]
 DataName: TypeAlias = Literal["mnist", "cifar10", "emoji"]
@@ -112,7 +114,7 @@ class ReproducePriors:
     """What to measure of priors, and at which budget.
 
     Raises:
-        UserError: for a number below 1.
+        UserError: for a number below 1, fewer than 4 images to judge by, or a negative guidance.
     """
 
     study: Positional[Literal["priors"]]
@@ -165,6 +167,9 @@ class ReproducePriors:
     def __post_init__(self) -> None:
         counted = ("seeds", "steps", "sampler_steps", "head_steps", "depth_steps", "tokenizer_steps", "channels")
         require_at_least_one(self, *counted, "factor", "canvases", "canvas_codes", "canvas_steps")
+        Judging(num=self.num, reference=self.reference)  # refused now, not after hours of training
+        for steps in self.step_counts:
+            SundaeSampling(steps=steps, guidance=self.guidance)
 
 
 @dataclass(frozen=True)
