@@ -1,5 +1,7 @@
-"""What a benchmark compares, as data: ways to do the same work, what was promised of them, and how results are told."""
+"""What a benchmark compares, as data: ways to do the same work, what was promised of them, and how results are told,
+those of the reproduced studies too."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,14 @@ def in_seconds(seconds: float) -> str:
 def in_mebibytes(size_bytes: float) -> str:
     """Whole mebibytes."""
     return f"{size_bytes / 2**20:.0f} MiB"
+
+
+def in_spread(values: Sequence[float], form: str) -> str:
+    """The mean, and from the least to the most where there are several; `not run` where there is none."""
+    if not values:
+        return "not run"
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
 @dataclass(frozen=True)

@@ -62,14 +62,24 @@ SPEEDS = ("images_per_second", "seconds_per_image")
 class Real:
     """Real images to judge by: held-out ones, and training images as the reference of distances.
 
+    Args:
+        judging: which, and how many.
+        extractor: of the features that distances are taken of.
+        height: of the images, pixels.
+        width: likewise.
+        channels: 3 for colour, 1 for grey.
+
     Attributes:
         judged: uint8 `(n, c, h, w)`, held out.
+        features: of these.
         conditions: of a result, as JSON.
+
+    Raises:
+        UserError: for images that will not do, or too few of them.
     """
 
-    def __init__(self, judging: Judging, tokenizer: Tokenizer, extractor: Extractor) -> None:
-        size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
-        images = open_images(judging.images, **size, channels=tokenizer.image_channels)
+    def __init__(self, judging: Judging, extractor: Extractor, *, height: int, width: int, channels: int) -> None:
+        images = open_images(judging.images, height=height, width=width, channels=channels)
         held_out, training = (ImageRows(images, split=side, flips=False) for side in ("held_out", "train"))
         if len(held_out) < 4:
             raise UserError(f"only {len(held_out)} image(s) of {judging.images} are held out; judge by more images")
@@ -85,7 +95,6 @@ class Real:
             "images_fingerprint": images.fingerprint,
             "preprocessing": images.preprocessing,
             **extractor.describe(),
-            "tokenizer_digest": tokenizer.digest(),
         }
 
     def training(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
@@ -99,11 +108,19 @@ class Real:
         return torch.cat([self._extractor(self._training.__getitems__(block)["images"]) for block in shown])
 
 
+def real_for(judging: Judging, tokenizer: Tokenizer, extractor: Extractor) -> Real:
+    """Of the size a tokenizer makes images in; the conditions say which tokenizer that is."""
+    size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
+    real = Real(judging, extractor, **size, channels=tokenizer.image_channels)
+    real.conditions["tokenizer_digest"] = tokenizer.digest()
+    return real
+
+
 def judge_tokenizer(config: JudgeTokenizer) -> tuple[Scores, dict[str, Any]]:
     """Errors of reconstructions, how far they are from real images as a set, and how the codes are used."""
     where = device(config.judging.device)
     extractor, tokenizer = find_extractor(config.judging.extractor, where), load_tokenizer(config.tokenizer).to(where)
-    real = Real(config.judging, tokenizer, extractor)
+    real = real_for(config.judging, tokenizer, extractor)
     images, codes, seconds = _reconstruct(tokenizer, real.judged, where, config.judging.precision)
     errors = mse(to_float(images), to_float(real.judged))
     features, reference = extractor(images), _moments(real.reference())
@@ -132,7 +149,7 @@ def judge_ways(config: JudgeWays) -> tuple[Scores, dict[str, Any]]:
     """What comes back of held-out images by each way of selfVAE's, a column each, and what is sent of one."""
     where = device(config.judging.device)
     extractor, model = find_extractor(config.judging.extractor, where), load_hierarchy(config.tokenizer).to(where)
-    real = Real(config.judging, model, extractor)
+    real = real_for(config.judging, model, extractor)
     reference, truth = _moments(real.reference()), to_float(real.judged)
     seeds = row_seeds(config.judging.seed, torch.arange(len(truth)))
     scores: Scores = {name: {} for name in ("bytes_sent", "compression_ratio", "mse", "psnr_db", "ssim", "frechet")}
@@ -160,7 +177,7 @@ def judge_prior(config: JudgePrior[Any]) -> tuple[Scores, dict[str, Any]]:
     extractor = find_extractor(config.judging.extractor, where)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
-    real = Real(config.judging, tokenizer, extractor)
+    real = real_for(config.judging, tokenizer, extractor)
     start = time.perf_counter()
     samples = to_uint8(
         generate_images(
@@ -202,7 +219,7 @@ def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, An
     extractor = find_extractor(config.judging.extractor, where)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
-    real = Real(config.judging, tokenizer, extractor)
+    real = real_for(config.judging, tokenizer, extractor)
     truth, seeds = to_float(real.judged), row_seeds(config.judging.seed, torch.arange(len(real.judged)))
     hole = strokes(derive(seeds, _HOLES), *truth.shape[2:])
     filled = _fill(config, priors, tokenizer, real.judged, hole, derive(seeds, _FILLS), where)

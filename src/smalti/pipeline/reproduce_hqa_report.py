@@ -3,9 +3,8 @@
 Which runs there are and what is measured of them: `reproduce_hqa.py`.
 """
 
-import statistics
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from matplotlib.figure import Figure
@@ -15,6 +14,7 @@ from smalti.devices import best_device, resolve
 from smalti.files import whole_file
 from smalti.pictures import save_sheet
 from smalti.pipeline.benchmark import insert, machine
+from smalti.pipeline.comparison import in_spread
 from smalti.pipeline.four_modes import MODES, Decoded, four_modes, real_points
 from smalti.pipeline.places import load_tokenizer
 from smalti.pipeline.reproduce_hqa import (
@@ -135,7 +135,8 @@ def table(config: ReproduceHQA, runs: dict[str, list[Path]], judge: Classifier, 
             lines.append(f"| {' | '.join(row)} | not run | | | |")
             continue
         found = [measured(folder, judge, data, sampled=sampled_in(kind)) for folder in folders]
-        row += [_spread(found, "mse", "{:.4f}"), _spread(found, "frechet", "{:.1f}"), _spread(found, "error", "{:.1%}")]
+        scores = {"mse": ".4f", "frechet": ".1f", "error": ".1%"}
+        row += [in_spread([result[name] for result in found], form) for name, form in scores.items()]
         lines.append(f"| {' | '.join(row)} | {found[0]['parameters']:,} |")
     return "\n".join(lines)
 
@@ -183,12 +184,6 @@ def pictures(config: ReproduceHQA, runs: dict[str, list[Path]], data: Data) -> s
         f"![Test images kept in 8 bits by each model]({_beside(config, 'reconstructions').name})\n\n"
         f"![Table 4: HQA between pairs of images]({_beside(config, 'interpolations').name})"
     )
-
-
-def _spread(found: list[dict[str, Any]], name: str, digits: str) -> str:
-    values = [result[name] for result in found]
-    mean = digits.format(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ({digits.format(min(values))} to {digits.format(max(values))})"
 
 
 def _short(kind: str) -> str:

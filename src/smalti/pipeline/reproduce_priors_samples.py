@@ -24,7 +24,7 @@ from smalti.interfaces import Tokenizer
 from smalti.metrics import Moments, frechet_distance
 from smalti.pipeline.classes import draw_labels
 from smalti.pipeline.generate import generate_codes, generate_images
-from smalti.pipeline.judges import Real
+from smalti.pipeline.judges import Real, real_for
 from smalti.pipeline.judging import Judging
 from smalti.pipeline.places import load_prior, load_tokenizer
 from smalti.pipeline.reproduce_priors import SETUPS, ReproducePriors
@@ -94,7 +94,7 @@ class Judge:
     def _real(self) -> Real:
         config = self._config
         judging = Judging(images=config.images, num=config.num, reference=config.reference)
-        return Real(judging, load_tokenizer(str(self._folder)), self._extractor)
+        return real_for(judging, load_tokenizer(str(self._folder)), self._extractor)
 
     @cached_property
     def _reference(self) -> Moments:
