@@ -17,6 +17,7 @@ ABOUT = """Trains a paper's models anew, on equal budgets, and writes our number
 
 $ python scripts/reproduce.py hr-vqvae --data mnist --images mnist-train.parquet
 $ python scripts/reproduce.py hr-vqvae --data cifar10 --images cifar10-train.parquet --steps 20000 --channels 128
+$ python scripts/reproduce.py hr-vqvae --data mnist --images mnist-train.parquet --parts samples heads
 $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet
 $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet --seeds 3 --steps 20000
 $ python scripts/reproduce.py selfvae --data cifar10 --images cifar10-train.parquet --models vae selfvae-downscale

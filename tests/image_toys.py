@@ -1,9 +1,10 @@
-"""Small image sets that the tests of sources, images and rows make: one plain colour an image."""
+"""Small image sets that tests make: one plain colour an image, or patches of grey."""
 
 import io
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -22,6 +23,15 @@ def png(colour: str, size: tuple[int, int] = (32, 32), kind: str = "PNG") -> byt
 def colour_of(image_set: ImageSet, index: int) -> str:
     rgb = tuple(image_set.pixels([index])[0, :, 16, 16].tolist())
     return next(colour for colour in COLOURS if Image.new("RGB", (1, 1), colour).getpixel((0, 0)) == rgb)
+
+
+def write_patches(root: Path, count: int) -> None:
+    """So many grey images of 28x28, each of 4x4 patches of random shades."""
+    root.mkdir()
+    random = np.random.default_rng(0)
+    for index in range(count):
+        pixels = random.integers(0, 256, (4, 4), dtype=np.uint8).repeat(7, 0).repeat(7, 1)
+        Image.fromarray(pixels).save(root / f"{index}.png")
 
 
 def write_folder(root: Path, names: list[str]) -> Path:

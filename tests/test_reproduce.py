@@ -8,26 +8,37 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from image_toys import write_patches
 from PIL import Image
 
 from smalti import load
 from smalti.pipeline import reproduce, reproduce_report
-from smalti.pipeline.reproduce import RESULT_NAME, Cell, Reproduce, cells, features, model_of, open_data
+from smalti.pipeline.reproduce import (
+    RESULT_NAME,
+    Cell,
+    Reproduce,
+    cells,
+    features,
+    folder_of,
+    model_of,
+    open_data,
+    result,
+    trained,
+)
 from smalti.preprocess import to_float
 from smalti.scripts import reproduce as command
 
-FLAGS = "--images img --seeds 2 --steps 2 --size-steps 1 --batch-size 4 --channels 4 --code-width 3"
+FLAGS = "--images img --parts methods depth search size --seeds 2 --steps 2 --size-steps 1 --batch-size 4 --channels 4 "
+FLAGS += "--code-width 3"
+SHARED = "-batch_size4-channels4-code_width3"  # in the folders' names
+PARTS = ("methods", "depth", "search", "size")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A whole study with codebooks of at most 64, in a folder of its own, which is the current one."""
     folder = tmp_path_factory.mktemp("study")
-    random = np.random.default_rng(0)
-    (folder / "img").mkdir()
-    for index in range(40):
-        pixels = random.integers(0, 256, (4, 4), dtype=np.uint8).repeat(7, 0).repeat(7, 1)
-        Image.fromarray(pixels).save(folder / "img" / f"{index}.png")
+    write_patches(folder / "img", 40)
     small = {"LEAVES": 8, "DEPTH_LEAVES": 64, "SIZES": (8, 27), "CODES_OF_IMAGES": 8, "SEARCH_BLOCK": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -45,8 +56,8 @@ def run(patch):
 
 
 def config_of(**changes) -> Reproduce:
-    settings = {"study": "hr-vqvae", "images": "img", "seeds": 2, "steps": 2, "size_steps": 1, "channels": 4}
-    return Reproduce(**{**settings, "code_width": 3, **changes})
+    settings = {"study": "hr-vqvae", "images": "img", "parts": PARTS, "seeds": 2, "steps": 2, "size_steps": 1}
+    return Reproduce(**{**settings, "batch_size": 4, "channels": 4, "code_width": 3, **changes})
 
 
 def results(folder):
@@ -56,13 +67,13 @@ def results(folder):
 
 def test_every_run_is_there_and_its_error_is_that_of_its_model(folder):
     found = results(folder)
-    expected = {run.name: run for runs in cells(config_of()).values() for run in runs}
+    expected = {folder_of(run, config_of()).name: run for runs in cells(config_of()).values() for run in runs}
     assert found.keys() == expected.keys()
     assert len(found) == 3 * 2 * 2 + 4 + 2 * 3
     images = open_data(config_of())
     held_out = reproduce.ImageRows(images, split="held_out", flips=False)
     batch = to_float(held_out.__getitems__(range(len(held_out)))["images"])
-    for name in ("hrvq-8-depth3-best-2steps-seed1", "vqvae2-8-depth1-plain-2steps-seed0"):
+    for name in (f"hrvq-8-depth3-best-2steps-seed1{SHARED}", f"vqvae2-8-depth1-plain-2steps-seed0{SHARED}"):
         path, measured = found[name]
         assert measured["cell"] == asdict(expected[name])
         tokenizer = load(path.parent, "tokenizer")
@@ -108,10 +119,29 @@ def test_what_was_not_run_is_said(folder):
     assert found.count("| not run | | |") == 6
 
 
+def test_a_run_is_measured_anew_of_other_images_and_not_trained(folder):
+    """And a result from before the number of images was kept is of the default."""
+    config, (run, *_) = config_of(usage_images=7), cells(config_of())["depth"]
+    path = folder / folder_of(run, config) / RESULT_NAME
+    before, weights = json.loads(path.read_text()), path.with_name("model.safetensors").stat().st_mtime_ns
+    assert result(run, config) is None
+    trained(run, config, open_data(config))
+    assert result(run, config)["train_seconds"] == before["train_seconds"]
+    assert result(run, config_of()) is None
+    assert path.with_name("model.safetensors").stat().st_mtime_ns == weights
+    path.write_text(json.dumps({name: value for name, value in before.items() if name != "usage_images"}))
+    assert result(run, config_of())["perplexity"] == before["perplexity"]
+
+
+def test_cells_of_the_first_settings_keep_their_names():
+    run = Cell("hrvq", False, 600, 512, 3)
+    assert folder_of(run, Reproduce("hr-vqvae", "img")).name == "hrvq-512-depth3-best-600steps-seed0"
+
+
 @torch.no_grad()
 def test_searches_are_for_what_reaches_each_quantizer(folder):
     """The codes found in it are the tokenizer's."""
-    tokenizer = load(folder / "runs/reproductions/mnist/vqvae2-8-depth1-best-2steps-seed0", "tokenizer")
+    tokenizer = load(folder / f"runs/reproductions/mnist/vqvae2-8-depth1-best-2steps-seed0{SHARED}", "tokenizer")
     batch = torch.rand(2, 1, 32, 32) * 2 - 1
     found = [quantizer.encode(z_e) for quantizer, z_e in features(tokenizer, batch)]
     assert all(a.equal(b) for a, b in zip(found, tokenizer.encode(batch), strict=True))

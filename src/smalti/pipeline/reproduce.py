@@ -1,14 +1,15 @@
-"""The HR-VQVAE paper's study of reconstruction, trained anew: which runs, and what is measured of each.
+"""The HR-VQVAE paper's studies, trained anew: the settings of all; of reconstruction, which runs, and what is measured.
 
-A run is trained by `train_tokenizer` and measured once; both are kept, so a study that is stopped goes on. What is
-written of it is in `reproduce_report.py`.
+A run is trained by `train_tokenizer` and measured once; both are kept, so a study that is stopped goes on. Priors and
+samples are in `reproduce_samples.py`; what is written of it all is in `reproduce_report.py`.
 """
 
+import dataclasses
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from smalti.devices import Precision, best_device
-from smalti.errors import require_at_least_one
+from smalti.errors import UserError, require_at_least_one
+from smalti.extractors import ExtractorName
 from smalti.files import write_json
 from smalti.fit_config import FitConfig
 from smalti.images import ImageRows, ImageSet, open_images
@@ -32,10 +34,11 @@ from smalti.tokenizers.linked import LinkedQuantizer
 from smalti.tokenizers.vqvae import VQConfig, VQVAEConfig
 from smalti.tokenizers.vqvae2 import VQVAE2Config
 
-Part: TypeAlias = Literal["methods", "depth", "size", "search"]
+Part: TypeAlias = Literal["methods", "depth", "search", "size", "samples", "heads"]
 DataName: TypeAlias = Literal["mnist", "cifar10"]
 
 KINDS = ("vqvae", "vqvae2", "hrvq")
+NAMES = {"vqvae": "VQ-VAE", "vqvae2": "VQ-VAE-2", "hrvq": "HR-VQVAE"}
 LEAVES, DEPTH, DEPTHS, DEPTH_LEAVES, SIZES = 512, 3, (1, 2, 3, 6), 64, (512, 4_096, 32_768)
 PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "kmeans_start": False}
 """As the papers train: the losses alone. The other settings are the defaults."""
@@ -43,6 +46,39 @@ CODES_OF_IMAGES = 10_000
 """How many images' codes are searched for, in Table 2."""
 SEARCH_BLOCK, SEARCH_REPETITIONS = 500, 3
 RESULT_NAME = "result.json"
+PAPER_GRID = 16
+
+
+@dataclass(frozen=True)
+class Generating:
+    """Budgets of priors and samples.
+
+    Raises:
+        UserError: for a number that is too small.
+    """
+
+    grid: Literal[8, 16] = 8
+    """Rows and columns of the codes that priors learn, of VQ-VAE-2 the finest; the paper has 16."""
+    prior_steps: int = 300
+    """Optimiser steps of the prior of each level."""
+    prior_batch_size: int = 32
+    """Images a step of a prior."""
+    pixelcnn_width: int = 64
+    """Width of the PixelCNN."""
+    hourglass_width: int = 96
+    """Width of the hourglass; a multiple of 32, or of 4 below that."""
+    num: int = 400
+    """Samples of each prior, held against as many held-out images, at most."""
+    reference: int = 2_000
+    """Most training images that Fréchet distances are taken to."""
+    extractor: ExtractorName = "lite0"
+    """Network whose features they are of: `lite0`, with the extra `metrics`; or `inception`, as the paper, which
+    downloads weights."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "prior_steps", "prior_batch_size", "pixelcnn_width", "hourglass_width")
+        if self.num < 4 or self.reference < 4:
+            raise UserError(f"--num and --reference must be at least 4, not {self.num} and {self.reference}")
 
 
 @dataclass(frozen=True)
@@ -59,12 +95,13 @@ class Reproduce:
     """The data set's training images, whatever `--images` of train_tokenizer takes: a Parquet file, say."""
     data: DataName = "mnist"
     """Which data set that is, for the paper's numbers beside ours."""
-    parts: tuple[Part, ...] = ("methods", "depth", "search", "size")
-    """Table 1 and Figs. 1 and 8; Fig. 5; Table 2; Fig. 6."""
+    parts: tuple[Part, ...] = get_args(Part)
+    """Table 1 and Figs. 1 and 8; Fig. 5; Table 2; Fig. 6; Table 3; and HR-VQVAE's codes predicted digit by digit
+    beside one softmax over all of them."""
     seeds: int = 3
-    """Runs of each model in Table 1; the rest has one."""
+    """Runs of each model in Tables 1 and 3, and of each head; the rest has one."""
     steps: int = 1_000
-    """Optimiser steps of every run."""
+    """Optimiser steps of every tokenizer."""
     size_steps: int = 300
     """Those of the runs of Fig. 6, which at 32768 leaves of one codebook are slow."""
     batch_size: int = 16
@@ -77,6 +114,7 @@ class Reproduce:
     """Length of a codeword."""
     usage_images: int = 60_000
     """Over how many training images, at most, leaves in use and perplexity are counted."""
+    generating: Generating = field(default_factory=Generating)
     work: Path = RUNS / "reproductions"
     """Where runs are kept."""
     out: Path = Path("docs/reproductions/hr-vqvae.md")
@@ -87,6 +125,10 @@ class Reproduce:
             self, "seeds", "steps", "size_steps", "batch_size", "channels", "code_width", "usage_images"
         )
 
+    def picture(self, what: str) -> Path:
+        """Beside the report."""
+        return self.out.with_name(f"{self.out.stem}-{self.data}-{what}.png")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -96,6 +138,7 @@ class Cell:
         leaves: codes of a position; of VQ-VAE-2, of each level's.
         depth: layers of linked codebooks.
         plain: trained as the paper had it.
+        grid: rows and columns of codes, of VQ-VAE-2 of the finest.
     """
 
     kind: str
@@ -104,38 +147,50 @@ class Cell:
     leaves: int
     depth: int = 1
     seed: int = 0
+    grid: int = PAPER_GRID
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Of its folder, but for the settings that all cells share."""
         how = "plain" if self.plain else "best"
-        return f"{self.kind}-{self.leaves}-depth{self.depth}-{how}-{self.steps}steps-seed{self.seed}"
+        of_grid = "" if self.grid == PAPER_GRID else f"-grid{self.grid}"
+        return f"{self.kind}-{self.leaves}-depth{self.depth}-{how}-{self.steps}steps-seed{self.seed}{of_grid}"
 
 
 def cells(config: Reproduce) -> dict[Part, list[Cell]]:
     """The runs of each part; one that two parts share has one name."""
     depths = {"vqvae": 1, "vqvae2": 1, "hrvq": DEPTH}
-    methods = [
-        Cell(kind, plain, config.steps, LEAVES, depths[kind], seed)
-        for seed in range(config.seeds)
-        for kind in reversed(KINDS)
-        for plain in (False, True)
-    ]
+
+    def of_methods(plain: tuple[bool, ...], grid: int) -> list[Cell]:
+        return [
+            Cell(kind, how, config.steps, LEAVES, depths[kind], seed, grid)
+            for seed in range(config.seeds)
+            for kind in reversed(KINDS)
+            for how in plain
+        ]
+
+    methods, drawn = of_methods((False, True), PAPER_GRID), of_methods((False,), config.generating.grid)
     depth = [Cell("hrvq", False, config.steps, DEPTH_LEAVES, n) for n in DEPTHS]
     size = [
         Cell(kind, plain, config.size_steps, leaves, depths[kind])
         for leaves in SIZES
         for kind, plain in (("hrvq", False), ("vqvae", False), ("vqvae", True))
     ]
-    found: dict[Part, list[Cell]] = {"methods": methods, "depth": depth, "size": size}
+    found: dict[Part, list[Cell]] = {
+        "methods": methods,
+        "depth": depth,
+        "size": size,
+        "samples": drawn,
+        "heads": [cell for cell in drawn if cell.kind == "hrvq"],
+    }
     return {part: found.get(part, []) for part in config.parts}
 
 
 def model_of(cell: Cell, config: Reproduce) -> VQConfig:
-    """Networks of one shape: 16x16 codes of 32x32 images, and 8x8 and 4x4 above them in VQ-VAE-2."""
+    """Networks of one shape: 16x16 codes of 32x32 images, and 8x8 and 4x4 above them in VQ-VAE-2; or half of these."""
     shared: dict[str, Any] = {
         "image_channels": 1 if config.data == "mnist" else 3,
-        "widths": (config.channels,),
+        "widths": (config.channels,) * (1 if cell.grid == PAPER_GRID else 2),
         "code_width": config.code_width,
         **(PLAIN if cell.plain else {}),
     }
@@ -151,12 +206,19 @@ def open_data(config: Reproduce) -> ImageSet:
     return open_images(config.images, height=32, width=32, channels=1 if config.data == "mnist" else 3)
 
 
+def folder_of(cell: Cell, config: Reproduce) -> Path:
+    """Where a run is kept: named by all that decides it, but for what is as by default."""
+    shared = [one for one in dataclasses.fields(Reproduce) if one.name in ("batch_size", "channels", "code_width")]
+    given = ((one, getattr(config, one.name)) for one in shared)
+    return config.work / config.data / "-".join([cell.name, *(f"{o.name}{v}" for o, v in given if v != o.default)])
+
+
 def trained(cell: Cell, config: Reproduce, images: ImageSet) -> Path:
     """The folder of a run, trained as far as it was not yet, and measured."""
-    folder = config.work / config.data / cell.name
-    if (folder / RESULT_NAME).exists():
+    folder = folder_of(cell, config)
+    if result(cell, config):
         return folder
-    start = time.perf_counter()
+    path, start = folder / RESULT_NAME, time.perf_counter()
     fit = FitConfig(steps=cell.steps, batch_size=config.batch_size, seed=cell.seed, report_steps=cell.steps)
     model = model_of(cell, config)
     flips = config.data != "mnist"  # mirrored digits are no digits
@@ -171,14 +233,9 @@ def trained(cell: Cell, config: Reproduce, images: ImageSet) -> Path:
     )
     train_tokenizer(settings, images)
     seconds = time.perf_counter() - start
-    write_json(
-        folder / RESULT_NAME,
-        {
-            "cell": asdict(cell),
-            "train_seconds": seconds,
-            **measured(load_tokenizer(str(folder)).to(best_device()), images, config.usage_images),
-        },
-    )
+    before = json.loads(path.read_text()) if path.exists() else {"train_seconds": seconds}
+    found = measured(load_tokenizer(str(folder)).to(best_device()), images, config.usage_images)
+    write_json(path, {**before, "cell": asdict(cell), "usage_images": config.usage_images, **found})
     return folder
 
 
@@ -203,9 +260,13 @@ def measured(tokenizer: Tokenizer, images: ImageSet, usage_images: int) -> dict[
 
 
 def result(cell: Cell, config: Reproduce) -> dict[str, Any] | None:
-    """What was measured of a run; None if it was not trained yet."""
-    path = config.work / config.data / cell.name / RESULT_NAME
-    return json.loads(path.read_text()) if path.exists() else None
+    """What was measured of a run, of so many images; None if it was not yet."""
+    path = folder_of(cell, config) / RESULT_NAME
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    counted = found.get("usage_images", Reproduce.usage_images)  # results had no such number at first
+    return found if counted == config.usage_images else None
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""What is written of the HR-VQVAE study: our numbers beside the paper's, in tables, plots and pictures.
+"""What is written of the HR-VQVAE paper's studies: our numbers beside the paper's, in tables, plots and pictures.
 
-Which runs there are and what is measured of them: `reproduce.py`.
+Which runs there are and what is measured of them: `reproduce.py`. Table 3 and the heads: `reproduce_samples_report.py`.
 """
 
 import statistics
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from smalti.images import ImageRows, ImageSet
 from smalti.interfaces import Tokenizer
 from smalti.pictures import save_sheet
 from smalti.pipeline.benchmark import insert, machine
+from smalti.pipeline.comparison import in_spread
 from smalti.pipeline.places import load_tokenizer
 from smalti.pipeline.reproduce import (
     CODES_OF_IMAGES,
     DEPTH_LEAVES,
     KINDS,
     LEAVES,
+    NAMES,
     Cell,
     DataName,
     Reproduce,
@@ -33,9 +35,9 @@ from smalti.pipeline.reproduce import (
     search_seconds,
     trained,
 )
+from smalti.pipeline.reproduce_samples_report import heads, samples
 from smalti.preprocess import to_float
 
-NAMES = {"vqvae": "VQ-VAE", "vqvae2": "VQ-VAE-2", "hrvq": "HR-VQVAE"}
 PAPER_MSE: dict[DataName, dict[str, float]] = {
     "mnist": {"vqvae": 0.00041, "vqvae2": 0.00025, "hrvq": 0.00011},
     "cifar10": {"vqvae": 0.00092, "vqvae2": 0.00068, "hrvq": 0.00041},
@@ -64,13 +66,18 @@ def reproduce(config: Reproduce) -> None:
         "depth": depth_table,
         "size": size_table,
     }
+    generating = {"samples": samples, "heads": heads}
     for part, runs in cells(config).items():
+        if part in generating:
+            generating[part](config, runs, images, partial(write, config, part))
+            continue
         for run in runs:
             trained(run, config, images)
             write(config, part, parts[part](config, runs))
         if part == "search":
             write(config, part, search_table(config, images))
-    pictures(config, images)
+        if part == "methods":
+            pictures(config, images)
 
 
 def write(config: Reproduce, part: str, text: str) -> None:
@@ -101,7 +108,8 @@ def methods_table(config: Reproduce, runs: list[Cell]) -> str:
         for plain in (True, False):
             results, flat = found[kind, plain], found["vqvae", plain]
             ratio = f"{_mean(results) / _mean(flat):.2f}" if results and flat else NONE
-            row += [_spread(results), ratio, _used(results[0]) if results else NONE]
+            errors = in_spread([result["mse"] for result in results], ".5f")
+            row += [errors, ratio, _used(results[0]) if results else NONE]
         lines.append(f"| {' | '.join(row)} |")
     seconds = statistics.mean([r["train_seconds"] for each in found.values() for r in each] or [0.0])
     return "\n".join([*lines, "", f"A run took {seconds:.0f} s on average, other work on the machine beside it."])
@@ -141,7 +149,7 @@ def size_table(config: Reproduce, runs: list[Cell]) -> str:
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.legend()
-    with whole_file(path := _beside(config, "size")) as partial:
+    with whole_file(path := config.picture("size")) as partial:
         figure.savefig(partial, format="png", dpi=100)
     return "\n".join([*lines, "", f"![MSE by leaves]({path.name})"])
 
@@ -177,8 +185,8 @@ def pictures(config: Reproduce, images: ImageSet) -> None:
     codes = levels.encode(batch)
     for count in range(len(codes), 0, -1):
         sheet[f"VQ-VAE-2, {count} of {len(codes)} levels"] = levels.decode(_coarsest(codes, count))
-    save_sheet(_beside(config, "layers"), {caption: row.cpu() for caption, row in sheet.items()})
-    write(config, "pictures", f"![What each layer and each level adds]({_beside(config, 'layers').name})")
+    save_sheet(config.picture("layers"), {caption: row.cpu() for caption, row in sheet.items()})
+    write(config, "pictures", f"![What each layer and each level adds]({config.picture('layers').name})")
 
 
 def _coarsest(codes: Codes, count: int) -> Codes:
@@ -200,15 +208,6 @@ def _mean(results: list[dict[str, Any]]) -> float:
     return statistics.mean(found["mse"] for found in results)
 
 
-def _spread(results: list[dict[str, Any]]) -> str:
-    if not results:
-        return NONE
-    errors = [found["mse"] for found in results]
-    if len(errors) == 1:
-        return f"{errors[0]:.5f}"
-    return f"{_mean(results):.5f} ({min(errors):.5f} to {max(errors):.5f})"
-
-
 def _used(found: dict[str, Any]) -> str:
     return ", ".join(f"{share:.0%}" for share in found["used"])
 
@@ -217,7 +216,3 @@ def _numbers(found: dict[str, Any] | None) -> str:
     if not found:
         return f"{NONE} | |"
     return f"{found['mse']:.5f} | {_used(found)} | {', '.join(f'{p:.0f}' for p in found['perplexity'])}"
-
-
-def _beside(config: Reproduce, what: str) -> Path:
-    return config.out.with_name(f"{config.out.stem}-{config.data}-{what}.png")
