@@ -1,6 +1,8 @@
 """The benchmark compares like with like, counts what it says it counts, and writes its tables where they belong."""
 
+import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,11 +71,21 @@ def test_the_hourglass_has_a_size_between_those_it_is_compared_with():
 
 def test_what_a_head_keeps_is_counted():
     """Of a softmax over all leaves, the logits, in the least two bytes each."""
-    times, kept = benchmark_priors.head(positions=16, width=8, radices=(8, 8, 8))
+    times, kept, _ = benchmark_priors.head(positions=16, width=8, radices=(8, 8, 8), side=4, config=TINY_CAUSAL)
     assert all(seconds > 0 for seconds in medians(times, 1))
     digits, leaves = (way.work() for way in kept.ways)
     assert leaves > 16 * 512 * 2
     assert digits < leaves
+
+
+def test_both_heads_of_a_pixelcnn_learn_the_same_codes():
+    """They start level, at the entropy of 9 codes, and a step lowers the loss of either."""
+    torch.manual_seed(0)
+    config = replace(TINY_CAUSAL, height=4, width=4)
+    for way in benchmark_priors.head_of_pixelcnn(2, config).ways:
+        losses = [way.work() for _ in range(20)]
+        assert losses[0] == pytest.approx(math.log(9), abs=0.1)
+        assert losses[-1] < losses[0] - 0.05
 
 
 def test_codes_drawn_one_by_one_and_naively_are_the_same():

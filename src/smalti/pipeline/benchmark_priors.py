@@ -1,7 +1,7 @@
 """What the benchmark compares of priors: their training, their parts, and drawing from them; the rest is elsewhere."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.devices import Precision, autocast, best_device
+from smalti.fit_config import FitConfig
 from smalti.pipeline.comparison import Comparison, Measured, Way, in_mebibytes
 from smalti.priors.ancestral import DRAW, PARTICLE, AncestralSampling, sample_ancestral
 from smalti.priors.head import FactorizedHead
 from smalti.priors.hourglass import Hourglass, HourglassConfig
+from smalti.priors.likelihood import Likelihood, LikelihoodConfig
 from smalti.priors.pixelcnn import PixelCNN, PixelCNNConfig
 from smalti.priors.prior import CausalPrior, CodePrior
 from smalti.priors.samplers import SundaeSampling, sample_sundae
@@ -98,8 +100,17 @@ def hourglass(*, batch: int = 4, side: int = 32, width: int = 256, blocks: int =
     )
 
 
-def head(*, positions: int = 1024, width: int = 192, radices: tuple[int, ...] = (32, 32, 32)) -> Iterator[Comparison]:
-    """Loss and gradients of the factorised head beside a softmax over all leaves: time, and what is kept for them."""
+def head(
+    *,
+    positions: int = 1024,
+    width: int = 192,
+    radices: tuple[int, ...] = (32, 32, 32),
+    batch: int = 2,
+    side: int = 32,
+    config: PixelCNNConfig = DEMONSTRATION_ONE_BY_ONE,
+) -> Iterator[Comparison]:
+    """The factorised head beside a softmax over all leaves: loss and gradients, time and what is kept for them; and a
+    whole training step of a PixelCNN that has the one or the other."""
     device = best_device()
     ours, flat = (FactorizedHead(of, width).to(device) for of in (radices, (math.prod(radices),)))
     codes = torch.randint(ours.codebook_size, (1, positions), device=device)
@@ -135,6 +146,34 @@ def head(*, positions: int = 1024, width: int = 192, radices: tuple[int, ...] = 
         [Way(name, partial(kept, of)) for name, of in names.items()],
         readable=in_mebibytes,
         varies=False,
+    )
+    yield head_of_pixelcnn(batch, replace(config, height=side, width=side, radices=radices))
+
+
+def head_of_pixelcnn(batch: int, config: PixelCNNConfig) -> Comparison:
+    """A training step, optimiser and all, with the factorised head and with a softmax over all leaves."""
+    device = best_device()
+    flat = replace(config, radices=(math.prod(config.radices),))
+
+    def stepping(shape: PixelCNNConfig) -> Callable[[], float]:
+        network = PixelCNN(shape).to(device)
+        objective, codes = Likelihood(network, LikelihoodConfig()), random_codes(network, batch)
+        optimizer = FitConfig(optimizer="muon").optimizer_of(objective)
+
+        def step() -> float:
+            with autocast(device, "auto"):
+                loss, _ = objective({"codes": codes})
+            objective.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+    return Comparison(
+        f"training step of a PixelCNN, {batch} grids of {config.height}×{config.width}, "
+        f"{'·'.join(map(str, config.radices))} leaves",
+        [Way("smalti, digit by digit", stepping(config)), Way("one softmax over all", stepping(flat))],
     )
 
 
