@@ -34,6 +34,11 @@ class Moments:
         self.mean: Float64[Tensor, " d"] = torch.zeros(width, dtype=torch.float64)
         self._scatter = torch.zeros(width, width, dtype=torch.float64)
 
+    @classmethod
+    def of(cls, features: Float[Tensor, "b d"]) -> "Moments":
+        """Those of so many rows."""
+        return cls(features.shape[1]).update(features)
+
     def update(self, features: Float[Tensor, "b d"]) -> "Moments":
         """Adds rows, and gives itself back."""
         rows = features.detach().cpu().double()  # moved first: Apple's GPUs have no float64

@@ -7,6 +7,7 @@ Legend: n images judged, k fills of each, c channels, h w pixels.
 import math
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,6 +108,14 @@ class Real:
         shown = bar(blocks, what="features of the reference", unit="batch", delay_seconds=SLOW_SECONDS)
         return torch.cat([self._extractor(self._training.__getitems__(block)["images"]) for block in shown])
 
+    def distance(self, pixels: UInt8[Tensor, "n c h w"]) -> float:
+        """The Fréchet distance of images to the reference."""
+        return frechet_distance(moments(self._extractor, pixels.split(_ROWS_AT_ONCE)), self._moments)
+
+    @cached_property
+    def _moments(self) -> Moments:
+        return Moments.of(self.reference())
+
 
 def real_for(judging: Judging, tokenizer: Tokenizer, extractor: Extractor) -> Real:
     """Of the size a tokenizer makes images in; the conditions say which tokenizer that is."""
@@ -123,15 +132,15 @@ def judge_tokenizer(config: JudgeTokenizer) -> tuple[Scores, dict[str, Any]]:
     real = real_for(config.judging, tokenizer, extractor)
     images, codes, seconds = _reconstruct(tokenizer, real.judged, where, config.judging.precision)
     errors = mse(to_float(images), to_float(real.judged))
-    features, reference = extractor(images), _moments(real.reference())
+    features, reference = extractor(images), Moments.of(real.reference())
     scores: Scores = {
         "mse": {"model": float(errors.mean())},
         "psnr_db": {"model": float(psnr(errors).mean())},
         "ssim": {"model": ssim(images, real.judged)},
-        "frechet_to_originals": {"model": frechet_distance(_moments(features), _moments(real.features))},
+        "frechet_to_originals": {"model": frechet_distance(Moments.of(features), Moments.of(real.features))},
         "frechet": {
-            "model": frechet_distance(_moments(features), reference),
-            "real": frechet_distance(_moments(real.features), reference),
+            "model": frechet_distance(Moments.of(features), reference),
+            "real": frechet_distance(Moments.of(real.features), reference),
         },
     }
     for index, (level, grid) in enumerate(zip(tokenizer.layout.levels, codes, strict=True)):
@@ -150,7 +159,7 @@ def judge_ways(config: JudgeWays) -> tuple[Scores, dict[str, Any]]:
     where = device(config.judging.device)
     extractor, model = find_extractor(config.judging.extractor, where), load_hierarchy(config.tokenizer).to(where)
     real = real_for(config.judging, model, extractor)
-    reference, truth = _moments(real.reference()), to_float(real.judged)
+    reference, truth = Moments.of(real.reference()), to_float(real.judged)
     seeds = row_seeds(config.judging.seed, torch.arange(len(truth)))
     scores: Scores = {name: {} for name in ("bytes_sent", "compression_ratio", "mse", "psnr_db", "ssim", "frechet")}
     for way in model.ways:
@@ -161,13 +170,13 @@ def judge_ways(config: JudgeWays) -> tuple[Scores, dict[str, Any]]:
                 made.append(to_uint8(model.received(sent, of_images, config.pixels)).cpu())
         received = torch.cat(made)
         scores["bytes_sent"][way] = model.bits_sent(sent) / 8
-        scores["frechet"][way] = frechet_distance(_moments(extractor(received)), reference)
+        scores["frechet"][way] = frechet_distance(Moments.of(extractor(received)), reference)
         if way != "generation":
             errors = mse(to_float(received), truth)
             scores["compression_ratio"][way] = model.compression_ratio(sent, truth)
             scores["mse"][way], scores["psnr_db"][way] = float(errors.mean()), float(psnr(errors).mean())
             scores["ssim"][way] = ssim(received, real.judged)
-    scores["frechet"]["real"] = frechet_distance(_moments(real.features), reference)
+    scores["frechet"]["real"] = frechet_distance(Moments.of(real.features), reference)
     return scores, real.conditions
 
 
@@ -196,7 +205,7 @@ def judge_prior(config: JudgePrior[Any]) -> tuple[Scores, dict[str, Any]]:
     near = {who: nearest(each, reference) for who, each in of.items()}
     close = near["real"][0].quantile(COPY_QUANTILE)
     scores: Scores = {
-        "frechet": {who: frechet_distance(_moments(each), _moments(reference)) for who, each in of.items()},
+        "frechet": {who: frechet_distance(Moments.of(each), Moments.of(reference)) for who, each in of.items()},
         "precision": {who: each.precision for who, each in alike.items()},
         "recall": {who: each.recall for who, each in alike.items()},
         "nearest_training_image": {who: float(distances.median()) for who, (distances, _) in near.items()},
@@ -230,7 +239,7 @@ def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, An
         "mean_colour": to_uint8(blank(truth, hole)),
         "biharmonic": biharmonic(real.judged, hole),
     }
-    reference = _moments(real.reference())
+    reference = Moments.of(real.reference())
     errors = torch.stack([hole_mse(each, truth, hole) for each in fills.unbind(1)])
     steps = {who: float(seam_steps(to_float(each), hole).mean()) for who, each in completed.items()}
     scores: Scores = {
@@ -250,10 +259,6 @@ def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, An
         "prior_digests": [prior.digest() for prior in priors],
         "share_of_hole": float(hole.float().mean()),
     }
-
-
-def _moments(features: Float[Tensor, "n d"]) -> Moments:
-    return Moments(features.shape[1]).update(features)
 
 
 @torch.no_grad()

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.devices import autocast, best_device
 from smalti.extractors import find_extractor
 from smalti.files import write_json
 from smalti.interfaces import Tokenizer
-from smalti.metrics import Moments, frechet_distance
 from smalti.pipeline.classes import draw_labels
 from smalti.pipeline.generate import generate_codes, generate_images
 from smalti.pipeline.judges import Real, real_for
@@ -96,14 +95,6 @@ class Judge:
         judging = Judging(images=config.images, num=config.num, reference=config.reference)
         return real_for(judging, load_tokenizer(str(self._folder)), self._extractor)
 
-    @cached_property
-    def _reference(self) -> Moments:
-        return _moments(self._real.reference())
-
-    def of_images(self, pixels: UInt8[Tensor, "n c h w"]) -> float:
-        """Fréchet distance of images to the training images."""
-        return frechet_distance(_moments(self._extractor(pixels)), self._reference)
-
     @torch.no_grad()
     def floors(self) -> dict[str, float]:
         """Distances of held-out images, and of what the tokenizer makes of them."""
@@ -112,8 +103,8 @@ class Judge:
             tokenizer = load_tokenizer(str(self._folder)).to(self._where)
             batches = to_float(self._real.judged).split(ROWS_AT_ONCE)
             made = torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(of.to(self._where)))).cpu() for of in batches])
-            held_out = frechet_distance(_moments(self._real.features), self._reference)
-            write_json(path, {"held-out images": held_out, "their reconstructions": self.of_images(made)})
+            held_out = self._real.distance(self._real.judged)
+            write_json(path, {"held-out images": held_out, "their reconstructions": self._real.distance(made)})
         return json.loads(path.read_text())
 
     def of_draw(self, draw: Draw, folder: Path) -> dict[str, float]:
@@ -126,7 +117,7 @@ class Judge:
             start = clock()
             images = to_uint8(drawn(draw, pair, count, self._config))
             seconds = (clock() - start) / count
-            write_json(path, {"frechet": self.of_images(images), "seconds": seconds, "images": count})
+            write_json(path, {"frechet": self._real.distance(images), "seconds": seconds, "images": count})
         return json.loads(path.read_text())
 
     def _decides(self) -> dict[str, Any]:
@@ -207,7 +198,3 @@ def steps_across(images: Float[Tensor, "b c h w"], where: Bool[Tensor, " w1"]) -
     """Of each image, the mean absolute difference of pixels across these columns' right edges, in units of [0, 1]."""
     steps = (images[..., 1:] - images[..., :-1]).abs() / 2
     return steps[..., where].mean((1, 2, 3))
-
-
-def _moments(features: Float[Tensor, "n d"]) -> Moments:
-    return Moments(features.shape[1]).update(features)

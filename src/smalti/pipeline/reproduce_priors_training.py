@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from smalti.checkpoint import load
-from smalti.codes import Layout
 from smalti.devices import autocast, best_device, resolve
 from smalti.files import write_json
 from smalti.fit_config import FitConfig
+from smalti.latentsets.flat import flatten_codes
 from smalti.latentsets.reader import LatentSet
-from smalti.latentsets.writer import LatentSetWriter
 from smalti.pipeline.benchmark import medians
 from smalti.pipeline.build_latents import BuildLatents, build_latents
 from smalti.pipeline.comparison import Comparison, Way
@@ -35,8 +34,6 @@ from smalti.tokenizers.hrvq import HRVQConfig
 
 RESULT_NAME = "result.json"
 DIGEST_LETTERS = 10
-WRITTEN_ROWS = 4_096
-"""Of a latent set whose codes are written as flat ones, at once."""
 REPETITIONS = 5
 """Steps of each model that are timed."""
 
@@ -86,15 +83,6 @@ def latents_of(grid: Grid, config: ReproducePriors, *, flat: bool = False) -> Pa
     if not of_one_digit.exists():
         flatten_codes(LatentSet(path), of_one_digit)
     return of_one_digit
-
-
-def flatten_codes(latents: LatentSet, path: Path) -> None:
-    """Writes the same set with the same codes, as numbers of one digit: those of a flat codebook."""
-    levels = tuple(replace(level, radices=(level.codebook_size,)) for level in latents.layout.levels)
-    columns = {name: getattr(latents, name) for name in ("labels", "source_ids", "held_out", "flipped")}
-    with LatentSetWriter(path, Layout(levels), **columns, provenance=latents.provenance) as writer:
-        for rows in torch.arange(len(latents)).split(WRITTEN_ROWS):
-            writer.write(int(rows[0]), latents.batch(rows))
 
 
 def trained(cell: Cell, config: ReproducePriors) -> Path:

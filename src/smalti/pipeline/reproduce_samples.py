@@ -20,15 +20,13 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from smalti import registry
-from smalti.codes import Layout, Level
 from smalti.devices import Precision, best_device
-from smalti.extractors import find_extractor, moments
+from smalti.extractors import find_extractor
 from smalti.files import whole_file, write_json
 from smalti.images import ImageSet
 from smalti.interfaces import Tokenizer
+from smalti.latentsets.flat import flatten_codes
 from smalti.latentsets.reader import LatentSet
-from smalti.latentsets.writer import LatentSetWriter
-from smalti.metrics import Moments, frechet_distance
 from smalti.pipeline.build_latents import BuildLatents, build_latents
 from smalti.pipeline.comparison import synchronize
 from smalti.pipeline.generate import generate_images
@@ -88,19 +86,11 @@ def latents_of(drawn: Drawn, config: Reproduce, images: ImageSet) -> Path:
     path = folder / "latents.h5"
     if not path.exists():
         build_latents(BuildLatents(tokenizer=str(folder), images=config.images, flips=False, workers=0, out=path))
-    return flattened(path) if drawn.flat else path
-
-
-def flattened(path: Path) -> Path:
-    """A copy of a latent set, beside it, whose codes are the same numbers, but of one digit each."""
-    of, flat = LatentSet(path), path.with_stem(f"{path.stem}-flat")
-    if flat.exists():
-        return flat
-    levels = tuple(Level(level.height, level.width, (level.codebook_size,)) for level in of.layout.levels)
-    columns = {"labels": of.labels, "source_ids": of.source_ids, "held_out": of.held_out, "flipped": of.flipped}
-    with LatentSetWriter(flat, Layout(levels), **columns, provenance=of.provenance) as writer:
-        for rows in torch.arange(len(of)).split(ROWS_PER_WRITE):
-            writer.write(int(rows[0]), of.batch(rows))
+    if not drawn.flat:
+        return path
+    flat = path.with_stem(f"{path.stem}-flat")
+    if not flat.exists():
+        flatten_codes(LatentSet(path), flat)
     return flat
 
 
@@ -166,15 +156,6 @@ class Judge:
         judging = Judging(images=self._config.images, num=budget.num, reference=budget.reference)
         return Real(judging, self._extractor, height=32, width=32, channels=channels)
 
-    @cached_property
-    def reference(self) -> Moments:
-        """Of the features of the reference."""
-        return Moments(self._extractor.width).update(self.real.reference())
-
-    def distance(self, pixels: UInt8[Tensor, "n c h w"]) -> float:
-        """The Fréchet distance of a set of images to the reference."""
-        return frechet_distance(moments(self._extractor, pixels.split(AT_ONCE)), self.reference)
-
 
 def judged_by(config: Reproduce) -> str:
     """What decides a Fréchet distance beside the images: for names of results."""
@@ -186,7 +167,7 @@ def floor(config: Reproduce, judge: Judge) -> dict[str, Any]:
     """The `frechet` of real images in the place of samples, and how many (`num`) there were to judge by."""
 
     def measure() -> dict[str, Any]:
-        return {"frechet": judge.distance(judge.real.judged), "num": len(judge.real.judged)}
+        return {"frechet": judge.real.distance(judge.real.judged), "num": len(judge.real.judged)}
 
     return kept(config.work / config.data / f"real-{judged_by(config)}.json", measure)
 
@@ -199,7 +180,7 @@ def reconstructed(of: Cell, config: Reproduce, images: ImageSet, judge: Judge) -
         batches = [to_float(batch).to(best_device()) for batch in judge.real.judged.split(AT_ONCE)]
         with torch.no_grad():
             made = [to_uint8(tokenizer.decode(tokenizer.encode(batch))).cpu() for batch in batches]
-        return {"frechet": judge.distance(torch.cat(made))}
+        return {"frechet": judge.real.distance(torch.cat(made))}
 
     return kept(folder_of(of, config) / f"reconstructed-{judged_by(config)}.json", measure)
 
@@ -219,7 +200,7 @@ def sampled(drawn: Drawn, config: Reproduce, images: ImageSet, judge: Judge) -> 
         with whole_file(prior_folder(drawn, config) / "samples.pt") as partial:
             torch.save(made[:KEPT_SAMPLES].clone(), partial)
         return {
-            "frechet": judge.distance(made),
+            "frechet": judge.real.distance(made),
             "seconds": statistics.median(seconds),
             "parameters": sum(parameter.numel() for prior in priors for parameter in prior.parameters()),
         }
