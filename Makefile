@@ -6,6 +6,8 @@
 .NOTPARALLEL: # the two set-ups below write to one environment
 .PHONY: help setup demo lint type test bench clean
 
+unexport PYTHONDONTWRITEBYTECODE # where it is set, every process would compile anew all that it imports: seconds each
+
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 # Written last, so that each exists only beside a finished install. An install that was cut short starts from an empty environment (what was
