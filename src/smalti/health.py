@@ -146,9 +146,11 @@ def explained(device: torch.device, remedies: Sequence[str]) -> Iterator[None]:
     Raises:
         OneProcessError: in place of these errors; of the remedies, those that are still to be had.
     """
+    graded = torch.is_grad_enabled()
     try:
         yield
     except (RuntimeError, MemoryError, ConnectionError) as error:
+        torch.set_grad_enabled(graded)  # a signal says that a worker died: it may come amid the end of a no_grad
         said = str(error)
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:
             raise OneProcessError(f"the memory of {device} is full; give {', or '.join(remedies)}") from error
