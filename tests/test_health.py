@@ -185,12 +185,15 @@ def test_a_bug_is_not_taken_for_full_memory():
 
 
 def test_a_worker_that_dies_while_it_sends_is_one_line_too():
+    def receive():
+        torch.set_grad_enabled(False)  # as where the news comes between the lines of a no_grad
+        raise ConnectionResetError(104, "Connection reset by peer")
+
     with (
         pytest.raises(OneProcessError, match=r"prepares batches died \(.*reset by peer.*fewer --workers"),
         explained(torch.device("cpu"), ["nothing"]),
     ):
-        torch.set_grad_enabled(False)  # as where the news comes between the lines of a no_grad
-        raise ConnectionResetError(104, "Connection reset by peer")
+        receive()
     assert torch.is_grad_enabled()
 
 
