@@ -110,10 +110,11 @@ class Real:
 
     def distance(self, pixels: UInt8[Tensor, "n c h w"]) -> float:
         """The Fréchet distance of images to the reference."""
-        return frechet_distance(moments(self._extractor, pixels.split(_ROWS_AT_ONCE)), self._moments)
+        return frechet_distance(moments(self._extractor, pixels.split(_ROWS_AT_ONCE)), self.reference_moments)
 
     @cached_property
-    def _moments(self) -> Moments:
+    def reference_moments(self) -> Moments:
+        """Of the features of the reference, which are computed once."""
         return Moments.of(self.reference())
 
 
@@ -132,7 +133,7 @@ def judge_tokenizer(config: JudgeTokenizer) -> tuple[Scores, dict[str, Any]]:
     real = real_for(config.judging, tokenizer, extractor)
     images, codes, seconds = _reconstruct(tokenizer, real.judged, where, config.judging.precision)
     errors = mse(to_float(images), to_float(real.judged))
-    features, reference = extractor(images), Moments.of(real.reference())
+    features, reference = extractor(images), real.reference_moments
     scores: Scores = {
         "mse": {"model": float(errors.mean())},
         "psnr_db": {"model": float(psnr(errors).mean())},
@@ -159,7 +160,7 @@ def judge_ways(config: JudgeWays) -> tuple[Scores, dict[str, Any]]:
     where = device(config.judging.device)
     extractor, model = find_extractor(config.judging.extractor, where), load_hierarchy(config.tokenizer).to(where)
     real = real_for(config.judging, model, extractor)
-    reference, truth = Moments.of(real.reference()), to_float(real.judged)
+    reference, truth = real.reference_moments, to_float(real.judged)
     seeds = row_seeds(config.judging.seed, torch.arange(len(truth)))
     scores: Scores = {name: {} for name in ("bytes_sent", "compression_ratio", "mse", "psnr_db", "ssim", "frechet")}
     for way in model.ways:
@@ -239,7 +240,7 @@ def judge_inpainting(config: JudgeInpainting[Any]) -> tuple[Scores, dict[str, An
         "mean_colour": to_uint8(blank(truth, hole)),
         "biharmonic": biharmonic(real.judged, hole),
     }
-    reference = Moments.of(real.reference())
+    reference = real.reference_moments
     errors = torch.stack([hole_mse(each, truth, hole) for each in fills.unbind(1)])
     steps = {who: float(seam_steps(to_float(each), hole).mean()) for who, each in completed.items()}
     scores: Scores = {

@@ -4,7 +4,6 @@ Which runs there are: `reproduce_priors.py`; what is measured of samples: `repro
 """
 
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from smalti.devices import resolve
 from smalti.files import whole_file
 from smalti.pictures import save_sheet
 from smalti.pipeline.benchmark import insert, machine
+from smalti.pipeline.comparison import in_spread
 from smalti.pipeline.reproduce_priors import SETUPS, Cell, Part, ReproducePriors
 from smalti.pipeline.reproduce_priors_samples import Draw, Judge, canvases, drawn, draws, loaded, steps_across
 from smalti.pipeline.reproduce_priors_training import (
@@ -77,7 +77,7 @@ def resampling_table(part: Part, config: ReproducePriors, found: dict[str, list[
             "",
             "| patches of 2×2 | runs of 4 | runs less patches, by seed |",
             "|---:|---:|---|",
-            f"| {spread(found['patches'])} | {spread(found['runs'])} | {more or NONE} |",
+            f"| {in_spread(found['patches'], '.4f')} | {in_spread(found['runs'], '.4f')} | {more or NONE} |",
         ]
     )
 
@@ -188,7 +188,7 @@ def canvas(config: ReproducePriors) -> None:
     ]
     for who, images in {"overlapping windows": made.windows, "samples side by side": made.tiles}.items():
         kinds = [steps_across(images, where) for where in (made.borders, made.tile_borders, made.code_borders)]
-        lines.append(f"| {who} | {' | '.join(spread(of.tolist()) for of in kinds)} |")
+        lines.append(f"| {who} | {' | '.join(in_spread(of.tolist(), '.4f') for of in kinds)} |")
     sheet = {
         f"{who}, {number}": images[number - 1 : number]
         for who, images in {"overlapping windows": made.windows, "samples side by side": made.tiles}.items()
@@ -201,14 +201,6 @@ def canvas(config: ReproducePriors) -> None:
 def result(folder: Path) -> dict[str, Any]:
     """Of a run that is trained."""
     return json.loads((folder / RESULT_NAME).read_text())
-
-
-def spread(values: list[float]) -> str:
-    """The mean, and from the least to the most."""
-    if not values:
-        return NONE
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
 
 
 def caption(draw: Draw) -> str:
