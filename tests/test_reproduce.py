@@ -69,7 +69,7 @@ def test_every_run_is_there_and_its_error_is_that_of_its_model(folder):
     found = results(folder)
     expected = {folder_of(run, config_of()).name: run for runs in cells(config_of()).values() for run in runs}
     assert found.keys() == expected.keys()
-    assert len(found) == 3 * 2 * 2 + 4 + 2 * 3
+    assert len(found) == 3 * 2 * 2 + 2 * 2 * 4 + 2 * 3
     images = open_data(config_of())
     held_out = reproduce.ImageRows(images, split="held_out", flips=False)
     batch = to_float(held_out.__getitems__(range(len(held_out)))["images"])

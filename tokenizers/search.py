@@ -25,6 +25,8 @@ COMPILED_FROM_PAIRS = 2**25
 EAGER_VECTORS = 512
 # Up to this many codewords, comparing with a layer's every codeword is one small matrix product and beats gathering.
 DENSE_CODEWORDS = 256
+# More codewords than this are compared in turn: on CPUs their scores leave the cache (at 32 768, 1.5-2.5 times faster).
+TILE_CODEWORDS = 2_048
 # Up to this branching the fused search keeps the scores in registers; 2-3x faster at 8, slow to compile beyond.
 UNROLLED_BRANCHING = 8
 
@@ -105,6 +107,8 @@ def _eager(vectors: Tensor, codebooks: list[Tensor], offsets: list[Tensor]) -> T
 def _children(vectors: Tensor, codebook: Tensor, offset: Tensor, path: Tensor) -> Tensor:
     """`F.embedding` and `min` for indexing and `argmin`: the same, and several times faster on CPUs."""
     nodes, m, d = codebook.shape
+    if nodes == 1 and m > TILE_CODEWORDS and vectors.device.type == "cpu":
+        return _nearest_of_many(vectors, codebook[0], offset.view(-1))
     if _is_dense(codebook):
         scores = torch.addmm(offset.view(-1), vectors, codebook.view(-1, d).T, alpha=-1).view(-1, nodes, m)
         scores = scores.gather(1, path.view(-1, 1, 1).expand(-1, 1, m)).squeeze(1) if nodes > 1 else scores.squeeze(1)
@@ -113,6 +117,17 @@ def _children(vectors: Tensor, codebook: Tensor, offset: Tensor, path: Tensor) -
         start = F.embedding(path, offset)[..., None]
         scores = torch.baddbmm(start, candidates, vectors[..., None], alpha=-1).squeeze(2)
     return path * m + scores.min(1).indices
+
+
+def _nearest_of_many(vectors: Tensor, codewords: Tensor, offset: Tensor) -> Tensor:
+    """The nearest codeword of each vector, the first of equally near ones, some of the codewords at a time."""
+    nearest, least = offset.new_zeros(len(vectors), dtype=torch.long), offset.new_full((len(vectors),), torch.inf)
+    for first in range(0, len(codewords), TILE_CODEWORDS):
+        some = slice(first, first + TILE_CODEWORDS)
+        found = torch.addmm(offset[some], vectors, codewords[some].T, alpha=-1).min(1)
+        nearest = torch.where(found.values < least, found.indices + first, nearest)
+        least = torch.minimum(found.values, least)
+    return nearest
 
 
 @typing.no_type_check  # compiled whole: shape checks under pytest would break the graph

