@@ -78,6 +78,17 @@ def test_stopped_within_a_layer_it_goes_on_to_the_same(folder, capfd, monkeypatc
     assert run(capfd, train_tokenizer.main, *TRAIN, "--out", out)[1].count("is finished: 6 steps") == 3
 
 
+def test_layers_may_have_steps_of_their_own(folder, capfd):
+    out = folder / "own"
+    assert run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-steps", "1", "3", "2")[0] == 0
+    logs = [out / "layer-1", out / "layer-2", out]
+    assert [json.loads((of / METRICS_NAME).read_text().splitlines()[-1])["step"] for of in logs] == [1, 3, 2]
+    status, _, said = run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-steps", "1", "3")
+    assert (status, "--layer-steps names 2 layers, but hqa has 3" in said) == (2, True)
+    status, _, said = run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-steps", "1", "0", "2")
+    assert (status, "layer_steps must be at least 1 each" in said) == (2, True)
+
+
 def test_what_was_trained_on_other_layers_does_not_go_on(folder, capfd):
     """A layer below is trained on: those above it were not trained on that."""
     out = folder / "longer"

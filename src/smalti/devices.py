@@ -73,6 +73,7 @@ def accelerator(precision: Precision, trackers: Sequence[str] = (), folder: Path
         if name in LoggerType.list() and name not in installed:  # the others a person has registered
             raise UserError(f"the tracker {name} is not installed; install it (pip install {name}) or leave it out")
     mixed_precision = "bf16" if resolve(precision) == "bf16" else "no"
+    torch.set_flush_denormal(True)  # posteriors fade to subnormal numbers, with which CPUs take 2-5 times as long
     return Accelerator(
         cpu=best_device().type == "cpu",  # or else several processes on CPUs would not see each other
         mixed_precision=mixed_precision,

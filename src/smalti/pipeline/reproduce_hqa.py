@@ -53,7 +53,7 @@ class ReproduceHQA:
     """What to reproduce of HQA's paper, and at which budget.
 
     Raises:
-        UserError: for a number below 1.
+        UserError: for a number below 1, or steps of more or fewer layers than there are.
     """
 
     study: Positional[Literal["hqa"]]
@@ -68,6 +68,12 @@ class ReproduceHQA:
     """Runs of each model in Table 3."""
     steps: int = 1_000
     """Optimiser steps of every layer, and of VQ-VAE as many in all as the layers have together."""
+    layer_steps: tuple[int, ...] = ()
+    """Steps of each of the five layers, from the image upwards, in place of `--steps`: the upper ones are cheap, and
+    what a layer loses none above it brings back."""
+    normalize: bool = True
+    """Bring the features that a layer reconstructs to mean 0 and variance 1: the authors' code does, the paper is
+    silent."""
     batch_size: int = 32
     """Images a step."""
     learning_rate: float = 1e-3
@@ -85,6 +91,13 @@ class ReproduceHQA:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "seeds", "steps", "batch_size", "test_num", "classifier_steps")
+        if self.layer_steps and (len(self.layer_steps) != LAYERS or min(self.layer_steps) < 1):
+            raise UserError(f"--layer-steps must have {LAYERS} numbers of at least 1, not {self.layer_steps}")
+
+    @property
+    def steps_of_layers(self) -> tuple[int, ...]:
+        """Of all layers, from the image upwards."""
+        return self.layer_steps or (self.steps,) * LAYERS
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ def open_data(config: ReproduceHQA) -> Data:
     return Data(train, to_float(test.pixels(rows)), test.labels[rows])
 
 
-def model_of(kind: str, layers: int) -> HQAConfig | VQVAEConfig:
+def model_of(kind: str, layers: int, *, normalize: bool) -> HQAConfig | VQVAEConfig:
     """Of a row of Table 3: 256 codes of width 64, at 1 / 2**layers of the image's size."""
     if kind == "vqvae":
         widths = VQVAE_WIDTHS[:layers]
@@ -123,25 +136,29 @@ def model_of(kind: str, layers: int) -> HQAConfig | VQVAEConfig:
         return VQVAEConfig(image_channels=1, widths=widths, codebook_size=256, **plain)
     made = HQAConfig(image_channels=1) if kind == "hqa" else HAMsConfig(image_channels=1, **HAMS[kind])
     widths = HAMS_WIDTHS if made.target == "codes" else made.widths
-    return replace(made, widths=widths[:layers])
+    return replace(made, widths=widths[:layers], normalize=normalize)
 
 
 def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layers: int | None = None) -> Path:
     """The folder of a run, trained as far as it was not yet; of as many layers as the paper's unless said."""
     layers = layers or LAYERS
+    steps = config.steps_of_layers[:layers]
     of_layers = "" if layers == LAYERS else f"-{layers}-layers"
-    folder = config.work / f"{kind}{of_layers}-{config.steps}steps-seed{seed}"
-    steps = config.steps * (layers if kind == "vqvae" else 1)
+    of_layers += "-normalized" if config.normalize and kind != "vqvae" else ""
+    counts = "-".join(str(count) for count in (steps if config.layer_steps else (config.steps,)))
+    folder = config.work / f"{kind}{of_layers}-{counts}steps-seed{seed}"
+    in_all = sum(steps)
     fit = FitConfig(
-        steps=steps, batch_size=config.batch_size, learning_rate=config.learning_rate, seed=seed, report_steps=steps
+        steps=in_all, batch_size=config.batch_size, learning_rate=config.learning_rate, seed=seed, report_steps=in_all
     )
     registered = kind if kind in ("vqvae", "hqa") else "hams"
     settings = TrainTokenizer(
-        model=model_of(kind, layers),
+        model=model_of(kind, layers, normalize=config.normalize),
         fit=fit,
         tokenizer=registered,
         images=config.images,
         flips=False,  # mirrored digits are no digits
+        layer_steps=() if kind == "vqvae" else steps,
         precision=config.precision,
         out=folder,
     )

@@ -83,7 +83,9 @@ def reproduce_hqa(config: ReproduceHQA) -> None:
 
 def write(config: ReproduceHQA, part: str, text: str) -> None:
     """Puts a part into the report, with what it was measured on."""
-    budget = f"{config.steps} steps a layer, batches of {config.batch_size}, AdamW at {config.learning_rate}"
+    steps = "/".join(str(count) for count in config.layer_steps) or str(config.steps)
+    budget = f"{steps} steps a layer, batches of {config.batch_size}, AdamW at {config.learning_rate}"
+    budget += ", features normalized" if config.normalize else ""
     insert(
         config.out, part, text if part == "modes" else f"{text}\n\n{machine()}; {budget}, {resolve(config.precision)}."
     )

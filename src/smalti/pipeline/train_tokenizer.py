@@ -8,6 +8,7 @@ import torch
 
 from smalti import registry
 from smalti.devices import Precision, accelerator, tracked
+from smalti.errors import UserError
 from smalti.fit import fit
 from smalti.fit_config import FitConfig, Phase
 from smalti.images import ImageRows, ImageSet, open_images
@@ -32,7 +33,9 @@ Preset: TypeAlias = Literal[
     "f32-megapixel",
 ]
 
-START_IMAGES = 512  # whose features the codebooks start from
+START_IMAGES, MOST_START_IMAGES = 512, 4_096  # whose features the codebooks start from: more if they are coarse,
+START_VECTORS = 2**15  # for so many vectors,
+START_PIXELS = 2**25  # but no more than these
 SHEET_IMAGES = 12
 
 
@@ -52,6 +55,9 @@ class TrainTokenizer(Generic[C]):
     """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
     flips: bool = True
     """Train on the mirror images too."""
+    layer_steps: tuple[int, ...] = ()
+    """Optimiser steps of each layer, from the image upwards, where not all have `--steps`: of a kind that is trained
+    layer by layer, whose upper layers are the cheap ones."""
     precision: Precision = "auto"
     """Arithmetic of the networks; auto is bf16 where the hardware is fast in it."""
     out: Path | None = None
@@ -59,6 +65,10 @@ class TrainTokenizer(Generic[C]):
     resume: Resume = "auto"
     """`auto` goes on from the newest whole state, if there is one; `never` throws a run that is there away; a number
     goes back to the state of that step and forgets what came after."""
+
+    def __post_init__(self) -> None:
+        if self.layer_steps and min(self.layer_steps) < 1:
+            raise UserError(f"layer_steps must be at least 1 each, not {self.layer_steps}")
 
 
 def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None) -> Path:
@@ -79,12 +89,17 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     folder = config.out or TOKENIZERS / config.tokenizer
     kind = cast(type[Tokenizer], registry.find("tokenizer", config.tokenizer))
     *lower, top = kind.stages(config.model)
+    layer_steps = config.layer_steps or (config.fit.steps,) * (len(lower) + 1)
+    if len(layer_steps) != len(lower) + 1:
+        raise UserError(f"--layer-steps names {len(layer_steps)} layers, but {config.tokenizer} has {len(lower) + 1}")
     below = None
-    for number, model in enumerate(lower, 1):
+    for number, (model, steps) in enumerate(zip(lower, layer_steps, strict=False), 1):
         resume = config.resume if config.resume == "never" else "auto"  # a step to go back to is the top layer's
-        stage = replace(config, model=model, out=folder / layer_name(number), resume=resume)
+        fit_layer = replace(config.fit, steps=steps)
+        stage = replace(config, model=model, fit=fit_layer, out=folder / layer_name(number), resume=resume)
         below, images = _train(stage, images, below)
-    return _train(replace(config, model=top, out=folder), images, below)[0]
+    fit_top = replace(config.fit, steps=layer_steps[-1])
+    return _train(replace(config, model=top, fit=fit_top, out=folder), images, below)[0]
 
 
 def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | None) -> tuple[Path, ImageSet]:
@@ -117,7 +132,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
         "flips": config.flips,
     }
     if not run.step:
-        rows = torch.arange(min(START_IMAGES, len(train))) * (len(train) // min(START_IMAGES, len(train)))
+        count = min(_start_images(tokenizer, config.model.height * config.model.width), len(train))
+        rows = torch.arange(count) * (len(train) // count)
         tokenizer.start_from(to_float(train.__getitems__(rows.tolist())["images"]))
     phases = tokenizer.phases(config.fit)
     if not phases:
@@ -143,6 +159,12 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
             what=f"training {folder.name}",
         )
     return folder, images
+
+
+def _start_images(tokenizer: Tokenizer, pixels: int) -> int:
+    """How many images codebooks start from: of one code an image, a codebook needs more than of many."""
+    positions = max(level.height * level.width for level in tokenizer.layout.levels)
+    return max(START_IMAGES, min(START_VECTORS // positions, START_PIXELS // pixels, MOST_START_IMAGES))
 
 
 @torch.no_grad()
