@@ -63,8 +63,8 @@ def study(patch):
     command.main()
 
 
-def model_of(kind, layers, *, normalize, real=PAPER_MODEL_OF):
-    return replace(real(kind, layers, normalize=normalize), widths=(4, 4)[:layers], codebook_size=4, code_width=4)
+def model_of(kind, layers, config, real=PAPER_MODEL_OF):
+    return replace(real(kind, layers, config), widths=(4, 4)[:layers], codebook_size=4, code_width=4)
 
 
 def config_of(**more) -> ReproduceHQA:
@@ -75,7 +75,7 @@ def test_what_is_measured_is_of_what_images_come_back_as(folder):
     config = config_of()
     data = open_data(config)
     judge = classifier(config, data)
-    path = folder / "runs/reproductions/hqa/hams-normalized-1steps-seed0"
+    path = folder / "runs/reproductions/hqa/hams-normalized-weight0.05-1steps-seed0"
     found = json.loads((path / "result-probable-6images-2steps.json").read_text())
     tokenizer = load(path, "tokenizer")
     with torch.no_grad():
@@ -95,14 +95,14 @@ def test_posteriors_that_can_be_are_sampled(folder):
     names = {path.parent.name: path.name for path in folder.glob("runs/reproductions/hqa/*seed0/result-*.json")}
     sampled = {name.split("-normalized")[0] for name, file in names.items() if "sampled" in file}
     assert sampled == {"hqa", "hams-gs", "hams-gs-mse"}
-    tokenizer = load(folder / "runs/reproductions/hqa/hqa-normalized-1steps-seed0", "tokenizer")
+    tokenizer = load(folder / "runs/reproductions/hqa/hqa-normalized-weight0.05-1steps-seed0", "tokenizer")
     test = open_data(config_of()).test
     assert compressed(tokenizer, test, sampled=True).equal(compressed(tokenizer, test, sampled=True))
     assert not compressed(tokenizer, test, sampled=True).equal(compressed(tokenizer, test, sampled=False))
 
 
 def test_interpolations_begin_and_end_as_the_images_do(folder):
-    tokenizer = load(folder / "runs/reproductions/hqa/hqa-normalized-1steps-seed0", "tokenizer")
+    tokenizer = load(folder / "runs/reproductions/hqa/hqa-normalized-weight0.05-1steps-seed0", "tokenizer")
     test = open_data(config_of()).test
     found = interpolations(tokenizer, test[:2], test[2:4], 5)
     assert len(found) == 5
@@ -139,7 +139,7 @@ def test_layers_have_steps_of_their_own_and_vqvae_as_many_in_all(folder):
     steps = {}
     for kind in ("hqa", "vqvae"):
         path = reproduce_hqa.trained(kind, config, data)
-        assert path.name == f"{kind}-1-2steps-seed0"
+        assert path.name == f"{kind}{'-weight0.05' if kind == 'hqa' else ''}-1-2steps-seed0"
         found = [
             json.loads((one / "run.json").read_text())["settings"] for one in (path / "layer-1", path) if one.exists()
         ]
@@ -156,7 +156,7 @@ def test_refuses_steps_of_other_layers_than_there_are(folder, wrong):
 def test_the_models_of_the_table_are_a_million_parameters_and_8_bits():
     for kind in MODELS:
         of_kind = kind if kind in ("vqvae", "hqa") else "hams"
-        config = PAPER_MODEL_OF(kind, 5, normalize=True)
+        config = PAPER_MODEL_OF(kind, 5, config_of())
         tokenizer = registry.find("tokenizer", of_kind)(config)
         assert 0.9e6 < sum(parameter.numel() for parameter in tokenizer.parameters()) < 1.15e6
         assert tokenizer.layout.levels[0].shape == (1, 1)

@@ -59,6 +59,8 @@ class HQAConfig:
     terms. Of stochastic posteriors only."""
     latent_weight: float = 0.001
     """Weight of these terms: Eq. 4 in units of twice the variance of p(x|z), which the paper leaves open."""
+    upper_latent_weight: float | None = None
+    """That of layers above the first, whose variance is another one; as of the first unless given."""
     temperature: float = 0.667
     """Of the Gumbel softmax when training starts; it falls linearly to 0."""
     reset_below: float = 0.03
@@ -67,7 +69,8 @@ class HQAConfig:
     """Start a layer's codewords at the k-means centres of what its untrained encoder, scaled to their spread, makes of
     images; not from random codewords."""
     normalize: bool = False
-    """Bring the features that a layer reconstructs to mean 0 and variance 1."""
+    """Bring the features that a layer reconstructs to mean 0, and to variance 1 over all channels together: distances,
+    by which the layer below quantizes them, keep their proportions."""
 
 
 class Stage(nn.Module):
@@ -92,21 +95,23 @@ class Stage(nn.Module):
         made = config.codebook_size if of_codes else given
         self.encoder = blocks.encoder(image_channels=given, **shape)
         self.decoder = blocks.decoder(image_channels=made, **shape)
-        self.quantizer = _quantizer(config, values=4 * (1 if of_codes else given))
+        upper = config.upper_latent_weight if number else None
+        weight = config.latent_weight if upper is None else upper
+        self.quantizer = _quantizer(config, weight=weight / (4 * (1 if of_codes else given)))
         self.register_buffer("mean", torch.zeros(given, 1, 1))
-        self.register_buffer("deviation", torch.ones(given, 1, 1))
+        self.register_buffer("deviation", torch.ones(1, 1, 1))
 
     def encode(self, given: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
         """z_e, at half the size."""
         return self.encoder((given - self.mean) / self.deviation)
 
 
-def _quantizer(config: HQAConfig, *, values: int) -> LinkedQuantizer | StochasticQuantizer:
+def _quantizer(config: HQAConfig, *, weight: float) -> LinkedQuantizer | StochasticQuantizer:
     """A layer's.
 
     Args:
         config: of the stack.
-        values: how many the decoder makes for each code: the loss is per value.
+        weight: of its terms: the loss is per value that the decoder makes, and it makes several for each code.
     """
     if config.posterior == "nearest":
         return LinkedQuantizer(
@@ -116,7 +121,7 @@ def _quantizer(config: HQAConfig, *, values: int) -> LinkedQuantizer | Stochasti
         code_width=config.code_width,
         codebook_size=config.codebook_size,
         probabilistic=config.probabilistic,
-        weight=config.latent_weight / values,
+        weight=weight,
         temperature=config.temperature,
         reset_below=config.reset_below,
     )
@@ -193,6 +198,7 @@ class HQA(Tokenizer):
         images: Float[Tensor, "b c h w"],
         seeds: Int64[Tensor, " b"] | None = None,
         progress: Float[Tensor, " b"] | None = None,
+        given: Float[Tensor, "b c2 _h _w"] | None = None,
     ) -> TokenizerOutput:
         """The top layer's losses: `reconstruction`, and those of its quantizer.
 
@@ -202,11 +208,12 @@ class HQA(Tokenizer):
             images: [-1, 1].
             seeds: of the images, which decide what is drawn in training; without, they draw the same each time.
             progress: of the training, from 0, where it is without, to 1.
+            given: the features of the layer below, where they are known: it is frozen, so they do not change.
         """
         *_, top = self._layers
         seeds = row_seeds(0, torch.arange(len(images), device=images.device)) if seeds is None else seeds
         progress = torch.zeros(len(images), device=images.device) if progress is None else progress
-        given = self._given(images)
+        given = self._given(images) if given is None else given
         z_e = top.encode(given)
         more = (seeds, progress) if isinstance(top.quantizer, StochasticQuantizer) else ()
         quantized = top.quantizer(z_e, *more)
@@ -295,9 +302,8 @@ class HQA(Tokenizer):
         top = self._layers[-1]
         given = self._given(images)
         if self.config.normalize and len(self.layers) > 1:
-            deviation, mean = torch.std_mean(given, (0, 2, 3), keepdim=True)
-            top.mean.copy_(mean[0])
-            top.deviation.copy_(deviation[0].clamp_min(1e-6))
+            top.mean.copy_(given.mean((0, 2, 3), keepdim=True)[0])
+            top.deviation.fill_((given - top.mean).square().mean().sqrt().clamp_min(1e-6))
         if not self.config.kmeans_start:
             return
         z_e = top.encode(given)

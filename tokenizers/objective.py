@@ -24,9 +24,13 @@ class Reconstruction(nn.Module):
         self.tokenizer = tokenizer
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss, and scalars to log, of a batch whose `images` are uint8 `(b, c, h, w)`."""
+        """The loss, and scalars to log, of a batch whose `images` are uint8 `(b, c, h, w)`.
+
+        And in it, where frozen layers make them (`Tokenizer.build_on`) and they are known, `given`: their features.
+        """
         images = to_float(batch["images"])
-        output = self.tokenizer(images, *(batch[name] for name in self.tokenizer.uses))
+        known = {"given": batch["given"]} if "given" in batch else {}
+        output = self.tokenizer(images, *(batch[name] for name in self.tokenizer.uses), **known)
         loss = torch.stack(list(output.losses.values())).sum()
         terms = {} if output.reconstruction is None else {"mse": logged_mse(output.reconstruction, images)}
         return loss, terms | {name: value.detach() for name, value in output.losses.items()}

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ Part: TypeAlias = Literal["modes", "table", "curves"]
 GUMBEL: dict[str, Any] = {"posterior": "stochastic", "reset_below": 0.03}
 HAMS: dict[str, dict[str, Any]] = {"hams": {}, "hams-gs": GUMBEL, "hams-mse": {"target": "features"}}
 HAMS["hams-gs-mse"] = GUMBEL | HAMS["hams-mse"]
-MODELS = ("vqvae", *HAMS, "hqa")
+Model: TypeAlias = Literal["vqvae", "hams", "hams-gs", "hams-mse", "hams-gs-mse", "hqa"]
+MODELS: tuple[Model, ...] = get_args(Model)
 """Table 3's rows, from the top."""
 CURVES = ("hqa", "hams", "vqvae")
 LAYERS = 5
@@ -64,6 +65,8 @@ class ReproduceHQA:
     """Its test images, which are compressed."""
     parts: tuple[Part, ...] = ("modes", "table", "curves")
     """Fig. 1; Table 3, with Table 4's interpolations; Fig. 3."""
+    models: tuple[Model, ...] = MODELS
+    """The rows of Table 3 that are run."""
     seeds: int = 1
     """Runs of each model in Table 3."""
     steps: int = 1_000
@@ -72,8 +75,11 @@ class ReproduceHQA:
     """Steps of each of the five layers, from the image upwards, in place of `--steps`: the upper ones are cheap, and
     what a layer loses none above it brings back."""
     normalize: bool = True
-    """Bring the features that a layer reconstructs to mean 0 and variance 1: the authors' code does, the paper is
-    silent."""
+    """Bring the features that a layer reconstructs to mean 0 and variance 1, as the authors' code does something like;
+    the paper is silent."""
+    upper_latent_weight: float = 0.05
+    """Weight of Eq. 4's other terms in the layers above the first, whose reconstructions are that much less exact; the
+    first has HQA's default, 0.001, which the authors' code has in all."""
     batch_size: int = 32
     """Images a step."""
     learning_rate: float = 1e-3
@@ -128,7 +134,7 @@ def open_data(config: ReproduceHQA) -> Data:
     return Data(train, to_float(test.pixels(rows)), test.labels[rows])
 
 
-def model_of(kind: str, layers: int, *, normalize: bool) -> HQAConfig | VQVAEConfig:
+def model_of(kind: str, layers: int, config: ReproduceHQA) -> HQAConfig | VQVAEConfig:
     """Of a row of Table 3: 256 codes of width 64, at 1 / 2**layers of the image's size."""
     if kind == "vqvae":
         widths = VQVAE_WIDTHS[:layers]
@@ -136,7 +142,8 @@ def model_of(kind: str, layers: int, *, normalize: bool) -> HQAConfig | VQVAECon
         return VQVAEConfig(image_channels=1, widths=widths, codebook_size=256, **plain)
     made = HQAConfig(image_channels=1) if kind == "hqa" else HAMsConfig(image_channels=1, **HAMS[kind])
     widths = HAMS_WIDTHS if made.target == "codes" else made.widths
-    return replace(made, widths=widths[:layers], normalize=normalize)
+    upper = config.upper_latent_weight
+    return replace(made, widths=widths[:layers], normalize=config.normalize, upper_latent_weight=upper)
 
 
 def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layers: int | None = None) -> Path:
@@ -144,7 +151,8 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
     layers = layers or LAYERS
     steps = config.steps_of_layers[:layers]
     of_layers = "" if layers == LAYERS else f"-{layers}-layers"
-    of_layers += "-normalized" if config.normalize and kind != "vqvae" else ""
+    if kind != "vqvae":
+        of_layers += ("-normalized" if config.normalize else "") + f"-weight{config.upper_latent_weight}"
     counts = "-".join(str(count) for count in (steps if config.layer_steps else (config.steps,)))
     folder = config.work / f"{kind}{of_layers}-{counts}steps-seed{seed}"
     in_all = sum(steps)
@@ -153,7 +161,7 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
     )
     registered = kind if kind in ("vqvae", "hqa") else "hams"
     settings = TrainTokenizer(
-        model=model_of(kind, layers, normalize=config.normalize),
+        model=model_of(kind, layers, config),
         fit=fit,
         tokenizer=registered,
         images=config.images,

@@ -73,7 +73,7 @@ def reproduce_hqa(config: ReproduceHQA) -> None:
     if "table" in config.parts:
         folders: dict[str, list[Path]] = {kind: [] for kind in MODELS}
         for seed in range(config.seeds):
-            for kind in ORDER:
+            for kind in (kind for kind in ORDER if kind in config.models):
                 folders[kind].append(trained(kind, config, data, seed=seed))
                 write(config, "table", table(config, folders, judge, data))
         write(config, "pictures", pictures(config, folders, data))
@@ -85,6 +85,7 @@ def write(config: ReproduceHQA, part: str, text: str) -> None:
     """Puts a part into the report, with what it was measured on."""
     steps = "/".join(str(count) for count in config.layer_steps) or str(config.steps)
     budget = f"{steps} steps a layer, batches of {config.batch_size}, AdamW at {config.learning_rate}"
+    budget += f", latent weight {config.upper_latent_weight} above the first layer"
     budget += ", features normalized" if config.normalize else ""
     insert(
         config.out, part, text if part == "modes" else f"{text}\n\n{machine()}; {budget}, {resolve(config.precision)}."
@@ -172,7 +173,7 @@ def pictures(config: ReproduceHQA, runs: dict[str, list[Path]], data: Data) -> s
     """Table 3's reconstructions, of the first seed, and Table 4's interpolations."""
     sheet: dict[str, Tensor] = {"original": data.test[:SHOWN]}
     between: dict[str, Tensor] = {}
-    for kind, (folder, *_) in runs.items():
+    for kind, folder in ((kind, folders[0]) for kind, folders in runs.items() if folders):
         tokenizer = load_tokenizer(str(folder)).to(best_device())
         sheet[NAMES[kind].removeprefix("+ ")] = compressed(tokenizer, data.test[:SHOWN], sampled=sampled_in(kind))
         if kind == "hqa":
@@ -181,11 +182,11 @@ def pictures(config: ReproduceHQA, runs: dict[str, list[Path]], data: Data) -> s
             for pair, row in enumerate(torch.cat([ends[0::2, None], decoded, ends[1::2, None]], 1).cpu(), 1):
                 between[f"pair {pair}: originals at both ends, decodes from between their z_e"] = row
     save_sheet(_beside(config, "reconstructions"), sheet)
-    save_sheet(_beside(config, "interpolations"), between)
-    return (
-        f"![Test images kept in 8 bits by each model]({_beside(config, 'reconstructions').name})\n\n"
-        f"![Table 4: HQA between pairs of images]({_beside(config, 'interpolations').name})"
-    )
+    shown = [f"![Test images kept in 8 bits by each model]({_beside(config, 'reconstructions').name})"]
+    if between:
+        save_sheet(_beside(config, "interpolations"), between)
+        shown.append(f"![Table 4: HQA between pairs of images]({_beside(config, 'interpolations').name})")
+    return "\n\n".join(shown)
 
 
 def _short(kind: str) -> str:

@@ -128,7 +128,7 @@ def depth_table(config: Reproduce, runs: list[Cell]) -> str:
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     found = {(run.depth, run.plain, run.seed): result(run, config) for run in runs}
-    for before, depth in zip((None, *DEPTHS), DEPTHS, strict=False):
+    for before, depth in zip((0, *DEPTHS), DEPTHS, strict=False):
         row = [str(depth), str(round(DEPTH_LEAVES ** (1 / depth)))]
         for plain in (True, False):
             pairs = [(found[depth, plain, seed], found.get((before, plain, seed))) for seed in range(config.seeds)]

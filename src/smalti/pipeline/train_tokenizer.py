@@ -15,9 +15,11 @@ from smalti.images import ImageRows, ImageSet, open_images
 from smalti.interfaces import Tokenizer
 from smalti.pictures import save_sheet
 from smalti.pipeline.codebook_use import CodebookAlarm
+from smalti.pipeline.given import with_given
 from smalti.pipeline.places import TOKENIZERS, layer_name, load_tokenizer
 from smalti.preprocess import to_float
 from smalti.runs import Resume, Run, flatten
+from smalti.tokenizers.hqa import HQA
 from smalti.tokenizers.objective import Reconstruction
 
 C = TypeVar("C")
@@ -114,8 +116,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
         with process.main_process_first():  # which fills the cache of hashes that the others read
             images = open_images(config.images, **size)
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
-    if below:
-        lower = load_tokenizer(str(below))
+    lower = load_tokenizer(str(below)) if below else None
+    if lower:
         tokenizer.build_on(lower)
         settings["below"] = lower.digest()  # so that what was trained on other layers does not go on upon these
     with process.main_process_first():  # which may throw an earlier run away
@@ -124,6 +126,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
         process.print(f"{folder} is finished: {run.step} steps. Give --steps to train on, or --resume never.")
         return folder, images
     train = ImageRows(images, split="train", flips=config.flips)
+    rows_of_steps = with_given(lower, train, process) if isinstance(lower, HQA) else train
     held_out = ImageRows(images, split="held_out", flips=False)
     tokenizer.provenance = {
         "image_source": config.images,
@@ -150,7 +153,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
         fit(
             process,
             phases,
-            train,
+            rows_of_steps,
             config.fit,
             model=tokenizer,
             run=run,
