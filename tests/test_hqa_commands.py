@@ -14,11 +14,14 @@ from PIL import Image
 
 from smalti import load
 from smalti.codes import Layout, Level
+from smalti.devices import accelerator
 from smalti.errors import UserError
-from smalti.images import open_images
+from smalti.images import ImageRows, open_images
 from smalti.latentsets.reader import LatentSet
 from smalti.metrics import mse
 from smalti.packing import bits_per_image, read_codes, write_codes
+from smalti.pipeline import given
+from smalti.pipeline.given import with_given
 from smalti.preprocess import to_float, to_uint8
 from smalti.randomness import derive, row_seeds
 from smalti.runs import METRICS_NAME, Run
@@ -76,6 +79,22 @@ def test_stopped_within_a_layer_it_goes_on_to_the_same(folder, capfd, monkeypatc
     finished = [path for path in before if path.parent.resolve() != stop_in]
     assert all(path.stat().st_mtime_ns == before[path] for path in finished)
     assert run(capfd, train_tokenizer.main, *TRAIN, "--out", out)[1].count("is finished: 6 steps") == 3
+
+
+def test_features_of_frozen_layers_are_computed_once_if_they_fit(folder, capfd, monkeypatch):
+    """And the training is the same as with those computed at each step."""
+    rows = ImageRows(open_images("img", height=8, width=8), split="train", flips=True)
+    below, process = load(folder / HQA / "layer-2", "tokenizer"), accelerator("fp32")
+    batch = with_given(below, rows, process).__getitems__([5, 0, 5, 4])
+    assert batch["given"].allclose(below.features(to_float(batch["images"])), atol=1e-5)
+    plain = rows.__getitems__([5, 0, 5, 4])
+    assert all(batch[name].equal(plain[name]) for name in plain)
+    assert batch.keys() == {*plain, "given"}
+    monkeypatch.setattr(given, "MOST_BYTES", 0)
+    assert with_given(below, rows, process) is rows
+    assert run(capfd, train_tokenizer.main, *TRAIN, "--out", "each-step")[0] == 0
+    ours, theirs = weights(folder, "each-step"), weights(folder, HQA)
+    assert all(ours[name].allclose(theirs[name], atol=1e-4) for name in theirs)
 
 
 def test_layers_may_have_steps_of_their_own(folder, capfd):
