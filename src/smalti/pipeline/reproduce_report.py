@@ -37,7 +37,7 @@ from smalti.pipeline.reproduce import (
     search_seconds,
     trained,
 )
-from smalti.pipeline.reproduce_samples_report import heads, samples
+from smalti.pipeline.reproduce_samples_report import distances, heads, samples
 from smalti.preprocess import to_float
 
 PAPER_MSE: dict[DataName, dict[str, float]] = {
@@ -68,10 +68,10 @@ def reproduce(config: Reproduce) -> None:
         "depth": depth_table,
         "size": size_table,
     }
-    generating = {"samples": samples, "heads": heads}
+    by_judges = {"distances": distances, "samples": samples, "heads": heads}
     for part, runs in cells(config).items():
-        if part in generating:
-            generating[part](config, runs, images, partial(write, config, part))
+        if part in by_judges:
+            by_judges[part](config, runs, images, partial(write, config, part))
             continue
         for run in runs:
             trained(run, config, images)
