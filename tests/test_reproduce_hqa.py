@@ -145,6 +145,8 @@ def test_layers_have_steps_of_their_own_and_vqvae_as_many_in_all(folder):
         ]
         steps[kind] = [(run["steps"], run.get("normalize")) for run in found]
     assert steps == {"hqa": [(1, False), (2, False)], "vqvae": [(3, None)]}
+    few = reproduce_hqa.trained("vqvae", replace(config, vqvae_steps=1), data)
+    assert (few.name, json.loads((few / "run.json").read_text())["settings"]["steps"]) == ("vqvae-1steps-seed0", 1)
 
 
 @pytest.mark.parametrize("wrong", [(1,), (1, 0)])

@@ -243,6 +243,19 @@ def test_the_bound_is_the_paper_s_term_by_term(cls, levels):
     torch.testing.assert_close(loss, -expected.mean() / (3 * 8 * 8 * math.log(2)), rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.1, 0.25), (0.4, 1.0), (0.9, 1.0), (None, 1.0)])
+def test_what_latents_cost_comes_in_slowly_in_training_alone(progress, share):
+    whole = model_of(config=replace(SMALL, levels=3))(images(), SEEDS).losses
+    model = model_of(config=replace(SMALL, levels=3, warm_up=0.4))
+    given = None if progress is None else torch.full((3,), progress)
+    found = model.train()(images(), SEEDS, given).losses
+    for name, loss in whole.items():
+        torch.testing.assert_close(found[name], loss * (share if name[5] in "zu" else 1), rtol=1e-4, atol=1e-5)
+    evaluated = model.eval()(images(), SEEDS, given).losses
+    assert all(evaluated[name].equal(loss) for name, loss in whole.items())
+
+
 def test_every_network_learns_from_the_bound():
     model = model_of(SelfVAE, replace(SMALL, levels=3))
     torch.stack(list(model(images(), SEEDS).losses.values())).sum().backward()
@@ -291,6 +304,8 @@ def test_settings_that_will_not_do_are_refused():
         SelfVAE(SMALL)(images(1, 6, 8))
     with pytest.raises(UserError, match="mixtures must be at least 1"):
         SelfVAEConfig(mixtures=0)
+    with pytest.raises(UserError, match="warm_up must be a share from 0 to 1: got 2"):
+        SelfVAEConfig(warm_up=2.0)
     with pytest.raises(UserError, match="no digits"):
         model_of(VAE, toys.TINY["vae"]).decode((torch.zeros(1, 2, 4, 6),), 1)
     assert registry.find("tokenizer", "vae") is VAE

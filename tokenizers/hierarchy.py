@@ -86,6 +86,8 @@ class VAEConfig:
     """Couplings of the RealNVP prior (F in Eq. 13)."""
     flow_width: int = 32
     """Channels of the couplings' networks."""
+    warm_up: float = 0.0
+    """Share of the training over which what latents cost comes into the loss, linearly; the paper has 0."""
 
     def __post_init__(self) -> None:
         require_at_least_one(
@@ -94,6 +96,8 @@ class VAEConfig:
         for name in ("stages", "flow_layers"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.warm_up <= 1:
+            raise UserError(f"warm_up must be a share from 0 to 1: got {self.warm_up}")
 
 
 class Hierarchy(Tokenizer):
@@ -115,7 +119,7 @@ class Hierarchy(Tokenizer):
             the grid of latents.
     """
 
-    uses: ClassVar[tuple[str, ...]] = ("seeds",)
+    uses: ClassVar[tuple[str, ...]] = ("seeds", "progress")
 
     def __init__(self, config: VAEConfig, forms: Sequence[Form]) -> None:
         super().__init__(config)
@@ -187,18 +191,27 @@ class Hierarchy(Tokenizer):
             found[f"z{level + 1}" if level < self.top else "u"] = q[level].log_prob(latents) - ln_p
         return found
 
-    def forward(self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None) -> TokenizerOutput:
+    def forward(
+        self,
+        images: Float[Tensor, "b c h w"],
+        seeds: Int64[Tensor, " b"] | None = None,
+        progress: Float[Tensor, " b"] | None = None,
+    ) -> TokenizerOutput:
         """The losses, whose sum is the negative bound of Eq. 23 in bits for each number of x.
 
         Args:
             images: [-1, 1].
             seeds: of the images, which decide the draws of the latents; without, they draw the same each time.
+            progress: of the training, from 0 to 1: until it is past the warm-up, latents cost a share.
         """
         seeds = row_seeds(0, torch.arange(len(images), device=images.device)) if seeds is None else seeds
         y = self.representations(images)
         q = [self.posterior(level, image) for level, image in enumerate(y)]
-        unit = bits_per_number(images[0].numel())
-        losses = {f"bits_{name}": nats.mean() * unit for name, nats in self.terms(y, q, seeds).items()}
+        unit, share = bits_per_number(images[0].numel()), torch.ones(len(images), device=images.device)
+        if self.training and self.config.warm_up and progress is not None:
+            share = (progress / self.config.warm_up).clamp(max=1)
+        terms = self.terms(y, q, seeds).items()
+        losses = {f"bits_{name}": (nats if name[0] in "xy" else share * nats).mean() * unit for name, nats in terms}
         return TokenizerOutput(None, (q[-1].mean.detach(),), losses)
 
     @torch.no_grad()
@@ -261,10 +274,8 @@ class Hierarchy(Tokenizer):
             if y is None or level < self.top:
                 assert above is not None
                 likelihood = self.likelihoods[level](above, *(() if y is None else (y,)))
-                if pixels == "sample" and seeds is not None:
-                    y = likelihood.sample(derive(seeds, _PIXELS, level))
-                else:
-                    y = likelihood.nearest_to_mean()
+                of_level = None if pixels == "mean" or seeds is None else derive(seeds, _PIXELS, level)
+                y = likelihood.nearest_to_mean() if of_level is None else likelihood.sample(of_level)
             if level and sent.z:
                 above = sent.z[level - 1]
             elif level:
@@ -327,8 +338,7 @@ class Hierarchy(Tokenizer):
     @torch.no_grad()
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
         """See `Tokenizer.reconstructions`: each way to make images, and what is sent of one."""
-        seeds = row_seeds(0, torch.arange(len(images), device=images.device))
-        found = {}
+        seeds, found = row_seeds(0, torch.arange(len(images), device=images.device)), {}
         for way in self.ways:
             sent = self.sent(images, way, seeds)
             ratio = f", {self.compression_ratio(sent, images):.3g}:1" if WAYS[way] else ""

@@ -70,10 +70,12 @@ class ReproduceHQA:
     seeds: int = 1
     """Runs of each model in Table 3."""
     steps: int = 1_000
-    """Optimiser steps of every layer, and of VQ-VAE as many in all as the layers have together."""
+    """Optimiser steps of every layer."""
     layer_steps: tuple[int, ...] = ()
     """Steps of each of the five layers, from the image upwards, in place of `--steps`: the upper ones are cheap, and
     what a layer loses none above it brings back."""
+    vqvae_steps: int = 0
+    """Steps of VQ-VAE, each of which is of a whole network; 0 is as many as the layers have together."""
     normalize: bool = True
     """Bring the features that a layer reconstructs to mean 0 and variance 1, as the authors' code does something like;
     the paper is silent."""
@@ -151,9 +153,11 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
     layers = layers or LAYERS
     steps = config.steps_of_layers[:layers]
     of_layers = "" if layers == LAYERS else f"-{layers}-layers"
-    if kind != "vqvae":
+    if kind == "vqvae":
+        steps = (config.vqvae_steps,) if config.vqvae_steps else steps
+    else:
         of_layers += ("-normalized" if config.normalize else "") + f"-weight{config.upper_latent_weight}"
-    counts = "-".join(str(count) for count in (steps if config.layer_steps else (config.steps,)))
+    counts = "-".join(str(count) for count in (steps if config.layer_steps or len(steps) == 1 else (config.steps,)))
     folder = config.work / f"{kind}{of_layers}-{counts}steps-seed{seed}"
     in_all = sum(steps)
     fit = FitConfig(

@@ -84,7 +84,9 @@ def reproduce_hqa(config: ReproduceHQA) -> None:
 def write(config: ReproduceHQA, part: str, text: str) -> None:
     """Puts a part into the report, with what it was measured on."""
     steps = "/".join(str(count) for count in config.layer_steps) or str(config.steps)
-    budget = f"{steps} steps a layer, batches of {config.batch_size}, AdamW at {config.learning_rate}"
+    of_vqvae = config.vqvae_steps or sum(config.steps_of_layers)
+    budget = f"{steps} steps a layer, {of_vqvae} of VQ-VAE, batches of {config.batch_size}"
+    budget += f", AdamW at {config.learning_rate}"
     budget += f", latent weight {config.upper_latent_weight} above the first layer"
     budget += ", features normalized" if config.normalize else ""
     insert(

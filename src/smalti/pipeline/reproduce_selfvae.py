@@ -52,6 +52,8 @@ class ReproduceSelfVAE:
     """Channels that each layer of a dense block adds."""
     dense_layers: int = 2
     """Layers of a dense block."""
+    warm_up: float = 0.0
+    """Share of the training over which what latents cost comes into the loss; the paper has none."""
     steps: int = 1_200
     """Optimiser steps of every model."""
     batch_size: int = 16
@@ -86,12 +88,13 @@ def trained(name: ModelName, config: ReproduceSelfVAE, images: ImageSet) -> Path
     """The folder of a run, trained as far as it was not yet."""
     size = {"channels": config.channels, "growth": config.growth, "dense_layers": config.dense_layers}
     named = "-".join(map(str, size.values()))
-    folder = config.work / config.data / f"{name}-{named}-{config.steps}steps"
+    warmed = f"-warm{config.warm_up}" if config.warm_up else ""
+    folder = config.work / config.data / f"{name}-{named}-{config.steps}steps{warmed}"
     fit = replace(
         LIKELIHOOD_FIT, steps=config.steps, batch_size=config.batch_size, report_steps=config.steps, save_steps=250
     )
     settings = TrainTokenizer(
-        model=replace(MODELS[name], **size),
+        model=replace(MODELS[name], **size, warm_up=config.warm_up),
         fit=fit,
         tokenizer="vae" if name == "vae" else "selfvae",
         images=config.images,
