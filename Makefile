@@ -42,6 +42,9 @@ help: ## list these targets
 
 setup: $(DEV) ## install smalti and the tools of its developers into .venv
 
+# glibc keeps memory for the next step, in place of giving it back to the system each time; elsewhere nothing reads these
+demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+demo: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 demo: $(RUNTIME) ## train on the embedded emoji, sample and inpaint, into runs/demo
 	$(PYTHON) scripts/demo.py
 

@@ -65,6 +65,15 @@ def test_a_tracker_that_is_not_there_is_one_line(tmp_path, monkeypatch):
         accelerator("fp32", ("wandb", "tensorboard"), tmp_path)
 
 
+def test_subnormal_numbers_slow_no_training_down():
+    """They count as zero: CPUs take several times as long with them."""
+    torch.set_flush_denormal(False)
+    subnormal = torch.full((4,), 2.0**-130)
+    assert (subnormal * 1.0).any()
+    accelerator("fp32")
+    assert not (subnormal * 1.0).any()
+
+
 def test_memory_is_counted_in_gibibytes():
     before = peak_memory_gib(torch.device("cpu"))
     held = torch.ones(2**27)  # half a GiB
