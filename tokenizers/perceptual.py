@@ -123,9 +123,9 @@ def check_size(height: int, width: int) -> None:
 
 def _lpips_network() -> Any:
     """The network of lpips with all its weights, frozen, in evaluation mode."""
-    try:
-        import lpips
-        from torchvision.models import VGG16_Weights
+    try:  # pyright does not find them, as `make setup` leaves this extra out
+        import lpips  # pyright: ignore[reportMissingImports]
+        from torchvision.models import VGG16_Weights  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
         raise UserError(
             f"--perceptual lpips-vgg needs lpips, and the torchvision that fits torch {torch.__version__} ({error}): "
