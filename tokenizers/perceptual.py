@@ -78,8 +78,7 @@ class VGGDistance(PerceptualDistance):
     use. At five scales the features of a position are scaled to length 1, and the squared differences of each channel
     weighted; means over positions, summed over scales, from 0. In float32, whatever the autocast.
 
-    Deviation: lpips divides by a length to which it adds 1e-10, and where a position has no feature at all its gradient
-    is not a number; here lengths are at least 1e-10, and that gradient is 0.
+    Deviation, the package's own: weights multiply the squares, where Eq. 1 squares them too.
 
     Raises:
         UserError: if the extra `lpips` is not installed or torchvision does not fit torch, or VGG's weights are not
@@ -94,12 +93,7 @@ class VGGDistance(PerceptualDistance):
     def distance(self, images: Float[Tensor, "b 3 h w"], others: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
         """See `PerceptualDistance`."""
         with torch.autocast(images.device.type, enabled=False):
-            scales = zip(self._network.lins, self._features(images), self._features(others), strict=True)
-            return torch.stack([weighted((a - b).square()).mean() for weighted, a, b in scales]).sum()
-
-    def _features(self, images: Tensor) -> list[Tensor]:
-        found = self._network.net(self._network.scaling_layer(images.float()))
-        return [F.normalize(features, dim=1, eps=1e-10) for features in found]
+            return self._network(images.float(), others.float()).mean()
 
 
 def find_perceptual(name: PerceptualName) -> PerceptualDistance:
