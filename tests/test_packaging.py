@@ -111,7 +111,7 @@ def test_every_package_that_gets_installed_is_pinned():
     assert lines == sorted(lines, key=str.lower)
     pins = {canonicalize_name(name): pinned for name, pinned in (line.split("==") for line in lines)}
     optional = PROJECT["optional-dependencies"]
-    extras = [line for extra in ("dev", "metrics", "app", "bench") for line in optional[extra]]
+    extras = [line for extra in ("dev", "metrics", "app", "bench", "lpips") for line in optional[extra]]
     reached, waiting = set(), [*map(Requirement, PROJECT["dependencies"] + extras)]
     while waiting:
         requirement = waiting.pop()

@@ -18,7 +18,7 @@ from smalti.fit_config import FitConfig, Phase
 from smalti.preprocess import to_float
 from smalti.processes import mean
 from smalti.tokenizers.objective import logged_mse
-from smalti.tokenizers.perceptual import PerceptualDistance
+from smalti.tokenizers.perceptual import PerceptualDistance, check_size, find_perceptual
 from smalti.tokenizers.vqvae import OneGrid
 
 BETAS = (0.5, 0.9)  # of both optimisers: adversaries move, so less of the past is remembered
@@ -42,8 +42,8 @@ def phases(tokenizer: OneGrid, fit: FitConfig) -> list[Phase]:
         judge.check_size(config.height, config.width)
     perceptual = None
     if config.perceptual_weight:
-        perceptual = PerceptualDistance()
-        perceptual.check_size(config.height, config.width)
+        check_size(config.height, config.width)
+        perceptual = find_perceptual(config.perceptual)
     generator = Generator(tokenizer, perceptual, judge)
     found = [Phase("generator", generator, fit.optimizer_of(generator, betas=BETAS))]
     if judge is not None:

@@ -17,6 +17,7 @@ from smalti.interfaces import TokenizerOutput
 from smalti.registry import register
 from smalti.tokenizers import adversarial, vqgan_blocks
 from smalti.tokenizers.gumbel import GumbelQuantizer
+from smalti.tokenizers.perceptual import PerceptualName
 from smalti.tokenizers.vqvae import OneGrid, VQConfig
 
 
@@ -46,8 +47,11 @@ class VQGANConfig(VQConfig):
     """With `gumbel`: weight of the divergence of the codes' distribution from the uniform one."""
     temperature: float = 1.0
     """With `gumbel`: of the relaxed draws that gradients see."""
+    perceptual: PerceptualName = "lite0"
+    """Whose features' distance is part of the loss: `lite0`, EfficientNet-Lite0's, from the extra `metrics`;
+    `lpips-vgg`, LPIPS as in the paper, from the extra `lpips`, which downloads VGG-16's weights once."""
     perceptual_weight: float = 1.0
-    """Weight of the distance of features (EfficientNet-Lite0's, from the extra `metrics`); 0 does without."""
+    """Weight of that distance; 0 does without, and needs neither extra."""
     adversarial_weight: float = 0.8
     """Weight of what the discriminator says, times the adaptive one; 0 trains without a discriminator."""
     discriminator_start: int = 1_000
@@ -122,8 +126,8 @@ class VQGAN(OneGrid):
         """The tokenizer's own, and with an `adversarial_weight` the discriminator's.
 
         Raises:
-            UserError: if the extra `metrics` is wanted and not there, images are too small for the perceptual loss or
-                the discriminator, or the networks are to be compiled.
+            UserError: if the extra of the perceptual loss or its weights are not there, images are too small for that
+                loss or the discriminator, or the networks are to be compiled.
         """
         return adversarial.phases(self, fit)
 
