@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 
 from smalti import devices
-from smalti.devices import accelerator, peak_memory_gib, tracked
+from smalti.devices import accelerator, peak_memory_gib, subnormals_flushed, tracked
 from smalti.errors import UserError
 
 
@@ -65,13 +65,29 @@ def test_a_tracker_that_is_not_there_is_one_line(tmp_path, monkeypatch):
         accelerator("fp32", ("wandb", "tensorboard"), tmp_path)
 
 
-def test_subnormal_numbers_slow_no_training_down():
-    """They count as zero: CPUs take several times as long with them."""
-    torch.set_flush_denormal(False)
-    subnormal = torch.full((4,), 2.0**-130)
+def test_subnormal_numbers_slow_no_training_down_and_are_back_after_it(tmp_path):
+    """In training they count as zero."""
+    subnormal, seen = torch.full((4,), 2.0**-130), []
+
+    def watched(rows):
+        take = rows.__getitems__
+
+        class Watched(type(rows)):
+            def __getitems__(self, numbers):
+                seen.append((subnormal * 1.0).any().item())
+                return take(numbers)
+
+        rows.__class__ = Watched
+        return rows
+
+    toys.train(tmp_path, wrap=watched)
+    assert len(seen) > 1
+    assert not any(seen)
     assert (subnormal * 1.0).any()
-    accelerator("fp32")
-    assert not (subnormal * 1.0).any()
+    with subnormals_flushed():
+        with subnormals_flushed():
+            assert not (subnormal * 1.0).any()
+        assert not (subnormal * 1.0).any()
 
 
 def test_memory_is_counted_in_gibibytes():

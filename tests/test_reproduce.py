@@ -121,7 +121,7 @@ def test_what_was_not_run_is_said(folder):
 
 def test_a_run_is_measured_anew_of_other_images_and_not_trained(folder):
     """And a result from before the number of images was kept is of the default."""
-    config, (run, *_) = config_of(usage_images=7), cells(config_of())["depth"]
+    config, (*_, run) = config_of(usage_images=7), cells(config_of())["depth"]
     path = folder / folder_of(run, config) / RESULT_NAME
     before, weights = json.loads(path.read_text()), path.with_name("model.safetensors").stat().st_mtime_ns
     assert result(run, config) is None

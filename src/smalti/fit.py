@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smalti.checkpoint import Checkpointed
-from smalti.devices import seed_layers
+from smalti.devices import seed_layers, subnormals_flushed
 from smalti.ema import EMA
 from smalti.errors import UserError
 from smalti.fit_config import FitConfig, LearnsAfterSteps, Phase
@@ -77,6 +77,7 @@ def fit(
     health, device = Health(accelerator.device), accelerator.device
     with (
         received_signals() as received,
+        subnormals_flushed(),
         Watchdog(config.stall_seconds) as watchdog,
         explained(device, _savings(config)),
         bar(
