@@ -76,6 +76,18 @@ def test_layers_that_gather_and_layers_that_do_not(depth, branching):
     assert_greedy(nearest_paths(vectors, books, compiled=False), vectors, books)
 
 
+def test_a_large_flat_codebook_goes_tile_by_tile(monkeypatch):
+    """The last tile is not full; of equally near codewords in several tiles the first is taken, as without tiles."""
+    vectors, (book,) = problem(EAGER_VECTORS + 3, 1, 120)
+    book = torch.cat([book, book], 1)  # each codeword twice, most pairs in two tiles
+    whole = nearest_paths(vectors, [book], compiled=False)
+    monkeypatch.setattr(search, "TILE_CODEWORDS", 50)
+    tiled = nearest_paths(vectors, [book], compiled=False)
+    assert_greedy(tiled, vectors, [book])
+    assert tiled.equal(whole)
+    assert whole.max() < 120
+
+
 def test_a_large_flat_codebook_gathers_no_candidates(monkeypatch):
     """A single node is one matrix product however large; gathered, each vector would have a copy of the codebook."""
     vectors, books = problem(EAGER_VECTORS, 1, 4 * DENSE_CODEWORDS)

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.devices import best_device
 from smalti.images import ImageRows
 from smalti.preprocess import to_float
 from smalti.progress import bar
@@ -43,16 +42,16 @@ def with_given(below: HQA, rows: ImageRows, process: Accelerator) -> ImageRows |
     Args:
         below: the layers below.
         rows: what the layer on top trains on; nothing changes them from step to step.
-        process: whose arithmetic that is.
+        process: whose arithmetic that is, and whose device.
     """
     (level,) = below.layout.levels
     shape = (len(rows), below.config.code_width, level.height, level.width)
     if torch.Size(shape).numel() * 4 > MOST_BYTES:
         return rows
-    given, network = torch.empty(shape), below.to(best_device()).eval()
+    given, network = torch.empty(shape), below.to(process.device).eval()
     with bar(what="features", total=len(rows), unit="image", shown=process.is_main_process) as progress:
         for chosen in torch.arange(len(rows)).split(_AT_ONCE):
-            images = to_float(rows.__getitems__(chosen.tolist())["images"]).to(best_device())
+            images = to_float(rows.__getitems__(chosen.tolist())["images"]).to(process.device)
             with process.autocast():
                 given[chosen] = network.features(images).cpu()
             progress.update(len(chosen))

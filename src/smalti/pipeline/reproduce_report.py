@@ -6,6 +6,7 @@ Which runs there are and what is measured of them: `reproduce.py`. Table 3 and t
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def depth_table(config: Reproduce, runs: list[Cell]) -> str:
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     found = {(run.depth, run.plain, run.seed): result(run, config) for run in runs}
-    for before, depth in zip((0, *DEPTHS), DEPTHS, strict=False):
+    for before, depth in pairwise((0, *DEPTHS)):
         row = [str(depth), str(round(DEPTH_LEAVES ** (1 / depth)))]
         for plain in (True, False):
             pairs = [(found[depth, plain, seed], found.get((before, plain, seed))) for seed in range(config.seeds)]

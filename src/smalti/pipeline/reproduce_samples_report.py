@@ -46,23 +46,31 @@ Found: TypeAlias = dict[tuple[str, str], list[dict[str, Any]]]
 
 def distances(config: Reproduce, runs: Sequence[Cell], images: ImageSet, write: Callable[[str], None]) -> None:
     """Trains and measures what is missing of Table 1's Fréchet distances, and writes the table after each run."""
-    judge, judging = Judge(config), config.generating
+    judge = Judge(config)
     real, found = floor(config, judge), {(kind, plain): [] for kind in KINDS for plain in (True, False)}
     for run in runs:
         found[run.kind, run.plain].append(reconstructed(run, config, images, judge))
-        lines = [
-            f"Table 1, {config.data}: Fréchet distance ({judging.extractor}) of the reconstructions of {real['num']} "
-            f"held-out images to {judging.reference} training images; of the images themselves it is "
-            f"{real['frechet']:.1f}. {config.steps} steps; means over {config.seeds} seed(s), and from the least to "
-            "the most.",
-            "",
-            "| | paper: FID | trained as the paper | at its best |",
-            "|---|---:|---:|---:|",
-        ]
-        for kind in KINDS:
-            ours = [_each(found[kind, plain], "frechet", ".1f") for plain in (True, False)]
-            lines.append(f"| {NAMES[kind]} | {PAPER_RECONSTRUCTED[config.data][kind]} | {' | '.join(ours)} |")
-        write("\n".join(lines))
+        write(distances_table(config, found, real))
+
+
+def distances_table(
+    config: Reproduce, found: Mapping[tuple[str, bool], Sequence[dict[str, Any]]], real: dict[str, Any]
+) -> str:
+    """Table 1's distances of what there is, by kind and whether trained plainly; `real` as in `samples_table`."""
+    judging = config.generating
+    lines = [
+        f"Table 1, {config.data}: Fréchet distance ({judging.extractor}) of the reconstructions of {real['num']} "
+        f"held-out images to {judging.reference} training images; of the images themselves it is "
+        f"{real['frechet']:.1f}. {config.steps} steps; means over {config.seeds} seed(s), and from the least to "
+        "the most.",
+        "",
+        "| | paper: FID | trained as the paper | at its best |",
+        "|---|---:|---:|---:|",
+    ]
+    for kind in KINDS:
+        ours = [_each(found[kind, plain], "frechet", ".1f") for plain in (True, False)]
+        lines.append(f"| {NAMES[kind]} | {PAPER_RECONSTRUCTED[config.data][kind]} | {' | '.join(ours)} |")
+    return "\n".join(lines)
 
 
 def samples(config: Reproduce, runs: Sequence[Cell], images: ImageSet, write: Callable[[str], None]) -> None:

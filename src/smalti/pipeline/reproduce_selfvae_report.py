@@ -82,9 +82,9 @@ def measured(folder: Path, config: ReproduceSelfVAE) -> dict[str, Any]:
 
 def table(config: ReproduceSelfVAE, done: dict[ModelName, Path]) -> str:
     """Table 1's rows, and for each model the ladder of what is sent."""
+    warm_up = f", warm-up {config.warm_up:.0%}" if config.warm_up else ""
     lines = [
-        f"Table 1, {config.data}, {config.steps} steps of {config.batch_size} images"
-        f"{f', warm-up {config.warm_up:.0%}' if config.warm_up else ''}: bits per dimension of "
+        f"Table 1, {config.data}, {config.steps} steps of {config.batch_size} images{warm_up}: bits per dimension of "
         f"{config.likelihood_num} held-out images by {config.samples} importance samples, their standard error, the "
         f"bound of one sample; Fréchet distance of {config.num} generations to {config.reference} training images, and "
         "that of as many real ones.",

@@ -91,16 +91,18 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     folder = config.out or TOKENIZERS / config.tokenizer
     kind = cast(type[Tokenizer], registry.find("tokenizer", config.tokenizer))
     *lower, top = kind.stages(config.model)
-    layer_steps = config.layer_steps or (config.fit.steps,) * (len(lower) + 1)
-    if len(layer_steps) != len(lower) + 1:
-        raise UserError(f"--layer-steps names {len(layer_steps)} layers, but {config.tokenizer} has {len(lower) + 1}")
+    *lower_steps, top_steps = config.layer_steps or (config.fit.steps,) * (len(lower) + 1)
+    if len(lower_steps) != len(lower):
+        raise UserError(
+            f"--layer-steps names {len(config.layer_steps)} layers, but {config.tokenizer} has {len(lower) + 1}"
+        )
     below = None
-    for number, (model, steps) in enumerate(zip(lower, layer_steps, strict=False), 1):
+    for number, (model, steps) in enumerate(zip(lower, lower_steps, strict=True), 1):
         resume = config.resume if config.resume == "never" else "auto"  # a step to go back to is the top layer's
         fit_layer = replace(config.fit, steps=steps)
         stage = replace(config, model=model, fit=fit_layer, out=folder / layer_name(number), resume=resume)
         below, images = _train(stage, images, below)
-    fit_top = replace(config.fit, steps=layer_steps[-1])
+    fit_top = replace(config.fit, steps=top_steps)
     return _train(replace(config, model=top, fit=fit_top, out=folder), images, below)[0]
 
 
