@@ -29,11 +29,16 @@ class Residual(nn.Module, ABC):
 
 
 class ResidualBlock(Residual):
-    """x + conv(silu(conv(silu(x)))), the last weights starting at zero: a deep stack starts as nearly the identity."""
+    """x + conv(silu(conv(silu(x)))), the last weights starting at zero: a deep stack starts as nearly the identity.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: of what comes in and goes out.
+        kernel: of the first convolution, an odd number.
+    """
+
+    def __init__(self, channels: int, kernel: int = 3) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
         self.second = nn.Conv2d(channels, channels, 1)
         self.shortcut, self.silu = nn.Identity(), nn.SiLU()
         nn.init.zeros_(self.second.weight)
@@ -44,21 +49,35 @@ class ResidualBlock(Residual):
         return self.silu, self.first, self.silu, self.second
 
 
-def encoder(*, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int) -> nn.Sequential:
-    """Images to z_e, at 1 / 2**len(widths) of their size: each width a stride-2 convolution and its residual blocks."""
+def encoder(
+    *, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int, alone: bool = False
+) -> nn.Sequential:
+    """Images to z_e, at 1 / 2**len(widths) of their size: each width a stride-2 convolution and its residual blocks.
+
+    Args:
+        image_channels: of the images.
+        widths: channels of each stage.
+        residual_blocks: of each stage.
+        code_width: channels of z_e.
+        alone: no position sees another, only its own 2x2 patch: all that there is to see where a grid is one position,
+            for a ninth of the weights.
+    """
     layers: list[nn.Module] = []
     for before, width in zip((image_channels, *widths), widths, strict=False):
         layers += [
-            nn.Conv2d(before, width, 4, stride=2, padding=1),
-            *(ResidualBlock(width) for _ in range(residual_blocks)),
+            nn.Conv2d(before, width, 2, stride=2) if alone else nn.Conv2d(before, width, 4, stride=2, padding=1),
+            *(ResidualBlock(width, 1 if alone else 3) for _ in range(residual_blocks)),
         ]
     return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(widths[-1], code_width, 1))
 
 
-def decoder(*, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int) -> nn.Sequential:
+def decoder(
+    *, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int, alone: bool = False
+) -> nn.Sequential:
     """The mirror of `encoder`: each width's residual blocks, then a convolution whose channels become 2x2 pixels."""
-    layers: list[nn.Module] = [nn.Conv2d(code_width, widths[-1], 3, padding=1)]
+    kernel = 1 if alone else 3
+    layers: list[nn.Module] = [nn.Conv2d(code_width, widths[-1], kernel, padding=kernel // 2)]
     for width, after in zip(reversed(widths), (*reversed(widths[:-1]), image_channels), strict=True):
-        layers += [*(ResidualBlock(width) for _ in range(residual_blocks)), nn.SiLU()]
-        layers += [nn.Conv2d(width, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
+        layers += [*(ResidualBlock(width, kernel) for _ in range(residual_blocks)), nn.SiLU()]
+        layers += [nn.Conv2d(width, 4 * after, kernel, padding=kernel // 2), nn.PixelShuffle(2)]
     return nn.Sequential(*layers)

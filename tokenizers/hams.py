@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from smalti.registry import register
-from smalti.tokenizers.hqa import HQA, HQAConfig, Posterior, Target
+from smalti.tokenizers.hqa import HQA
+from smalti.tokenizers.hqa_stage import HQAConfig, Posterior, Target
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ Legend: b batch, c channels, h w image or grid, d code width, k codebook size. L
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
+from dataclasses import replace
+from typing import ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,110 +21,12 @@ from smalti.errors import UserError
 from smalti.interfaces import Tokenizer, TokenizerOutput, require_size
 from smalti.randomness import derive, row_seeds
 from smalti.registry import register
-from smalti.tokenizers import blocks
-from smalti.tokenizers.linked import LinkedQuantizer
-from smalti.tokenizers.stochastic import START_LENGTH, StochasticQuantizer, draw
+from smalti.tokenizers.blocks import ResidualBlock
+from smalti.tokenizers.hqa_stage import HQAConfig, Stage
+from smalti.tokenizers.stochastic import StochasticQuantizer, draw
 
-Posterior: TypeAlias = Literal["stochastic", "nearest"]
-Target: TypeAlias = Literal["features", "codes"]
 _ENCODE, _DECODE = range(2)  # streams of a row's seed
-
-
-@dataclass(frozen=True)
-class HQAConfig:
-    """Settings of an HQA. The defaults bring 32x32 images to one code of 8 bits, through 16x16, 8x8, 4x4 and 2x2."""
-
-    height: int = 32
-    """Height of the images in pixels; others that divide by the downsampling work too."""
-    width: int = 32
-    """Width of the images in pixels."""
-    image_channels: int = 3
-    """3 for colour, 1 for grey."""
-    widths: tuple[int, ...] = (32, 32, 32, 48, 64)
-    """Channels of each layer's networks, from the image upwards; every layer halves the size."""
-    residual_blocks: int = 1
-    """Residual blocks of each encoder and of each decoder."""
-    code_width: int = 64
-    """Length of a codeword."""
-    codebook_size: int = 256
-    """Codewords of each layer."""
-    posterior: Posterior = "stochastic"
-    """How layers quantize: `stochastic` samples (Eq. 3), through a Gumbel softmax in training; `nearest` takes the
-    nearest codeword."""
-    target: Target = "features"
-    """What layers above the first reconstruct: the `features` z_e of the layer below (Section 5.2.2), by squared error,
-    or its `codes`, by cross-entropy, as HAMs do."""
-    probabilistic: bool = True
-    """Add Eq. 4's entropy and probabilistic commitment to the reconstruction; if not, Eq. 2's codebook and commitment
-    terms. Of stochastic posteriors only."""
-    latent_weight: float = 0.001
-    """Weight of these terms: Eq. 4 in units of twice the variance of p(x|z), which the paper leaves open."""
-    upper_latent_weight: float | None = None
-    """That of layers above the first, whose variance is another one; as of the first unless given."""
-    temperature: float = 0.667
-    """Of the Gumbel softmax when training starts; it falls linearly to 0."""
-    reset_below: float = 0.03
-    """A codeword used less than this share of the most used one moves to beside one in use; 0 moves none."""
-    kmeans_start: bool = True
-    """Start a layer's codewords at the k-means centres of what its untrained encoder, scaled to their spread, makes of
-    images; not from random codewords."""
-    normalize: bool = False
-    """Bring the features that a layer reconstructs to mean 0, and to variance 1 over all channels together: distances,
-    by which the layer below quantizes them, keep their proportions."""
-
-
-class Stage(nn.Module):
-    """One layer of the stack: encoder, quantizer, decoder, and the mean and deviation of what it is given.
-
-    Deviations: residual blocks and activations are those of the rest of smalti's family, not the paper's; the mean and
-    deviation, which the authors' code keeps running, are taken once, as the layer below no longer changes.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, config: HQAConfig, number: int) -> None:
-        super().__init__()
-        of_codes = number > 0 and config.target == "codes"
-        given = config.code_width if number else config.image_channels
-        shape: dict[str, Any] = {
-            "widths": (config.widths[number],),
-            "residual_blocks": config.residual_blocks,
-            "code_width": config.code_width,
-        }
-        made = config.codebook_size if of_codes else given
-        self.encoder = blocks.encoder(image_channels=given, **shape)
-        self.decoder = blocks.decoder(image_channels=made, **shape)
-        upper = config.upper_latent_weight if number else None
-        weight = config.latent_weight if upper is None else upper
-        self.quantizer = _quantizer(config, weight=weight / (4 * (1 if of_codes else given)))
-        self.register_buffer("mean", torch.zeros(given, 1, 1))
-        self.register_buffer("deviation", torch.ones(1, 1, 1))
-
-    def encode(self, given: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
-        """z_e, at half the size."""
-        return self.encoder((given - self.mean) / self.deviation)
-
-
-def _quantizer(config: HQAConfig, *, weight: float) -> LinkedQuantizer | StochasticQuantizer:
-    """A layer's.
-
-    Args:
-        config: of the stack.
-        weight: of its terms: the loss is per value that the decoder makes, and it makes several for each code.
-    """
-    if config.posterior == "nearest":
-        return LinkedQuantizer(
-            code_width=config.code_width, branching=config.codebook_size, revive_below=config.reset_below
-        )
-    return StochasticQuantizer(
-        code_width=config.code_width,
-        codebook_size=config.codebook_size,
-        probabilistic=config.probabilistic,
-        weight=weight,
-        temperature=config.temperature,
-        reset_below=config.reset_below,
-    )
+_AT_ONCE = 512  # images, of the many that codebooks start from
 
 
 @register
@@ -167,7 +69,7 @@ class HQA(Tokenizer):
 
     def recomputable(self) -> list[nn.Module]:
         """Every residual block of the top layer."""
-        return [module for module in self.layers[-1].modules() if isinstance(module, blocks.ResidualBlock)]
+        return [module for module in self.layers[-1].modules() if isinstance(module, ResidualBlock)]
 
     @classmethod
     def stages(cls, config: HQAConfig) -> Sequence[HQAConfig]:
@@ -297,23 +199,9 @@ class HQA(Tokenizer):
 
     @torch.no_grad()
     def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
-        """The mean and deviation of what the top layer is given; its codewords at the k-means centres of what the
-        untrained encoder makes of it. Each if so configured."""
-        top = self._layers[-1]
-        given = self._given(images)
-        if self.config.normalize and len(self.layers) > 1:
-            top.mean.copy_(given.mean((0, 2, 3), keepdim=True)[0])
-            top.deviation.fill_((given - top.mean).square().mean().sqrt().clamp_min(1e-6))
-        if not self.config.kmeans_start:
-            return
-        z_e = top.encode(given)
-        if isinstance(top.quantizer, StochasticQuantizer):
-            last = cast(nn.Conv2d, top.encoder[-1])
-            scale = START_LENGTH / z_e.var((0, 2, 3)).sum().sqrt().clamp_min(1e-6)
-            last.weight.mul_(scale)
-            cast(Tensor, last.bias).mul_(scale)
-            z_e = z_e * scale
-        top.quantizer.start_from(z_e)
+        """See `Stage.start_from`: the top layer."""
+        given = torch.cat([self._given(part) for part in images.split(_AT_ONCE)])
+        self._layers[-1].start_from(given, self.config)
 
     @torch.no_grad()
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:

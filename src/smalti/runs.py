@@ -112,7 +112,13 @@ class Run:
 
     def _compare(self, before: dict[str, Any]) -> None:
         names = (before.keys() | self.settings.keys()) - FREE_SETTINGS
-        changed = sorted(name for name in names if before.get(name) != self.settings.get(name))
+        unknown = before.keys() ^ self.settings.keys()  # a setting that one of them does not have is off there
+        changed = sorted(
+            name
+            for name in names
+            if before.get(name) != self.settings.get(name)
+            and not (name in unknown and not (before.get(name) or self.settings.get(name)))
+        )
         if changed:
             first = changed[0]
             raise UserError(

@@ -43,7 +43,7 @@ MODELS: tuple[Model, ...] = get_args(Model)
 CURVES = ("hqa", "hams", "vqvae")
 LAYERS = 5
 VQVAE_WIDTHS = (32, 48, 64, 64, 64)  # with which it has a million parameters, as the default stack
-HAMS_WIDTHS = (32, 16, 16, 24, 32)  # likewise, where decoders predict codes, each with 256 numbers
+HAMS_WIDTHS = (32, 16, 24, 32, 64)  # likewise, where decoders predict codes, each with 256 numbers
 CLASSIFIER_FEATURES = 128
 _AT_ONCE = 250
 _STREAM = 64  # of a seed, that which leads to the decodes
@@ -74,6 +74,8 @@ class ReproduceHQA:
     layer_steps: tuple[int, ...] = ()
     """Steps of each of the five layers, from the image upwards, in place of `--steps`: the upper ones are cheap, and
     what a layer loses none above it brings back."""
+    layer_batch_sizes: tuple[int, ...] = ()
+    """Images a step of each of the five layers, in place of `--batch-size`."""
     vqvae_steps: int = 0
     """Steps of VQ-VAE, each of which is of a whole network; 0 is as many as the layers have together."""
     normalize: bool = True
@@ -86,6 +88,8 @@ class ReproduceHQA:
     """Images a step."""
     learning_rate: float = 1e-3
     """AdamW's."""
+    vqvae_learning_rate: float | None = None
+    """That of VQ-VAE; the same unless given."""
     test_num: int = 10_000
     """How many test images are compressed, at most."""
     classifier_steps: int = 2_000
@@ -99,8 +103,11 @@ class ReproduceHQA:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "seeds", "steps", "batch_size", "test_num", "classifier_steps")
-        if self.layer_steps and (len(self.layer_steps) != LAYERS or min(self.layer_steps) < 1):
-            raise UserError(f"--layer-steps must have {LAYERS} numbers of at least 1, not {self.layer_steps}")
+        for name in ("layer_steps", "layer_batch_sizes"):
+            numbers: tuple[int, ...] = getattr(self, name)
+            if numbers and (len(numbers) != LAYERS or min(numbers) < 1):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} must have {LAYERS} numbers of at least 1, not {numbers}")
 
     @property
     def steps_of_layers(self) -> tuple[int, ...]:
@@ -158,10 +165,15 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
     else:
         of_layers += ("-normalized" if config.normalize else "") + f"-weight{config.upper_latent_weight}"
     counts = "-".join(str(count) for count in (steps if config.layer_steps or len(steps) == 1 else (config.steps,)))
+    rate = config.vqvae_learning_rate if kind == "vqvae" else None
     folder = config.work / f"{kind}{of_layers}-{counts}steps-seed{seed}"
     in_all = sum(steps)
     fit = FitConfig(
-        steps=in_all, batch_size=config.batch_size, learning_rate=config.learning_rate, seed=seed, report_steps=in_all
+        steps=in_all,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate if rate is None else rate,
+        seed=seed,
+        report_steps=in_all,
     )
     registered = kind if kind in ("vqvae", "hqa") else "hams"
     settings = TrainTokenizer(
@@ -171,6 +183,7 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
         images=config.images,
         flips=False,  # mirrored digits are no digits
         layer_steps=() if kind == "vqvae" else steps,
+        layer_batch_sizes=() if kind == "vqvae" else config.layer_batch_sizes[:layers],
         precision=config.precision,
         out=folder,
     )

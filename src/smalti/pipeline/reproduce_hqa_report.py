@@ -85,8 +85,10 @@ def write(config: ReproduceHQA, part: str, text: str) -> None:
     """Puts a part into the report, with what it was measured on."""
     steps = "/".join(str(count) for count in config.layer_steps) or str(config.steps)
     of_vqvae = config.vqvae_steps or sum(config.steps_of_layers)
-    budget = f"{steps} steps a layer, {of_vqvae} of VQ-VAE, batches of {config.batch_size}"
-    budget += f", AdamW at {config.learning_rate}"
+    sizes = "/".join(str(size) for size in config.layer_batch_sizes) or str(config.batch_size)
+    rate = config.vqvae_learning_rate or config.learning_rate
+    budget = f"{steps} steps of {sizes} images in each layer, AdamW at {config.learning_rate}; VQ-VAE {of_vqvae} of "
+    budget += f"{config.batch_size}, at {rate}"
     budget += f", latent weight {config.upper_latent_weight} above the first layer"
     budget += ", features normalized" if config.normalize else ""
     insert(

@@ -35,7 +35,7 @@ Preset: TypeAlias = Literal[
     "f32-megapixel",
 ]
 
-START_IMAGES, MOST_START_IMAGES = 512, 4_096  # whose features the codebooks start from: more if they are coarse,
+START_IMAGES, MOST_START_IMAGES = 512, 2**14  # whose features the codebooks start from: more if they are coarse,
 START_VECTORS = 2**15  # for so many vectors,
 START_PIXELS = 2**25  # but no more than these
 SHEET_IMAGES = 12
@@ -60,6 +60,8 @@ class TrainTokenizer(Generic[C]):
     layer_steps: tuple[int, ...] = ()
     """Optimiser steps of each layer, from the image upwards, where not all have `--steps`: of a kind that is trained
     layer by layer, whose upper layers are the cheap ones."""
+    layer_batch_sizes: tuple[int, ...] = ()
+    """Images a step of each of these layers, likewise, in place of `--batch-size`."""
     precision: Precision = "auto"
     """Arithmetic of the networks; auto is bf16 where the hardware is fast in it."""
     out: Path | None = None
@@ -69,8 +71,9 @@ class TrainTokenizer(Generic[C]):
     goes back to the state of that step and forgets what came after."""
 
     def __post_init__(self) -> None:
-        if self.layer_steps and min(self.layer_steps) < 1:
-            raise UserError(f"layer_steps must be at least 1 each, not {self.layer_steps}")
+        for name in ("layer_steps", "layer_batch_sizes"):
+            if min(getattr(self, name), default=1) < 1:
+                raise UserError(f"{name} must be at least 1 each, not {getattr(self, name)}")
 
 
 def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None) -> Path:
@@ -91,19 +94,28 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     folder = config.out or TOKENIZERS / config.tokenizer
     kind = cast(type[Tokenizer], registry.find("tokenizer", config.tokenizer))
     *lower, top = kind.stages(config.model)
-    *lower_steps, top_steps = config.layer_steps or (config.fit.steps,) * (len(lower) + 1)
-    if len(lower_steps) != len(lower):
-        raise UserError(
-            f"--layer-steps names {len(config.layer_steps)} layers, but {config.tokenizer} has {len(lower) + 1}"
-        )
+    *lower_fits, top_fit = _fits(config, len(lower) + 1)
     below = None
-    for number, (model, steps) in enumerate(zip(lower, lower_steps, strict=True), 1):
+    for number, (model, fit_layer) in enumerate(zip(lower, lower_fits, strict=True), 1):
         resume = config.resume if config.resume == "never" else "auto"  # a step to go back to is the top layer's
-        fit_layer = replace(config.fit, steps=steps)
         stage = replace(config, model=model, fit=fit_layer, out=folder / layer_name(number), resume=resume)
         below, images = _train(stage, images, below)
-    fit_top = replace(config.fit, steps=top_steps)
-    return _train(replace(config, model=top, fit=fit_top, out=folder), images, below)[0]
+    return _train(replace(config, model=top, fit=top_fit, out=folder), images, below)[0]
+
+
+def _fits(config: TrainTokenizer[Any], layers: int) -> list[FitConfig]:
+    """Of each layer.
+
+    Raises:
+        UserError: if numbers are given of more or fewer layers than there are.
+    """
+    for name in ("layer_steps", "layer_batch_sizes"):
+        if len(getattr(config, name)) not in (0, layers):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} names {len(getattr(config, name))} layers, but {config.tokenizer} has {layers}")
+    steps = config.layer_steps or (config.fit.steps,) * layers
+    sizes = config.layer_batch_sizes or (config.fit.batch_size,) * layers
+    return [replace(config.fit, steps=count, batch_size=size) for count, size in zip(steps, sizes, strict=True)]
 
 
 def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | None) -> tuple[Path, ImageSet]:
