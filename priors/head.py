@@ -79,7 +79,7 @@ class FactorizedHead(TreeEmbedding):
         self,
         features: Float[Tensor, "b n d"],
         codes: Int64[Tensor, "b n"],
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         *,
         without_class: Float[Tensor, "b n d"] | None = None,
         guidance: float = 1.0,
@@ -108,7 +108,7 @@ class FactorizedHead(TreeEmbedding):
         self,
         features: Float[Tensor, "b n d"],
         uniforms: Float[Tensor, "b n k"],
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         *,
         without_class: Float[Tensor, "b n d"] | None = None,
         guidance: float = 1.0,
@@ -145,14 +145,14 @@ class FactorizedHead(TreeEmbedding):
         return (uniform(seeds, *grid) * self.codebook_size).long()
 
     def _logits(
-        self, features: Tensor, temperature: float, without_class: Tensor | None, guidance: float
+        self, features: Tensor, temperature: float | Tensor, without_class: Tensor | None, guidance: float
     ) -> Callable[[int, Tensor], Tensor]:
         """What `_reader` gives, guided, and divided by the temperature."""
         child_logits = self._reader(features)
         if without_class is None:
-            return (
-                child_logits if temperature == 1 else lambda digit, parents: child_logits(digit, parents) / temperature
-            )
+            if not isinstance(temperature, Tensor) and temperature == 1:
+                return child_logits
+            return lambda digit, parents: child_logits(digit, parents) / temperature
         other_logits = self._reader(without_class)
         return lambda i, parents: torch.lerp(other_logits(i, parents), child_logits(i, parents), guidance) / temperature
 

@@ -18,6 +18,7 @@ from smalti.errors import UserError
 from smalti.priors.orders import Order, halton_ranks, ranks
 from smalti.priors.prior import CodePrior, ObjectiveConfig
 from smalti.priors.samplers import Sampling, between, check_given, look
+from smalti.priors.steps import fused
 from smalti.randomness import derive, gumbel, uniform
 
 HIDDEN = -1
@@ -97,6 +98,9 @@ class MaskedSampling(Sampling):
     """How far to go from what is likely in any class (0) past what is likely in the given one (1), at the cost of
     variety; other values than 1 take twice the time. Without classes it is nothing."""
 
+    compile: bool = False
+    """Make one program of all that a round does, on a GPU a CUDA graph: a minute to start with, then faster rounds."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 1:
@@ -155,28 +159,64 @@ def sample_masked(
             do not go with it.
     """
     check_given(prior, known, known_mask, labels)
-    head, (b, h, w) = prior.head, known.shape
+    b, h, w = known.shape
     hidden, codes = ~known_mask.flatten(1), known.flatten(1)  # b n
     unknown = hidden.sum(1, keepdim=True)  # b 1
+    show = fused(_show, codes.device) if sampling.compile else _show
     for step in range(sampling.steps):
+        done = (step + 1) / sampling.steps
         temperature = between(sampling.temperature, step, sampling.steps)
-        of_step = derive(seeds, step)
-        shown = codes.masked_fill(hidden, HIDDEN).view(b, h, w)
-        how = look(prior, shown, labels, upper, derive(of_step, WINDOW), temperature, sampling.guidance)
-        draws = uniform(derive(of_step, DRAW), h * w, len(head.radices))
-        drawn = head.sample(uniforms=draws, top_p=sampling.top_p, **how)
-        codes = torch.where(hidden, drawn, codes)
-        match sampling.order:
-            case "halton":
-                keys = -halton_ranks(h, w).to(codes.device, torch.float32).expand(b, -1)
-            case "random":
-                keys = uniform(derive(seeds, RANK), h * w)
-            case "confidence":
-                noise = sampling.choice_temperature * (1 - (step + 1) / sampling.steps)
-                keys = -head.nll(codes=drawn, **how) + noise * gumbel(derive(of_step, RANK), h * w)
-        left = (unknown * math.cos(math.pi / 2 * (step + 1) / sampling.steps)).floor()
-        # the last to be shown come first
-        hidden = hidden & (ranks(keys.masked_fill(~hidden, torch.inf)) < left)
+        ranked = derive(seeds, RANK) if sampling.order == "random" else derive(seeds, step, RANK)
+        given = (temperature, done, math.cos(math.pi / 2 * done), labels, upper, derive(seeds, step), ranked, sampling)
+        codes, hidden = show(prior, codes.view(b, h, w), hidden, unknown, *given)
         if callback is not None:
             callback(step, codes.view(b, h, w))
     return rearrange(codes, "b (h w) -> b h w", h=h)
+
+
+def _show(
+    prior: CodePrior,
+    codes: Int64[Tensor, "b h w"],
+    hidden: Bool[Tensor, "b n"],
+    unknown: Int64[Tensor, "b 1"],
+    temperature: float | Tensor,
+    done: float | Tensor,
+    left: float | Tensor,
+    labels: Int64[Tensor, " b"] | None,
+    upper: tuple[Int64[Tensor, "b _y _x"], ...],
+    seeds: Int64[Tensor, " b"],
+    ranked: Int64[Tensor, " b"],
+    sampling: MaskedSampling,
+) -> tuple[Int64[Tensor, "b n"], Bool[Tensor, "b n"]]:
+    """One round: the codes after it, and which of them are hidden again.
+
+    Args:
+        prior: see `sample_masked`, as labels, upper and sampling.
+        codes: before it; what stands where they are hidden does not matter.
+        hidden: which are.
+        unknown: how many are not known.
+        temperature: divides the logits.
+        done: the share of the rounds that is over with this one.
+        left: the share of the unknown codes to hide again.
+        labels: of the rows.
+        upper: the levels above.
+        seeds: for what is drawn.
+        ranked: for the order.
+        sampling: how.
+    """
+    head, (b, h, w) = prior.head, codes.shape
+    shown = codes.masked_fill(hidden.view_as(codes), HIDDEN)
+    how = look(prior, shown, labels, upper, derive(seeds, WINDOW), temperature, sampling.guidance)
+    draws = uniform(derive(seeds, DRAW), h * w, len(head.radices))
+    drawn = head.sample(uniforms=draws, top_p=sampling.top_p, **how)
+    flat = torch.where(hidden, drawn, codes.flatten(1))
+    match sampling.order:
+        case "halton":
+            keys = -halton_ranks(h, w).to(codes.device, torch.float32).expand(b, -1)
+        case "random":
+            keys = uniform(ranked, h * w)
+        case "confidence":
+            noise = sampling.choice_temperature * (1 - done)
+            keys = -head.nll(codes=drawn, **how) + noise * gumbel(ranked, h * w)
+    # the last to be shown come first
+    return flat, hidden & (ranks(keys.masked_fill(~hidden, torch.inf)) < (unknown * left).floor())

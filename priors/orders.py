@@ -18,10 +18,15 @@ def ranks(keys: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
     return keys.argsort(dim=1, stable=True).argsort(dim=1)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def halton_ranks(h: int, w: int) -> Int64[Tensor, " n"]:
     """The place of each position, in raster order, in a Halton sequence of bases 2 and 3 over the grid, in which each
     prefix is spread evenly."""
+    return _halton_ranks(h, w)
+
+
+@cache
+def _halton_ranks(h: int, w: int) -> Int64[Tensor, " n"]:
     order: dict[int, None] = {}  # kept in the order of insertion
     number = 0
     while len(order) < h * w:

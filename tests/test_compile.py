@@ -1,8 +1,9 @@
-"""Runs under `--compile` train what others do. This file is also the program that trains them.
+"""Runs under `--compile` train what others do, and samplers draw what others do. This file is also the program of them.
 
 In a process of its own, without the shape checks of the tests, which would break the compiler's graphs.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,8 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import toys
 
+from smalti import registry
+from smalti.priors.masked import MaskedSampling, sample_masked
+from smalti.priors.samplers import SundaeSampling, sample_sundae
+from smalti.randomness import row_seeds
 from smalti.signals import Interrupted
 
 COMPILED = replace(toys.CONFIG, compile=True)
@@ -39,16 +45,47 @@ def program(folder):
     train("eager from there", toys.CONFIG)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def draws(folder):
+    """Writes, of each sampler, whether compiled it draws the same, and in how many graphs."""
+    from torch._dynamo.utils import counters
+
+    found, rows = {}, torch.arange(3)
+    for kind, sampler, sampling in (
+        ("hourglass", sample_sundae, SundaeSampling(steps=6, min_steps=2, top_p=0.9)),
+        ("maskgit", sample_masked, MaskedSampling(steps=4, temperature=(1.0, 0.5))),
+    ):
+        torch.manual_seed(0)
+        prior = registry.find("prior", kind)(replace(toys.TINY[kind], depth=(1,), shorten=())).eval()
+        known = torch.arange(6).view(1, *prior.level.shape).repeat(3, 1, 1)
+        given = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "labels": rows - 1}
+        eager, compiled = (
+            sampler(prior, **given, sampling=replace(sampling, compile=choice)) for choice in (False, True)
+        )
+        found[kind] = [torch.equal(eager, compiled), counters["stats"]["unique_graphs"], len(counters["graph_break"])]
+        torch._dynamo.reset()
+        counters.clear()
+    (folder / "draws.json").write_text(json.dumps(found))
+
+
+def run(folder, what):
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("compile")
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, __file__, what, str(folder)], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("compile"), "program")
+
+
+def test_a_compiled_step_draws_the_same_in_one_program(tmp_path):
+    """For all temperatures, without the compiler giving up anywhere."""
+    found = json.loads((run(tmp_path, "draws") / "draws.json").read_text())
+    assert found == {"hourglass": [True, 1, 0], "maskgit": [True, 1, 0]}
 
 
 @pytest.mark.parametrize("way", ["compiled", "eager from there"])
@@ -61,4 +98,4 @@ def test_a_compiled_run_trains_what_another_does(folder, way):
 
 
 if __name__ == "__main__":
-    program(Path(sys.argv[1]))
+    {"program": program, "draws": draws}[sys.argv[1]](Path(sys.argv[2]))

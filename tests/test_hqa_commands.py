@@ -24,7 +24,7 @@ from smalti.pipeline import given
 from smalti.pipeline.given import with_given
 from smalti.preprocess import to_float, to_uint8
 from smalti.randomness import derive, row_seeds
-from smalti.runs import METRICS_NAME, Run
+from smalti.runs import METRICS_NAME, RUN_NAME, Run
 from smalti.scripts import build_latents, compress, sample, train_prior, train_tokenizer
 
 LAYERS = "--tokenizer hqa --widths 4 4 4 --residual-blocks 1 --codebook-size 5 --code-width 4 --height 8 --width 8"
@@ -106,6 +106,18 @@ def test_layers_may_have_steps_of_their_own(folder, capfd):
     assert (status, "--layer-steps names 2 layers, but hqa has 3" in said) == (2, True)
     status, _, said = run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-steps", "1", "0", "2")
     assert (status, "layer_steps must be at least 1 each" in said) == (2, True)
+
+
+def test_layers_may_have_images_a_step_of_their_own(folder, capfd):
+    out = folder / "sizes"
+    sizes = ["--layer-batch-sizes", "2", "4", "8"]
+    assert run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--steps", "1", *sizes)[0] == 0
+    runs = [json.loads((of / RUN_NAME).read_text())["settings"] for of in (out / "layer-1", out / "layer-2", out)]
+    assert [settings["batch_size"] for settings in runs] == [2, 4, 8]
+    status, _, said = run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-batch-sizes", "2", "4")
+    assert (status, "--layer-batch-sizes names 2 layers, but hqa has 3" in said) == (2, True)
+    status, _, said = run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-batch-sizes", "2", "4", "-8")
+    assert (status, "layer_batch_sizes must be at least 1 each" in said) == (2, True)
 
 
 def test_what_was_trained_on_other_layers_does_not_go_on(folder, capfd):

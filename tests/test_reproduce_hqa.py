@@ -149,10 +149,20 @@ def test_layers_have_steps_of_their_own_and_vqvae_as_many_in_all(folder):
     assert (few.name, json.loads((few / "run.json").read_text())["settings"]["steps"]) == ("vqvae-1steps-seed0", 1)
 
 
+def test_layers_and_vqvae_have_images_a_step_and_rates_of_their_own(folder):
+    config = config_of(steps=1, layer_batch_sizes=(2, 3), vqvae_learning_rate=0.5, batch_size=4, work=folder / "sizes")
+    data = open_data(config)
+    hqa, vqvae = (reproduce_hqa.trained(kind, config, data) for kind in ("hqa", "vqvae"))
+    runs = [json.loads((path / "run.json").read_text())["settings"] for path in (hqa / "layer-1", hqa, vqvae)]
+    found = [(run["batch_size"], run["learning_rate"]) for run in runs]
+    assert found == [(2, config.learning_rate), (3, config.learning_rate), (4, 0.5)]
+
+
+@pytest.mark.parametrize("name", ["layer_steps", "layer_batch_sizes"])
 @pytest.mark.parametrize("wrong", [(1,), (1, 0)])
-def test_refuses_steps_of_other_layers_than_there_are(folder, wrong):
-    with pytest.raises(UserError, match="--layer-steps must have 2 numbers of at least 1"):
-        config_of(layer_steps=wrong)
+def test_refuses_numbers_of_other_layers_than_there_are(folder, name, wrong):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} must have 2 numbers of at least 1"):
+        config_of(**{name: wrong})
 
 
 def test_the_models_of_the_table_are_a_million_parameters_and_8_bits():

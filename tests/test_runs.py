@@ -110,6 +110,15 @@ def test_settings_that_leave_the_result_alone_may_change(tmp_path):
     assert Run(tmp_path, {**SETTINGS, **more}).step == 5
 
 
+@pytest.mark.parametrize("off", [None, False, 0, "", ()])
+def test_a_setting_that_the_run_did_not_have_yet_is_off_there(tmp_path, off):
+    started(tmp_path)
+    assert Run(tmp_path, {**SETTINGS, "new": off}).step == 5
+    fewer = {name: value for name, value in SETTINGS.items() if name != "learning_rate"}
+    with pytest.raises(UserError, match=r"holds a run with learning_rate=0\.1, not None"):
+        Run(tmp_path, fewer)
+
+
 def test_never_resuming_throws_the_run_away(tmp_path):
     started(tmp_path)
     beside = Run(tmp_path, SETTINGS, main=False, resume="never")

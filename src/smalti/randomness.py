@@ -25,9 +25,25 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014): an input bit flips each output bit with probability 1/2."""
+    return _opaque_mix(x) if torch.compiler.is_compiling() else _plain_mix(x)
+
+
+def _plain_mix(x: Tensor) -> Tensor:
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
+
+
+@torch.library.custom_op("smalti::mix", mutates_args=())
+def _opaque_mix(x: Tensor) -> Tensor:
+    """For torch.compile, whose work doubles with every operation that reads its operand twice: eightfold for a mix, and
+    a draw needs several, one in the other."""
+    return _plain_mix(x)
+
+
+@_opaque_mix.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def derive(seeds: Int64[Tensor, "*shape"], *streams: int | Tensor) -> Int64[Tensor, "*out"]:

@@ -183,8 +183,10 @@ def sampler(
     steps: int = 10,
     config: HourglassConfig = DEMONSTRATION,
     large: Sequence[tuple[int, HourglassConfig]] = LARGE,
+    compiled: bool = True,
 ) -> Iterator[Comparison]:
-    """A step of the sampler beside a bare forward pass: of the demonstration's network, and of large ones."""
+    """A step of the sampler beside a bare forward pass and, unless `compiled` leaves it out, itself as one program: of
+    the demonstration's network, and of large ones."""
     device = best_device()
     timed = [(batch, config, steps, None), *((number, shape, 2, SMALLEST_SHARE) for number, shape in large)]
     for number, shape, steps_timed, target in timed:
@@ -203,6 +205,7 @@ def sampler(
                 for _ in range(passes):
                     F.linear(network.features(codes), network.head.weight, network.head.bias)
 
+        program = partial(ours, chain=replace(chain, compile=True))
         yield Comparison(
             f"sampler, one step of {number} samples of {shape.height}×{shape.width}, width {shape.model_width}, depth "
             f"{'-'.join(map(str, shape.depth))}",
@@ -214,6 +217,7 @@ def sampler(
                     steps_timed,
                     target=target,
                 ),
+                *([Way("smalti, --compile", program, steps_timed)] if compiled else []),
             ),
         )
 
