@@ -126,6 +126,15 @@ def test_the_report_has_every_row_beside_the_paper(folder):
     assert {line.split(" | ")[0] for line in text.splitlines() if line[:5].strip("| ").isdigit()} == {"| 128", "| 512"}
 
 
+def test_a_row_of_fewer_seeds_than_asked_for_says_so(folder):
+    config = config_of(seeds=2)
+    data = open_data(config)
+    runs = {"hqa": [folder / "runs/reproductions/hqa/hqa-normalized-weight0.05-1steps-seed0"], "hams": []}
+    lines = reproduce_hqa_report.table(config, runs, classifier(config, data), data).splitlines()
+    assert any(line.startswith("| + probabilistic loss (HQA), 1 of them |") for line in lines)
+    assert lines[-1].endswith("| not run | | | |")
+
+
 def test_a_finished_study_trains_nothing_again(folder):
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()}
     with pytest.MonkeyPatch.context() as patch:

@@ -141,6 +141,8 @@ def table(config: ReproduceHQA, runs: dict[str, list[Path]], judge: Classifier, 
         if not folders:
             lines.append(f"| {' | '.join(row)} | not run | | | |")
             continue
+        if len(folders) < config.seeds:
+            row[0] += f", {len(folders)} of them"
         found = [measured(folder, judge, data, sampled=sampled_in(kind)) for folder in folders]
         scores = {"mse": ".4f", "frechet": ".1f", "error": ".1%"}
         row += [in_spread([result[name] for result in found], form) for name, form in scores.items()]
