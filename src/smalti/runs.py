@@ -111,14 +111,12 @@ class Run:
         return step
 
     def _compare(self, before: dict[str, Any]) -> None:
-        names = (before.keys() | self.settings.keys()) - FREE_SETTINGS
-        unknown = before.keys() ^ self.settings.keys()  # a setting that one of them does not have is off there
-        changed = sorted(
-            name
-            for name in names
-            if before.get(name) != self.settings.get(name)
-            and not (name in unknown and not (before.get(name) or self.settings.get(name)))
-        )
+        def differs(name: str) -> bool:
+            ours, theirs = self.settings.get(name), before.get(name)
+            # a setting that one of them does not have is off there
+            return ours != theirs if name in self.settings and name in before else bool(ours or theirs)
+
+        changed = sorted(filter(differs, (before.keys() | self.settings.keys()) - FREE_SETTINGS))
         if changed:
             first = changed[0]
             raise UserError(
