@@ -2,10 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
-from smalti.optimizers import BETAS, MUON_TIMES, Together, make_optimizer, put_back
+from smalti import optimizers
+from smalti.optimizers import BETAS, MUON_TIMES, Together, make_optimizer, orthogonalized, put_back
 
 
 def network() -> nn.Module:
@@ -46,7 +48,8 @@ def test_muon_makes_the_update_nearly_orthogonal():
     assert singular.max() / singular.min() < 2.5  # Newton-Schulz brings them to about 0.7 .. 1.2 of one value
 
 
-def test_batches_of_matrices_take_the_steps_that_torchs_muon_takes_one_by_one():
+def test_batches_of_matrices_take_the_steps_that_torchs_muon_takes_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(optimizers, "multiplies_bf16", lambda kind: True)  # which torch's always takes
     ours, theirs = (
         nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 4)) for _ in range(2)
     )
@@ -67,6 +70,16 @@ def test_batches_of_matrices_take_the_steps_that_torchs_muon_takes_one_by_one():
             assert (mine.weight - other.weight).norm() < 0.02 * (other.weight - start).norm()
             mine.weight.data.copy_(other.weight)
     assert muon.state_dict()["state"].keys() == reference.state_dict()["state"].keys()
+
+
+def test_matrices_are_orthogonalized_alike_in_either_arithmetic(monkeypatch: pytest.MonkeyPatch):
+    """Each where it is fast; both to within what bfloat16 rounds off."""
+    matrices, made = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0)), {}
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(optimizers, "multiplies_bf16", lambda kind, has_bf16=has_bf16: has_bf16)
+        made[dtype] = orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)
+        assert made[dtype].dtype == dtype
+    assert (made[torch.bfloat16].float() - made[torch.float32]).norm() < 0.05 * made[torch.float32].norm()
 
 
 def test_adamw_is_torchs_own():

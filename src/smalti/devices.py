@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -49,9 +50,18 @@ def resolve(precision: Precision) -> Literal["fp32", "bf16"]:
     """
     if precision != "auto":
         return precision
-    kind = best_device().type
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else kind == "cpu" and _has_amx()
-    return "bf16" if fast else "fp32"
+    return "bf16" if multiplies_bf16(best_device().type) else "fp32"
+
+
+@cache
+def multiplies_bf16(kind: str) -> bool:
+    """Whether a kind of device, `cuda` or `cpu` say, multiplies matrices in bf16 by hardware of its own.
+
+    Others do so too, but slowly: CPUs without AMX some 25 times as slowly as in fp32.
+    """
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and "amx_bf16" in _cpu_flags()
 
 
 def accelerator(precision: Precision, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
@@ -122,10 +132,6 @@ def peak_memory_gib(device: torch.device) -> float:
     except ImportError:
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _has_amx() -> bool:
-    return "amx_bf16" in _cpu_flags()
 
 
 def _cpu_flags() -> frozenset[str]:

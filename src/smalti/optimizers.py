@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from smalti.devices import multiplies_bf16
 from smalti.sharding import full, local, share, split_like, total_norm
 
 OptimizerName: TypeAlias = Literal["adamw", "muon", "adamax"]
@@ -80,8 +81,12 @@ class BatchedMuon(torch.optim.Muon):
 def orthogonalized(
     matrices: Float[Tensor, "b r c"], coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Float[Tensor, "b r c"]:
-    """Nearly the nearest matrices with orthonormal rows (r <= c), by Newton-Schulz iterations in bfloat16."""
-    x = matrices.bfloat16()
+    """Nearly the nearest matrices with orthonormal rows (r <= c), by Newton-Schulz iterations.
+
+    In bf16, which is exact enough, where it is fast; else in fp32: for 256 rows of 720 on a CPU without AMX, 29 ms in
+    place of 730.
+    """
+    x = matrices.bfloat16() if multiplies_bf16(matrices.device.type) else matrices.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     a, b, c = coefficients
     for _ in range(steps):
