@@ -54,11 +54,11 @@ def test_peak_memory_is_of_the_process_that_builds(tmp_path):
 
 
 def test_ways_to_train_and_to_sample_run():
-    training = list(benchmark_priors.prior(batch=2, config=TINY))
+    *training, steps = benchmark_priors.prior(batch=2, config=TINY)
     assert [comparison.path.split(", ")[-1] for comparison in training] == ["fp32", "bf16"]
     sampling = list(benchmark_priors.sampler(batch=2, config=TINY, large=[(1, TINY)], compiled=False))
     assert [comparison.ways[1].target is None for comparison in sampling] == [True, False]
-    for comparison in [*training, *sampling]:
+    for comparison in [*training, steps, *sampling]:
         assert all(seconds > 0 for seconds in medians(comparison, 1))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smalti.devices import Precision, autocast, best_device
 from smalti.fit_config import FitConfig
+from smalti.optimizers import MUON_TIMES, Together
 from smalti.pipeline.comparison import Comparison, Measured, Way, in_mebibytes
 from smalti.priors.ancestral import DRAW, PARTICLE, AncestralSampling, sample_ancestral
 from smalti.priors.head import FactorizedHead
@@ -40,7 +41,8 @@ SHORTER_TARGET = 2.0
 
 
 def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterator[Comparison]:
-    """Loss and gradients of the demonstration's prior beside those of its body alone, as often as SUNDAE unrolls."""
+    """Loss and gradients of the demonstration's prior beside those of its body alone, as often as SUNDAE unrolls; and
+    its optimiser's steps."""
     device = best_device()
     network, unrolled = Hourglass(config).to(device), SundaeConfig().unrolled_steps
     objective, codes = Sundae(network, SundaeConfig()), random_codes(network, batch)
@@ -68,6 +70,22 @@ def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterat
                 Way(f"limit: features alone, {unrolled} times", lambda precision=precision: body(precision)),
             ),
         )
+    yield optimizers(Hourglass(config).to(device))
+
+
+def optimizers(network: Hourglass) -> Comparison:
+    """Muon's steps, ours and torch's, on the same matrices, beside AdamW's on all that there is."""
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    muon, adamw = (FitConfig(optimizer=name).optimizer_of(network) for name in ("muon", "adamw"))
+    assert isinstance(muon, Together)
+    assert isinstance(adamw, torch.optim.Optimizer)
+    *_, ours = muon.parts
+    theirs = torch.optim.Muon(ours.param_groups[0]["params"], lr=MUON_TIMES * 1e-3, adjust_lr_fn="match_rms_adamw")
+    return Comparison(
+        "an optimiser's step of the same prior",
+        (Way("smalti, Muon", ours.step), Way("torch, Muon", theirs.step), Way("limit: torch, AdamW fused", adamw.step)),
+    )
 
 
 def hourglass(*, batch: int = 4, side: int = 32, width: int = 256, blocks: int = 8) -> Iterator[Comparison]:
