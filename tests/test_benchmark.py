@@ -71,10 +71,10 @@ def test_the_hourglass_has_a_size_between_those_it_is_compared_with():
 
 def test_what_a_head_keeps_is_counted():
     """Of a softmax over all leaves, the logits, in the least two bytes each."""
-    times, kept, _ = benchmark_priors.head(positions=16, width=8, radices=(8, 8, 8), side=4, config=TINY_CAUSAL)
+    times, kept, _ = benchmark_priors.head(positions=16, width=8, radices=(16, 16, 16), side=4, config=TINY_CAUSAL)
     assert all(seconds > 0 for seconds in medians(times, 1))
     digits, leaves = (way.work() for way in kept.ways)
-    assert leaves > 16 * 512 * 2
+    assert leaves > 16 * 4096 * 2
     assert digits < leaves
 
 

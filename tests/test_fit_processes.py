@@ -79,7 +79,7 @@ def test_two_processes_train_what_one_does(folder, way, family, kind):
     assert others == pytest.approx(losses, rel=within)
     assert max(losses) - min(losses) > 1e-3  # it trains: equal losses would say nothing otherwise
     for ours, theirs in zip(one, two, strict=True):
-        assert ours == pytest.approx(theirs, rel=10 * within, abs=within)
+        assert ours == pytest.approx(theirs, rel=100 * within, abs=within)  # gradients' norms round the most
     weights, others = (load_file(folder / count / kind / WEIGHTS_NAME) for count in ("one", way))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():

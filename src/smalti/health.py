@@ -150,16 +150,28 @@ def explained(device: torch.device, remedies: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, ConnectionError) as error:
+        try:
+            if isinstance(error, ConnectionError):
+                time.sleep(0.2)  # one that died while a batch was fetched from it: torch's own news of it comes next
+            explanation = _explanation(error, device, remedies)
+        except RuntimeError as news:
+            explanation = _explanation(news, device, remedies)
         torch.set_grad_enabled(graded)  # a signal says that a worker died: it may come amid the end of a no_grad
-        said = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:
-            raise OneProcessError(f"the memory of {device} is full; give {', or '.join(remedies)}") from error
-        died = [line.strip() for line in said.splitlines() if "DataLoader worker" in line]
-        if isinstance(error, ConnectionError):  # one that died while a batch was fetched from it
-            died = [said]
-        if died:
-            raise OneProcessError(
-                f"a process that prepares batches died ({died[0]}), often for want of memory; the same "
-                "command goes on from the last saved state, perhaps with fewer --workers"
-            ) from error
+        if explanation:
+            raise OneProcessError(explanation) from error
         raise
+
+
+def _explanation(error: Exception, device: torch.device, remedies: Sequence[str]) -> str | None:
+    """What a person can do about an error; None of one that memory and workers have no part in."""
+    said = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:
+        return f"the memory of {device} is full; give {', or '.join(remedies)}"
+    died = [said] if isinstance(error, ConnectionError) else []
+    died += [line.strip() for line in said.splitlines() if "DataLoader worker" in line]
+    if died:
+        return (
+            f"a process that prepares batches died ({died[0]}), often for want of memory; the same "
+            "command goes on from the last saved state, perhaps with fewer --workers"
+        )
+    return None
