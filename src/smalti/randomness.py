@@ -62,14 +62,32 @@ def row_seeds(seed: int, rows: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
 
 def uniform(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
     """Numbers uniform on [0, 1), `shape` of them for each seed: float32 multiples of 2**-24, the same on any device."""
-    counters, starts = (torch.arange(math.prod(shape), device=seeds.device) + 1) * _GOLDEN, _mix(seeds)[:, None]
-    if seeds.device.type != "cpu" or torch.compiler.is_compiling():
-        return (_shift_right(_mix(starts + counters), 40).to(torch.float32) * 2.0**-24).view(len(seeds), *shape)
-    numbers, rows = torch.empty(len(starts), len(counters)), max(_CACHED // max(len(counters), 1), 1)
+    count = math.prod(shape)
+    numbers = _opaque_uniform(seeds, count) if torch.compiler.is_compiling() else _plain_uniform(seeds, count)
+    return numbers.view(len(seeds), *shape)
+
+
+def _plain_uniform(seeds: Tensor, count: int) -> Tensor:
+    counters, starts = (torch.arange(count, device=seeds.device) + 1) * _GOLDEN, _mix(seeds)[:, None]
+    if seeds.device.type != "cpu":
+        return _shift_right(_mix(starts + counters), 40).to(torch.float32) * 2.0**-24
+    numbers, rows = torch.empty(len(starts), count), max(_CACHED // max(count, 1), 1)
     for made, of_rows in zip(numbers.split(rows), starts.split(rows), strict=True):
         for part, of_columns in zip(made.split(_CACHED, 1), counters.split(_CACHED), strict=True):
             part.copy_(_shift_right(_mix(of_rows + of_columns), 40))
-    return numbers.mul_(2.0**-24).view(len(seeds), *shape)
+    return numbers.mul_(2.0**-24)
+
+
+@torch.library.custom_op("smalti::uniform", mutates_args=())
+def _opaque_uniform(seeds: Tensor, count: int) -> Tensor:
+    """For torch.compile, which makes of `(arange + 1) * number + seeds` of int64 code that writes beyond its output on
+    CPUs that have no more than AVX2 (torch 2.13)."""
+    return _plain_uniform(seeds, count)
+
+
+@_opaque_uniform.register_fake
+def _(seeds: Tensor, count: int) -> Tensor:
+    return seeds.new_empty(len(seeds), count, dtype=torch.float32)
 
 
 def gumbel(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
