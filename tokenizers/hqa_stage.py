@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smalti.tokenizers import blocks
-from smalti.tokenizers.linear_start import start_linear
 from smalti.tokenizers.linked import LinkedQuantizer
+from smalti.tokenizers.principal import PrincipalEncoder, start_linear
 from smalti.tokenizers.stochastic import START_LENGTH, StochasticQuantizer
 
 Posterior: TypeAlias = Literal["stochastic", "nearest"]
@@ -60,6 +60,10 @@ class HQAConfig:
     linear_start: bool = True
     """Start the networks of a layer with one code an image as the best linear code of the 2x2 features that it is
     given, their principal components; not from random weights."""
+    principal_encoders: bool = False
+    """Encode by the principal components of 2x2 patches, fixed but for a factor that is learned, in every layer. Not
+    the paper's, whose encoders are learned: those bend distances, and layers above, which reconstruct features by
+    squared error, then no longer reconstruct what tells images apart."""
     normalize: bool = False
     """Bring the features that a layer reconstructs to mean 0, and to variance 1 over all channels together: distances,
     by which the layer below quantizes them, keep their proportions."""
@@ -87,7 +91,11 @@ class Stage(nn.Module):
             "alone": self.alone,
         }
         made = config.codebook_size if self.of_codes else given
-        self.encoder = blocks.encoder(image_channels=given, **shape)
+        self.encoder: nn.Module = (
+            PrincipalEncoder(given, config.code_width)
+            if config.principal_encoders
+            else blocks.encoder(image_channels=given, **shape)
+        )
         self.decoder = blocks.decoder(image_channels=made, **shape)
         upper = config.upper_latent_weight if number else None
         weight = config.latent_weight if upper is None else upper
@@ -106,20 +114,26 @@ class Stage(nn.Module):
         if config.normalize and self.number:
             self.mean.copy_(given.mean((0, 2, 3), keepdim=True)[0])
             self.deviation.fill_((given - self.mean).square().mean().sqrt().clamp_min(1e-6))
+        given, encoder = (given - self.mean) / self.deviation, self.encoder
         linear = config.linear_start and self.alone and not self.of_codes
-        if linear:
-            start_linear(self.encoder, self.decoder, (given - self.mean) / self.deviation)
+        if isinstance(encoder, PrincipalEncoder):
+            encoder.start_from(given)
+        elif linear:
+            start_linear(cast(nn.Sequential, encoder), self.decoder, given)
         if not config.kmeans_start:
             return
-        z_e = self.encode(given)
+        z_e = encoder(given)
         if isinstance(self.quantizer, StochasticQuantizer):
-            last = cast(nn.Conv2d, self.encoder[-1])
             scale = START_LENGTH / z_e.var((0, 2, 3)).sum().sqrt().clamp_min(1e-6)
-            last.weight.mul_(scale)
-            cast(Tensor, last.bias).mul_(scale)
-            if linear:
-                cast(nn.Conv2d, self.decoder[0]).weight.div_(scale)
             z_e = z_e * scale
+            if isinstance(encoder, PrincipalEncoder):
+                encoder.multiply(scale)
+            else:
+                last = cast(nn.Conv2d, cast(nn.Sequential, encoder)[-1])
+                last.weight.mul_(scale)
+                cast(Tensor, last.bias).mul_(scale)
+                if linear:
+                    cast(nn.Conv2d, self.decoder[0]).weight.div_(scale)
         self.quantizer.start_from(z_e)
 
 

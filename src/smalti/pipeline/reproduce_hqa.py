@@ -37,13 +37,17 @@ Part: TypeAlias = Literal["modes", "table", "curves"]
 GUMBEL: dict[str, Any] = {"posterior": "stochastic", "reset_below": 0.03}
 HAMS: dict[str, dict[str, Any]] = {"hams": {}, "hams-gs": GUMBEL, "hams-mse": {"target": "features"}}
 HAMS["hams-gs-mse"] = GUMBEL | HAMS["hams-mse"]
-Model: TypeAlias = Literal["vqvae", "hams", "hams-gs", "hams-mse", "hams-gs-mse", "hqa"]
+PRINCIPAL = "-principal"  # of rows that are not the paper's: as the row before it, with principal encoders
+Model: TypeAlias = Literal[
+    "vqvae", "hams", "hams-gs", "hams-mse", "hams-gs-mse", "hqa", "hams-gs-mse-principal", "hqa-principal"
+]
 MODELS: tuple[Model, ...] = get_args(Model)
-"""Table 3's rows, from the top."""
+"""Table 3's rows, from the top, and two with principal encoders."""
 CURVES = ("hqa", "hams", "vqvae")
 LAYERS = 5
 VQVAE_WIDTHS = (32, 48, 64, 64, 64)  # with which it has a million parameters, as the default stack
 HAMS_WIDTHS = (32, 16, 24, 32, 64)  # likewise, where decoders predict codes, each with 256 numbers
+PRINCIPAL_WIDTHS = (32, 32, 48, 112, 192)  # likewise, where encoders have no weights
 CLASSIFIER_FEATURES = 128
 _AT_ONCE = 250
 _STREAM = 64  # of a seed, that which leads to the decodes
@@ -149,10 +153,17 @@ def model_of(kind: str, layers: int, config: ReproduceHQA) -> HQAConfig | VQVAEC
         widths = VQVAE_WIDTHS[:layers]
         plain = {"residual_blocks": 1, "revive_below": 0.0}
         return VQVAEConfig(image_channels=1, widths=widths, codebook_size=256, **plain)
+    principal, kind = kind.endswith(PRINCIPAL), kind.removesuffix(PRINCIPAL)
     made = HQAConfig(image_channels=1) if kind == "hqa" else HAMsConfig(image_channels=1, **HAMS[kind])
-    widths = HAMS_WIDTHS if made.target == "codes" else made.widths
+    widths = PRINCIPAL_WIDTHS if principal else HAMS_WIDTHS if made.target == "codes" else made.widths
     upper = config.upper_latent_weight
-    return replace(made, widths=widths[:layers], normalize=config.normalize, upper_latent_weight=upper)
+    return replace(
+        made,
+        widths=widths[:layers],
+        principal_encoders=principal,
+        normalize=config.normalize,
+        upper_latent_weight=upper,
+    )
 
 
 def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layers: int | None = None) -> Path:
@@ -175,11 +186,11 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
         seed=seed,
         report_steps=in_all,
     )
-    registered = kind if kind in ("vqvae", "hqa") else "hams"
+    plain = kind.removesuffix(PRINCIPAL)
     settings = TrainTokenizer(
         model=model_of(kind, layers, config),
         fit=fit,
-        tokenizer=registered,
+        tokenizer=plain if plain in ("vqvae", "hqa") else "hams",
         images=config.images,
         flips=False,  # mirrored digits are no digits
         layer_steps=() if kind == "vqvae" else steps,
@@ -285,6 +296,7 @@ def judged(images: Float[Tensor, "n 1 h w"], judge: Classifier, data: Data) -> d
 
 def sampled_in(kind: str) -> bool:
     """Whether a model of Table 3 has a posterior to sample from."""
+    kind = kind.removesuffix(PRINCIPAL)
     return kind == "hqa" or HAMS.get(kind, {}).get("posterior") == "stochastic"
 
 

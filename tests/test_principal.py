@@ -1,15 +1,19 @@
-"""The linear start of a stage: by numpy's principal components; and stages of one position, by those that see more."""
+"""Principal encoders, and the linear start of learned ones, by numpy's principal components; stages of one position, by
+those that see more."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from smalti.checkpoint import load
+from smalti.randomness import row_seeds
 from smalti.tokenizers import blocks
 from smalti.tokenizers.hams import HAMs, HAMsConfig
 from smalti.tokenizers.hqa import HQA
 from smalti.tokenizers.hqa_stage import HQAConfig
-from smalti.tokenizers.linear_start import start_linear
+from smalti.tokenizers.principal import PrincipalEncoder, start_linear
+from smalti.tokenizers.stochastic import START_LENGTH
 
 
 def images_of(b: int, h: int, w: int, channels: int = 3) -> torch.Tensor:
@@ -70,6 +74,68 @@ def test_data_that_does_not_vary_starts_finite():
     given = torch.full((3, 1, 2, 2), 0.25)
     start_linear(encoder, decoder, given)
     assert torch.allclose(decoder(encoder(given)), given)
+
+
+@pytest.mark.parametrize(("code_width", "components"), [(5, 5), (12, 12), (15, 12)])
+@torch.no_grad()
+def test_a_principal_encoder_keeps_the_distances_that_its_components_do(code_width, components):
+    given = images_of(6, 8, 4) + 0.5
+    encoder = PrincipalEncoder(3, code_width)
+    encoder.start_from(given)
+    encoder.multiply(torch.tensor(3.0))
+    kept = projected(given.double().numpy(), components).reshape(6, -1)
+    apart = np.linalg.norm(kept[:, None] - kept, axis=-1)
+    z_e = encoder(given)
+    assert z_e.shape == (6, code_width, 4, 2)
+    assert not z_e[:, components:].any()
+    np.testing.assert_allclose(torch.cdist(z_e.flatten(1), z_e.flatten(1)).numpy(), 3 * apart, atol=1e-3)
+    np.testing.assert_allclose(z_e.mean((0, 2, 3)), 0, atol=1e-5)
+
+
+def principal_of(kind: type[HQA] = HQA, **more) -> HQA:
+    torch.manual_seed(0)
+    shape = {"height": 8, "width": 8, "image_channels": 1, "widths": (4, 4, 4), "code_width": 16, "codebook_size": 4}
+    return kind(kind.config_class(**{**shape, "principal_encoders": True, "normalize": True, **more}))
+
+
+@pytest.mark.parametrize("kind", [HQA, HAMs])
+def test_a_stack_of_principal_encoders_keeps_distances_up_to_where_components_are_left_out(kind):
+    """Of 64 pixels, 4 a patch, then 16: two layers of 16 components lose nothing, the third loses some; and training,
+    which makes features longer or shorter, changes none of this."""
+    images = images_of(40, 8, 8, channels=1)
+    apart = torch.pdist(images.flatten(1))
+    below = None
+    for layers in (1, 2, 3):
+        made = principal_of(kind, widths=(4,) * layers)
+        if below is not None:
+            made.build_on(below)
+        made.start_from(images)
+        top = made.layers[-1]
+        before = {name: tensor.clone() for name, tensor in top.state_dict().items()}
+        optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], lr=0.01)
+        for step in range(3):
+            losses = made.train()(images, row_seeds(step, torch.arange(40)), torch.zeros(40)).losses
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+        moved = {name for name, tensor in top.state_dict().items() if not tensor.equal(before[name])}
+        assert {"encoder.log_factor", "decoder.0.weight"} <= moved
+        assert not {"encoder.axes", "encoder.shift"} & moved
+        longer = torch.pdist(made.features(images).detach().flatten(1)) / apart
+        spread = float((longer.max() - longer.min()) / longer.mean())
+        assert spread < 1e-3 if layers < 3 else spread > 0.05
+        below = made
+
+
+@torch.no_grad()
+def test_principal_encoders_start_as_widely_as_codewords(tmp_path):
+    images = images_of(64, 8, 8, channels=1)
+    tokenizer = principal_of(widths=(4,)).eval()
+    tokenizer.start_from(images)
+    vectors = tokenizer.features(images).transpose(0, 1).flatten(1)
+    assert float(vectors.var(1).sum().sqrt()) == pytest.approx(START_LENGTH, rel=0.05)
+    tokenizer.save(tmp_path / "kept")
+    assert load(tmp_path / "kept", "tokenizer").features(images).equal(tokenizer.features(images))
 
 
 @torch.no_grad()
