@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from smalti import registry
-from smalti.checkpoint import CONFIG_NAME, WEIGHTS_NAME, config_from_json, load
+from smalti.checkpoint import CONFIG_NAME, WEIGHTS_NAME, added, config_from_json, digest, load
 from smalti.errors import UserError
 from smalti.tokenizers.hrvq import HRVQ
 
@@ -42,6 +42,29 @@ def output(family, model):
     images = torch.rand(2, model.image_channels, 8, 12, generator=generator) * 2 - 1
     codes = model.encode(images)
     return [*codes, model.decode(codes)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Before:
+    height: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class After(Before):
+    sharper: bool = added(off=False)
+
+
+def test_what_was_kept_before_a_setting_was_added_stays_what_it_is():
+    state = {"w": torch.ones(2)}
+    kept = dataclasses.asdict(Before())
+    assert config_from_json(After, kept, "kept") == After(sharper=False)
+    assert digest("a", After(), state) == digest("a", Before(), state)
+    assert digest("a", After(sharper=True), state) != digest("a", Before(), state)
+    assert config_from_json(After, {**kept, "sharper": True}, "kept").sharper
+    with pytest.raises(UserError, match="kept has unknown fields: sharper"):
+        config_from_json(Before, {**kept, "sharper": True}, "kept")
+    with pytest.raises(UserError, match="kept lacks height"):
+        config_from_json(After, {"sharper": True}, "kept")
 
 
 @of_every_kind

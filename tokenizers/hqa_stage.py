@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smalti.checkpoint import added
 from smalti.tokenizers import blocks
 from smalti.tokenizers.linked import LinkedQuantizer
 from smalti.tokenizers.principal import PrincipalEncoder, start_linear
@@ -59,8 +60,8 @@ class HQAConfig:
     images; not from random codewords."""
     linear_start: bool = True
     """Start the networks of a layer with one code an image as the best linear code of the 2x2 features that it is
-    given, their principal components; not from random weights."""
-    principal_encoders: bool = False
+    given, their principal components; not from random weights. Of learned encoders."""
+    principal_encoders: bool = added(off=False)
     """Encode by the principal components of 2x2 patches, fixed but for a factor that is learned, in every layer. Not
     the paper's, whose encoders are learned: those bend distances, and layers above, which reconstruct features by
     squared error, then no longer reconstruct what tells images apart."""

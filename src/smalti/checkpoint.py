@@ -11,7 +11,7 @@ import os
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -27,6 +27,14 @@ from smalti.registry import Family
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+_ADDED = "added"
+T = TypeVar("T")
+
+
+def added(off: T) -> T:
+    """A field of a config for a setting that a kind came to have after models of it were kept, whose value `off` is how
+    they behave: a checkpoint that does not say it has that, and while it is that, digests are what they were."""
+    return cast(T, dataclasses.field(default=off, metadata={_ADDED: True}))
 
 
 class Checkpointed(nn.Module):
@@ -56,7 +64,7 @@ class Checkpointed(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 over kind, config and every weight: two models agree in it exactly if they compute the same."""
-        return digest(self.kind, dataclasses.asdict(self.config), self.state_dict())
+        return digest(self.kind, self.config, self.state_dict())
 
     def save(self, folder: str | Path) -> None:
         """Writes the two files, each whole or not at all.
@@ -72,7 +80,7 @@ class Checkpointed(nn.Module):
             "kind": self.kind,
             "smalti": version("smalti"),
             "config": dataclasses.asdict(self.config),
-            "digest": digest(self.kind, dataclasses.asdict(self.config), state),
+            "digest": digest(self.kind, self.config, state),
             "provenance": self.provenance,
         }
         write_json(folder / CONFIG_NAME, described)
@@ -104,7 +112,7 @@ def load(source: str | Path, family: Family) -> Any:
             f"{folder / WEIGHTS_NAME} cannot be read ({error}); the checkpoint is damaged, fetch or train it again"
         ) from error
     _check_names(folder, expected=model.state_dict(), found=weights)
-    if digest(model.kind, dataclasses.asdict(model.config), weights) != described["digest"]:
+    if digest(model.kind, model.config, weights) != described["digest"]:
         raise UserError(
             f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together (digests differ); "
             "fetch it again, or run the same training command again"
@@ -150,12 +158,12 @@ def config_from_json(config_class: type, fields: dict[str, Any], where: str) -> 
 
     Raises:
         UserError: if a field is missing or unknown: a default of today must not stand in for what a checkpoint did not
-            say.
+            say, but of fields that were `added`.
     """
-    expected = {field.name for field in dataclasses.fields(config_class)}
-    if missing := expected - set(fields):
+    expected = dataclasses.fields(config_class)
+    if missing := {field.name for field in expected if _ADDED not in field.metadata} - set(fields):
         raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
-    if unknown := set(fields) - expected:
+    if unknown := set(fields) - {field.name for field in expected}:
         raise UserError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
     return config_class(**{name: _tuples(value) for name, value in fields.items()})
 
@@ -170,9 +178,13 @@ def _save_weights(state: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def digest(kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> str:
+def digest(kind: str, config: Any, state: dict[str, Tensor]) -> str:
     """SHA-256 over what a model computes with; see `Checkpointed.digest`."""
-    sha = hashlib.sha256(json.dumps([kind, config], sort_keys=True).encode())
+    settings = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        if _ADDED in field.metadata and settings[field.name] == field.default:
+            del settings[field.name]
+    sha = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
