@@ -112,7 +112,9 @@ def test_what_stops_a_command_is_one_line_and_a_status(monkeypatch, capsys, erro
     assert shown.err.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "the disk is broken")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), OSError(errno.EIO, "the disk is broken"), BrokenPipeError("a worker's")]
+)
 def test_a_bug_keeps_its_traceback(monkeypatch, error):
     with pytest.raises(type(error)):
         run(monkeypatch, failing(error))
@@ -123,6 +125,18 @@ def test_of_several_processes_one_speaks_unless_only_another_has_something_to_sa
         monkeypatch.setenv("RANK", rank)
         assert run(monkeypatch, failing(error("give more"))) == 2
         assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_help_that_nobody_reads_to_the_end_is_no_bug():
+    """As of `--help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    script = Path(train_prior.__file__).resolve()
+    done = subprocess.run(
+        [sys.executable, script, "--help"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,10 @@ def run(
         _leave(f"\n{stopped}", 128 + stopped.signal_number)
     except KeyboardInterrupt:
         _leave("\nstopped", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
@@ -71,6 +75,7 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
             return tyro.cli(cls, description=about, config=(tyro.conf.OmitArgPrefixes,), **defaults)
     except SystemExit as left:
         if not left.code:  # --help
+            sys.stdout.flush()
             raise
         lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
         message = " ".join(takewhile(lambda line: line.strip("─"), lines)).rstrip(".")
@@ -78,6 +83,16 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
         similar = [line.split()[0] for line in lines if line.startswith("--")] if suggests else []
         advice = f"did you mean {' or '.join(similar)}?" if similar else "--help lists the flags"
         raise UserError(f"{message or said.getvalue()}; {advice}") from left
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output goes to what has left, as `| head` does; what is still to be written then goes nowhere."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def chosen(flag: str, default: str) -> str:
