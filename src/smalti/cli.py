@@ -86,7 +86,7 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output goes to what has left, as `| head` does; what is still to be written then goes nowhere."""
+    """Whether standard output goes to what has left, as `| head` does; the rest of it then goes nowhere."""
     try:
         print(flush=True)
     except BrokenPipeError:
