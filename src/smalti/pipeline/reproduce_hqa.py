@@ -37,7 +37,7 @@ Part: TypeAlias = Literal["modes", "table", "curves"]
 GUMBEL: dict[str, Any] = {"posterior": "stochastic", "reset_below": 0.03}
 HAMS: dict[str, dict[str, Any]] = {"hams": {}, "hams-gs": GUMBEL, "hams-mse": {"target": "features"}}
 HAMS["hams-gs-mse"] = GUMBEL | HAMS["hams-mse"]
-PRINCIPAL = "-principal"  # of rows that are not the paper's: as the row before it, with principal encoders
+PRINCIPAL = "-principal"  # of rows that the paper has not: that of the name before it, with principal encoders
 Model: TypeAlias = Literal[
     "vqvae", "hams", "hams-gs", "hams-mse", "hams-gs-mse", "hqa", "hams-gs-mse-principal", "hqa-principal"
 ]
