@@ -176,9 +176,8 @@ def test_refuses_numbers_of_other_layers_than_there_are(folder, name, wrong):
 
 def test_the_models_of_the_table_are_a_million_parameters_and_8_bits():
     for kind in MODELS:
-        of_kind = kind if kind in ("vqvae", "hqa") else "hams"
         config = PAPER_MODEL_OF(kind, 5, config_of())
-        tokenizer = registry.find("tokenizer", of_kind)(config)
+        tokenizer = registry.find("tokenizer", reproduce_hqa.registered(kind))(config)
         assert 0.9e6 < sum(parameter.numel() for parameter in tokenizer.parameters()) < 1.15e6
         assert tokenizer.layout.levels[0].shape == (1, 1)
         assert tokenizer.layout.levels[0].codebook_size == 256

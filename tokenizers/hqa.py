@@ -123,7 +123,7 @@ class HQA(Tokenizer):
         if len(self.layers) > 1 and self.config.target == "codes":
             reconstruction_loss = F.cross_entropy(made, self._layers[-2].quantizer.encode(given))
         else:
-            reconstruction_loss = F.mse_loss(made, (given - top.mean) / top.deviation)
+            reconstruction_loss = F.mse_loss(made, top.normalized(given))
         reconstruction = None
         if len(self.layers) == 1:
             reconstruction = made

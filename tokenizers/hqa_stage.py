@@ -92,7 +92,7 @@ class Stage(nn.Module):
             "alone": self.alone,
         }
         made = config.codebook_size if self.of_codes else given
-        self.encoder: nn.Module = (
+        self.encoder: PrincipalEncoder | nn.Sequential = (
             PrincipalEncoder(given, config.code_width)
             if config.principal_encoders
             else blocks.encoder(image_channels=given, **shape)
@@ -106,7 +106,11 @@ class Stage(nn.Module):
 
     def encode(self, given: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
         """z_e, at half the size."""
-        return self.encoder((given - self.mean) / self.deviation)
+        return self.encoder(self.normalized(given))
+
+    def normalized(self, given: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """What the networks see of it, and reconstruct."""
+        return (given - self.mean) / self.deviation
 
     @torch.no_grad()
     def start_from(self, given: Float[Tensor, "b c h w"], config: HQAConfig) -> None:
@@ -115,12 +119,12 @@ class Stage(nn.Module):
         if config.normalize and self.number:
             self.mean.copy_(given.mean((0, 2, 3), keepdim=True)[0])
             self.deviation.fill_((given - self.mean).square().mean().sqrt().clamp_min(1e-6))
-        given, encoder = (given - self.mean) / self.deviation, self.encoder
-        linear = config.linear_start and self.alone and not self.of_codes
+        given, encoder = self.normalized(given), self.encoder
+        linear = config.linear_start and self.alone and not (self.of_codes or config.principal_encoders)
         if isinstance(encoder, PrincipalEncoder):
             encoder.start_from(given)
         elif linear:
-            start_linear(cast(nn.Sequential, encoder), self.decoder, given)
+            start_linear(encoder, self.decoder, given)
         if not config.kmeans_start:
             return
         z_e = encoder(given)
@@ -130,11 +134,11 @@ class Stage(nn.Module):
             if isinstance(encoder, PrincipalEncoder):
                 encoder.multiply(scale)
             else:
-                last = cast(nn.Conv2d, cast(nn.Sequential, encoder)[-1])
+                last = cast(nn.Conv2d, encoder[-1])
                 last.weight.mul_(scale)
                 cast(Tensor, last.bias).mul_(scale)
-                if linear:
-                    cast(nn.Conv2d, self.decoder[0]).weight.div_(scale)
+            if linear:
+                cast(nn.Conv2d, self.decoder[0]).weight.div_(scale)
         self.quantizer.start_from(z_e)
 
 

@@ -37,7 +37,9 @@ Part: TypeAlias = Literal["modes", "table", "curves"]
 GUMBEL: dict[str, Any] = {"posterior": "stochastic", "reset_below": 0.03}
 HAMS: dict[str, dict[str, Any]] = {"hams": {}, "hams-gs": GUMBEL, "hams-mse": {"target": "features"}}
 HAMS["hams-gs-mse"] = GUMBEL | HAMS["hams-mse"]
-PRINCIPAL = "-principal"  # of rows that the paper has not: that of the name before it, with principal encoders
+PRINCIPAL: dict[str, Any] = {"principal_encoders": True}  # in rows that the paper has not
+HAMS["hams-gs-mse-principal"] = HAMS["hams-gs-mse"] | PRINCIPAL
+HQAS: dict[str, dict[str, Any]] = {"hqa": {}, "hqa-principal": PRINCIPAL}
 Model: TypeAlias = Literal[
     "vqvae", "hams", "hams-gs", "hams-mse", "hams-gs-mse", "hqa", "hams-gs-mse-principal", "hqa-principal"
 ]
@@ -153,17 +155,15 @@ def model_of(kind: str, layers: int, config: ReproduceHQA) -> HQAConfig | VQVAEC
         widths = VQVAE_WIDTHS[:layers]
         plain = {"residual_blocks": 1, "revive_below": 0.0}
         return VQVAEConfig(image_channels=1, widths=widths, codebook_size=256, **plain)
-    principal, kind = kind.endswith(PRINCIPAL), kind.removesuffix(PRINCIPAL)
-    made = HQAConfig(image_channels=1) if kind == "hqa" else HAMsConfig(image_channels=1, **HAMS[kind])
-    widths = PRINCIPAL_WIDTHS if principal else HAMS_WIDTHS if made.target == "codes" else made.widths
+    made = (HQAConfig if kind in HQAS else HAMsConfig)(image_channels=1, **(HQAS | HAMS)[kind])
+    widths = PRINCIPAL_WIDTHS if made.principal_encoders else HAMS_WIDTHS if made.target == "codes" else made.widths
     upper = config.upper_latent_weight
-    return replace(
-        made,
-        widths=widths[:layers],
-        principal_encoders=principal,
-        normalize=config.normalize,
-        upper_latent_weight=upper,
-    )
+    return replace(made, widths=widths[:layers], normalize=config.normalize, upper_latent_weight=upper)
+
+
+def registered(kind: str) -> str:
+    """The kind of tokenizer of a row of Table 3."""
+    return "hqa" if kind in HQAS else "hams" if kind in HAMS else kind
 
 
 def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layers: int | None = None) -> Path:
@@ -186,11 +186,10 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
         seed=seed,
         report_steps=in_all,
     )
-    plain = kind.removesuffix(PRINCIPAL)
     settings = TrainTokenizer(
         model=model_of(kind, layers, config),
         fit=fit,
-        tokenizer=plain if plain in ("vqvae", "hqa") else "hams",
+        tokenizer=registered(kind),
         images=config.images,
         flips=False,  # mirrored digits are no digits
         layer_steps=() if kind == "vqvae" else steps,
@@ -296,8 +295,7 @@ def judged(images: Float[Tensor, "n 1 h w"], judge: Classifier, data: Data) -> d
 
 def sampled_in(kind: str) -> bool:
     """Whether a model of Table 3 has a posterior to sample from."""
-    kind = kind.removesuffix(PRINCIPAL)
-    return kind == "hqa" or HAMS.get(kind, {}).get("posterior") == "stochastic"
+    return kind in HQAS or HAMS.get(kind, {}).get("posterior") == "stochastic"
 
 
 def rate_curve(kind: str, config: ReproduceHQA, judge: Classifier, data: Data) -> list[dict[str, Any]]:

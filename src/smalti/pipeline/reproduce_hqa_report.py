@@ -19,8 +19,8 @@ from smalti.pipeline.four_modes import MODES, Decoded, four_modes, real_points
 from smalti.pipeline.places import load_tokenizer
 from smalti.pipeline.reproduce_hqa import (
     CURVES,
+    HQAS,
     MODELS,
-    PRINCIPAL,
     Classifier,
     Data,
     ReproduceHQA,
@@ -185,7 +185,7 @@ def pictures(config: ReproduceHQA, runs: dict[str, list[Path]], data: Data) -> s
     for kind, folder in ((kind, folders[0]) for kind, folders in runs.items() if folders):
         tokenizer = load_tokenizer(str(folder)).to(best_device())
         sheet[NAMES[kind]] = compressed(tokenizer, data.test[:SHOWN], sampled=sampled_in(kind))
-        if kind.removesuffix(PRINCIPAL) == "hqa":
+        if kind in HQAS:
             ends = data.test[: 2 * PAIRS].to(best_device())
             decoded = torch.stack(interpolations(cast(HQA, tokenizer), ends[0::2], ends[1::2], INTERPOLATED), 1)
             for pair, row in enumerate(torch.cat([ends[0::2, None], decoded, ends[1::2, None]], 1).cpu(), 1):
