@@ -16,7 +16,8 @@ from smalti.pipeline.judging import Judging
 from smalti.pipeline.places import RUNS
 from smalti.priors.samplers import SundaeSampling
 
-Part: TypeAlias = Literal["resampling", "samplers", "head", "depth", "canvas", "resampling-outer"]
+ResamplingPart: TypeAlias = Literal["resampling", "resampling-outer", "resampling-16", "resampling-outer-16"]
+Part: TypeAlias = ResamplingPart | Literal["samplers", "head", "depth", "canvas"]
 DataName: TypeAlias = Literal["mnist", "cifar10", "emoji"]
 
 
@@ -33,6 +34,11 @@ class Grid:
     pixels: int
     stages: int
     branching: int = 8
+
+    @property
+    def side(self) -> int:
+        """Of the grid of codes."""
+        return self.pixels >> self.stages
 
 
 @dataclass(frozen=True)
@@ -69,20 +75,23 @@ class Setup:
 
 
 _SMALL, _MEDIUM = {"model_width": 96, "heads": 3}, {"model_width": 128, "heads": 4}
-_INNER, _OUTER = {**_MEDIUM, "depth": (0, 4, 0)}, {**_MEDIUM, "depth": (1, 2, 1)}
+
+
+def _resampling(grid: Grid, depth: tuple[int, ...]) -> Setup:
+    shape = {**_MEDIUM, "depth": depth}
+    models = {"patches": Model("hourglass", shape), "runs": Model("hourglass", {**shape, "buckets": "runs"})}
+    return Setup(grid, 16, "steps", models)
+
+
+_INNER, _OUTER, _16 = (0, 4, 0), (1, 2, 1), Grid(32, 1)
+RESAMPLING: dict[ResamplingPart, Setup] = {
+    "resampling": _resampling(Grid(32, 2), _INNER),
+    "resampling-outer": _resampling(Grid(32, 2), _OUTER),
+    "resampling-16": _resampling(_16, _INNER),
+    "resampling-outer-16": _resampling(_16, _OUTER),
+}
 SETUPS: dict[Part, Setup] = {
-    "resampling": Setup(
-        Grid(32, 2),
-        16,
-        "steps",
-        {"patches": Model("hourglass", _INNER), "runs": Model("hourglass", {**_INNER, "buckets": "runs"})},
-    ),
-    "resampling-outer": Setup(
-        Grid(32, 2),
-        16,
-        "steps",
-        {"patches": Model("hourglass", _OUTER), "runs": Model("hourglass", {**_OUTER, "buckets": "runs"})},
-    ),
+    **RESAMPLING,
     "samplers": Setup(
         Grid(32, 2),
         32,
@@ -123,12 +132,12 @@ class ReproducePriors:
     """Images to learn the codes of, whatever `--images` of train_tokenizer takes."""
     data: DataName = "emoji"
     """Which data set these are."""
-    parts: tuple[Part, ...] = ("resampling", "samplers", "head", "depth", "canvas", "resampling-outer")
+    parts: tuple[Part, ...] = ("resampling", "samplers", "head", "depth", "canvas", *tuple(RESAMPLING)[1:])
     """Patches against runs of codes, in an hourglass all of whose blocks are in its valley; SUNDAE, masked codes and
     PixelCNN by steps of sampling; the factorised head against one softmax; the hourglass against a flat transformer; a
-    wide canvas; patches against runs where there are blocks outside the valley too."""
+    wide canvas; patches against runs where there are blocks outside the valley too; both on 16x16 codes."""
     seeds: int = 3
-    """Runs of each model of `resampling` and `resampling-outer`; the rest has one."""
+    """Runs of each model of the parts called `resampling`; the rest has one."""
     steps: int = 400
     """Optimiser steps of each of these runs."""
     sampler_steps: int = 1_000

@@ -5,6 +5,7 @@ Which runs there are: `reproduce_priors.py`; what is measured of samples: `repro
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from smalti.files import whole_file
 from smalti.pictures import save_sheet
 from smalti.pipeline.benchmark import insert, machine
 from smalti.pipeline.comparison import in_spread
-from smalti.pipeline.reproduce_priors import SETUPS, Cell, Part, ReproducePriors
+from smalti.pipeline.reproduce_priors import RESAMPLING, SETUPS, Cell, Part, ReproducePriors
 from smalti.pipeline.reproduce_priors_samples import Draw, Judge, canvases, drawn, draws, loaded, steps_across
 from smalti.pipeline.reproduce_priors_training import (
     RESULT_NAME,
@@ -37,12 +38,11 @@ def reproduce_priors(config: ReproducePriors) -> None:
         Interrupted: if a signal stopped a run; the same command goes on with it.
     """
     parts: dict[Part, Callable[[ReproducePriors], None]] = {
-        "resampling": lambda config: resampling("resampling", config),
         "samplers": samplers,
-        "head": lambda config: race("head", config),
-        "depth": lambda config: race("depth", config),
+        "head": partial(race, "head"),
+        "depth": partial(race, "depth"),
         "canvas": canvas,
-        "resampling-outer": lambda config: resampling("resampling-outer", config),
+        **{part: partial(resampling, part) for part in RESAMPLING},
     }
     for part in dict.fromkeys(config.parts):
         parts[part](config)
@@ -67,13 +67,14 @@ def resampling(part: Part, config: ReproducePriors) -> None:
 def resampling_table(part: Part, config: ReproducePriors, found: dict[str, list[float]]) -> str:
     """Means over seeds, and what each seed gains by patches."""
     depth = "-".join(map(str, SETUPS[part].models["patches"].changes["depth"]))
+    side = SETUPS[part].grid.side
     pairs = zip(found["patches"], found["runs"], strict=False)  # the last seed's second run may be to come
     more = ", ".join(f"{runs - patches:+.4f}" for patches, runs in pairs)
     return "\n".join(
         [
-            f"{config.data}, 8×8 codes of 8³, hourglass {depth}, {config.steps} steps: held-out loss of SUNDAE's "
-            f"objective, nats a code; the mean of {len(found['patches'])} seed(s), from the least to the most. A "
-            "seed's two runs share rows and draws.",
+            f"{config.data}, {side}×{side} codes of 8³, hourglass {depth}, {config.steps} steps: held-out loss of "
+            f"SUNDAE's objective, nats a code; the mean of {len(found['patches'])} seed(s), from the least to the "
+            "most. A seed's two runs share rows and draws.",
             "",
             "| patches of 2×2 | runs of 4 | runs less patches, by seed |",
             "|---:|---:|---|",
@@ -169,8 +170,8 @@ def plot(config: ReproducePriors, found: dict[Draw, dict[str, float]], floors: d
     for axes in (left, right):
         axes.axhline(floors["their reconstructions"], linestyle="--", color="#999999", label="reconstructions")
     left.legend()
-    with whole_file(beside(config, "steps")) as partial:
-        figure.savefig(partial, format="png", dpi=100)
+    with whole_file(beside(config, "steps")) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=100)
 
 
 def canvas(config: ReproducePriors) -> None:

@@ -59,8 +59,7 @@ def tokenizer_of(grid: Grid, config: ReproducePriors) -> TrainTokenizer[HRVQConf
         flips=config.data != "mnist",  # mirrored digits are no digits
         precision=config.precision,
     )
-    side = grid.pixels >> grid.stages
-    name = keyed(f"tokenizer-{config.data}-{side}x{side}-{grid.branching}cubed", decided_by(settings))
+    name = keyed(f"tokenizer-{config.data}-{grid.side}x{grid.side}-{grid.branching}cubed", decided_by(settings))
     return replace(settings, out=config.work / name)
 
 
