@@ -1,15 +1,17 @@
 """The benchmark compares like with like, counts what it says it counts, and writes its tables where they belong."""
 
 import math
+import re
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+import toys
 from accelerate.state import AcceleratorState
 
 from smalti.errors import UserError
-from smalti.pipeline import benchmark, benchmark_latents, benchmark_priors, benchmark_ways
+from smalti.pipeline import benchmark, benchmark_latents, benchmark_priors, benchmark_strips, benchmark_ways
 from smalti.pipeline.benchmark import Benchmark, insert, medians, table
 from smalti.pipeline.comparison import Comparison, Measured, Way, in_mebibytes
 from smalti.priors.hourglass import HourglassConfig
@@ -51,6 +53,16 @@ def test_peak_memory_is_of_the_process_that_builds(tmp_path):
     (ours, limit) = (way.work() for way in benchmark_latents.memory(tmp_path, rows=(20, 40)).ways)
     assert ours == pytest.approx(limit - 100 * 2**20, rel=0.1)
     assert 100 * 2**20 < ours < 2**30  # torch alone is some 200 MiB
+
+
+def test_strips_and_the_whole_are_measured_in_processes_of_their_own():
+    seconds, memory = benchmark_strips.strips(replace(toys.TINY["vqgan"], height=64, width=96), largest_whole=2**10)
+    found = re.fullmatch("64×96, encoded and decoded in strips: 0 of 1536 codes .* pixels by up to (.+)", seconds.path)
+    assert found is not None
+    assert 0 < float(found[1]) < 1e-4  # some rounding: so it was in strips
+    assert all(taken > 0 for taken in medians(seconds, 1))
+    ours, whole, limit = medians(memory, 1)
+    assert 100 * 2**20 < min(ours, whole) < limit == 4 * 2**30
 
 
 def test_ways_to_train_and_to_sample_run():

@@ -1,5 +1,6 @@
 """Which device, and which arithmetic on it, when the person does not say."""
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,15 +124,18 @@ def tracked(process: Accelerator, settings: Mapping[str, Any]) -> Iterator[None]
             tracker.finish()
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory so far, GiB: of torch's tensors on a CUDA device, otherwise of this process; 0 where unknown."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory so far: of torch's tensors on a CUDA device, otherwise of this process; 0 where unknown."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource  # not on Windows
     except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        return 0
+    status = Path("/proc/self/status")  # getrusage's peak, on Linux, is of the process that started this one, if larger
+    kibibytes = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return 1024 * int(kibibytes[1]) if kibibytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from smalti.checkpoint import Checkpointed
-from smalti.devices import peak_memory_gib
+from smalti.devices import peak_memory_bytes
 from smalti.ema import EMA
 from smalti.errors import UserError
 from smalti.fit_config import FitConfig, Phase
@@ -168,7 +168,7 @@ class Upkeep:
         averaged = dict(zip(measured, reduced.tolist(), strict=True))
         speed = (done - self.timed_from) * self.config.batch_size / (time.perf_counter() - self.clock)
         rate = self.config.learning_rate * self.config.rate(done - 1)
-        memory = peak_memory_gib(self.accelerator.device)
+        memory = peak_memory_bytes(self.accelerator.device) / 2**30
         state = {"learning_rate": rate, "skipped_steps": skipped, "rows_per_second": speed, "memory_gib": memory}
         self._record(done, {**averaged, **state})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in list(averaged.items())[:2])

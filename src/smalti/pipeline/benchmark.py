@@ -1,6 +1,7 @@
 """Measuring the hot paths and writing down what was found.
 
-What is compared with what is in `benchmark_ways.py`, `benchmark_priors.py` and `benchmark_latents.py`.
+What is compared with what is in `benchmark_ways.py`, `benchmark_priors.py`, `benchmark_latents.py` and
+`benchmark_strips.py`.
 """
 
 import os
@@ -18,11 +19,13 @@ import torch
 from smalti.devices import best_device, resolve
 from smalti.errors import UserError
 from smalti.files import whole_file
-from smalti.pipeline import benchmark_latents, benchmark_priors, benchmark_ways
+from smalti.pipeline import benchmark_latents, benchmark_priors, benchmark_strips, benchmark_ways
 from smalti.pipeline.comparison import Comparison, Measured, Way, synchronize
 from smalti.runs import git_commit, versions
 
-Section: TypeAlias = Literal["search", "latents", "prior", "hourglass", "head", "sampler", "ancestral", "training"]
+Section: TypeAlias = Literal[
+    "search", "latents", "prior", "hourglass", "head", "sampler", "ancestral", "training", "strips"
+]
 
 SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "search": benchmark_ways.search,
@@ -33,6 +36,7 @@ SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "sampler": benchmark_priors.sampler,
     "ancestral": benchmark_priors.ancestral,
     "training": benchmark_ways.training,
+    "strips": benchmark_strips.strips,
 }
 
 

@@ -42,14 +42,11 @@ MEMORY_ALLOWANCE_BYTES = 100 * 2**20
 """What ten times the rows may add to the peak memory of building."""
 
 BUILD_AND_TELL_PEAK = """
-import re, resource, sys
-from pathlib import Path
+import torch
+from smalti.devices import peak_memory_bytes
 from smalti.scripts.build_latents import main
 main()
-status = Path("/proc/self/status")  # getrusage's peak, on Linux, is of the process that started this one, if larger
-kibibytes = re.search(r"VmHWM:\\s*(\\d+)", status.read_text()) if status.exists() else None
-unit = 1 if sys.platform == "darwin" else 1024
-print(int(kibibytes[1]) * 1024 if kibibytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+print(peak_memory_bytes(torch.device("cpu")))
 """
 
 ROW_GROUP_ROWS = 1000
