@@ -22,6 +22,14 @@ def test_a_preset_has_the_paper_s_grid(name, grid, kind):
     assert (config.tokenizer, config.preset) == (kind, name)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("paper32", "vqvae2"), ("f16-16384", "vqgan")])
+def test_the_codebooks_of_long_trainings_learn_by_the_papers_decay(name, kind):
+    """Slower than the defaults, which are for short ones."""
+    (_, long), (_, short) = default_config(name, kind), default_config("small", kind)
+    assert long.model.codebook_decay == 0.99 > short.model.codebook_decay
+    assert 0 < long.model.revive_below < short.model.revive_below
+
+
 def test_the_default_preset_is_the_defaults():
     _, config = default_config("small", "hrvq")
     assert config == training.TrainTokenizer(model=registry.find("tokenizer", "hrvq").config_class())

@@ -161,7 +161,7 @@ def test_a_collapse_is_said_once_with_the_remedy_that_is_missing(rows, capsys):
     assert said.startswith("warning: level 1 collapses: ")
     assert "of 64 codes are in use, perplexity " in said
     assert said.endswith("Try fewer codes, more images, or a lower --learning-rate")
-    assert "Try --revive-below 0.01" in collapsed(revive_below=0.0)[0]
+    assert "Try --revive-below 0.05" in collapsed(revive_below=0.0)[0]
     assert "Try --kmeans-start" in collapsed(kmeans_start=False)[0]
 
 

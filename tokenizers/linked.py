@@ -27,6 +27,11 @@ from smalti.tokenizers.search import nearest_paths
 
 CodebookLearning: TypeAlias = Literal["gradient", "ema"]
 
+DECAY, REVIVE_BELOW = 0.95, 0.05
+"""What suits some hundreds or thousands of steps: a codeword that is no longer chosen is moved after 60. With 0.99, the
+papers' decay, and 0.01 it takes 460: the better choice for the large codebooks of long trainings, whose means need many
+steps to be precise."""
+
 
 @dataclass(frozen=True)
 class QuantizerOutput:
@@ -108,8 +113,8 @@ class LinkedQuantizer(nn.Module):
         branching: int,
         commitment_weight: float = 0.25,
         learning: CodebookLearning = "ema",
-        decay: float = 0.99,
-        revive_below: float = 0.01,
+        decay: float = DECAY,
+        revive_below: float = REVIVE_BELOW,
         cosine: bool = False,
     ) -> None:
         super().__init__()

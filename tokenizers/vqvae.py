@@ -21,7 +21,7 @@ from smalti.interfaces import Tokenizer, TokenizerOutput, require_size
 from smalti.registry import register
 from smalti.tokenizers import blocks
 from smalti.tokenizers.gumbel import GumbelQuantizer
-from smalti.tokenizers.linked import CodebookLearning, LinkedQuantizer
+from smalti.tokenizers.linked import DECAY, REVIVE_BELOW, CodebookLearning, LinkedQuantizer
 from smalti.tokenizers.strips import in_bounded_memory
 
 
@@ -46,9 +46,9 @@ class VQConfig:
     codebook_learning: CodebookLearning = "ema"
     """How codewords learn: `ema`, as running means of what chooses them, or `gradient`, from the losses' codebook
     terms."""
-    codebook_decay: float = 0.99
-    """Decay of these means, and of the counts that say which codewords are dead."""
-    revive_below: float = 0.01
+    codebook_decay: float = DECAY
+    """Decay of these means, and of the counts that say which codewords are dead; 0.99 for long trainings."""
+    revive_below: float = REVIVE_BELOW
     """A codeword chosen less often than this share of its codebook's mean moves to where vectors are; 0 moves none."""
     kmeans_start: bool = True
     """Start the codebooks from what the untrained encoder makes of images, not from random codewords."""
@@ -95,7 +95,7 @@ class VQFamily(Tokenizer):
         if not self.config.kmeans_start:
             return "--kmeans-start, which starts the codebooks from the images"
         if not self.config.revive_below:
-            return "--revive-below 0.01, which moves dead codewords to where vectors are"
+            return f"--revive-below {REVIVE_BELOW}, which moves dead codewords to where vectors are"
         return super().collapse_remedy()
 
     def recomputable(self) -> list[nn.Module]:

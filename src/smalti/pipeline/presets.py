@@ -16,6 +16,8 @@ from smalti.pipeline.train_tokenizer import Preset, TrainTokenizer
 from smalti.tokenizers.vqgan import VQGANConfig
 
 LEVELS = 3  # of VQ-VAE-2, in the HR-VQVAE paper
+LONG: dict[str, Any] = {"codebook_decay": 0.99, "revive_below": 0.01}
+"""How codebooks learn in hundreds of thousands of steps: by the papers' decay, slower than the defaults."""
 LIKELIHOOD_FIT = FitConfig(
     steps=4_000, batch_size=32, learning_rate=2e-3, optimizer="adamax", clip_norm=100.0, ema_decay=0.995
 )
@@ -164,7 +166,7 @@ def _paper(kind: str, *, size: int, stages: int) -> TrainTokenizer[Any]:
     if kind not in ("vqvae", "vqvae2", "hrvq"):
         raise UserError(f"the paper presets are for vqvae, vqvae2 and hrvq, not for {kind}; leave --preset out")
     levels: dict[str, Any] = {"levels": LEVELS} if kind == "vqvae2" else {}
-    model = config_class(height=size, width=size, widths=(128,) * stages, **levels)
+    model = config_class(height=size, width=size, widths=(128,) * stages, **levels, **LONG)
     fit = FitConfig(steps=250_000, batch_size=128, learning_rate=3e-4, report_steps=5_000, save_steps=2_000)
     name: Preset = f"paper{size}"  # pyright: ignore[reportAssignmentType] - one of its words
     return TrainTokenizer(model=model, fit=fit, tokenizer=kind, preset=name)
@@ -187,5 +189,5 @@ def _vqgan(
         save_steps=2_000,
     )
     model = {"discriminator_start": 10_000, "discriminator_ramp": 0, **model}
-    network = VQGANConfig(height=size, width=size, kmeans_start=False, **model)
+    network = VQGANConfig(height=size, width=size, kmeans_start=False, **LONG, **model)
     return TrainTokenizer(model=network, fit=fit, tokenizer=kind, preset=name)

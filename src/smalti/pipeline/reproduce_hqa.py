@@ -153,7 +153,7 @@ def model_of(kind: str, layers: int, config: ReproduceHQA) -> HQAConfig | VQVAEC
     """Of a row of Table 3: 256 codes of width 64, at 1 / 2**layers of the image's size."""
     if kind == "vqvae":
         widths = VQVAE_WIDTHS[:layers]
-        plain = {"residual_blocks": 1, "revive_below": 0.0}
+        plain = {"residual_blocks": 1, "revive_below": 0.0, "codebook_decay": 0.99}
         return VQVAEConfig(image_channels=1, widths=widths, codebook_size=256, **plain)
     made = (HQAConfig if kind in HQAS else HAMsConfig)(image_channels=1, **(HQAS | HAMS)[kind])
     widths = PRINCIPAL_WIDTHS if made.principal_encoders else HAMS_WIDTHS if made.target == "codes" else made.widths
