@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from smalti import LatentSet, load
+from smalti import HRVQ, LatentSet, load
 from smalti.errors import UserError
 from smalti.extractors import Extractor
 from smalti.latentsets.rows import LatentRows
 from smalti.pipeline import judges, reproduce_priors_samples, reproduce_priors_training
 from smalti.pipeline.judges import judge_prior
 from smalti.pipeline.judging import JudgePrior, Judging
-from smalti.pipeline.reproduce_priors import SETUPS, Cell, Grid, ReproducePriors
+from smalti.pipeline.reproduce_priors import SETUPS, Cell, Grid, ReproducePriors, ResamplingPart
 from smalti.pipeline.reproduce_priors_report import resampling_table
 from smalti.pipeline.reproduce_priors_samples import Judge, canvases, columns, draws, proportion, steps_across
 from smalti.pipeline.reproduce_priors_training import (
@@ -30,6 +30,7 @@ from smalti.pipeline.reproduce_priors_training import (
     equal_time_steps,
     latents_of,
     step_seconds,
+    tokenizer_of,
     trained,
 )
 from smalti.pipeline.train_prior import TrainPrior
@@ -278,3 +279,13 @@ def test_a_number_of_samples_below_none_is_refused():
 def test_what_was_not_run_is_said():
     found = resampling_table("resampling", CONFIG, {"patches": [1.5], "runs": []})
     assert "| 1.5000 | not run | not run |" in found
+
+
+@pytest.mark.parametrize(("part", "what"), [("resampling-outer", "8×8 codes"), ("resampling-outer-16", "16×16 codes")])
+def test_patches_and_runs_are_compared_on_the_grid_that_the_table_names(part: ResamplingPart, what: str):
+    found = resampling_table(part, CONFIG, {"patches": [1.5], "runs": [1.25]})
+    assert f"emoji, {what} of 8³, hourglass 1-2-1" in found
+    assert "| -0.2500 |" in found
+    tokenizer = tokenizer_of(SETUPS[part].grid, CONFIG).model
+    (level,) = HRVQ(tokenizer).layout.levels
+    assert what.startswith(f"{level.height}×{level.width} ")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from smalti.checkpoint import config_from_json
 from smalti.devices import best_device, peak_memory_bytes
@@ -36,9 +37,9 @@ def strips(config: VQGANConfig | None = None, largest_whole: int | None = None) 
     with tempfile.TemporaryDirectory() as folder:
         bounds = {Path(folder) / "strips": bound, Path(folder) / "whole": sys.maxsize}
         told = [_told(place, config, largest) for place, largest in bounds.items()]
-        ours, theirs = (torch.load(place) for place in bounds)
-    (codes,), (whole_codes,) = ours["codes"], theirs["codes"]
-    wrong, farthest = int((codes != whole_codes).sum()), float((ours["decoded"] - theirs["decoded"]).abs().max())
+        ours, theirs = (load_file(place) for place in bounds)
+    codes, farthest = ours["codes"], float((ours["decoded"] - theirs["decoded"]).abs().max())
+    wrong = int((codes != theirs["codes"]).sum())
     of = f"{config.height}×{config.width}, encoded and decoded in strips"
     yield Comparison(
         f"{of}: {wrong} of {codes.numel()} codes differ from the whole's, pixels by up to {farthest:.1g}",
@@ -64,11 +65,11 @@ def work(place: str, config: str, largest_whole: str) -> None:
     images = torch.nn.functional.interpolate(rough, (height, width), mode="bicubic").clamp(-1, 1).to(best_device())
     with torch.no_grad():
         start = time.perf_counter()
-        codes = tokenizer.encode(images)
-        decoded = tokenizer.decode(codes)
+        (codes,) = tokenizer.encode(images)
+        decoded = tokenizer.decode((codes,))
         synchronize()
         seconds = time.perf_counter() - start
-    torch.save({"codes": [grid.cpu() for grid in codes], "decoded": decoded.cpu()}, place)
+    save_file({"codes": codes.cpu().contiguous(), "decoded": decoded.cpu().contiguous()}, place)
     print(json.dumps({"seconds": seconds, "bytes": float(peak_memory_bytes(best_device()))}))
 
 
