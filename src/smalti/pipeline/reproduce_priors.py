@@ -40,6 +40,9 @@ class Grid:
         """Of the grid of codes."""
         return self.pixels >> self.stages
 
+    def __str__(self) -> str:
+        return f"{self.side}×{self.side} codes of {self.branching}³"
+
 
 @dataclass(frozen=True)
 class Model:

@@ -66,13 +66,13 @@ def resampling(part: Part, config: ReproducePriors) -> None:
 
 def resampling_table(part: Part, config: ReproducePriors, found: dict[str, list[float]]) -> str:
     """Means over seeds, and what each seed gains by patches."""
-    depth = "-".join(map(str, SETUPS[part].models["patches"].changes["depth"]))
-    side = SETUPS[part].grid.side
+    setup = SETUPS[part]
+    depth = "-".join(map(str, setup.models["patches"].changes["depth"]))
     pairs = zip(found["patches"], found["runs"], strict=False)  # the last seed's second run may be to come
     more = ", ".join(f"{runs - patches:+.4f}" for patches, runs in pairs)
     return "\n".join(
         [
-            f"{config.data}, {side}×{side} codes of 8³, hourglass {depth}, {config.steps} steps: held-out loss of "
+            f"{config.data}, {setup.grid}, hourglass {depth}, {config.steps} steps: held-out loss of "
             f"SUNDAE's objective, nats a code; the mean of {len(found['patches'])} seed(s), from the least to the "
             "most. A seed's two runs share rows and draws.",
             "",
@@ -97,9 +97,8 @@ def race_table(part: Part, config: ReproducePriors, found: dict[tuple[str, int],
     """A row of each model."""
     seconds, given = step_seconds(part, config), given_steps(part, config)
     equal_time, (first, *_) = equal_time_steps(part, config), seconds
-    what = {"head": "8×8 codes of 32³ leaves", "depth": "32×32 codes of 8³"}[part]
     lines = [
-        f"{config.data}, {what}: held-out loss of SUNDAE's objective, nats a code, one seed.",
+        f"{config.data}, {SETUPS[part].grid}: held-out loss of SUNDAE's objective, nats a code, one seed.",
         "",
         f"| | parameters | a step's time | after {given} steps | steps in the same time | after these |",
         "|---|---:|---:|---:|---:|---:|",
@@ -140,8 +139,8 @@ def samplers_table(
     """Distances by steps, with seconds an image."""
     images = next(iter(found.values()))["images"]
     lines = [
-        f"{config.data}, 8×8 codes of 8³: Fréchet distance of {images:.0f} samples to at most {config.reference} "
-        "training images, and seconds an image, decoding among them. Trained in equal time: "
+        f"{config.data}, {SETUPS['samplers'].grid}: Fréchet distance of {images:.0f} samples to at most "
+        f"{config.reference} training images, and seconds an image, decoding among them. Trained in equal time: "
         f"{', '.join(f'{name} {steps} steps' for name, steps in trained_steps.items())}. Guidance {config.guidance:g}.",
         "",
         f"| steps | {' | '.join(map(str, config.step_counts))} | one a code |",
