@@ -11,7 +11,14 @@ import toys
 from accelerate.state import AcceleratorState
 
 from smalti.errors import UserError
-from smalti.pipeline import benchmark, benchmark_latents, benchmark_priors, benchmark_strips, benchmark_ways
+from smalti.pipeline import (
+    benchmark,
+    benchmark_latents,
+    benchmark_megapixel,
+    benchmark_priors,
+    benchmark_strips,
+    benchmark_ways,
+)
 from smalti.pipeline.benchmark import Benchmark, insert, medians, table
 from smalti.pipeline.comparison import Comparison, Measured, Way, in_mebibytes
 from smalti.priors.hourglass import HourglassConfig
@@ -63,6 +70,24 @@ def test_strips_and_the_whole_are_measured_in_processes_of_their_own():
     assert all(taken > 0 for taken in medians(seconds, 1))
     ours, whole, limit = medians(memory, 1)
     assert 100 * 2**20 < min(ours, whole) < limit == 4 * 2**30
+
+
+def test_a_megapixel_is_sampled_decoded_and_trained_on_by_networks_that_fit_each_other():
+    AcceleratorState._reset_state(reset_partial_state=True)  # another file's tests may have chosen another precision
+    tiny = replace(toys.TINY["vqgan"], height=32, width=32)
+    comparisons = list(
+        benchmark_megapixel.megapixel(config=tiny, prior=TINY, batches=(2,), steps=3, training_steps=2, compiled=False)
+    )
+    codes, decoding, *_, training, memory = comparisons
+    assert "3 steps of 16×16" in codes.path
+    ours, limit = codes.ways
+    assert ours.work().shape == (2, 16, 16)
+    assert limit.units == 2
+    assert decoding.ways[0].work().shape == (2, 3, 32, 32)
+    assert [way.name for way in training.ways] == ["smalti, --gradient-checkpointing", "smalti"]
+    for comparison in comparisons:
+        assert all(taken > 0 for taken in medians(comparison, 1))
+    assert memory.readable(memory.ways[0].work()).endswith("MiB")
 
 
 def test_ways_to_train_and_to_sample_run():

@@ -74,7 +74,8 @@ def revival(
 
     Returns:
         `node * m + digit` of the codewords, the vectors, and the counts to start again with: the mean of the codebook,
-        so that they are not dead at once.
+        so that they are not dead at once. Always of as many: those that revive none say `nodes * m`, one past the last
+        codeword, for how many are dead only the device knows. `put_at` leaves them out.
     """
     m, mean = counts.shape[1], counts.mean(1)
     dead = counts < below * mean[:, None]
@@ -82,8 +83,16 @@ def revival(
     keys, nodes, vectors = _largest(*(collected(part) for part in _largest(keys, nodes, vectors)))
     turn, first_dead = turns(nodes, keys), dead.float().argsort(dim=1, descending=True, stable=True)
     drawn = (turn < dead.sum(1)[nodes]) & (keys > -torch.inf)  # a NaN is not drawn either
-    nodes, turn = nodes[drawn], turn[drawn]
-    return nodes * m + first_dead[nodes, turn], vectors[drawn], mean[nodes]
+    places = torch.where(drawn, nodes * m + first_dead[nodes, turn.clamp(max=m - 1)], counts.numel())
+    return places, vectors, mean[nodes]
+
+
+def put_at(
+    places: Int64[Tensor, " r"], values: Float[Tensor, "r *d"], table: Float[Tensor, "n *d"]
+) -> Float[Tensor, "n *d"]:
+    """The table with values in the rows that `places` names, each once; what is for row n is left out."""
+    longer = torch.cat([table, table.new_zeros(1, *table.shape[1:])])
+    return longer.index_copy_(0, places, values)[:-1]
 
 
 def _largest(keys: Tensor, nodes: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

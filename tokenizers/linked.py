@@ -22,7 +22,7 @@ from smalti.processes import total
 from smalti.randomness import derive, uniform
 from smalti.sharding import full, split_like
 from smalti.tokenizers.kmeans import linked_kmeans
-from smalti.tokenizers.learning import revival, running_means
+from smalti.tokenizers.learning import put_at, revival, running_means
 from smalti.tokenizers.search import nearest_paths
 
 CodebookLearning: TypeAlias = Literal["gradient", "ema"]
@@ -219,11 +219,11 @@ class LinkedQuantizer(nn.Module):
             if self.revive_below:
                 errors = (residual - codeword).square().sum(1)
                 noise = uniform(derive(seeds, layer))
-                revived, places, restart = revival(
+                places, found, restart = revival(
                     counts, below=self.revive_below, vectors=residual, nodes=nodes, errors=errors, noise=noise
                 )
-                moved = moved.flatten(0, 1).index_copy(0, revived, places).view_as(moved)
-                counts = counts.flatten().index_copy(0, revived, restart).view_as(counts)
+                moved = put_at(places, found, moved.flatten(0, 1)).view_as(moved)
+                counts = put_at(places, restart, counts.flatten()).view_as(counts)
             parts.copy_(split_like(moved if bad is None else torch.where(bad, codebook, moved), parts))
             getattr(self, f"counts_{layer}").copy_(counts)
             residual, nodes = residual - codeword, children

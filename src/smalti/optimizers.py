@@ -144,7 +144,10 @@ def step_unless(optimizer: Optimizer, bad: Bool[Tensor, ""]) -> None:
 
 
 def step_unless_on_device(optimizer: torch.optim.Optimizer, bad: Bool[Tensor, ""]) -> None:
-    """`step_unless` without a look at `bad`: told to the fused kernels, which know how; undone elsewhere."""
+    """`step_unless` without a look at `bad`: told to the fused kernels, which know how; undone elsewhere.
+
+    Deviation: Adamax counts its steps on the CPU, where a bad one counts too, which its bias correction sees.
+    """
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] - how torch's scaler tells them
         optimizer.step()
@@ -153,7 +156,7 @@ def step_unless_on_device(optimizer: torch.optim.Optimizer, bad: Bool[Tensor, ""
     def held() -> list[Tensor]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         states = (value for p in parameters for value in optimizer.state.get(p, {}).values())
-        return [*parameters, *(value for value in states if isinstance(value, Tensor))]
+        return [*parameters, *(value for value in states if isinstance(value, Tensor) and value.device == bad.device)]
 
     before = {tensor: tensor.detach().clone() for tensor in held()}
     optimizer.step()

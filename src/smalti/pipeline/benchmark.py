@@ -1,7 +1,7 @@
 """Measuring the hot paths and writing down what was found.
 
-What is compared with what is in `benchmark_ways.py`, `benchmark_priors.py`, `benchmark_latents.py` and
-`benchmark_strips.py`.
+What is compared with what is in `benchmark_ways.py`, `benchmark_priors.py`, `benchmark_latents.py`,
+`benchmark_strips.py` and `benchmark_megapixel.py`.
 """
 
 import os
@@ -19,12 +19,12 @@ import torch
 from smalti.devices import best_device, resolve
 from smalti.errors import UserError
 from smalti.files import whole_file
-from smalti.pipeline import benchmark_latents, benchmark_priors, benchmark_strips, benchmark_ways
+from smalti.pipeline import benchmark_latents, benchmark_megapixel, benchmark_priors, benchmark_strips, benchmark_ways
 from smalti.pipeline.comparison import Comparison, Measured, Way, synchronize
 from smalti.runs import git_commit, versions
 
 Section: TypeAlias = Literal[
-    "search", "latents", "prior", "hourglass", "head", "sampler", "ancestral", "training", "strips"
+    "search", "latents", "prior", "hourglass", "head", "sampler", "ancestral", "training", "strips", "megapixel"
 ]
 
 SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
@@ -37,7 +37,10 @@ SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "ancestral": benchmark_priors.ancestral,
     "training": benchmark_ways.training,
     "strips": benchmark_strips.strips,
+    "megapixel": benchmark_megapixel.megapixel,
 }
+FOR_A_GPU: tuple[Section, ...] = ("megapixel",)
+"""Sections that take hours without one."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Benchmark:
         UserError: for no repetitions.
     """
 
-    only: tuple[Section, ...] = tuple(SECTIONS)
-    """Sections to measure."""
+    only: tuple[Section, ...] = tuple(section for section in SECTIONS if section not in FOR_A_GPU)
+    """Sections to measure; `megapixel` is for a GPU."""
     repetitions: int = 5
     """How often each way is run, after once to warm up; medians are shown."""
     out: Path | None = None

@@ -178,10 +178,15 @@ class _Clocked:
 
 
 def _fit(process: Accelerator, model: Checkpointed, objective: nn.Module, data: RowData, config: FitConfig) -> Measured:
+    return timed_fit(process, model, [Phase("benchmark", objective, config.optimizer_of(objective))], data, config)
+
+
+def timed_fit(
+    process: Accelerator, model: Checkpointed, phases: Sequence[Phase], data: RowData, config: FitConfig
+) -> Measured:
     """Seconds a step of `fit`, from the first step to the last: without the start and the saving at the end."""
     clocked = _Clocked(data)
     with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
-        phases = [Phase("benchmark", objective, config.optimizer_of(objective))]
         fit(process, phases, clocked, config, model=model, run=Run(Path(folder), {}), what="benchmark")
     return Measured((clocked.asked[-1] - clocked.asked[0]) / (len(clocked.asked) - 1))
 

@@ -1,0 +1,134 @@
+"""What the benchmark measures of 1024x1024 images, as arXiv 2206.12351 makes them: for a GPU, so only where asked for.
+
+Random weights and images: what they take depends on neither.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smalti.devices import accelerator, autocast, best_device, peak_memory_bytes
+from smalti.fit_config import FitConfig
+from smalti.pipeline.benchmark_priors import random_codes
+from smalti.pipeline.benchmark_ways import timed_fit
+from smalti.pipeline.comparison import Comparison, Measured, Way, in_mebibytes
+from smalti.pipeline.presets import f32_megapixel
+from smalti.priors.hourglass import Hourglass, HourglassConfig
+from smalti.priors.samplers import SundaeSampling, sample_sundae
+from smalti.randomness import generator_for, row_seeds
+from smalti.rows import Batch
+from smalti.tokenizers.vqgan import VQGAN, VQGANConfig
+
+PRIOR = HourglassConfig(32, 32, model_width=1024, heads=16, depth=(2, 12, 2))
+"""The paper's for a megapixel, but for the tokenizer's codes, which it takes over."""
+BATCHES = (1, 4)
+
+
+def megapixel(
+    *,
+    config: VQGANConfig | None = None,
+    prior: HourglassConfig = PRIOR,
+    batches: Sequence[int] = BATCHES,
+    steps: int = 100,
+    training_steps: int = 6,
+    compiled: bool = True,
+) -> Iterator[Comparison]:
+    """Sampling, decoding and training, time and memory, of the network of `f32-megapixel` if no other is given."""
+    config = config or cast(VQGANConfig, f32_megapixel("vqgan").model)
+    yield from _sampling(config, prior, batches, steps, compiled)
+    yield from _training(replace(config, discriminator_start=0), batches, training_steps)
+
+
+def _sampling(
+    config: VQGANConfig, shape: HourglassConfig, batches: Sequence[int], steps: int, compiled: bool
+) -> Iterator[Comparison]:
+    device = best_device()
+    tokenizer = VQGAN(config).to(device).eval()
+    (level,) = tokenizer.layout.levels
+    shape = replace(shape, height=level.height, width=level.width, radices=level.radices)
+    network = Hourglass(shape).to(device).eval()
+    plain = SundaeSampling(steps=steps, min_steps=steps)
+    of = f"{config.height}×{config.width}"
+    for batch in batches:
+        codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
+
+        def draw(sampling: SundaeSampling, codes: Tensor = codes, seeds: Tensor = seeds) -> Tensor:
+            nothing = torch.zeros_like(codes, dtype=torch.bool)
+            with autocast(device, "auto"):
+                return sample_sundae(network, known=codes, known_mask=nothing, seeds=seeds, sampling=sampling)
+
+        @torch.no_grad()
+        def passes(codes: Tensor = codes) -> None:
+            with autocast(device, "auto"):
+                for _ in range(steps):
+                    F.linear(network.features(codes), network.head.weight, network.head.bias)
+
+        @torch.no_grad()
+        def decode(codes: Tensor = codes) -> Tensor:
+            with autocast(device, "auto"):
+                return tokenizer.decode((codes,))
+
+        program = [Way("smalti, --compile", partial(draw, replace(plain, compile=True)), batch)] if compiled else []
+        network_of = f"width {shape.model_width}, depth {'-'.join(map(str, shape.depth))}"
+        yield Comparison(
+            f"codes of a {of} sample, {batch} at once: {steps} steps of {level.height}×{level.width}, {network_of}",
+            (
+                *program,
+                Way("smalti", partial(draw, plain), batch),
+                Way("limit: features and the logits of every node, as often", passes, batch),
+            ),
+        )
+        yield Comparison(f"decoding a {of} image, {batch} at once", (Way("smalti", decode, batch),))
+        yield _peak(f"decoding {batch} of {of}", {"smalti": decode})
+
+
+def _training(config: VQGANConfig, batches: Sequence[int], steps: int) -> Iterator[Comparison]:
+    """Both networks' steps, as `fit` makes them: perceptual and adversarial losses, both optimisers."""
+    process = accelerator("auto")
+    for batch in batches:
+        rows = RandomImages(batch, config.height, config.width)
+        ways: dict[str, Callable[[], Measured]] = {}
+        for name, again in {"smalti, --gradient-checkpointing": True, "smalti": False}.items():
+            fit_config = FitConfig(steps=steps, batch_size=batch, gradient_checkpointing=again)
+
+            def train(fit_config: FitConfig = fit_config, rows: RandomImages = rows) -> Measured:
+                model = VQGAN(config)
+                seconds = timed_fit(process, model, model.phases(fit_config), rows, fit_config)
+                return Measured(seconds / fit_config.batch_size)
+
+            ways[name] = train
+        of = f"{batch} of {config.height}×{config.width}"
+        yield Comparison(f"training on {of}, an image", [Way(name, work) for name, work in ways.items()])
+        yield _peak(f"training on {of}", ways)
+
+
+def _peak(of: str, ways: dict[str, Callable[[], Any]]) -> Comparison:
+    """The most memory while each runs: on a CUDA device that of tensors, elsewhere that of the process so far."""
+
+    def peak(work: Callable[[], Any]) -> Measured:
+        if best_device().type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        work()
+        return Measured(peak_memory_bytes(best_device()))
+
+    taken = [Way(name, partial(peak, work)) for name, work in ways.items()]
+    return Comparison(f"{of}: peak memory", taken, readable=in_mebibytes, varies=False)
+
+
+class RandomImages:
+    """Rows of noise, uint8 `(count, 3, height, width)`, in memory: fetching them takes next to nothing."""
+
+    def __init__(self, count: int, height: int, width: int) -> None:
+        self._images = torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=generator_for(0))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        return {"images": self._images[rows], "rows": torch.tensor(rows)}
