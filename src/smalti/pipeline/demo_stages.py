@@ -37,9 +37,9 @@ from smalti.tokenizers.hrvq import HRVQConfig
 
 FILLS = 3
 TOKENIZER = HRVQConfig(codebook_learning="gradient", revive_below=0.0)
-"""As the paper trains it, but for the k-means start. With running means (decay 0.99) and revival the error is the same,
-0.0073, but a prior is worse at the codes: 3.05 nats held-out after 1000 steps against 2.93, one run each, and worse
-pictures."""
+"""As the paper trains it, but for the k-means start. With running means and revival, the default, the error is less, held
+out 0.0074 and not 0.0079, but a prior is worse at the codes after as many steps: 3.05 nats held out and not 3.01, and
+samples at a Fréchet distance (lite0) of 1023 and not 979; one run each."""
 IMAGES_PER_MASK = 2
 
 
