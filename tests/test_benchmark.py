@@ -76,15 +76,18 @@ def test_a_megapixel_is_sampled_decoded_and_trained_on_by_networks_that_fit_each
     AcceleratorState._reset_state(reset_partial_state=True)  # another file's tests may have chosen another precision
     tiny = replace(toys.TINY["vqgan"], height=32, width=32)
     comparisons = list(
-        benchmark_megapixel.megapixel(config=tiny, prior=TINY, batches=(2,), steps=3, training_steps=2, compiled=False)
+        benchmark_megapixel.megapixel(
+            config=tiny, prior=TINY, batches=(2, 3), steps=3, training_steps=2, compiled=False
+        )
     )
-    codes, decoding, *_, training, memory = comparisons
+    codes, decoding, *_, training, memory, larger, _ = comparisons
     assert "3 steps of 16×16" in codes.path
     ours, limit = codes.ways
     assert ours.work().shape == (2, 16, 16)
     assert limit.units == 2
     assert decoding.ways[0].work().shape == (2, 3, 32, 32)
     assert [way.name for way in training.ways] == ["smalti, --gradient-checkpointing", "smalti"]
+    assert [way.name for way in larger.ways] == ["smalti, --gradient-checkpointing"]
     for comparison in comparisons:
         assert all(taken > 0 for taken in medians(comparison, 1))
     assert memory.readable(memory.ways[0].work()).endswith("MiB")
