@@ -20,6 +20,7 @@ from smalti.interfaces import Tokenizer
 from smalti.latentsets.reader import LatentSet
 from smalti.randomness import row_seeds
 from smalti.scripts import build_latents, inpaint, sample, train_prior, train_tokenizer
+from smalti.signals import Interrupted
 
 SMALL = "--height 8 --width 8 --widths 6 8 --residual-blocks 1 --code-width 6 --depth 2 --branching 4 --precision fp32"
 STEPS = "--steps 6 --batch-size 8 --precision fp32"
@@ -101,6 +102,18 @@ def test_a_bad_batch_leaves_no_trace(optimizer, tmp_path, impatient):
     for name, weights in one.items():
         tolerance = 0.05 if optimizer == "adamax" else 0.0
         torch.testing.assert_close(other[name], weights, rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamax"])
+def test_a_run_that_was_stopped_ends_there_as_if_it_had_not_been(optimizer, tmp_path, impatient):
+    config = replace(toys.CONFIG, optimizer=optimizer)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with there():
+        toys.train(tmp_path / "whole", config=config)
+        with pytest.raises(Interrupted):
+            toys.train(tmp_path / "stopped", config=config, wrap=lambda rows: toys.Signalling(rows, 6))
+        toys.train(tmp_path / "stopped", config=config)
+    assert toys.outcome(tmp_path / "stopped") == toys.outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", [kind for family, kind in toys.KINDS if family == "tokenizer"])
