@@ -14,7 +14,7 @@ import torch
 import toys
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from toys import CONFIG, train
+from toys import CONFIG, Bad, train
 
 from smalti.checkpoint import WEIGHTS_NAME
 from smalti.errors import OneProcessError, UserError
@@ -26,23 +26,6 @@ from smalti.runs import Run
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Bad:
-    """Rows whose inputs are `value` in the batches numbered in `at`, counted from 0."""
-
-    def __init__(self, rows, at, value=math.nan):
-        self.rows, self.at, self.value, self.batches = rows, at, value, 0
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitems__(self, rows):
-        batch = self.rows.__getitems__(rows)
-        if self.batches in self.at:
-            batch["x"] = batch["x"] * self.value
-        self.batches += 1
-        return batch
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

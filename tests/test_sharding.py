@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import toys
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -36,23 +35,6 @@ SAME_NETWORK = ("vqvae", "hqa", "hams", "selfvae", "maskgit")  # as hrvq, vae, h
 NOT_SPLIT = ("vqgan",)  # trained in two phases
 FAMILIES = {kind: family for family, kind in toys.KINDS if kind not in (*SAME_NETWORK, *NOT_SPLIT)}
 WITH_MUON = ("hrvq", "hourglass")
-
-
-class BadAt:
-    """Rows that the second process, or one alone, finds to be NaN in batch number `BAD`."""
-
-    def __init__(self, rows, harmed):
-        self.rows, self.harmed, self.batches = rows, harmed, 0
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitems__(self, rows):
-        batch = self.rows.__getitems__(rows)
-        if self.harmed and self.batches == BAD:
-            batch["x"] = batch["x"] * torch.nan
-        self.batches += 1
-        return batch
 
 
 def lengths(_done, model):
@@ -93,7 +75,8 @@ def program(folder):
             train(folder / "muon" / kind, lambda kind=kind: make(kind), MUON, process)
     fit_file.step_unless = as_on_a_device
     for name, config in BAD_RUNS.items():
-        train(folder / name, toys.plain_toy, config, process, lambda rows: BadAt(rows, process.process_index == 1))
+        bad = {BAD} if process.process_index == 1 else set()
+        train(folder / name, toys.plain_toy, config, process, lambda rows, at=bad: toys.Bad(rows, at))
     for model, objective in seen:
         assert isinstance(objective, FSDPModule)
         blocks = model.recomputable()
@@ -115,7 +98,7 @@ def folder(tmp_path_factory):
             train(folder / "one muon" / kind, of, MUON, one)
         train(folder / "adamw" / kind, of, ADAMW, one, stopping)
     for name, config in BAD_RUNS.items():
-        train(folder / f"one {name}", toys.plain_toy, config, one, lambda rows: BadAt(rows, True))
+        train(folder / f"one {name}", toys.plain_toy, config, one, lambda rows: toys.Bad(rows, {BAD}))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
     environment = {**os.environ, **SPLIT, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)

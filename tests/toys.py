@@ -224,6 +224,23 @@ def losses(lines):
     return [value for line in lines for name, value in line.items() if name.split("/")[-1] == "loss"]
 
 
+class Bad:
+    """Rows whose inputs are `value` in the batches numbered in `at`, counted from 0."""
+
+    def __init__(self, rows, at, value=math.nan):
+        self.rows, self.at, self.value, self.batches = rows, at, value, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, rows):
+        batch = self.rows.__getitems__(rows)
+        if self.batches in self.at:
+            batch["x"] = batch["x"] * self.value
+        self.batches += 1
+        return batch
+
+
 class Signalling:
     """Rows that send this process a signal with batch number `at`, counted from 0."""
 

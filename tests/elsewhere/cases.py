@@ -1,7 +1,5 @@
 """What is held of smalti on a device that is not the CPU; `test_elsewhere.py` runs this, in a process of its own."""
 
-import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 import toys
 from accelerate.state import AcceleratorState
+from command_toys import run
 from elsewhere import not_waiting, there, waited, where
 from PIL import Image
 from safetensors.torch import load_file
@@ -84,17 +83,9 @@ def test_training_learns_what_it_does_on_the_cpu_and_waits_for_nothing(family, k
 def test_a_bad_batch_leaves_no_trace(optimizer, tmp_path, impatient):
     """But in AdaMax, which counts it."""
 
-    class Bad(toys.Rows):
-        batches = 0
-
-        def __getitems__(self, rows):
-            self.batches += 1
-            found = super().__getitems__(rows)
-            return found if self.batches != 4 else {**found, "x": found["x"] * math.nan}
-
     def train(name):
         config = replace(toys.CONFIG, optimizer=optimizer)
-        toys.train(tmp_path / name, config=config, wrap=lambda rows: Bad(**rows.columns))
+        toys.train(tmp_path / name, config=config, wrap=lambda rows: toys.Bad(rows, {3}))
         return load_file(tmp_path / name / WEIGHTS_NAME), toys.measured(tmp_path / name)[-2]["skipped_steps"]
 
     (one, skipped), (other, also_skipped) = on_both(train)
@@ -167,7 +158,7 @@ def test_drawing_waits_as_often_for_many_steps_as_for_few(kind):
 
 
 @pytest.mark.parametrize("prior", ["hourglass", "maskgit", "pixelcnn"])
-def test_every_command_makes_the_same(prior, tmp_path, monkeypatch):
+def test_every_command_makes_the_same(prior, tmp_path, monkeypatch, capfd):
     (tmp_path / "img").mkdir()
     random = np.random.default_rng(0)
     for index in range(24):
@@ -188,9 +179,8 @@ def test_every_command_makes_the_same(prior, tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         Path("img").symlink_to("../img")
         for command, flags in commands:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            monkeypatch.setattr(sys, "argv", ["command.py", *flags.split()])
-            command.main()
+            status, _, shown = run(capfd, command.main, *flags.split())
+            assert status == 0, shown
         pictures = [np.array(Image.open(path)).tolist() for path in ("samples.png", "fills.png")]
         latents = LatentSet("latents.h5")
         return [level.tolist() for level in latents.batch(range(len(latents)))], pictures

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -177,6 +178,22 @@ Tensor& set_whole(Tensor& self, c10::Storage storage) {
 const std::unordered_set<std::string> MAY_MIX = {"aten::index.Tensor", "aten::index_put", "aten::index_put_",
                                                  "aten::_index_put_impl_"};
 
+// Puts what `turn` makes of them in the place of the tensors in an argument or a result.
+void replace(c10::IValue& value, const std::function<Tensor(const Tensor&)>& turn) {
+  if (value.isTensor()) {
+    value = turn(value.toTensor());
+  } else if (value.isTensorList()) {
+    c10::List<Tensor> turned;
+    for (const Tensor& tensor : value.toTensorList()) turned.push_back(turn(tensor));
+    value = turned;
+  } else if (value.isOptionalTensorList()) {
+    c10::List<optional<Tensor>> turned;
+    for (const optional<Tensor>& tensor : value.toOptionalTensorList().vec())
+      turned.push_back(tensor ? optional<Tensor>(turn(*tensor)) : std::nullopt);
+    value = turned;
+  }
+}
+
 void on_the_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
   const auto& schema = operation.schema();
   const auto name = c10::toString(operation.operator_name());
@@ -194,20 +211,8 @@ void on_the_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) 
   const auto first = stack->size() - schema.arguments().size();
   for (size_t i = first; i < stack->size(); i++) {
     auto& value = (*stack)[i];
-    if (value.isTensor()) {
-      value = turn(value.toTensor());
-    } else if (value.isTensorList()) {
-      c10::List<Tensor> turned;
-      for (const Tensor& tensor : value.toTensorList()) turned.push_back(turn(tensor));
-      value = turned;
-    } else if (value.isOptionalTensorList()) {
-      c10::List<optional<Tensor>> turned;
-      for (const optional<Tensor>& tensor : value.toOptionalTensorList().vec())
-        turned.push_back(tensor ? optional<Tensor>(turn(*tensor)) : std::nullopt);
-      value = turned;
-    } else if (value.isDevice()) {
-      value = c10::Device(c10::kCPU);
-    }
+    replace(value, turn);
+    if (value.isDevice()) value = c10::Device(c10::kCPU);
   }
   TORCH_CHECK(!here || !cpu || MAY_MIX.count(name), "elsewhere: ", name, " mixes tensors of two devices");
   if (here && (WAITING.count(name) || (MAY_MIX.count(name) && masks))) waits(name);
@@ -229,16 +234,7 @@ void on_the_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) 
       if (tensor.storage().data() && tensor.storage().data() == theirs.storage().data()) return view_of(ours, tensor);
     return copied_here(tensor);
   };
-  for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) {
-    auto& value = (*stack)[i];
-    if (value.isTensor()) {
-      value = back(value.toTensor());
-    } else if (value.isTensorList()) {
-      c10::List<Tensor> turned;
-      for (const Tensor& tensor : value.toTensorList()) turned.push_back(back(tensor));
-      value = turned;
-    }
-  }
+  for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) replace((*stack)[i], back);
 }
 
 // Convolutions go to a device's own kernels by names of their own.

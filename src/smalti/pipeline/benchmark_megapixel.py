@@ -9,18 +9,16 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.devices import accelerator, autocast, best_device, peak_memory_bytes
 from smalti.fit_config import FitConfig
-from smalti.pipeline.benchmark_priors import random_codes
+from smalti.pipeline.benchmark_priors import random_codes, shape_of, ways_to_draw
 from smalti.pipeline.benchmark_ways import timed_fit
 from smalti.pipeline.comparison import Comparison, Measured, Way, in_mebibytes
 from smalti.pipeline.presets import f32_megapixel
 from smalti.priors.hourglass import Hourglass, HourglassConfig
-from smalti.priors.samplers import SundaeSampling, sample_sundae
-from smalti.randomness import generator_for, row_seeds
+from smalti.randomness import generator_for
 from smalti.rows import Batch
 from smalti.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -52,39 +50,23 @@ def _sampling(
     (level,) = tokenizer.layout.levels
     shape = replace(shape, height=level.height, width=level.width, radices=level.radices)
     network = Hourglass(shape).to(device).eval()
-    plain = SundaeSampling(steps=steps, min_steps=steps)
     of = f"{config.height}×{config.width}"
+
+    @torch.no_grad()
+    def decode(codes: Tensor) -> Tensor:
+        with autocast(device, "auto"):
+            return tokenizer.decode((codes,))
+
     for batch in batches:
-        codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
-
-        def draw(sampling: SundaeSampling, codes: Tensor = codes, seeds: Tensor = seeds) -> Tensor:
-            nothing = torch.zeros_like(codes, dtype=torch.bool)
-            with autocast(device, "auto"):
-                return sample_sundae(network, known=codes, known_mask=nothing, seeds=seeds, sampling=sampling)
-
-        @torch.no_grad()
-        def passes(codes: Tensor = codes) -> None:
-            with autocast(device, "auto"):
-                for _ in range(steps):
-                    F.linear(network.features(codes), network.head.weight, network.head.bias)
-
-        @torch.no_grad()
-        def decode(codes: Tensor = codes) -> Tensor:
-            with autocast(device, "auto"):
-                return tokenizer.decode((codes,))
-
-        program = [Way("smalti, --compile", partial(draw, replace(plain, compile=True)), batch)] if compiled else []
-        network_of = f"width {shape.model_width}, depth {'-'.join(map(str, shape.depth))}"
+        grid = f"{steps} steps of {level.height}×{level.width}"
         yield Comparison(
-            f"codes of a {of} sample, {batch} at once: {steps} steps of {level.height}×{level.width}, {network_of}",
-            (
-                *program,
-                Way("smalti", partial(draw, plain), batch),
-                Way("limit: features and the logits of every node, as often", passes, batch),
-            ),
+            f"codes of a {of} sample, {batch} at once: {grid}, {shape_of(shape)}",
+            ways_to_draw(network, batch, steps, units=batch, compiled=compiled),
         )
-        yield Comparison(f"decoding a {of} image, {batch} at once", (Way("smalti", decode, batch),))
-        yield _peak(f"decoding {batch} of {of}, the prior in memory too", {"smalti": decode})
+
+        decoding = partial(decode, random_codes(network, batch))
+        yield Comparison(f"decoding a {of} image, {batch} at once", (Way("smalti", decoding, batch),))
+        yield _peak(f"decoding {batch} of {of}, the prior in memory too", {"smalti": decoding})
 
 
 def _training(config: VQGANConfig, batches: Sequence[int], steps: int) -> Iterator[Comparison]:
@@ -96,9 +78,7 @@ def _training(config: VQGANConfig, batches: Sequence[int], steps: int) -> Iterat
     for batch in batches:
         rows = RandomImages(batch, config.height, config.width)
         ways: dict[str, Callable[[], Measured]] = {}
-        for name, again in {"smalti, --gradient-checkpointing": True, "smalti": False}.items():
-            if batch > min(batches) and not again:
-                continue
+        for again in (True, False) if batch == min(batches) else (True,):
             fit_config = FitConfig(steps=steps, batch_size=batch, gradient_checkpointing=again)
 
             def train(fit_config: FitConfig = fit_config, rows: RandomImages = rows) -> Measured:
@@ -106,7 +86,7 @@ def _training(config: VQGANConfig, batches: Sequence[int], steps: int) -> Iterat
                 seconds = timed_fit(process, model, model.phases(fit_config), rows, fit_config)
                 return Measured(seconds / fit_config.batch_size)
 
-            ways[name] = train
+            ways["smalti, --gradient-checkpointing" if again else "smalti"] = train
         of = f"{batch} of {config.height}×{config.width}"
         yield Comparison(f"training on {of}, an image", [Way(name, work) for name, work in ways.items()])
         yield _peak(f"training on {of}", ways)

@@ -209,35 +209,38 @@ def sampler(
     timed = [(batch, config, steps, None), *((number, shape, 2, SMALLEST_SHARE) for number, shape in large)]
     for number, shape, steps_timed, target in timed:
         network = Hourglass(shape).to(device).eval()
-        codes, seeds = random_codes(network, number), row_seeds(0, torch.arange(number, device=device))
-        nothing = torch.zeros_like(codes, dtype=torch.bool)
-        chain = SundaeSampling(steps=steps_timed, min_steps=steps_timed)
-
-        def ours(network=network, codes=codes, nothing=nothing, seeds=seeds, chain=chain) -> Tensor:
-            with autocast(device, "auto"):
-                return sample_sundae(network, known=codes, known_mask=nothing, seeds=seeds, sampling=chain)
-
-        @torch.no_grad()
-        def forward(network=network, codes=codes, passes=steps_timed) -> None:
-            with autocast(device, "auto"):
-                for _ in range(passes):
-                    F.linear(network.features(codes), network.head.weight, network.head.bias)
-
-        program = partial(ours, chain=replace(chain, compile=True))
         yield Comparison(
-            f"sampler, one step of {number} samples of {shape.height}×{shape.width}, width {shape.model_width}, depth "
-            f"{'-'.join(map(str, shape.depth))}",
-            (
-                Way("smalti", ours, steps_timed),
-                Way(
-                    "limit: features and the logits of every node",
-                    forward,
-                    steps_timed,
-                    target=target,
-                ),
-                *([Way("smalti, --compile", program, steps_timed)] if compiled else []),
-            ),
+            f"sampler, one step of {number} samples of {shape.height}×{shape.width}, {shape_of(shape)}",
+            ways_to_draw(network, number, steps_timed, units=steps_timed, target=target, compiled=compiled),
         )
+
+
+def shape_of(config: HourglassConfig) -> str:
+    """For the names of comparisons."""
+    return f"width {config.model_width}, depth {'-'.join(map(str, config.depth))}"
+
+
+def ways_to_draw(
+    network: Hourglass, batch: int, steps: int, *, units: int, target: float | None = None, compiled: bool
+) -> list[Way]:
+    """So many steps of SUNDAE's sampler, beside as many bare passes and, if `compiled`, itself as one program."""
+    device = network.head.weight.device
+    codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
+    nothing, chain = torch.zeros_like(codes, dtype=torch.bool), SundaeSampling(steps=steps, min_steps=steps)
+
+    def ours(sampling: SundaeSampling) -> Tensor:
+        with autocast(device, "auto"):
+            return sample_sundae(network, known=codes, known_mask=nothing, seeds=seeds, sampling=sampling)
+
+    @torch.no_grad()
+    def forward() -> None:
+        with autocast(device, "auto"):
+            for _ in range(steps):
+                F.linear(network.features(codes), network.head.weight, network.head.bias)
+
+    program = [Way("smalti, --compile", partial(ours, replace(chain, compile=True)), units)] if compiled else []
+    limit = Way("limit: features and the logits of every node", forward, units, target=target)
+    return [Way("smalti", partial(ours, chain), units), limit, *program]
 
 
 def ancestral(
