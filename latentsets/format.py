@@ -21,9 +21,9 @@ import h5py
 import numpy as np
 from jaxtyping import Int64
 
-from smalti.codes import Layout, Level
-from smalti.errors import UserError
-from smalti.runs import command, versions
+from smalti.core.codes import Layout, Level
+from smalti.core.errors import UserError
+from smalti.core.provenance import command, versions
 
 FORMAT = "smalti-latents"
 FORMAT_VERSION = 2

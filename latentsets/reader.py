@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from smalti.codes import Codes, Layout
-from smalti.errors import UserError
+from smalti.core.codes import Codes, Layout
+from smalti.core.errors import UserError
 from smalti.latentsets.format import COLUMNS, Provenance, content_digest, fault, read_contents, stored_dtype
 
 BLOCK_VALUES = 1 << 18

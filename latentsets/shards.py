@@ -23,12 +23,12 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from smalti.codes import Codes, Layout
-from smalti.errors import UserError
-from smalti.files import write_json
+from smalti.core.codes import Codes, Layout
+from smalti.core.errors import UserError
+from smalti.core.files import write_json
+from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.latentsets.format import Provenance, level_bytes, number_sources, stored_dtype
 from smalti.latentsets.writer import LatentSetWriter, room
-from smalti.progress import SLOW_SECONDS, bar
 
 KEY_NAME, ABANDONED_NAME = "key.json", "abandoned"
 

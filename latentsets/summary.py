@@ -2,7 +2,7 @@
 
 import json
 
-from smalti.codes import Level
+from smalti.core.codes import Level
 from smalti.latentsets.reader import LatentSet, perplexity
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
 
-from smalti.codes import Codes, Layout, Level
-from smalti.errors import UserError
-from smalti.files import whole_file
+from smalti.core.codes import Codes, Layout, Level
+from smalti.core.errors import UserError
+from smalti.core.files import whole_file
 from smalti.latentsets.format import Provenance, number_sources
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter

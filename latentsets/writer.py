@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from smalti.codes import Codes, Layout
-from smalti.errors import UserError
-from smalti.files import whole_file
+from smalti.core.codes import Codes, Layout
+from smalti.core.errors import UserError
+from smalti.core.files import whole_file
 from smalti.latentsets.format import (
     COLUMNS,
     Provenance,

@@ -13,8 +13,8 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from smalti.codes import Level
-from smalti.randomness import uniform
+from smalti.core.codes import Level
+from smalti.core.randomness import uniform
 
 DENSE_NODES = 128
 """The most nodes a digit may start from for which the logits of all of them are computed, and those of the reached one

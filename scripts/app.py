@@ -1,7 +1,7 @@
-"""A page in the browser; see `smalti.pipeline.app`."""
+"""A page in the browser; see `smalti.app.server`."""
 
 from smalti import cli
-from smalti.pipeline.app import App, app
+from smalti.app.server import App, app
 
 ABOUT = """A page in the browser, on this machine: paint over a part of an image and watch it filled; draw new images.
 

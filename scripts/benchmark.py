@@ -1,7 +1,7 @@
-"""Measures the hot paths; see `smalti.pipeline.benchmark`."""
+"""Measures the hot paths; see `smalti.benchmarks.run`."""
 
 from smalti import cli
-from smalti.pipeline.benchmark import Benchmark, benchmark
+from smalti.benchmarks.run import Benchmark, benchmark
 
 ABOUT = """Measures each hot path beside the naive way, a peer where there is one, and the limit.
 

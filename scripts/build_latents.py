@@ -1,7 +1,7 @@
-"""Builds a latent set; see `smalti.pipeline.build_latents`."""
+"""Builds a latent set; see `smalti.commands.build_latents`."""
 
 from smalti import cli
-from smalti.pipeline.build_latents import BuildLatents, build_latents
+from smalti.commands.build_latents import BuildLatents, build_latents
 
 ABOUT = """Encodes every image with a trained tokenizer and stores the codes as a latent set, one HDF5 file.
 

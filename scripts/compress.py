@@ -1,7 +1,7 @@
-"""Compresses images to codes, and back; see `smalti.pipeline.compress`."""
+"""Compresses images to codes, and back; see `smalti.commands.compress`."""
 
 from smalti import cli
-from smalti.pipeline.compress import Compress, Decompress, compress, decompress
+from smalti.commands.compress import Compress, Decompress, compress, decompress
 
 ABOUT = """Images to a small file of a trained tokenizer's codes, at a fixed rate, and back.
 

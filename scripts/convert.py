@@ -1,14 +1,14 @@
-"""VQ-GANs of other systems as smalti's, and back; see `smalti.tokenizers.foreign`."""
+"""VQ-GANs of other systems as smalti's, and back; see `smalti.tokenizers.vqgan.convert`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from smalti import cli
-from smalti.errors import UserError
-from smalti.pipeline.places import TOKENIZERS
-from smalti.tokenizers.foreign import from_diffusers, from_taming, to_diffusers
-from smalti.tokenizers.vqgan import VQGAN
+from smalti.commands.model_paths import TOKENIZERS
+from smalti.core.errors import UserError
+from smalti.tokenizers.vqgan.convert import from_diffusers, from_taming, to_diffusers
+from smalti.tokenizers.vqgan.vqgan import VQGAN
 
 ABOUT = """Turns a VQ-GAN of another system into one of smalti's, and a smalti VQ-GAN into diffusers' VQModel.
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smalti import cli
-from smalti.errors import UserError
+from smalti.commands.model_paths import LATENTS
+from smalti.core.errors import UserError
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.table import from_parquet, to_parquet
-from smalti.pipeline.places import LATENTS
 
 ABOUT = """Turns a latent set into a Parquet file that `datasets`, pandas and others open, and such a file back.
 

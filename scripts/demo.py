@@ -1,7 +1,7 @@
-"""The demonstration that `make demo` runs; see `smalti.pipeline.demo`."""
+"""The demonstration that `make demo` runs; see `smalti.demo`."""
 
 from smalti import cli
-from smalti.pipeline.demo import Demo, demo
+from smalti.demo import Demo, demo
 
 ABOUT = """The whole path on the embedded emoji, in minutes on two CPU cores: tokenizer, latents, prior, samples, fills.
 

@@ -1,7 +1,7 @@
-"""Judges models; see `smalti.pipeline.evaluate`."""
+"""Judges models; see `smalti.evaluation.report`."""
 
 from smalti import cli
-from smalti.pipeline.evaluate import Again, config_for, evaluate
+from smalti.evaluation.report import Again, config_for, evaluate
 
 ABOUT = """Judges a trained tokenizer, a prior or its fills by held-out images; needs the extra `metrics`.
 

@@ -1,7 +1,7 @@
-"""Fills holes in an image; see `smalti.pipeline.inpaint`."""
+"""Fills holes in an image; see `smalti.commands.inpaint`."""
 
 from smalti import cli
-from smalti.pipeline.inpaint import default_config, inpaint
+from smalti.commands.inpaint import default_config, inpaint
 
 ABOUT = """Fills the masked part of an image, several times; everything outside the mask is returned exactly.
 

@@ -1,7 +1,7 @@
-"""Says what a latent set holds; see `smalti.pipeline.inspect_latents`."""
+"""Says what a latent set holds; see `smalti.commands.inspect_latents`."""
 
 from smalti import cli
-from smalti.pipeline.inspect_latents import InspectLatents, inspect_latents
+from smalti.commands.inspect_latents import InspectLatents, inspect_latents
 
 ABOUT = """Says what a latent set holds and what made it.
 

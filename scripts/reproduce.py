@@ -1,17 +1,17 @@
-"""Reproduces papers' studies; see `smalti.pipeline.reproduce`, `.reproduce_hqa`, `.reproduce_selfvae` and
+"""Reproduces papers' studies; see `smalti.studies.hr_vqvae.study`, `.reproduce_hqa`, `.reproduce_selfvae` and
 `.reproduce_priors`."""
 
 import sys
 
 from smalti import cli
-from smalti.pipeline.reproduce import Reproduce
-from smalti.pipeline.reproduce_hqa import ReproduceHQA
-from smalti.pipeline.reproduce_hqa_report import reproduce_hqa
-from smalti.pipeline.reproduce_priors import ReproducePriors
-from smalti.pipeline.reproduce_priors_report import reproduce_priors
-from smalti.pipeline.reproduce_report import reproduce
-from smalti.pipeline.reproduce_selfvae import ReproduceSelfVAE
-from smalti.pipeline.reproduce_selfvae_report import reproduce_selfvae
+from smalti.studies.hqa.report import reproduce_hqa
+from smalti.studies.hqa.study import ReproduceHQA
+from smalti.studies.hr_vqvae.report import reproduce
+from smalti.studies.hr_vqvae.study import Reproduce
+from smalti.studies.priors.report import reproduce_priors
+from smalti.studies.priors.study import ReproducePriors
+from smalti.studies.selfvae.report import reproduce_selfvae
+from smalti.studies.selfvae.study import ReproduceSelfVAE
 
 ABOUT = """Trains a paper's models anew, on equal budgets, and writes our numbers beside the paper's.
 

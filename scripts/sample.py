@@ -1,8 +1,8 @@
-"""Generates images; see `smalti.pipeline.generate`."""
+"""Generates images; see `smalti.commands.sample`."""
 
 from smalti import cli
-from smalti.pipeline.generate import default_config, sample
-from smalti.pipeline.ways import SampleWay, sample_way
+from smalti.commands.sample import default_config, sample
+from smalti.commands.selfvae_modes import SampleWay, sample_way
 
 ABOUT = """Generates images with a trained prior, as one sheet; or by one of selfvae's ways.
 

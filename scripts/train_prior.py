@@ -1,7 +1,7 @@
-"""Trains a prior; see `smalti.pipeline.train_prior`."""
+"""Trains a prior; see `smalti.commands.train_prior`."""
 
 from smalti import cli
-from smalti.pipeline.train_prior import default_config, train_prior
+from smalti.commands.train_prior import default_config, train_prior
 
 ABOUT = """Trains a prior: the codes of a latent set to a model that draws new ones.
 

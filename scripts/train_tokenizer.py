@@ -1,8 +1,8 @@
-"""Trains a tokenizer; see `smalti.pipeline.train_tokenizer`."""
+"""Trains a tokenizer; see `smalti.commands.train_tokenizer`."""
 
 from smalti import cli
-from smalti.pipeline.presets import default_config
-from smalti.pipeline.train_tokenizer import train_tokenizer
+from smalti.commands.presets import default_config
+from smalti.commands.train_tokenizer import train_tokenizer
 
 ABOUT = """Trains a tokenizer: images to a model that turns them into grids of codes, and back.
 

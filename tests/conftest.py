@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import Any, Self
 
 import jaxtyping
@@ -18,7 +19,9 @@ from beartype import BeartypeConf, FrozenDict, beartype
 _CACHE = tempfile.TemporaryDirectory(
     prefix="smalti-tests-", ignore_cleanup_errors=True
 )  # removed when the process ends
+_TESTS = str(Path(__file__).parent)
 os.environ |= {
+    "PYTHONPATH": os.pathsep.join([_TESTS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),  # for `helpers`
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": _CACHE.name,
     "HF_DATASETS_CACHE": f"{_CACHE.name}/datasets",
@@ -71,7 +74,7 @@ def pytest_runtest_setup() -> None:
 
 jaxtyping.install_import_hook("smalti", f"{__name__}.checked")
 
-from smalti.runtime import wait_without_spinning  # noqa: E402 - after the settings above
+from smalti.core.malloc import wait_without_spinning
 
 wait_without_spinning()
 

@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from smalti.codes import Level
+from smalti.core.codes import Level
 from smalti.priors.head import FactorizedHead
 
 ROOT = Path(__file__).parents[1]
@@ -100,13 +100,13 @@ def test_nothing_banned(module):
 @pytest.mark.parametrize(
     ("module", "source", "arrows"),
     [
-        ("smalti.priors.a", "from smalti.tokenizers.hrvq import X", ["smalti.tokenizers.hrvq.X"]),
+        ("smalti.priors.a", "from smalti.tokenizers.vq.hrvq import X", ["smalti.tokenizers.vq.hrvq.X"]),
         ("smalti.priors.a", "from smalti import latentsets", ["smalti.latentsets"]),
-        ("smalti.priors.a", "import_module('smalti.tokenizers.hrvq')", ["smalti.tokenizers.hrvq"]),
+        ("smalti.priors.a", "import_module('smalti.tokenizers.vq.hrvq')", ["smalti.tokenizers.vq.hrvq"]),
         ("smalti.priors.a", "def f():\n    from smalti.pipeline import p", ["smalti.pipeline.p"]),
-        ("smalti.codes", "import smalti.priors.head", ["smalti.priors.head"]),
-        ("smalti.codes", "from smalti import load", ["smalti.load"]),
-        ("smalti.codes", "import smalti", ["smalti"]),
+        ("smalti.core.codes", "import smalti.priors.head", ["smalti.priors.head"]),
+        ("smalti.core.codes", "from smalti import load", ["smalti.load"]),
+        ("smalti.core.codes", "import smalti", ["smalti"]),
         ("smalti.pipeline.a", "from smalti.scripts.sample import main", ["smalti.scripts.sample.main"]),
         ("smalti.priors.a", "from smalti.priors.b import c\nfrom smalti import codes\nimport torch", []),
         ("smalti.pipeline.a", "from smalti.priors.b import c\nfrom smalti.pipeline.d import e", []),
@@ -115,7 +115,7 @@ def test_nothing_banned(module):
             "from smalti import load\nfrom smalti.pipeline.b import c\nimport smalti.latentsets.d",
             [],
         ),
-        ("smalti", "from smalti.checkpoint import load\nfrom smalti.priors import sundae", []),
+        ("smalti", "from smalti.core.models import load\nfrom smalti.priors import sundae", []),
     ],
 )
 def test_a_planted_arrow_is_seen(module, source, arrows):

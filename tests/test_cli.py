@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from smalti import cli
-from smalti.errors import OneProcessError, UserError
+from smalti.core.errors import OneProcessError, UserError
 from smalti.scripts import sample, train_prior, train_tokenizer
-from smalti.signals import Interrupted, received_signals
+from smalti.training.signals import Interrupted, received_signals
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smalti.checkpoint import load
-    from smalti.codes import Codes, Layout, Level
-    from smalti.errors import UserError
-    from smalti.images import open_images
+    from smalti.core.codes import Codes, Layout, Level
+    from smalti.core.errors import UserError
+    from smalti.core.models import load
+    from smalti.images.image_set import open_images
     from smalti.latentsets.reader import LatentSet
-    from smalti.priors.ancestral import AncestralSampling, sample_ancestral
-    from smalti.priors.hourglass import Hourglass, HourglassConfig
-    from smalti.priors.pixelcnn import PixelCNN, PixelCNNConfig
-    from smalti.priors.samplers import SundaeSampling, sample_sundae
-    from smalti.tokenizers.hrvq import HRVQ, HRVQConfig
-    from smalti.tokenizers.linked import LinkedQuantizer
-    from smalti.tokenizers.vqgan import VQGAN, VQGANConfig
-    from smalti.tokenizers.vqvae import VQVAE, VQVAEConfig
-    from smalti.tokenizers.vqvae2 import VQVAE2, VQVAE2Config
+    from smalti.priors.methods.autoregressive import AncestralSampling, sample_ancestral
+    from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
+    from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+    from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
+    from smalti.tokenizers.quantizers.linked import LinkedQuantizer
+    from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
+    from smalti.tokenizers.vq.vqvae import VQVAE, VQVAEConfig
+    from smalti.tokenizers.vq.vqvae2 import VQVAE2, VQVAE2Config
+    from smalti.tokenizers.vqgan.vqgan import VQGAN, VQGANConfig
 
 __all__ = [
     "HRVQ",
@@ -51,20 +51,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "checkpoint": ("load",),
-    "codes": ("Codes", "Layout", "Level"),
-    "errors": ("UserError",),
-    "images": ("open_images",),
+    "core.models": ("load",),
+    "core.codes": ("Codes", "Layout", "Level"),
+    "core.errors": ("UserError",),
+    "images.image_set": ("open_images",),
     "latentsets.reader": ("LatentSet",),
-    "priors.ancestral": ("AncestralSampling", "sample_ancestral"),
-    "priors.hourglass": ("Hourglass", "HourglassConfig"),
-    "priors.pixelcnn": ("PixelCNN", "PixelCNNConfig"),
-    "priors.samplers": ("SundaeSampling", "sample_sundae"),
-    "tokenizers.hrvq": ("HRVQ", "HRVQConfig"),
-    "tokenizers.linked": ("LinkedQuantizer",),
-    "tokenizers.vqgan": ("VQGAN", "VQGANConfig"),
-    "tokenizers.vqvae": ("VQVAE", "VQVAEConfig"),
-    "tokenizers.vqvae2": ("VQVAE2", "VQVAE2Config"),
+    "priors.methods.autoregressive": ("AncestralSampling", "sample_ancestral"),
+    "priors.networks.hourglass": ("Hourglass", "HourglassConfig"),
+    "priors.networks.pixelcnn": ("PixelCNN", "PixelCNNConfig"),
+    "priors.methods.sundae": ("SundaeSampling", "sample_sundae"),
+    "tokenizers.vq.hrvq": ("HRVQ", "HRVQConfig"),
+    "tokenizers.quantizers.linked": ("LinkedQuantizer",),
+    "tokenizers.vqgan.vqgan": ("VQGAN", "VQGANConfig"),
+    "tokenizers.vq.vqvae": ("VQVAE", "VQVAEConfig"),
+    "tokenizers.vq.vqvae2": ("VQVAE2", "VQVAE2Config"),
 }
 
 

@@ -12,9 +12,9 @@ from itertools import takewhile
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
-from smalti.errors import OneProcessError, UserError
-from smalti.runtime import keep_freed_memory, wait_without_spinning
-from smalti.signals import Interrupted
+from smalti.core.errors import OneProcessError, UserError
+from smalti.core.malloc import keep_freed_memory, wait_without_spinning
+from smalti.training.signals import Interrupted
 
 wait_without_spinning()  # here, as commands import this file before what imports torch
 

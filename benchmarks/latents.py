@@ -1,0 +1,191 @@
+"""What the benchmark compares of latent sets: reading random rows, building, and the memory that building takes.
+
+Every comparison is made of files in a temporary folder, which goes when the next one is asked for.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from smalti.benchmarks.comparison import Comparison, Measured, Way, in_mebibytes
+from smalti.commands.build_latents import BuildLatents, decoded, encode, encode_block, job_of
+from smalti.core.codes import Codes, Layout, Level
+from smalti.core.devices import best_device
+from smalti.images.image_set import open_images
+from smalti.images.sources import open_table
+from smalti.images.splits import held_out
+from smalti.latentsets.dataset import LatentRows
+from smalti.latentsets.format import Provenance
+from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.table import to_dataset
+from smalti.latentsets.writer import LatentSetWriter
+from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
+
+READ_TARGET = 0.9
+"""Reading random batches is to take at most 1 / 0.9 of what a bare numpy.memmap takes."""
+
+BUILD_TARGET = 0.95
+"""Building is to take at most 1 / 0.95 of what decoding and encoding alone take."""
+
+MEMORY_ALLOWANCE_BYTES = 100 * 2**20
+"""What ten times the rows may add to the peak memory of building."""
+
+BUILD_AND_TELL_PEAK = """
+import torch
+from smalti.devices import peak_memory_bytes
+from smalti.scripts.build_latents import main
+main()
+print(peak_memory_bytes(torch.device("cpu")))
+"""
+
+ROW_GROUP_ROWS = 1000
+
+SMALL = HRVQConfig(widths=(16, 16), residual_blocks=1)
+"""Its peak is small beside what could grow with the rows."""
+
+
+def latents(
+    *,
+    rows: int = 1_000_000,
+    side: int = 16,
+    batch: int = 256,
+    batches: int = 50,
+    build_rows: int = 7_572,
+    memory_rows: tuple[int, int] = (5_000, 50_000),
+    config: HRVQConfig | None = None,
+) -> Iterator[Comparison]:
+    """Random batches beside the same rows read otherwise; a build beside a bare loop; memory at two sizes."""
+    for compare in (
+        partial(reading, rows=rows, side=side, batch=batch, batches=batches),
+        partial(building, rows=build_rows, config=config or HRVQConfig()),
+        partial(memory, rows=memory_rows),
+    ):
+        with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
+            yield compare(Path(folder))
+
+
+def reading(folder: Path, *, rows: int, side: int, batch: int, batches: int) -> Comparison:
+    """Random batches of codes below 1024, as of FFHQ256."""
+    path = folder / "latents.h5"
+    write_random_latents(path, rows=rows, level=Level(side, side, (1024,)))
+    latent_set = LatentSet(path)
+    mapped, resident = LatentRows(latent_set, split="all"), LatentRows(latent_set, split="all").to(best_device())
+    table = to_dataset(latent_set, cache=folder).select_columns("codes_0").with_format("numpy")
+    stored: Any = h5py.File(path, "r")["codes/0"]
+    bare = np.memmap(path, stored.dtype, "r", stored.id.get_offset(), stored.shape)
+    draw = np.random.default_rng(0)
+    wanted = [draw.integers(0, rows, batch).tolist() for _ in range(batches)]
+
+    def every(read: Callable[[list[int]], Any]) -> Callable[[], list[Any]]:
+        return lambda: [read(numbers) for numbers in wanted]
+
+    def wide(codes: np.ndarray) -> Tensor:
+        return torch.from_numpy(codes.astype(np.int64))
+
+    return Comparison(
+        f"random batch of {batch} rows, {side}×{side} codes, {rows} rows",
+        (
+            Way("smalti, memory map (with labels and row numbers)", every(mapped.__getitems__), batches),
+            Way("smalti, resident on the device", every(resident.__getitems__), batches),
+            Way("h5py, row by row", every(lambda numbers: wide(np.stack([stored[n] for n in numbers]))), batches),
+            Way("datasets, Arrow table", every(lambda numbers: wide(table[numbers]["codes_0"])), batches),
+            Way("limit: numpy.memmap", every(lambda numbers: wide(bare[numbers])), batches, READ_TARGET),
+        ),
+    )
+
+
+def building(folder: Path, *, rows: int, config: HRVQConfig) -> Comparison:
+    """Emoji, mirror images among the rows; from opened images and a loaded tokenizer to the file in its place."""
+    images = open_images(str(write_emoji(folder / "images.parquet", rows // 2)))
+    settings, process, path = BuildLatents(), PartialState(), folder / "built.h5"
+    tokenizer = HRVQ(config).to(best_device()).eval()
+    job = job_of(tokenizer, images, path, made_up(), settings)
+
+    def build() -> LatentSet:
+        path.unlink(missing_ok=True)
+        encode(tokenizer, images, job, made_up(), settings, process)
+        return LatentSet(path)
+
+    @torch.no_grad()
+    def bare_loop() -> list[Codes]:
+        loader = decoded(images, job, [*range(job.blocks)], settings, best_device())
+        return [encode_block(tokenizer, pixels, flips=job.flips) for _, pixels, _ in loader]
+
+    return Comparison(
+        f"building, a row ({settings.batch_size} at once, {settings.workers} workers, {rows} in all)",
+        (
+            Way("smalti", build, rows),
+            Way("limit: decoding, encoder and search alone", bare_loop, rows, BUILD_TARGET),
+        ),
+    )
+
+
+def memory(folder: Path, *, rows: tuple[int, int]) -> Comparison:
+    """Peak resident memory of the command that builds a set, in a process of its own."""
+    tokenizer = HRVQ(SMALL)
+    tokenizer.save(folder / "tokenizer")
+
+    def peak(rows: int, allowance_bytes: int = 0) -> Measured:
+        images = write_emoji(folder / f"{rows}.parquet", rows // 2)
+        flags = ["--tokenizer", folder / "tokenizer", "--images", images, "--out", folder / f"{rows}.h5"]
+        command = [sys.executable, "-c", BUILD_AND_TELL_PEAK, *map(str, flags)]
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return Measured(int(done.stdout.splitlines()[-1]) + allowance_bytes)
+
+    few, many = rows
+    return Comparison(
+        f"peak memory of building {many} rows",
+        (
+            Way("smalti", lambda: peak(many)),
+            Way(f"limit: that of {few} rows and 100 MiB", lambda: peak(few, MEMORY_ALLOWANCE_BYTES), target=1.0),
+        ),
+        readable=in_mebibytes,
+        varies=False,
+    )
+
+
+def write_random_latents(path: Path, *, rows: int, level: Level) -> None:
+    """A latent set of random codes, every row of a source of its own."""
+    ids, nothing = torch.arange(rows), torch.zeros(rows, dtype=torch.bool)
+    columns = {"labels": torch.full_like(ids, -1), "source_ids": ids, "held_out": held_out(ids), "flipped": nothing}
+    with LatentSetWriter(path, Layout((level,)), **columns, provenance=made_up()) as writer:
+        for start in range(0, rows, 2**14):
+            count = min(2**14, rows - start)
+            writer.write(start, (torch.randint(level.codebook_size, (count, *level.shape)),))
+
+
+def write_emoji(path: Path, images: int) -> Path:
+    """The embedded emoji as Parquet, from the first again when they are used up.
+
+    In row groups of a usual size: readers of Parquet hold a whole one in memory.
+    """
+    table = open_table("emoji").rows
+    table.select([index % len(table) for index in range(images)]).select_columns("image").to_parquet(
+        path, batch_size=ROW_GROUP_ROWS
+    )
+    return path
+
+
+def made_up() -> Provenance:
+    """Of codes that come from nowhere."""
+    return Provenance(
+        tokenizer_kind="none",
+        tokenizer_config={},
+        tokenizer_digest="",
+        tokenizer_source="",
+        image_source="random",
+        image_fingerprint="",
+        preprocessing={},
+    )

@@ -1,0 +1,120 @@
+"""What the benchmark measures of 1024x1024 images, as arXiv 2206.12351 makes them: for a GPU, so only where asked for.
+
+Random weights and images: what they take depends on neither.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from smalti.benchmarks.comparison import Comparison, Measured, Way, in_mebibytes
+from smalti.benchmarks.priors import random_codes, shape_of, ways_to_draw
+from smalti.benchmarks.training import timed_fit
+from smalti.commands.presets import f32_megapixel
+from smalti.core.devices import autocast, best_device, peak_memory_bytes
+from smalti.core.randomness import generator_for
+from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+from smalti.tokenizers.vqgan.vqgan import VQGAN, VQGANConfig
+from smalti.training.accelerator import accelerator
+from smalti.training.batches import Batch
+from smalti.training.config import FitConfig
+
+PRIOR = HourglassConfig(32, 32, model_width=1024, heads=16, depth=(2, 12, 2))
+"""The paper's for a megapixel, but for the tokenizer's codes, which it takes over."""
+BATCHES = (1, 4)
+
+
+def megapixel(
+    *,
+    config: VQGANConfig | None = None,
+    prior: HourglassConfig = PRIOR,
+    batches: Sequence[int] = BATCHES,
+    steps: int = 100,
+    training_steps: int = 6,
+    compiled: bool = True,
+) -> Iterator[Comparison]:
+    """Sampling, decoding and training, time and memory, of the network of `f32-megapixel` if no other is given."""
+    config = config or cast(VQGANConfig, f32_megapixel("vqgan").model)
+    yield from _sampling(config, prior, batches, steps, compiled)
+    yield from _training(replace(config, discriminator_start=0), batches, training_steps)
+
+
+def _sampling(
+    config: VQGANConfig, shape: HourglassConfig, batches: Sequence[int], steps: int, compiled: bool
+) -> Iterator[Comparison]:
+    device = best_device()
+    tokenizer = VQGAN(config).to(device).eval()
+    (level,) = tokenizer.layout.levels
+    shape = replace(shape, height=level.height, width=level.width, radices=level.radices)
+    network = Hourglass(shape).to(device).eval()
+    of = f"{config.height}×{config.width}"
+
+    @torch.no_grad()
+    def decode(codes: Tensor) -> Tensor:
+        with autocast(device, "auto"):
+            return tokenizer.decode((codes,))
+
+    for batch in batches:
+        grid = f"{steps} steps of {level.height}×{level.width}"
+        yield Comparison(
+            f"codes of a {of} sample, {batch} at once: {grid}, {shape_of(shape)}",
+            ways_to_draw(network, batch, steps, units=batch, compiled=compiled),
+        )
+
+        decoding = partial(decode, random_codes(network, batch))
+        yield Comparison(f"decoding a {of} image, {batch} at once", (Way("smalti", decoding, batch),))
+        yield _peak(f"decoding {batch} of {of}, the prior in memory too", {"smalti": decoding})
+
+
+def _training(config: VQGANConfig, batches: Sequence[int], steps: int) -> Iterator[Comparison]:
+    """Both networks' steps, as `fit` makes them: perceptual and adversarial losses, both optimisers.
+
+    Only the smallest batch also without gradient checkpointing: the others may not fit, and that ends a benchmark.
+    """
+    process = accelerator("auto")
+    for batch in batches:
+        rows = RandomImages(batch, config.height, config.width)
+        ways: dict[str, Callable[[], Measured]] = {}
+        for again in (True, False) if batch == min(batches) else (True,):
+            fit_config = FitConfig(steps=steps, batch_size=batch, gradient_checkpointing=again)
+
+            def train(fit_config: FitConfig = fit_config, rows: RandomImages = rows) -> Measured:
+                model = VQGAN(config)
+                seconds = timed_fit(process, model, model.phases(fit_config), rows, fit_config)
+                return Measured(seconds / fit_config.batch_size)
+
+            ways["smalti, --gradient-checkpointing" if again else "smalti"] = train
+        of = f"{batch} of {config.height}×{config.width}"
+        yield Comparison(f"training on {of}, an image", [Way(name, work) for name, work in ways.items()])
+        yield _peak(f"training on {of}", ways)
+
+
+def _peak(of: str, ways: dict[str, Callable[[], Any]]) -> Comparison:
+    """The most memory while each runs: on a CUDA device that of tensors, elsewhere that of the process so far."""
+
+    def peak(work: Callable[[], Any]) -> Measured:
+        if best_device().type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        work()
+        return Measured(peak_memory_bytes(best_device()))
+
+    taken = [Way(name, partial(peak, work)) for name, work in ways.items()]
+    return Comparison(f"{of}: peak memory", taken, readable=in_mebibytes, varies=False)
+
+
+class RandomImages:
+    """Rows of noise, uint8 `(count, 3, height, width)`, in memory: fetching them takes next to nothing."""
+
+    def __init__(self, count: int, height: int, width: int) -> None:
+        self._images = torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=generator_for(0))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        return {"images": self._images[rows], "rows": torch.tensor(rows)}

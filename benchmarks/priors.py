@@ -1,0 +1,316 @@
+"""What the benchmark compares of priors: their training, their parts, and drawing from them; the rest is elsewhere."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smalti.benchmarks.comparison import Comparison, Measured, Way, in_mebibytes
+from smalti.core.devices import Precision, autocast, best_device
+from smalti.core.randomness import Stream, derive, row_seeds, uniform
+from smalti.priors.base import CausalPrior, CodePrior
+from smalti.priors.head import FactorizedHead
+from smalti.priors.methods.autoregressive import (
+    AncestralSampling,
+    Likelihood,
+    LikelihoodConfig,
+    sample_ancestral,
+)
+from smalti.priors.methods.sundae import Sundae, SundaeConfig, SundaeSampling, sample_sundae
+from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
+from smalti.training.config import FitConfig
+from smalti.training.optimizers import MUON_TIMES, Together
+
+CACHED_TARGET = 100.0
+"""How many times faster than the naive way drawing codes one by one is to be, at 32x32 and 16 samples."""
+
+DEMONSTRATION = HourglassConfig()
+
+DEMONSTRATION_ONE_BY_ONE = PixelCNNConfig()
+
+LARGE = tuple((16, HourglassConfig(side, side, model_width=512, heads=8, depth=(2, 8, 2))) for side in (16, 32))
+"""Samples drawn at once, and networks of a size to wait for."""
+
+SMALLEST_SHARE = 1 / 1.05
+"""Of a large network's step of the sampler, what the bare pass must take."""
+
+SHORTER_TARGET = 2.0
+"""How many times as long as the hourglass a flat transformer of as many parameters is to take, at 32x32."""
+
+
+def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterator[Comparison]:
+    """Loss and gradients of the demonstration's prior beside those of its body alone, as often as SUNDAE unrolls; and
+    its optimiser's steps."""
+    device = best_device()
+    network, unrolled = Hourglass(config).to(device), SundaeConfig().unrolled_steps
+    objective, codes = Sundae(network, SundaeConfig()), random_codes(network, batch)
+    seeds = row_seeds(0, torch.arange(batch, device=device))
+
+    def ours(precision: Precision) -> None:
+        network.zero_grad()
+        with autocast(device, precision):
+            loss, _ = objective({"codes": codes, "seeds": seeds})
+        loss.backward()
+
+    def body(precision: Precision) -> None:
+        network.zero_grad()
+        for _ in range(unrolled):
+            with autocast(device, precision):
+                loss = network.features(codes).float().square().mean()
+            loss.backward()
+
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for precision in precisions:
+        yield Comparison(
+            f"prior, loss and gradients of a batch of {batch}, {precision}",
+            (
+                Way("smalti, SUNDAE", lambda precision=precision: ours(precision)),
+                Way(f"limit: features alone, {unrolled} times", lambda precision=precision: body(precision)),
+            ),
+        )
+    yield optimizers(Hourglass(config).to(device))
+
+
+def optimizers(network: Hourglass) -> Comparison:
+    """Muon's steps, ours and torch's, on the same matrices, beside AdamW's on all that there is."""
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    muon, adamw = (FitConfig(optimizer=name).optimizer_of(network) for name in ("muon", "adamw"))
+    assert isinstance(muon, Together)
+    assert isinstance(adamw, torch.optim.Optimizer)
+    *_, ours = muon.parts
+    theirs = torch.optim.Muon(ours.param_groups[0]["params"], lr=MUON_TIMES * 1e-3, adjust_lr_fn="match_rms_adamw")
+    return Comparison(
+        "an optimiser's step of the same prior",
+        (Way("smalti, Muon", ours.step), Way("torch, Muon", theirs.step), Way("limit: torch, AdamW fused", adamw.step)),
+    )
+
+
+def hourglass(*, batch: int = 4, side: int = 32, width: int = 256, blocks: int = 8) -> Iterator[Comparison]:
+    """Loss and gradients of an hourglass beside those of flat transformers, a block smaller and larger than it.
+
+    Resampling has the parameters of two thirds of a block: no flat transformer has as many.
+    """
+    device = best_device()
+    shape = HourglassConfig(side, side, model_width=width, heads=width // 32, depth=(1, blocks - 2, 1))
+    flat = [replace(shape, depth=(depth,), shorten=()) for depth in (blocks, blocks + 1)]
+    networks = [Hourglass(config).to(device) for config in (shape, *flat)]
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) / 1e6 for network in networks]
+    codes = random_codes(networks[0], batch)
+
+    def step(network: Hourglass) -> None:
+        network.zero_grad()
+        with autocast(device, "auto"):
+            loss, _ = Sundae(network, SundaeConfig())(
+                {"codes": codes, "seeds": row_seeds(0, torch.arange(batch, device=device))}
+            )
+        loss.backward()
+
+    names = [f"hourglass 1-{blocks - 2}-1", *(f"flat, {config.depth[0]} blocks" for config in flat)]
+    yield Comparison(
+        f"loss and gradients of {batch} grids of {side}×{side}, width {width}",
+        [
+            Way(f"{name}, {size:.3f} M", partial(step, network), target=SHORTER_TARGET if number else None)
+            for number, (name, size, network) in enumerate(zip(names, sizes, networks, strict=True))
+        ],
+    )
+
+
+def head(
+    *,
+    positions: int = 1024,
+    width: int = 192,
+    radices: tuple[int, ...] = (32, 32, 32),
+    batch: int = 2,
+    side: int = 32,
+    config: PixelCNNConfig = DEMONSTRATION_ONE_BY_ONE,
+) -> Iterator[Comparison]:
+    """The factorised head beside a softmax over all leaves: loss and gradients, time and what is kept for them; and a
+    whole training step of a PixelCNN that has the one or the other."""
+    device = best_device()
+    ours, flat = (FactorizedHead(of, width).to(device) for of in (radices, (math.prod(radices),)))
+    codes = torch.randint(ours.codebook_size, (1, positions), device=device)
+    features = torch.randn(1, positions, width, device=device, requires_grad=True)
+
+    def loss(head: FactorizedHead) -> Tensor:
+        with autocast(device, "auto"):
+            return head.nll(features, codes).mean()
+
+    def work(head: FactorizedHead) -> None:
+        head.zero_grad()
+        loss(head).backward()
+
+    def kept(head: FactorizedHead) -> Measured:
+        storages: dict[int, int] = {}
+        known = {parameter.untyped_storage().data_ptr() for parameter in head.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss(head)
+        return Measured(sum(storages.values()))
+
+    of = f"head of {'·'.join(map(str, radices))} leaves, {positions} positions of width {width}"
+    names = {"smalti, digit by digit": ours, "one softmax over all": flat}
+    yield Comparison(f"{of}, loss and gradients", [Way(name, partial(work, of)) for name, of in names.items()])
+    yield Comparison(
+        f"{of}, kept for the gradients",
+        [Way(name, partial(kept, of)) for name, of in names.items()],
+        readable=in_mebibytes,
+        varies=False,
+    )
+    yield head_of_pixelcnn(batch, replace(config, height=side, width=side, radices=radices))
+
+
+def head_of_pixelcnn(batch: int, config: PixelCNNConfig) -> Comparison:
+    """A training step, optimiser and all, with the factorised head and with a softmax over all leaves."""
+    device = best_device()
+    flat = replace(config, radices=(math.prod(config.radices),))
+
+    def stepping(shape: PixelCNNConfig) -> Callable[[], float]:
+        network = PixelCNN(shape).to(device)
+        objective, codes = Likelihood(network, LikelihoodConfig()), random_codes(network, batch)
+        optimizer = FitConfig(optimizer="muon").optimizer_of(objective)
+
+        def step() -> float:
+            with autocast(device, "auto"):
+                loss, _ = objective({"codes": codes})
+            objective.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+    return Comparison(
+        f"training step of a PixelCNN, {batch} grids of {config.height}×{config.width}, "
+        f"{'·'.join(map(str, config.radices))} leaves",
+        [Way("smalti, digit by digit", stepping(config)), Way("one softmax over all", stepping(flat))],
+    )
+
+
+def sampler(
+    *,
+    batch: int = 64,
+    steps: int = 10,
+    config: HourglassConfig = DEMONSTRATION,
+    large: Sequence[tuple[int, HourglassConfig]] = LARGE,
+    compiled: bool = True,
+) -> Iterator[Comparison]:
+    """A step of the sampler beside a bare forward pass and, unless `compiled` leaves it out, itself as one program: of
+    the demonstration's network, and of large ones."""
+    device = best_device()
+    timed = [(batch, config, steps, None), *((number, shape, 2, SMALLEST_SHARE) for number, shape in large)]
+    for number, shape, steps_timed, target in timed:
+        network = Hourglass(shape).to(device).eval()
+        yield Comparison(
+            f"sampler, one step of {number} samples of {shape.height}×{shape.width}, {shape_of(shape)}",
+            ways_to_draw(network, number, steps_timed, units=steps_timed, target=target, compiled=compiled),
+        )
+
+
+def shape_of(config: HourglassConfig) -> str:
+    """For the names of comparisons."""
+    return f"width {config.model_width}, depth {'-'.join(map(str, config.depth))}"
+
+
+def ways_to_draw(
+    network: Hourglass, batch: int, steps: int, *, units: int, target: float | None = None, compiled: bool
+) -> list[Way]:
+    """So many steps of SUNDAE's sampler, beside as many bare passes and, if `compiled`, itself as one program."""
+    device = network.head.weight.device
+    codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
+    nothing, chain = torch.zeros_like(codes, dtype=torch.bool), SundaeSampling(steps=steps, min_steps=steps)
+
+    def ours(sampling: SundaeSampling) -> Tensor:
+        with autocast(device, "auto"):
+            return sample_sundae(network, known=codes, known_mask=nothing, seeds=seeds, sampling=sampling)
+
+    @torch.no_grad()
+    def forward() -> None:
+        with autocast(device, "auto"):
+            for _ in range(steps):
+                F.linear(network.features(codes), network.head.weight, network.head.bias)
+
+    program = [Way("smalti, --compile", partial(ours, replace(chain, compile=True)), units)] if compiled else []
+    limit = Way("limit: features and the logits of every node", forward, units, target=target)
+    return [Way("smalti", partial(ours, chain), units), limit, *program]
+
+
+def ancestral(
+    *,
+    batches: Sequence[int] = (16, 1, 64),
+    side: int = 32,
+    positions: int = 1,
+    config: PixelCNNConfig = DEMONSTRATION_ONE_BY_ONE,
+) -> Iterator[Comparison]:
+    """Codes drawn one by one, what was computed before kept, beside computing the whole grid for each.
+
+    The naive way takes as long for every position, so it draws the first `positions` only.
+    """
+    device = best_device()
+    network = PixelCNN(replace(config, height=side, width=side)).to(device).eval()
+    for batch in batches:
+        codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
+        nothing = torch.zeros_like(codes, dtype=torch.bool)
+        rest = (torch.arange(side * side, device=device) >= positions).view(side, side).expand(batch, -1, -1)
+        yield Comparison(
+            f"codes of a {side}x{side} grid drawn one by one, a position of {batch} samples",
+            (
+                Way(
+                    "smalti",
+                    partial(sample_ancestral, network, known=codes, known_mask=nothing, seeds=seeds),
+                    side * side,
+                ),
+                Way(
+                    f"the whole grid anew for each position ({positions} of {side * side} timed)",
+                    partial(sample_naively, network, codes, rest, seeds, AncestralSampling()),
+                    positions,
+                    target=CACHED_TARGET if batch == 16 else None,
+                ),
+            ),
+        )
+
+
+@torch.no_grad()
+def sample_naively(
+    prior: CausalPrior,
+    known: Tensor,
+    known_mask: Tensor,
+    seeds: Tensor,
+    sampling: AncestralSampling,
+    labels: Tensor | None = None,
+    upper: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Drawing as one writes it: at each position the features of the whole grid. The same draws as ours.
+
+    Positions known in every row cost nothing.
+    """
+    head, (b, h, w) = prior.head, known.shape
+    codes = torch.where(known_mask, known, 0)
+    first = derive(derive(seeds, Stream.PARTICLE, torch.zeros_like(seeds)), Stream.AUTOREGRESSIVE_DRAW)
+    draws = uniform(first, h * w, len(head.radices))
+    for position in (~known_mask).flatten(1).any(0).nonzero().flatten().tolist():
+        features, without = prior.features(codes, labels, upper), None
+        if labels is not None and sampling.guidance != 1:
+            without = prior.features(codes, torch.full_like(labels, -1), upper)
+        drawn = head.sample(features, draws, sampling.temperature, without_class=without, guidance=sampling.guidance)
+        here = torch.zeros_like(known_mask).view(b, -1)
+        here[:, position] = True
+        codes = torch.where(here.view_as(known_mask) & ~known_mask, drawn.view_as(codes), codes)
+    return codes
+
+
+def random_codes(network: CodePrior, batch: int) -> Tensor:
+    """Codes for a network of one level, on its device."""
+    level, device = network.level, network.head.weight.device
+    return torch.randint(level.codebook_size, (batch, level.height, level.width), device=device)

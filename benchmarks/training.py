@@ -1,0 +1,211 @@
+"""What the benchmark compares: for each hot path our way, the naive one, a peer, and the limit. No clocks but one.
+
+Every section is a generator: what it makes on the disk goes when it is exhausted or closed. Latent sets have a file of
+their own, `benchmark_latents.py`; what a way and a comparison are is in `comparison.py`.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from smalti.benchmarks.comparison import Comparison, Measured, Way, synchronize
+from smalti.benchmarks.latents import write_random_latents
+from smalti.core.codes import Level
+from smalti.core.devices import best_device
+from smalti.core.models import Checkpointed
+from smalti.core.randomness import row_seeds
+from smalti.images.image_set import ImageRows, open_images
+from smalti.latentsets.dataset import LatentRows
+from smalti.latentsets.reader import LatentSet
+from smalti.priors.methods.sundae import Sundae, SundaeConfig
+from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+from smalti.tokenizers.quantizers.search import nearest_paths
+from smalti.tokenizers.reconstruction import Reconstruction
+from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
+from smalti.training.accelerator import accelerator
+from smalti.training.batches import Batch, RowData
+from smalti.training.config import FitConfig, Phase
+from smalti.training.loop import fit
+from smalti.training.run_folder import Run
+
+SEARCH_TARGETS = {8: 10.0, 16: 25.0, 32: 120.0}
+"""How many times faster than flat search the linked search is to be, by branching, on two CPU cores."""
+
+LARGEST_OVERHEAD = 1.03
+"""How many times as long as the bare step a step of the training loop may take."""
+
+FLAT_TILE = {"cpu": (256, 512), "cuda": (4096, 32_768), "mps": (4096, 32_768)}
+"""Vectors and leaves that flat search compares at once: on CPUs the scores stay in the cache until their minimum."""
+
+
+def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] = (8, 16, 32)) -> Iterator[Comparison]:
+    """The linked search of three layers beside flat search over the same number of leaves."""
+    device = best_device()
+    z = torch.randn(vectors, width, device=device)
+    for m in branchings:
+        books = [torch.randn(m**i, m, width, device=device) * 0.5**i for i in range(3)]
+        leaves = books[0].view(-1, width)
+        for book in books[1:]:
+            leaves = (leaves[:, None] + book).view(-1, width)
+        all_layers = torch.randn(width, 3 * m, device=device)
+        product = torch.empty(vectors, 3 * m, device=device)
+        yield Comparison(
+            f"linked search, {m}³ leaves, {vectors} vectors of width {width}",
+            (
+                Way("smalti", lambda books=books: nearest_paths(z, books)),
+                Way(
+                    "flat search, product and argmin in blocks of 8192 vectors",
+                    lambda leaves=leaves: plain_flat_search(z, leaves),
+                    target=SEARCH_TARGETS.get(m),
+                ),
+                Way(
+                    "flat search tuned: fused sum and minimum, in tiles that the cache holds",
+                    lambda leaves=leaves: flat_search(z, leaves, *FLAT_TILE[device.type]),
+                ),
+                Way(
+                    "linked search, gathering each vector's candidates", lambda books=books: gathering_search(z, books)
+                ),
+                Way(
+                    "limit: one matrix product of the linked search's multiply-adds",
+                    lambda product=product, all_layers=all_layers: torch.mm(z, all_layers, out=product),
+                ),
+                *peers(z, m),
+            ),
+        )
+
+
+def peers(vectors: Tensor, branching: int, block: int = 8192) -> list[Way]:
+    """vector-quantize-pytorch, where it is installed: flat search over as many leaves, and as many layers of one
+    codebook each, which has no tree of them."""
+    try:
+        from vector_quantize_pytorch import ResidualVQ, VectorQuantize
+    except ImportError:
+        return []
+    width = vectors.shape[1]
+    flat = VectorQuantize(dim=width, codebook_size=branching**3).to(vectors.device).eval()
+    residual = ResidualVQ(dim=width, codebook_size=branching, num_quantizers=3).to(vectors.device).eval()
+
+    @torch.no_grad()
+    def codes(module: nn.Module) -> Tensor:
+        return torch.cat([module(rows[None])[1][0] for rows in vectors.split(block)])
+
+    return [
+        Way("vector-quantize-pytorch, VectorQuantize, with its z_q", partial(codes, flat)),
+        Way("vector-quantize-pytorch, ResidualVQ, with its z_q", partial(codes, residual)),
+    ]
+
+
+def plain_flat_search(vectors: Tensor, leaves: Tensor, block: int = 8192) -> Tensor:
+    """The nearest of all leaves as one writes it: a matrix product and an argmin, block by block."""
+    half = leaves.square().sum(1) / 2
+    return torch.cat([(half - rows @ leaves.T).argmin(1) for rows in vectors.split(block)])
+
+
+def flat_search(vectors: Tensor, leaves: Tensor, block: int, chunk: int) -> Tensor:
+    """The nearest of all leaves, `block` vectors and `chunk` leaves at a time; the |v|^2 left out, one buffer."""
+    half, buffer = leaves.square().sum(1) / 2, torch.empty(block * chunk, device=vectors.device)
+    nearest = []
+    for rows in vectors.split(block):
+        least = index = torch.empty(0)  # the first chunk's are taken as they are
+        for first in range(0, len(leaves), chunk):
+            some = leaves[first : first + chunk]
+            scores = buffer[: len(rows) * len(some)].view(len(rows), len(some))
+            found = torch.addmm(half[first : first + chunk], rows, some.T, alpha=-1, out=scores).min(1)
+            index = torch.where(found.values < least, found.indices + first, index) if first else found.indices
+            least = torch.minimum(found.values, least) if first else found.values
+        nearest.append(index)
+    return torch.cat(nearest)
+
+
+def gathering_search(vectors: Tensor, books: Sequence[Tensor]) -> Tensor:
+    """The linked search as one writes it first: each vector's candidates gathered, differences squared."""
+    path, residual = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device), vectors
+    for book in books:
+        distances = (residual[:, None] - book[path]).square().sum(-1)
+        path = path * book.shape[1] + distances.argmin(1)
+        residual = residual - book.view(-1, book.shape[2])[path]
+    return path
+
+
+def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
+    """A step of `fit` beside a bare loop over the same model and batch: what the loop, data and logging add."""
+    process, config = accelerator("auto"), FitConfig(steps=steps, batch_size=batch)
+    images = ImageRows(open_images("emoji", height=32, width=32, channels=3), split="train", flips=True)
+    with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
+        path = Path(folder) / "latents.h5"
+        write_random_latents(path, rows=4096, level=Level(8, 8, (8, 8, 8)))
+        tokenizer, network = HRVQ(HRVQConfig()), Hourglass(HourglassConfig())
+        rows = LatentRows(LatentSet(path), split="train")
+        models: tuple[tuple[str, Checkpointed, nn.Module, RowData], ...] = (
+            ("tokenizer", tokenizer, Reconstruction(tokenizer), images),
+            ("prior", network, Sundae(network, SundaeConfig()), rows),
+        )
+        for name, model, objective, data in models:
+            objective.to(process.device)
+            yield Comparison(
+                f"training step of the {name}, batch of {batch}",
+                (
+                    Way("smalti.training.loop", partial(_fit, process, model, objective, data, config)),
+                    Way(
+                        "limit: forward, backward, optimiser",
+                        partial(_bare_loop, process, objective, data, config),
+                        target=1 / LARGEST_OVERHEAD,
+                    ),
+                ),
+            )
+
+
+@dataclass
+class _Clocked:
+    """Rows that note when each batch is asked for: once a step, where no workers prefetch."""
+
+    data: RowData
+    asked: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        synchronize()
+        self.asked.append(time.perf_counter())
+        return self.data.__getitems__(rows)
+
+
+def _fit(process: Accelerator, model: Checkpointed, objective: nn.Module, data: RowData, config: FitConfig) -> Measured:
+    return timed_fit(process, model, [Phase("benchmark", objective, config.optimizer_of(objective))], data, config)
+
+
+def timed_fit(
+    process: Accelerator, model: Checkpointed, phases: Sequence[Phase], data: RowData, config: FitConfig
+) -> Measured:
+    """Seconds a step of `fit`, from the first step to the last: without the start and the saving at the end."""
+    clocked = _Clocked(data)
+    with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
+        fit(process, phases, clocked, config, model=model, run=Run(Path(folder), {}), what="benchmark")
+    return Measured((clocked.asked[-1] - clocked.asked[0]) / (len(clocked.asked) - 1))
+
+
+def _bare_loop(process: Accelerator, objective: nn.Module, data: RowData, config: FitConfig) -> Measured:
+    """Seconds a step of the least that trains: one batch, over and over."""
+    batch = {
+        name: tensor.to(process.device) for name, tensor in data.__getitems__(list(range(config.batch_size))).items()
+    }
+    batch["seeds"] = row_seeds(0, batch["rows"])
+    optimizer, asked = config.optimizer_of(objective), []
+    objective.train()
+    for _ in range(config.steps):
+        synchronize()
+        asked.append(time.perf_counter())
+        with process.autocast():
+            loss, _ = objective(batch)
+        loss.backward()
+        optimizer.step()
+        objective.zero_grad()
+    return Measured((asked[-1] - asked[0]) / (len(asked) - 1))

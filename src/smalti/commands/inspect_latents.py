@@ -1,0 +1,120 @@
+"""What a latent set holds: in words, as pictures of its codes, as a plot of their use. The words are the wing's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from smalti.commands.model_paths import LATENTS, load_tokenizer
+from smalti.core.codes import Codes
+from smalti.core.errors import UserError
+from smalti.core.files import whole_file
+from smalti.images.sheets import save_sheet
+from smalti.latentsets.reader import LatentSet, perplexity, require_tokenizer
+from smalti.latentsets.summary import describe
+from smalti.tokenizers.base import Tokenizer
+
+CODES_SHOWN = 12
+PLOT_KINDS = ("png", "pdf", "svg")
+
+
+@dataclass(frozen=True)
+class InspectLatents:
+    """What to look at."""
+
+    latents: Path = LATENTS / "hrvq.h5"
+    """The latent set."""
+    verify: bool = False
+    """Read every byte: check it against the digest written with it, and codes, labels, sources and splits for sense."""
+    codes: Path | None = None
+    """Write a picture here: the most and the least used codes of each level, decoded by the tokenizer."""
+    tokenizer: str | None = None
+    """The tokenizer that made the set, for --codes: a kind, a folder or a hub id [default: where the set says]."""
+    plot: Path | None = None
+    """Write a plot here (PNG, PDF or SVG): the share of each code, most used first, for every level and digit."""
+
+
+def inspect_latents(config: InspectLatents) -> None:
+    """Prints the summary, and does what else the config asks for.
+
+    Raises:
+        UserError: for a set that cannot be read or, verified, is not as it was written; for another tokenizer.
+    """
+    latent_set = LatentSet(config.latents)
+    print(describe(latent_set))
+    if config.verify:
+        latent_set.verify()
+        print("  verified      every byte is as it was written; codes, labels, sources and splits make sense")
+    if config.codes:
+        tokenizer = load_tokenizer(config.tokenizer or latent_set.provenance.tokenizer_source)
+        require_tokenizer(latent_set, tokenizer.digest())
+        save_codes(config.codes, latent_set, tokenizer)
+        print(f"  codes         {config.codes}")
+    if config.plot:
+        save_plot(config.plot, latent_set)
+        print(f"  plot          {config.plot}")
+
+
+@torch.no_grad()
+def save_codes(path: Path, latent_set: LatentSet, tokenizer: Tokenizer, shown: int = CODES_SHOWN) -> None:
+    """A sheet of the most and the least used codes of each level, unused ones aside.
+
+    Each is shown as the image all of whose positions hold it; every other level then holds its own most used code.
+    """
+    rows: dict[str, Tensor] = {}
+    for index, level in enumerate(latent_set.layout.levels):
+        if level.radices:
+            ranked, shares = ranking(latent_set, index)
+            for what, chosen in (("most", slice(0, shown)), ("least", slice(max(0, len(ranked) - shown), None))):
+                first, last = (f"{100 * float(share):.2g} %" for share in shares[chosen][[0, -1]])
+                caption = f"level {index}: the {what} used codes ({first} to {last})"
+                rows[caption] = tokenizer.decode(_everywhere(latent_set, index, ranked[chosen]))
+    save_sheet(path, rows)
+
+
+def save_plot(path: Path, latent_set: LatentSet) -> None:
+    """A line for each level and number of first digits: the share of each code in use, from the most used down.
+
+    Raises:
+        UserError: for a suffix that is none of `PLOT_KINDS`.
+    """
+    kind = path.suffix.removeprefix(".")
+    if kind not in PLOT_KINDS:
+        raise UserError(f"{path} cannot be drawn; give a name that ends in .png, .pdf or .svg")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="rank", ylabel="share of all codes", xscale="log", yscale="log")
+    for index, level in enumerate(latent_set.layout.levels):
+        for digits in range(1, len(level.radices) + 1):
+            counts = latent_set.usage(index, digits)
+            shares = ranking(latent_set, index, digits)[1]
+            used = f"{len(shares)} of {len(counts)} used, perplexity {perplexity(counts):.0f}"
+            title = f"level {index}, first {digits} of {len(level.radices)} digits"
+            axes.plot(range(1, len(shares) + 1), shares, label=f"{title}: {used}")
+    axes.set_title(f"{latent_set.path.name}: {len(latent_set)} rows, {latent_set.layout}")
+    axes.legend()
+    with whole_file(path) as partial:
+        figure.savefig(partial, format=kind, dpi=150)
+
+
+def ranking(
+    latent_set: LatentSet, level: int, digits: int | None = None
+) -> tuple[Int64[Tensor, " used"], Float[Tensor, " used"]]:
+    """The codes in use, most used first, and the share of each; of equally used ones the smaller number comes first."""
+    counts = latent_set.usage(level, digits)
+    ranked = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    return ranked, counts[ranked] / counts.sum()
+
+
+def _everywhere(latent_set: LatentSet, level: int, codes: Int64[Tensor, " b"]) -> Codes:
+    """For each code, the codes of an image that holds it at every position of its level."""
+    grids = []
+    for index, other in enumerate(latent_set.layout.levels):
+        value = torch.zeros(1)
+        if other.radices:
+            value = codes if index == level else ranking(latent_set, index)[0][:1]
+        ones = (1 for _ in other.shape)
+        grids.append(value.view(-1, *ones).expand(len(codes), *other.shape).contiguous())
+    return tuple(grids)

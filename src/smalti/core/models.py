@@ -1,0 +1,261 @@
+"""Models as folders: `model.safetensors` and `config.json`, which says the kind. Loaded strictly, and never a pickle.
+
+Every network that a command trains is a `Checkpointed`: its class names its family and kind, its constructor takes one
+frozen dataclass. What a run needs to go on is not here but in `runs.py`.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import re
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from smalti.core.config import ADDED, config_from_json
+from smalti.core.errors import UserError
+from smalti.core.files import whole_file, write_json
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+Family: TypeAlias = Literal["tokenizer", "prior"]
+
+# Named by module, not imported: the spine stands below the wings. Other packages add theirs with `register`.
+_MODULES: dict[tuple[Family, str], str] = {
+    ("tokenizer", "hams"): "smalti.tokenizers.hqa.hams",
+    ("tokenizer", "hqa"): "smalti.tokenizers.hqa.hqa",
+    ("tokenizer", "hrvq"): "smalti.tokenizers.vq.hrvq",
+    ("tokenizer", "selfvae"): "smalti.tokenizers.selfvae.selfvae",
+    ("tokenizer", "vae"): "smalti.tokenizers.selfvae.vae",
+    ("tokenizer", "vqgan"): "smalti.tokenizers.vqgan.vqgan",
+    ("tokenizer", "vqvae"): "smalti.tokenizers.vq.vqvae",
+    ("tokenizer", "vqvae2"): "smalti.tokenizers.vq.vqvae2",
+    ("prior", "hourglass"): "smalti.priors.networks.hourglass",
+    ("prior", "maskgit"): "smalti.priors.networks.maskgit",
+    ("prior", "pixelcnn"): "smalti.priors.networks.pixelcnn",
+    ("prior", "realnvp"): "smalti.priors.networks.realnvp",
+}
+_CLASSES: dict[tuple[Family, str], "type[Checkpointed]"] = {}
+
+C = TypeVar("C", bound=type)
+
+
+class Checkpointed(nn.Module):
+    """A network that is rebuilt from its config and filled from its weights.
+
+    Attributes:
+        family: what it is for.
+        kind: its name on the command line and in `config.json`.
+        config_class: the frozen dataclass that its constructor takes.
+        config: that dataclass.
+        provenance: what else the folder says of how this model was made (JSON values; sources, digests, settings). Not
+            needed to rebuild it.
+    """
+
+    family: ClassVar[Family]
+    kind: ClassVar[str]
+    config_class: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.provenance: dict[str, Any] = {}
+
+    def recomputable(self) -> list[nn.Module]:
+        """The blocks that gradient checkpointing computes again in the backward pass; none, where a kind has none."""
+        return []
+
+    def digest(self) -> str:
+        """SHA-256 over kind, config and every weight: two models agree in it exactly if they compute the same."""
+        return digest(self.kind, self.config, self.state_dict())
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the two files, each whole or not at all.
+
+        `config.json` comes second and carries the weights' digest, so that loading notices where a kill fell between.
+        """
+        folder = Path(folder)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with whole_file(folder / WEIGHTS_NAME) as partial:
+            _save_weights(state, partial)
+        described = {
+            "family": self.family,
+            "kind": self.kind,
+            "smalti": version("smalti"),
+            "config": dataclasses.asdict(self.config),
+            "digest": digest(self.kind, self.config, state),
+            "provenance": self.provenance,
+        }
+        write_json(folder / CONFIG_NAME, described)
+
+    @classmethod
+    def load(cls, source: str | Path) -> Self:
+        """`smalti.load`, for a caller who knows the class. Raises UserError also if the folder holds another kind."""
+        model = load(source, cls.family)
+        if not isinstance(model, cls):
+            raise UserError(f"{source} holds a {model.kind}, not a {cls.kind}")
+        return model
+
+
+def register(cls: C) -> C:
+    """Class decorator: makes a `Checkpointed` class what its `family` and `kind` stand for."""
+    model = cast("type[Checkpointed]", cls)
+    _CLASSES[model.family, model.kind] = model
+    return cls
+
+
+def kinds(family: Family) -> list[str]:
+    """The registered kinds of one family, sorted."""
+    return sorted({kind for owner, kind in (*_MODULES, *_CLASSES) if owner == family})
+
+
+def find(family: Family, kind: str) -> "type[Checkpointed]":
+    """The class of a kind.
+
+    Raises:
+        UserError: if there is no such kind; suggests the nearest.
+    """
+    if (family, kind) not in _CLASSES and (family, kind) in _MODULES:
+        import_module(_MODULES[family, kind])
+    if (family, kind) not in _CLASSES:
+        nearest = difflib.get_close_matches(kind, kinds(family), n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"kinds: {', '.join(kinds(family))}"
+        raise UserError(f"there is no {family} of kind {kind!r}; {hint}")
+    return _CLASSES[family, kind]
+
+
+def load(source: str | Path, family: Family) -> Any:
+    """A trained model, in evaluation mode on the CPU, from a folder or a hub id.
+
+    Raises:
+        UserError: if there is nothing at `source`, it is of another family, its config has missing or unknown fields,
+            its weights have missing or unknown names or other shapes, or its bytes are not those that were saved.
+    """
+    folder, cls = locate(source), find_class(source, family)
+    described = read_config(folder)
+    model = cls(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
+    model.provenance = described["provenance"]
+    try:
+        weights = load_file(folder / WEIGHTS_NAME)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(
+            f"{folder / WEIGHTS_NAME} cannot be read ({error}); the checkpoint is damaged, fetch or train it again"
+        ) from error
+    _check_names(folder, expected=model.state_dict(), found=weights)
+    if digest(model.kind, model.config, weights) != described["digest"]:
+        raise UserError(
+            f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together (digests differ); "
+            "fetch it again, or run the same training command again"
+        )
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def find_class(source: str | Path, family: Family) -> type[Checkpointed]:
+    """The class of a trained model, which is not loaded.
+
+    Raises:
+        UserError: if there is no checkpoint at `source`, or it is of another family or an unknown kind.
+    """
+    described = read_config(locate(source))
+    if described["family"] != family:
+        raise UserError(f"{source} holds a {described['family']} ({described['kind']}), but a {family} is needed here")
+    return find(family, described["kind"])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says.
+
+    Raises:
+        UserError: if it is missing, not JSON, or not smalti's.
+    """
+    try:
+        described = json.loads((folder / CONFIG_NAME).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / CONFIG_NAME} is not JSON ({error}); the checkpoint is damaged") from error
+    missing = {"family", "kind", "config", "digest", "provenance"} - set(
+        described if isinstance(described, dict) else ()
+    )
+    if missing:
+        raise UserError(f"{folder / CONFIG_NAME} is not smalti's: it lacks {', '.join(sorted(missing))}")
+    return described
+
+
+def _save_weights(state: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # says in words why a disk will not take it
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def digest(kind: str, config: Any, state: dict[str, Tensor]) -> str:
+    """SHA-256 over what a model computes with; see `Checkpointed.digest`."""
+    settings = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        if ADDED in field.metadata and settings[field.name] == field.default:
+            del settings[field.name]
+    sha = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of a checkpoint: a folder as it is; anything else is taken for a hub id and fetched.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(
+            snapshot_download(
+                str(source), allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, f"*/{WEIGHTS_NAME}", f"*/{CONFIG_NAME}"]
+            )
+        )
+    except (HFValidationError, OSError) as error:  # OSError: not found, no network, a damaged cache
+        raise UserError(
+            f"no checkpoint at {source}: there is no such folder, and no hub model of that name could be fetched; "
+            "check the name, or train one first"
+        ) from error
+
+
+def _check_names(folder: Path, *, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    if missing := sorted(set(expected) - set(found)):
+        raise UserError(
+            f"{folder / WEIGHTS_NAME} lacks {_some(missing)}; it is not of this version's network, train it again"
+        )
+    if unknown := sorted(set(found) - set(expected)):
+        raise UserError(
+            f"{folder / WEIGHTS_NAME} has unknown weights {_some(unknown)}; it is not of this version's network, "
+            "train it again"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise UserError(
+                f"{folder / WEIGHTS_NAME}: {name} is {tuple(found[name].shape)}, the config asks for "
+                f"{tuple(tensor.shape)}; it is a damaged or edited checkpoint, train it again"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

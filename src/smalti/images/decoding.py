@@ -1,0 +1,201 @@
+"""From encoded bytes to pixels: whatever Pillow opens becomes a uint8 tensor of one size.
+
+Not here: where the bytes come from (`sources`), or sets of images (`images`).
+
+Legend: c channels (1 grey or 3 RGB), h w pixels.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from smalti.core.errors import UserError
+
+# What Pillow's decoders raise on damaged bytes, found by cutting files of every format and flipping their bits.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
+_DEEP_GREY_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+class BadImageError(UserError):
+    """Bytes that are no image, or a damaged one: what a caller that skips bad images catches."""
+
+
+def decode(
+    encoded: bytes, *, channels: int, height: int | None = None, width: int | None = None
+) -> UInt8[Tensor, "c h w"]:
+    """An encoded image as pixels: upright, on white, 8 bits deep, grey or RGB, and of one size.
+
+    EXIF rotation is applied; transparency is composed on white; deeper grey is scaled to 8 bits; of an animation the
+    first frame is taken. Then the shorter side is fitted to `height` x `width`, the rest is cropped evenly, and the
+    result is resampled (Lanczos, antialiased). An image that has the right size already keeps its pixels exactly.
+    Without `height` and `width` every image does.
+
+    Args:
+        encoded: the bytes of a file in any format that Pillow opens.
+        channels: 1 for grey, 3 for RGB.
+        height: in pixels; given together with `width` or not at all.
+        width: in pixels.
+
+    Raises:
+        BadImageError: if the bytes are empty, not an image, damaged, or hold more pixels than Pillow's guard against
+            decompression bombs.
+    """
+    assert (height is None) == (width is None)
+    assert channels in (1, 3)
+    with _opened(encoded) as image:
+        flat = _flatten(image, mode="L" if channels == 1 else "RGB")
+    if height is not None and width is not None:
+        flat = _fit(flat, height=height, width=width)
+    pixels = torch.from_numpy(np.array(flat))  # a copy: torch must own writable memory
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def load_image(
+    path: str | Path, *, channels: int, height: int | None = None, width: int | None = None
+) -> UInt8[Tensor, "c h w"]:
+    """`decode` for one file; without `height` and `width` it keeps its size.
+
+    Raises:
+        UserError: naming the file, if it cannot be read or `decode` refuses it.
+    """
+    with _named(path):
+        return decode(Path(path).read_bytes(), channels=channels, height=height, width=width)
+
+
+def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
+    """How far one sees through each pixel of a file's image, 255 = wholly; None if it is opaque everywhere.
+
+    Raises:
+        UserError: as `load_image` does.
+    """
+    with _named(path), _opened(Path(path).read_bytes()) as image:
+        if not image.has_transparency_data:
+            return None
+        alpha = torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))
+        return 255 - alpha if (alpha < 255).any() else None
+
+
+def describe(*, height: int, width: int, channels: int) -> dict[str, Any]:
+    """What `decode` does to every image, as JSON. Latent sets record it; whoever changes `decode` changes it too."""
+    return {
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "fit": "shorter side, centre crop",
+        "resampling": "lanczos",
+        "background": "white",
+    }
+
+
+def to_float(pixels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """From 0..255 to float32 in [-1, 1], on the tensor's own device."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """From [-1, 1] to 0..255, rounded; what lies outside is clamped. The exact inverse of `to_float`."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Tells of which file an error is."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
+    except BadImageError as error:
+        raise BadImageError(f"{path}: {error}") from error
+
+
+@contextmanager
+def _opened(encoded: bytes) -> Iterator[Image.Image]:
+    """The image, upright and loaded; what goes wrong within, with its damaged bytes, is a `BadImageError`."""
+    if not encoded:
+        raise BadImageError("the image is empty (0 bytes); repair or remove it")
+    try:
+        with Image.open(BytesIO(encoded)) as image:
+            yield _upright(image)
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError(
+            f"these {len(encoded)} bytes are not an image that Pillow can open; repair or remove it"
+        ) from error
+    except Image.DecompressionBombError as error:
+        limit = f"twice PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
+        raise BadImageError(
+            f"the image has more pixels than {limit}, a decompression bomb perhaps; shrink or remove it"
+        ) from error
+    except _DAMAGED as error:
+        raise BadImageError(f"the image cannot be decoded ({_one_line(error)}); repair or remove it") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF rotation, in place. Pixels load first: damage there counts, that of an EXIF block does not."""
+    image.load()
+    with suppress(*_DAMAGED):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _flatten(image: Image.Image, mode: str) -> Image.Image:
+    """Composes transparency on white and converts to `mode`, "L" or "RGB"."""
+    if image.mode in _DEEP_GREY_MODES:
+        image = _to_8_bits(image)
+    if image.mode == "P" or image.has_transparency_data:  # asked second: it fails where Pillow left a palette unread
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    if image.mode != mode:
+        image = image.convert("RGB").convert(mode)  # not every mode converts straight to "L"
+    return image
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits as "L". Pillow's own conversion clips at 255, which turns most 16-bit images white.
+
+    Integers are read on the scale of 16 bits, or of 31 where they exceed it. Floats have no scale of their own: it is
+    the smallest of 1, 255 and 65535 that holds all of the image. Negative values, infinities and NaN become black; the
+    one grey that a 16-bit PNG may declare transparent becomes white.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+    peak = float(values.max())
+    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, 2.0**31 - 1)
+    scale = next((scale for scale in scales if peak <= scale), peak)
+    grey = np.rint(values * (255 / scale)).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
+def _fit(image: Image.Image, *, height: int, width: int) -> Image.Image:
+    """Cuts the largest centred box of the wanted proportions and resamples it, in one step.
+
+    Fitting first and cutting after would make a 3x5000 image huge in between.
+    """
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

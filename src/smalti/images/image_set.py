@@ -1,0 +1,207 @@
+"""Image sets: pixels, labels and source ids, and the rows of a split that training and latent sets read from them.
+
+Not here: how bytes become pixels (`preprocess`), where they come from (`sources`), which are held out (`splits`).
+
+Legend: n images in a set, b rows of a batch, c channels, h w pixels.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from smalti.core.errors import UserError
+from smalti.core.progress import SLOW_SECONDS, bar
+from smalti.images import sources
+from smalti.images.decoding import BadImageError, decode, describe
+from smalti.images.splits import held_out
+
+CACHE_BYTES = 2**30
+_DECODED_AT_ONCE = 64  # images; bounds the encoded bytes in memory while the cache fills
+_DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes outside Python's lock, but small images hardly
+
+
+class ImageSet:
+    """Images of one size, in a fixed order, decoded when they are asked for.
+
+    Attributes:
+        source: what `open_images` was given.
+        label_names: of the labels 0, 1, ...; empty if the images have none.
+        labels: one for each image, -1 where there is none.
+        source_ids: one for each image, in [0, 2**63); images of one original (an emoji in its skin tones) share it.
+        fingerprint: SHA-256 over source ids, labels and encoded images in order; the same on every machine.
+        preprocessing: what was done to the pixels, as JSON.
+    """
+
+    def __init__(
+        self, source: str, table: sources.Table, *, height: int, width: int, channels: int, cache_bytes: int
+    ) -> None:
+        self.source = source
+        self.preprocessing: dict[str, Any] = describe(height=height, width=width, channels=channels)
+        self.labels, self.label_names = sources.read_labels(table)
+        self.source_ids: Int64[Tensor, " n"] = sources.read_source_ids(table)
+        self.fingerprint = hashlib.sha256(
+            b"".join(
+                part.numpy().astype("<i8").tobytes()
+                for part in (self.source_ids, self.labels, sources.read_contents(table))
+            )
+        ).hexdigest()
+        self._encoded = table.rows.select_columns(table.image_column)
+        self._column = table.image_column
+        self._shape = (channels, height, width)
+        self._cache_bytes = cache_bytes
+        self._cache: UInt8[Tensor, "n c h w"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source_ids)
+
+    def pixels(
+        self, indices: Sequence[int] | Int64[Tensor, " b"], *, bad: dict[int, str] | None = None
+    ) -> UInt8[Tensor, "b c h w"]:
+        """The images at `indices`, from the cache if `fill_cache` filled it, else decoded now.
+
+        Args:
+            indices: in [0, len), any order, repeated or not.
+            bad: where to put what is wrong with an image that cannot be decoded, by its index; such an image is black.
+                Without it the first one is an error.
+
+        Raises:
+            BadImageError: a `UserError` that names the file and the row, for an image that cannot be decoded.
+        """
+        if self._cache is not None:
+            return self._cache[torch.as_tensor(indices, dtype=torch.int64)]
+        indices = list(map(int, indices))
+        pixels = torch.empty((len(indices), *self._shape), dtype=torch.uint8)
+        for place, (index, image) in enumerate(zip(indices, self._encoded[indices][self._column], strict=True)):
+            try:
+                pixels[place] = self._decode(index, image)
+            except BadImageError as error:
+                if bad is None:
+                    raise
+                pixels[place], bad[index] = 0, str(error)
+        return pixels
+
+    def fill_cache(self) -> None:
+        """Decodes every image once, on threads, unless that was done before or the set is larger than `cache_bytes`.
+
+        `ImageRows` calls it, in the process that workers are started from, so that they share one copy.
+
+        Raises:
+            BadImageError: as `pixels` does.
+        """
+        shape = (len(self), *self._shape)
+        if self._cache is not None or torch.Size(shape).numel() > self._cache_bytes:
+            return
+        cache = torch.empty(shape, dtype=torch.uint8)
+        progress = bar(what="decoding", total=len(self), unit="image", delay_seconds=SLOW_SECONDS)
+        with progress, ThreadPoolExecutor(_DECODING_THREADS) as pool:
+            for start in range(0, len(self), _DECODED_AT_ONCE):
+                images = self._encoded[start : start + _DECODED_AT_ONCE][self._column]
+                for index, pixels in enumerate(pool.map(self._decode, range(start, len(self)), images), start):
+                    cache[index] = pixels
+                progress.update(len(images))
+        self._cache = cache
+
+    def _decode(self, index: int, image: Any) -> UInt8[Tensor, "c h w"]:
+        channels, height, width = self._shape
+        try:
+            return decode(sources.encoded(image), channels=channels, height=height, width=width)
+        except BadImageError as error:
+            name = image.get("path") if isinstance(image, dict) else None
+            raise BadImageError(f"{name or self.source}, row {index}: {error}") from error
+
+
+def open_images(
+    source: str = sources.EMOJI,
+    *,
+    height: int = 32,
+    width: int = 32,
+    channels: int = 3,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> ImageSet:
+    """Opens images for training; nothing is decoded yet.
+
+    Args:
+        source: `emoji` (3 786 Noto emoji of 32x32 pixels, within the package); a folder, searched through and in the
+            order of the sorted names, whose subfolders' names are labels; one image; a Parquet file, or a folder or
+            glob of them; or a hub id, optionally `id@config:split` (split `train` unless given).
+        height: in pixels.
+        width: in pixels.
+        channels: 1 for grey, 3 for RGB.
+        image_column: needed where a table has several columns of images.
+        label_column: unless given, `label` or the only column of classes.
+        cache_bytes: sets that take less than this decoded (uint8) are kept in memory once rows are read from them.
+
+    Raises:
+        UserError: if there is nothing at `source`, it cannot be read or holds no images, a column is missing or
+            ambiguous, or the size or number of channels is not possible.
+    """
+    if height < 1 or width < 1:
+        raise UserError(f"images of {height}x{width} pixels are empty; give a height and width of at least 1")
+    if channels not in (1, 3):
+        raise UserError(f"images cannot have {channels} channels; give 1 for grey or 3 for RGB")
+    table = sources.open_table(source, image_column=image_column, label_column=label_column)
+    return ImageSet(source, table, height=height, width=width, channels=channels, cache_bytes=cache_bytes)
+
+
+class ImageRows(Dataset):
+    """The rows of one split, for a `DataLoader` with an identity `collate_fn`: whole batches come from `__getitems__`.
+
+    With `flips` every image is two rows, 2i as it is and 2i + 1 mirrored left to right, which share one source id and
+    so never part. Which images belong to the split is decided by `held_out` on their source ids, before any flip.
+
+    Making one decodes the set into memory, if it fits (`open_images`), so that forked and spawned workers need not.
+
+    Raises:
+        UserError: if nothing is left to train on. The held-out split of a small set may be empty.
+    """
+
+    def __init__(self, image_set: ImageSet, *, split: Literal["train", "held_out", "all"], flips: bool) -> None:
+        out = held_out(image_set.source_ids)
+        chosen = {"train": ~out, "held_out": out, "all": torch.ones_like(out)}[split]
+        if split == "train" and not chosen.any():
+            raise UserError(
+                f"all {len(image_set)} image(s) of {image_set.source} fall into the held-out split; give more images"
+            )
+        image_set.fill_cache()
+        self._image_set = image_set
+        self._images: Int64[Tensor, " n"] = chosen.nonzero().squeeze(1)
+        self._rows_per_image = 2 if flips else 1
+
+    def __len__(self) -> int:
+        return len(self._images) * self._rows_per_image
+
+    def spread(self, count: int) -> UInt8[Tensor, "b c h w"]:
+        """The images of so many rows, evenly spread over all of them, to be shown; of few rows, some again."""
+        return self.__getitems__([i * len(self) // count for i in range(count)])["images"]
+
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """A batch.
+
+        Args:
+            rows: numbers in [0, len), any order, repeated or not.
+
+        Returns:
+            `images` uint8 `(b, c, h, w)`; and, one for each row, `labels` int64 (-1 if none), `source_ids` int64,
+            `flipped` bool and `rows` int64.
+        """
+        numbers = torch.as_tensor(rows, dtype=torch.int64)
+        indices = self._images[numbers // self._rows_per_image]
+        flipped = numbers % self._rows_per_image == 1
+        images = self._image_set.pixels(indices)
+        images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+        return {
+            "images": images,
+            "labels": self._image_set.labels[indices],
+            "source_ids": self._image_set.source_ids[indices],
+            "flipped": flipped,
+            "rows": numbers,
+        }

@@ -1,0 +1,98 @@
+"""Sheets of pictures for people to look at: rows with a caption, or a plain grid."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+from torch.nn import functional as F
+
+from smalti.core.errors import UserError
+from smalti.core.files import whole_file
+from smalti.images.decoding import to_uint8
+
+GAP = 4  # pixels between pictures
+SMALLEST_SHOWN = 96  # pixels: smaller pictures are enlarged by a whole factor, so that one sees their pixels
+CAPTION_SIZE = 16
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
+
+
+def save_sheet(
+    path: Path, rows: Mapping[str, Float[Tensor, "_b _c _h _w"]], *, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Rows of images in [-1, 1] under each other, each with its caption."""
+    strips = [(caption, _strip(images)) for caption, images in rows.items()]
+    width = max(strip.width for _, strip in strips)
+    band = CAPTION_SIZE + 2 * GAP
+    sheet = Image.new("RGB", (width, sum(strip.height + band for _, strip in strips)), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for caption, strip in strips:
+        draw.text((GAP, top + GAP), caption, fill="#444444", font=ImageFont.load_default(CAPTION_SIZE))
+        sheet.paste(strip, (0, top + band))
+        top += band + strip.height
+    save_png(path, sheet, settings)
+
+
+def save_grid(path: Path, images: Float[Tensor, "b _c _h _w"], *, settings: Mapping[str, Any] | None = None) -> None:
+    """Images in [-1, 1] in a grid about twice as wide as high."""
+    save_png(path, _grid(images), settings)
+
+
+def save_animation(
+    path: Path, frames: Sequence[Float[Tensor, "b _c _h _w"]], *, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Grids of the same images, step by step, as an animated PNG that shows the last one longest and begins anew."""
+    sheets = [_grid(images) for images in frames]
+    shown = [FRAME_MILLISECONDS] * (len(sheets) - 1) + [LAST_FRAME_MILLISECONDS]
+    save_png(path, sheets[0], settings, save_all=True, append_images=sheets[1:], duration=shown, loop=0)
+
+
+def _grid(images: Tensor) -> Image.Image:
+    columns = min(len(images), max(1, round(math.sqrt(2 * len(images)))))
+    lines = [_strip(images[start : start + columns]) for start in range(0, len(images), columns)]
+    sheet = Image.new("RGB", (lines[0].width, sum(line.height for line in lines)), "white")
+    for index, line in enumerate(lines):
+        sheet.paste(line, (0, index * line.height))
+    return sheet
+
+
+def require_png(path: Path) -> None:
+    """Refuses a name that would lie about what is in the file.
+
+    Raises:
+        UserError: if it does not end in .png.
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path} is not the name of a PNG; pictures are written as PNGs, give one ending in .png")
+
+
+def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Writes a PNG whole, or not at all, with the settings that made it as JSON in its text chunk `smalti`.
+
+    The options are those of Pillow's PNG writer.
+    """
+    info = PngImagePlugin.PngInfo()
+    if settings:
+        info.add_itxt("smalti", json.dumps(dict(settings), default=str))
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info, **options)
+
+
+def to_image(image: Float[Tensor, "c h w"] | UInt8[Tensor, "c h w"]) -> Image.Image:
+    """One image, float in [-1, 1] or uint8, grey or colour, for Pillow."""
+    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
+    pixels = pixels.cpu()
+    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else rearrange(pixels, "c h w -> h w c").numpy())
+
+
+def _strip(images: Tensor) -> Image.Image:
+    factor = max(1, math.ceil(SMALLEST_SHOWN / max(images.shape[-2:])))
+    pixels = repeat(to_uint8(images), "b c h w -> b c (h f1) (w f2)", f1=factor, f2=factor)
+    pixels = F.pad(pixels, (GAP, GAP, GAP, GAP), value=255)
+    return to_image(rearrange(pixels, "b c h w -> c h (b w)"))

@@ -1,0 +1,47 @@
+"""What scikit-image does for judging: structural similarity, and fills that need no model. It comes with the extra
+`metrics`."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, UInt8
+from torch import Tensor
+
+from smalti.core.errors import UserError
+from smalti.core.progress import SLOW_SECONDS, bar
+from smalti.images.decoding import to_uint8
+from smalti.metrics.extractors import EXTRA
+
+
+def ssim(images: UInt8[Tensor, "n c h w"], truth: UInt8[Tensor, "n c h w"]) -> float:
+    """Mean structural similarity over windows of 7x7, all pixels of which count alike.
+
+    Raises:
+        UserError: if the images are smaller than that, or the extra is not installed.
+    """
+    if min(images.shape[2:]) < 7:
+        raise UserError(f"SSIM needs images of at least 7x7 pixels, not {images.shape[3]}x{images.shape[2]}")
+    similarity = _scikit_image().metrics.structural_similarity
+    pairs = zip(images.numpy(), truth.numpy(), strict=True)
+    return sum(float(similarity(a, b, channel_axis=0, data_range=255)) for a, b in pairs) / len(images)
+
+
+def biharmonic(pixels: UInt8[Tensor, "n c h w"], hole: Bool[Tensor, "n h w"]) -> UInt8[Tensor, "n c h w"]:
+    """The images with each hole filled as smoothly as its rim allows.
+
+    Raises:
+        UserError: if the extra is not installed.
+    """
+    smooth = _scikit_image().restoration.inpaint_biharmonic
+    pairs = list(zip(pixels.numpy(), hole.numpy(), strict=True))
+    shown = bar(pairs, what="biharmonic fills", unit="image", delay_seconds=SLOW_SECONDS)
+    filled = [torch.from_numpy(smooth(image, mask, channel_axis=0)) for image, mask in shown]
+    return torch.where(hole.unsqueeze(1), to_uint8(torch.stack(filled) * 2 - 1), pixels)
+
+
+def _scikit_image() -> Any:
+    try:
+        import skimage
+    except ImportError as error:
+        raise UserError(f"scikit-image is not installed; {EXTRA}") from error
+    return skimage

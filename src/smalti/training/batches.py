@@ -1,0 +1,81 @@
+"""Which rows make up step s: a function of seed and step, so that nothing need be remembered to go on from any step.
+
+What is in a row, the data sets say.
+"""
+
+import signal
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from smalti.core.randomness import generator_for
+
+Batch: TypeAlias = dict[str, Tensor]
+
+
+@runtime_checkable
+class RowData(Protocol):
+    """A data set that makes whole batches.
+
+    `__getitems__` gives a tensor for each name, among them `rows`, the int64 row numbers it was asked for.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, rows: list[int]) -> Batch: ...
+
+
+class StepRows(Sampler[list[int]]):
+    """The rows of each step: a new permutation every epoch, cut into global batches that run on across epochs.
+
+    Each batch is cut into one slice a process, in the order of the processes: together they are the same rows for any
+    number of processes.
+    """
+
+    def __init__(
+        self, size: int, *, batch_size: int, seed: int, steps: range, process: int = 0, processes: int = 1
+    ) -> None:
+        assert size > 0
+        assert batch_size % processes == 0
+        self.size, self.batch_size, self.seed, self.steps = size, batch_size, seed, steps
+        share = batch_size // processes
+        self.slice = slice(process * share, (process + 1) * share)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> Tensor:
+            return torch.randperm(self.size, generator=generator_for(self.seed, epoch))
+
+        for step in self.steps:
+            first, end = step * self.batch_size, (step + 1) * self.batch_size
+            epochs = range(first // self.size, (end - 1) // self.size + 1)
+            parts = [order(epoch)[max(0, first - epoch * self.size) : end - epoch * self.size] for epoch in epochs]
+            yield torch.cat(parts)[self.slice].tolist()
+
+
+def batches(data: RowData, rows: StepRows, *, workers: int, pin_memory: bool) -> DataLoader:
+    """A loader whose data set makes each batch whole, in this process or in workers that leave Ctrl-C to it."""
+    return DataLoader(
+        cast(Dataset, data),
+        batch_sampler=rows,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=leave_interrupts,
+        pin_memory=pin_memory,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def leave_interrupts(_worker: int) -> None:
+    """What a worker does first: Ctrl-C, which reaches it too, is for the process that it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,166 @@
+"""The command that fills pictures: files and folders, masks of every kind, canvases that grow."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.command_toys import run, save_pair
+from PIL import Image
+
+from smalti.commands.inpainting import Filling, fill
+from smalti.commands.model_paths import load_priors
+from smalti.core.randomness import row_seeds
+from smalti.priors.methods.sundae import SundaeFilling
+from smalti.scripts import inpaint
+
+QUICK = ["--steps", "2", "--candidates", "2", "--precision", "fp32"]
+COMMON = ["--prior", "pair", *QUICK]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A folder to work in, with a prior `pair`, a picture `in.png` of 20x12 and its mask, a box."""
+    folder = tmp_path_factory.mktemp("inpaint")
+    save_pair(folder / "pair")
+    Image.fromarray(noise(0)).save(folder / "in.png")
+    Image.fromarray(box()).save(folder / "mask.png")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def noise(seed, height=12, width=20):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def box(height=12, width=20):
+    hole = np.zeros((height, width), np.uint8)
+    hole[2:7, 3:9] = 255
+    return hole
+
+
+def read(path):
+    return np.array(Image.open(path))
+
+
+def test_several_fills_a_sheet_and_the_settings_in_each(capfd):
+    status, out, _ = run(capfd, inpaint.main, *COMMON, "--image", "in.png", "--mask", "mask.png", "--out", "a/out.png")
+    assert (status, out) == (0, "a/out.png\n")
+    assert sorted(path.name for path in Path("a").iterdir()) == ["out-2.png", "out-3.png", "out-sheet.png", "out.png"]
+    fills = [read(f"a/out{end}.png") for end in ("", "-2", "-3")]
+    known = box() == 0
+    for filled in fills:
+        assert np.array_equal(filled[known], noise(0)[known])
+        assert not np.array_equal(filled[~known], noise(0)[~known])
+    assert not np.array_equal(fills[0], fills[1])
+    settings = json.loads(Image.open("a/out-2.png").text["smalti"])
+    assert (settings["fill"], settings["mask"], settings["candidates"]) == (1, "mask.png", 2)
+
+
+def test_the_command_fills_as_the_function_does(capfd):
+    assert (
+        run(capfd, inpaint.main, *COMMON, "--image", "in.png", "--mask", "mask.png", "--num", "1", "--seed", "4")[0]
+        == 0
+    )
+    filled = fill(
+        *load_priors(("pair",), None),
+        torch.from_numpy(noise(0)).permute(2, 0, 1)[None],
+        torch.from_numpy(box() > 0)[None],
+        seeds=row_seeds(4, torch.arange(1)),
+        sampling=SundaeFilling(steps=2),
+        filling=Filling(candidates=2),
+    )
+    assert np.array_equal(read("runs/inpainted.png"), filled[0].permute(1, 2, 0).numpy())
+
+
+def test_a_folder_of_images_with_their_masks_or_one_for_all(capfd):
+    for name in ("pictures", "masks"):
+        Path(name).mkdir()
+    for index, (kind, mask_kind) in enumerate([("png", "png"), ("jpg", "png"), ("bmp", "tiff")]):
+        Image.fromarray(noise(index)).save(f"pictures/{index}.{kind}")
+        Image.fromarray(np.roll(box(), index)).save(f"masks/{index}.{mask_kind}")
+    Path("pictures/notes.txt").write_text("not a picture")
+    common = [*COMMON, "--num", "1", "--image", "pictures"]
+    assert run(capfd, inpaint.main, *common, "--mask", "masks", "--out", "many")[:2] == (0, "many\n")
+    assert sorted(path.name for path in Path("many").glob("?.png")) == ["0.png", "1.png", "2.png"]
+    for index, kind in enumerate(["png", "jpg", "bmp"]):
+        known = np.roll(box(), index) == 0
+        given = np.array(Image.open(f"pictures/{index}.{kind}"))
+        assert np.array_equal(read(f"many/{index}.png")[known], given[known])
+    assert run(capfd, inpaint.main, *common, "--mask", "mask.png", "--out", "alike")[0] == 0
+    alone = ["--num", "1", "--image", "pictures/1.jpg", "--mask", "mask.png", "--out", "alone.png"]
+    assert run(capfd, inpaint.main, *COMMON, *alone)[0] == 0
+    assert np.array_equal(read("alike/1.png"), read("alone.png"))  # a batch changes nothing
+
+
+def test_the_canvas_grows_and_what_was_there_stays(capfd):
+    grow = ["--image", "in.png", "--num", "1", "--expand", "3", "0", "5", "2", "--out", "grown.png"]
+    assert run(capfd, inpaint.main, *COMMON, *grow)[0] == 0
+    grown = read("grown.png")
+    assert grown.shape == (12 + 2, 20 + 3 + 5, 3)
+    assert np.array_equal(grown[:12, 3:23], noise(0))
+    assert len(np.unique(grown[:, :3].reshape(-1, 3), axis=0)) > 1
+    assert run(capfd, inpaint.main, *COMMON, *grow, "--mask", "mask.png", "--out", "both.png")[0] == 0
+    both, known = read("both.png")[:12, 3:23], box() == 0
+    assert np.array_equal(both[known], noise(0)[known])
+    assert not np.array_equal(both[~known], noise(0)[~known])
+
+
+def test_a_pictures_own_transparent_parts_are_its_holes(capfd):
+    Image.fromarray(np.dstack([noise(0), 255 - box()])).save("erased.png")
+    assert run(capfd, inpaint.main, *COMMON, "--image", "erased.png", "--num", "1", "--out", "healed.png")[0] == 0
+    assert run(capfd, inpaint.main, *COMMON, "--image", "in.png", "--mask", "mask.png", "--num", "1")[0] == 0
+    assert np.array_equal(read("healed.png"), read("runs/inpainted.png"))
+
+
+def test_masks_inverted_thresholded_and_resized_are_the_same_hole(capfd):
+    Image.fromarray(255 - box()).save("inverted.png")
+    Image.fromarray(box() // 5 + 40).save("faint.png")  # 40 and 91
+    Image.fromarray(box().repeat(3, 0).repeat(3, 1)).save("large.png")
+    results = []
+    for name, flags in [
+        ("mask.png", []),
+        ("inverted.png", ["--invert"]),
+        ("faint.png", ["--threshold", "60"]),
+        ("large.png", ["--resize-mask"]),
+    ]:
+        arguments = ["--image", "in.png", "--mask", name, *flags, "--num", "1", "--out", "same.png"]
+        assert run(capfd, inpaint.main, *COMMON, *arguments)[0] == 0
+        results.append(read("same.png"))
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_what_is_done_to_a_picture_that_does_not_fit_is_said(capfd):
+    Image.fromarray(noise(1, 41, 61)).save("odd.png")
+    Image.fromarray(box(41, 61) ^ 255).save("most.png")
+    flags = ["--image", "odd.png", "--mask", "most.png", "--num", "1", "--feather", "2", "--out", "odd-out.png"]
+    status, _, err = run(capfd, inpaint.main, *COMMON, *flags)
+    assert status == 0
+    assert "odd.png is worked on at 28x20, as this model's codes are 2 pixels wide and it was trained at 16x8" in err
+    assert "99% of odd.png is filled; --invert if that is the wrong way round" in err
+    assert read("odd-out.png").shape == (41, 61, 3)
+    Image.fromarray(box(41, 61)).save("few.png")
+    flags[3] = "few.png"
+    assert run(capfd, inpaint.main, *COMMON, *flags, "--largest", "40")[0] == 0
+    changed = (read("odd-out.png") != noise(1, 41, 61)).any(2)
+    near = np.zeros_like(changed)
+    near[0:9, 1:11] = True  # two pixels around the box
+    assert not changed[~near].any()
+    assert changed[0:2, 1:11].any()
+
+
+def test_a_class_is_filled_in_and_guided_to(capfd):
+    results = []
+    for flags in (["--classes", "1"], ["--classes", "1", "--guidance", "4"], ["--classes", "0", "1"], []):
+        arguments = ["--image", "in.png", "--mask", "mask.png", *flags, "--num", "2", "--out", "class.png"]
+        assert run(capfd, inpaint.main, *COMMON, *arguments)[0] == 0
+        results.append((read("class.png"), read("class-2.png")))
+    one, guided, both, any_class = results
+    assert np.array_equal(one[1], both[1])  # in turn
+    assert not np.array_equal(one[0], both[0])
+    assert not np.array_equal(one[0], guided[0])
+    assert not np.array_equal(one[0], any_class[0])

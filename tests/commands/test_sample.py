@@ -1,0 +1,85 @@
+"""The command that draws images: sheets, single files, and how they came about."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.command_toys import run, save_pair
+from PIL import Image
+
+from smalti.commands.model_paths import load_prior
+from smalti.commands.sample import generate_codes, generate_images
+from smalti.images.decoding import to_uint8
+from smalti.images.sheets import GAP, SMALLEST_SHOWN
+from smalti.priors.methods.sundae import SundaeSampling
+from smalti.scripts import sample
+
+FLAGS = ["--prior", "pair", "--num", "11", "--batch-size", "4", "--steps", "3", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    save_pair(folder / "pair")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def pictures(sheet, count, height=8, width=16):
+    """The images on a grid, at their own size."""
+    factor = -(-SMALLEST_SHOWN // max(height, width))
+    down, across = height * factor + 2 * GAP, width * factor + 2 * GAP
+    columns = sheet.size[0] // across
+    found = []
+    for index in range(count):
+        top, left = index // columns * down + GAP, index % columns * across + GAP
+        found.append(np.array(sheet)[top : top + height * factor : factor, left : left + width * factor : factor])
+    return np.stack(found)
+
+
+def test_each_image_is_a_file_with_its_number_and_all_that_made_it(capfd):
+    assert run(capfd, sample.main, *FLAGS, "--files", "--seed", "3", "--out", "many.png")[:2] == (0, "many.png\n")
+    names = sorted(path.name for path in Path("many").iterdir())
+    assert names == [f"{number:02}.png" for number in range(11)]
+    files = [Image.open(Path("many", name)) for name in names]
+    assert np.array_equal(np.stack([np.array(file) for file in files]), pictures(Image.open("many.png"), 11))
+    settings = [json.loads(file.text["smalti"]) for file in files]
+    assert [each["number"] for each in settings] == list(range(11))
+    assert settings[4]["seed"] == 3
+    prior, tokenizer = load_prior("pair", None)
+    again = generate_images(
+        [prior], tokenizer, num=11, seed=3, sampling=SundaeSampling(steps=settings[0]["steps"]), precision="fp32"
+    )
+    assert np.array_equal(np.array(files[7]), to_uint8(again[7]).permute(1, 2, 0).numpy())
+
+
+@torch.no_grad()
+def test_an_animation_shows_every_step_and_ends_at_the_sheet(capfd):
+    assert run(capfd, sample.main, *FLAGS, "--classes", "1", "--animate", "--out", "moving.png")[0] == 0
+    with Image.open("moving-steps.png") as moving:
+        assert moving.n_frames == 3
+        frames = []
+        for index in range(3):
+            moving.seek(index)
+            frames.append(pictures(moving.convert("RGB"), 11))
+    prior, tokenizer = load_prior("pair", None)
+    steps = []
+    labels = torch.ones(11, dtype=torch.int64)
+    sampling = SundaeSampling(steps=3)
+    generate_codes(
+        prior, torch.arange(11), labels, seed=0, sampling=sampling, callback=lambda _, codes: steps.append(codes)
+    )
+    for frame, codes in zip(frames, steps, strict=True):
+        assert np.array_equal(frame, to_uint8(tokenizer.decode((codes,))).permute(0, 2, 3, 1).numpy())
+    assert not np.array_equal(frames[0], frames[-1])
+
+
+def test_nothing_is_written_but_the_sheet_unless_asked(capfd, place):
+    before = set(place.rglob("*"))
+    assert run(capfd, sample.main, *FLAGS, "--out", "only.png")[0] == 0
+    assert set(place.rglob("*")) - before == {place / "only.png"}

@@ -1,0 +1,112 @@
+"""Wrong files, masks, sizes and flags: each is one line that says what is wrong, and exit status 2."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.command_toys import run, save_pair
+from PIL import Image
+
+from smalti.scripts import evaluate, inpaint, sample
+
+FILL = ["--prior", "pair", "--image", "in.png", "--mask", "mask.png"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A folder with a prior, pictures, masks, and things that are none."""
+    folder = tmp_path_factory.mktemp("wrong")
+    save_pair(folder / "pair")
+    picture = np.random.default_rng(0).integers(0, 256, (8, 16, 3)).astype(np.uint8)
+    hole = np.zeros((8, 16), np.uint8)
+    hole[2:5, 3:8] = 255
+    masks = {"mask": hole, "black": hole * 0, "white": hole * 0 + 255, "small": hole[:4], "grey": hole // 4}
+    for name, mask in masks.items():
+        Image.fromarray(mask).save(folder / f"{name}.png")
+    Image.fromarray(picture).save(folder / "in.png")
+    (folder / "cut.png").write_bytes((folder / "in.png").read_bytes()[:200])
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("not an image")
+    for name in ("nothing", "pictures", "twins", "holes"):
+        (folder / name).mkdir()
+    for name in ("pictures/a.png", "pictures/b.png", "twins/a.png", "twins/a.jpg"):
+        Image.fromarray(picture).save(folder / name)
+    Image.fromarray(hole).save(folder / "holes/a.png")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        # files
+        (inpaint.main, [*FILL, "--image", "missing.png"], "missing.png cannot be read (No such file or directory)"),
+        (inpaint.main, [*FILL, "--image", "text.png"], "text.png: these 12 bytes are not an image"),
+        (inpaint.main, [*FILL, "--image", "cut.png"], "cut.png: the image cannot be decoded"),
+        (inpaint.main, [*FILL, "--image", "empty.png"], "empty.png: the image is empty (0 bytes)"),
+        (inpaint.main, [*FILL, "--image", "nothing"], "nothing holds no images"),
+        (inpaint.main, [*FILL, "--image", "twins"], "twins has several images called a"),
+        (inpaint.main, [*FILL, "--prior", "missing"], "no checkpoint at missing"),
+        (inpaint.main, [*FILL, "--prior", "pair/tokenizer"], "holds a tokenizer (hrvq), but a prior is needed here"),
+        (inpaint.main, [*FILL, "--prior", "hourglass"], "runs/priors/hourglass is not there: train it first"),
+        (inpaint.main, [*FILL, "--tokenizer", "hrvq"], "runs/tokenizers/hrvq is not there: train it first"),
+        (inpaint.main, [*FILL, "--out", "out.jpg"], "--out out.jpg is not the name of a PNG"),
+        (inpaint.main, [*FILL, "--out", "in.png"], "--out in.png would overwrite what was given"),
+        (inpaint.main, [*FILL, "--image", "pictures", "--out", "x.png"], "is a folder, so --out must be one too"),
+        (inpaint.main, [*FILL, "--image", "pictures", "--out", "pictures"], "would overwrite what was given"),
+        (sample.main, ["--prior", "pair", "--out", "samples.gif"], "--out samples.gif is not the name of a PNG"),
+        # masks
+        (inpaint.main, [*FILL, "--mask", "missing.png"], "missing.png cannot be read"),
+        (inpaint.main, [*FILL, "--mask", "text.png"], "text.png: these 12 bytes are not an image"),
+        (inpaint.main, [*FILL, "--mask", "black.png"], "black.png has no hole: no pixel is light; paint what to fill"),
+        (inpaint.main, [*FILL, "--mask", "white.png"], "white.png is all hole: every pixel is light"),
+        (inpaint.main, [*FILL, "--mask", "white.png", "--invert"], "white.png has no hole: no pixel is dark"),
+        (inpaint.main, [*FILL, "--mask", "grey.png"], "grey.png has no hole"),
+        (inpaint.main, [*FILL, "--mask", "holes"], "--mask holes is a folder but --image in.png is not"),
+        (inpaint.main, [*FILL, "--image", "pictures", "--mask", "holes"], "holes has no mask called b"),
+        (
+            inpaint.main,
+            ["--prior", "pair", "--image", "in.png"],
+            "in.png has no transparent parts to fill",
+        ),
+        (inpaint.main, ["--prior", "pair", "--image", "mask.png", "--mask", "in.png"], "seem to have changed places"),
+        # sizes
+        (inpaint.main, [*FILL, "--mask", "small.png"], "small.png is 16x4 but the image is 16x8; pass --resize-mask"),
+        (inpaint.main, [*FILL, "--expand", "-1", "0", "0", "0"], "--expand takes pixels to add"),
+        (inpaint.main, [*FILL, "--largest", "0"], "--candidates must be at least 1 and --largest above 0"),
+        (inpaint.main, [*FILL, "--feather", "-1"], "--dilation and --feather must be at least 0, not 1 and -1"),
+        (inpaint.main, [*FILL, "--num", "0"], "--num must be at least 1, not 0"),
+        (inpaint.main, [*FILL, "--candidates", "0"], "--candidates must be at least 1"),
+        (inpaint.main, [*FILL, "--threshold", "255"], "--threshold must be from 0 to 254, not 255"),
+        (sample.main, ["--prior", "pair", "--num", "0"], "--num and --batch-size must be at least 1, not 0"),
+        # flags
+        (inpaint.main, [*FILL, "--masc", "x.png"], "Unrecognized options: --masc, x.png; did you mean --mask?"),
+        (sample.main, ["--temprature", "1"], "; did you mean --temperature?"),
+        (inpaint.main, [*FILL, "--num", "three"], "Error parsing --num: invalid literal for int()"),
+        (
+            inpaint.main,
+            [*FILL, "--num"],
+            "Expected 1 values; --help lists the flags",
+        ),
+        (inpaint.main, [*FILL, "--expand", "1", "2"], "Missing value for argument '--expand'. Expected 4 values"),
+        (inpaint.main, [*FILL, "--device", "toaster"], "invalid choice 'toaster' for argument '--device'"),
+        (inpaint.main, [*FILL, "--temperature", "0", "1"], "temperature must be above 0, got (0.0, 1.0)"),
+        (inpaint.main, ["--prior", "pair"], "--image"),
+        (inpaint.main, [*FILL, "--classes", "cats"], "no class is called 'cats'; there are: 0, 1"),
+        (sample.main, ["--prior", "pair", "--guidance", "-1"], "guidance must not be negative, got -1.0"),
+        (sample.main, ["--prior", "pair", "--steps", "0"], "steps and min_steps must be at least 1, got 0 and 10"),
+        (evaluate.main, ["--of", "nothing"], "--of nothing cannot be evaluated; give one of tokenizer, prior"),
+        (evaluate.main, ["--prior", "pair", "--num", "3"], "--num and --reference must be at least 4, not 3 and 5000"),
+    ],
+)
+def test_what_is_wrong_is_one_line(place, capfd, main, arguments, said):
+    before = sorted(place.rglob("*"))
+    status, out, err = run(capfd, main, *arguments)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert said in err
+    assert sorted(place.rglob("*")) == before

@@ -1,0 +1,234 @@
+"""Checkpoints: every kind comes back as it was saved, and whatever is wrong with a folder is one line."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from helpers import toys
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from smalti.core import models
+from smalti.core.config import added, config_from_json
+from smalti.core.errors import UserError
+from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME, digest, load
+from smalti.tokenizers.vq.hrvq import HRVQ
+
+of_every_kind = pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kind for _, kind in toys.KINDS])
+
+
+def make(family, kind, seed=0):
+    torch.manual_seed(seed)
+    model = models.find(family, kind)(toys.TINY[kind]).eval()
+    for parameter in model.parameters():  # what starts at zero would hide a weight that was not loaded
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.provenance = {"image_source": "emoji", "nested": {"flips": True}}
+    return model
+
+
+@torch.no_grad()
+def output(family, model):
+    generator = torch.Generator().manual_seed(1)
+    if model.kind == "realnvp":
+        return [model.flow.from_base(torch.randn(2, *model.level.shape, generator=generator))]
+    if family == "prior":
+        config = model.config
+        upper = [(2, config.height // factor, config.width // factor) for factor in config.upper_factors]
+        codes = torch.randint(9, (2, config.height, config.width), generator=generator)
+        return [model.features(codes, upper=tuple(torch.randint(4, grid, generator=generator) for grid in upper))]
+    images = torch.rand(2, model.image_channels, 8, 12, generator=generator) * 2 - 1
+    codes = model.encode(images)
+    return [*codes, model.decode(codes)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Before:
+    height: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class After(Before):
+    sharper: bool = added(off=False)
+
+
+def test_what_was_kept_before_a_setting_was_added_stays_what_it_is():
+    state = {"w": torch.ones(2)}
+    kept = dataclasses.asdict(Before())
+    assert config_from_json(After, kept, "kept") == After(sharper=False)
+    assert digest("a", After(), state) == digest("a", Before(), state)
+    assert digest("a", After(sharper=True), state) != digest("a", Before(), state)
+    assert config_from_json(After, {**kept, "sharper": True}, "kept").sharper
+    with pytest.raises(UserError, match="kept has unknown fields: sharper"):
+        config_from_json(Before, {**kept, "sharper": True}, "kept")
+    with pytest.raises(UserError, match="kept lacks height"):
+        config_from_json(After, {"sharper": True}, "kept")
+
+
+@of_every_kind
+def test_a_model_comes_back_as_it_was_saved(family, kind, tmp_path):
+    model = make(family, kind)
+    model.save(tmp_path / "model")
+    loaded = load(tmp_path / "model", family)
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    assert hash(loaded.config) == hash(model.config)  # tuples came back as tuples
+    assert loaded.provenance == model.provenance
+    assert loaded.digest() == model.digest() == json.loads((tmp_path / "model" / CONFIG_NAME).read_text())["digest"]
+    assert not loaded.training
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(a, b) for a, b in zip(output(family, model), output(family, loaded), strict=True))
+    assert type(model).load(str(tmp_path / "model")).digest() == model.digest()
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+@of_every_kind
+def test_the_digest_tells_models_apart(family, kind):
+    model = make(family, kind)
+    assert model.digest() == make(family, kind).digest()
+    digests = {model.digest(), make(family, kind, seed=1).digest()}
+    for name, tensor in model.state_dict().items():
+        last = (-1,) * tensor.ndim
+        before = tensor[last].clone()
+        tensor[last] += 1
+        digests.add(model.digest())
+        tensor[last] = before
+        assert model.digest() in digests, name
+    assert len(digests) == 2 + len(model.state_dict())
+    model.config = dataclasses.replace(model.config, height=model.config.height * 2)
+    assert model.digest() not in digests
+
+
+def edit_json(change):
+    def edit(folder):
+        described = json.loads((folder / CONFIG_NAME).read_text())
+        change(described)
+        (folder / CONFIG_NAME).write_text(json.dumps(described))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        weights = load_file(folder / WEIGHTS_NAME)
+        change(weights)
+        save_file(weights, folder / WEIGHTS_NAME)
+
+    return edit
+
+
+def flip_last_byte(folder):
+    data = bytearray((folder / WEIGHTS_NAME).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS_NAME).write_bytes(data)
+
+
+def cut(bytes_left):
+    def edit(folder):
+        (folder / WEIGHTS_NAME).write_bytes((folder / WEIGHTS_NAME).read_bytes()[:bytes_left])
+
+    return edit
+
+
+def first(weights):
+    return min(weights, key=lambda name: (weights[name].ndim != 1, name))  # a bias: short, and every kind has one
+
+
+DAMAGES = {
+    "missing weight": (edit_weights(lambda w: w.pop(first(w))), "lacks .*"),
+    "unknown weight": (edit_weights(lambda w: w.update(stray=torch.zeros(1))), "unknown weights stray"),
+    "many unknown": (edit_weights(lambda w: w.update({f"z{i}": torch.zeros(1) for i in range(9)})), "and 6 more"),
+    "other shape": (edit_weights(lambda w: w.update({first(w): torch.zeros(1, 1, 77)})), re.escape("(1, 1, 77)")),
+    "flipped bit": (flip_last_byte, "do not belong together"),
+    "cut weights": (cut(-5), "damaged"),
+    "cut header": (cut(20), "damaged"),
+    "empty weights": (cut(0), "damaged"),
+    "no weights": (lambda folder: (folder / WEIGHTS_NAME).unlink(), "damaged"),
+    "no config": (lambda folder: (folder / CONFIG_NAME).unlink(), "no config.json"),
+    "cut config": (lambda folder: (folder / CONFIG_NAME).write_text('{"family": '), "not JSON"),
+    "binary config": (lambda folder: (folder / CONFIG_NAME).write_bytes(b"\xff\xfe\x00"), "not JSON"),
+    "config of a list": (lambda folder: (folder / CONFIG_NAME).write_text("[1]"), "lacks"),
+    "foreign config": (lambda folder: (folder / CONFIG_NAME).write_text('{"model_type": "bert"}'), "not smalti's"),
+    "missing field": (edit_json(lambda d: d["config"].pop("height")), "lacks height"),
+    "unknown field": (edit_json(lambda d: d["config"].update(colour=1)), "unknown fields: colour"),
+    "another kind": (edit_json(lambda d: d.update(kind="hrqv")), "no .* of kind 'hrqv'"),
+    "another family": (edit_json(lambda d: d.update(family="metric")), "holds a metric"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@of_every_kind
+def test_a_damaged_checkpoint_is_refused_in_one_line(family, kind, damage, tmp_path):
+    make(family, kind).save(tmp_path)
+    break_it, said = DAMAGES[damage]
+    break_it(tmp_path)
+    with pytest.raises(UserError, match=said) as caught:
+        load(tmp_path, family)
+    assert "\n" not in str(caught.value)
+
+
+@of_every_kind
+def test_a_kill_between_the_two_files_is_noticed(family, kind, tmp_path):
+    make(family, kind).save(tmp_path / "old")
+    make(family, kind, seed=1).save(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / WEIGHTS_NAME, tmp_path / "old" / WEIGHTS_NAME)
+    with pytest.raises(UserError, match="digests differ"):
+        load(tmp_path / "old", family)
+
+
+def test_a_checkpoint_of_another_family_or_class_is_refused(tmp_path):
+    make("tokenizer", "hrvq").save(tmp_path)
+    with pytest.raises(UserError, match=r"holds a tokenizer \(hrvq\), but a prior is needed"):
+        load(tmp_path, "prior")
+
+    class Other(HRVQ):
+        kind = "other"
+
+    with pytest.raises(UserError, match="holds a hrvq, not a other"):
+        Other.load(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["/not/there/at/all", "not/there", "notthere", "", "a/file.txt"])
+def test_nothing_at_the_source_is_one_line(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file.txt").write_text("not a folder")
+    with pytest.raises(UserError, match=r"no checkpoint at|no config\.json") as caught:
+        load(source, "tokenizer")
+    assert "\n" not in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    name: str
+    sizes: tuple[int, ...]
+    pairs: tuple[tuple[int, float], ...]
+    perhaps: tuple[int, ...] | None
+
+
+@given(
+    st.builds(
+        Nested,
+        st.text(),
+        st.lists(st.integers()).map(tuple),
+        st.lists(st.tuples(st.integers(), st.floats(allow_nan=False))).map(tuple),
+        st.none() | st.just(()) | st.just((1, 2)),
+    )
+)
+def test_a_config_survives_json_with_its_tuples(config):
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config_from_json(Nested, fields, "here") == config
+
+
+def test_a_kind_with_a_typo_is_told_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'hrvq'"):
+        models.find("tokenizer", "hrqv")
+    with pytest.raises(UserError, match=r"kinds: .*hourglass"):
+        models.find("prior", "zzzz")
+    with pytest.raises(UserError, match="there is no prior of kind 'hrvq'"):
+        models.find("prior", "hrvq")

@@ -1,0 +1,237 @@
+"""Evaluations of tiny untrained models: every number is what another way of computing it gives, and comes again."""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.command_toys import run, save_pair
+from PIL import Image, ImageFilter
+from skimage.metrics import structural_similarity
+from skimage.restoration import inpaint_biharmonic
+
+from smalti.commands.model_paths import load_prior, load_tokenizer
+from smalti.evaluation.real_images import SPEEDS
+from smalti.images.decoding import to_float, to_uint8
+from smalti.images.image_set import ImageRows, open_images
+from smalti.images.sheets import GAP
+from smalti.metrics.baselines import biharmonic, ssim
+from smalti.metrics.extractors import Lite0
+from smalti.metrics.frechet import Moments, frechet_distance
+from smalti.metrics.image_errors import mse
+from smalti.scripts import evaluate
+
+QUICK = ["--images", "img", "--num", "50", "--reference", "12", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A folder to work in, with a prior `pair` and 80 pictures of 16x8."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_pair(folder / "pair")
+    (folder / "img").mkdir()
+    random = np.random.default_rng(0)
+    for index in range(80):
+        coarse = random.integers(0, 256, (2, 4, 3)).astype(np.uint8)
+        Image.fromarray(coarse).resize((16, 8)).save(folder / "img" / f"{index}.png")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def results(place):
+    """Of every kind of evaluation, the JSON."""
+    for of in ("tokenizer", "prior", "inpainting"):
+        flags = {
+            "tokenizer": ["--tokenizer", "pair/tokenizer"],
+            "prior": ["--prior", "pair", "--steps", "2"],
+            "inpainting": ["--prior", "pair", "--steps", "2", "--candidates", "2", "--fills", "2"],
+        }[of]
+        sys.argv = ["evaluate.py", "--of", of, *flags, *QUICK, "--out", f"{of}.json"]
+        evaluate.main()
+    return {of: json.loads(Path(f"{of}.json").read_text()) for of in ("tokenizer", "prior", "inpainting")}
+
+
+def held_out():
+    rows = ImageRows(open_images("img", height=8, width=16), split="held_out", flips=False)
+    return rows.__getitems__(range(len(rows)))["images"]
+
+
+def test_a_tokenizers_scores_are_those_of_its_reconstructions(results):
+    """All held-out images, by other means."""
+    scores, images = results["tokenizer"]["scores"], held_out()
+    assert results["tokenizer"]["conditions"]["images"] == len(images) > 5
+    tokenizer = load_tokenizer("pair/tokenizer")
+    codes = tokenizer.encode(to_float(images))
+    made = to_uint8(tokenizer.decode(codes))
+    assert scores["mse"]["model"] == pytest.approx(float(mse(to_float(made), to_float(images)).mean()))
+    assert scores["codes_used"]["model"] == len(codes[0].unique()) / 9
+    extractor = Lite0(torch.device("cpu"))
+    a, b = (Moments(1280).update(extractor(each)) for each in (made, images))
+    assert scores["frechet_to_originals"]["model"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
+    pairs = zip(made.permute(0, 2, 3, 1).numpy(), images.permute(0, 2, 3, 1).numpy(), strict=True)
+    expected = np.mean([structural_similarity(x, y, channel_axis=2, data_range=255) for x, y in pairs])
+    assert scores["ssim"]["model"] == pytest.approx(expected)
+    assert scores["psnr_db"]["model"] < 30
+    assert scores["images_per_second"]["model"] > 0
+
+
+def test_a_result_says_how_far_real_images_are_apart(results):
+    """The floor: held-out images against training images, for every distance there is; the untrained do worse."""
+    rows = ImageRows(open_images("img", height=8, width=16), split="train", flips=False)
+    extractor = Lite0(torch.device("cpu"))
+    floors = {of: result["scores"]["frechet"]["real"] for of, result in results.items()}
+    assert len({f"{floor:.6g}" for floor in floors.values()}) == 1  # the same images, whatever is judged
+    for result in results.values():
+        assert result["scores"]["frechet"]["model"] > result["scores"]["frechet"]["real"] > 0
+        assert result["conditions"]["reference_images"] == 12
+        assert result["conditions"]["extractor"] == "lite0"
+    everything = rows.__getitems__(range(len(rows)))["images"]
+    between = [
+        frechet_distance(Moments(1280).update(extractor(held_out())), Moments(1280).update(extractor(everything[at])))
+        for at in (slice(0, 12), slice(12, 24))
+    ]
+    assert min(between) / 2 < floors["prior"] < 2 * max(between)  # of training images, if not of these
+
+
+def test_a_priors_scores(results, place):
+    scores = results["prior"]["scores"]
+    for name in ("precision", "recall", "share_too_near"):
+        assert set(scores[name]) == {"model", "real"}
+        assert all(0 <= value <= 1 for value in scores[name].values())
+    assert scores["precision"]["model"] < scores["precision"]["real"]
+    assert scores["nearest_training_image"]["model"] > scores["nearest_training_image"]["real"]
+    assert 0 < scores["share_too_near"]["real"] < 0.2
+    assert scores["share_too_near"]["model"] == 0  # noise is near to nothing
+    assert Image.open(place / "prior-neighbours.png").size[0] == len(held_out()) * (96 + 2 * GAP)
+    assert results["prior"]["conditions"]["prior_digests"] == [load_prior("pair", None)[0].digest()]
+
+
+def test_fills_are_compared_with_the_truth_and_with_what_needs_no_model(results):
+    scores = results["inpainting"]["scores"]
+    assert set(scores["frechet"]) == {"model", "real", "mean_colour", "biharmonic"}
+    assert scores["mse_in_hole"]["real"] == 0
+    assert scores["seam_steps_to_real"]["real"] == 1
+    assert scores["mse_in_hole_best_of_2"]["model"] < scores["mse_in_hole"]["model"]
+    assert scores["mse_in_hole"]["biharmonic"] < scores["mse_in_hole"]["mean_colour"]  # the pictures are smooth
+    assert scores["seam_steps"]["biharmonic"] < scores["seam_steps"]["mean_colour"]
+    assert scores["diversity"]["model"] > 0
+    assert 0.1 < results["inpainting"]["conditions"]["share_of_hole"] < 0.4
+
+
+@pytest.mark.parametrize("of", ["tokenizer", "prior", "inpainting"])
+def test_a_result_comes_out_the_same_again(results, capfd, of):
+    status, out, _ = run(capfd, evaluate.main, "--again", f"{of}.json", "--out", "again.json")
+    assert status == 0
+    assert f"the same as {of}.json, but for speeds" in out
+    again = json.loads(Path("again.json").read_text())
+    assert {k: v for k, v in again["scores"].items() if k not in SPEEDS} == {
+        k: v for k, v in results[of]["scores"].items() if k not in SPEEDS
+    }
+    lines = out.splitlines()
+    whose = {who: None for values in results[of]["scores"].values() for who in values}
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["score", *whose]
+    shown = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines[2:] if line.startswith("|")}
+    assert shown == {name: f"{values['model']:.4g}" for name, values in again["scores"].items()}
+    assert "extractor lite0" in out
+    assert (again["settings"], again["conditions"]) == (results[of]["settings"], results[of]["conditions"])
+
+
+def test_what_came_out_otherwise_is_named(results, capfd):
+    changed = json.loads(Path("tokenizer.json").read_text())
+    changed["scores"]["mse"]["model"] = 0.5
+    changed["conditions"]["tokenizer_digest"] = "another"
+    Path("changed.json").write_text(json.dumps(changed))
+    status, out, _ = run(capfd, evaluate.main, "--again", "changed.json")
+    assert status == 0
+    assert "tokenizer_digest was another, is" in out
+    assert "mse of model was 0.5, is 0." in out
+    assert "the same as" not in out
+
+
+def corrupted(kind, strength, images):
+    """Three strengths of each; none at 0."""
+    if not strength:
+        return images
+    if kind == "noise":
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 12 * strength
+        return (images + noise).clamp(0, 255).to(torch.uint8)
+    changed = []
+    for image in images:
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        if kind == "blur":
+            picture = picture.filter(ImageFilter.GaussianBlur(0.6 * strength))
+        else:
+            file = io.BytesIO()
+            picture.save(file, "JPEG", quality=[0, 60, 25, 5][strength])
+            picture = Image.open(file)
+        changed.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return torch.stack(changed)
+
+
+@pytest.mark.parametrize("kind", ["noise", "blur", "jpeg"])
+def test_the_distance_grows_with_corruption(kind, emoji):
+    images, features, extractor = emoji
+    distances = [
+        frechet_distance(
+            Moments(1280).update(features), Moments(1280).update(extractor(corrupted(kind, strength, images)))
+        )
+        for strength in range(4)
+    ]
+    assert distances == sorted(distances)
+    assert distances[0] < 0.01 * distances[1]
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    images = open_images("emoji").pixels(range(0, 3786, 120))
+    extractor = Lite0(torch.device("cpu"))
+    return images, extractor(images), extractor
+
+
+def test_two_halves_of_real_images_are_nearer_than_a_half_and_its_blur(emoji):
+    images, features, extractor = emoji
+    one, other = Moments(1280).update(features[::2]), Moments(1280).update(features[1::2])
+    blurred = Moments(1280).update(extractor(corrupted("blur", 3, images[1::2])))
+    assert frechet_distance(one, other) < frechet_distance(one, blurred)
+
+
+def test_biharmonic_fills_are_scikit_images_and_touch_nothing_else():
+    images, hole = held_out()[:3], torch.zeros(3, 8, 16, dtype=torch.bool)
+    hole[:, 2:5, 3:8] = True
+    filled = biharmonic(images, hole)
+    for image, mask, result in zip(images, hole, filled, strict=True):
+        assert torch.equal(result[:, ~mask], image[:, ~mask])
+        expected = inpaint_biharmonic(image.permute(1, 2, 0).numpy(), mask.numpy(), channel_axis=-1)
+        difference = result.permute(1, 2, 0).numpy() / 255 - expected
+        assert np.abs(difference).max() < 0.003
+    assert ssim(filled, filled) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--of", "nothing"], "--of nothing cannot be evaluated; give one of tokenizer, prior, inpainting"),
+        (
+            ["--prior", "pair", "--num", "3"],
+            "--num and --reference must be at least 4, not 3 and 5000",
+        ),
+        (["--of", "inpainting", "--fills", "0"], "--fills must be at least 1, not 0"),
+        (["--again", "missing.json"], "missing.json cannot be read"),
+        (["--again", "img/0.png"], "img/0.png is not a result of evaluate.py"),
+        (["--again", "pair/config.json"], "pair/config.json is not a result of evaluate.py"),
+        (["--prior", "pair", "--images", "img/0.png"], "img/0.png"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(capfd, arguments, said):
+    status, out, err = run(capfd, evaluate.main, *arguments)
+    assert (status, out) == (2, "")
+    line = err.splitlines()[-1]  # after the bars of what it opened, if it came that far
+    assert line.startswith("error: ")
+    assert said in line

@@ -1,0 +1,55 @@
+"""Small image sets that tests make: one plain colour an image, or patches of grey."""
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from smalti.images.image_set import ImageSet
+
+COLOURS = ["red", "lime", "blue", "black", "white", "yellow", "cyan", "magenta", "grey", "navy", "olive", "teal"]
+
+
+def png(colour: str, size: tuple[int, int] = (32, 32), kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, kind)
+    return file.getvalue()
+
+
+def colour_of(image_set: ImageSet, index: int) -> str:
+    rgb = tuple(image_set.pixels([index])[0, :, 16, 16].tolist())
+    return next(colour for colour in COLOURS if Image.new("RGB", (1, 1), colour).getpixel((0, 0)) == rgb)
+
+
+def write_patches(root: Path, count: int) -> None:
+    """So many grey images of 28x28, each of 4x4 patches of random shades."""
+    root.mkdir()
+    random = np.random.default_rng(0)
+    for index in range(count):
+        pixels = random.integers(0, 256, (4, 4), dtype=np.uint8).repeat(7, 0).repeat(7, 1)
+        Image.fromarray(pixels).save(root / f"{index}.png")
+
+
+def write_folder(root: Path, names: list[str]) -> Path:
+    """One image of its own colour for each name."""
+    for name, colour in zip(names, COLOURS, strict=False):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(colour))
+    return root
+
+
+def write_parquet(path: Path, **columns) -> Path:
+    """A Parquet file as anything but `datasets` writes it: without marks of what is an image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def marked(colours: list[str], **columns) -> datasets.Dataset:
+    """A table whose column `image` says that it holds images."""
+    images = [{"bytes": png(colour), "path": None} for colour in colours]
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())

@@ -1,0 +1,277 @@
+"""Small things to train, for the tests of training: a network of a few numbers, and every registered kind, tiny."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from smalti.core import models
+from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME, Checkpointed
+from smalti.core.randomness import uniform
+from smalti.priors.networks.hourglass import HourglassConfig
+from smalti.priors.networks.pixelcnn import PixelCNNConfig
+from smalti.priors.networks.realnvp import RealNVPConfig
+from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.hqa.hams import HAMsConfig
+from smalti.tokenizers.hqa.hqa import HQAConfig
+from smalti.tokenizers.reconstruction import Reconstruction
+from smalti.tokenizers.selfvae.hierarchical_vae import VAEConfig
+from smalti.tokenizers.selfvae.selfvae import SelfVAEConfig
+from smalti.tokenizers.vq.hrvq import HRVQConfig
+from smalti.tokenizers.vq.vqvae import VQVAEConfig
+from smalti.tokenizers.vq.vqvae2 import VQVAE2Config
+from smalti.tokenizers.vqgan.vqgan import VQGANConfig
+from smalti.training.accelerator import accelerator
+from smalti.training.config import FitConfig, Phase
+from smalti.training.loop import fit
+from smalti.training.run_folder import METRICS_NAME, Run
+
+# A new kind needs an entry here: none is registered without passing the tests of checkpoints and of training.
+SMALL = {"height": 8, "width": 12, "residual_blocks": 1, "codebook_decay": 0.8, "revive_below": 0.6}  # so that some die
+LATENT = {"channels": 4, "growth": 2, "dense_layers": 1, "stages": 1, "latent_channels": 2, "mixtures": 2}
+LATENT |= {"flow_layers": 4, "flow_width": 4}
+TINY = {
+    "hrvq": HRVQConfig(**SMALL, widths=(4, 6), code_width=5, depth=2, branching=3),
+    "vqgan": VQGANConfig(
+        **SMALL,
+        widths=(4, 6),
+        norm_groups=2,
+        latent_width=3,
+        code_width=5,
+        depth=2,
+        branching=3,
+        perceptual_weight=0.0,
+        discriminator_start=6,
+        discriminator_ramp=3,
+        discriminator_width=4,
+        discriminator_layers=1,
+    ),
+    "vqvae": VQVAEConfig(**SMALL, widths=(4, 6), code_width=5, codebook_size=7),
+    "vqvae2": VQVAE2Config(**SMALL, widths=(4,), code_width=3, codebook_size=5, codebook_learning="gradient"),
+    "hqa": HQAConfig(8, 12, widths=(4, 6), code_width=3, codebook_size=6, normalize=True),
+    "hams": HAMsConfig(8, 12, widths=(4, 6), code_width=3, codebook_size=6),
+    "selfvae": SelfVAEConfig(8, 12, **LATENT, levels=2),
+    "vae": VAEConfig(8, 12, **LATENT),
+    "hourglass": HourglassConfig(
+        height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
+    ),
+    "maskgit": HourglassConfig(
+        height=3, width=2, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
+    ),
+    "realnvp": RealNVPConfig(height=2, width=3, channels=2, layers=4, model_width=4),
+    "pixelcnn": PixelCNNConfig(
+        height=4,
+        width=6,
+        radices=(3, 3),
+        upper_radices=((4,),),
+        upper_factors=(2,),
+        model_width=8,
+        layers=2,
+        attention_every=2,
+        heads=1,
+        classes=2,
+    ),
+}
+KINDS = [(family, kind) for family in ("tokenizer", "prior") for kind in models.kinds(family)]
+ROWS = 22  # so that epochs of 22 rows never end with a batch of 8
+CONFIG = FitConfig(
+    steps=12,
+    batch_size=8,
+    learning_rate=3e-3,
+    warmup_steps=3,
+    weight_decay=0.1,
+    clip_norm=7.0,
+    ema_decay=0.5,
+    seed=5,
+    log_steps=1,
+    report_steps=4,
+    save_steps=5,
+)
+
+
+class Rows:
+    """Any tensors as a data set."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitems__(self, rows):
+        numbers = torch.tensor(rows)
+        return {**{name: column[numbers] for name, column in self.columns.items()}, "rows": numbers}
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    width: int = 6
+
+
+class Toy(Checkpointed):
+    """With all that a run must bring back: matrices, biases, running statistics, an integer buffer, dropout."""
+
+    family, kind, config_class = "tokenizer", "toy", ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.net = nn.Sequential(
+            nn.Linear(3, config.width), nn.BatchNorm1d(config.width), nn.Dropout(0.2), nn.Linear(config.width, 1)
+        )
+
+    def forward(self, x):
+        return self.net(x).squeeze(1)
+
+
+class Regression(nn.Module):
+    """Squared error against targets with noise that the seeds decide."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        error = self.model(batch["x"]) - batch["y"] - 0.1 * uniform(batch["seeds"])
+        return error.square().mean(), {"largest": error.detach().abs().max()}
+
+
+def toy():
+    """(model, objective, training rows, held-out rows) of a kind that exists for the tests only."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS + 5, 3, generator=generator)
+    torch.manual_seed(1)
+    model = Toy(ToyConfig())
+    y = x.sum(1)
+    return model, Regression(model), Rows(x=x[:ROWS], y=y[:ROWS]), Rows(x=x[ROWS:], y=y[ROWS:])
+
+
+def plain_toy():
+    """The same without statistics and dropout, which are of the slice, of the process and of the compiler."""
+    model, *rest = toy()
+    model.net[1], model.net[2] = nn.Identity(), nn.Identity()
+    return model, *rest
+
+
+def make(family, kind):
+    """The same of a registered kind."""
+    config, generator = TINY[kind], torch.Generator().manual_seed(0)
+    torch.manual_seed(1)
+    model = models.find(family, kind)(config)
+    shape = (ROWS + 5, config.height, config.width)
+    if kind == "realnvp":
+        objective = model.method.objective(model, model.method.objective_config())
+        latents = torch.randn(ROWS + 5, *model.level.shape, generator=generator).exp()
+        return model, objective, Rows(codes=latents[:ROWS]), Rows(codes=latents[ROWS:])
+    if family == "prior":
+        columns = {"codes": torch.randint(model.level.codebook_size, shape, generator=generator)}
+        columns["labels"] = torch.arange(ROWS + 5) % 3 - 1
+        for number, (radices, factor) in enumerate(zip(config.upper_radices, config.upper_factors, strict=True)):
+            grid = (ROWS + 5, config.height // factor, config.width // factor)
+            columns[f"upper_{number}"] = torch.randint(math.prod(radices), grid, generator=generator)
+        objective = model.method.objective(model, model.method.objective_config())
+        parts = [{k: v[part] for k, v in columns.items()} for part in (slice(ROWS), slice(ROWS, None))]
+        return model, objective, *(Rows(**part) for part in parts)
+    shape = (ROWS + 5, model.image_channels, config.height, config.width)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    model.start_from(images.float() / 127.5 - 1)
+    return model, Reconstruction(model), Rows(images=images[:ROWS]), Rows(images=images[ROWS:])
+
+
+def train(folder, of=toy, config=CONFIG, *, wrap=lambda rows: rows, run=None, process=None, **more):
+    """One call of the same command: everything made anew, the folder as it is."""
+    model, objective, rows, held_out = of()
+    fit(
+        process or accelerator("fp32"),
+        phases(model, objective, config),
+        wrap(rows),
+        config,
+        model=model,
+        run=run or Run(folder, {"settings": "same"}),
+        held_out=held_out,
+        **more,
+    )
+    return model
+
+
+def measured(folder):
+    """The lines of metrics.jsonl, without what hangs on the machine."""
+    lines = [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("rows_per_second", "memory_gib")} for line in lines]
+
+
+def outcome(folder):
+    """What must be equal between two runs: the weights' bytes, their digest, all that was measured."""
+    described = json.loads((folder / CONFIG_NAME).read_text())
+    return (folder / WEIGHTS_NAME).read_bytes(), described["digest"], described["provenance"], measured(folder)
+
+
+def one_phase(objective, config=CONFIG):
+    return [Phase("only", objective, config.optimizer_of(objective))]
+
+
+def phases(model, objective, config):
+    """A tokenizer's own, where it has more than the objective."""
+    own = model.phases(config) if isinstance(model, Tokenizer) else []
+    return own or one_phase(objective, config)
+
+
+def losses(lines):
+    """Of every step and phase."""
+    return [value for line in lines for name, value in line.items() if name.split("/")[-1] == "loss"]
+
+
+class Bad:
+    """Rows whose inputs are `value` in the batches numbered in `at`, counted from 0."""
+
+    def __init__(self, rows, at, value=math.nan):
+        self.rows, self.at, self.value, self.batches = rows, at, value, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, rows):
+        batch = self.rows.__getitems__(rows)
+        if self.batches in self.at:
+            batch["x"] = batch["x"] * self.value
+        self.batches += 1
+        return batch
+
+
+class Signalling:
+    """Rows that send this process a signal with batch number `at`, counted from 0."""
+
+    def __init__(self, rows, at, number=signal.SIGINT):
+        self.rows, self.at, self.number, self.batches = rows, at, number, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, rows):
+        if self.batches == self.at:
+            os.kill(os.getpid(), self.number)
+        self.batches += 1
+        return self.rows.__getitems__(rows)
+
+
+def untrained_pair():
+    """A prior of two classes and the tokenizer of its codes, tiny and untrained, at 8x16 pixels and 4x8 codes.
+
+    Their weights are large enough that what a network sees decides what it says.
+    """
+    torch.manual_seed(0)
+    prior_config = HourglassConfig(
+        4, 8, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
+    )
+    tokenizer_config = HRVQConfig(8, 16, widths=(6,), residual_blocks=3, code_width=5, depth=2, branching=3)
+    prior = models.find("prior", "hourglass")(prior_config).eval()
+    tokenizer = models.find("tokenizer", "hrvq")(tokenizer_config).eval()
+    for parameter in tokenizer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # residual blocks start as the identity, which sees no neighbours
+    tokenizer.start_from(torch.rand(16, 3, 8, 16) * 2 - 1)
+    for table in (prior.head.weight, prior.of_class.vectors.weight):
+        torch.nn.init.normal_(table)
+    return prior, tokenizer

@@ -1,0 +1,152 @@
+"""Odd and bad images in one folder, from the command's side: converted, named with file and row, or skipped."""
+
+import io
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from helpers.build_toys import FLAGS, run, save_tokenizer
+from PIL import Image
+
+from smalti.images.decoding import load_image, to_float
+from smalti.latentsets.reader import LatentSet
+from smalti.tokenizers.vq.hrvq import HRVQ
+
+NOISE = Image.effect_noise((40, 30), 60)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(NOISE, "JPEG", exif=exif)
+
+
+GOOD = {
+    "alpha.png": encoded(NOISE.convert("LA")),
+    "animated.gif": encoded(NOISE, "GIF", save_all=True, append_images=[NOISE.transpose(Image.Transpose.ROTATE_180)]),
+    "cmyk.jpg": encoded(NOISE.convert("CMYK"), "JPEG"),
+    "deep.png": encoded(Image.fromarray(np.asarray(NOISE).astype(np.uint16) * 257)),
+    "dot.png": encoded(Image.new("RGB", (1, 1), "red")),
+    "grey.png": encoded(NOISE),
+    "long.bmp": encoded(Image.new("RGB", (3, 5000), "red"), "BMP"),
+    "palette.gif": encoded(NOISE.convert("P"), "GIF", transparency=3),
+    "rgb.png": encoded(NOISE.convert("RGB")),
+    "rotated.jpg": rotated(),
+}
+BAD = {
+    "empty.png": (b"", "the image is empty (0 bytes)"),
+    "gone.png": (None, "the file cannot be read (No such file"),
+    "text.jpg": (b"not an image", "these 12 bytes are not an image"),
+    "truncated.jpg": (encoded(NOISE.resize((400, 300)), "JPEG")[:-2000], "the image cannot be decoded (image file is"),
+}
+
+
+def write(folder, name, content):
+    if content is None:
+        (folder / name).symlink_to(folder / "nowhere.png")
+    else:
+        (folder / name).write_bytes(content)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a tokenizer and the good images."""
+    (tmp_path / "img").mkdir()
+    for name, content in GOOD.items():
+        write(tmp_path / "img", name, content)
+    save_tokenizer(tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(before)
+
+
+def expected_codes(place, names):
+    """Each image encoded alone, and mirrored."""
+    tokenizer, found = HRVQ.load(place / "tokenizer"), []
+    for name in names:
+        pixels = to_float(load_image(place / "img" / name, channels=3, height=8, width=8))
+        found += [tokenizer.encode(image[None])[0] for image in (pixels, pixels.flip(-1))]
+    return torch.cat(found)
+
+
+def test_odd_images_are_converted(place, capfd):
+    assert run(capfd, *FLAGS, "--out", "latents.h5")[0] == 0
+    latents = LatentSet("latents.h5")
+    assert latents.batch(range(len(latents)))[0].equal(expected_codes(place, sorted(GOOD)))
+    assert latents.provenance.skipped == ()
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_bad_image_is_named_with_file_and_row(place, capfd, name, workers):
+    content, reason = BAD[name]
+    write(place / "img", name, content)
+    row = sorted([*GOOD, name]).index(name)
+    status, out, err = run(capfd, *FLAGS, "--workers", workers, "--out", "latents.h5")
+    assert (status, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert f"img/{name}, row {row}: {reason}" in line
+    assert line.endswith("or leave out such images with --on-bad-image skip")
+    assert not (place / "latents.h5").exists()
+
+
+def test_skipped_images_are_recorded_and_counted(place, capfd):
+    for name, (content, _) in BAD.items():
+        write(place / "img", name, content)
+    flags = [*FLAGS, "--workers", "1", "--batch-size", "4", "--out", "latents.h5", "--on-bad-image"]
+    assert run(capfd, *flags, "raise")[0] == 2
+    status, out, _ = run(capfd, *flags, "skip")  # goes on from the blocks before the first bad one
+    assert status == 0
+    assert "4 images that could not be decoded: " in out
+    latents = LatentSet("latents.h5")
+    names = sorted([*GOOD, *BAD])
+    skipped = {image["row"]: image["reason"] for image in latents.provenance.skipped}
+    assert list(skipped) == [row for row, name in enumerate(names) if name in BAD]
+    assert all(f"{names[row]}, row {row}: {BAD[names[row]][1]}" in reason for row, reason in skipped.items())
+    assert latents.batch(range(len(latents)))[0].equal(expected_codes(place, sorted(GOOD)))
+    assert latents.source_ids.tolist() == [row // 2 for row in range(20)]
+    latents.verify()
+    with h5py.File("latents.h5") as file:
+        assert json.loads(file.attrs["skipped"]) == list(latents.provenance.skipped)
+    before = latents.path.read_bytes()
+    assert run(capfd, *flags, "skip")[0] == 0
+    assert run(capfd, *flags, "raise")[0] == 2  # there are bad images still
+    assert latents.path.read_bytes() == before
+
+
+def test_what_one_build_skipped_the_next_names(place, capfd, monkeypatch):
+    write(place / "img", "empty.png", b"")
+    flags = [*FLAGS, "--out", "latents.h5", "--on-bad-image"]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # when all blocks are there
+        patch.setattr("smalti.latentsets.shards.Shards.merge", interrupted)
+        assert run(capfd, *flags, "skip")[0] == 130
+    status, _, err = run(capfd, *flags, "raise")
+    assert status == 2
+    assert "empty.png, row 5: the image is empty" in err
+    assert run(capfd, *flags, "skip")[0] == 0
+    assert [image["row"] for image in LatentSet("latents.h5").provenance.skipped] == [5]
+
+
+def test_a_folder_of_bad_images_only_is_refused(place, capfd):
+    shutil.rmtree(place / "img")
+    (place / "img").mkdir()
+    for name, (content, _) in BAD.items():
+        write(place / "img", name, content)
+    status, _, err = run(capfd, *FLAGS, "--on-bad-image", "skip", "--out", "latents.h5")
+    assert status == 2
+    assert "error: latents.h5 was not written: none of the 4 images can be decoded" in err

@@ -1,0 +1,70 @@
+"""Sheets: every pixel of every picture is on them, in its place, with the settings that made it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from smalti.images.decoding import to_float
+from smalti.images.sheets import CAPTION_SIZE, GAP, SMALLEST_SHOWN, save_grid, save_png, save_sheet, to_image
+
+
+def pictures(count, channels, height, width, seed=0):
+    return torch.randint(
+        256, (count, channels, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def crop(sheet, top, left, image, factor):
+    """The part of a sheet where an image should be, at its own size, as (c, h, w)."""
+    _, height, width = image.shape
+    box = np.array(sheet)[top : top + height * factor : factor, left : left + width * factor : factor]
+    return torch.from_numpy(box.transpose(2, 0, 1).copy())
+
+
+@settings(max_examples=30)
+@given(count=st.integers(1, 9), channels=st.sampled_from([1, 3]), height=st.integers(30, 99), width=st.integers(30, 99))
+def test_a_grid_holds_every_picture(tmp_path_factory, count, channels, height, width):
+    images = pictures(count, channels, height, width)
+    path = tmp_path_factory.mktemp("grid") / "grid.png"
+    save_grid(path, to_float(images))
+    sheet = Image.open(path).convert("RGB")
+    factor = -(-SMALLEST_SHOWN // max(height, width))
+    across, down = width * factor + 2 * GAP, height * factor + 2 * GAP
+    columns = sheet.width // across
+    assert sheet.size == (columns * across, -(-count // columns) * down)
+    for index, image in enumerate(images):
+        y, x = divmod(index, columns)
+        shown = crop(sheet, y * down + GAP, x * across + GAP, image, factor)
+        assert torch.equal(shown, image.expand_as(shown))
+
+
+def test_a_sheet_has_a_caption_above_every_row(tmp_path):
+    rows = {"first row": pictures(3, 3, 96, 48), "second": pictures(2, 3, 96, 48, seed=1)}
+    save_sheet(tmp_path / "sheet.png", {caption: to_float(images) for caption, images in rows.items()})
+    sheet = Image.open(tmp_path / "sheet.png")
+    band, height, across = CAPTION_SIZE + 2 * GAP, 96 + 2 * GAP, 48 + 2 * GAP
+    assert sheet.size == (3 * across, 2 * (band + height))
+    for row, images in enumerate(rows.values()):
+        top = row * (band + height)
+        written = np.array(sheet)[top : top + band]
+        assert written.min() < 128 < written.max() == 255  # ink on white
+        for index, image in enumerate(images):
+            assert torch.equal(crop(sheet, top + band + GAP, index * across + GAP, image, 1), image)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_an_image_reads_back_exactly_with_its_settings(tmp_path, channels, mode):
+    (image,) = pictures(1, channels, 5, 7)
+    made_by = {"seed": 3, "prior": "größe", "path": tmp_path}
+    save_png(tmp_path / "image.png", to_image(image), made_by)
+    read = Image.open(tmp_path / "image.png")
+    assert read.mode == mode
+    expected = image[0] if channels == 1 else image.permute(1, 2, 0)
+    assert np.array_equal(np.array(read), expected.numpy())
+    assert json.loads(read.text["smalti"]) == {**made_by, "path": str(tmp_path)}
+    assert np.array_equal(np.array(to_image(to_float(image))), expected.numpy())

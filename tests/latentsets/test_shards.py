@@ -1,0 +1,203 @@
+"""Shards by themselves: whatever is cut or damaged, only whole blocks count, and the merge is the set."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.latents import PROVENANCE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smalti.core.codes import Layout, Level
+from smalti.core.errors import UserError
+from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.shards import Job, Shards
+
+LAYOUT = Layout((Level(1, 2, (300,)), Level(1, 1, channels=2)))
+IMAGES, BLOCK_IMAGES = 11, 3
+LABELS, SOURCES = torch.arange(IMAGES) % 3 - 1, torch.arange(IMAGES) // 2 * 10**9
+HELD_OUT = SOURCES % 3 == 1
+COLUMNS = {"labels": LABELS, "source_ids": SOURCES, "held_out": HELD_OUT}
+
+
+def job(path: Path, **changes) -> Job:
+    return replace(Job(path, LAYOUT, IMAGES, BLOCK_IMAGES, flips=True, key={"tokenizer": "a"}), **changes)
+
+
+def codes_of(images) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows for each image, which say whose they are."""
+    rows = torch.tensor([2 * image + flip for image in images for flip in range(2)])
+    reals = rows.view(-1, 1, 1, 1).float() / 7 + torch.arange(2).view(2, 1, 1)
+    return rows.view(-1, 1, 1) * 13 + torch.arange(2), reals
+
+
+def append(shards: Shards, blocks, bad=()) -> None:
+    for block in blocks:
+        images = shards.job.images_of(block)
+        shards.append(block, codes_of(images), {image: f"bad {image}" for image in images if image in bad})
+
+
+@settings(max_examples=40)
+@given(
+    owners=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+    order=st.permutations(range(4)),
+    count=st.integers(0, 4),
+    damage=st.sampled_from(["none", "cut", "flip", "zeros"]),
+    where=st.floats(0, 1, exclude_max=True),
+    bad=st.sets(st.integers(0, IMAGES - 1), max_size=IMAGES - 1),
+)
+def test_only_whole_blocks_count_and_the_rest_is_done_again(tmp_path_factory, owners, order, count, damage, where, bad):
+    path = tmp_path_factory.mktemp("shards") / "latents.h5"
+    for process in range(3):
+        with Shards(job(path), process=process) as shards:
+            if process == 0:
+                shards.claim()
+            append(shards, [block for block in order[:count] if owners[block] == process], bad)
+    written, lost = set(order[:count]), set()
+    own = [block for block in order[:count] if owners[block] == 1]
+    if damage != "none" and own:
+        file, size = shards.folder / "00001.shard", shards.record.itemsize
+        content, place = bytearray(file.read_bytes()), int(where * len(own) * size)
+        if damage == "cut":
+            content, lost = content[:place], set(own[place // size :])
+        elif damage == "flip":
+            content[place] ^= 1
+            lost = {own[place // size]}
+        else:  # as a disk may have it when the power fails
+            before, content[place:] = bytes(content), bytes(len(content) - place)
+            starts = range(0, len(before), size)
+            same = [before[start:][:size] == content[start:][:size] for start in starts]
+            lost = {block for block, kept in zip(own, same, strict=True) if not kept}
+        file.write_bytes(content)
+    with Shards(job(path)) as shards:
+        assert shards.claim() is None
+        assert set(shards.missing()) == set(range(4)) - (written - lost)
+    with Shards(job(path), process=1) as shards:
+        append(shards, shards.missing(), bad)
+        assert shards.missing() == []
+    with Shards(job(path)) as shards:
+        shards.claim()
+        shards.merge(PROVENANCE, **COLUMNS)
+    check(path, bad)
+    assert not shards.folder.exists()
+
+
+def check(path: Path, bad) -> None:
+    latent_set, kept = LatentSet(path), [image for image in range(IMAGES) if image not in bad]
+    for found, expected in zip(latent_set.batch(range(len(latent_set))), codes_of(kept), strict=True):
+        assert torch.equal(found, expected)
+    assert latent_set.labels.equal(LABELS[kept].repeat_interleave(2))
+    assert latent_set.held_out.equal(HELD_OUT[kept].repeat_interleave(2))
+    sources = SOURCES[kept].tolist()
+    order = list(dict.fromkeys(sources))
+    assert latent_set.source_ids.tolist() == [order.index(source) for source in sources for _ in range(2)]
+    assert latent_set.provenance.skipped == tuple({"row": row, "reason": f"bad {row}"} for row in sorted(bad))
+    latent_set.verify()
+
+
+@pytest.mark.parametrize(
+    ("changes", "stale"),
+    [
+        ({}, None),
+        ({"key": {"tokenizer": "b"}}, "tokenizer"),
+        ({"key": {"tokenizer": "a", "more": 1}}, "more"),
+        ({"images": 12}, "images"),
+        ({"block_images": 4}, "block_images"),
+        ({"layout": Layout((Level(2, 1, (300,)), Level(1, 1, channels=2)))}, "layout"),
+        ({"flips": False}, "flips"),
+    ],
+)
+def test_blocks_under_another_key_are_thrown_away(tmp_path, changes, stale):
+    path = tmp_path / "latents.h5"
+    with Shards(job(path)) as shards:
+        shards.claim()
+        append(shards, [0, 2], bad={1})
+    with Shards(job(path, **changes)) as shards:
+        assert shards.claim() == stale
+        assert (2 in shards.missing()) == (stale is not None)
+        assert bool([*shards.folder.glob("*.s*")]) == (stale is None)
+
+
+def test_a_kill_before_the_key_is_written_leaves_nothing_to_trust(tmp_path):
+    path = tmp_path / "latents.h5"
+    with Shards(job(path)) as shards:
+        shards.claim()
+        append(shards, range(4))
+    (shards.folder / "key.json").unlink()
+    with Shards(job(path)) as shards:
+        assert shards.claim() is None
+        assert shards.missing() == [0, 1, 2, 3]
+
+
+def test_a_note_cut_short_spoils_no_other(tmp_path):
+    path = tmp_path / "latents.h5"
+    with Shards(job(path)) as shards:
+        shards.claim()
+        append(shards, [0], bad={1, 2})
+        notes = shards.folder / "00000.skipped"
+        notes.write_text(notes.read_text()[:-5])
+        append(shards, [1, 2, 3], bad={4})
+        shards.merge(PROVENANCE, **COLUMNS)
+    skipped = {image["row"]: image["reason"] for image in LatentSet(path).provenance.skipped}
+    assert skipped == {1: "bad 1", 2: "it could not be decoded", 4: "bad 4"}
+
+
+def test_blocks_that_lack_an_image_are_missing_to_who_wants_all(tmp_path):
+    path = tmp_path / "latents.h5"
+    with Shards(job(path), process=1) as shards:
+        shards.folder.mkdir()
+        append(shards, range(4), bad={4, 10})
+        assert shards.missing() == []
+        assert shards.missing(with_bad=True) == [1, 3]
+    with Shards(job(path)) as shards:  # the images are mended; its shard is read before the other
+        append(shards, [1], bad={})
+        assert shards.missing(with_bad=True) == [3]
+        shards.merge(PROVENANCE, **COLUMNS)
+    check(path, {10})
+
+
+def test_one_that_failed_stops_the_others_until_the_next_build(tmp_path):
+    first, second = Shards(job(tmp_path / "latents.h5")), Shards(job(tmp_path / "latents.h5"), process=1)
+    first.claim()
+    assert not second.abandoned
+    first.abandon()
+    assert second.abandoned
+    first.claim()
+    assert not second.abandoned
+
+
+def test_nothing_but_bad_images_is_refused_and_stays(tmp_path):
+    with Shards(job(tmp_path / "latents.h5")) as shards:
+        shards.claim()
+        append(shards, range(4), bad=range(IMAGES))
+        with pytest.raises(UserError, match="none of the 11 images can be decoded"):
+            shards.merge(PROVENANCE, **COLUMNS)
+        assert shards.missing() == []
+
+
+def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with pytest.raises(UserError, match=r"cannot be locked \(Function not implemented\); give --out on another disk"):
+        Shards(job(tmp_path / "latents.h5")).claim()
+
+
+def test_a_folder_removed_while_it_was_locked_is_not_built_in(tmp_path, monkeypatch):
+    """By the builder before, which has finished."""
+    shards = Shards(job(tmp_path / "latents.h5"))
+
+    def lockf(*_):
+        (shards.folder / "00000.lock").unlink()
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with pytest.raises(UserError, match="is being built by another process"):
+        shards.claim()
+
+
+def test_records_take_little_more_than_their_codes(tmp_path):
+    layout = Layout((Level(8, 8, (512,)),))
+    shards = Shards(job(tmp_path / "latents.h5", layout=layout, block_images=128))
+    assert shards.record.itemsize < 1.01 * 256 * 128

@@ -1,0 +1,263 @@
+"""The sampler against its chain enumerated on a 2x2 grid, and known codes stay, rows are their own."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smalti.core import models
+from smalti.core.errors import UserError
+from smalti.core.randomness import row_seeds
+from smalti.priors.methods.sampling import take_turns
+from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
+from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+
+
+def prior_of(sharpness: float = 4.0, **changes) -> Hourglass:
+    """A prior whose opinions are strong and depend on all positions, without training."""
+    torch.manual_seed(1)
+    config = dict(height=4, width=6, radices=(3, 2), model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,))
+    prior = Hourglass(HourglassConfig(**{**config, **changes})).eval()
+    with torch.no_grad():
+        prior.head.weight.mul_(sharpness / prior.head.weight.norm(dim=1, keepdim=True))
+    return prior
+
+
+def generate(
+    prior: Hourglass,
+    seeds: Tensor,
+    h: int,
+    w: int,
+    sampling: SundaeSampling,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    blank = torch.zeros(len(seeds), h, w, dtype=torch.int64)
+    return sample_sundae(prior, known=blank, known_mask=blank.bool(), seeds=seeds, sampling=sampling, callback=callback)
+
+
+def transitions(prior: Hourglass, temperature: float, proportion: float, free: Tensor) -> tuple[Tensor, Tensor]:
+    """All 2x2 grids of 3 codes `(81, 4)`, and their probabilities to follow each other when only `free` may change."""
+    grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    log_probs = prior.head.log_probs(prior.features(grids.view(81, 2, 2)))
+    new = (log_probs / temperature).softmax(-1).double()  # from, position, code
+    stay = torch.nn.functional.one_hot(grids, 3).double()
+    each = torch.where(free[:, None], proportion * new + (1 - proportion) * stay, stay)
+    columns = [each[:, i, grids[:, i]] for i in range(4)]  # from, to
+    return grids, columns[0] * columns[1] * columns[2] * columns[3]
+
+
+@pytest.mark.parametrize(("known", "min_steps"), [(None, 2), (None, 1), (3, 1)])
+@torch.no_grad()
+def test_the_chain_is_the_enumerated_one(known, min_steps):
+    """Two steps of other temperature and proportion; with `min_steps=1`, rows that the first left as they were stay so.
+
+    `known` pins that position to code 2.
+    """
+    prior = prior_of(1.5, height=2, width=2, radices=(3,), depth=(1,), shorten=())
+    mask = torch.zeros(4, dtype=torch.bool)
+    if known is not None:
+        mask[known] = True
+    grids, first = transitions(prior, 1.2, 0.3, ~mask)
+    _, second = transitions(prior, 0.6, 0.8, ~mask)
+    start = ((grids == 2) | ~mask).all(-1).double()
+    start = start / start.sum()
+    if min_steps == 1:
+        stopped = start * first.diagonal()
+        moving = (start[:, None] * first).fill_diagonal_(0).sum(0)
+        expected = stopped + moving @ second
+    else:
+        expected = start @ first @ second
+
+    rows = 30_000
+    codes = sample_sundae(
+        prior,
+        known=torch.full((rows, 2, 2), 2),
+        known_mask=mask.view(1, 2, 2).expand(rows, -1, -1),
+        seeds=row_seeds(7, torch.arange(rows)),
+        sampling=SundaeSampling(steps=2, temperature=(1.2, 0.6), proportion=(0.3, 0.8), min_steps=min_steps),
+    )
+    counts = torch.bincount(codes.flatten(1) @ torch.tensor([27, 9, 3, 1]), minlength=81)
+    assert abs(expected.sum() - 1) < 1e-5
+    assert counts[expected == 0].sum() == 0
+    cells = expected * rows > 5
+    chi_square = ((counts - expected * rows) ** 2 / (expected * rows))[cells].sum()
+    degrees = int(cells.sum())
+    assert chi_square < degrees + 5 * (2 * degrees) ** 0.5
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_known_codes_never_change_and_hidden_ones_never_matter(data):
+    prior = prior_of()
+    h, w = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    cells = 2 * h * w
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=cells, max_size=cells))).view(2, h, w)
+    codes = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=cells, max_size=cells))).view(2, h, w)
+    seen = []
+
+    def fill(known: Tensor) -> Tensor:
+        return sample_sundae(
+            prior,
+            known=known,
+            known_mask=mask,
+            seeds=row_seeds(0, torch.arange(2)),
+            sampling=SundaeSampling(steps=4),
+            callback=lambda step, now: seen.append((step, now)),
+        )
+
+    filled = fill(codes)
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert torch.equal(seen[-1][1], filled)
+    assert all(torch.equal(now[mask], codes[mask]) for _, now in seen)
+    assert all(((now >= 0) & (now < 6)).all() for _, now in seen)
+    assert torch.equal(fill(torch.where(mask, codes, -1)), filled)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.floats(0.05, 1.0), st.integers(0, 2**20))
+@settings(max_examples=30)
+def test_in_halton_order_all_have_their_turn_as_often(h, w, proportion, seed):
+    """Of the unknown positions only, and no two steps differ in how many by more than rows do."""
+    unknown = torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed)) < 0.7
+    had, seen = torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, h, w, dtype=torch.int64)
+    for _ in range(7):
+        turn, after = take_turns(unknown, proportion, had, None, torch.zeros(3, dtype=torch.int64))
+        assert (after - had)[:, 0].tolist() == turn.sum((1, 2)).tolist()
+        assert not (turn & ~unknown).any()
+        had, seen = after, seen + turn
+        for row, mask in zip(seen, unknown, strict=True):
+            assert not mask.any() or row[mask].max() - row[mask].min() <= 1
+
+
+def test_the_least_likely_codes_have_their_turn_first_in_proportion():
+    """One of two positions: drawn with weights 1 / p, as Gumbel noise does; and the surest at last."""
+    rows = 20_000
+    surprise = torch.tensor([[0.0, 1.0, 2.0, 9.0]]).expand(rows, -1)
+    unknown = torch.tensor([True, True, True, False]).view(1, 2, 2).expand(rows, -1, -1)
+    turn, _ = take_turns(
+        unknown, 0.3, torch.zeros(rows, 1, dtype=torch.int64), surprise, row_seeds(0, torch.arange(rows))
+    )
+    shares = turn.flatten(1).double().mean(0)
+    assert torch.allclose(shares[:3], surprise[0, :3].double().softmax(0), atol=0.015)
+    assert shares[3] == 0
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton"])
+def test_orders_leave_known_codes_and_depend_on_the_seed_only(order):
+    prior, seeds = prior_of(), row_seeds(12, torch.arange(3))
+    known = prior.head.random_codes(seeds, 4, 6)
+    mask = known % 2 == 0
+    sampling = SundaeSampling(steps=6, order=order)
+
+    def fill(rows: slice, **more) -> Tensor:
+        of_rows = {"known": known[rows], "known_mask": mask[rows], "seeds": seeds[rows]}
+        return sample_sundae(prior, **of_rows, sampling=replace(sampling, **more))
+
+    filled = fill(slice(None))
+    assert torch.equal(filled[mask], known[mask])
+    assert torch.equal(fill(slice(1, 2))[0], filled[1])
+    assert not torch.equal(fill(slice(None), order="random"), filled)
+
+
+def test_a_rows_codes_depend_on_its_seed_only():
+    """Alone, in a batch, and in another order: the same; although alone they take different numbers of steps."""
+    prior = prior_of(12.0)
+    seeds = row_seeds(8, torch.arange(5))
+    sampling = SundaeSampling(steps=60, min_steps=2, proportion=(0.3, 0.3), temperature=(0.7, 0.7))
+    together = generate(prior, seeds, 3, 4, sampling)
+    assert torch.equal(generate(prior, seeds.flip(0), 3, 4, sampling).flip(0), together)
+    taken = []
+    for row in range(5):
+        steps = []
+        alone = generate(prior, seeds[row : row + 1], 3, 4, sampling, lambda step, _, steps=steps: steps.append(step))
+        assert torch.equal(alone[0], together[row])
+        taken.append(len(steps))
+    assert min(taken) < max(taken) < 60
+    assert len(together.flatten(1).unique(dim=0)) > 3
+
+
+def test_a_row_stops_at_its_first_step_without_change_and_not_before_the_least():
+    prior = prior_of(12.0)
+    seeds = row_seeds(9, torch.arange(16))
+    sampling = SundaeSampling(steps=200, min_steps=3, proportion=(0.3, 0.3), temperature=(0.7, 0.7))
+    history = []
+    generate(prior, seeds, 3, 4, sampling, lambda _, codes: history.append(codes))
+    path = torch.stack(history)  # steps b h w
+    unchanged = (path[1:] == path[:-1]).flatten(2).all(-1)  # of steps 1, 2, ...
+    assert len(path) < 200
+    for row in range(16):
+        first = next(step for step in range(2, len(path)) if unchanged[step - 1, row])
+        assert unchanged[first - 1 :, row].all()
+    stops = (~unchanged).sum(0)
+    assert len(stops.unique()) > 2
+    assert len(path) == int(max(step for step in range(len(path) - 1) if not unchanged[step].all())) + 3
+    # a chain that must not stop goes on from there: stopping was a choice of the sampler, not the end of change
+    running = generate(prior, seeds, 3, 4, replace(sampling, steps=len(path), min_steps=200))
+    assert not torch.equal(running, path[-1])
+
+
+def test_seeds_and_schedules_matter():
+    prior = prior_of()
+    seeds = row_seeds(10, torch.arange(4))
+    sampling = SundaeSampling(steps=6)
+    codes = generate(prior, seeds, 4, 6, sampling)
+    assert torch.equal(generate(prior, seeds, 4, 6, sampling), codes)
+    assert not torch.equal(generate(prior, row_seeds(11, torch.arange(4)), 4, 6, sampling), codes)
+    for change in ({"temperature": (1.0, 0.1)}, {"proportion": (0.5, 0.9)}, {"steps": 7}):
+        assert not torch.equal(generate(prior, seeds, 4, 6, replace(sampling, **change)), codes)
+
+
+def test_schedules_are_linear_from_first_to_last():
+    sampling = SundaeSampling(steps=5, temperature=(1.0, 0.6), proportion=(0.2, 1.0))
+    assert [sampling.at(step) for step in range(5)] == [
+        pytest.approx(pair) for pair in [(1.0, 0.2), (0.9, 0.4), (0.8, 0.6), (0.7, 0.8), (0.6, 1.0)]
+    ]
+    assert SundaeSampling(steps=1, temperature=(0.9, 0.1)).at(0)[0] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps and min_steps"),
+        ({"min_steps": 0}, "steps and min_steps"),
+        ({"temperature": (1.0, 0.0)}, "temperature must be above 0"),
+        ({"proportion": (0.0, 0.5)}, "proportion must be above 0"),
+        ({"proportion": (0.5, 1.1)}, "at most 1"),
+    ],
+)
+def test_chains_that_cannot_run_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        SundaeSampling(**changes)
+
+
+@pytest.mark.parametrize("bad", [-1, 6])
+def test_known_codes_outside_the_codebook_are_refused(bad):
+    known = torch.tensor([[[0, bad]]])
+    with pytest.raises(UserError, match="from 0 to 5"):
+        sample_sundae(prior_of(), known=known, known_mask=known == bad, seeds=row_seeds(0, torch.arange(1)))
+
+
+@pytest.mark.parametrize("kind", ["hourglass", "maskgit", "pixelcnn"])
+def test_a_small_nucleus_is_the_likeliest_code(kind):
+    """As a low temperature is, whatever the draws; and 1 leaves nothing out."""
+    torch.manual_seed(0)
+    config = toys.TINY[kind]
+    prior = models.find("prior", kind)(config).eval()
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter)
+    known = torch.zeros(3, config.height, config.width, dtype=torch.int64)
+    upper = tuple(known[:, ::factor, ::factor] for factor in config.upper_factors)
+    start = {"known": known, "known_mask": known.bool(), "seeds": row_seeds(5, torch.arange(3)), "upper": upper}
+    sampling = prior.method.sampling
+    cold = 1e-4 if isinstance(sampling().temperature, float) else (1e-4, 1e-4)
+    codes = [prior.method.sampler(prior, **start, sampling=sampling(**how)) for how in ({}, {"top_p": 1e-6})]
+    likeliest = prior.method.sampler(prior, **start, sampling=sampling(temperature=cold))
+    assert codes[1].equal(likeliest)
+    assert not codes[0].equal(likeliest)
+    with pytest.raises(UserError, match="top_p must be above 0 and at most 1"):
+        sampling(top_p=0.0)

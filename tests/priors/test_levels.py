@@ -1,0 +1,289 @@
+"""Several levels, each with a prior of another kind: trained, drawn and decoded as one model, their bits counted."""
+
+import itertools
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from smalti.commands.inpainting import Filling, fill
+from smalti.commands.model_paths import load_prior, load_priors
+from smalti.commands.sample import generate_levels
+from smalti.commands.train_prior import grids
+from smalti.core import models
+from smalti.core.codes import Layout, Level
+from smalti.core.errors import UserError
+from smalti.core.models import load
+from smalti.core.randomness import row_seeds
+from smalti.evaluation.code_likelihood import count_bits
+from smalti.images.decoding import to_float, to_uint8
+from smalti.images.sheets import save_png, to_image
+from smalti.latentsets.format import Provenance
+from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.writer import LatentSetWriter
+from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling
+from smalti.priors.methods.sundae import SundaeSampling
+from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
+from smalti.scripts import inpaint, sample, train_prior
+from smalti.tokenizers.base import Tokenizer
+from smalti.training.run_folder import METRICS_NAME
+
+LAYOUT = Layout((Level(2, 2, (3,)), Level(4, 4, (2, 3))))
+ROWS = 96
+TRAIN = "--latents latents.h5 --batch-size 16 --precision fp32 --log-steps 1000 --report-steps 1000 --save-steps 1000"
+TRAIN += " --model-width 16 --heads 2"
+
+
+@dataclass(frozen=True)
+class TwoLevelsConfig:
+    height: int = 4
+    width: int = 4
+
+
+class TwoLevels(Tokenizer):
+    """Paints the codes: the upper level in red, the lower one in green and blue."""
+
+    kind, config_class = "two-levels", TwoLevelsConfig
+    image_channels, downsampling = 3, 1
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    @property
+    def layout(self):
+        return LAYOUT
+
+    def encode(self, images):
+        red, green, blue = ((images + 1) / 2).unbind(1)
+        upper = red.unflatten(1, (2, 2)).unflatten(3, (2, 2)).amax((2, 4))
+        return (2 * upper).round().long(), (3 * green.round() + (2 * blue).round()).long()
+
+    def decode(self, codes, digits=None):
+        upper, lower = codes
+        red = upper.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        return torch.stack([red / 2, lower // 3, lower % 3 / 2], 1) * 2 - 1
+
+
+def codes_of_rows():
+    """Below each upper code four that hang on it: its first digit says whether it is 2, its second digit repeats it."""
+    upper = torch.randint(3, (ROWS, 2, 2), generator=torch.Generator().manual_seed(0))
+    above = upper.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return upper, (above == 2).long() * 3 + above
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the tokenizer, its latent set, a prior of either level, each of another kind."""
+    folder, patch = tmp_path_factory.mktemp("levels"), pytest.MonkeyPatch()
+    patch.setitem(models._CLASSES, ("tokenizer", "two-levels"), TwoLevels)
+    patch.chdir(folder)
+    tokenizer = TwoLevels(TwoLevelsConfig())
+    tokenizer.save("tokenizer")
+    size = {"height": 4, "width": 4, "channels": 3}
+    provenance = Provenance("two-levels", {}, tokenizer.digest(), "tokenizer", "none", "f00d", size)
+    numbers = torch.arange(ROWS)
+    columns = {"labels": numbers * 0 - 1, "source_ids": numbers, "held_out": numbers % 4 == 0, "flipped": numbers < 0}
+    with LatentSetWriter(folder / "latents.h5", LAYOUT, **columns, provenance=provenance) as writer:
+        writer.write(0, codes_of_rows())
+    for flags in (
+        "--prior hourglass --level 0 --steps 40 --depth 1 --shorten --out top",
+        "--prior pixelcnn --level 1 --steps 120 --layers 2 --out bottom",
+    ):
+        assert run(train_prior.main, *TRAIN.split(), *flags.split()) == 0
+    yield folder
+    patch.undo()
+
+
+def run(main, *arguments):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before, sys.argv = sys.argv, ["command", *map(str, arguments)]
+    try:
+        main()
+        return 0
+    except SystemExit as left:
+        return left.code
+    finally:
+        sys.argv = before
+
+
+def test_each_level_is_trained_below_those_above_it(place):
+    config = json.loads((place / "bottom" / "config.json").read_text())["config"]
+    assert (config["upper_radices"], config["upper_factors"], config["radices"]) == ([[3]], [2], [2, 3])
+    lines = [json.loads(line) for line in (place / "bottom" / METRICS_NAME).read_text().splitlines()]
+    assert lines[-1]["held_out_bits_per_code"] < 0.3  # without the upper level it would be more than log2(3) / 4
+    assert not (place / "top" / "samples.png").exists()  # there is nothing to decode
+    assert (place / "bottom" / "samples.png").exists()
+
+
+def test_levels_are_drawn_as_one_model(place, capfd):
+    """Of two kinds, in any order; and the lower codes hang on the upper ones as in training."""
+    for sources, out in ((("top", "bottom"), "a.png"), (("bottom", "top"), "b.png")):
+        assert run(sample.main, "--prior", *sources, "--num", 6, "--out", out) == 0
+    a, b = (Image.open(place / name) for name in ("a.png", "b.png"))
+    assert len(json.loads(a.text["smalti"])["prior_digests"]) == 2
+    assert a.tobytes() == b.tobytes()
+    priors, _ = load_priors(("top", "bottom"), None)
+    samplings = [SundaeSampling(steps=10), AncestralSampling()]
+    upper, lower = generate_levels(priors, torch.arange(64), None, grids=[(2, 2), (4, 4)], seed=0, samplings=samplings)
+    above = upper.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert (lower == (above == 2).long() * 3 + above).float().mean() > 0.7  # one in six by chance
+    assert len(upper.flatten(1).unique(dim=0)) > 10
+
+
+def test_flags_are_those_of_the_last_priors_kind(place, capfd):
+    assert run(sample.main, "--prior", "top", "bottom", "--num", 2, "--temperature", "0.5", "--out", "c.png") == 0
+    assert run(sample.main, "--prior", "bottom", "top", "--num", 2, "--steps", "3", "--out", "d.png") == 0
+    assert run(sample.main, "--prior", "top", "bottom", "--steps", "3", "--out", "e.png") == 2
+    assert "--steps" in capfd.readouterr().err
+
+
+def test_all_levels_fill_a_hole_as_one_model(place, capfd):
+    """Each keeps what it knows; what is drawn below hangs on what is drawn above; and the command does it too."""
+    priors, tokenizer = load_priors(("top", "bottom"), None)
+    codes = tuple(level[:32] for level in codes_of_rows())
+    pixels = to_uint8(tokenizer.decode(codes))
+    assert all(map(torch.equal, tokenizer.encode(to_float(pixels)), codes))
+    hole = torch.zeros(32, 4, 4, dtype=torch.bool)
+    hole[:, :2, 2:] = True
+    filled = fill(
+        priors,
+        tokenizer,
+        pixels,
+        hole,
+        seeds=row_seeds(0, torch.arange(32)),
+        sampling=AncestralFilling(),
+        filling=Filling(candidates=2, dilation=0, match_colour=False),
+    )
+    upper, lower = tokenizer.encode(to_float(filled))
+    assert torch.equal(filled[~hole.unsqueeze(1).expand_as(filled)], pixels[~hole.unsqueeze(1).expand_as(pixels)])
+    inside = lower[:, :2, 2:]
+    assert (inside == ((upper == 2).long() * 3 + upper)[:, :1, 1:]).float().mean() > 0.7
+    assert (upper[:, 0, 1] != codes[0][:, 0, 1]).any()
+    save_png(place / "in.png", to_image(pixels[0]))
+    save_png(place / "mask.png", Image.fromarray(hole[0].numpy()))
+    for order in ("top bottom", "bottom top"):
+        flags = f"--prior {order} --image in.png --mask mask.png --num 1 --dilation 0 --out {order[0]}.png"
+        assert run(inpaint.main, *flags.split()) == 0
+    assert (place / "t.png").exists()
+    assert Image.open(place / "t.png").tobytes() == Image.open(place / "b.png").tobytes()
+    with pytest.raises(UserError, match="top draws one of several levels; the page shows one"):
+        load_prior("top", None)
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "said"),
+    [
+        (
+            sample.main,
+            "--prior bottom",
+            "the tokenizer has levels 0, 1, but the priors given draw 1; give one for each",
+        ),
+        (sample.main, "--prior top top", "the priors given draw 0, 0"),
+        (sample.main, "--prior", "--prior needs at least one prior"),
+        (inpaint.main, "--prior top --image a --mask b", "but the priors given draw 0; give one for each"),
+        (train_prior.main, f"{TRAIN} --level 2 --out never", "has levels 0 to 1; --level 2 is not one of them"),
+    ],
+)
+def test_what_does_not_make_one_model_is_one_line(place, capfd, main, flags, said):
+    assert run(main, *flags.split()) == 2
+    err = capfd.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ((Level(2, 2, channels=3), Level(4, 4, (3,))), "holds real numbers"),
+        ((Level(2, 2, (3,)), Level(4, 6, (3,))), "2x2 and 4x6, are not one a whole multiple"),
+        ((Level(3, 3, (3,)), Level(4, 4, (3,))), "3x3 and 4x4, are not"),
+    ],
+)
+def test_levels_that_no_prior_learns_are_refused(levels, said):
+    with pytest.raises(UserError, match=said):
+        grids(levels, 1)
+
+
+def enumerated_bits(prior, upper=()):
+    """-log2 p of every grid, as the product over positions of the head's own table."""
+    level, size = prior.level, prior.level.codebook_size
+    every = torch.tensor(list(itertools.product(range(size), repeat=level.positions)))
+    given = tuple(codes.expand(len(every), -1, -1) for codes in upper)
+    table = prior.head.log_probs(prior.features(every.view(-1, level.height, level.width), upper=given))
+    return -table.gather(-1, every[..., None])[..., 0].double().sum(-1) / math.log(2)
+
+
+@torch.no_grad()
+def test_bits_are_those_of_the_enumerated_probabilities(tmp_path):
+    torch.manual_seed(0)
+    layout = Layout((Level(1, 2, (3,)), Level(2, 4, (2,))))
+    upper, lower = torch.randint(3, (10, 1, 2)), torch.randint(2, (10, 2, 4))
+    numbers = torch.arange(10)
+    columns = {"labels": numbers * 0 - 1, "source_ids": numbers, "held_out": numbers % 3 == 0, "flipped": numbers < 0}
+    provenance = Provenance("none", {}, "", "none", "none", "", {"height": 4, "width": 8, "channels": 3})
+    with LatentSetWriter(tmp_path / "set.h5", layout, **columns, provenance=provenance) as writer:
+        writer.write(0, (upper, lower))
+    sizes = {"model_width": 8, "layers": 2}
+    top = PixelCNN(PixelCNNConfig(1, 2, (3,), **sizes)).eval()
+    bottom = PixelCNN(PixelCNNConfig(2, 4, (2,), upper_radices=((3,),), upper_factors=(2,), **sizes)).eval()
+    found = count_bits([top, bottom], LatentSet(tmp_path / "set.h5"), batch_size=3)
+    rows = numbers[numbers % 3 == 0].tolist()
+    powers = 2 ** torch.arange(7, -1, -1)
+    of_top = torch.stack([enumerated_bits(top)[upper[row].flatten() @ torch.tensor([3, 1])] for row in rows])
+    of_bottom = torch.stack([enumerated_bits(bottom, (upper[row],))[lower[row].flatten() @ powers] for row in rows])
+    assert found.rows == 4
+    assert found.per_code == pytest.approx((float(of_top.mean()) / 2, float(of_bottom.mean()) / 8), abs=1e-5)
+    errors = (float(of_top.std()) / 2 / 2, float(of_bottom.std()) / 2 / 8)
+    assert found.standard_errors == pytest.approx(errors, abs=1e-5)
+    assert found.per_dimension == pytest.approx(float((of_top + of_bottom).mean()) / 96, abs=1e-6)
+    other = count_bits([top, bottom], LatentSet(tmp_path / "set.h5"), split="train", batch_size=100)
+    assert other.rows == 6
+    assert other.per_code != found.per_code
+    sundae = Hourglass(HourglassConfig(1, 2, (3,), model_width=8, heads=1, depth=(1,), shorten=()))
+    for wrong, said in (
+        ([sundae, bottom], "a hourglass has no exact likelihood of codes"),
+        ([top], r"has 2 level\(s\), but 1 priors are given"),
+        ([top, top], r"not for codes of \(2,\)"),
+    ):
+        with pytest.raises(UserError, match=said):
+            count_bits(wrong, LatentSet(tmp_path / "set.h5"))
+
+
+def test_the_saved_prior_says_its_level(place):
+    assert load("bottom", "prior").provenance["level"] == 1
+
+
+@torch.no_grad()
+def test_the_hourglass_is_told_what_is_above_it_whether_guided_or_not():
+    torch.manual_seed(0)
+    config = HourglassConfig(4, 4, (3,), classes=2, upper_radices=((5,),), upper_factors=(2,), model_width=16, heads=2)
+    prior, codes, upper = Hourglass(config).eval(), torch.randint(3, (1, 4, 4)), torch.randint(5, (1, 2, 2))
+    features = prior.features(codes, upper=(upper,))
+    for y, x in itertools.product(range(2), repeat=2):
+        other = upper.clone()
+        other[0, y, x] = (upper[0, y, x] + 1) % 5
+        changed = (prior.features(codes, upper=(other,)) - features).abs().amax(-1).view(4, 4) > 1e-4
+        assert changed[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].all()
+    prior.head.weight.mul_(30)
+    drawn = {}
+    for guidance, above in itertools.product((1.0, 3.0), (upper, (upper + 1) % 5)):
+        drawn[guidance, above] = prior.method.sampler(
+            prior,
+            known=codes.repeat(3, 1, 1),
+            known_mask=torch.zeros(3, 4, 4, dtype=torch.bool),
+            seeds=row_seeds(0, torch.arange(3)),
+            labels=torch.full((3,), -1),  # so that guidance leads from where it is to where it is
+            upper=(above.repeat(3, 1, 1),),
+            sampling=SundaeSampling(steps=3, guidance=guidance),
+        )
+    plain, plain_above_others, guided, guided_above_others = drawn.values()
+    assert torch.equal(plain, guided)
+    assert torch.equal(plain_above_others, guided_above_others)
+    assert not torch.equal(plain, plain_above_others)

@@ -1,0 +1,147 @@
+"""HR-VQVAE as a tokenizer: sizes, layout, determinism, partial decoding, mixed precision, learning.
+
+Codebooks and their losses are in test_linked.py.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smalti.core.codes import Layout, Level
+from smalti.core.errors import UserError
+from smalti.images.decoding import to_float
+from smalti.tokenizers.reconstruction import Reconstruction
+from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
+
+SMALL = {"widths": (8, 12), "residual_blocks": 1, "code_width": 6, "depth": 3, "branching": 3}
+GRADIENT = {"codebook_learning": "gradient", "revive_below": 0.0}
+
+
+def tokenizer_of(**changes) -> HRVQ:
+    torch.manual_seed(0)
+    return HRVQ(HRVQConfig(**{"height": 16, "width": 16, **SMALL, **changes})).eval()
+
+
+def images_of(b: int = 2, c: int = 3, h: int = 16, w: int = 16, seed: int = 0) -> Tensor:
+    return torch.rand(b, c, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@given(rows=st.integers(1, 6), columns=st.integers(1, 6), stages=st.integers(1, 3), channels=st.sampled_from([1, 3]))
+@settings(max_examples=15)
+def test_any_size_that_divides(rows, columns, stages, channels):
+    tokenizer = tokenizer_of(widths=(4,) * stages, image_channels=channels)
+    images = images_of(c=channels, h=rows * 2**stages, w=columns * 2**stages)
+    (codes,) = tokenizer.encode(images)
+    output = tokenizer(images)
+    assert codes.shape == (2, rows, columns)
+    assert tokenizer.layout.resized([(rows, columns)]).check((codes,)) is None
+    assert output.codes[0].equal(codes)
+    assert output.reconstruction.shape == tokenizer.decode((codes,)).shape == images.shape
+
+
+@pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 18), (2, 2)])
+def test_refuses_a_size_that_does_not_divide(height, width):
+    for use in (tokenizer_of().encode, tokenizer_of()):
+        with pytest.raises(UserError, match=f"{height}x{width} do not divide by 4"):
+            use(images_of(h=height, w=width))
+    with pytest.raises(UserError, match="do not divide by 4"):
+        tokenizer_of(height=height, width=width)
+
+
+@pytest.mark.parametrize("widths", [(), (8, 0)])
+def test_refuses_to_have_no_stages(widths):
+    with pytest.raises(UserError, match="widths"):
+        tokenizer_of(widths=widths)
+
+
+def test_layout_is_the_paper_s_tree_on_the_grid():
+    tokenizer = tokenizer_of(height=32, width=24, depth=2, branching=5)
+    assert tokenizer.layout == Layout((Level(8, 6, radices=(5, 5)),))
+    assert HRVQ(HRVQConfig()).layout == Layout((Level(8, 8, radices=(8, 8, 8)),))
+    assert tokenizer.downsampling == 4
+
+
+def test_far_pixels_do_not_reach_a_code():
+    """Fully convolutional: a wider canvas has the same codes where the receptive field ends before the new part."""
+    tokenizer, wide = tokenizer_of(), images_of(b=1, h=16, w=96)
+    codes, part = tokenizer.encode(wide)[0], tokenizer.encode(wide[..., :64])[0]
+    assert codes[..., :10].equal(part[..., :10])
+    assert codes.unique().numel() > 1
+
+
+def test_encoding_is_deterministic_whatever_the_mode_and_keeps_no_graph():
+    tokenizer, images = tokenizer_of(), images_of()
+    (codes,) = tokenizer.encode(images)
+    assert codes.dtype == torch.int64
+    torch.manual_seed(5)
+    assert tokenizer.train().encode(images)[0].equal(codes)
+    with torch.autograd.graph.saved_tensors_hooks(lambda _: pytest.fail("kept for a gradient"), lambda kept: kept):
+        tokenizer.encode(images)
+
+
+def test_decodes_the_first_digits():
+    """From i digits: the decoder on the sum of the first i layers' codewords, whatever the digits after."""
+    tokenizer, images = tokenizer_of(), images_of()
+    codes = tokenizer.encode(images)
+    level = tokenizer.layout.levels[0]
+    for digits in (1, 2, 3):
+        decoded = tokenizer.decode(codes, digits)
+        expected = tokenizer.decoder(tokenizer.quantizer.lookup(codes[0], digits)).clamp(-1, 1)
+        torch.testing.assert_close(decoded, expected)
+        last_changed = level.prefix(codes[0], digits) * 3 ** (3 - digits)
+        assert tokenizer.decode((last_changed,), digits).equal(decoded)
+    assert tokenizer.decode(codes).equal(tokenizer.decode(codes, 3))
+    assert not tokenizer.decode(codes, 1).allclose(tokenizer.decode(codes))
+    with pytest.raises(UserError, match="3 digits; cannot decode 4"):
+        tokenizer.decode(codes, 4)
+
+
+def test_decoded_images_are_in_range_and_those_of_forward():
+    tokenizer, images = tokenizer_of(), images_of()
+    with torch.no_grad():
+        list(tokenizer.decoder.parameters())[-1].add_(0.9)  # some pixels beyond 1
+        raw = tokenizer(images).reconstruction
+    decoded = tokenizer.decode(tokenizer.encode(images))
+    assert raw.max() > 1
+    torch.testing.assert_close(decoded, raw.clamp(-1, 1), atol=1e-5, rtol=0)
+
+
+def test_losses_and_images_are_float32_under_autocast():
+    tokenizer, images = tokenizer_of(), images_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tokenizer(images)
+        assert tokenizer.encoder(images).dtype == torch.bfloat16  # autocast was on
+        decoded = tokenizer.decode(output.codes)
+    assert {output.reconstruction.dtype, decoded.dtype, *(loss.dtype for loss in output.losses.values())} == {
+        torch.float32
+    }
+    assert all(loss.isfinite() for loss in output.losses.values())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_training_lowers_the_loss_and_moves_every_part(channels):
+    tokenizer = tokenizer_of(image_channels=channels, **GRADIENT).train()
+    objective = Reconstruction(tokenizer)
+    batch = {"images": ((images_of(b=8, c=channels) + 1) * 127.5).byte()}
+    tokenizer.start_from(to_float(batch["images"]))
+    optimizer = torch.optim.SGD(tokenizer.parameters(), lr=0.05)
+    before, terms = objective(batch)
+    assert set(terms) == {"mse", "reconstruction", "codebook", "commitment"}
+    torch.testing.assert_close(before.detach(), sum(terms[name] for name in terms if name != "mse"))
+    before.backward()
+    without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(name.endswith(("first.weight", "first.bias")) for name in without)  # behind weights that start at zero
+    optimizer.step()
+    assert objective(batch)[0] < before
+
+
+def test_reported_mse_is_that_of_decoded_images_in_unit_range():
+    tokenizer = tokenizer_of()
+    pixels = ((images_of(b=4) + 1) * 127.5).byte()
+    with torch.no_grad():
+        list(tokenizer.decoder.parameters())[-1].add_(0.9)
+        _, terms = Reconstruction(tokenizer)({"images": pixels})
+    decoded = (tokenizer.decode(tokenizer.encode(to_float(pixels))) + 1) / 2
+    torch.testing.assert_close(terms["mse"], (decoded - pixels / 255).square().mean())

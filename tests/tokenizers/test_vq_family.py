@@ -1,0 +1,186 @@
+"""VQ-VAE and VQ-VAE-2 as tokenizers, beside HR-VQVAE's test_hrvq.py; the alarm; several levels from command to file."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers.build_toys import run, write_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from smalti import HRVQ, VQVAE, VQVAE2, HRVQConfig, LatentSet, Layout, Level, UserError, VQVAE2Config, VQVAEConfig
+from smalti.commands.codebook_usage import CodebookAlarm
+from smalti.images.image_set import ImageRows, open_images
+from smalti.scripts import inspect_latents, train_tokenizer
+
+SMALL = {"height": 16, "width": 16, "residual_blocks": 1, "code_width": 4}
+
+
+def images_of(b: int = 2, c: int = 3, h: int = 16, w: int = 16, seed: int = 0) -> Tensor:
+    return torch.rand(b, c, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def vqvae2_of(**changes) -> VQVAE2:
+    torch.manual_seed(0)
+    return VQVAE2(VQVAE2Config(**{**SMALL, "widths": (6,), "codebook_size": 9, **changes})).eval()
+
+
+def test_a_vq_vae_is_an_hr_vqvae_of_one_layer():
+    """The same weights under the same names, the same losses, codes and images."""
+    torch.manual_seed(0)
+    flat = VQVAE(VQVAEConfig(**SMALL, widths=(6, 8), codebook_size=9))
+    linked = HRVQ(HRVQConfig(**SMALL, widths=(6, 8), depth=1, branching=9))
+    linked.load_state_dict(flat.state_dict())
+    images = images_of()
+    one, other = flat(images), linked(images)
+    assert flat.layout == linked.layout == Layout((Level(4, 4, (9,)),))
+    assert one.codes[0].equal(other.codes[0])
+    assert one.reconstruction.equal(other.reconstruction)
+    assert one.losses == other.losses
+    with pytest.raises(UserError, match="1 digits; cannot decode 2"):
+        flat.decode(one.codes, 2)
+
+
+@given(rows=st.integers(1, 3), columns=st.integers(1, 3), stages=st.integers(1, 2), levels=st.integers(2, 3))
+@settings(max_examples=8)
+def test_each_level_is_twice_as_fine_at_any_size_that_divides(rows, columns, stages, levels):
+    tokenizer = vqvae2_of(widths=(4,) * stages, levels=levels)
+    factor = 2 ** (stages + levels - 1)
+    images = images_of(h=rows * factor, w=columns * factor)
+    codes, output = tokenizer.encode(images), tokenizer(images)
+    grids = [(rows * 2**level, columns * 2**level) for level in range(levels)]
+    assert tokenizer.downsampling == factor
+    assert tokenizer.layout.resized(grids).check(codes) is None
+    assert all(a.equal(b) for a, b in zip(codes, output.codes, strict=True))
+    decoded = tokenizer.decode(codes)
+    torch.testing.assert_close(decoded, output.reconstruction.clamp(-1, 1), atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match=f"do not divide by {factor}"):
+        tokenizer.encode(images_of(h=rows * factor + factor // 2))
+
+
+def test_the_papers_grids():
+    """16, 8 and 4 for images of 32 (MNIST, CIFAR10) as the HR-VQVAE paper has them."""
+    tokenizer = vqvae2_of(height=32, width=32, widths=(4,), levels=3, codebook_size=512)
+    assert tokenizer.layout == Layout(tuple(Level(size, size, (512,)) for size in (4, 8, 16)))
+
+
+def test_finer_levels_know_what_the_coarser_say():
+    """Other codewords at a level, and the codes below change, though the image is the same; none above does."""
+    images = images_of()
+    codes = vqvae2_of(levels=3).encode(images)
+    for changed in range(3):
+        tokenizer = vqvae2_of(levels=3)
+        tokenizer.quantizers[changed].codebook_0.mul_(-20)
+        found = tokenizer.encode(images)
+        for level in {0, 1, 2} - {changed}:
+            assert codes[level].equal(found[level]) == (level < changed)
+
+
+def test_every_level_reaches_the_image():
+    tokenizer = vqvae2_of(levels=3)
+    codes = tokenizer.encode(images_of())
+    whole = tokenizer.decode(codes)
+    for level in range(3):
+        other = tuple((grid + (i == level)) % 9 for i, grid in enumerate(codes))
+        assert not tokenizer.decode(other).allclose(whole)
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+def test_other_numbers_of_levels_are_refused(levels):
+    with pytest.raises(UserError, match=f"levels must be 2 or 3, got {levels}"):
+        vqvae2_of(levels=levels)
+
+
+def test_losses_are_the_sums_over_levels():
+    """Each level's by its own quantizer from its own z_e; all parts learn, the coarse levels through the fine ones."""
+    tokenizer = vqvae2_of(levels=3, codebook_learning="gradient").train()
+    seen, images = [], images_of()
+    for quantizer in tokenizer.quantizers:
+        quantizer.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    output = tokenizer(images)
+    for name in ("codebook", "commitment"):
+        torch.testing.assert_close(output.losses[name], sum(out.losses[name] for _, out in seen))
+    expected = (output.reconstruction - images).square().mean()
+    torch.testing.assert_close(output.losses["reconstruction"], expected)
+    sum(output.losses.values()).backward()
+    without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(name.endswith(("first.weight", "first.bias")) for name in without)  # behind weights that start at zero
+
+
+@pytest.mark.parametrize("make", [vqvae2_of, lambda **more: VQVAE(VQVAEConfig(**SMALL, widths=(6, 8), **more))])
+def test_the_start_is_from_the_images_or_left_out(make):
+    tokenizer, images = make(kmeans_start=False), images_of(16)
+    before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
+    tokenizer.start_from(images)
+    assert all(tensor.equal(before[name]) for name, tensor in tokenizer.state_dict().items())
+    tokenizer = make(codebook_size=6)
+    tokenizer.start_from(images)
+    assert all(codes.unique().numel() == 6 for codes in tokenizer.encode(images))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    write_images(tmp_path, count=40)
+    return ImageRows(open_images(str(tmp_path), height=16, width=16), split="all", flips=False)
+
+
+def test_the_alarm_counts_by_level_and_digit(rows):
+    """Against a count over all codes at once."""
+    torch.manual_seed(0)
+    tokenizer = HRVQ(HRVQConfig(**SMALL, widths=(6,), depth=2, branching=3))
+    images = rows.__getitems__(range(40))["images"].float() / 127.5 - 1
+    tokenizer.start_from(images)
+    found = CodebookAlarm().measure(tokenizer, rows)
+    (codes,) = tokenizer.encode(images)
+    for name, digit_codes, size in [("_first_1", codes // 3, 3), ("", codes, 9)]:
+        frequencies = np.bincount(digit_codes.flatten(), minlength=size) / codes.numel()
+        assert found[f"codes_used{name}"] == pytest.approx((frequencies > 0).mean())
+        entropy = -sum(p * np.log(p) for p in frequencies if p)
+        assert found[f"code_perplexity{name}"] == pytest.approx(np.exp(entropy))
+    two = CodebookAlarm().measure(vqvae2_of(), rows)
+    assert set(two) == {f"{name}_{level}" for name in ("codes_used", "code_perplexity") for level in (0, 1)}
+
+
+def test_a_collapse_is_said_once_with_the_remedy_that_is_missing(rows, capsys):
+    def collapsed(**more):
+        tokenizer = vqvae2_of(codebook_size=64, **more)
+        tokenizer.start_from(rows.__getitems__(range(40))["images"].float() / 127.5 - 1)
+        with torch.no_grad():
+            tokenizer.quantizers[1].codebook_0[0, 2:] += 100
+        alarm = CodebookAlarm()
+        for _ in range(2):
+            alarm.measure(tokenizer, rows)
+        return capsys.readouterr().err.strip().splitlines()
+
+    (said,) = collapsed()
+    assert said.startswith("warning: level 1 collapses: ")
+    assert "of 64 codes are in use, perplexity " in said
+    assert said.endswith("Try fewer codes, more images, or a lower --learning-rate")
+    assert "Try --revive-below 0.05" in collapsed(revive_below=0.0)[0]
+    assert "Try --kmeans-start" in collapsed(kmeans_start=False)[0]
+
+
+def test_two_levels_from_images_to_pictures_of_codes(tmp_path, monkeypatch, capfd):
+    """Trained, built, verified, drawn: each by its command."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "img", count=30)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = "--tokenizer vqvae2 --height 8 --width 8 --widths 6 --residual-blocks 1 --code-width 4 --codebook-size 8"
+    fit = "--images img --steps 20 --batch-size 8 --precision fp32 --out two"
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *flags.split(), *fit.split()])
+    train_tokenizer.main()
+    assert Image.open("two/reconstructions.png").width > 0
+    status, out, _ = run(capfd, "--tokenizer", "two", "--workers", "0", "--device", "cpu", "--out", "two.h5")
+    assert status == 0
+    assert "2×2 of 8 + 4×4 of 8" in out
+    assert len(LatentSet("two.h5")) == 60
+    monkeypatch.setattr(
+        sys, "argv", ["inspect_latents.py", "--latents", "two.h5", "--verify", "--codes", "c.png", "--plot", "p.png"]
+    )
+    inspect_latents.main()
+    assert {"c.png", "p.png"} <= set(os.listdir())

@@ -1,0 +1,226 @@
+"""Perceptual distances against their formulas: Lite0's, and LPIPS with a stand-in for its packages, as few have them.
+
+With lpips and torchvision installed, ours is held to lpips' own too, with a random VGG. The loss that has the distance
+for a term is in `test_adversarial.py`.
+"""
+
+import hashlib
+import sys
+from collections import OrderedDict
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import toys
+from torch import nn
+
+from smalti import VQGAN, UserError
+from smalti.metrics.extractors import Lite0
+from smalti.tokenizers.vqgan.perceptual import TAPS, Lite0Distance, VGGDistance, check_size, find_perceptual
+
+SHIFT, SCALE = 0.1, 0.5  # the stand-in's; lpips has one a channel
+
+
+def two_images(seed=0, h=32, w=32):
+    return torch.rand(2, 2, 3, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_lite0_s_distance_is_that_of_the_network_s_features():
+    """Of blocks watched from outside while the network makes its features."""
+    images, others = two_images()
+    distance, network, seen = find_perceptual("lite0"), Lite0(torch.device("cpu"))._network, []
+    assert isinstance(distance, Lite0Distance)
+    for tap in TAPS:
+        network._blocks[tap].register_forward_hook(lambda _module, _given, features: seen.append(features))
+    for batch in (images, others):
+        network.extract_features(((batch + 1) * 127.5 - 127) / 128)
+    assert [features.shape[2] for features in seen[: len(TAPS)]] == [16, 8, 4, 2]
+    pairs = zip(seen[: len(TAPS)], seen[len(TAPS) :], strict=True)
+    expected = torch.stack([2 - 2 * F.cosine_similarity(a, b, dim=1).mean() for a, b in pairs]).mean()
+    torch.testing.assert_close(distance(images, others), expected, rtol=1e-4, atol=1e-5)
+    assert float(distance(images, images)) == 0
+    assert_gradients_reach_both(distance)
+    assert not any(parameter.requires_grad for parameter in distance._network.parameters())
+
+
+def assert_gradients_reach_both(distance):
+    """Of grey images, which stand for three equal channels."""
+    images, others = (batch[:, :1].clone().requires_grad_() for batch in two_images(1))
+    found = distance(images, others)
+    torch.testing.assert_close(found, distance(images.repeat(1, 3, 1, 1), others.repeat(1, 3, 1, 1)))
+    found.backward()
+    assert images.grad.abs().sum() > 0
+    assert others.grad.abs().sum() > 0
+
+
+def test_small_images_are_refused():
+    check_size(16, 20)
+    with pytest.raises(UserError, match="images of 15x20 are too small for the perceptual loss"):
+        check_size(15, 20)
+
+
+class Trunk(nn.Module):
+    """As lpips has VGG: slices whose layers keep VGG's numbers. Two slices, where VGG has five."""
+
+    def __init__(self):
+        super().__init__()
+        self.slice1 = nn.Sequential(OrderedDict({"0": nn.Conv2d(3, 4, 3, padding=1), "1": nn.ReLU()}))
+        self.slice2 = nn.Sequential(
+            OrderedDict({"2": nn.MaxPool2d(2), "3": nn.Conv2d(4, 5, 3, padding=1), "4": nn.ReLU()})
+        )
+
+    def forward(self, x):
+        first = self.slice1(x)
+        return first, self.slice2(first)
+
+
+class FakeLPIPS(nn.Module):
+    def __init__(self, net, pnet_rand, verbose):
+        assert (net, pnet_rand, verbose) == ("vgg", True, False)
+        super().__init__()
+        self.net, self.scaling_layer = Trunk(), lambda x: (x - SHIFT) / SCALE
+        self.lins = nn.ModuleList(nn.Sequential(nn.Dropout(), nn.Conv2d(width, 1, 1, bias=False)) for width in (4, 5))
+        for number, weighted in enumerate(self.lins, start=1):
+            nn.init.constant_(weighted[1].weight, number / 8)
+
+    def forward(self, images, others):
+        pairs = zip(self.lins, *(self.net(self.scaling_layer(batch)) for batch in (images, others)), strict=True)
+        scales = [weighted((F.normalize(a) - F.normalize(b)).square()) for weighted, a, b in pairs]
+        return torch.stack([scale.mean((1, 2, 3)) for scale in scales]).sum(0).view(-1, 1, 1, 1)
+
+
+@pytest.fixture
+def vgg(monkeypatch, tmp_path):
+    """Stands in for lpips and torchvision; gives the file of weights, which is not there yet, and the weights."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name.partition(".")[2]: tensor.shape for name, tensor in Trunk().state_dict().items()}
+    weights = {f"features.{name}": torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+    torch.save({**weights, "classifier.0.weight": torch.zeros(1)}, tmp_path / "saved")
+    digest = hashlib.sha256((tmp_path / "saved").read_bytes()).hexdigest()[:8]
+    file = tmp_path / f"vgg16-{digest}.pth"
+    models = SimpleNamespace(VGG16_Weights=SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=file.as_uri())))
+    for name, contents in {
+        "lpips": {"LPIPS": FakeLPIPS},
+        "torchvision": {},
+        "torchvision.models": vars(models),
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    return SimpleNamespace(file=file, weights=weights, saved=(tmp_path / "saved").read_bytes())
+
+
+def by_hand(weights, images, others):
+    """LPIPS of the stand-in, in float64."""
+    scales = []
+    for batch in (images, others):
+        w = {name.removeprefix("features."): tensor.double() for name, tensor in weights.items()}
+        first = F.conv2d((batch.double() - SHIFT) / SCALE, w["0.weight"], w["0.bias"], padding=1).relu()
+        second = F.conv2d(F.max_pool2d(first, 2), w["3.weight"], w["3.bias"], padding=1).relu()
+        scales.append([x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in (first, second)])
+    pairs = zip((1, 2), *scales, strict=True)
+    return sum(number / 8 * (a - b).square().sum(1).mean() for number, a, b in pairs).float()
+
+
+def test_lpips_is_its_formula_in_float32_on_the_weights_that_were_downloaded(vgg):
+    vgg.file.write_bytes(vgg.saved)
+    distance, (images, others) = find_perceptual("lpips-vgg"), two_images()
+    vgg.file.unlink()
+    VGGDistance()  # once downloaded, they stay
+    torch.testing.assert_close(distance(images, others), by_hand(vgg.weights, images, others))
+    assert float(distance(images, images)) == 0
+    assert_gradients_reach_both(distance)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(distance(images, others), by_hand(vgg.weights, images, others))
+        assert distance(images.bfloat16(), others).dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in distance._network.parameters())
+    assert not distance._network.training  # else there is dropout
+
+
+def test_the_choice_reaches_the_loss_and_nothing_of_it_is_the_model_s(vgg):
+    vgg.file.write_bytes(vgg.saved)
+    torch.manual_seed(1)
+    model = VQGAN(replace(toys.TINY["vqgan"], height=16, width=20, perceptual="lpips-vgg", perceptual_weight=3.0))
+    generator, _ = model.phases(toys.CONFIG)
+    objective = generator.objective
+    batch = {"images": torch.randint(256, (2, 3, 16, 20), dtype=torch.uint8), "seeds": torch.arange(2)}
+    loss, terms = objective(batch)
+    images = batch["images"] / 127.5 - 1
+    expected = 3 * by_hand(vgg.weights, model(images).reconstruction.detach(), images)
+    torch.testing.assert_close(terms["perceptual"], expected)
+    loss.backward()
+    ours = {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in objective.parameters()} == ours
+    assert {id(each) for group in generator.optimizer.param_groups for each in group["params"]} == ours
+    assert set(objective.state_dict()) == {"steps", "weight", *(f"tokenizer.{name}" for name in model.state_dict())}
+
+
+def refusal():
+    with pytest.raises(UserError) as caught:
+        find_perceptual("lpips-vgg")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("or take --perceptual lite0")
+    return str(caught.value)
+
+
+def test_what_is_missing_is_said_in_a_line(vgg, monkeypatch, tmp_path):
+    message = refusal()
+    assert "the weights of VGG-16 cannot be downloaded" in message
+    assert f"or put {vgg.file.as_uri()} into {tmp_path / 'home' / 'hub'}/checkpoints" in message
+    vgg.file.write_bytes(vgg.saved[:-9])  # a broken download
+    assert "invalid hash value" in refusal()
+    monkeypatch.delitem(sys.modules, "torchvision.models")
+    assert "needs lpips, and the torchvision that fits torch" in refusal()
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert "pip install 'smalti[lpips]'" in refusal()
+    monkeypatch.delitem(sys.modules, "lpips")
+    (tmp_path / "lpips.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "operator torchvision::nms does not exist" in refusal()
+
+
+@pytest.fixture(scope="module")
+def real():
+    """(our distance, lpips' own), of one random VGG, where both packages are installed."""
+    lpips = pytest.importorskip("lpips")
+    vgg16 = pytest.importorskip("torchvision").models.vgg16
+    torch.manual_seed(0)
+    network = vgg16(weights=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: network.state_dict())
+        ours = VGGDistance()
+        patch.setattr(lpips.pretrained_networks.tv, "vgg16", lambda **_: network)
+        return ours, lpips.LPIPS(net="vgg", verbose=False)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 40)])
+def test_lpips_is_lpips_own(real, size):
+    ours, theirs = real
+    images, others = (batch.requires_grad_() for batch in two_images(h=size[0], w=size[1]))
+    found, expected = ours(images, others), theirs(images, others).mean()
+    assert found > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    pairs = zip(*(torch.autograd.grad(each, (images, others)) for each in (found, expected)), strict=True)
+    for gradient, their_gradient in pairs:
+        torch.testing.assert_close(gradient, their_gradient, rtol=1e-3, atol=1e-8)
+
+
+def test_lpips_trains_a_tokenizer(real, monkeypatch):
+    """Grey images; a few steps lower it."""
+    ours, _ = real
+    monkeypatch.setattr("smalti.tokenizers.vqgan.losses.find_perceptual", {"lpips-vgg": ours}.get)
+    torch.manual_seed(1)
+    config = replace(toys.TINY["vqgan"], height=16, width=16, image_channels=1, adversarial_weight=0.0)
+    (only,) = VQGAN(replace(config, perceptual="lpips-vgg", perceptual_weight=1.0)).phases(toys.CONFIG)
+    batch = {"images": torch.randint(256, (4, 1, 16, 16), dtype=torch.uint8), "seeds": torch.arange(4)}
+    found = []
+    for _ in range(6):
+        loss, terms = only.objective(batch)
+        loss.backward()
+        only.optimizer.step()
+        only.objective.zero_grad()
+        found.append(float(terms["perceptual"]))
+    assert 0 < found[-1] < found[0]

@@ -1,0 +1,101 @@
+"""Runs under `--compile` train what others do, and samplers draw what others do. This file is also the program of them.
+
+In a process of its own, without the shape checks of the tests, which would break the compiler's graphs.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import toys
+
+from smalti.core import models
+from smalti.core.randomness import row_seeds
+from smalti.priors.methods.masked import MaskedSampling, sample_masked
+from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
+from smalti.training.signals import Interrupted
+
+COMPILED = replace(toys.CONFIG, compile=True)
+STOPPED_AT = 5  # batches
+
+
+def program(folder):
+    import torch._dynamo.utils
+
+    def train(name, config, wrap=lambda rows: rows):
+        toys.train(folder / name, toys.plain_toy, config, wrap=wrap)
+
+    def graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    train("eager", toys.CONFIG)
+    assert not graphs()
+    with suppress(Interrupted):
+        train("compiled", COMPILED, lambda rows: toys.Signalling(rows, STOPPED_AT))
+    assert graphs()
+    shutil.copytree(folder / "compiled", folder / "eager from there")
+    train("compiled", COMPILED)
+    train("eager from there", toys.CONFIG)
+
+
+def draws(folder):
+    """Writes, of each sampler, whether compiled it draws the same, and in how many graphs."""
+    from torch._dynamo.utils import counters
+
+    found, rows = {}, torch.arange(3)
+    for kind, sampler, sampling in (
+        ("hourglass", sample_sundae, SundaeSampling(steps=6, min_steps=2, top_p=0.9)),
+        ("maskgit", sample_masked, MaskedSampling(steps=4, temperature=(1.0, 0.5))),
+    ):
+        torch.manual_seed(0)
+        prior = models.find("prior", kind)(replace(toys.TINY[kind], depth=(1,), shorten=())).eval()
+        known = torch.arange(6).view(1, *prior.level.shape).repeat(3, 1, 1)
+        given = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "labels": rows - 1}
+        eager, compiled = (
+            sampler(prior, **given, sampling=replace(sampling, compile=choice)) for choice in (False, True)
+        )
+        found[kind] = [torch.equal(eager, compiled), counters["stats"]["unique_graphs"], len(counters["graph_break"])]
+        torch._dynamo.reset()
+        counters.clear()
+    (folder / "draws.json").write_text(json.dumps(found))
+
+
+def run(folder, what):
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no C++ compiler")
+    done = subprocess.run(
+        [sys.executable, __file__, what, str(folder)], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("compile"), "program")
+
+
+def test_a_compiled_step_draws_the_same_in_one_program(tmp_path):
+    """For all temperatures, without the compiler giving up anywhere."""
+    found = json.loads((run(tmp_path, "draws") / "draws.json").read_text())
+    assert found == {"hourglass": [True, 1, 0], "maskgit": [True, 1, 0]}
+
+
+@pytest.mark.parametrize("way", ["compiled", "eager from there"])
+def test_a_compiled_run_trains_what_another_does(folder, way):
+    """Stopped, and gone on with compiled again or not."""
+    lines, others = toys.measured(folder / way), toys.measured(folder / "eager")
+    assert len(lines) == len(others) > toys.CONFIG.steps
+    for line, other in zip(lines, others, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+if __name__ == "__main__":
+    {"program": program, "draws": draws}[sys.argv[1]](Path(sys.argv[2]))

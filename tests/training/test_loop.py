@@ -1,0 +1,320 @@
+"""The training loop: against a plain one, and that a run which was stopped or killed ends as if it had not been."""
+
+import json
+import math
+import signal
+from dataclasses import replace
+from itertools import pairwise
+from unittest.mock import create_autospec
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from helpers import toys
+from helpers.toys import CONFIG, Signalling, outcome, train
+from safetensors.torch import load_file
+from torch import nn
+
+from smalti.core.errors import UserError
+from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
+from smalti.core.randomness import derive, row_seeds
+from smalti.training import checkpoints_and_logs
+from smalti.training import loop as fit_file
+from smalti.training.accelerator import accelerator
+from smalti.training.batches import StepRows
+from smalti.training.checkpoints_and_logs import evaluate
+from smalti.training.config import FitConfig, Phase
+from smalti.training.ema import EMA
+from smalti.training.loop import fit
+from smalti.training.run_folder import METRICS_NAME, Run
+from smalti.training.signals import Interrupted
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_loop_equals_a_plain_one(tmp_path):
+    """Rows, seeds, schedule, clipping, decay of matrices only, and the average, written out by hand."""
+    config, trained = CONFIG, train(tmp_path)
+    model, objective, rows, _ = toys.toy()
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    orders = StepRows(len(rows), batch_size=8, seed=config.seed, steps=range(12))
+    norms = []
+    for step, chosen in enumerate(orders):
+        warm = min(1, (step + 1) / 3)
+        fall = max(0, (step + 1 - 6) / 6)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * fall)) / 2)
+        seeds = derive(row_seeds(config.seed, torch.tensor(chosen)), step)
+        torch.manual_seed(int(derive(torch.tensor(config.seed), step, 0)))
+        loss, _ = objective({**rows.__getitems__(chosen), "seeds": seeds})
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)))
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(config.ema_decay, (1 + step) / (10 + step))
+        for name, tensor in model.state_dict().items():
+            mixed = decay * average[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor
+            average[name] = mixed.clone()
+    assert max(norms) > config.clip_norm > min(norms)  # or the test would not see the clipping
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], tensor)
+    for name, tensor in load_file(tmp_path / WEIGHTS_NAME).items():
+        torch.testing.assert_close(tensor, average[name])
+
+
+def test_the_average_is_the_formula():
+    model = nn.Linear(1, 1, bias=False)
+    model.register_buffer("count", torch.tensor(0))
+    values, expected = [3.0, -1.0, 2.0, 7.0], 0.5
+    with torch.no_grad():
+        model.weight.fill_(expected)
+        ema = EMA(model, 0.25)
+        for step, value in enumerate(values):
+            model.weight.fill_(value)
+            model.count.fill_(step + 40)
+            ema.update(step)
+            decay = min(0.25, (1 + step) / (10 + step))  # 0.1, 0.1818..., 0.25, 0.25
+            expected = decay * expected + (1 - decay) * value
+    with ema.applied():
+        assert model.weight.item() == pytest.approx(expected)
+        assert int(model.count) == 43
+    assert float(model.weight) == values[-1]
+    with pytest.raises(RuntimeError), ema.applied():
+        raise RuntimeError
+    assert float(model.weight) == values[-1]
+    none = EMA(model, 0.0)
+    none.update(0)
+    with none.applied():
+        assert float(model.weight) == values[-1]
+    assert none.state_dict() == {}
+
+
+def test_the_rate_rises_stays_and_falls():
+    config = FitConfig(steps=100, warmup_steps=10, decay_fraction=0.4)
+    rates = [config.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10:60] == [1.0] * 50
+    assert rates[79] == pytest.approx(0.505)  # half way down the cosine
+    assert rates[99] == pytest.approx(0.01)
+    assert all(after < before for before, after in pairwise(rates[59:]))
+    assert [FitConfig(steps=9, warmup_steps=0, decay_fraction=0.0).rate(step) for step in range(9)] == [1.0] * 9
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stops", [[0, 4, 0, 3], [10], [9]], ids=["at 1, 6, 7, 11", "at 11", "where it saves anyway"])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, stops, accumulation):
+    """By a real signal, with a batch in hand; `stops` are batches since the run last went on."""
+    config = replace(CONFIG, accumulation=accumulation)
+    train(tmp_path / "whole", config=config)
+    done = 0
+    for number, stop in zip([signal.SIGINT, signal.SIGTERM] * 2, stops, strict=False):
+        with pytest.raises(Interrupted) as stopped:
+            train(tmp_path / "stopped", config=config, wrap=lambda rows, at=stop, by=number: Signalling(rows, at, by))
+        done = done + stop + 1
+        assert (stopped.value.step, stopped.value.signal_number) == (done, number)
+    assert done < CONFIG.steps
+    train(tmp_path / "stopped", config=config)
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_slices_of_a_batch_train_what_the_batch_does(tmp_path):
+    """The average loss over the slices; with several processes too, in test_fit_processes.py."""
+
+    whole = train(tmp_path / "1", toys.plain_toy)
+    sliced = train(tmp_path / "4", toys.plain_toy, replace(CONFIG, accumulation=4))
+    for ours, theirs in zip(sliced.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(toys.measured(tmp_path / "4"), toys.measured(tmp_path / "1"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"largest", "held_out_largest"}:  # a mean of largests is not the largest
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    train(tmp_path / "1", toys.plain_toy, replace(CONFIG, accumulation=2))  # no other run: it is finished
+
+
+@pytest.mark.parametrize(("family", "kind"), toys.KINDS)
+def test_gradient_checkpointing_changes_memory_only(tmp_path, family, kind, monkeypatch):
+    train(tmp_path / "kept", lambda: toys.make(family, kind))
+    again, counted = fit_file.checkpoint, []
+    monkeypatch.setattr(fit_file, "checkpoint", lambda *a, **k: counted.append(1) or again(*a, **k))
+    train(tmp_path / "again", lambda: toys.make(family, kind), replace(CONFIG, gradient_checkpointing=True))
+    assert len(counted) >= CONFIG.steps
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "kept")
+
+
+def test_gradient_checkpointing_is_refused_where_there_are_no_blocks(tmp_path):
+    with pytest.raises(UserError, match="toy has no blocks to compute again; leave --gradient-checkpointing out"):
+        train(tmp_path, config=replace(CONFIG, gradient_checkpointing=True))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the product catches it."""
+
+
+class KilledRows(Signalling):
+    def __getitems__(self, rows):
+        if self.batches == self.at:
+            raise Killed
+        self.batches += 1
+        return self.rows.__getitems__(rows)
+
+
+@pytest.mark.parametrize("at", [2, 5, 8, 11])
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, at):
+    """Before the first saved state too: what was measured since the last one is forgotten and measured again."""
+    train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", wrap=lambda rows: KilledRows(rows, at))
+    (tmp_path / "killed" / METRICS_NAME).open("a").write('{"step": 7, "lo')  # a line cut short
+    train(tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("saved_before", [0, 1])
+def test_a_kill_between_model_and_state_does_no_harm(tmp_path, saved_before):
+    train(tmp_path / "whole")
+    run, saves = Run(tmp_path / "killed", {"settings": "same"}), []
+    save = run.states.save
+
+    def killed_at_last(step, state, **keep):
+        saves.append(step)
+        if len(saves) > saved_before:
+            raise Killed
+        save(step, state, **keep)
+
+    run.states.save = killed_at_last
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", run=run)
+    assert Run(tmp_path / "killed", {"settings": "same"}).step < saves[-1]
+    train(tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_a_signal_during_the_last_report_is_not_lost(tmp_path):
+    def interrupt(done, _model):
+        if done == CONFIG.steps:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="after step 12 of 12"):
+        train(tmp_path, on_report=interrupt)
+    assert Run(tmp_path, {"settings": "same"}).step == CONFIG.steps
+
+
+def test_reports_come_on_time_with_the_averaged_weights_in_evaluation_mode(tmp_path):
+    seen, (model, objective, rows, held_out) = [], toys.toy()
+
+    def report(done, model):
+        seen.append((done, model.training, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+
+    fit(
+        accelerator("fp32"),
+        toys.one_phase(objective),
+        rows,
+        CONFIG,
+        model=model,
+        run=Run(tmp_path, {}),
+        held_out=held_out,
+        on_report=report,
+    )
+    assert [(done, training) for done, training, _ in seen] == [(4, False), (8, False), (12, False)]
+    saved = load_file(tmp_path / WEIGHTS_NAME)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in seen[-1][2].items())
+    assert not torch.equal(saved["net.0.weight"], model.state_dict()["net.0.weight"])
+    assert model.training
+    lines = outcome(tmp_path)[3]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [4, 8, 12]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    model.load_state_dict(saved)
+    again = evaluate(accelerator("fp32"), objective.eval(), held_out, CONFIG)
+    assert again["held_out_loss"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-5)
+
+
+def test_more_workers_change_nothing(tmp_path):
+    train(tmp_path / "none")
+    train(tmp_path / "one", config=replace(CONFIG, workers=1))
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "none")
+
+
+def test_a_later_phase_does_not_see_the_gradients_of_an_earlier_one(tmp_path):
+    """As in a GAN: the generator's loss goes through the discriminator, which another optimiser trains."""
+
+    class Half(nn.Module):
+        def __init__(self, both, first):
+            super().__init__()
+            self.both, self.first = both, first
+
+        def forward(self, batch):
+            a, b = self.both.net[0].weight.sum(), self.both.net[3].weight.sum()
+            loss = (a * b + 3 * a if self.first else (a.detach() * b - 1).square()) + 0 * batch["x"].sum()
+            return loss, {"a": a.detach()}
+
+    def sgd(layer):
+        return torch.optim.SGD(layer.parameters(), lr=0.01)
+
+    model, _, rows, _ = toys.toy()
+    phases = [
+        Phase("one", Half(model, first=True), sgd(model.net[0])),
+        Phase("two", Half(model, first=False), sgd(model.net[3])),
+    ]
+    config = FitConfig(steps=3, batch_size=2, warmup_steps=0, decay_fraction=0.0, clip_norm=1e9, log_steps=1)
+    a, b = model.net[0].weight.detach().double().clone(), model.net[3].weight.detach().double().clone()
+    fit(accelerator("fp32"), phases, rows, config, model=model, run=Run(tmp_path, {}))
+    for _ in range(3):
+        a -= 0.01 * (b.sum() + 3)
+        b -= 0.01 * 2 * (a.sum() * b.sum() - 1) * a.sum()
+    torch.testing.assert_close(model.net[0].weight.double(), a, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.net[3].weight.double(), b, rtol=1e-5, atol=1e-6)
+    assert {"one/loss", "two/loss", "one/a", "two/gradient_norm"} <= outcome(tmp_path)[3][0].keys()
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    several = create_autospec(Accelerator, instance=True, num_processes=3, process_index=0)
+    with pytest.raises(UserError, match=r"a batch of 8 does not divide among 3 processes; change --batch-size$"):
+        train(tmp_path, process=several)
+    with pytest.raises(UserError, match="among 1 processes of 3 slices; change --batch-size or --accumulation"):
+        train(tmp_path, config=replace(CONFIG, accumulation=3))
+
+
+def test_the_best_state_stays_and_loads(tmp_path, monkeypatch):
+    """By the held-out loss, whatever came after it."""
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(checkpoints_and_logs, "evaluate", lambda *_: {"held_out_loss": next(losses)})
+    train(tmp_path, config=replace(CONFIG, save_steps=2, keep_states=1))
+    assert Run(tmp_path, {"settings": "same"}).states.steps() == [8, 12]
+    assert json.loads((tmp_path / "states" / "step_00000008" / CONFIG_NAME).read_text())["provenance"]["steps"] == 8
+    monkeypatch.undo()
+    assert Run(tmp_path, {"settings": "same"}).state()["best"] == [1.0, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("log_steps", 0),
+        ("report_steps", 0),
+        ("save_steps", -1),
+        ("keep_states", 0),
+        ("accumulation", 0),
+        ("stall_seconds", -1),
+        ("warmup_steps", -1),
+        ("weight_decay", -0.1),
+        ("workers", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("clip_norm", 0.0),
+        ("decay_fraction", 1.5),
+        ("ema_decay", 1.0),
+        ("seed", 2**63),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(UserError, match=f"{name} .*{value}"):
+        FitConfig(**{name: value})

@@ -1,0 +1,215 @@
+"""Steps that must not count, going back, stops agreed on, and errors of the machine in one line."""
+
+import contextlib
+import gc
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+
+import jaxtyping
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers import toys
+from helpers.toys import CONFIG, Bad, train
+from safetensors.torch import load_file
+
+from smalti.core.errors import OneProcessError, UserError
+from smalti.core.models import WEIGHTS_NAME
+from smalti.training.nan_and_stalls import Buffers, Health, explained, poisoned
+from smalti.training.optimizers import Together, make_optimizer, step_unless_on_device
+from smalti.training.run_folder import Run
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_batch_changes_nothing_but_its_count(tmp_path, value):
+    """Weights, averages, running statistics and the optimiser's state: as if the step had trained nothing."""
+    seen = []
+
+    class Watching(Bad):
+        def __getitems__(self, rows):
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return super().__getitems__(rows)
+
+    def make():
+        nonlocal model
+        model, *rest = toys.toy()
+        return model, *rest
+
+    model = None
+    train(tmp_path, make, wrap=lambda rows: Watching(rows, {4}, value))
+    assert all(torch.equal(seen[4][name], tensor) for name, tensor in seen[5].items())
+    assert not torch.equal(seen[5]["net.0.weight"], seen[6]["net.0.weight"])
+    lines = [line for line in toys.measured(tmp_path) if "skipped_steps" in line]
+    assert [line["skipped_steps"] for line in lines] == [0] * 4 + [1] * 8
+    assert ["loss" in line for line in lines] == [step != 5 for step in range(1, 13)]
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / WEIGHTS_NAME).values())
+
+
+def test_a_run_that_was_killed_after_a_bad_batch_still_counts_it(tmp_path):
+    def die_at_8(done, _model):
+        assert done != 8
+
+    train(tmp_path / "whole", wrap=lambda rows: Bad(rows, {3}))
+    with pytest.raises(AssertionError):
+        train(tmp_path / "killed", wrap=lambda rows: Bad(rows, {3}), on_report=die_at_8)
+    train(tmp_path / "killed")  # from step 5 on
+    assert toys.outcome(tmp_path / "killed") == toys.outcome(tmp_path / "whole")
+
+
+def test_after_many_bad_steps_the_weights_of_an_earlier_state_come_back(tmp_path, capsys):
+    """Weights that give no finite loss whatever the rows: the state from before they broke mends them."""
+    config = replace(CONFIG, steps=40, ema_decay=0.0)
+
+    class Breaking(Bad):
+        def __getitems__(self, rows):
+            if self.batches == 7:
+                with torch.no_grad():
+                    model.net[0].weight.fill_(math.nan)
+            return super().__getitems__(rows)
+
+    def make():
+        nonlocal model
+        model, *rest = toys.toy()
+        return model, *rest
+
+    model = None
+    train(tmp_path, make, config, wrap=lambda rows: Breaking(rows, ()))
+    assert "in the last 10 of 17 steps: taking the weights of step 5" in capsys.readouterr().err
+    lines = [line for line in toys.measured(tmp_path) if "skipped_steps" in line]
+    assert lines[-1]["skipped_steps"] == 10
+    assert ["loss" in line for line in lines] == [True] * 7 + [False] * 10 + [True] * 23
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / WEIGHTS_NAME).values())
+
+
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_where_going_back_does_not_help_the_run_ends_in_one_line(tmp_path, from_the_start, capsys):
+    config = replace(CONFIG, steps=90, save_steps=5)
+    first = 0 if from_the_start else 11
+    with pytest.raises(UserError, match=r"no loss or gradient .* no earlier state is left.*--resume never") as caught:
+        train(tmp_path, config=config, wrap=lambda rows: Bad(rows, range(first, 90)))
+    assert "\n" not in str(caught.value)
+    assert ("taking the weights" in capsys.readouterr().err) != from_the_start
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "plain sgd"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_step_is_skipped_on_the_device_without_a_look(name, steps_before):
+    """What runs on GPUs, here on the CPU: bad steps leave no trace, and good ones are the optimiser's own."""
+
+    def run(bad_steps):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9 if name == "sgd" else 0)
+        optimizer = sgd if "sgd" in name else make_optimizer(net, name, learning_rate=0.01, weight_decay=0.1)
+        for step in range(4 + len(bad_steps)):
+            net.zero_grad()
+            loss = net(torch.full((5, 3), 0.5 + step - sum(bad < step for bad in bad_steps))).square().sum()
+            bad = torch.tensor(step in bad_steps)
+            (loss * math.nan if step in bad_steps else loss).backward()
+            for part in optimizer.parts if isinstance(optimizer, Together) else [optimizer]:
+                step_unless_on_device(part, bad)
+        return [parameter.detach() for parameter in net.parameters()]
+
+    for ours, theirs in zip(run([steps_before, steps_before + 1]), run([]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_loss_that_is_not_finite_poisons_every_gradient_and_others_none():
+    weight = torch.tensor([2.0, 3.0], requires_grad=True)
+    for constant, finite in [(0.0, True), (math.nan, False), (math.inf, False)]:
+        (gradient,) = torch.autograd.grad(poisoned((weight**2).sum() + constant), weight)
+        assert gradient.isfinite().all() == finite
+    assert torch.equal(torch.autograd.grad(poisoned((weight**2).sum()), weight)[0], 2 * weight.detach())
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_buffers_come_back(bad):
+    net = torch.nn.BatchNorm1d(2)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    kept = Buffers(net)
+    kept.keep()
+    net(torch.randn(4, 2))
+    kept.put_back(torch.tensor(bad))
+    assert all(torch.equal(before[name], buffer) == bad for name, buffer in net.named_buffers())
+
+
+def test_skipped_steps_are_counted_in_all_and_in_a_row():
+    health = Health(torch.device("cpu"))
+    found = []
+    for bad in (0, 1, 1, 0, 1):
+        health.count(torch.tensor(bool(bad)))
+        found.append(health.read())
+    assert found == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), None])
+def test_full_memory_says_what_to_lower(tmp_path, error):
+    class Greedy:
+        def __len__(self):
+            return 9
+
+        def __getitems__(self, rows):
+            if error:
+                raise error
+            return {"x": torch.empty(2**55)}  # the allocator's own error
+
+    with pytest.raises(OneProcessError, match=r"memory of cpu is full; give --accumulation 4 .*--batch-size") as caught:
+        train(tmp_path, config=replace(CONFIG, accumulation=2), wrap=lambda _rows: Greedy())
+    assert "--gradient-checkpointing" in str(caught.value)
+
+
+def test_a_bug_is_not_taken_for_full_memory():
+    with pytest.raises(RuntimeError, match="shapes differ"), explained(torch.device("cpu"), ["nothing"]):
+        raise RuntimeError("shapes differ")
+
+
+def test_a_worker_that_dies_while_it_sends_is_one_line_too():
+    def receive():
+        torch.set_grad_enabled(False)  # as where the news comes between the lines of a no_grad
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    with (
+        pytest.raises(OneProcessError, match=r"prepares batches died \(.*reset by peer.*fewer --workers"),
+        explained(torch.device("cpu"), ["nothing"]),
+    ):
+        receive()
+    assert torch.is_grad_enabled()
+
+
+def test_a_worker_that_dies_is_one_line_and_the_state_stands(tmp_path, monkeypatch):
+    """Without the tests' checks of shapes: the news comes as a signal, and amid a check would count as its failure."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+    class Dying:
+        def __init__(self, rows):
+            self.rows, self.parent = rows, os.getpid()
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitems__(self, rows):
+            if os.getpid() != self.parent and 17 in rows:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.rows.__getitems__(rows)
+
+    config = replace(CONFIG, workers=1, save_steps=1)
+    with pytest.raises(OneProcessError, match=r"prepares batches died \(.*fewer --workers") as caught:
+        train(tmp_path, config=config, wrap=Dying)
+    assert "\n" not in str(caught.value)
+    with contextlib.suppress(RuntimeError):  # the news may come again, as a signal, while torch knows the worker
+        del caught
+        gc.collect()
+        time.sleep(0.2)
+    config = replace(config, workers=0)
+    train(tmp_path, config=config)
+    train(tmp_path / "whole", config=config)
+    assert toys.outcome(tmp_path) == toys.outcome(tmp_path / "whole")
+    assert Run(tmp_path, {"settings": "same"}).step == CONFIG.steps

@@ -1,0 +1,130 @@
+"""Kept states: which stay, which damage is seen, and that a disk or a kill in the middle costs none of the others."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
+from smalti.training.snapshots import DIGESTS_NAME, STATE_NAME, States
+
+STATE = {"step": 3, "weights": torch.arange(1000.0), "more": [1, 0.5, "text", None]}
+
+
+@pytest.fixture
+def states(tmp_path):
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        (tmp_path / name).write_text("a model")
+    return States(tmp_path)
+
+
+def files(states):
+    return {path: path.read_bytes() for path in states.folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [(1, None, [4]), (2, None, [3, 4]), (2, 1, [1, 3, 4]), (2, 3, [3, 4]), (9, None, [1, 2, 3, 4])],
+)
+def test_the_newest_stay_and_the_best(states, keep, best, left):
+    for step in (1, 2, 3, 4):
+        states.save(step, STATE, keep=keep, best=best)
+    assert states.steps() == left
+    assert states.newest(speak=False) == 4
+    loaded = states.load(4)
+    assert torch.equal(loaded.pop("weights"), STATE["weights"])
+    assert loaded == {name: value for name, value in STATE.items() if name != "weights"}
+    assert (states.path(4) / WEIGHTS_NAME).read_text() == "a model"
+
+
+def test_a_state_is_replaced_by_one_of_the_same_step(states):
+    states.save(4, {"v": 1}, keep=2, best=None)
+    states.save(4, {"v": 2}, keep=2, best=None)
+    assert states.load(4) == {"v": 2}
+    assert [path.name for path in states.folder.iterdir()] == ["step_00000004"]
+
+
+@given(data=st.data())
+def test_any_flipped_bit_and_any_cut_is_seen(tmp_path_factory, data):
+    """Of every file, the list of digests too, where a flip may leave valid JSON of other digests or names."""
+    folder = tmp_path_factory.mktemp("states")
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        (folder / name).write_text("a model")
+    states = States(folder)
+    states.save(1, {"v": 1}, keep=2, best=None)
+    states.save(2, STATE, keep=2, best=None)
+    file = states.path(2) / data.draw(st.sampled_from([STATE_NAME, WEIGHTS_NAME, CONFIG_NAME]))
+    content = bytearray(file.read_bytes())
+    if data.draw(st.booleans()):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    file.write_bytes(content)
+    assert states.newest(speak=False) == 1
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / STATE_NAME).unlink(),
+        lambda folder: (folder / DIGESTS_NAME).unlink(),
+        lambda folder: (folder / DIGESTS_NAME).write_text('{"sha256": {"state'),
+        lambda folder: (folder / DIGESTS_NAME).write_text("[]"),
+        lambda folder: (folder / DIGESTS_NAME).write_text('{"sha256": 5}'),
+        lambda folder: (folder / DIGESTS_NAME).write_text('{"sha256": {}}'),
+        lambda folder: (folder / DIGESTS_NAME).write_bytes(b"\xff"),
+    ],
+)
+def test_a_state_with_files_missing_or_senseless_is_damaged(states, harm, capsys):
+    states.save(1, STATE, keep=3, best=None)
+    states.save(2, STATE, keep=3, best=None)
+    harm(states.path(2))
+    assert states.newest(speak=True) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    shutil.rmtree(states.path(1))
+    assert states.newest(speak=False) is None
+
+
+@pytest.mark.parametrize("full", ["patched", "limit"])
+def test_a_disk_that_fills_costs_no_state(states, full, monkeypatch):
+    """ENOSPC while the state is written, or a limit on the size of files, which the kernel enforces."""
+    states.save(1, STATE, keep=1, best=None)
+    before = files(states)
+    if full == "patched":
+
+        def no_space(_state, file):
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+        monkeypatch.setattr(torch, "save", no_space)
+        with pytest.raises(OSError, match="No space") as caught:
+            states.save(2, STATE, keep=1, best=None)
+        assert caught.value.errno == errno.ENOSPC
+    else:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            with pytest.raises(OSError, match="too large") as caught:
+                states.save(2, STATE, keep=1, best=None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.errno == errno.EFBIG
+    assert files(states) == before
+    assert states.newest(speak=False) == 1
+
+
+def test_what_a_kill_left_is_no_state_and_in_nobodys_way(states):
+    states.save(1, STATE, keep=2, best=None)
+    for litter in (".step_00000002.partial", ".step_00000001.removed"):
+        (states.folder / litter).mkdir()
+        (states.folder / litter / STATE_NAME).write_text("half")
+    assert states.steps() == [1]
+    states.save(2, STATE, keep=1, best=None)
+    assert [path.name for path in states.folder.iterdir()] == ["step_00000002"]
+    assert json.loads((states.path(2) / DIGESTS_NAME).read_text())["step"] == 2

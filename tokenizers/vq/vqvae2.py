@@ -1,0 +1,146 @@
+"""VQ-VAE-2: codes at several resolutions, each level conditioned on the coarser ones. The codebooks are `linked.py`'s.
+
+Legend: b batch, c channels, h w image or grid, d code width, l level, the coarsest first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from smalti.core.codes import Codes, Layout, Level
+from smalti.core.errors import UserError
+from smalti.core.models import register
+from smalti.tokenizers.base import TokenizerOutput
+from smalti.tokenizers.layers import conv
+from smalti.tokenizers.layers.strips import in_bounded_memory
+from smalti.tokenizers.quantizers.linked import LinkedQuantizer
+from smalti.tokenizers.vq.vqvae import VQConfig, VQFamily
+
+
+@dataclass(frozen=True)
+class VQVAE2Config(VQConfig):
+    """Settings of a VQ-VAE-2. The defaults make 8x8 codes under 4x4 codes, each of 512."""
+
+    codebook_size: int = 512
+    """Codewords of each level."""
+    levels: int = 2
+    """Resolutions of codes, 2 or 3: the finest at 1 / 2**stages of the image's size, the next at half of that."""
+
+
+@register
+class VQVAE2(VQFamily):
+    """VQ-VAE-2 (arXiv 1906.00446, Algorithm 1 and Fig. 2).
+
+    The coarsest level is quantized first. What the decoder of one level makes of it and of those above is what the next
+    finer level adds to its own features before it is quantized; the image is decoded from all levels, brought to the
+    size of the finest.
+
+    Raises:
+        UserError: for other than two or three levels, or as `VQFamily` and `LinkedQuantizer` do.
+    """
+
+    kind: ClassVar[str] = "vqvae2"
+    config_class: ClassVar[type] = VQVAE2Config
+
+    def __init__(self, config: VQVAE2Config) -> None:
+        if config.levels not in (2, 3):
+            raise UserError(f"levels must be 2 or 3, got {config.levels}; --tokenizer vqvae has one")
+        super().__init__(config, downsampling=2 ** (len(config.widths) + config.levels - 1))
+        width, d, finer = config.widths[-1], config.code_width, range(config.levels - 1)
+        shape = {"residual_blocks": config.residual_blocks}
+        image = {"image_channels": config.image_channels, "widths": config.widths, **shape}
+        half = {"image_channels": width, "widths": (width,), **shape}  # of one level's features: half the size
+        self.encoder = conv.encoder(**image, code_width=width)
+        self.encoders = nn.ModuleList(conv.encoder(**half, code_width=width) for _ in finer)  # finest first
+        self.to_code = nn.ModuleList(
+            nn.Conv2d(width if coarsest else 2 * width, d, 1) for coarsest in (True, *(False for _ in finer))
+        )
+        self.quantizers = nn.ModuleList(
+            self.quantizer_of(depth=1, branching=config.codebook_size) for _ in range(config.levels)
+        )
+        self.conditions = nn.ModuleList(conv.decoder(**half, code_width=(1 + level) * d) for level in finer)
+        self.upsamplings = nn.ModuleList(
+            nn.ConvTranspose2d((1 + level) * d, (1 + level) * d, 4, 2, 1) for level in finer
+        )
+        self.decoder = conv.decoder(**image, code_width=config.levels * d)
+        # convolutions are 1.3-2x faster so, on CPUs and GPUs
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
+
+    @property
+    def layout(self) -> Layout:
+        """`levels` levels of `codebook_size` codes, each twice as high and wide as the one before."""
+        height, width = self.config.height // self.downsampling, self.config.width // self.downsampling
+        grids = ((height * 2**level, width * 2**level) for level in range(self.config.levels))
+        return Layout(tuple(Level(h, w, radices=(self.config.codebook_size,)) for h, w in grids))
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:
+        """See `TokenizerOutput`; the losses are `reconstruction` and the sums over levels of `LinkedQuantizer`'s."""
+        outputs = []
+
+        def quantize(quantizer: LinkedQuantizer, z_e: Tensor) -> Tensor:
+            outputs.append(quantizer(z_e))
+            return outputs[-1].z_q
+
+        reconstruction = self.decoder(self._descend(images, quantize)).float()
+        losses = {"reconstruction": F.mse_loss(reconstruction, images)}
+        for name in outputs[0].losses:
+            losses[name] = torch.stack([output.losses[name] for output in outputs]).sum()
+        return TokenizerOutput(reconstruction, tuple(output.codes for output in outputs), losses)
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
+        """See `Tokenizer.encode`."""
+        codes: list[Tensor] = []
+
+        def quantize(quantizer: LinkedQuantizer, z_e: Tensor) -> Tensor:
+            codes.append(quantizer.encode(z_e))
+            return quantizer.lookup(codes[-1])
+
+        self._descend(images, quantize)
+        return tuple(codes)
+
+    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
+        """See `Tokenizer.decode`."""
+        looked_up = [quantizer.lookup(grid, digits) for quantizer, grid in zip(self._quantizers, codes, strict=True)]
+        combined = looked_up[0]
+        for upsampling, z_q in zip(self.upsamplings, looked_up[1:], strict=True):
+            combined = torch.cat([upsampling(combined), z_q], 1)
+        return in_bounded_memory(self.decoder, combined).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
+        """Codebooks at the k-means centres of what untrained networks make of these images, if the config says so.
+
+        The coarsest first, as the next level is conditioned on what it says.
+        """
+
+        def quantize(quantizer: LinkedQuantizer, z_e: Tensor) -> Tensor:
+            quantizer.start_from(z_e)
+            return quantizer.lookup(quantizer.encode(z_e))
+
+        if self.config.kmeans_start:
+            self._descend(images, quantize)
+
+    @property
+    def _quantizers(self) -> list[LinkedQuantizer]:
+        """The coarsest level's first."""
+        return [cast(LinkedQuantizer, quantizer) for quantizer in self.quantizers]
+
+    def _descend(self, images: Tensor, quantize: Callable[[LinkedQuantizer, Tensor], Tensor]) -> Tensor:
+        """From the coarsest level to the finest, each by `quantize`; what the decoder takes, (b, levels * d, h, w)."""
+        features = [in_bounded_memory(self.encoder, self.prepared(images))]
+        for encoder in self.encoders:
+            features.insert(0, encoder(features[0]))
+        combined = quantize(self._quantizers[0], self.to_code[0](features[0]))
+        finer = zip(
+            features[1:], self.conditions, self.upsamplings, self.to_code[1:], self._quantizers[1:], strict=True
+        )
+        for feature, condition, upsampling, to_code, quantizer in finer:
+            z_q = quantize(quantizer, to_code(torch.cat([feature, condition(combined)], 1)))
+            combined = torch.cat([upsampling(combined), z_q], 1)
+        return combined
