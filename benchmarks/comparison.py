@@ -16,7 +16,7 @@ class Measured(float):
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One way to do the work.
 
     Attributes:
@@ -63,7 +63,7 @@ class Comparison:
     """
 
     path: str
-    ways: Sequence[Way]
+    variants: Sequence[Variant]
     readable: Callable[[float], str] = in_seconds
     varies: bool = True
 

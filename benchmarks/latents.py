@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from smalti.benchmarks.comparison import Comparison, Measured, Way, in_mebibytes
+from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
 from smalti.commands.build_latents import BuildLatents, decoded, encode, encode_block, job_of
 from smalti.core.codes import Codes, Layout, Level
 from smalti.core.devices import best_device
@@ -96,11 +96,11 @@ def reading(folder: Path, *, rows: int, side: int, batch: int, batches: int) -> 
     return Comparison(
         f"random batch of {batch} rows, {side}×{side} codes, {rows} rows",
         (
-            Way("smalti, memory map (with labels and row numbers)", every(mapped.__getitems__), batches),
-            Way("smalti, resident on the device", every(resident.__getitems__), batches),
-            Way("h5py, row by row", every(lambda numbers: wide(np.stack([stored[n] for n in numbers]))), batches),
-            Way("datasets, Arrow table", every(lambda numbers: wide(table[numbers]["codes_0"])), batches),
-            Way("limit: numpy.memmap", every(lambda numbers: wide(bare[numbers])), batches, READ_TARGET),
+            Variant("smalti, memory map (with labels and row numbers)", every(mapped.__getitems__), batches),
+            Variant("smalti, resident on the device", every(resident.__getitems__), batches),
+            Variant("h5py, row by row", every(lambda numbers: wide(np.stack([stored[n] for n in numbers]))), batches),
+            Variant("datasets, Arrow table", every(lambda numbers: wide(table[numbers]["codes_0"])), batches),
+            Variant("limit: numpy.memmap", every(lambda numbers: wide(bare[numbers])), batches, READ_TARGET),
         ),
     )
 
@@ -125,8 +125,8 @@ def building(folder: Path, *, rows: int, config: HRVQConfig) -> Comparison:
     return Comparison(
         f"building, a row ({settings.batch_size} at once, {settings.workers} workers, {rows} in all)",
         (
-            Way("smalti", build, rows),
-            Way("limit: decoding, encoder and search alone", bare_loop, rows, BUILD_TARGET),
+            Variant("smalti", build, rows),
+            Variant("limit: decoding, encoder and search alone", bare_loop, rows, BUILD_TARGET),
         ),
     )
 
@@ -148,8 +148,8 @@ def memory(folder: Path, *, rows: tuple[int, int]) -> Comparison:
     return Comparison(
         f"peak memory of building {many} rows",
         (
-            Way("smalti", lambda: peak(many)),
-            Way(f"limit: that of {few} rows and 100 MiB", lambda: peak(few, MEMORY_ALLOWANCE_BYTES), target=1.0),
+            Variant("smalti", lambda: peak(many)),
+            Variant(f"limit: that of {few} rows and 100 MiB", lambda: peak(few, MEMORY_ALLOWANCE_BYTES), target=1.0),
         ),
         readable=in_mebibytes,
         varies=False,

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from smalti.benchmarks.comparison import Comparison, Measured, Way, in_mebibytes
+from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
 from smalti.benchmarks.priors import random_codes, shape_of, ways_to_draw
 from smalti.benchmarks.training import timed_fit
 from smalti.commands.presets import f32_megapixel
@@ -66,7 +66,7 @@ def _sampling(
         )
 
         decoding = partial(decode, random_codes(network, batch))
-        yield Comparison(f"decoding a {of} image, {batch} at once", (Way("smalti", decoding, batch),))
+        yield Comparison(f"decoding a {of} image, {batch} at once", (Variant("smalti", decoding, batch),))
         yield _peak(f"decoding {batch} of {of}, the prior in memory too", {"smalti": decoding})
 
 
@@ -78,7 +78,7 @@ def _training(config: VQGANConfig, batches: Sequence[int], steps: int) -> Iterat
     process = accelerator("auto")
     for batch in batches:
         rows = RandomImages(batch, config.height, config.width)
-        ways: dict[str, Callable[[], Measured]] = {}
+        variants: dict[str, Callable[[], Measured]] = {}
         for again in (True, False) if batch == min(batches) else (True,):
             fit_config = FitConfig(steps=steps, batch_size=batch, gradient_checkpointing=again)
 
@@ -87,13 +87,13 @@ def _training(config: VQGANConfig, batches: Sequence[int], steps: int) -> Iterat
                 seconds = timed_fit(process, model, model.phases(fit_config), rows, fit_config)
                 return Measured(seconds / fit_config.batch_size)
 
-            ways["smalti, --gradient-checkpointing" if again else "smalti"] = train
+            variants["smalti, --gradient-checkpointing" if again else "smalti"] = train
         of = f"{batch} of {config.height}×{config.width}"
-        yield Comparison(f"training on {of}, an image", [Way(name, work) for name, work in ways.items()])
-        yield _peak(f"training on {of}", ways)
+        yield Comparison(f"training on {of}, an image", [Variant(name, work) for name, work in variants.items()])
+        yield _peak(f"training on {of}", variants)
 
 
-def _peak(of: str, ways: dict[str, Callable[[], Any]]) -> Comparison:
+def _peak(of: str, variants: dict[str, Callable[[], Any]]) -> Comparison:
     """The most memory while each runs: on a CUDA device that of tensors, elsewhere that of the process so far."""
 
     def peak(work: Callable[[], Any]) -> Measured:
@@ -103,7 +103,7 @@ def _peak(of: str, ways: dict[str, Callable[[], Any]]) -> Comparison:
         work()
         return Measured(peak_memory_bytes(best_device()))
 
-    taken = [Way(name, partial(peak, work)) for name, work in ways.items()]
+    taken = [Variant(name, partial(peak, work)) for name, work in variants.items()]
     return Comparison(f"{of}: peak memory", taken, readable=in_mebibytes, varies=False)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalti.benchmarks.comparison import Comparison, Measured, Way, in_mebibytes
+from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
 from smalti.core.devices import Precision, autocast, best_device
 from smalti.core.randomness import Stream, derive, row_seeds, uniform
 from smalti.priors.base import CausalPrior, CodePrior
@@ -69,8 +69,8 @@ def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterat
         yield Comparison(
             f"prior, loss and gradients of a batch of {batch}, {precision}",
             (
-                Way("smalti, SUNDAE", lambda precision=precision: ours(precision)),
-                Way(f"limit: features alone, {unrolled} times", lambda precision=precision: body(precision)),
+                Variant("smalti, SUNDAE", lambda precision=precision: ours(precision)),
+                Variant(f"limit: features alone, {unrolled} times", lambda precision=precision: body(precision)),
             ),
         )
     yield optimizers(Hourglass(config).to(device))
@@ -87,7 +87,11 @@ def optimizers(network: Hourglass) -> Comparison:
     theirs = torch.optim.Muon(ours.param_groups[0]["params"], lr=MUON_TIMES * 1e-3, adjust_lr_fn="match_rms_adamw")
     return Comparison(
         "an optimiser's step of the same prior",
-        (Way("smalti, Muon", ours.step), Way("torch, Muon", theirs.step), Way("limit: torch, AdamW fused", adamw.step)),
+        (
+            Variant("smalti, Muon", ours.step),
+            Variant("torch, Muon", theirs.step),
+            Variant("limit: torch, AdamW fused", adamw.step),
+        ),
     )
 
 
@@ -115,7 +119,7 @@ def hourglass(*, batch: int = 4, side: int = 32, width: int = 256, blocks: int =
     yield Comparison(
         f"loss and gradients of {batch} grids of {side}×{side}, width {width}",
         [
-            Way(f"{name}, {size:.3f} M", partial(step, network), target=SHORTER_TARGET if number else None)
+            Variant(f"{name}, {size:.3f} M", partial(step, network), target=SHORTER_TARGET if number else None)
             for number, (name, size, network) in enumerate(zip(names, sizes, networks, strict=True))
         ],
     )
@@ -161,10 +165,10 @@ def head(
 
     of = f"head of {'·'.join(map(str, radices))} leaves, {positions} positions of width {width}"
     names = {"smalti, digit by digit": ours, "one softmax over all": flat}
-    yield Comparison(f"{of}, loss and gradients", [Way(name, partial(work, of)) for name, of in names.items()])
+    yield Comparison(f"{of}, loss and gradients", [Variant(name, partial(work, of)) for name, of in names.items()])
     yield Comparison(
         f"{of}, kept for the gradients",
-        [Way(name, partial(kept, of)) for name, of in names.items()],
+        [Variant(name, partial(kept, of)) for name, of in names.items()],
         readable=in_mebibytes,
         varies=False,
     )
@@ -194,7 +198,7 @@ def head_of_pixelcnn(batch: int, config: PixelCNNConfig) -> Comparison:
     return Comparison(
         f"training step of a PixelCNN, {batch} grids of {config.height}×{config.width}, "
         f"{'·'.join(map(str, config.radices))} leaves",
-        [Way("smalti, digit by digit", stepping(config)), Way("one softmax over all", stepping(flat))],
+        [Variant("smalti, digit by digit", stepping(config)), Variant("one softmax over all", stepping(flat))],
     )
 
 
@@ -225,7 +229,7 @@ def shape_of(config: HourglassConfig) -> str:
 
 def ways_to_draw(
     network: Hourglass, batch: int, steps: int, *, units: int, target: float | None = None, compiled: bool
-) -> list[Way]:
+) -> list[Variant]:
     """So many steps of SUNDAE's sampler, beside as many bare passes and, if `compiled`, itself as one program."""
     device = network.head.weight.device
     codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
@@ -241,9 +245,9 @@ def ways_to_draw(
             for _ in range(steps):
                 F.linear(network.features(codes), network.head.weight, network.head.bias)
 
-    program = [Way("smalti, --compile", partial(ours, replace(chain, compile=True)), units)] if compiled else []
-    limit = Way("limit: features and the logits of every node", forward, units, target=target)
-    return [Way("smalti", partial(ours, chain), units), limit, *program]
+    program = [Variant("smalti, --compile", partial(ours, replace(chain, compile=True)), units)] if compiled else []
+    limit = Variant("limit: features and the logits of every node", forward, units, target=target)
+    return [Variant("smalti", partial(ours, chain), units), limit, *program]
 
 
 def ancestral(
@@ -266,12 +270,12 @@ def ancestral(
         yield Comparison(
             f"codes of a {side}x{side} grid drawn one by one, a position of {batch} samples",
             (
-                Way(
+                Variant(
                     "smalti",
                     partial(sample_ancestral, network, known=codes, known_mask=nothing, seeds=seeds),
                     side * side,
                 ),
-                Way(
+                Variant(
                     f"the whole grid anew for each position ({positions} of {side * side} timed)",
                     partial(sample_naively, network, codes, rest, seeds, AncestralSampling()),
                     positions,

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from smalti.benchmarks import latents, megapixel, priors, strips, training
-from smalti.benchmarks.comparison import Comparison, Measured, Way, synchronize
+from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.core.provenance import machine
@@ -78,22 +78,22 @@ def benchmark(config: Benchmark) -> None:
 
 def medians(comparison: Comparison, repetitions: int) -> list[float]:
     """What was measured of each way, seconds a unit for most."""
-    found: list[list[float]] = [[] for _ in comparison.ways]
+    found: list[list[float]] = [[] for _ in comparison.variants]
     for turn in range(repetitions + 1 if comparison.varies else 1):
-        for way, results in zip(comparison.ways, found, strict=True):
-            measured = clock(way)
+        for variant, results in zip(comparison.variants, found, strict=True):
+            measured = clock(variant)
             if turn or not comparison.varies:
                 results.append(measured)
     return [statistics.median(results) for results in found]
 
 
-def clock(way: Way) -> float:
+def clock(variant: Variant) -> float:
     """Seconds a unit of one call, or what it measured itself."""
     synchronize()
     start = time.perf_counter()
-    result = way.work()
+    result = variant.work()
     synchronize()
-    return float(result) if isinstance(result, Measured) else (time.perf_counter() - start) / way.units
+    return float(result) if isinstance(result, Measured) else (time.perf_counter() - start) / variant.units
 
 
 def table(measured: list[tuple[Comparison, list[float]]]) -> str:
@@ -101,10 +101,10 @@ def table(measured: list[tuple[Comparison, list[float]]]) -> str:
     lines = ["| | measured | of ours | target |", "|---|---:|---:|---|"]
     for comparison, seconds in measured:
         lines.append(f"| **{comparison.path}** | | | |")
-        for way, taken in zip(comparison.ways, seconds, strict=True):
+        for variant, taken in zip(comparison.variants, seconds, strict=True):
             ratio = taken / seconds[0]
-            target = f"{way.target:g}×: {'met' if ratio >= way.target else 'missed'}" if way.target else ""
-            lines.append(f"| {way.name} | {comparison.readable(taken)} | {ratio:.3g}× | {target} |")
+            target = f"{variant.target:g}×: {'met' if ratio >= variant.target else 'missed'}" if variant.target else ""
+            lines.append(f"| {variant.name} | {comparison.readable(taken)} | {ratio:.3g}× | {target} |")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 
-from smalti.benchmarks.comparison import Comparison, Measured, Way, in_mebibytes, synchronize
+from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes, synchronize
 from smalti.commands.presets import f32_megapixel
 from smalti.core.config import config_from_json
 from smalti.core.devices import best_device, peak_memory_bytes
@@ -46,7 +46,7 @@ def strips(config: VQGANConfig | None = None, largest_whole: int | None = None) 
         _ways([each["seconds"] for each in told]),
         varies=False,
     )
-    limit = Way("limit: 4 GiB", lambda: Measured(ALLOWED_BYTES), target=1.0)
+    limit = Variant("limit: 4 GiB", lambda: Measured(ALLOWED_BYTES), target=1.0)
     yield Comparison(
         f"{of}: peak memory",
         [*_ways([each["bytes"] for each in told]), limit],
@@ -78,7 +78,7 @@ def _told(place: Path, config: VQGANConfig, largest_whole: int) -> dict[str, Any
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
-def _ways(results: Sequence[float]) -> list[Way]:
+def _ways(results: Sequence[float]) -> list[Variant]:
     """Of what was measured before."""
     names = ("smalti, in strips", "whole")
-    return [Way(name, partial(Measured, result)) for name, result in zip(names, results, strict=True)]
+    return [Variant(name, partial(Measured, result)) for name, result in zip(names, results, strict=True)]

@@ -1,7 +1,7 @@
 """What the benchmark compares: for each hot path our way, the naive one, a peer, and the limit. No clocks but one.
 
 Every section is a generator: what it makes on the disk goes when it is exhausted or closed. Latent sets have a file of
-their own, `benchmark_latents.py`; what a way and a comparison are is in `comparison.py`.
+their own, `benchmark_latents.py`; what a variant and a comparison are is in `comparison.py`.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from smalti.benchmarks.comparison import Comparison, Measured, Way, synchronize
+from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
 from smalti.benchmarks.latents import write_random_latents
 from smalti.core.codes import Level
 from smalti.core.devices import best_device
@@ -59,20 +59,20 @@ def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] 
         yield Comparison(
             f"linked search, {m}³ leaves, {vectors} vectors of width {width}",
             (
-                Way("smalti", lambda books=books: nearest_paths(z, books)),
-                Way(
+                Variant("smalti", lambda books=books: nearest_paths(z, books)),
+                Variant(
                     "flat search, product and argmin in blocks of 8192 vectors",
                     lambda leaves=leaves: plain_flat_search(z, leaves),
                     target=SEARCH_TARGETS.get(m),
                 ),
-                Way(
+                Variant(
                     "flat search tuned: fused sum and minimum, in tiles that the cache holds",
                     lambda leaves=leaves: flat_search(z, leaves, *FLAT_TILE[device.type]),
                 ),
-                Way(
+                Variant(
                     "linked search, gathering each vector's candidates", lambda books=books: gathering_search(z, books)
                 ),
-                Way(
+                Variant(
                     "limit: one matrix product of the linked search's multiply-adds",
                     lambda product=product, all_layers=all_layers: torch.mm(z, all_layers, out=product),
                 ),
@@ -81,7 +81,7 @@ def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] 
         )
 
 
-def peers(vectors: Tensor, branching: int, block: int = 8192) -> list[Way]:
+def peers(vectors: Tensor, branching: int, block: int = 8192) -> list[Variant]:
     """vector-quantize-pytorch, where it is installed: flat search over as many leaves, and as many layers of one
     codebook each, which has no tree of them."""
     try:
@@ -97,8 +97,8 @@ def peers(vectors: Tensor, branching: int, block: int = 8192) -> list[Way]:
         return torch.cat([module(rows[None])[1][0] for rows in vectors.split(block)])
 
     return [
-        Way("vector-quantize-pytorch, VectorQuantize, with its z_q", partial(codes, flat)),
-        Way("vector-quantize-pytorch, ResidualVQ, with its z_q", partial(codes, residual)),
+        Variant("vector-quantize-pytorch, VectorQuantize, with its z_q", partial(codes, flat)),
+        Variant("vector-quantize-pytorch, ResidualVQ, with its z_q", partial(codes, residual)),
     ]
 
 
@@ -152,8 +152,8 @@ def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
             yield Comparison(
                 f"training step of the {name}, batch of {batch}",
                 (
-                    Way("smalti.training.loop", partial(_fit, process, model, objective, data, config)),
-                    Way(
+                    Variant("smalti.training.loop", partial(_fit, process, model, objective, data, config)),
+                    Variant(
                         "limit: forward, backward, optimiser",
                         partial(_bare_loop, process, objective, data, config),
                         target=1 / LARGEST_OVERHEAD,

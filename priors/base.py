@@ -18,7 +18,7 @@ from smalti.priors.conditioning import ClassEmbedding, UpperLevels
 from smalti.priors.head import FactorizedHead
 
 
-class Told(TypedDict):
+class Conditioning(TypedDict):
     """What `CodePrior.features` takes beside codes."""
 
     labels: Int64[Tensor, " b"] | None
@@ -123,7 +123,7 @@ class CodePrior(Prior, ABC):
             UserError: for upper levels that do not go with the codes.
         """
 
-    def told(self, batch: dict[str, Any], label_dropout: float = 0.0) -> Told:
+    def conditioning(self, batch: dict[str, Any], label_dropout: float = 0.0) -> Conditioning:
         """What a batch says beside its codes: `labels`, for a prior with classes, and `upper_0`, `upper_1`, ....
 
         Args:
@@ -144,7 +144,7 @@ class CausalPrior(CodePrior):
     """
 
     @abstractmethod
-    def walk(
+    def decode_stepwise(
         self,
         b: int,
         h: int,

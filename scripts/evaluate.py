@@ -8,7 +8,7 @@ ABOUT = """Judges a trained tokenizer, a prior or its fills by held-out images; 
 $ python scripts/evaluate.py                                     # samples of runs/priors/hourglass against emoji
 $ python scripts/evaluate.py --of tokenizer --tokenizer my/tokenizer --images my/photos
 $ python scripts/evaluate.py --of inpainting --prior my/prior --images my/photos --num 200
-$ python scripts/evaluate.py --of ways --tokenizer selfvae       # what comes back of how much that is sent
+$ python scripts/evaluate.py --of modes --tokenizer selfvae       # what comes back of how much that is sent
 $ python scripts/evaluate.py --of likelihood --tokenizer selfvae # bits per dimension, by 512 importance samples
 $ python scripts/evaluate.py --again runs/evaluations/prior.json # the same once more
 

@@ -76,7 +76,7 @@ class Tokenizer(Checkpointed, ABC):
         """Images of codes for new images: where a kind draws the details that codes leave open, by a seed for each."""
         return self.decode(codes)
 
-    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
+    def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
         """The data-dependent start of a new tokenizer, once before training; nothing, where a kind has none."""
 
     def phases(self, fit: FitConfig) -> list[Phase]:

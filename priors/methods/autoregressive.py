@@ -1,6 +1,6 @@
 """Drawing codes one after the other, in raster order, from a prior that knows each from those before it.
 
-What is computed once and kept is the prior's (`CausalPrior.walk`). Legend: b batch, h w grid, n positions, k digits.
+What is computed once and kept is the prior's (`CausalPrior.decode_stepwise`). Legend: b batch, h w grid, n positions, k digits.
 """
 
 import math
@@ -131,7 +131,9 @@ def _draw(
     answers = 1
     if labels is not None and prior.classes and sampling.guidance != 1:
         answers, labels = 2, torch.cat([labels, torch.full_like(labels, -1)])
-    walk = prior.walk(answers * b, h, w, labels, tuple(of_level.repeat(answers, 1, 1) for of_level in upper))
+    decode_stepwise = prior.decode_stepwise(
+        answers * b, h, w, labels, tuple(of_level.repeat(answers, 1, 1) for of_level in upper)
+    )
     draws = uniform(derive(seeds, Stream.AUTOREGRESSIVE_DRAW), h * w, len(head.radices))
     codes, known_mask = codes.flatten(1), known_mask.flatten(1)  # b n
     given = known_mask.any(0).tolist()  # looked at once, not at each position: a device is waited for
@@ -139,7 +141,7 @@ def _draw(
     log_weights, code = draws.new_zeros(b, 1), None
     for position in range(h * w):
         here = slice(position, position + 1)
-        features = next(walk) if code is None else walk.send(code.repeat(answers, 1))
+        features = next(decode_stepwise) if code is None else decode_stepwise.send(code.repeat(answers, 1))
         features, *without = features.chunk(answers)
         how: dict[str, Any] = {"temperature": sampling.temperature, "guidance": sampling.guidance}
         how["without_class"] = without[0] if without else None
@@ -178,7 +180,7 @@ class Likelihood(nn.Module):
             the loss; `accuracy`, the share of codes that the likeliest digits hit.
         """
         codes = batch["codes"]
-        more = self.prior.told(batch, self.config.label_dropout if self.training else 0.0)
+        more = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
         nll, hits = self.prior.head.score(self.prior.features(codes, **more), codes.flatten(1))  # b n k, b n
         digits = nll.mean((0, 1))
         loss = digits.sum()

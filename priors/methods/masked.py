@@ -19,7 +19,7 @@ from smalti.core.randomness import Stream, derive, gumbel, uniform
 from smalti.priors.base import CodePrior, Method, ObjectiveConfig
 from smalti.priors.methods.compiled_step import fused
 from smalti.priors.methods.orders import Order, halton_ranks, ranks
-from smalti.priors.methods.sampling import Sampling, between, check_given, look
+from smalti.priors.methods.sampling import Sampling, between, check_given, guided_features
 
 HIDDEN = -1
 """Stands in a grid for a code that is not shown."""
@@ -56,7 +56,7 @@ class MaskedCodes(nn.Module):
             share of hidden codes that the likeliest digits hit; `hidden`, the share of codes that were.
         """
         codes, seeds = batch["codes"], batch["seeds"]
-        more = self.prior.told(batch, self.config.label_dropout if self.training else 0.0)
+        more = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
         hidden = hide(seeds, codes[0].numel())  # b n
         features = self.prior.features(codes.masked_fill(hidden.view_as(codes), HIDDEN), **more)
         nll, hits = self.prior.head.score(features, codes.flatten(1))  # b n k, b n
@@ -203,7 +203,9 @@ def _show(
     """
     head, (b, h, w) = prior.head, codes.shape
     shown = codes.masked_fill(hidden.view_as(codes), HIDDEN)
-    how = look(prior, shown, labels, upper, derive(seeds, Stream.MASKED_WINDOW), temperature, sampling.guidance)
+    how = guided_features(
+        prior, shown, labels, upper, derive(seeds, Stream.MASKED_WINDOW), temperature, sampling.guidance
+    )
     draws = uniform(derive(seeds, Stream.MASKED_DRAW), h * w, len(head.radices))
     drawn = head.sample(uniforms=draws, top_p=sampling.top_p, **how)
     flat = torch.where(hidden, drawn, codes.flatten(1))

@@ -40,11 +40,11 @@ class Sampling:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}; 1 leaves nothing out")
 
 
-def take_turns(
+def select_positions(
     unknown: Bool[Tensor, "b h w"],
     proportion: float | Tensor,
     had_turn: Int64[Tensor, "b 1"],
-    surprise: Float[Tensor, "b n"] | None,
+    nll: Float[Tensor, "b n"] | None,
     seeds: Int64[Tensor, " b"],
 ) -> tuple[Bool[Tensor, "b h w"], Int64[Tensor, "b 1"]]:
     """Whose turn it is, that share of a row's unknown positions, rounded up; and how many turns there were by then.
@@ -59,17 +59,17 @@ def take_turns(
     """
     (b, h, w), number = unknown.shape, unknown.sum((1, 2))[:, None]  # b 1
     count = (proportion * number).ceil().long()
-    if surprise is None:
+    if nll is None:
         keys = halton_ranks(h, w).to(unknown.device, torch.float32).expand(b, -1)
     else:
-        keys = -surprise - gumbel(seeds, h * w)
+        keys = -nll - gumbel(seeds, h * w)
     place = ranks(keys.masked_fill(~unknown.flatten(1), torch.inf))  # b n
-    if surprise is None:
+    if nll is None:
         place = (place - had_turn) % number.clamp_min(1)
     return (place < count).view(b, h, w) & unknown, had_turn + count
 
 
-def look(
+def guided_features(
     prior: CodePrior,
     codes: Int64[Tensor, "b h w"],
     labels: Int64[Tensor, " b"] | None,

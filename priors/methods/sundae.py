@@ -18,7 +18,7 @@ from smalti.priors.base import CodePrior, Method, ObjectiveConfig
 from smalti.priors.head import FactorizedHead
 from smalti.priors.methods.compiled_step import fused
 from smalti.priors.methods.orders import Order
-from smalti.priors.methods.sampling import Sampling, between, check_given, look, take_turns
+from smalti.priors.methods.sampling import Sampling, between, check_given, guided_features, select_positions
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Sundae(nn.Module):
         codes, seeds = batch["codes"], batch["seeds"]
         head, (_, h, w) = self.prior.head, codes.shape
         target = codes.flatten(1)  # b n
-        more = self.prior.told(batch, self.config.label_dropout if self.training else 0.0)
+        more = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
         features = self.prior.features(corrupt(head, codes, seeds), **more)  # b n d
         scores = [head.score(features, target)]
         for step in range(1, self.config.unrolled_steps):
@@ -222,13 +222,15 @@ def _repair(
     """One step: the codes after it, how many turns there were by then, and whether anything in a row changed."""
     head, (_, h, w) = prior.head, codes.shape
     draws = uniform(derive(seeds, Stream.SUNDAE_PROPOSAL), h * w, len(head.radices))
-    seen = look(prior, codes, labels, upper, derive(seeds, Stream.SUNDAE_WINDOW), temperature, sampling.guidance)
+    seen = guided_features(
+        prior, codes, labels, upper, derive(seeds, Stream.SUNDAE_WINDOW), temperature, sampling.guidance
+    )
     proposal = head.sample(uniforms=draws, top_p=sampling.top_p, **seen).view_as(codes)
     if sampling.order == "random":
         turn = uniform(derive(seeds, Stream.SUNDAE_UPDATE), h, w) < proportion
     else:
-        surprise = head.nll(codes=codes.flatten(1), **seen) if sampling.order == "confidence" else None
-        turn, had_turn = take_turns(unknown, proportion, had_turn, surprise, derive(seeds, Stream.SUNDAE_UPDATE))
+        nll = head.nll(codes=codes.flatten(1), **seen) if sampling.order == "confidence" else None
+        turn, had_turn = select_positions(unknown, proportion, had_turn, nll, derive(seeds, Stream.SUNDAE_UPDATE))
     update = turn & unknown & unfinished
     changed = update & (proposal != codes)
     return torch.where(update, proposal, codes), had_turn, changed.any(dim=(1, 2), keepdim=True)

@@ -39,7 +39,7 @@ class CausalAttention(nn.Module):
         found = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return x + self.out(rearrange(found, "b m (h w) e -> b h w (m e)", h=h))
 
-    def recall(self, b: int, h: int, w: int) -> Callable[[Tensor, int], Tensor]:
+    def kv_cached(self, b: int, h: int, w: int) -> Callable[[Tensor, int], Tensor]:
         """A function (x `(b, d)`, position) -> `(b, d)`: the same, for positions given one after the other; it keeps
         the keys and values of those before."""
         angles = self.rotary(h, w)[0]

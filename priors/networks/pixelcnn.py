@@ -1,7 +1,7 @@
 """The gated PixelCNN: a body in which each position sees only those before it. Objectives and samplers are elsewhere.
 
 A causal convolution is written as a linear layer over what lies at fixed offsets, so that drawing codes one by one
-(`walk`) runs the very weights that training runs over the whole grid (`features`).
+(`decode_stepwise`) runs the very weights that training runs over the whole grid (`features`).
 
 Legend: b batch, h w grid, n positions (n = h w), d width, r rows and c columns of a kernel, l layers.
 """
@@ -108,7 +108,7 @@ class PixelCNN(CausalPrior):
             vertical, horizontal = layer(vertical, horizontal, condition)
         return self.norm(rearrange(horizontal, "b h w d -> b (h w) d").float())
 
-    def walk(
+    def decode_stepwise(
         self,
         b: int,
         h: int,
@@ -116,7 +116,7 @@ class PixelCNN(CausalPrior):
         labels: Int64[Tensor, " b"] | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
-        """See `CausalPrior.walk`.
+        """See `CausalPrior.decode_stepwise`.
 
         A row of the vertical stack is computed once, when the row above is whole, and with it all that the horizontal
         stack will hear of it. A position then costs two products a layer, with what its layers read at the positions
@@ -126,7 +126,7 @@ class PixelCNN(CausalPrior):
         layers, d, c = cast(list[GatedLayer], list(self.layers)), self.config.model_width, self.config.kernel // 2 + 1
         new = self.norm.weight.new_zeros
         memories = [new(b, c - 1, w, d) for _ in layers]  # the rows above that each layer reads
-        recalls = [layer.attention.recall(b, h, w) if layer.attention else None for layer in layers]
+        recalls = [layer.attention.kv_cached(b, h, w) if layer.attention else None for layer in layers]
         embedded, x = new(b, w, d), new(b, d)
         for y in range(h):
             here = condition if condition is None or condition.shape[1] == 1 else condition[:, y : y + 1]
@@ -139,11 +139,11 @@ class PixelCNN(CausalPrior):
             embedded = new(b, w, d)
             read = [new(b, (w + c - 1) * d) for _ in layers]  # what each layer read in this row, after its padding
             for column in range(w):
-                for layer, seen, told, recall in zip(layers, read, heard, recalls, strict=True):
+                for layer, seen, told, kv_cached in zip(layers, read, heard, recalls, strict=True):
                     seen[:, (column + c - 1) * d : (column + c) * d] = x
                     x = layer.onwards(x, seen[:, column * d : (column + c) * d], told[column])
-                    if recall:
-                        x = recall(x, y * w + column)
+                    if kv_cached:
+                        x = kv_cached(x, y * w + column)
                 codes = yield self.norm(x)[:, None]
                 x = self.head.embed(codes)[:, 0]
                 embedded[:, column] = x

@@ -21,7 +21,6 @@ from smalti.core.devices import Precision, autocast, best_device, resolve
 from smalti.core.files import whole_file
 from smalti.core.provenance import versions
 from smalti.core.randomness import row_seeds
-from smalti.demo import DONE_NAME, PICTURES, REPORT_NAME, Demo
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.masks import blank, examples
@@ -145,29 +144,29 @@ def _inpainting(prior_folder: str, config: Demo, path: Path) -> None:
     prior, tokenizer = load_prior(prior_folder, None)
     prior, tokenizer = prior.to(device), tokenizer.to(device)
     rows = _held_out(tokenizer)
-    holes = examples(tokenizer.config.height, tokenizer.config.width)
-    count = len(holes) * IMAGES_PER_MASK
+    masks = examples(tokenizer.config.height, tokenizer.config.width)
+    count = len(masks) * IMAGES_PER_MASK
     images = rows.__getitems__([(2 * i + 1) * len(rows) // (2 * count) for i in range(count)])["images"]
-    hole = torch.stack(list(holes.values())).repeat_interleave(IMAGES_PER_MASK, 0)
+    mask = torch.stack(list(masks.values())).repeat_interleave(IMAGES_PER_MASK, 0)
     with autocast(device, config.precision):
         filled = fill(
             [prior],
             tokenizer,
             images.repeat_interleave(FILLS, 0),
-            hole.repeat_interleave(FILLS, 0),
+            mask.repeat_interleave(FILLS, 0),
             seeds=row_seeds(config.seed, torch.arange(count * FILLS)),
             sampling=SundaeFilling(),
         )
     shown = torch.cat(
         [
             to_float(images)[:, None],
-            blank(to_float(images), hole)[:, None],
+            blank(to_float(images), mask)[:, None],
             to_float(filled).unflatten(0, (count, FILLS)),
         ],
         1,
     )
-    captions = [f"{name}: image, masked, {FILLS} fills; and another" for name in holes]
-    save_sheet(path, dict(zip(captions, shown.flatten(0, 1).chunk(len(holes)), strict=True)), settings=flatten(config))
+    captions = [f"{name}: image, masked, {FILLS} fills; and another" for name in masks]
+    save_sheet(path, dict(zip(captions, shown.flatten(0, 1).chunk(len(masks)), strict=True)), settings=flatten(config))
 
 
 def _held_out(tokenizer: Tokenizer) -> ImageRows:

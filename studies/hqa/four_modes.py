@@ -95,7 +95,7 @@ def _trained(layer: _Layer, given: Float[Tensor, "n d"]) -> _Layer:
     with torch.no_grad():
         start = _grid(layer.encode(given))
         if isinstance(layer.quantizer, LinkedQuantizer):
-            layer.quantizer.start_from(start)
+            layer.quantizer.init_from_data(start)
         else:
             layer.quantizer.codebook.copy_(
                 linked_kmeans(_vectors(start), [layer.quantizer.codebook[None]], seed=0)[0][0]

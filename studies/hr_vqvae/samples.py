@@ -28,7 +28,7 @@ from smalti.core import models
 from smalti.core.devices import Precision, best_device
 from smalti.core.files import whole_file, write_json
 from smalti.evaluation.code_likelihood import count_bits
-from smalti.evaluation.config import Judging
+from smalti.evaluation.config import EvaluationSettings
 from smalti.evaluation.real_images import Real
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageSet
@@ -153,8 +153,8 @@ class Judge:
     def real(self) -> Real:
         """Held-out images, and others as the reference."""
         budget, channels = self._config.generating, 1 if self._config.data == "mnist" else 3
-        judging = Judging(images=self._config.images, num=budget.num, reference=budget.reference)
-        return Real(judging, self._extractor, height=32, width=32, channels=channels)
+        settings = EvaluationSettings(images=self._config.images, num=budget.num, reference=budget.reference)
+        return Real(settings, self._extractor, height=32, width=32, channels=channels)
 
 
 def judged_by(config: Reproduce) -> str:

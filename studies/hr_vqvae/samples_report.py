@@ -47,10 +47,10 @@ def distances_table(
     config: Reproduce, found: Mapping[tuple[str, bool], Sequence[dict[str, Any]]], real: dict[str, Any]
 ) -> str:
     """Table 1's distances of what there is, by kind and whether trained plainly; `real` as in `samples_table`."""
-    judging = config.generating
+    settings = config.generating
     lines = [
-        f"Table 1, {config.data}: Fréchet distance ({judging.extractor}) of the reconstructions of {real['num']} "
-        f"held-out images to {judging.reference} training images; of the images themselves it is "
+        f"Table 1, {config.data}: Fréchet distance ({settings.extractor}) of the reconstructions of {real['num']} "
+        f"held-out images to {settings.reference} training images; of the images themselves it is "
         f"{real['frechet']:.1f}. {config.steps} steps; means over {config.seeds} seed(s), and from the least to "
         "the most.",
         "",
@@ -90,10 +90,10 @@ def samples_table(config: Reproduce, found: Found, real: dict[str, Any]) -> str:
         found: what there is so far.
         real: see `floor`.
     """
-    paper, judging = PAPER_FRECHET[config.data], config.generating
+    paper, settings = PAPER_FRECHET[config.data], config.generating
     lines = [
-        f"Table 3, {config.data}: Fréchet distance ({judging.extractor}) of {real['num']} samples to "
-        f"{judging.reference} training images; of as many held-out images it is {real['frechet']:.1f}. Means over "
+        f"Table 3, {config.data}: Fréchet distance ({settings.extractor}) of {real['num']} samples to "
+        f"{settings.reference} training images; of as many held-out images it is {real['frechet']:.1f}. Means over "
         f"seeds, and from the least to the most; MSE in [0, 1] units. {_budget(config)}",
         "",
         "| | seeds | paper: FID | MSE | reconstructions | PixelCNN | bits per image | s per image | parameters | "

@@ -111,12 +111,12 @@ def samplers(config: ReproducePriors) -> None:
     """Trains the three, then judges the ways to draw from each, one by one."""
     steps = equal_time_steps("samplers", config)
     folders = {name: trained(Cell("samplers", name, steps[name]), config) for name in steps}
-    judge, found, ways = Judge(config), {}, draws(config)
-    for draw in ways:
+    judge, found, variants = Judge(config), {}, draws(config)
+    for draw in variants:
         found[draw] = judge.of_draw(draw, folders[draw.model])
         write(config, "samplers", samplers_table(config, found, judge.floors(), steps))
     plot(config, found, judge.floors())
-    best = [draw for draw in ways if draw.way == draw.model and draw.steps in (*SHOWN_STEPS, None)]
+    best = [draw for draw in variants if draw.variant == draw.model and draw.steps in (*SHOWN_STEPS, None)]
     rows = {caption(draw): drawn(draw, loaded(folders[draw.model]), SHOWN, config) for draw in best}
     save_sheet(beside(config, "samples"), rows)
     table = samplers_table(config, found, judge.floors(), steps)
@@ -141,9 +141,13 @@ def samplers_table(
         f"| steps | {' | '.join(map(str, config.step_counts))} | one a code |",
         f"|---|{'---:|' * (len(config.step_counts) + 1)}",
     ]
-    for way in dict.fromkeys(draw.way for draw in found):
-        at = {draw.steps: f"{r['frechet']:.0f}, {r['seconds']:.3f} s" for draw, r in found.items() if draw.way == way}
-        lines.append(f"| {way} | {' | '.join(at.get(steps, '') for steps in (*config.step_counts, None))} |")
+    for variant in dict.fromkeys(draw.variant for draw in found):
+        at = {
+            draw.steps: f"{r['frechet']:.0f}, {r['seconds']:.3f} s"
+            for draw, r in found.items()
+            if draw.variant == variant
+        }
+        lines.append(f"| {variant} | {' | '.join(at.get(steps, '') for steps in (*config.step_counts, None))} |")
     return "\n".join([*lines, "", f"The floor: {', '.join(f'{who} {value:.0f}' for who, value in floors.items())}."])
 
 
@@ -152,15 +156,15 @@ def plot(config: ReproducePriors, found: dict[Draw, dict[str, float]], floors: d
     figure = Figure(figsize=(10, 4), layout="constrained")
     left = figure.add_subplot(1, 2, 1, xlabel="steps", ylabel="Fréchet distance", xscale="log")
     right = figure.add_subplot(1, 2, 2, xlabel="seconds an image", xscale="log", sharey=left)
-    for way in dict.fromkeys(draw.way for draw in found):
-        of = [(draw.steps, r["seconds"], r["frechet"]) for draw, r in found.items() if draw.way == way]
+    for variant in dict.fromkeys(draw.variant for draw in found):
+        of = [(draw.steps, r["seconds"], r["frechet"]) for draw, r in found.items() if draw.variant == variant]
         steps, seconds, distances = zip(*of, strict=True)
         (drawn_line,) = right.plot(seconds, distances, marker="o")
         colour = drawn_line.get_color()
         if None in steps:
-            left.axhline(distances[0], linestyle=":", color=colour, label=f"{way}, one step a code")
+            left.axhline(distances[0], linestyle=":", color=colour, label=f"{variant}, one step a code")
         else:
-            left.plot(steps, distances, marker="o", color=colour, label=way)
+            left.plot(steps, distances, marker="o", color=colour, label=variant)
     for axes in (left, right):
         axes.axhline(floors["their reconstructions"], linestyle="--", color="#999999", label="reconstructions")
     left.legend()
@@ -200,7 +204,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def caption(draw: Draw) -> str:
     """Of a row of samples."""
-    return f"{draw.way}, {draw.steps} steps" if draw.steps else f"{draw.way}, one step a code"
+    return f"{draw.variant}, {draw.steps} steps" if draw.steps else f"{draw.variant}, one step a code"
 
 
 def beside(config: ReproducePriors, what: str) -> Path:

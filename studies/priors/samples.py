@@ -22,7 +22,7 @@ from smalti.commands.model_paths import load_prior, load_tokenizer
 from smalti.commands.sample import generate_codes, generate_images
 from smalti.core.devices import autocast, best_device
 from smalti.core.files import write_json
-from smalti.evaluation.config import Judging
+from smalti.evaluation.config import EvaluationSettings
 from smalti.evaluation.real_images import Real, real_for
 from smalti.images.decoding import to_float, to_uint8
 from smalti.metrics.extractors import find_extractor
@@ -50,7 +50,7 @@ class Draw:
     """
 
     model: str
-    way: str
+    variant: str
     steps: int | None
     sampling: Any
 
@@ -92,8 +92,8 @@ class Judge:
     @cached_property
     def _real(self) -> Real:
         config = self._config
-        judging = Judging(images=config.images, num=config.num, reference=config.reference)
-        return real_for(judging, load_tokenizer(str(self._folder)), self._extractor)
+        settings = EvaluationSettings(images=config.images, num=config.num, reference=config.reference)
+        return real_for(settings, load_tokenizer(str(self._folder)), self._extractor)
 
     @torch.no_grad()
     def floors(self) -> dict[str, float]:

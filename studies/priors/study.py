@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from smalti.commands.model_paths import RUNS
 from smalti.core.devices import Precision
 from smalti.core.errors import require_at_least_one
-from smalti.evaluation.config import Judging
+from smalti.evaluation.config import EvaluationSettings
 from smalti.priors.methods.sundae import SundaeSampling
 
 ResamplingPart: TypeAlias = Literal["resampling", "resampling-outer", "resampling-16", "resampling-outer-16"]
@@ -179,7 +179,7 @@ class ReproducePriors:
     def __post_init__(self) -> None:
         counted = ("seeds", "steps", "sampler_steps", "head_steps", "depth_steps", "tokenizer_steps", "channels")
         require_at_least_one(self, *counted, "factor", "canvases", "canvas_codes", "canvas_steps")
-        Judging(num=self.num, reference=self.reference)  # refused now, not after hours of training
+        EvaluationSettings(num=self.num, reference=self.reference)  # refused now, not after hours of training
         for steps in self.step_counts:
             SundaeSampling(steps=steps, guidance=self.guidance)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from smalti.benchmarks.comparison import Comparison, Way
+from smalti.benchmarks.comparison import Comparison, Variant
 from smalti.benchmarks.run import medians
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.model_paths import prior_class
@@ -139,8 +139,8 @@ def step_seconds(part: Part, config: ReproducePriors) -> dict[str, float]:
     decides = {"models": shown, "batch": batch, "precision": resolve(config.precision), "device": best_device()}
     path = config.work / f"{keyed(f'seconds-{part}', decides)}.json"
     if not path.exists():
-        ways = [Way(name, training_step(kind, made, batch, config)) for name, (kind, made) in networks.items()]
-        write_json(path, dict(zip(networks, medians(Comparison(part, ways), REPETITIONS), strict=True)))
+        variants = [Variant(name, training_step(kind, made, batch, config)) for name, (kind, made) in networks.items()]
+        write_json(path, dict(zip(networks, medians(Comparison(part, variants), REPETITIONS), strict=True)))
     return json.loads(path.read_text())
 
 

@@ -17,14 +17,14 @@ from smalti.core.devices import best_device, resolve
 from smalti.core.files import write_json
 from smalti.core.provenance import machine
 from smalti.core.randomness import derive, row_seeds
-from smalti.evaluation.config import JudgeLikelihood, JudgeWays, Judging
-from smalti.evaluation.image_likelihood import judge_likelihood
-from smalti.evaluation.modes import judge_ways
+from smalti.evaluation.config import EvaluationSettings, LikelihoodEvaluation, ModesEvaluation
+from smalti.evaluation.image_likelihood import evaluate_likelihood
+from smalti.evaluation.modes import evaluate_modes
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet
 from smalti.images.sheets import save_grid, save_sheet
 from smalti.studies.selfvae.study import ModelName, ReproduceSelfVAE, open_data, trained
-from smalti.tokenizers.selfvae.hierarchical_vae import Hierarchy, Sent
+from smalti.tokenizers.selfvae.hierarchical_vae import Hierarchy, Transmitted
 
 NAMES: dict[ModelName, str] = {
     "vae": "VAE",
@@ -70,13 +70,15 @@ def measured(folder: Path, config: ReproduceSelfVAE) -> dict[str, Any]:
     path = folder / f"result-{of}.json"
     if path.exists():
         return json.loads(path.read_text())
-    likelihood, _ = judge_likelihood(
-        JudgeLikelihood(tokenizer=str(folder), images=config.images, num=config.likelihood_num, samples=config.samples)
+    likelihood, _ = evaluate_likelihood(
+        LikelihoodEvaluation(
+            tokenizer=str(folder), images=config.images, num=config.likelihood_num, samples=config.samples
+        )
     )
-    judging = Judging(images=config.images, num=config.num, reference=config.reference, precision="fp32")
-    ways, _ = judge_ways(JudgeWays(tokenizer=str(folder), judging=judging))
+    settings = EvaluationSettings(images=config.images, num=config.num, reference=config.reference, precision="fp32")
+    modes, _ = evaluate_modes(ModesEvaluation(tokenizer=str(folder), settings=settings))
     parameters = sum(parameter.numel() for parameter in load_hierarchy(str(folder)).parameters())
-    found = {"likelihood": likelihood, "ways": ways, "parameters": parameters}
+    found = {"likelihood": likelihood, "modes": modes, "parameters": parameters}
     write_json(path, found)
     return found
 
@@ -100,16 +102,16 @@ def table(config: ReproduceSelfVAE, done: dict[ModelName, Path]) -> str:
     ]
     for name, folder in done.items():
         found = measured(folder, config)
-        likelihood, ways = found["likelihood"], found["ways"]
+        likelihood, modes = found["likelihood"], found["modes"]
         bpd, fid = PAPER.get(name, ("", "")) if config.data == "cifar10" else ("", "")
         numbers = [likelihood[key]["model"] for key in ("bits_per_dim", "bits_per_dim_standard_error")]
         bound = likelihood["bound_bits_per_dim"]["model"]
-        frechet = [f"{ways['frechet'][who]:.1f}" for who in ("generation", "real")]
+        frechet = [f"{modes['frechet'][who]:.1f}" for who in ("generation", "real")]
         ours = [*(f"{number:.2f}" for number in (*numbers, bound)), *frechet, f"{found['parameters']:,}"]
         lines.append(f"| {' | '.join([NAMES[name], bpd, fid, *ours])} |")
-        for way in sorted(ways["mse"], key=lambda way, sent=ways["bytes_sent"]: sent[way]):
-            cells = [f"{ways[key][way]:{form}}" for key, form in LADDER.items()]
-            ladder.append(f"| {' | '.join([NAMES[name], way, *cells])} |")
+        for mode in sorted(modes["mse"], key=lambda mode, sent=modes["bytes_sent"]: sent[mode]):
+            cells = [f"{modes[key][mode]:{form}}" for key, form in LADDER.items()]
+            ladder.append(f"| {' | '.join([NAMES[name], mode, *cells])} |")
     of = f"{config.channels} channels, dense blocks of {config.dense_layers} layers of {config.growth}"
     budget = f"{of}, AdaMax at 2e-3, trained in {resolve(config.precision)}"
     return "\n".join([*lines, *ladder, "", f"{machine()}; {budget}."])
@@ -135,12 +137,12 @@ def latents(model: Hierarchy, images: Float[Tensor, "b c h w"]) -> dict[str, Flo
         a, b = u[2 * pair], u[2 * pair + 1]
         between = torch.stack([torch.lerp(a, b, place) for place in torch.linspace(0, 1, STEPS).tolist()])
         ends = images[2 * pair : 2 * pair + 2]
-        row = torch.cat([ends[:1], model.received(Sent(u=between)), ends[1:]])
+        row = torch.cat([ends[:1], model.decode_from(Transmitted(u=between)), ends[1:]])
         found[f"between the u of two images, pair {pair + 1}"] = row.cpu()
     for number in range(3 if model.top else 0):
         seeds = row_seeds(number, torch.arange(REDRAWN)).to(u.device)
         same = u[number : number + 1].expand(REDRAWN, -1, -1, -1)
-        row = torch.cat([images[number : number + 1], model.received(Sent(u=same), derive(seeds, 1))])
+        row = torch.cat([images[number : number + 1], model.decode_from(Transmitted(u=same), derive(seeds, 1))])
         found[f"its u, and z drawn anew, image {number + 1}"] = row.cpu()
     return found
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from smalti.app import session as studio_file
 from smalti.app.server import App, serve
-from smalti.app.session import Studio
+from smalti.app.session import Session
 from smalti.commands.inpaint import Inpaint, inpaint
 from smalti.commands.inpainting import Filling
 from smalti.commands.sample import Sample, sample
@@ -39,9 +39,9 @@ def prior(tmp_path_factory):
 
 
 @pytest.fixture
-def studio(prior, monkeypatch):
+def session(prior, monkeypatch):
     monkeypatch.setattr(studio_file, "SECONDS_BETWEEN", 0)
-    return Studio(str(prior), None, "cpu", "fp32")
+    return Session(str(prior), None, "cpu", "fp32")
 
 
 def picture():
@@ -49,13 +49,13 @@ def picture():
     return torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=generator)
 
 
-def test_fills_are_those_of_the_command(studio, prior, tmp_path):
+def test_fills_are_those_of_the_command(session, prior, tmp_path):
     pixels, hole = picture(), examples(16, 16)["box"]
     to_image(pixels).save(tmp_path / "in.png")
     Image.fromarray(hole.numpy()).save(tmp_path / "mask.png")
-    frames = list(studio.fills(pixels, hole, num=2, seed=4, filling=Filling(candidates=2), **SETTINGS))
+    frames = list(session.fills(pixels, hole, num=2, seed=4, filling=Filling(candidates=2), **SETTINGS))
     config = Inpaint(
-        sampling=studio.prior.method.filling(**SETTINGS),
+        sampling=session.prior.method.filling(**SETTINGS),
         image=tmp_path / "in.png",
         mask=tmp_path / "mask.png",
         filling=Filling(candidates=2),
@@ -73,9 +73,9 @@ def test_fills_are_those_of_the_command(studio, prior, tmp_path):
     assert frames[0].images[0].tobytes() != frames[-1].images[0].tobytes()
 
 
-def test_images_are_those_of_the_command(studio, prior, tmp_path):
-    frames = list(studio.draws(num=3, seed=4, **SETTINGS))
-    sampling = studio.prior.method.sampling(**SETTINGS)
+def test_images_are_those_of_the_command(session, prior, tmp_path):
+    frames = list(session.draws(num=3, seed=4, **SETTINGS))
+    sampling = session.prior.method.sampling(**SETTINGS)
     sample(
         Sample(
             sampling=sampling,
@@ -93,18 +93,18 @@ def test_images_are_those_of_the_command(studio, prior, tmp_path):
     assert [frame.step for frame in frames] == [1, 2, 3, 4, 5, 6, 6]
 
 
-def test_a_watcher_who_leaves_ends_the_work(studio):
-    frames = studio.draws(num=1, seed=0, steps=100_000)
+def test_a_watcher_who_leaves_ends_the_work(session):
+    frames = session.draws(num=1, seed=0, steps=100_000)
     next(frames)
     frames.close()  # joins the thread: it would take an hour
 
 
-def test_what_cannot_be_filled_is_said(studio):
+def test_what_cannot_be_filled_is_said(session):
     for hole, said in ((torch.zeros(16, 16).bool(), "no hole yet"), (torch.ones(16, 16).bool(), "nothing is left")):
         with pytest.raises(UserError, match=said):
-            studio.fills(picture(), hole, num=1, seed=0, filling=Filling())
+            session.fills(picture(), hole, num=1, seed=0, filling=Filling())
     with pytest.raises(UserError, match="temperature must be above 0"):
-        studio.draws(num=1, seed=0, temperature=(0.0, 1.0))
+        session.draws(num=1, seed=0, temperature=(0.0, 1.0))
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (30, 900), (700, 40)])

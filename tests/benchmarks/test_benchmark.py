@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from helpers import toys
 
 from smalti.benchmarks import latents, megapixel, priors, run, strips, training
-from smalti.benchmarks.comparison import Comparison, Measured, Way, in_mebibytes
+from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
 from smalti.benchmarks.run import Benchmark, insert, medians, table
 from smalti.core.errors import UserError
 from smalti.priors.networks.hourglass import HourglassConfig
@@ -23,7 +23,7 @@ TINY_CAUSAL = PixelCNNConfig(radices=(3, 3), model_width=8, layers=2)
 
 def test_ways_to_search_find_the_same():
     (comparison,) = training.search(vectors=5000, width=8, branchings=(4,))
-    ours, flat, large_blocks, gathered, _, *peers = (way.work() for way in comparison.ways)
+    ours, flat, large_blocks, gathered, _, *peers = (variant.work() for variant in comparison.variants)
     assert [len(codes) for codes in peers] == [5000, 5000]
     assert gathered.equal(ours)
     assert large_blocks.equal(flat)
@@ -34,9 +34,9 @@ def test_ways_to_search_find_the_same():
 
 def test_ways_to_read_latents_give_the_same_codes(tmp_path):
     comparison = latents.reading(tmp_path, rows=60, side=3, batch=20, batches=2)
-    ours, resident, *others = (way.work() for way in comparison.ways)
+    ours, resident, *others = (variant.work() for variant in comparison.variants)
     assert len(others) == 3
-    assert {way.units for way in comparison.ways} == {2}
+    assert {variant.units for variant in comparison.variants} == {2}
     for batch in range(2):
         assert ours[batch]["codes"].shape == (20, 3, 3)
         assert ours[batch]["codes"].equal(resident[batch]["codes"].cpu())
@@ -45,12 +45,12 @@ def test_ways_to_read_latents_give_the_same_codes(tmp_path):
 
 def test_a_build_and_its_bare_loop_give_the_same_codes(tmp_path):
     comparison = latents.building(tmp_path, rows=300, config=latents.SMALL)
-    built, bare = (way.work() for way in comparison.ways)
+    built, bare = (variant.work() for variant in comparison.variants)
     assert built.batch(range(300))[0].equal(torch.cat([codes[0] for codes in bare]))
 
 
 def test_peak_memory_is_of_the_process_that_builds(tmp_path):
-    (ours, limit) = (way.work() for way in latents.memory(tmp_path, rows=(20, 40)).ways)
+    (ours, limit) = (variant.work() for variant in latents.memory(tmp_path, rows=(20, 40)).variants)
     assert ours == pytest.approx(limit - 100 * 2**20, rel=0.1)
     assert 100 * 2**20 < ours < 2**30  # torch alone is some 200 MiB
 
@@ -73,29 +73,29 @@ def test_a_megapixel_is_sampled_decoded_and_trained_on_by_networks_that_fit_each
     )
     codes, decoding, *_, training, memory, larger, _ = comparisons
     assert "3 steps of 16×16" in codes.path
-    ours, limit = codes.ways
+    ours, limit = codes.variants
     assert ours.work().shape == (2, 16, 16)
     assert limit.units == 2
-    assert decoding.ways[0].work().shape == (2, 3, 32, 32)
-    assert [way.name for way in training.ways] == ["smalti, --gradient-checkpointing", "smalti"]
-    assert [way.name for way in larger.ways] == ["smalti, --gradient-checkpointing"]
+    assert decoding.variants[0].work().shape == (2, 3, 32, 32)
+    assert [variant.name for variant in training.variants] == ["smalti, --gradient-checkpointing", "smalti"]
+    assert [variant.name for variant in larger.variants] == ["smalti, --gradient-checkpointing"]
     for comparison in comparisons:
         assert all(taken > 0 for taken in medians(comparison, 1))
-    assert memory.readable(memory.ways[0].work()).endswith("MiB")
+    assert memory.readable(memory.variants[0].work()).endswith("MiB")
 
 
 def test_ways_to_train_and_to_sample_run():
     *training, steps = priors.prior(batch=2, config=TINY)
     assert [comparison.path.split(", ")[-1] for comparison in training] == ["fp32", "bf16"]
     sampling = list(priors.sampler(batch=2, config=TINY, large=[(1, TINY)], compiled=False))
-    assert [comparison.ways[1].target is None for comparison in sampling] == [True, False]
+    assert [comparison.variants[1].target is None for comparison in sampling] == [True, False]
     for comparison in [*training, steps, *sampling]:
         assert all(seconds > 0 for seconds in medians(comparison, 1))
 
 
 def test_the_hourglass_has_a_size_between_those_it_is_compared_with():
     (comparison,) = priors.hourglass(batch=1, side=4, width=64, blocks=3)
-    ours, smaller, larger = (float(way.name.split(", ")[-1].split()[0]) for way in comparison.ways)
+    ours, smaller, larger = (float(variant.name.split(", ")[-1].split()[0]) for variant in comparison.variants)
     assert smaller < ours < larger
     assert all(seconds > 0 for seconds in medians(comparison, 1))
 
@@ -104,7 +104,7 @@ def test_what_a_head_keeps_is_counted():
     """Of a softmax over all leaves, the logits, in the least two bytes each."""
     times, kept, _ = priors.head(positions=16, width=8, radices=(16, 16, 16), side=4, config=TINY_CAUSAL)
     assert all(seconds > 0 for seconds in medians(times, 1))
-    digits, leaves = (way.work() for way in kept.ways)
+    digits, leaves = (variant.work() for variant in kept.variants)
     assert leaves > 16 * 4096 * 2
     assert digits < leaves
 
@@ -113,24 +113,24 @@ def test_both_heads_of_a_pixelcnn_learn_the_same_codes():
     """They start level, at the entropy of 9 codes, and a step lowers the loss of either."""
     torch.manual_seed(0)
     config = replace(TINY_CAUSAL, height=4, width=4)
-    for way in priors.head_of_pixelcnn(2, config).ways:
-        losses = [way.work() for _ in range(20)]
+    for variant in priors.head_of_pixelcnn(2, config).variants:
+        losses = [variant.work() for _ in range(20)]
         assert losses[0] == pytest.approx(math.log(9), abs=0.1)
         assert losses[-1] < losses[0] - 0.05
 
 
 def test_codes_drawn_one_by_one_and_naively_are_the_same():
     for comparison in priors.ancestral(batches=(2, 1), side=4, positions=5, config=TINY_CAUSAL):
-        ours, naive = (way.work().flatten(1) for way in comparison.ways)
+        ours, naive = (variant.work().flatten(1) for variant in comparison.variants)
         assert torch.equal(ours[:, :5], naive[:, :5])
-        assert [way.units for way in comparison.ways] == [16, 5]
+        assert [variant.units for variant in comparison.variants] == [16, 5]
 
 
 def test_the_loop_is_timed_from_first_step_to_last():
     AcceleratorState._reset_state(reset_partial_state=True)  # another file's tests may have chosen another precision
     for comparison in training.training(batch=2, steps=3):
         start = time.perf_counter()
-        seconds = [way.work() for way in comparison.ways]
+        seconds = [variant.work() for variant in comparison.variants]
         whole = time.perf_counter() - start
         assert all(isinstance(taken, Measured) and taken > 0 for taken in seconds)
         assert sum(seconds) * 2 < whole  # two intervals each; the start and the saving are not in them
@@ -143,16 +143,24 @@ def test_the_first_turn_is_not_counted_and_units_divide():
         calls.append("timed")
         time.sleep(0.02)
 
-    ways = (Way("ours", work, units=4), Way("own clock", lambda: calls.append("own") or Measured(next(slow_first))))
-    timed, own = medians(Comparison("turns", ways), 3)
+    variants = (
+        Variant("ours", work, units=4),
+        Variant("own clock", lambda: calls.append("own") or Measured(next(slow_first))),
+    )
+    timed, own = medians(Comparison("turns", variants), 3)
     assert calls == ["timed", "own"] * 4
     assert own == 2
     assert 0.005 <= timed < 0.02
 
 
 def test_table_says_what_was_promised():
-    ways = (Way("ours", list), Way("naive", list, target=10.0), Way("flat", list, target=3.0), Way("limit", list))
-    text = table([(Comparison("a path", ways), [0.02, 0.1, 1.0, 1e-5])])
+    variants = (
+        Variant("ours", list),
+        Variant("naive", list, target=10.0),
+        Variant("flat", list, target=3.0),
+        Variant("limit", list),
+    )
+    text = table([(Comparison("a path", variants), [0.02, 0.1, 1.0, 1e-5])])
     assert "| ours | 20 ms | 1× |  |" in text
     assert "| naive | 100 ms | 5× | 10×: missed |" in text
     assert "| flat | 1 s | 50× | 3×: met |" in text
@@ -162,7 +170,7 @@ def test_table_says_what_was_promised():
 def test_what_is_the_same_every_time_is_measured_once():
     calls = []
     comparison = Comparison(
-        "memory", (Way("ours", lambda: calls.append(0) or Measured(3 * 2**20)),), in_mebibytes, varies=False
+        "memory", (Variant("ours", lambda: calls.append(0) or Measured(3 * 2**20)),), in_mebibytes, varies=False
     )
     found = medians(comparison, 5)
     assert (found, len(calls)) == ([3 * 2**20], 1)
@@ -176,7 +184,7 @@ def test_tables_go_between_their_markers(tmp_path, monkeypatch, capsys):
     insert(path, "sampler", "more")
     marked = "<!-- measured: search -->\nnew \\1\n<!-- end: search -->\nafter\n"
     assert path.read_text() == f"# Speed\n{marked}\n<!-- measured: sampler -->\nmore\n<!-- end: sampler -->\n"
-    comparison = Comparison("a path", (Way("ours", lambda: Measured(1)),))
+    comparison = Comparison("a path", (Variant("ours", lambda: Measured(1)),))
     monkeypatch.setitem(run.SECTIONS, "search", lambda: iter([comparison]))
     run.benchmark(Benchmark(only=("search",), repetitions=1, out=path))
     assert "| ours | 1 s | 1× |  |" in path.read_text()

@@ -27,7 +27,7 @@ from smalti.metrics.extractors import Extractor
 from smalti.priors.networks.realnvp import FlowSampling
 from smalti.scripts import build_latents, evaluate, inpaint, reproduce, sample, train_prior
 from smalti.studies.selfvae import study
-from smalti.tokenizers.selfvae.hierarchical_vae import WAYS, VAEConfig
+from smalti.tokenizers.selfvae.hierarchical_vae import MODES, VAEConfig
 from smalti.tokenizers.selfvae.vae import VAE
 
 NETWORK = "--channels 4 --growth 2 --dense-layers 1 --latent-channels 2 --mixtures 2 --flow-layers 4 --flow-width 4"
@@ -54,14 +54,14 @@ def test_training_lowers_the_bits_with_adamax(folder):
     assert parts == pytest.approx(lines[-1]["held_out_loss"], rel=1e-4)
     assert json.loads((folder / "runs/tokenizers/selfvae/run.json").read_text())["settings"]["optimizer"] == "adamax"
     sheet = Image.open(folder / "runs/tokenizers/selfvae/reconstructions.png")
-    assert sheet.height == pytest.approx(128 * (1 + len(WAYS)), abs=20)
+    assert sheet.height == pytest.approx(128 * (1 + len(MODES)), abs=20)
 
 
 def test_bits_are_those_of_the_integral_over_latents():
     """One pixel, one latent number: ln p(x) is an integral that a fine grid gives; must-show 2's oracle."""
     torch.manual_seed(0)
     model = VAE(VAEConfig(1, 1, 1, channels=8, growth=2, dense_layers=1, stages=0, latent_channels=1, flow_layers=4))
-    model.eval().start_from(torch.rand(64, 1, 1, 1) * 2 - 1)
+    model.eval().init_from_data(torch.rand(64, 1, 1, 1) * 2 - 1)
     for coupling in model.flow.couplings:
         nn.init.normal_(coupling.net[-1].weight, std=0.3)
     head = model.posteriors[0].head  # as wide as the prior, wherever it is: the samples reach all that matters
@@ -122,35 +122,35 @@ class MeanColours(Extractor):
 def test_every_way_is_judged_by_what_it_sends(folder, capfd, monkeypatch):
     """Numbers by hand for one way."""
     monkeypatch.setattr(modes, "find_extractor", lambda _, where: MeanColours(where))
-    flags = "--of ways --images img --num 50 --reference 12 --precision fp32 --out ways.json"
+    flags = "--of modes --images img --num 50 --reference 12 --precision fp32 --out modes.json"
     status, _, wrong = run(capfd, evaluate.main, *flags.split())
     assert status == 0, wrong
-    scores = json.loads((folder / "ways.json").read_text())["scores"]
-    assert set(scores["frechet"]) == {*WAYS, "real"}
+    scores = json.loads((folder / "modes.json").read_text())["scores"]
+    assert set(scores["frechet"]) == {*MODES, "real"}
     u = z = 4 * 4 * 2 * 2  # bytes: 4x4 of 2 numbers of 2
     expected = {"": 0, "y": 48, "yz": 48 + z, "u": u, "uz": u + z}
-    assert scores["bytes_sent"] == {way: expected[what] for way, what in WAYS.items()}
+    assert scores["bytes_sent"] == {mode: expected[what] for mode, what in MODES.items()}
     assert scores["compression_ratio"]["reconstruction-2"] == pytest.approx(192 / (u + z))
     model, images = load("runs/tokenizers/selfvae", "tokenizer"), to_float(held_out())
     back = model.reconstruction_2(images, row_seeds(0, torch.arange(len(images))))
     assert scores["mse"]["reconstruction-2"] == pytest.approx(float(((back - images) / 2).square().mean()), rel=1e-3)
 
 
-@pytest.mark.parametrize("way", list(WAYS))
-def test_a_sheet_of_every_way(folder, capfd, way):
-    status, said, wrong = run(capfd, sample.main, "--way", way, "--num", "4", "--out", f"{way}.png")
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_sheet_of_every_way(folder, capfd, mode):
+    status, said, wrong = run(capfd, sample.main, "--way", mode, "--num", "4", "--out", f"{mode}.png")
     assert status == 0, wrong
-    picture = Image.open(folder / f"{way}.png")
-    assert json.loads(picture.text["smalti"])["way"] == way
+    picture = Image.open(folder / f"{mode}.png")
+    assert json.loads(picture.text["smalti"])["mode"] == mode
     model, images = load("runs/tokenizers/selfvae", "tokenizer"), held_out()
-    if way == "generation":
+    if mode == "generation":
         expected = model.generation(row_seeds(0, torch.arange(4)))
         assert np.array_equal(np.asarray(picture)[4:100:12, 4:100:12], to_uint8(expected)[0].permute(1, 2, 0).numpy())
     else:
-        assert f"{way}: " in said
+        assert f"{mode}: " in said
         assert len(images) >= 4
         rows = round(picture.height / 128)
-        assert rows == {"": 1, "y": 5, "yz": 3, "u": 4, "uz": 2}[WAYS[way]]
+        assert rows == {"": 1, "y": 5, "yz": 3, "u": 4, "uz": 2}[MODES[mode]]
 
 
 def test_the_latent_set_of_u_makes_a_prior_that_draws(folder, capfd, monkeypatch):

@@ -28,20 +28,20 @@ class ToFile(tracking.GeneralTracker):
     def __init__(self, run_name, logging_dir, **_):
         super().__init__()
         self.path = logging_dir / f"{run_name}.json"
-        self.told = []
+        self.conditioning = []
 
     @property
     def tracker(self):
         return self
 
     def store_init_configuration(self, values):
-        self.told.append(values)
+        self.conditioning.append(values)
 
     def log(self, values, step, **_):
-        self.told.append({"step": step, **values})
+        self.conditioning.append({"step": step, **values})
 
     def finish(self):
-        self.path.write_text(json.dumps(self.told))
+        self.path.write_text(json.dumps(self.conditioning))
 
 
 def test_a_tracker_is_told_what_the_run_writes_down(tmp_path, monkeypatch):

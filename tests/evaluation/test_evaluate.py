@@ -116,13 +116,13 @@ def test_a_priors_scores(results, place):
 def test_fills_are_compared_with_the_truth_and_with_what_needs_no_model(results):
     scores = results["inpainting"]["scores"]
     assert set(scores["frechet"]) == {"model", "real", "mean_colour", "biharmonic"}
-    assert scores["mse_in_hole"]["real"] == 0
+    assert scores["mse_in_mask"]["real"] == 0
     assert scores["seam_steps_to_real"]["real"] == 1
-    assert scores["mse_in_hole_best_of_2"]["model"] < scores["mse_in_hole"]["model"]
-    assert scores["mse_in_hole"]["biharmonic"] < scores["mse_in_hole"]["mean_colour"]  # the pictures are smooth
+    assert scores["mse_in_mask_best_of_2"]["model"] < scores["mse_in_mask"]["model"]
+    assert scores["mse_in_mask"]["biharmonic"] < scores["mse_in_mask"]["mean_colour"]  # the pictures are smooth
     assert scores["seam_steps"]["biharmonic"] < scores["seam_steps"]["mean_colour"]
     assert scores["diversity"]["model"] > 0
-    assert 0.1 < results["inpainting"]["conditions"]["share_of_hole"] < 0.4
+    assert 0.1 < results["inpainting"]["conditions"]["share_masked"] < 0.4
 
 
 @pytest.mark.parametrize("of", ["tokenizer", "prior", "inpainting"])

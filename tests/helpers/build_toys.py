@@ -44,7 +44,7 @@ def write_images(folder: Path, count: int = IMAGES, seed: int = 0) -> None:
 def save_tokenizer(folder: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     tokenizer = HRVQ(CONFIG)
-    tokenizer.start_from(to_float(torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)))
+    tokenizer.init_from_data(to_float(torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)))
     tokenizer.save(folder)
 
 

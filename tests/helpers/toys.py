@@ -177,7 +177,7 @@ def make(family, kind):
         return model, objective, *(Rows(**part) for part in parts)
     shape = (ROWS + 5, model.image_channels, config.height, config.width)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    model.start_from(images.float() / 127.5 - 1)
+    model.init_from_data(images.float() / 127.5 - 1)
     return model, Reconstruction(model), Rows(images=images[:ROWS]), Rows(images=images[ROWS:])
 
 
@@ -271,7 +271,7 @@ def untrained_pair():
     tokenizer = models.find("tokenizer", "hrvq")(tokenizer_config).eval()
     for parameter in tokenizer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # residual blocks start as the identity, which sees no neighbours
-    tokenizer.start_from(torch.rand(16, 3, 8, 16) * 2 - 1)
+    tokenizer.init_from_data(torch.rand(16, 3, 8, 16) * 2 - 1)
     for table in (prior.head.weight, prior.of_class.vectors.weight):
         torch.nn.init.normal_(table)
     return prior, tokenizer

@@ -16,7 +16,7 @@ from torchmetrics.image.fid import _compute_fid
 from smalti.core.errors import UserError
 from smalti.metrics.extractors import Inception, Lite0, find_extractor, moments
 from smalti.metrics.frechet import Moments, frechet_distance, nearest, precision_recall
-from smalti.metrics.image_errors import diversity, hole_mse, mse, psnr, seam_steps
+from smalti.metrics.image_errors import diversity, masked_mse, mse, psnr, seam_steps
 
 SEEDS = st.integers(0, 999)
 
@@ -113,7 +113,7 @@ def test_pixel_errors_are_those_of_torchmetrics(seed):
     theirs = [torchmetrics_image.peak_signal_noise_ratio(x, y, data_range=2.0) for x, y in zip(a, b, strict=True)]
     torch.testing.assert_close(psnr(mse(a, b)).float(), torch.stack(theirs))
     everything = torch.ones(3, 6, 5, dtype=torch.bool)
-    torch.testing.assert_close(hole_mse(a, b, everything), mse(a, b))
+    torch.testing.assert_close(masked_mse(a, b, everything), mse(a, b))
     assert psnr(mse(a, a)).tolist() == [math.inf] * 3
 
 
@@ -134,7 +134,7 @@ def test_diversity_is_the_difference_of_two_fills(seed, k):
     hole = torch.zeros(2, 4, 4, dtype=torch.bool)
     hole[:, 1:3, :2] = True
     pairs = list(itertools.combinations(range(k), 2))
-    expected = torch.stack([hole_mse(fills[:, i], fills[:, j], hole) for i, j in pairs]).mean(0).sqrt()
+    expected = torch.stack([masked_mse(fills[:, i], fills[:, j], hole) for i, j in pairs]).mean(0).sqrt()
     torch.testing.assert_close(diversity(fills, hole), expected)
 
 

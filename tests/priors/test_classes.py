@@ -129,13 +129,13 @@ def test_labels_are_dropped_by_the_rows_seeds():
     prior = prior_of()
     codes, labels = torch.randint(3, (2000, 2, 2)), torch.arange(2000) % 3
     batch = {"codes": codes, "labels": labels, "seeds": row_seeds(3, torch.arange(2000))}
-    told = prior.told(batch, 0.25)["labels"]
+    told = prior.conditioning(batch, 0.25)["labels"]
     assert told is not None
     assert abs(float((told == -1).float().mean()) - 0.25) < 0.04
     assert torch.equal(told[told >= 0], labels[told >= 0])
-    assert torch.equal(prior.told({k: v[500:] for k, v in batch.items()}, 0.25)["labels"], told[500:])
-    assert prior.told(batch)["labels"] is labels
-    assert prior_of(classes=0).told(batch)["labels"] is None
+    assert torch.equal(prior.conditioning({k: v[500:] for k, v in batch.items()}, 0.25)["labels"], told[500:])
+    assert prior.conditioning(batch)["labels"] is labels
+    assert prior_of(classes=0).conditioning(batch)["labels"] is None
 
 
 @pytest.mark.parametrize("label", [-2, 3])

@@ -20,8 +20,8 @@ from smalti.commands.train_prior import TrainPrior
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
 from smalti.evaluation import prior as prior_evaluation
-from smalti.evaluation.config import JudgePrior, Judging
-from smalti.evaluation.prior import judge_prior
+from smalti.evaluation.config import EvaluationSettings, PriorEvaluation
+from smalti.evaluation.prior import evaluate_prior
 from smalti.latentsets.dataset import LatentRows
 from smalti.metrics.extractors import Extractor
 from smalti.priors.methods.canvas import window_starts
@@ -161,10 +161,12 @@ def test_flat_codes_are_the_same_numbers_of_one_digit(folder):
 
 def test_distances_are_what_evaluate_finds(folder):
     steps, judge = equal_time_steps("samplers", CONFIG), Judge(CONFIG)
-    judging = Judging(images="img", num=4, reference=8, precision="fp32")
+    settings = EvaluationSettings(images="img", num=4, reference=8, precision="fp32")
     for draw in draws(CONFIG):
         run = trained(Cell("samplers", draw.model, steps[draw.model]), CONFIG)
-        scores, _ = judge_prior(JudgePrior(draw.sampling, prior=(str(run),), judging=judging, out=folder / "x.json"))
+        scores, _ = evaluate_prior(
+            PriorEvaluation(draw.sampling, prior=(str(run),), settings=settings, out=folder / "x.json")
+        )
         found = judge.of_draw(draw, run)
         assert found["frechet"] == pytest.approx(scores["frechet"]["model"])
         shown = row_of(report(folder), "samplers", draw.way)[1 if draw.steps else 2]

@@ -125,7 +125,7 @@ def test_training_lowers_the_loss_and_moves_every_part(channels):
     tokenizer = tokenizer_of(image_channels=channels, **GRADIENT).train()
     objective = Reconstruction(tokenizer)
     batch = {"images": ((images_of(b=8, c=channels) + 1) * 127.5).byte()}
-    tokenizer.start_from(to_float(batch["images"]))
+    tokenizer.init_from_data(to_float(batch["images"]))
     optimizer = torch.optim.SGD(tokenizer.parameters(), lr=0.05)
     before, terms = objective(batch)
     assert set(terms) == {"mse", "reconstruction", "codebook", "commitment"}

@@ -116,10 +116,10 @@ def test_losses_are_the_sums_over_levels():
 def test_the_start_is_from_the_images_or_left_out(make):
     tokenizer, images = make(kmeans_start=False), images_of(16)
     before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
-    tokenizer.start_from(images)
+    tokenizer.init_from_data(images)
     assert all(tensor.equal(before[name]) for name, tensor in tokenizer.state_dict().items())
     tokenizer = make(codebook_size=6)
-    tokenizer.start_from(images)
+    tokenizer.init_from_data(images)
     assert all(codes.unique().numel() == 6 for codes in tokenizer.encode(images))
 
 
@@ -134,7 +134,7 @@ def test_the_alarm_counts_by_level_and_digit(rows):
     torch.manual_seed(0)
     tokenizer = HRVQ(HRVQConfig(**SMALL, widths=(6,), depth=2, branching=3))
     images = rows.__getitems__(range(40))["images"].float() / 127.5 - 1
-    tokenizer.start_from(images)
+    tokenizer.init_from_data(images)
     found = CodebookAlarm().measure(tokenizer, rows)
     (codes,) = tokenizer.encode(images)
     for name, digit_codes, size in [("_first_1", codes // 3, 3), ("", codes, 9)]:
@@ -149,7 +149,7 @@ def test_the_alarm_counts_by_level_and_digit(rows):
 def test_a_collapse_is_said_once_with_the_remedy_that_is_missing(rows, capsys):
     def collapsed(**more):
         tokenizer = vqvae2_of(codebook_size=64, **more)
-        tokenizer.start_from(rows.__getitems__(range(40))["images"].float() / 127.5 - 1)
+        tokenizer.init_from_data(rows.__getitems__(range(40))["images"].float() / 127.5 - 1)
         with torch.no_grad():
             tokenizer.quantizers[1].codebook_0[0, 2:] += 100
         alarm = CodebookAlarm()

@@ -137,7 +137,7 @@ def test_buffers_come_back(bad):
     kept = Buffers(net)
     kept.keep()
     net(torch.randn(4, 2))
-    kept.put_back(torch.tensor(bad))
+    kept.restore(torch.tensor(bad))
     assert all(torch.equal(before[name], buffer) == bad for name, buffer in net.named_buffers())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from smalti.training import optimizers
-from smalti.training.optimizers import BETAS, MUON_TIMES, Together, make_optimizer, orthogonalized, put_back
+from smalti.training.optimizers import BETAS, MUON_TIMES, Together, make_optimizer, orthogonalized, restore
 
 
 def network() -> nn.Module:
@@ -103,7 +103,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened():
         step(stopped, first, seed)
     second = make_optimizer(stopped, "muon", learning_rate=0.5)  # the rate comes from the state
     assert isinstance(second, Together)
-    put_back(second, first.state_dict())
+    restore(second, first.state_dict())
     for seed in range(2, 4):
         step(stopped, second, seed)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
@@ -122,7 +122,7 @@ def test_adamax_is_torch_s_with_its_own_betas_and_goes_on():
         step(theirs, expected, seed)
     other = make_optimizer(again, "adamax", learning_rate=0.1, weight_decay=0.5)
     again.load_state_dict(ours.state_dict())
-    put_back(other, copy.deepcopy(optimizer.state_dict()))
+    restore(other, copy.deepcopy(optimizer.state_dict()))
     for module, of in ((ours, optimizer), (theirs, expected), (again, other)):
         step(module, of, 9)
     for a, b, c in zip(ours.parameters(), theirs.parameters(), again.parameters(), strict=True):

@@ -197,10 +197,10 @@ class HQA(Tokenizer):
         return lowest.decoder(lowest.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
 
     @torch.no_grad()
-    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
-        """See `Stage.start_from`: the top layer."""
+    def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
+        """See `Stage.init_from_data`: the top layer."""
         given = torch.cat([self._given(part) for part in images.split(_AT_ONCE)])
-        self._layers[-1].start_from(given, self.config)
+        self._layers[-1].init_from_data(given, self.config)
 
     @torch.no_grad()
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:

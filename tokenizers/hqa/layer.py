@@ -113,7 +113,7 @@ class Stage(nn.Module):
         return (given - self.mean) / self.deviation
 
     @torch.no_grad()
-    def start_from(self, given: Float[Tensor, "b c h w"], config: HQAConfig) -> None:
+    def init_from_data(self, given: Float[Tensor, "b c h w"], config: HQAConfig) -> None:
         """What `config` says of the start, from what the layer is given: the mean and deviation that it is brought to 0
         and 1 by, the networks, and the codewords."""
         if config.normalize and self.number:
@@ -122,7 +122,7 @@ class Stage(nn.Module):
         given, encoder = self.normalized(given), self.encoder
         linear = config.linear_start and self.alone and not (self.of_codes or config.principal_encoders)
         if isinstance(encoder, PrincipalEncoder):
-            encoder.start_from(given)
+            encoder.init_from_data(given)
         elif linear:
             start_linear(encoder, self.decoder, given)
         if not config.kmeans_start:
@@ -139,7 +139,7 @@ class Stage(nn.Module):
                 cast(Tensor, last.bias).mul_(scale)
             if linear:
                 cast(nn.Conv2d, self.decoder[0]).weight.div_(scale)
-        self.quantizer.start_from(z_e)
+        self.quantizer.init_from_data(z_e)
 
 
 def _quantizer(config: HQAConfig, *, weight: float) -> LinkedQuantizer | StochasticQuantizer:

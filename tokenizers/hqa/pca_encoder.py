@@ -50,7 +50,7 @@ class PrincipalEncoder(nn.Module):
     them, so distances between two images' features are, up to that factor, those between the images, but for what the
     components leave out.
 
-    Until `start_from` it takes the first numbers of each patch.
+    Until `init_from_data` it takes the first numbers of each patch.
 
     Args:
         channels: of what is encoded.
@@ -71,7 +71,7 @@ class PrincipalEncoder(nn.Module):
         return F.conv2d(given, self.axes, self.shift, stride=2) * self.log_factor.exp()
 
     @torch.no_grad()
-    def start_from(self, given: Float[Tensor, "b c h w"]) -> None:
+    def init_from_data(self, given: Float[Tensor, "b c h w"]) -> None:
         """Takes the principal components of what is given, of an even height and width."""
         found = components_of(given, len(self.axes))
         count = len(found.axes)

@@ -61,7 +61,7 @@ class GumbelQuantizer(nn.Module):
         """
         return codewords(self.codebook, codes, digits)
 
-    def start_from(self, z_e: Float[Tensor, "b d h w"]) -> None:
+    def init_from_data(self, z_e: Float[Tensor, "b d h w"]) -> None:
         """Nothing: codewords are not where vectors are."""
 
     def _logits(self, z_e: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ class LinkedQuantizer(nn.Module):
         return running_means(codebook, counts, chosen=chosen, sums=sums, decay=self.decay)
 
     @torch.no_grad()
-    def start_from(self, z_e: Float[Tensor, "b d h w"], *, seed: int = 0) -> None:
+    def init_from_data(self, z_e: Float[Tensor, "b d h w"], *, seed: int = 0) -> None:
         """Sets every codebook to the k-means centres of what reaches it, so that no subtree dies unused."""
         started = linked_kmeans(self._vectors(z_e), self.codebooks, seed=seed)
         for codebook, centres in zip(self._stored, started, strict=True):

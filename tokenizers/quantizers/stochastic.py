@@ -143,7 +143,7 @@ class StochasticQuantizer(nn.Module):
         return codewords(self.codebook, codes, digits)
 
     @torch.no_grad()
-    def start_from(self, z_e: Float[Tensor, "b d h w"]) -> None:
+    def init_from_data(self, z_e: Float[Tensor, "b d h w"]) -> None:
         """Sets the codewords to the k-means centres of these vectors."""
         (centres,) = linked_kmeans(rearrange(z_e, "b d h w -> (b h w) d"), [self.codebook[None]], seed=0)
         self.codebook.copy_(centres[0])

@@ -32,7 +32,7 @@ Way: TypeAlias = Literal[
 Pixels: TypeAlias = Literal["mean", "sample"]
 """What is taken of a likelihood of pixels: its mean, to the nearest possible value, or a sample."""
 
-WAYS: dict[Way, str] = {
+MODES: dict[Way, str] = {
     "generation": "",
     "conditional-generation": "y",
     "conditional-reconstruction": "yz",
@@ -45,7 +45,7 @@ SENT_BITS = 16  # of a latent number: what is decoded has been rounded to half p
 
 
 @dataclass(frozen=True)
-class Sent:
+class Transmitted:
     """What one sends of images for them to be made again; what is None or empty, the receiver draws.
 
     Attributes:
@@ -223,36 +223,38 @@ class Hierarchy(Tokenizer):
         if digits is not None:
             raise UserError(f"{self.kind} has no digits to leave out: its codes are real numbers")
         (u,) = codes
-        return self.received(Sent(u=u))
+        return self.decode_from(Transmitted(u=u))
 
     def draw(self, codes: Codes, seeds: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """See `Tokenizer.draw`: down from u by sampled latents."""
         (u,) = codes
-        return self.received(Sent(u=u), seeds)
+        return self.decode_from(Transmitted(u=u), seeds)
 
     @property
-    def ways(self) -> tuple[Way, ...]:
+    def modes(self) -> tuple[Way, ...]:
         """Those there are: of a VAE, whose images have no representation, two."""
-        return tuple(WAYS) if self.top else ("generation", "reconstruction-1")
+        return tuple(MODES) if self.top else ("generation", "reconstruction-1")
 
     @torch.no_grad()
-    def sent(self, images: Float[Tensor, "b c h w"], way: Way, seeds: Int64[Tensor, " b"] | None = None) -> Sent:
+    def transmit(
+        self, images: Float[Tensor, "b c h w"], mode: Way, seeds: Int64[Tensor, " b"] | None = None
+    ) -> Transmitted:
         """What is sent of images: latents as the posteriors draw them, or of no seeds their means, in half precision.
 
         Raises:
             UserError: for a way that this model does not have.
         """
-        if way not in self.ways:
-            raise UserError(f"{self.kind} has no {way}; its ways are {', '.join(self.ways)}")
-        what, y = WAYS[way], self.representations(images)
+        if mode not in self.modes:
+            raise UserError(f"{self.kind} has no {mode}; its modes are {', '.join(self.modes)}")
+        what, y = MODES[mode], self.representations(images)
         needed = [*(range(self.top) if "z" in what else ()), *((self.top,) if "u" in what else ())]
         z = {level: self._taken(self.posterior(level, y[level]), seeds, level).half().float() for level in needed}
         u = z.pop(self.top, None)
-        return Sent(y[-1] if "y" in what else None, u, tuple(z.values()))
+        return Transmitted(y[-1] if "y" in what else None, u, tuple(z.values()))
 
     @torch.no_grad()
-    def received(
-        self, sent: Sent, seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
+    def decode_from(
+        self, sent: Transmitted, seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
     ) -> Float[Tensor, "b c h w"]:
         """Images of what was sent (Section 3.3, Fig. 3); what was not is drawn, or of no seeds the mean.
 
@@ -285,48 +287,48 @@ class Hierarchy(Tokenizer):
 
     def generation(self, seeds: Int64[Tensor, " b"], pixels: Pixels = "mean") -> Float[Tensor, "b c h w"]:
         """Fig. 3i: u ~ p(u), and down; nothing is sent."""
-        return self.received(Sent(), seeds, pixels)
+        return self.decode_from(Transmitted(), seeds, pixels)
 
     def conditional_generation(
         self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
     ) -> Float[Tensor, "b c h w"]:
         """Fig. 3ii: y_K is sent; u ~ q(u | y_K), z_K ~ p(z_K | u, y_K), and down."""
-        return self.received(self.sent(images, "conditional-generation", seeds), seeds, pixels)
+        return self.decode_from(self.transmit(images, "conditional-generation", seeds), seeds, pixels)
 
     def conditional_reconstruction(
         self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
     ) -> Float[Tensor, "b c h w"]:
         """Fig. 3iii: y_K and all z_k are sent."""
-        return self.received(self.sent(images, "conditional-reconstruction", seeds), seeds, pixels)
+        return self.decode_from(self.transmit(images, "conditional-reconstruction", seeds), seeds, pixels)
 
     def reconstruction_1(
         self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
     ) -> Float[Tensor, "b c h w"]:
         """Fig. 3iv: u is sent; the rest is generated down from it."""
-        return self.received(self.sent(images, "reconstruction-1", seeds), seeds, pixels)
+        return self.decode_from(self.transmit(images, "reconstruction-1", seeds), seeds, pixels)
 
     def reconstruction_2(
         self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
     ) -> Float[Tensor, "b c h w"]:
         """Fig. 3v: u and all z_k are sent."""
-        return self.received(self.sent(images, "reconstruction-2", seeds), seeds, pixels)
+        return self.decode_from(self.transmit(images, "reconstruction-2", seeds), seeds, pixels)
 
-    def bits_sent(self, sent: Sent) -> float:
+    def bits_sent(self, sent: Transmitted) -> float:
         """Bits of what is sent of one image, as it is: no entropy coding."""
         latents = [*sent.z, *(() if sent.u is None else (sent.u,))]
         of_y = 0.0 if sent.y is None else sent.y[0].numel() * math.log2(self.forms[-1].bins)
         return of_y + SENT_BITS * sum(each[0].numel() for each in latents)
 
-    def compression_ratio(self, sent: Sent, images: Float[Tensor, "b c h w"]) -> float:
+    def compression_ratio(self, sent: Transmitted, images: Float[Tensor, "b c h w"]) -> float:
         """How many times more bits the images' 8-bit values are; infinite where nothing is sent."""
         bits = self.bits_sent(sent)
         return 8 * images[0].numel() / bits if bits else math.inf
 
-    def says_all(self, sent: Sent) -> bool:
+    def says_all(self, sent: Transmitted) -> bool:
         """Whether no latents are left to draw."""
         return len(sent.z) == self.top and (sent.u is not None or sent.y is not None)
 
-    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
+    def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
         """See `start_from_data`."""
         start_from_data(self, lambda: self(images[:START_IMAGES]))
 
@@ -338,10 +340,10 @@ class Hierarchy(Tokenizer):
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
         """See `Tokenizer.reconstructions`: each way to make images, and what is sent of one."""
         seeds, found = row_seeds(0, torch.arange(len(images), device=images.device)), {}
-        for way in self.ways:
-            sent = self.sent(images, way, seeds)
-            ratio = f", {self.compression_ratio(sent, images):.3g}:1" if WAYS[way] else ""
-            found[f"{way}{ratio}"] = self.received(sent, seeds)
+        for mode in self.modes:
+            sent = self.transmit(images, mode, seeds)
+            ratio = f", {self.compression_ratio(sent, images):.3g}:1" if MODES[mode] else ""
+            found[f"{mode}{ratio}"] = self.decode_from(sent, seeds)
         return found
 
     @staticmethod

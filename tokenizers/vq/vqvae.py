@@ -135,10 +135,10 @@ class OneGrid(VQFamily):
         return in_bounded_memory(self.decoder, self.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
 
     @torch.no_grad()
-    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
+    def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
         """Codebooks at the k-means centres of what an untrained encoder makes of these images, if so configured."""
         if self.config.kmeans_start:
-            self.quantizer.start_from(self.encoder(self.prepared(images)))
+            self.quantizer.init_from_data(self.encoder(self.prepared(images)))
 
 
 @dataclass(frozen=True)

@@ -113,14 +113,14 @@ class VQVAE2(VQFamily):
         return in_bounded_memory(self.decoder, combined).float().clamp(-1, 1)
 
     @torch.no_grad()
-    def start_from(self, images: Float[Tensor, "b c h w"]) -> None:
+    def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
         """Codebooks at the k-means centres of what untrained networks make of these images, if the config says so.
 
         The coarsest first, as the next level is conditioned on what it says.
         """
 
         def quantize(quantizer: LinkedQuantizer, z_e: Tensor) -> Tensor:
-            quantizer.start_from(z_e)
+            quantizer.init_from_data(z_e)
             return quantizer.lookup(quantizer.encode(z_e))
 
         if self.config.kmeans_start:

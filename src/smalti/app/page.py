@@ -1,4 +1,4 @@
-"""The page in the browser: what is on it, and which part of it does what. The work itself is in `studio.py`."""
+"""The page in the browser: what is on it, and which part of it does what. The work itself is in `session.py`."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from gradio import themes
 from PIL import Image
 from torch import Tensor
 
-from smalti.app.session import Frame, Studio
+from smalti.app.session import Frame, Session
 from smalti.commands.inpainting import Filling
 from smalti.core.errors import UserError
 from smalti.images.decoding import load_image
@@ -50,7 +50,7 @@ def painted_hole(layers: list[Image.Image], height: int, width: int) -> Tensor:
     return torch.from_numpy(covered > 127)
 
 
-def page(studio: Studio, saved: Callable[..., list[str]]) -> gradio.Blocks:
+def page(session: Session, saved: Callable[..., list[str]]) -> gradio.Blocks:
     """The page, not yet served.
 
     Args:
@@ -69,7 +69,7 @@ def page(studio: Studio, saved: Callable[..., list[str]]) -> gradio.Blocks:
         if path is None:
             return None, None
         with _as_a_line():
-            pixels = load_image(path, channels=studio.channels)
+            pixels = load_image(path, channels=session.channels)
         return pixels.numpy(), painted_on(pixels)
 
     # Gradio asks whether a function is a generator, which the checks of shapes in tests would hide
@@ -78,17 +78,17 @@ def page(studio: Studio, saved: Callable[..., list[str]]) -> gradio.Blocks:
         if held is None:
             raise gradio.Error("open an image first, or draw one and click on it", print_exception=False)
         pixels = torch.from_numpy(held)
-        settings = _settings(studio.prior.method.filling, values)
+        settings = _settings(session.prior.method.filling, values)
         with _as_a_line():
-            hole = painted_hole(painted["layers"], *pixels.shape[1:])
-            frames = studio.fills(pixels, hole, filling=Filling(), **settings)
+            mask = painted_hole(painted["layers"], *pixels.shape[1:])
+            frames = session.fills(pixels, mask, filling=Filling(), **settings)
             yield from shown(frames, "fill", settings)
 
     @no_type_check
     def drawn(*values: Any) -> Iterator[tuple[Any, str]]:
-        settings = _settings(studio.prior.method.sampling, values)
+        settings = _settings(session.prior.method.sampling, values)
         with _as_a_line():
-            yield from shown(studio.draws(**settings), "sample", settings)
+            yield from shown(session.draws(**settings), "sample", settings)
 
     def taken(event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, Any, Any]:
         return *opened(images[event.index][0]), gradio.Tabs(selected="fill")
@@ -109,7 +109,7 @@ def page(studio: Studio, saved: Callable[..., list[str]]) -> gradio.Blocks:
                     brush=gradio.Brush(default_size=48, colors=["#ff2d95"], color_mode="fixed"),
                     canvas_size=(PAINTED_ON, PAINTED_ON),
                 )
-                given = _controls(studio, studio.prior.method.filling, num=3)
+                given = _controls(session, session.prior.method.filling, num=3)
             with gradio.Column():
                 button = gradio.Button("Fill", variant="primary", elem_id="fill")
                 stop = gradio.Button("Stop")
@@ -120,7 +120,7 @@ def page(studio: Studio, saved: Callable[..., list[str]]) -> gradio.Blocks:
             stop.click(None, cancels=[running])
         with gradio.Tab("Draw new images", id="draw"), gradio.Row():
             with gradio.Column():
-                asked = _controls(studio, studio.prior.method.sampling, num=8)
+                asked = _controls(session, session.prior.method.sampling, num=8)
             with gradio.Column():
                 button = gradio.Button("Draw", variant="primary", elem_id="draw")
                 stop = gradio.Button("Stop")
@@ -143,16 +143,16 @@ def _as_a_line() -> Iterator[None]:
         raise gradio.Error(str(error), print_exception=False) from error
 
 
-def _controls(studio: Studio, sampling: type, num: int) -> list[Any]:
+def _controls(session: Session, sampling: type, num: int) -> list[Any]:
     """Number, seed, class, and of the sampling what `_RANGES` has: what `_settings` reads."""
     with gradio.Row():
         how_many = gradio.Slider(1, MOST, num, step=1, label="how many")
         seed = gradio.Number(0, label="seed", precision=0)
-        of = gradio.Dropdown([ANY, *studio.classes], value=ANY, label="class", visible=bool(studio.classes))
+        of = gradio.Dropdown([ANY, *session.classes], value=ANY, label="class", visible=bool(session.classes))
     with gradio.Row():
         sliders = []
         for name, label, value in _numbers(sampling):
-            (least, most, step), visible = _RANGES[name], name != "guidance" or bool(studio.classes)
+            (least, most, step), visible = _RANGES[name], name != "guidance" or bool(session.classes)
             slider = gradio.Slider(least, most, value, step=step, label=label, visible=visible, min_width=220)
             sliders.append(slider)
     return [how_many, seed, of, *sliders]
@@ -171,7 +171,7 @@ def _numbers(sampling: type) -> Iterator[tuple[str, str, float]]:
 
 
 def _settings(sampling: type, values: tuple[Any, ...]) -> dict[str, Any]:
-    """What `_controls` hold, as what `Studio` takes."""
+    """What `_controls` hold, as what `Session` takes."""
     how_many, seed, of, *numbers = values
     settings: dict[str, Any] = {"num": int(how_many), "seed": int(seed or 0), "classes": () if of == ANY else (of,)}
     for (name, _, start), value in zip(_numbers(sampling), numbers, strict=True):

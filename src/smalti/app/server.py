@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from smalti.app.session import Studio
+from smalti.app.session import Session
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
@@ -60,10 +60,10 @@ def serve(config: App) -> Iterator[Any]:
         from smalti.app.page import CSS, THEME, page
     except ModuleNotFoundError as error:
         raise UserError("the page needs Gradio: pip install 'smalti[app]'") from error
-    studio = Studio(config.prior, config.tokenizer, config.device, config.precision)
+    session = Session(config.prior, config.tokenizer, config.device, config.precision)
     with TemporaryDirectory(prefix="smalti-app-") as folder:
-        made_with = {**flatten(config), "prior_digest": studio.prior.digest(), "versions": versions()}
-        blocks = page(studio, partial(_saved, Path(folder), made_with))
+        made_with = {**flatten(config), "prior_digest": session.prior.digest(), "versions": versions()}
+        blocks = page(session, partial(_saved, Path(folder), made_with))
         try:
             blocks.queue(default_concurrency_limit=1)  # one at a time: they would only slow each other down
             blocks.launch(

@@ -43,7 +43,7 @@ class Frame(NamedTuple):
     images: list[Image.Image]
 
 
-class Studio:
+class Session:
     """A prior and its tokenizer on one device.
 
     Args:
@@ -71,7 +71,7 @@ class Studio:
     def fills(
         self,
         pixels: UInt8[Tensor, "c h w"],
-        hole: Bool[Tensor, "h w"],
+        mask: Bool[Tensor, "h w"],
         *,
         num: int,
         seed: int,
@@ -93,26 +93,26 @@ class Studio:
         Raises:
             UserError: for a hole that is none or all, a class there is not, or settings that will not do.
         """
-        if not hole.any():
+        if not mask.any():
             raise UserError("there is no hole yet: paint over what is to be filled")
-        if hole.all():
+        if mask.all():
             raise UserError("the whole image is painted over, and nothing is left to go by; paint less")
         sampling = replace(self.prior.method.filling(), **settings)
         chosen = list(find_classes(self.prior, classes).values())
-        height, width = hole.shape
+        height, width = mask.shape
         size = working_size(self.tokenizer, height, width, filling.largest)
 
         def as_it_is(codes: Tensor) -> list[Image.Image]:
             decoded = self._decode((codes[:: filling.candidates],))[:, :, : size.height, : size.width]
             fitted = F.interpolate(decoded, (height, width), mode="bilinear")
-            return [to_image(image) for image in torch.where(hole, to_uint8(fitted), pixels)]
+            return [to_image(image) for image in torch.where(mask, to_uint8(fitted), pixels)]
 
         def work(show: Show) -> list[Image.Image]:
             filled = fills(
                 [self.prior],
                 self.tokenizer,
                 pixels,
-                hole,
+                mask,
                 num=num,
                 seed=seed,
                 classes=chosen,

@@ -114,13 +114,13 @@ def inpaint(config: Inpaint[Any]) -> Path:
         calls.append(calls_of(priors, tokenizer, config.sampling, size))
     with bar(what="filling", total=sum(calls), unit="step") as progress:
         for index, job in enumerate(jobs):
-            pixels, hole = _read(config, job, tokenizer.image_channels)
-            _remark(config, job, hole, tokenizer)
+            pixels, mask = _read(config, job, tokenizer.image_channels)
+            _remark(config, job, mask, tokenizer)
             filled = fills(
                 priors,
                 tokenizer,
                 pixels,
-                hole,
+                mask,
                 num=config.num,
                 seed=config.seed,
                 classes=chosen,
@@ -130,7 +130,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
                 callback=counting(progress),
             )
             progress.update(sum(calls[: index + 1]) - progress.n)  # steps that stopping early saved
-            _write(job, pixels, hole, filled, {**settings, "image": job.image, "mask": job.mask})
+            _write(job, pixels, mask, filled, {**settings, "image": job.image, "mask": job.mask})
     return jobs[0].out if len(jobs) == 1 and not config.image.is_dir() else jobs[0].out.parent
 
 
@@ -174,13 +174,13 @@ def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor,
     """An image and its hole, both with what `--expand` adds."""
     pixels = load_image(job.image, channels=channels)
     _, height, width = pixels.shape
-    mask = job.mask
-    if mask is None and load_transparency(job.image) is not None:
-        mask = job.image
-    if mask is not None:
+    mask_file = job.mask
+    if mask_file is None and load_transparency(job.image) is not None:
+        mask_file = job.image
+    if mask_file is not None:
         _refuse_swapped(job)
-        hole = load_mask(
-            mask,
+        mask = load_mask(
+            mask_file,
             height=height,
             width=width,
             invert=config.invert,
@@ -188,12 +188,12 @@ def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor,
             resize=config.resize_mask,
         )
     elif any(config.expand):
-        hole = torch.zeros(height, width, dtype=torch.bool)
+        mask = torch.zeros(height, width, dtype=torch.bool)
     else:
         raise UserError(f"{job.image} has no transparent parts to fill; give --mask, or --expand to add to its edges")
     left, top, right, bottom = config.expand
     padding = (left, right, top, bottom)
-    return F.pad(pixels, padding), F.pad(hole, padding, value=True)
+    return F.pad(pixels, padding), F.pad(mask, padding, value=True)
 
 
 def _refuse_swapped(job: _Job) -> None:
@@ -213,7 +213,7 @@ def _refuse_swapped(job: _Job) -> None:
 def _write(
     job: _Job,
     pixels: UInt8[Tensor, "c h w"],
-    hole: Bool[Tensor, "h w"],
+    mask: Bool[Tensor, "h w"],
     filled: UInt8[Tensor, "n c h w"],
     settings: dict[str, object],
 ) -> None:
@@ -221,13 +221,13 @@ def _write(
         name = job.out if index == 0 else job.out.with_stem(f"{job.out.stem}-{index + 1}")
         save_png(name, to_image(image), {**settings, "fill": index})
     image = to_float(pixels).unsqueeze(0)
-    rows = {"image": image, "masked": blank(image, hole.unsqueeze(0)), "fills": to_float(filled)}
+    rows = {"image": image, "masked": blank(image, mask.unsqueeze(0)), "fills": to_float(filled)}
     save_sheet(job.out.with_stem(f"{job.out.stem}-sheet"), rows, settings=settings)
 
 
-def _remark(config: Inpaint[Any], job: _Job, hole: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> None:
+def _remark(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> None:
     """Says what is done that a person may not expect."""
-    height, width = hole.shape
+    height, width = mask.shape
     size, trained = working_size(tokenizer, height, width, config.filling.largest), tokenizer.config
     if size != (height, width, height, width):
         tqdm.write(
@@ -236,7 +236,7 @@ def _remark(config: Inpaint[Any], job: _Job, hole: Bool[Tensor, "h w"], tokenize
             "(see --largest); its known pixels come back as they are",
             file=sys.stderr,
         )
-    if (share := float(hole.float().mean())) > _MOST:
+    if (share := float(mask.float().mean())) > _MOST:
         tqdm.write(
             f"note: {share:.0%} of {job.image} is filled; --invert if that is the wrong way round", file=sys.stderr
         )

@@ -78,7 +78,7 @@ def fill(
     priors: Sequence[Prior],
     tokenizer: Tokenizer,
     pixels: UInt8[Tensor, "b c h w"],
-    hole: Bool[Tensor, "b h w"],
+    mask: Bool[Tensor, "b h w"],
     *,
     seeds: Int64[Tensor, " b"],
     sampling: Any,
@@ -112,17 +112,17 @@ def fill(
             raise UserError(f"a {prior.kind} draws whole images and cannot fill in parts; fill with a prior of codes")
     where, (height, width), k = next(priors[0].parameters()).device, pixels.shape[2:], filling.candidates
     work = working_size(tokenizer, height, width, filling.largest)
-    painted, work_hole = _at_working_size(blank(to_float(pixels), hole), hole, work)
-    painted, work_hole = painted.to(where), work_hole.to(where)
+    painted, work_mask = _at_working_size(blank(to_float(pixels), mask), mask, work)
+    painted, work_mask = painted.to(where), work_mask.to(where)
     with torch.autocast(where.type, enabled=False):
         encoded = tokenizer.encode(painted)
     of_candidates = derive(seeds.to(where).repeat_interleave(k), torch.arange(k, device=where).repeat(len(pixels)))
     codes: tuple[Tensor, ...] = ()
-    judging = torch.zeros_like(work_hole)
+    settings = torch.zeros_like(work_mask)
     for prior, known in zip(priors, encoded, strict=True):
         pixels_a_code = work.padded_height // known.shape[1]
-        known_mask = known_codes(work_hole, pixels_a_code, dilation=filling.dilation)
-        judging |= ~work_hole & ~_patches(known_mask, pixels_a_code)
+        known_mask = known_codes(work_mask, pixels_a_code, dilation=filling.dilation)
+        settings |= ~work_mask & ~_patches(known_mask, pixels_a_code)
         codes += (
             prior.method.sampler(
                 prior,
@@ -137,11 +137,11 @@ def fill(
         )
     with torch.autocast(where.type, enabled=False):
         decoded: Float[Tensor, "bk c h w"] = tokenizer.decode(codes)
-    kept = _nearest(decoded.unflatten(0, (len(pixels), k)), painted, judging)
+    kept = _nearest(decoded.unflatten(0, (len(pixels), k)), painted, settings)
     kept = kept[:, :, : work.height, : work.width].cpu()
     if (work.height, work.width) != (height, width):
         kept = F.interpolate(kept, (height, width), mode="bicubic").clamp(-1, 1)
-    return compose(pixels, kept, hole, feather_pixels=filling.feather, match_colour=filling.match_colour)
+    return compose(pixels, kept, mask, feather_pixels=filling.feather, match_colour=filling.match_colour)
 
 
 def filling_of(prior: Prior, given: Any) -> Any:
@@ -153,7 +153,7 @@ def fills(
     priors: Sequence[Prior],
     tokenizer: Tokenizer,
     pixels: UInt8[Tensor, "c h w"],
-    hole: Bool[Tensor, "h w"],
+    mask: Bool[Tensor, "h w"],
     *,
     num: int,
     seed: int,
@@ -173,7 +173,7 @@ def fills(
             priors,
             tokenizer,
             pixels.expand(num, -1, -1, -1),
-            hole.expand(num, -1, -1),
+            mask.expand(num, -1, -1),
             seeds=row_seeds(seed, numbers),
             labels=draw_labels(that_knows_classes(priors), classes, numbers, seed) if classes else None,
             sampling=sampling,
@@ -195,16 +195,16 @@ def calls_of(priors: Sequence[Prior], tokenizer: Tokenizer, sampling: Any, size:
 
 
 def _at_working_size(
-    images: Float[Tensor, "b c h w"], hole: Bool[Tensor, "b h w"], work: WorkingSize
+    images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b h w"], work: WorkingSize
 ) -> tuple[Float[Tensor, "b c h2 w2"], Bool[Tensor, "b h2 w2"]]:
     """A pixel made from any of the hole's is of the hole."""
-    size, holes = (work.height, work.width), hole.unsqueeze(1).float()
+    size, masks = (work.height, work.width), mask.unsqueeze(1).float()
     if size != tuple(images.shape[2:]):
         images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
-        holes = F.adaptive_max_pool2d(holes, size)
+        masks = F.adaptive_max_pool2d(masks, size)
     padding = (0, work.padded_width - work.width, 0, work.padded_height - work.height)
-    images, holes = (F.pad(each, padding, mode="replicate") for each in (images, holes))
-    return images, holes.squeeze(1) > 0
+    images, masks = (F.pad(each, padding, mode="replicate") for each in (images, masks))
+    return images, masks.squeeze(1) > 0
 
 
 def _patches(of_codes: Bool[Tensor, "b y x"], downsampling: int) -> Bool[Tensor, "b h w"]:
@@ -213,8 +213,8 @@ def _patches(of_codes: Bool[Tensor, "b y x"], downsampling: int) -> Bool[Tensor,
 
 
 def _nearest(
-    candidates: Float[Tensor, "b k c h w"], given: Float[Tensor, "b c h w"], judging: Bool[Tensor, "b h w"]
+    candidates: Float[Tensor, "b k c h w"], given: Float[Tensor, "b c h w"], settings: Bool[Tensor, "b h w"]
 ) -> Float[Tensor, "b c h w"]:
     """Of each image's candidates the one nearest to what is given at the judging pixels."""
-    errors = ((candidates - given.unsqueeze(1)).square().sum(2) * judging.unsqueeze(1)).sum((2, 3))
+    errors = ((candidates - given.unsqueeze(1)).square().sum(2) * settings.unsqueeze(1)).sum((2, 3))
     return candidates[torch.arange(len(given), device=given.device), errors.argmin(1)]

@@ -29,7 +29,7 @@ class SampleWay:
         UserError: for a number below 1.
     """
 
-    way: Way
+    mode: Way
     """What is sent: for `generation` nothing; for `conditional-generation` the smallest representation, and the rest is
     drawn; for `conditional-reconstruction` the latents z too; for `reconstruction-1` the latents u; for
     `reconstruction-2` u and z."""
@@ -80,19 +80,19 @@ def sample_way(config: SampleWay) -> Path:
     where, rows = next(model.parameters()).device, torch.arange(config.num)
     seeds = row_seeds(config.seed, rows).to(where)
     settings = {**flatten(config), "tokenizer_digest": model.digest(), "versions": versions()}
-    if config.way == "generation":
+    if config.mode == "generation":
         save_grid(config.out, model.generation(seeds, config.pixels).cpu(), settings=settings)
         return config.out
     images = to_float(_held_out(model, config)).to(where)
-    sent = model.sent(images, config.way, seeds[: len(images)])
+    sent = model.transmit(images, config.mode, seeds[: len(images)])
     ratio = model.compression_ratio(sent, images)
-    print(f"{config.way}: {model.bits_sent(sent) / 8:.0f} bytes an image, {ratio:.3g}:1")
+    print(f"{config.mode}: {model.bits_sent(sent) / 8:.0f} bytes an image, {ratio:.3g}:1")
     sheet: dict[str, Float[Tensor, "_b _c _h _w"]] = {"original": images.cpu()}
     if sent.y is not None:
         sheet["representation"] = _enlarged(sent.y, images).cpu()
     for number in range(1 if model.says_all(sent) and config.pixels == "mean" else config.draws):
-        drawn = model.received(sent, derive(seeds[: len(images)], number), config.pixels)
-        sheet[f"{config.way}, draw {number + 1}"] = drawn.cpu()
+        drawn = model.decode_from(sent, derive(seeds[: len(images)], number), config.pixels)
+        sheet[f"{config.mode}, draw {number + 1}"] = drawn.cpu()
     save_sheet(config.out, sheet, settings=settings)
     return config.out
 

@@ -153,7 +153,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
     if not run.step:
         count = min(_start_images(tokenizer, config.model.height * config.model.width), len(train))
         rows = torch.arange(count) * (len(train) // count)
-        tokenizer.start_from(to_float(train.__getitems__(rows.tolist())["images"]))
+        tokenizer.init_from_data(to_float(train.__getitems__(rows.tolist())["images"]))
     phases = tokenizer.phases(config.fit)
     if not phases:
         objective = Reconstruction(tokenizer)

@@ -71,7 +71,7 @@ def _bits_per_row(prior: CausalPrior, rows: LatentRows, batch_size: int) -> Floa
     for numbers in torch.arange(len(rows)).split(batch_size):
         batch = {name: tensor.to(where) for name, tensor in rows.__getitems__(numbers.tolist()).items()}
         with torch.autocast(where.type, enabled=False):
-            features = prior.features(batch["codes"], **prior.told(batch))
+            features = prior.features(batch["codes"], **prior.conditioning(batch))
             nats = prior.head.nll(features, batch["codes"].flatten(1))  # b n
         found.append(nats.double().sum(1).cpu() / math.log(2))
     return torch.cat(found)

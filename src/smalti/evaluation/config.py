@@ -17,7 +17,7 @@ EVALUATIONS = RUNS / "evaluations"
 
 
 @dataclass(frozen=True)
-class Judging:
+class EvaluationSettings:
     """What models are held against.
 
     Raises:
@@ -47,44 +47,44 @@ class Judging:
 
 
 @dataclass(frozen=True)
-class JudgeTokenizer:
+class TokenizerEvaluation:
     """How to judge a tokenizer: by reconstructions of held-out images."""
 
     of: Literal["tokenizer"] = "tokenizer"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
-    judging: Judging = field(default_factory=Judging)
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path = EVALUATIONS / "tokenizer.json"
     """The result, with all that is needed to repeat it."""
 
 
 @dataclass(frozen=True)
-class JudgePrior(Generic[S]):
+class PriorEvaluation(Generic[S]):
     """How to judge a prior: by its samples against images it never saw."""
 
     sampling: S
     """How codes are drawn; of priors of several kinds, by those of the last one's."""
     of: Literal["prior"] = "prior"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     prior: tuple[str, ...] = ("hourglass",)
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Of a tokenizer of several levels,
     one for each."""
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
-    judging: Judging = field(default_factory=Judging)
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path = EVALUATIONS / "prior.json"
     """The result, with all that is needed to repeat it; beside it a sheet of samples and their nearest neighbours."""
 
 
 @dataclass(frozen=True)
-class JudgeInpainting(Generic[S]):
+class InpaintingEvaluation(Generic[S]):
     """How to judge fills: held-out images under random strokes, filled, against the truth and against simpler fills."""
 
     sampling: S
     """How codes are drawn."""
     of: Literal["inpainting"] = "inpainting"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     fills: int = 3
     """Fills of each image; the first alone is compared with other ways, all with each other and with the truth."""
     prior: tuple[str, ...] = ("hourglass",)
@@ -93,7 +93,7 @@ class JudgeInpainting(Generic[S]):
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     filling: Filling = field(default_factory=Filling)
-    judging: Judging = field(default_factory=Judging)
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path = EVALUATIONS / "inpainting.json"
     """The result, with all that is needed to repeat it."""
 
@@ -103,22 +103,22 @@ class JudgeInpainting(Generic[S]):
 
 
 @dataclass(frozen=True)
-class JudgeWays:
+class ModesEvaluation:
     """How to judge selfVAE's ways to make images: by what comes back of held-out ones, and by what must be sent."""
 
-    of: Literal["ways"] = "ways"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
+    of: Literal["modes"] = "modes"
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     pixels: Pixels = "mean"
     """What is taken of the pixels' likelihoods: the `mean`, or a `sample`."""
-    judging: Judging = field(default_factory=Judging)
-    out: Path = EVALUATIONS / "ways.json"
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+    out: Path = EVALUATIONS / "modes.json"
     """The result, with all that is needed to repeat it."""
 
 
 @dataclass(frozen=True)
-class JudgeLikelihood:
+class LikelihoodEvaluation:
     """How to judge a likelihood of images: by the bits for each number of held-out ones.
 
     Raises:
@@ -126,7 +126,7 @@ class JudgeLikelihood:
     """
 
     of: Literal["likelihood"] = "likelihood"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `ways`."""
+    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None
@@ -148,4 +148,6 @@ class JudgeLikelihood:
             raise UserError(f"--num and --samples must be at least 1, not {self.num} and {self.samples}")
 
 
-Judge = JudgeTokenizer | JudgePrior[Any] | JudgeInpainting[Any] | JudgeWays | JudgeLikelihood
+Evaluation = (
+    TokenizerEvaluation | PriorEvaluation[Any] | InpaintingEvaluation[Any] | ModesEvaluation | LikelihoodEvaluation
+)

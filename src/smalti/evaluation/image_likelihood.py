@@ -19,7 +19,7 @@ from smalti.core.devices import device
 from smalti.core.errors import UserError
 from smalti.core.progress import bar
 from smalti.core.randomness import choose, derive, row_seeds
-from smalti.evaluation.config import JudgeLikelihood
+from smalti.evaluation.config import LikelihoodEvaluation
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
 from smalti.tokenizers.selfvae.hierarchical_vae import Hierarchy
@@ -92,7 +92,7 @@ def bits(weights: Float64[Tensor, "n s"], images: UInt8[Tensor, "n c h w"], samp
     )
 
 
-def judge_likelihood(config: JudgeLikelihood) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def evaluate_likelihood(config: LikelihoodEvaluation) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Bits of held-out images: the bound of one sample, and of all.
 
     Raises:

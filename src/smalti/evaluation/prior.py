@@ -12,7 +12,7 @@ from torch import Tensor
 from smalti.commands.model_paths import load_priors
 from smalti.commands.sample import generate_images
 from smalti.core.devices import device
-from smalti.evaluation.config import JudgePrior
+from smalti.evaluation.config import PriorEvaluation
 from smalti.evaluation.real_images import ROWS_AT_ONCE, Scores, real_for
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.sheets import save_sheet
@@ -28,22 +28,22 @@ COPY_QUANTILE = 0.05
 """Of held-out images' distances to the nearest training image; of samples, too, no more should be nearer than that."""
 
 
-def judge_prior(config: JudgePrior[Any]) -> tuple[Scores, dict[str, Any]]:
+def evaluate_prior(config: PriorEvaluation[Any]) -> tuple[Scores, dict[str, Any]]:
     """Samples against real images as sets, and against the nearest of the training images, which they may repeat."""
-    where = device(config.judging.device)
-    extractor = find_extractor(config.judging.extractor, where)
+    where = device(config.settings.device)
+    extractor = find_extractor(config.settings.extractor, where)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
-    real = real_for(config.judging, tokenizer, extractor)
+    real = real_for(config.settings, tokenizer, extractor)
     start = time.perf_counter()
     samples = to_uint8(
         generate_images(
             priors,
             tokenizer,
             num=len(real.judged),
-            seed=config.judging.seed,
+            seed=config.settings.seed,
             sampling=config.sampling,
-            precision=config.judging.precision,
+            precision=config.settings.precision,
         )
     )
     seconds = time.perf_counter() - start

@@ -9,7 +9,7 @@ from torch import Tensor
 from smalti.core.errors import UserError
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.randomness import Stream, choose
-from smalti.evaluation.config import Judging
+from smalti.evaluation.config import EvaluationSettings
 from smalti.images.image_set import ImageRows, open_images
 from smalti.metrics.extractors import Extractor, moments
 from smalti.metrics.frechet import Moments, frechet_distance
@@ -45,15 +45,17 @@ class Real:
         UserError: for images that will not do, or too few of them.
     """
 
-    def __init__(self, judging: Judging, extractor: Extractor, *, height: int, width: int, channels: int) -> None:
-        images = open_images(judging.images, height=height, width=width, channels=channels)
+    def __init__(
+        self, settings: EvaluationSettings, extractor: Extractor, *, height: int, width: int, channels: int
+    ) -> None:
+        images = open_images(settings.images, height=height, width=width, channels=channels)
         held_out, training = (ImageRows(images, split=side, flips=False) for side in ("held_out", "train"))
         if len(held_out) < 4:
-            raise UserError(f"only {len(held_out)} image(s) of {judging.images} are held out; judge by more images")
+            raise UserError(f"only {len(held_out)} image(s) of {settings.images} are held out; judge by more images")
         self._extractor, self._training = extractor, training
-        self._chosen = choose(len(training), judging.reference, judging.seed, Stream.EVALUATION_REFERENCE)
+        self._chosen = choose(len(training), settings.reference, settings.seed, Stream.EVALUATION_REFERENCE)
         self.judged: UInt8[Tensor, "n c h w"] = held_out.__getitems__(
-            choose(len(held_out), judging.num, judging.seed, Stream.EVALUATION_HELD_OUT)
+            choose(len(held_out), settings.num, settings.seed, Stream.EVALUATION_HELD_OUT)
         )["images"]
         self.features = extractor(self.judged)
         self.conditions = {
@@ -84,9 +86,9 @@ class Real:
         return Moments.of(self.reference())
 
 
-def real_for(judging: Judging, tokenizer: Tokenizer, extractor: Extractor) -> Real:
+def real_for(settings: EvaluationSettings, tokenizer: Tokenizer, extractor: Extractor) -> Real:
     """Of the size a tokenizer makes images in; the conditions say which tokenizer that is."""
     size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
-    real = Real(judging, extractor, **size, channels=tokenizer.image_channels)
+    real = Real(settings, extractor, **size, channels=tokenizer.image_channels)
     real.conditions["tokenizer_digest"] = tokenizer.digest()
     return real

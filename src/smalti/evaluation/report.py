@@ -13,16 +13,23 @@ from smalti.commands.model_paths import prior_class
 from smalti.core.errors import UserError
 from smalti.core.files import write_json
 from smalti.core.provenance import versions
-from smalti.evaluation.config import Judge, JudgeInpainting, JudgeLikelihood, JudgePrior, JudgeTokenizer, JudgeWays
-from smalti.evaluation.image_likelihood import judge_likelihood
-from smalti.evaluation.inpainting import judge_inpainting
-from smalti.evaluation.modes import judge_ways
-from smalti.evaluation.prior import judge_prior
+from smalti.evaluation.config import (
+    Evaluation,
+    InpaintingEvaluation,
+    LikelihoodEvaluation,
+    ModesEvaluation,
+    PriorEvaluation,
+    TokenizerEvaluation,
+)
+from smalti.evaluation.image_likelihood import evaluate_likelihood
+from smalti.evaluation.inpainting import evaluate_inpainting
+from smalti.evaluation.modes import evaluate_modes
+from smalti.evaluation.prior import evaluate_prior
 from smalti.evaluation.real_images import SPEEDS, Scores
-from smalti.evaluation.tokenizer import judge_tokenizer
+from smalti.evaluation.tokenizer import evaluate_tokenizer
 
-WITHOUT_PRIOR = {"tokenizer": JudgeTokenizer, "ways": JudgeWays, "likelihood": JudgeLikelihood}
-KINDS = ("tokenizer", "prior", "inpainting", "ways", "likelihood")
+WITHOUT_PRIOR = {"tokenizer": TokenizerEvaluation, "modes": ModesEvaluation, "likelihood": LikelihoodEvaluation}
+KINDS = ("tokenizer", "prior", "inpainting", "modes", "likelihood")
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,10 @@ def config_for(of: str, prior: str) -> Any:
     if of in WITHOUT_PRIOR:
         return WITHOUT_PRIOR[of]
     method = prior_class(prior).method
-    return JudgePrior[method.sampling] if of == "prior" else JudgeInpainting[method.filling]
+    return PriorEvaluation[method.sampling] if of == "prior" else InpaintingEvaluation[method.filling]
 
 
-def evaluate(config: Judge | Again) -> Scores:
+def evaluate(config: Evaluation | Again) -> Scores:
     """Judges a model, prints a table, and writes the result; or repeats an evaluation and says whether it came out
     the same.
 
@@ -58,7 +65,7 @@ def evaluate(config: Judge | Again) -> Scores:
     """
     if isinstance(config, Again):
         return _repeat(config)
-    scores, conditions = _judge(config)
+    scores, conditions = _evaluate(config)
     _write(config.out, config, scores, conditions)
     print(table(scores, conditions))
     print(f"\n{config.out}")
@@ -77,19 +84,19 @@ def table(scores: Scores, conditions: dict[str, Any]) -> str:
     return "\n".join([*rows, "", ", ".join(f"{name} {value}" for name, value in shown.items())])
 
 
-def _judge(config: Judge) -> tuple[Scores, dict[str, Any]]:
-    if isinstance(config, JudgeTokenizer):
-        return judge_tokenizer(config)
-    if isinstance(config, JudgeWays):
-        return judge_ways(config)
-    if isinstance(config, JudgeLikelihood):
-        return judge_likelihood(config)
-    if isinstance(config, JudgePrior):
-        return judge_prior(config)
-    return judge_inpainting(config)
+def _evaluate(config: Evaluation) -> tuple[Scores, dict[str, Any]]:
+    if isinstance(config, TokenizerEvaluation):
+        return evaluate_tokenizer(config)
+    if isinstance(config, ModesEvaluation):
+        return evaluate_modes(config)
+    if isinstance(config, LikelihoodEvaluation):
+        return evaluate_likelihood(config)
+    if isinstance(config, PriorEvaluation):
+        return evaluate_prior(config)
+    return evaluate_inpainting(config)
 
 
-def _write(path: Path, config: Judge, scores: Scores, conditions: dict[str, Any]) -> None:
+def _write(path: Path, config: Evaluation, scores: Scores, conditions: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     write_json(path, {"scores": scores, "conditions": conditions, "settings": settings, "versions": versions()})
 
@@ -106,7 +113,7 @@ def _repeat(config: Again) -> Scores:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{config.again} is not a result of evaluate.py; give the JSON that one wrote") from error
-    scores, conditions = _judge(judge)
+    scores, conditions = _evaluate(judge)
     if config.out:
         _write(config.out, judge, scores, conditions)
     print(table(scores, conditions))

@@ -10,7 +10,7 @@ from torch import Tensor
 from smalti.commands.model_paths import load_tokenizer
 from smalti.core.codes import Codes
 from smalti.core.devices import Precision, autocast, device
-from smalti.evaluation.config import JudgeTokenizer
+from smalti.evaluation.config import TokenizerEvaluation
 from smalti.evaluation.real_images import ROWS_AT_ONCE, Scores, real_for
 from smalti.images.decoding import to_float, to_uint8
 from smalti.latentsets.reader import perplexity
@@ -21,12 +21,12 @@ from smalti.metrics.image_errors import mse, psnr
 from smalti.tokenizers.base import Tokenizer
 
 
-def judge_tokenizer(config: JudgeTokenizer) -> tuple[Scores, dict[str, Any]]:
+def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, dict[str, Any]]:
     """Errors of reconstructions, how far they are from real images as a set, and how the codes are used."""
-    where = device(config.judging.device)
-    extractor, tokenizer = find_extractor(config.judging.extractor, where), load_tokenizer(config.tokenizer).to(where)
-    real = real_for(config.judging, tokenizer, extractor)
-    images, codes, seconds = _reconstruct(tokenizer, real.judged, where, config.judging.precision)
+    where = device(config.settings.device)
+    extractor, tokenizer = find_extractor(config.settings.extractor, where), load_tokenizer(config.tokenizer).to(where)
+    real = real_for(config.settings, tokenizer, extractor)
+    images, codes, seconds = _reconstruct(tokenizer, real.judged, where, config.settings.precision)
     errors = mse(to_float(images), to_float(real.judged))
     features, reference = extractor(images), real.reference_moments
     scores: Scores = {

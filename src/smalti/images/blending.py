@@ -20,7 +20,7 @@ _PIXELS_AT_ONCE = 4096  # of the hole, each against the whole rim
 def compose(
     pixels: UInt8[Tensor, "b c h w"],
     filled: Float[Tensor, "b c h w"],
-    hole: Bool[Tensor, "b h w"],
+    mask: Bool[Tensor, "b h w"],
     *,
     feather_pixels: int,
     match_colour: bool,
@@ -37,18 +37,18 @@ def compose(
         feather_pixels: width of the band.
         match_colour: shift the fill, in its hole and its band, by what it is off the image at the hole's rim.
     """
-    given, share = to_float(pixels), _share(hole, feather_pixels)
+    given, share = to_float(pixels), _share(mask, feather_pixels)
     if match_colour:
-        off = torch.stack([_offset(*each) for each in zip(given - filled, hole, share > 0, strict=True)])
+        off = torch.stack([_offset(*each) for each in zip(given - filled, mask, share > 0, strict=True)])
         filled = filled + off
     # not a sum of shares alone: 0 times what is hidden would leave the rounding of it, and the known would be rounded
-    blended = torch.where(hole.unsqueeze(1), filled, given + share.unsqueeze(1) * (filled - given))
+    blended = torch.where(mask.unsqueeze(1), filled, given + share.unsqueeze(1) * (filled - given))
     return torch.where(share.unsqueeze(1) > 0, to_uint8(blended), pixels)
 
 
-def _share(hole: Bool[Tensor, "b h w"], feather_pixels: int) -> Float[Tensor, "b h w"]:
+def _share(mask: Bool[Tensor, "b h w"], feather_pixels: int) -> Float[Tensor, "b h w"]:
     """How much of the fill each pixel takes: 1 in the hole, then less with every pixel of the band, then 0."""
-    share = hole.float()
+    share = mask.float()
     for _ in range(feather_pixels):
         spread = F.max_pool2d(share.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
         share = torch.where(share > 0, share, (spread - 1 / (feather_pixels + 1)) * (spread > 0))
@@ -56,11 +56,11 @@ def _share(hole: Bool[Tensor, "b h w"], feather_pixels: int) -> Float[Tensor, "b
 
 
 def _offset(
-    difference: Float[Tensor, "c h w"], hole: Bool[Tensor, "h w"], wanted: Bool[Tensor, "h w"]
+    difference: Float[Tensor, "c h w"], mask: Bool[Tensor, "h w"], wanted: Bool[Tensor, "h w"]
 ) -> Float[Tensor, "c h w"]:
     """What is to be added at the wanted pixels: the differences of the known pixels at the hole's rim, each weighted
     by a power of its distance (Shepard 1968)."""
-    rim = (F.max_pool2d(hole[None, None].float(), 3, stride=1, padding=1)[0, 0] > 0) & ~hole
+    rim = (F.max_pool2d(mask[None, None].float(), 3, stride=1, padding=1)[0, 0] > 0) & ~mask
     offset = torch.zeros_like(difference)
     if not rim.any():
         return offset

@@ -58,30 +58,30 @@ def load_mask(
                 "pass --resize-mask, or give a mask of the image's size"
             )
         light = torch.from_numpy(np.array(Image.fromarray(light.numpy()).resize((width, height))))
-    hole = (light > threshold) ^ invert
+    mask = (light > threshold) ^ invert
     kind = ("dark" if invert else "light") if see_through is None else ("opaque" if invert else "transparent")
-    if not hole.any():
+    if not mask.any():
         paint = {"light": "paint what to fill white", "dark": "paint what to fill black"}
         raise UserError(f"{path} has no hole: no pixel is {kind}; {paint.get(kind, 'erase what to fill')}")
-    if hole.all():
+    if mask.all():
         raise UserError(
             f"{path} is all hole: every pixel is {kind}, and nothing is left to go by; mark less, or use --invert"
         )
-    return hole
+    return mask
 
 
 def known_codes(
-    hole: Bool[Tensor, "b h w"], downsampling: int, *, dilation: int = DILATION_CODES
+    mask: Bool[Tensor, "b h w"], downsampling: int, *, dilation: int = DILATION_CODES
 ) -> Bool[Tensor, "b y x"]:
     """Which codes to keep: those whose every pixel is known, and whose every neighbour within `dilation` codes is."""
-    unknown = rearrange(hole, "b (y s1) (x s2) -> b y x s1 s2", s1=downsampling, s2=downsampling).any(-1).any(-1)
+    unknown = rearrange(mask, "b (y s1) (x s2) -> b y x s1 s2", s1=downsampling, s2=downsampling).any(-1).any(-1)
     spread = F.max_pool2d(unknown.float().unsqueeze(1), 2 * dilation + 1, stride=1, padding=dilation).squeeze(1)
     return spread == 0
 
 
-def blank(images: Float[Tensor, "b c h w"], hole: Bool[Tensor, "b h w"]) -> Float[Tensor, "b c h w"]:
+def blank(images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b h w"]) -> Float[Tensor, "b c h w"]:
     """The images with each hole in the mean colour of what is known, so that nothing hidden reaches an encoder."""
-    known = ~hole.unsqueeze(1)
+    known = ~mask.unsqueeze(1)
     mean = (images * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp_min(1)
     return torch.where(known, images, mean)
 
@@ -108,7 +108,7 @@ def strokes(seeds: Int64[Tensor, " b"], height: int, width: int) -> Bool[Tensor,
 
     In the manner of the free-form masks of arXiv 1806.03589; about a quarter of an image on average.
     """
-    holes = []
+    masks = []
     for numbers in uniform(seeds, MOST_STROKES, 2 + 2 * STROKE_POINTS).tolist():
         shape = Image.new("L", (width, height))
         draw = ImageDraw.Draw(shape)
@@ -117,5 +117,5 @@ def strokes(seeds: Int64[Tensor, " b"], height: int, width: int) -> Bool[Tensor,
             draw.line(
                 points, fill=255, width=max(1, round((0.1 + 0.1 * thickness) * min(height, width))), joint="curve"
             )
-        holes.append(torch.from_numpy(np.array(shape)) > MID_GREY)
-    return torch.stack(holes)
+        masks.append(torch.from_numpy(np.array(shape)) > MID_GREY)
+    return torch.stack(masks)

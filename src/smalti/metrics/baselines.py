@@ -26,17 +26,17 @@ def ssim(images: UInt8[Tensor, "n c h w"], truth: UInt8[Tensor, "n c h w"]) -> f
     return sum(float(similarity(a, b, channel_axis=0, data_range=255)) for a, b in pairs) / len(images)
 
 
-def biharmonic(pixels: UInt8[Tensor, "n c h w"], hole: Bool[Tensor, "n h w"]) -> UInt8[Tensor, "n c h w"]:
+def biharmonic(pixels: UInt8[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]) -> UInt8[Tensor, "n c h w"]:
     """The images with each hole filled as smoothly as its rim allows.
 
     Raises:
         UserError: if the extra is not installed.
     """
     smooth = _scikit_image().restoration.inpaint_biharmonic
-    pairs = list(zip(pixels.numpy(), hole.numpy(), strict=True))
+    pairs = list(zip(pixels.numpy(), mask.numpy(), strict=True))
     shown = bar(pairs, what="biharmonic fills", unit="image", delay_seconds=SLOW_SECONDS)
-    filled = [torch.from_numpy(smooth(image, mask, channel_axis=0)) for image, mask in shown]
-    return torch.where(hole.unsqueeze(1), to_uint8(torch.stack(filled) * 2 - 1), pixels)
+    filled = [torch.from_numpy(smooth(image, to_fill, channel_axis=0)) for image, to_fill in shown]
+    return torch.where(mask.unsqueeze(1), to_uint8(torch.stack(filled) * 2 - 1), pixels)
 
 
 def _scikit_image() -> Any:

@@ -24,7 +24,7 @@ from smalti.training.config import FitConfig, Phase
 from smalti.training.ema import EMA
 from smalti.training.fsdp import gathered, is_split, split_like
 from smalti.training.nan_and_stalls import ROLL_BACK_AFTER, Health
-from smalti.training.optimizers import put_back
+from smalti.training.optimizers import restore
 from smalti.training.run_folder import Run
 
 HELD_OUT_ROWS = 1_024  # at most: enough for a loss to about one per cent
@@ -90,7 +90,7 @@ class Upkeep:
             there = phase.objective.state_dict()
             weights = {name: split_like(tensor, there.get(name, tensor)) for name, tensor in saved["objective"].items()}
             phase.objective.load_state_dict(weights)
-            put_back(phase.optimizer, saved["optimizer"])
+            restore(phase.optimizer, saved["optimizer"])
         self.ema.load_state_dict(state["ema"])
 
     def after(self, done: int, measured: dict[str, Tensor]) -> None:

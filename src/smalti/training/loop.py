@@ -200,7 +200,7 @@ def _step(
         step_unless(phase.optimizer, bad)
         for module in part.learners:
             module.after_step(batch["seeds"], bad)
-        part.buffers.put_back(bad)
+        part.buffers.restore(bad)
         skipped |= bad
         part.wrapped.zero_grad()  # all: a discriminator in the generator's phase has gradients that are not its own
         prefix = f"{phase.name}/" if len(prepared) > 1 else ""

@@ -61,7 +61,7 @@ class Buffers:
         """Remembers the buffers as they are."""
         self.kept = [buffer.clone() for buffer in self.buffers]
 
-    def put_back(self, bad: Tensor) -> None:
+    def restore(self, bad: Tensor) -> None:
         """Undoes what changed since, if `bad` is true."""
         for buffer, old in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(torch.where(bad, old, buffer))

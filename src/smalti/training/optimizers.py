@@ -104,11 +104,11 @@ Optimizer: TypeAlias = torch.optim.Optimizer | Together
 """What the training loop steps and saves."""
 
 
-def put_back(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """The inverse of `state_dict`, from whole tensors; also where the optimiser's own are split."""
     if isinstance(optimizer, Together):
         for part, of_part in zip(optimizer.parts, saved["parts"], strict=True):
-            put_back(part, of_part)
+            restore(part, of_part)
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {

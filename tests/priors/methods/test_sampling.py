@@ -14,7 +14,7 @@ from torch import Tensor
 from smalti.core import models
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
-from smalti.priors.methods.sampling import take_turns
+from smalti.priors.methods.sampling import select_positions
 from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 
@@ -126,7 +126,7 @@ def test_in_halton_order_all_have_their_turn_as_often(h, w, proportion, seed):
     unknown = torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed)) < 0.7
     had, seen = torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, h, w, dtype=torch.int64)
     for _ in range(7):
-        turn, after = take_turns(unknown, proportion, had, None, torch.zeros(3, dtype=torch.int64))
+        turn, after = select_positions(unknown, proportion, had, None, torch.zeros(3, dtype=torch.int64))
         assert (after - had)[:, 0].tolist() == turn.sum((1, 2)).tolist()
         assert not (turn & ~unknown).any()
         had, seen = after, seen + turn
@@ -137,13 +137,13 @@ def test_in_halton_order_all_have_their_turn_as_often(h, w, proportion, seed):
 def test_the_least_likely_codes_have_their_turn_first_in_proportion():
     """One of two positions: drawn with weights 1 / p, as Gumbel noise does; and the surest at last."""
     rows = 20_000
-    surprise = torch.tensor([[0.0, 1.0, 2.0, 9.0]]).expand(rows, -1)
+    nll = torch.tensor([[0.0, 1.0, 2.0, 9.0]]).expand(rows, -1)
     unknown = torch.tensor([True, True, True, False]).view(1, 2, 2).expand(rows, -1, -1)
-    turn, _ = take_turns(
-        unknown, 0.3, torch.zeros(rows, 1, dtype=torch.int64), surprise, row_seeds(0, torch.arange(rows))
+    turn, _ = select_positions(
+        unknown, 0.3, torch.zeros(rows, 1, dtype=torch.int64), nll, row_seeds(0, torch.arange(rows))
     )
     shares = turn.flatten(1).double().mean(0)
-    assert torch.allclose(shares[:3], surprise[0, :3].double().softmax(0), atol=0.015)
+    assert torch.allclose(shares[:3], nll[0, :3].double().softmax(0), atol=0.015)
     assert shares[3] == 0
 
 

@@ -98,8 +98,8 @@ def test_a_walk_gives_what_the_whole_grid_gives(options, b, h, w):
     prior = prior_of(**options)
     told, codes = told_of(prior, b, h, w), torch.randint(6, (b, h, w))
     flat = codes.flatten(1)
-    walk = prior.walk(b, h, w, **told)
-    walked = [next(walk)] + [walk.send(flat[:, i : i + 1]) for i in range(h * w - 1)]
+    decode_stepwise = prior.decode_stepwise(b, h, w, **told)
+    walked = [next(decode_stepwise)] + [decode_stepwise.send(flat[:, i : i + 1]) for i in range(h * w - 1)]
     assert torch.allclose(torch.cat(walked, 1), prior.features(codes, **told), atol=1e-5)
 
 

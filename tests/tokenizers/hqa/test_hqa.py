@@ -190,7 +190,7 @@ def test_resets_raise_the_effective_rate():
 def test_the_way_up_and_down_by_hand(config_class, normalize):
     """Algorithm 1, with the most probable codes at every layer."""
     tokenizer, images = hqa_of(config_class, normalize=normalize), images_of()
-    tokenizer.start_from(images_of(16))
+    tokenizer.init_from_data(images_of(16))
     found, codes = images, []
     for layer in tokenizer.layers:
         found = layer.encoder((found - layer.mean) / layer.deviation)
@@ -290,7 +290,7 @@ def test_training_lowers_the_loss_of_every_combination():
     for posterior, target, probabilistic in product(("stochastic", "nearest"), ("features", "codes"), (True, False)):
         choice = {"posterior": posterior, "target": target, "probabilistic": probabilistic}
         tokenizer, images = hqa_of(**choice, widths=(4, 4)).train(), images_of(16)
-        tokenizer.start_from(images)
+        tokenizer.init_from_data(images)
         batch = {
             "images": ((images + 1) * 127.5).byte(),
             "seeds": seeds_of(16),
@@ -313,7 +313,7 @@ def test_the_start_is_from_the_images_or_left_out():
     for config_class in (HQAConfig, HAMsConfig):
         tokenizer, images = hqa_of(config_class, height=16, width=16), images_of(64, h=16, w=16)
         before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
-        tokenizer.start_from(images)
+        tokenizer.init_from_data(images)
         moved = {name for name, tensor in tokenizer.state_dict().items() if not tensor.equal(before[name])}
         assert all(name.startswith("layers.2.") for name in moved)
         assert tokenizer.encode(images)[0].unique().numel() == K
@@ -322,7 +322,7 @@ def test_the_start_is_from_the_images_or_left_out():
             assert math.sqrt(vectors.var(0).sum()) == pytest.approx(START_LENGTH, rel=0.05)
         random = hqa_of(config_class, kmeans_start=False, linear_start=False)
         before = {name: tensor.clone() for name, tensor in random.state_dict().items()}
-        random.start_from(images)
+        random.init_from_data(images)
         assert all(tensor.equal(before[name]) for name, tensor in random.state_dict().items())
 
 

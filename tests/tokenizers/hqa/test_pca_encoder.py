@@ -81,7 +81,7 @@ def test_data_that_does_not_vary_starts_finite():
 def test_a_principal_encoder_keeps_the_distances_that_its_components_do(code_width, components):
     given = images_of(6, 8, 4) + 0.5
     encoder = PrincipalEncoder(3, code_width)
-    encoder.start_from(given)
+    encoder.init_from_data(given)
     encoder.multiply(torch.tensor(3.0))
     kept = projected(given.double().numpy(), components).reshape(6, -1)
     apart = np.linalg.norm(kept[:, None] - kept, axis=-1)
@@ -109,7 +109,7 @@ def test_a_stack_of_principal_encoders_keeps_distances_up_to_where_components_ar
         made = principal_of(kind, widths=(4,) * layers)
         if below is not None:
             made.build_on(below)
-        made.start_from(images)
+        made.init_from_data(images)
         top = made.layers[-1]
         before = {name: tensor.clone() for name, tensor in top.state_dict().items()}
         optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], lr=0.01)
@@ -131,7 +131,7 @@ def test_a_stack_of_principal_encoders_keeps_distances_up_to_where_components_ar
 def test_principal_encoders_start_as_widely_as_codewords(tmp_path):
     images = images_of(64, 8, 8, channels=1)
     tokenizer = principal_of(widths=(4,)).eval()
-    tokenizer.start_from(images)
+    tokenizer.init_from_data(images)
     vectors = tokenizer.features(images).transpose(0, 1).flatten(1)
     assert float(vectors.var(1).sum().sqrt()) == pytest.approx(START_LENGTH, rel=0.05)
     tokenizer.save(tmp_path / "kept")
@@ -166,7 +166,7 @@ def test_a_layer_of_one_code_an_image_starts_so_and_no_other():
     def started(kind: type[HQA], config: HQAConfig) -> HQA:
         torch.manual_seed(0)
         made = kind(config)
-        made.start_from(images)
+        made.init_from_data(images)
         return made
 
     def loss(linear_start: bool) -> float:

@@ -37,7 +37,7 @@ def made(name):
         if isinstance(module, nn.GroupNorm):
             nn.init.normal_(module.weight, 1, 0.3)
             nn.init.normal_(module.bias, 0, 0.3)
-    tokenizer.start_from(images_of(8, 16, 24, seed=1))
+    tokenizer.init_from_data(images_of(8, 16, 24, seed=1))
     return tokenizer
 
 

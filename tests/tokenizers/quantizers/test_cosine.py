@@ -75,7 +75,7 @@ def test_the_start_and_revived_codewords_are_directions_that_are_there():
     quantizer = quantizer_of(learning="ema", revive_below=0.6)
     lines = torch.eye(D)[torch.arange(60) % D]
     z_e = (lines * torch.linspace(0.1, 9, 60)[:, None]).T.reshape(1, D, 6, 10)
-    quantizer.start_from(z_e)
+    quantizer.init_from_data(z_e)
     for _ in range(3):
         quantizer(z_e)
         quantizer.after_step()
@@ -88,7 +88,7 @@ def test_inside_a_vqgan():
     config = {"widths": (4, 6), "norm_groups": 2, "latent_width": 5, "code_width": D, "branching": K}
     tokenizer = VQGAN(VQGANConfig(**config, quantizer="cosine")).eval()
     images = torch.rand(2, 3, 8, 12) * 2 - 1
-    tokenizer.start_from(images)
+    tokenizer.init_from_data(images)
     (codes,), output = tokenizer.encode(images), tokenizer(images)
     assert codes.equal(output.codes[0])
     assert len(codes.unique()) > 2

@@ -231,9 +231,9 @@ def test_the_first_seed_is_uniform_and_the_second_goes_by_squared_distance():
 def test_start_uses_the_leaves_and_is_deterministic():
     z_e = features(16, 16, 16, width=16)
     first, again, other = (quantizer_of(3, 8, width=16, seed=seed) for seed in (0, 0, 0))
-    first.start_from(z_e)
-    again.start_from(z_e)
-    other.start_from(z_e, seed=1)
+    first.init_from_data(z_e)
+    again.init_from_data(z_e)
+    other.init_from_data(z_e, seed=1)
     used = first.encode(z_e).unique().numel() / 8**3
     assert used >= 0.9
     assert all(a.equal(b) for a, b in zip(first.codebooks, again.codebooks, strict=True))
@@ -244,7 +244,7 @@ def test_start_uses_the_leaves_and_is_deterministic():
 def test_fewer_vectors_than_leaves(n):
     """Most nodes are reached by nothing; every vector still finds its own leaf."""
     quantizer, z_e = quantizer_of(3, 4), features(1, 1, n)
-    quantizer.start_from(z_e)
+    quantizer.init_from_data(z_e)
     assert all(codebook.isfinite().all() for codebook in quantizer.codebooks)
     torch.testing.assert_close(quantizer.lookup(quantizer.encode(z_e)), z_e.detach(), atol=1e-5, rtol=0)
 

@@ -17,7 +17,7 @@ from smalti.core.errors import UserError
 from smalti.core.randomness import derive, normal, row_seeds
 from smalti.core.realnvp_flow import Flow
 from smalti.tokenizers.layers.dense import DenseBlock, WeightNormConv, start_from_data
-from smalti.tokenizers.selfvae.hierarchical_vae import WAYS
+from smalti.tokenizers.selfvae.hierarchical_vae import MODES
 from smalti.tokenizers.selfvae.logistic import LogisticMixture, log_discretized_logistic, parameters_for, to_bins
 from smalti.tokenizers.selfvae.selfvae import SelfVAE, SelfVAEConfig
 from smalti.tokenizers.selfvae.transformations import Form, forms, sketch, transform
@@ -41,7 +41,7 @@ def model_of(cls=SelfVAE, config=SMALL, seed=0):
     """With weights large enough that everything hangs on everything."""
     torch.manual_seed(seed)
     model = cls(config).eval()
-    model.start_from(images(64))
+    model.init_from_data(images(64))
     for coupling in model.flow.couplings:
         nn.init.normal_(coupling.net[-1].weight, std=0.1)
     return model
@@ -269,19 +269,19 @@ def test_what_is_sent_decides_and_the_rest_is_drawn():
     other = derive(SEEDS, 1)
     numbers = {"y": 3 * 4 * 4 * 8, "u": 2 * 2 * SMALL.latent_channels * 16, "z": 2 * 2 * SMALL.latent_channels * 16}
     methods = [model.conditional_generation, model.conditional_reconstruction, model.reconstruction_1]
-    for (way, what), method in zip(list(WAYS.items())[1:], [*methods, model.reconstruction_2], strict=True):
-        sent = model.sent(x, way, SEEDS)
+    for (mode, what), method in zip(list(MODES.items())[1:], [*methods, model.reconstruction_2], strict=True):
+        sent = model.transmit(x, mode, SEEDS)
         assert model.bits_sent(sent) == sum(numbers[part] for part in what)
-        received = model.received(sent, SEEDS)
+        received = model.decode_from(sent, SEEDS)
         assert received.equal(method(x, SEEDS))
         assert to_bins(received, 256).equal(received)
-        assert not received.equal(model.received(sent, SEEDS, "sample"))
-        redrawn = not received.equal(model.received(sent, other))
-        assert redrawn == (way in ("conditional-generation", "reconstruction-1"))  # else all latents are known
-    u = model.sent(x, "reconstruction-1").u
+        assert not received.equal(model.decode_from(sent, SEEDS, "sample"))
+        redrawn = not received.equal(model.decode_from(sent, other))
+        assert redrawn == (mode in ("conditional-generation", "reconstruction-1"))  # else all latents are known
+    u = model.transmit(x, "reconstruction-1").u
     torch.testing.assert_close(u, model.encode(x)[0], rtol=1e-3, atol=1e-3)
     assert model.decode((u,)).equal(model.reconstruction_1(x))
-    assert model.draw((u,), SEEDS).equal(model.received(replace(model.sent(x, "reconstruction-1"), z=()), SEEDS))
+    assert model.draw((u,), SEEDS).equal(model.decode_from(replace(model.transmit(x, "reconstruction-1"), z=()), SEEDS))
     generated = model.generation(SEEDS)
     assert generated.shape == x.shape
     assert generated[1:].equal(model.generation(SEEDS[1:]))  # an image hangs on its seed alone
@@ -291,7 +291,7 @@ def test_what_is_sent_decides_and_the_rest_is_drawn():
 def test_a_vae_has_two_ways():
     model = model_of(VAE, toys.TINY["vae"])
     x = images(3, 8, 12)
-    assert model.ways == ("generation", "reconstruction-1")
+    assert model.modes == ("generation", "reconstruction-1")
     assert set(model.reconstructions(x)) == {"generation", "reconstruction-1, 3:1"}
     with pytest.raises(UserError, match="vae has no reconstruction-2; its ways are generation, reconstruction-1"):
         model.reconstruction_2(x)

@@ -44,7 +44,7 @@ def test_any_size_that_divides(rows, columns, quantizer):
 def test_linked_codebooks_inside_vqgan():
     """Paths as codes; fewer digits, other images; a flat codebook is the case of one layer."""
     tokenizer = vqgan(depth=3, branching=4)
-    tokenizer.start_from(images_of(16))
+    tokenizer.init_from_data(images_of(16))
     (codes,) = tokenizer.encode(images_of())
     assert tokenizer.layout == Layout((Level(8, 8, (4, 4, 4)),))
     assert codes.max() >= 16
