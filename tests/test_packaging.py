@@ -18,7 +18,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from smalti.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[1]
+CHECKOUT_ONLY = ("benchmarks", "studies")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -63,16 +66,19 @@ def test_hugging_face_tokenizers_stay_theirs():
     assert Path(ours).resolve() == ROOT / "tokenizers"
 
 
-def test_wheel_holds_the_tree_and_nothing_else(wheel):
+def test_wheel_holds_the_product_and_nothing_else(wheel):
     package = ROOT / "src" / "smalti"
-    folders = [package, *(folder for folder in package.iterdir() if folder.is_symlink())]
+    product = [folder for folder in package.iterdir() if folder.is_symlink() and folder.name not in CHECKOUT_ONLY]
+    folders = [package, *product]
     files = {path for folder in folders for path in folder.glob("**/*") if path.is_file() and path.suffix != ".pyc"}
+    files -= {package / "scripts" / f"{name}.py" for name in ("benchmark", "reproduce")}
     information = f"smalti-{PROJECT['version']}.dist-info/"
     named = {f"{information}{name}" for name in ("METADATA", "WHEEL", "entry_points.txt")}
     named |= {f"{information}licenses/{name}" for name in ("LICENSE", "NOTICE")}
-    found = contents(wheel)
-    assert set(found) == named | {str(path.relative_to(ROOT / "src")) for path in files}
-    assert found["smalti/data/emoji32.parquet"] == (package / "data" / "emoji32.parquet").read_bytes()
+    packed = contents(wheel)
+    assert set(packed) == named | {str(path.relative_to(ROOT / "src")) for path in files}
+    data = Path("smalti/images/data/emoji32.parquet")
+    assert packed[str(data)] == (ROOT / "src" / data).read_bytes()
 
 
 def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
@@ -80,29 +86,32 @@ def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
     assert contents(next(tmp_path.glob("*.whl"))) == contents(wheel)
 
 
-def test_commands_run_outside_the_repository(installed, tmp_path):
-    printed = run(installed / "bin" / "smalti-train-tokenizer", "--help", folder=tmp_path, PYTHONPATH=installed)
-    assert "--tokenizer" in printed
+def test_installed_command_runs_outside_the_repository(installed, tmp_path):
+    smalti = installed / "bin" / "smalti"
+    listed = run(smalti, folder=tmp_path, PYTHONPATH=installed)
+    assert "train-tokenizer  Train a tokenizer" in listed
+    assert "benchmark" not in listed
+    assert "reproduce" not in listed
+    printed = run(smalti, "train-tokenizer", "--help", folder=tmp_path, PYTHONPATH=installed)
+    assert "usage: smalti train-tokenizer" in printed
+    assert "scripts/" not in printed
     code = """
-from importlib.metadata import entry_points
-import smalti
-from smalti.images import open_images
-commands = [point for point in entry_points(group="console_scripts") if point.value.startswith("smalti.")]
-assert all(callable(point.load()) for point in commands)
-print(smalti.__file__, len(open_images("emoji")), *sorted({point.name for point in commands}))
+from importlib import import_module
+import smalti, smalti.__main__ as entry
+from smalti.images.image_set import open_images
+for name in entry.available():
+    assert callable(import_module(f"smalti.scripts.{name.replace('-', '_')}").main)
+print(smalti.__file__, len(open_images("emoji")))
 """
-    file, images, *commands = run(sys.executable, "-c", code, folder=tmp_path, PYTHONPATH=installed).split()
+    file, images = run(sys.executable, "-c", code, folder=tmp_path, PYTHONPATH=installed).split()
     assert Path(file).is_relative_to(installed)
     assert int(images) > 1000
-    assert commands == sorted(PROJECT["scripts"])
 
 
 def test_every_script_is_a_command():
-    scripts = {
-        f"smalti-{file.stem.replace('_', '-')}": f"smalti.scripts.{file.stem}:main"
-        for file in ROOT.glob("scripts/*.py")
-    }
-    assert PROJECT["scripts"] == scripts
+    scripts = {file.stem.replace("_", "-") for file in ROOT.glob("scripts/*.py")}
+    assert scripts == COMMANDS.keys()
+    assert PROJECT["scripts"] == {"smalti": "smalti.__main__:main"}
 
 
 def test_every_package_that_gets_installed_is_pinned():

@@ -1,22 +1,28 @@
 """smalti: image tokenizers, stored latent sets and discrete priors.
 
-What one imports to work with them from Python; the rest is in the modules. Everything here is imported on first use:
-`import smalti` itself loads nothing.
+    from smalti import load_prior, sample
+
+    images = sample(load_prior("runs/demo/prior"), num=16)
+
+Everything exported here is imported on first use: `import smalti` itself loads nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smalti.api import inpaint, load_prior, load_tokenizer, sample
     from smalti.core.codes import Codes, Layout, Level
     from smalti.core.errors import UserError
-    from smalti.core.models import load
     from smalti.images.image_set import open_images
     from smalti.latentsets.reader import LatentSet
+    from smalti.priors.base import Prior
     from smalti.priors.methods.autoregressive import AncestralSampling, sample_ancestral
+    from smalti.priors.methods.masked import MaskedSampling, sample_masked
     from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
     from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
     from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
+    from smalti.tokenizers.base import Tokenizer, TokenizerOutput
     from smalti.tokenizers.quantizers.linked import LinkedQuantizer
     from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
     from smalti.tokenizers.vq.vqvae import VQVAE, VQVAEConfig
@@ -37,34 +43,45 @@ __all__ = [
     "Layout",
     "Level",
     "LinkedQuantizer",
+    "MaskedSampling",
     "PixelCNN",
     "PixelCNNConfig",
+    "Prior",
     "SundaeSampling",
+    "Tokenizer",
+    "TokenizerOutput",
     "UserError",
     "VQGANConfig",
     "VQVAE2Config",
     "VQVAEConfig",
-    "load",
+    "inpaint",
+    "load_prior",
+    "load_tokenizer",
     "open_images",
+    "sample",
     "sample_ancestral",
+    "sample_masked",
     "sample_sundae",
 ]
 
 _MODULES = {
-    "core.models": ("load",),
+    "api": ("inpaint", "load_prior", "load_tokenizer", "sample"),
     "core.codes": ("Codes", "Layout", "Level"),
     "core.errors": ("UserError",),
     "images.image_set": ("open_images",),
     "latentsets.reader": ("LatentSet",),
+    "priors.base": ("Prior",),
     "priors.methods.autoregressive": ("AncestralSampling", "sample_ancestral"),
+    "priors.methods.masked": ("MaskedSampling", "sample_masked"),
+    "priors.methods.sundae": ("SundaeSampling", "sample_sundae"),
     "priors.networks.hourglass": ("Hourglass", "HourglassConfig"),
     "priors.networks.pixelcnn": ("PixelCNN", "PixelCNNConfig"),
-    "priors.methods.sundae": ("SundaeSampling", "sample_sundae"),
-    "tokenizers.vq.hrvq": ("HRVQ", "HRVQConfig"),
+    "tokenizers.base": ("Tokenizer", "TokenizerOutput"),
     "tokenizers.quantizers.linked": ("LinkedQuantizer",),
-    "tokenizers.vqgan.vqgan": ("VQGAN", "VQGANConfig"),
+    "tokenizers.vq.hrvq": ("HRVQ", "HRVQConfig"),
     "tokenizers.vq.vqvae": ("VQVAE", "VQVAEConfig"),
     "tokenizers.vq.vqvae2": ("VQVAE2", "VQVAE2Config"),
+    "tokenizers.vqgan.vqgan": ("VQGAN", "VQGANConfig"),
 }
 
 

@@ -1,14 +1,16 @@
-"""From a command line to a config and a call. What the person can mend is one line; a traceback is for bugs."""
+"""Turns a command line into a config and a call. A mistake of the person's is one line; a traceback is for bugs."""
 
 import dataclasses
 import errno
 import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from itertools import takewhile
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -16,11 +18,14 @@ from smalti.core.errors import OneProcessError, UserError
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
 from smalti.training.signals import Interrupted
 
-wait_without_spinning()  # here, as commands import this file before what imports torch
+wait_without_spinning()  # here, because commands import this file before anything that imports torch
 
 C = TypeVar("C")
 
-_OF_THE_DISK = {
+PROGRAM = "smalti"
+_SCRIPT = re.compile(r"(?:(?P<launch>accelerate launch(?: --?\w+(?: \d+)?)*) |python )scripts/(?P<name>\w+)\.py")
+
+_DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; make room or give another --out",
     errno.EFBIG: "it is larger than a file may be here; give another --out",
     errno.EDQUOT: "the disk quota is used up; make room or give another --out",
@@ -36,57 +41,120 @@ def run(
 ) -> None:
     """Parses the command line into `config_class` (or what it returns), calls `command`, exits with its status.
 
-    Flags are the config's fields, without the names of the dataclasses they are nested in. Exits with 2 for what the
-    person can mend, and with 128 plus the signal's number where one stopped it.
+    Flags are the config's fields, without the names of the dataclasses they are nested in. The exit status is 2 for a
+    mistake that the person can correct, and 128 plus the signal's number if a signal stopped the command.
 
     Args:
-        command: what to do with the config.
-        config_class: a dataclass, or a function that finds it, perhaps with an instance that holds the defaults.
-        about: what `--help` says first: what the command does, with examples.
+        command: called with the config.
+        config_class: a dataclass; or a function that returns one, alone or with an instance that holds the defaults.
+        about: the first text of `--help`: what the command does, with examples.
     """
     keep_freed_memory()
     try:
-        found = config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], Any], config_class)()
-        cls, defaults = (found[0], {"default": found[1]}) if isinstance(found, tuple) else (found, {})
-        command(_parse(cls, about, defaults))
+        chosen_class = (
+            config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], Any], config_class)()
+        )
+        cls, defaults = (
+            (chosen_class[0], {"default": chosen_class[1]}) if isinstance(chosen_class, tuple) else (chosen_class, {})
+        )
+        command(_parse(cls, as_invoked(about), defaults))
     except UserError as error:
-        _leave(f"error: {error}", 2, everywhere=isinstance(error, OneProcessError))
+        _leave(f"error: {as_invoked(str(error))}", 2, every_process=isinstance(error, OneProcessError))
     except Interrupted as stopped:
         _leave(f"\n{stopped}", 128 + stopped.signal_number)
     except KeyboardInterrupt:
         _leave("\nstopped", 128 + signal.SIGINT)
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _output_is_closed():
             raise
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
-        _leave(f"error: {error.filename or 'a file'} cannot be written: {_OF_THE_DISK[error.errno]}", 2)
+        _leave(f"error: {error.filename or 'a file'} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
+
+
+def as_invoked(text: str) -> str:
+    """Returns a text with its commands in the form in which this one was typed.
+
+    Texts name `python scripts/train_prior.py`; started as `smalti ...`, a person reads `smalti train-prior`.
+    """
+    if not _name().startswith(f"{PROGRAM} "):
+        return text
+
+    def installed(match: re.Match[str]) -> str:
+        launch = f"{match['launch']} -m " if match["launch"] else ""
+        return f"{launch}{PROGRAM} {match['name'].replace('_', '-')}"
+
+    return _SCRIPT.sub(installed, text)
+
+
+def chosen(flag: str, default: str) -> str:
+    """Returns the last value of `--flag` before the command line is parsed: it names a kind, which decides what other
+    flags there are."""
+    value, follows = default, False
+    for argument in sys.argv[1:]:
+        if argument.startswith("-"):
+            name, _, inline = argument.partition("=")
+            follows = name == flag
+            value = inline if follows and inline else value
+        elif follows:
+            value = argument
+    return value
 
 
 def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
-    """The command line as a config; of what is wrong with it, one line in place of the box that tyro draws."""
+    """Parses the command line; a mistake becomes one line instead of the box that tyro draws."""
     import tyro  # here, where Ctrl-C is caught
 
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with redirect_stderr(said):
-            return tyro.cli(cls, description=about, config=(tyro.conf.OmitArgPrefixes,), **defaults)
-    except SystemExit as left:
-        if not left.code:  # --help
+        with redirect_stderr(output), _unwrapped_docstrings():
+            return tyro.cli(cls, prog=_name(), description=about, config=(tyro.conf.OmitArgPrefixes,), **defaults)
+    except SystemExit as exit_:
+        if not exit_.code:  # --help
             sys.stdout.flush()
             raise
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        lines = [line.strip("│ ") for line in output.getvalue().splitlines() if line.startswith("│")]
         message = " ".join(takewhile(lambda line: line.strip("─"), lines)).rstrip(".")
-        suggests = any(phrase in said.getvalue() for phrase in ("Perhaps you meant", "similar to"))
+        suggests = any(phrase in output.getvalue() for phrase in ("Perhaps you meant", "similar to"))
         similar = [line.split()[0] for line in lines if line.startswith("--")] if suggests else []
         advice = f"did you mean {' or '.join(similar)}?" if similar else "--help lists the flags"
-        raise UserError(f"{message or said.getvalue()}; {advice}") from left
+        raise UserError(f"{message or output.getvalue()}; {advice}") from exit_
 
 
-def _nobody_reads() -> bool:
-    """Whether standard output goes to what has left, as `| head` does; the rest of it then goes nowhere."""
+@contextmanager
+def _unwrapped_docstrings() -> Iterator[None]:
+    """Joins the lines of fields' docstrings before tyro wraps them again.
+
+    tyro (1.0) keeps the line breaks of continuation lines that are indented, as they are in source code, so that help
+    texts break in the middle of a line.
+    """
+    import docstring_parser
+
+    parse = docstring_parser.parse_from_object
+
+    def unwrapped(obj: Any) -> Any:
+        docstring = parse(obj)
+        for parameter in docstring.params:
+            if parameter.description is not None:
+                parameter.description = " ".join(parameter.description.split())
+        return docstring
+
+    docstring_parser.parse_from_object = unwrapped
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = parse
+
+
+def _name() -> str:
+    """Returns the program's name for help texts: the path of a script as typed, or `smalti COMMAND`."""
+    return sys.argv[0] if sys.argv[0].startswith(f"{PROGRAM} ") else Path(sys.argv[0]).as_posix()
+
+
+def _output_is_closed() -> bool:
+    """Returns whether standard output goes to a program that has ended, as in `| head`; if so, discards the rest."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -95,34 +163,20 @@ def _nobody_reads() -> bool:
     return False
 
 
-def chosen(flag: str, default: str) -> str:
-    """The last value of `--flag` on the command line, before that is parsed: a kind, which decides what flags there
-    are."""
-    found, follows = default, False
-    for argument in sys.argv[1:]:
-        if argument.startswith("-"):
-            name, _, value = argument.partition("=")
-            follows = name == flag
-            found = value if follows and value else found
-        elif follows:
-            found = argument
-    return found
-
-
 def _quiet_interrupts(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's own handler of what nobody caught, but for Ctrl-C: one line, and Python's exit status for it."""
+    """Replaces Python's handler of uncaught exceptions, so that Ctrl-C prints one line and keeps its exit status."""
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-# The commands import this module first, and then for seconds what they need: Ctrl-C in that time is no bug either.
+# Commands import this module first, and then for seconds what they need: Ctrl-C during that time is no bug either.
 sys.excepthook = _quiet_interrupts
 
 
-def _leave(message: str, status: int, *, everywhere: bool = False) -> NoReturn:
-    """Exits; the message goes to standard error, from one process only if it is not `everywhere`."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
+def _leave(message: str, status: int, *, every_process: bool = False) -> NoReturn:
+    """Exits with a message on standard error, printed by the main process only unless `every_process` is set."""
+    if every_process or os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     sys.exit(status)

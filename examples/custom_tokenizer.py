@@ -1,0 +1,87 @@
+"""A tokenizer of your own: finite scalar quantization (FSQ, arXiv 2309.15505) on a small convolutional autoencoder.
+
+One class and one decorator make it a kind of its own: training, latent sets, priors, sampling and inpainting take it
+from there, because a code is a mixed-radix integer whatever made it.
+
+    $ python examples/custom_tokenizer.py
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from smalti import Codes, Layout, Level, Tokenizer, TokenizerOutput
+from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
+from smalti.core.models import register
+from smalti.training.config import FitConfig
+
+
+@dataclass(frozen=True)
+class FSQConfig:
+    """Flags of the command line and fields of `config.json`."""
+
+    height: int = 32
+    width: int = 32
+    image_channels: int = 3
+    levels: tuple[int, ...] = (7, 5, 5, 5)
+
+
+@register
+class FSQ(Tokenizer):
+    """Each number of a code vector is bounded and rounded to one of a few levels; the levels are a code's digits."""
+
+    kind: ClassVar[str] = "fsq"
+    config_class: ClassVar[type] = FSQConfig
+    image_channels, downsampling = 3, 4
+
+    def __init__(self, config: FSQConfig) -> None:
+        super().__init__(config)
+        c, k = config.image_channels, len(config.levels)
+        self.encoder = nn.Sequential(nn.Conv2d(c, 64, 4, 4), nn.GELU(), nn.Conv2d(64, k, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(k, 64, 3, 1, 1), nn.GELU(), nn.ConvTranspose2d(64, c, 4, 4))
+        half = torch.tensor([(level - 1) / 2 for level in config.levels])
+        self.register_buffer("half", half.view(1, k, 1, 1))
+
+    @property
+    def layout(self) -> Layout:
+        """One grid of codes, whose radices are the levels."""
+        return Layout((Level(self.config.height // 4, self.config.width // 4, self.config.levels),))
+
+    def rounded(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k y x"]:
+        """Returns the levels of images, centred on zero; gradients pass straight through the rounding."""
+        bounded = torch.tanh(self.encoder(images)) * self.half
+        return bounded + (bounded.round() - bounded).detach()
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
+        """Returns one code per position."""
+        digits = (self.rounded(images) + self.half).round().long().movedim(1, -1)
+        return (self.layout.levels[0].join(digits),)
+
+    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
+        """Decodes codes; digits that are left out are the middle level."""
+        values = self.layout.levels[0].split(codes[0]).movedim(-1, 1) - self.half
+        if digits is not None:
+            values[:, digits:] = 0
+        return self.decoder(values).clamp(-1, 1)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:
+        """Returns the reconstruction, its codes and the loss that training minimizes."""
+        reconstruction = self.decoder(self.rounded(images))
+        return TokenizerOutput(reconstruction, self.encode(images), {"mse": F.mse_loss(reconstruction, images)})
+
+
+def main(out: Path = Path("runs/fsq"), images: str = "emoji", steps: int = 500) -> Path:
+    """Trains it and stores the codes of its images; returns the latent set, on which `train_prior.py` trains."""
+    fit = FitConfig(steps=steps, batch_size=32)
+    folder = train_tokenizer(TrainTokenizer(FSQConfig(), fit=fit, tokenizer="fsq", images=images, out=out))
+    return build_latents(BuildLatents(tokenizer=str(folder), images=images, out=out / "latents.h5"))
+
+
+if __name__ == "__main__":
+    main()

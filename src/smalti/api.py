@@ -1,0 +1,175 @@
+"""The library's front door: load a trained tokenizer or prior, draw images, inpaint pictures.
+
+These four functions work on tensors and PIL images and write no files; the commands of the same names add files, sheets
+and progress bars. `smalti/__init__.py` exports them.
+"""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, UInt8
+from PIL import Image
+from torch import Tensor
+
+from smalti.commands import model_paths
+from smalti.commands.class_labels import find_classes, that_knows_classes
+from smalti.commands.inpainting import Filling, fills
+from smalti.commands.sample import generate_images
+from smalti.core.devices import Precision
+from smalti.core.errors import UserError
+from smalti.images.decoding import decode, to_uint8
+from smalti.priors.base import Prior
+from smalti.tokenizers.base import Tokenizer
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """Loads a trained tokenizer in evaluation mode on the CPU.
+
+    Args:
+        source: a folder, a kind (`"hrvq"` is the one in `runs/tokenizers/hrvq`), or a hub id.
+
+    Raises:
+        UserError: if there is no tokenizer, it is damaged, or its weights do not fit its config.
+    """
+    return model_paths.load_tokenizer(str(source))
+
+
+def load_prior(source: str | Path) -> Prior:
+    """Loads a trained prior in evaluation mode on the CPU.
+
+    Args:
+        source: a folder, a kind (`"hourglass"` is the one in `runs/priors/hourglass`), or a hub id.
+
+    Raises:
+        UserError: if there is no prior, it is damaged, or its weights do not fit its config.
+    """
+    return model_paths.load_prior_alone(str(source))
+
+
+@torch.no_grad()
+def sample(
+    prior: Prior | Sequence[Prior],
+    tokenizer: Tokenizer | None = None,
+    *,
+    num: int = 16,
+    classes: Sequence[str] = (),
+    seed: int = 0,
+    sampling: Any = None,
+    batch_size: int = 64,
+    precision: Precision = "auto",
+) -> UInt8[Tensor, "n c h w"]:
+    """Draws new images, on the device of the prior.
+
+    Args:
+        prior: a prior; for a tokenizer of several levels, the prior of each level, coarsest first.
+        tokenizer: the tokenizer that made the prior's codes; by default the copy in the folder that the prior was
+            loaded from. It is moved to the prior's device.
+        num: the number of images.
+        classes: names of classes to draw in turn; by default, every image draws its class as often as the training set
+            has it.
+        seed: image i depends on the seed and on i alone, whatever `num` is.
+        sampling: the sampler's settings, for example `SundaeSampling(steps=25)`; by default those of the prior's kind.
+        batch_size: images drawn at once.
+        precision: of the prior's network: `auto`, `fp32` or `bf16`.
+
+    Returns:
+        Images with values from 0 to 255, on the CPU.
+
+    Raises:
+        UserError: for an unknown class, a tokenizer that cannot be found, or priors that do not fit together.
+    """
+    priors, tokenizer = _together(prior, tokenizer)
+    numbers = list(find_classes(that_knows_classes(priors), classes).values())
+    images = generate_images(
+        priors,
+        tokenizer,
+        num=num,
+        seed=seed,
+        sampling=sampling,
+        classes=numbers,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    return to_uint8(images)
+
+
+@torch.no_grad()
+def inpaint(
+    prior: Prior | Sequence[Prior],
+    image: Image.Image | UInt8[Tensor, "c h w"],
+    mask: Image.Image | Bool[Tensor, "h w"],
+    tokenizer: Tokenizer | None = None,
+    *,
+    num: int = 3,
+    classes: Sequence[str] = (),
+    seed: int = 0,
+    sampling: Any = None,
+    filling: Filling | None = None,
+    precision: Precision = "auto",
+) -> UInt8[Tensor, "n c h w"]:
+    """Fills the masked part of an image, several times; every other pixel comes back unchanged.
+
+    Args:
+        prior: a prior over codes; for a tokenizer of several levels, the prior of each level, coarsest first.
+        image: a PIL image of any size and mode, or a tensor with values from 0 to 255.
+        mask: True is filled; of a PIL image, pixels lighter than mid-grey are.
+        tokenizer: as in `sample`.
+        num: the number of fills.
+        classes: names of classes to fill with in turn; by default any.
+        seed: fill i depends on the seed and on i alone.
+        sampling: the sampler's settings; by default those that the prior's kind has for inpainting.
+        filling: how a fill meets its image: candidates, feathering, colour matching.
+        precision: of the prior's network.
+
+    Returns:
+        The fills at the image's size, on the CPU.
+
+    Raises:
+        UserError: for a mask of another size than the image, a mask that covers all or nothing, or as `sample` does.
+    """
+    priors, tokenizer = _together(prior, tokenizer)
+    pixels = image if isinstance(image, Tensor) else _pixels(image, tokenizer.image_channels)
+    masked = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask.convert("L"))) > 127
+    if masked.shape != pixels.shape[1:]:
+        sizes = [f"{shape[-1]}x{shape[-2]}" for shape in (masked.shape, pixels.shape)]
+        raise UserError(f"the mask is {sizes[0]} but the image is {sizes[1]}; resize one to the other")
+    if not masked.any() or masked.all():
+        raise UserError("the mask must cover a part of the image: True is filled, and something must be left")
+    numbers = list(find_classes(that_knows_classes(priors), classes).values())
+    return fills(
+        priors,
+        tokenizer,
+        pixels,
+        masked,
+        num=num,
+        seed=seed,
+        classes=numbers,
+        sampling=sampling,
+        filling=filling or Filling(),
+        precision=precision,
+    )
+
+
+def _together(prior: Prior | Sequence[Prior], tokenizer: Tokenizer | None) -> tuple[list[Prior], Tokenizer]:
+    """Returns the priors as a list, and their tokenizer on the same device."""
+    priors = [prior] if isinstance(prior, Prior) else list(prior)
+    if tokenizer is None:
+        folder = priors[0].folder
+        if folder is None:
+            raise UserError("this prior was not loaded from a folder; give its tokenizer too")
+        tokenizer = model_paths.tokenizer_beside(folder)
+    model_paths.require_same_codes(priors, tokenizer)
+    return priors, tokenizer.to(next(priors[0].parameters()).device)
+
+
+def _pixels(image: Image.Image, channels: int) -> UInt8[Tensor, "c h w"]:
+    """Returns the pixels that a file of this image would give: upright, on white, grey or RGB."""
+    buffer = BytesIO()
+    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+    return decode(buffer.getvalue(), channels=channels)

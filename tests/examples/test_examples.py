@@ -1,0 +1,69 @@
+"""Every program in examples/ runs, at toy size, and does what its docstring says."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from helpers.command_toys import save_pair
+from helpers.image_toys import write_patches
+from PIL import Image
+
+from smalti import LatentSet, load_tokenizer
+from smalti.core.models import _CLASSES
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MOST_LINES = 80
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    write_patches(tmp_path / "img", 40)
+    return tmp_path
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_examples_are_short():
+    lengths = {file.name: len(file.read_text().splitlines()) for file in EXAMPLES.glob("*.py")}
+    assert {name for name, length in lengths.items() if length > MOST_LINES} == set()
+
+
+def test_quantizer_alone_learns():
+    module = example("quantizer_in_your_model")
+    assert module.main(steps=40) < module.main(steps=1)
+
+
+def test_training_and_sampling_from_python(folder):
+    example("train_and_sample").main(folder / "out", images="img", steps=1, batch_size=4)
+    sizes = [Image.open(folder / "out" / f"{number}.png").size for number in range(4)]
+    assert sizes == [(32, 32)] * 4
+
+
+def test_folder_is_inpainted(folder):
+    save_pair(folder / "pair")
+    example("inpaint_folder").main("pair", "img", "filled")
+    assert len(list((folder / "filled").glob("*.png"))) == 3 * 40
+    before, after = (Image.open(path).convert("RGB") for path in ("img/3.png", "filled/3-0.png"))
+    assert after.size == before.size == (28, 28)
+    assert after.getpixel((0, 0)) == before.getpixel((0, 0))  # outside the ellipse
+
+
+def test_custom_tokenizer_is_a_kind(folder, monkeypatch):
+    monkeypatch.setattr("smalti.core.models._CLASSES", dict(_CLASSES))
+    latents = LatentSet(example("custom_tokenizer").main(folder / "fsq", images="img", steps=2))
+    assert len(latents) == 80  # with the mirror images
+    assert latents.layout.levels[0].radices == (7, 5, 5, 5)
+    tokenizer = load_tokenizer(folder / "fsq")
+    (codes,) = latents.batch([0, 1])
+    assert tokenizer.decode((codes,)).shape == (2, 3, 32, 32)
+    assert tokenizer.decode((codes,), digits=1).shape == (2, 3, 32, 32)

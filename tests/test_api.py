@@ -1,0 +1,87 @@
+"""The functions and names that `smalti` exports."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers.command_toys import save_pair
+from helpers.toys import untrained_pair
+from PIL import Image
+
+import smalti
+from smalti import UserError, inpaint, load_prior, load_tokenizer, sample
+from smalti.priors.methods.sundae import SundaeSampling
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("api") / "pair")
+
+
+@pytest.fixture
+def image():
+    return torch.randint(256, (3, 8, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def mask():
+    mask = torch.zeros(8, 16, dtype=torch.bool)
+    mask[2:6, 4:10] = True
+    return mask
+
+
+def test_exports_are_what_their_modules_hold():
+    for name in smalti.__all__:
+        assert getattr(smalti, name) is not None
+    assert set(smalti.__all__) <= set(dir(smalti))
+    assert sorted(name for names in smalti._MODULES.values() for name in names) == sorted(smalti.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Tesserae'"):
+        smalti.Tesserae  # noqa: B018 - asking is the test
+
+
+def test_importing_smalti_loads_nothing():
+    code = (
+        "import sys, smalti; before = 'torch' in sys.modules; from smalti import Level; print(before, Level.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "smalti.core.codes"]
+
+
+def test_samples_do_not_depend_on_their_number(pair):
+    prior = load_prior(pair)
+    sampling = SundaeSampling(steps=3)
+    three = sample(prior, num=3, seed=5, sampling=sampling)
+    assert three.shape == (3, 3, 8, 16)
+    assert three.dtype == torch.uint8
+    assert torch.equal(three[:2], sample(prior, load_tokenizer(pair / "tokenizer"), num=2, seed=5, sampling=sampling))
+    assert not torch.equal(three[:2], sample(prior, num=2, seed=6, sampling=sampling))
+
+
+def test_inpainting_keeps_pixels_outside_the_mask(pair, image, mask):
+    fills = inpaint(load_prior(pair), image, mask, num=2)
+    assert fills.shape == (2, 3, 8, 16)
+    away = torch.nn.functional.max_pool2d(mask[None].float(), 7, 1, 3)[0] == 0
+    assert torch.equal(fills[:, :, away], image[:, away].expand(2, -1, -1))
+    assert not torch.equal(fills[0], fills[1])
+
+
+def test_pil_images_are_filled_as_tensors_are(pair, image, mask):
+    prior = load_prior(pair)
+    pictures = Image.fromarray(image.permute(1, 2, 0).numpy()), Image.fromarray(mask.numpy().astype(np.uint8) * 255)
+    assert torch.equal(inpaint(prior, *pictures, num=1), inpaint(prior, image, mask, num=1))
+
+
+def test_mistakes_are_one_line(pair, image, mask):
+    prior = load_prior(pair)
+    with pytest.raises(UserError, match=r"the mask is 16x4 but the image is 16x8"):
+        inpaint(prior, image, mask[:4])
+    for useless in (mask & False, mask | True):
+        with pytest.raises(UserError, match="must cover a part of the image"):
+            inpaint(prior, image, useless)
+    with pytest.raises(UserError, match="knows no classes"):
+        sample(prior, classes=["faces"])
+    unsaved, _ = untrained_pair()
+    with pytest.raises(UserError, match="was not loaded from a folder; give its tokenizer too"):
+        sample(unsaved)
