@@ -1,7 +1,6 @@
 """A tokenizer of your own: finite scalar quantization (FSQ, arXiv 2309.15505) on a small convolutional autoencoder.
 
-One class and one decorator make it a kind of its own: training, latent sets, priors, sampling and inpainting take it
-from there, because a code is a mixed-radix integer whatever made it.
+One class and one decorator make it a kind: all else takes it from there, as a code is a mixed-radix integer.
 
     $ python examples/custom_tokenizer.py
 """
@@ -28,7 +27,6 @@ class FSQConfig:
 
     height: int = 32
     width: int = 32
-    image_channels: int = 3
     levels: tuple[int, ...] = (7, 5, 5, 5)
 
 
@@ -42,11 +40,10 @@ class FSQ(Tokenizer):
 
     def __init__(self, config: FSQConfig) -> None:
         super().__init__(config)
-        c, k = config.image_channels, len(config.levels)
-        self.encoder = nn.Sequential(nn.Conv2d(c, 64, 4, 4), nn.GELU(), nn.Conv2d(64, k, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(k, 64, 3, 1, 1), nn.GELU(), nn.ConvTranspose2d(64, c, 4, 4))
-        half = torch.tensor([(level - 1) / 2 for level in config.levels])
-        self.register_buffer("half", half.view(1, k, 1, 1))
+        k = len(config.levels)
+        self.encoder = nn.Sequential(nn.Conv2d(3, 64, 4, 4), nn.GELU(), nn.Conv2d(64, k, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(k, 64, 3, 1, 1), nn.GELU(), nn.ConvTranspose2d(64, 3, 4, 4))
+        self.register_buffer("half", torch.tensor([(n - 1) / 2 for n in config.levels]).view(1, k, 1, 1))
 
     @property
     def layout(self) -> Layout:
@@ -54,24 +51,19 @@ class FSQ(Tokenizer):
         return Layout((Level(self.config.height // 4, self.config.width // 4, self.config.levels),))
 
     def rounded(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k y x"]:
-        """Returns the levels of images, centred on zero; gradients pass straight through the rounding."""
+        """Levels of images, centred on zero; gradients pass straight through the rounding."""
         bounded = torch.tanh(self.encoder(images)) * self.half
         return bounded + (bounded.round() - bounded).detach()
 
-    def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
-        """Returns one code per position."""
-        digits = (self.rounded(images) + self.half).round().long().movedim(1, -1)
-        return (self.layout.levels[0].join(digits),)
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:  # noqa: D102 - as in Tokenizer
+        return (self.layout.levels[0].join((self.rounded(images) + self.half).round().long().movedim(1, -1)),)
 
-    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
-        """Decodes codes; digits that are left out are the middle level."""
+    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:  # noqa: D102
         values = self.layout.levels[0].split(codes[0]).movedim(-1, 1) - self.half
-        if digits is not None:
-            values[:, digits:] = 0
-        return self.decoder(values).clamp(-1, 1)
+        kept = torch.arange(values.shape[1]).view(-1, 1, 1) < (digits or values.shape[1])
+        return self.decoder(values * kept).clamp(-1, 1)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:
-        """Returns the reconstruction, its codes and the loss that training minimizes."""
+    def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:  # noqa: D102
         reconstruction = self.decoder(self.rounded(images))
         return TokenizerOutput(reconstruction, self.encode(images), {"mse": F.mse_loss(reconstruction, images)})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smalti import cli
+from smalti import __main__, cli
 from smalti.core.errors import OneProcessError, UserError
 from smalti.scripts import sample, train_prior, train_tokenizer
 from smalti.training.signals import Interrupted, received_signals
@@ -166,3 +166,65 @@ def test_the_first_signal_is_noted_and_the_second_acts(number):
         assert outer == ["as before"] * 2
     finally:
         signal.signal(number, before)
+
+
+def entry(monkeypatch, capsys, *arguments):
+    """Runs `smalti ARGUMENTS`; returns exit status, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/smalti", *arguments])
+    status = 0
+    try:
+        __main__.main()
+    except SystemExit as left:
+        status = left.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
+def test_smalti_lists_its_commands(monkeypatch, capsys, arguments):
+    status, out, _ = entry(monkeypatch, capsys, *arguments)
+    assert status in (0, None)
+    places = [out.index(f"  {name}  ") for name in ("demo  ", "train-tokenizer", "train-prior  ", "sample  ")]
+    assert places == sorted(places)
+
+
+def test_smalti_runs_the_script_of_that_name(monkeypatch, capsys):
+    status, out, _ = entry(monkeypatch, capsys, "sample", "--help")
+    assert status in (0, None)
+    assert "usage: smalti sample" in out
+    assert "$ smalti sample" in out
+    assert "scripts/" not in out
+
+
+def test_unknown_command_suggests_the_nearest(monkeypatch, capsys):
+    status, _, err = entry(monkeypatch, capsys, "train_priors")
+    assert (status, err) == (2, "error: there is no command 'train_priors'; did you mean `smalti train-prior`?\n")
+    assert "`smalti --help` lists the commands" in entry(monkeypatch, capsys, "xyzzy")[2]
+
+
+def test_texts_name_commands_as_they_were_typed(monkeypatch):
+    text = "python scripts/sample.py; accelerate launch --num_processes 8 scripts/train_prior.py --level 1"
+    monkeypatch.setattr(sys, "argv", ["scripts/sample.py"])
+    assert cli.as_invoked(text) == text
+    monkeypatch.setattr(sys, "argv", ["smalti sample"])
+    expected = "smalti sample; accelerate launch --num_processes 8 -m smalti train-prior --level 1"
+    assert cli.as_invoked(text) == expected
+
+
+def test_help_texts_are_wrapped_once(monkeypatch, capsys):
+    """A field's docstring of several source lines comes out as one paragraph."""
+
+    @dataclass(frozen=True)
+    class Long:
+        """Settings."""
+
+        value: int = 0
+        """A first line that is long enough to be wrapped when it is shown, as it has many words in it, and then
+        a second line."""
+
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, failing(AssertionError()), "--help", config_class=Long) == 0
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    first = next(number for number, line in enumerate(lines) if "A first line" in line)
+    joined = " ".join(lines[first : first + 3])
+    assert "in it, and then a second line" in " ".join(joined.split())
+    assert all(len(line) > 40 for line in lines[first + 1 : first + 2])
