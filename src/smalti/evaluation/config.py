@@ -1,4 +1,4 @@
-"""Settings of evaluations: what can be evaluated, against which images, by which features.
+"""Settings of the evaluations, one class per kind, and the protocol that most of them share.
 
 Each evaluation is in the file named for it; `report.py` runs one and writes its result.
 """
@@ -55,7 +55,7 @@ class TokenizerEvaluation:
     """Settings to evaluate a tokenizer by its reconstructions of held-out images."""
 
     of: Literal["tokenizer"] = "tokenizer"
-    """What to evaluate: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -70,7 +70,7 @@ class PriorEvaluation(Generic[S]):
     sampling: S
     """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
     of: Literal["prior"] = "prior"
-    """What to evaluate: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     prior: tuple[str, ...] = ("hourglass",)
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one per level, coarsest first,
     if the tokenizer has several levels."""
@@ -93,7 +93,7 @@ class InpaintingEvaluation(Generic[S]):
     sampling: S
     """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
     of: Literal["inpainting"] = "inpainting"
-    """What to evaluate: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     fills: int = 3
     """Fills of each image. Distances use the first one only; diversity and the best error use all."""
     prior: tuple[str, ...] = ("hourglass",)
@@ -116,11 +116,11 @@ class ModesEvaluation:
     """Settings to evaluate the generation modes of a selfVAE: the error and the bytes transmitted in each mode."""
 
     of: Literal["modes"] = "modes"
-    """What to evaluate: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     pixels: Pixels = "mean"
-    """How pixels are taken from the decoder's likelihood: its `mean`, or a `sample`."""
+    """Pixels of the decoded images: the `mean` of the decoder's likelihood, or a `sample` from it."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path = EVALUATIONS / "modes.json"
     """JSON file for the scores and all settings needed to repeat the evaluation."""
@@ -135,7 +135,7 @@ class LikelihoodEvaluation:
     """
 
     of: Literal["likelihood"] = "likelihood"
-    """What to evaluate: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None

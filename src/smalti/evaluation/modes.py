@@ -35,17 +35,17 @@ def evaluate_modes(config: ModesEvaluation) -> tuple[Scores, Conditions]:
     seeds = row_seeds(protocol.seed, torch.arange(len(originals))).to(torch_device)
     scores: Scores = {name: {} for name in ("bytes_sent", "compression_ratio", "mse", "psnr_db", "ssim", "frechet")}
     for mode in model.modes:
-        batches, sent = [], Transmitted()
+        batches, transmitted = [], Transmitted()
         for images, image_seeds in zip(originals.split(BATCH_SIZE), seeds.split(BATCH_SIZE), strict=True):
             with autocast(torch_device, protocol.precision):
-                sent = model.transmit(images.to(torch_device), mode, image_seeds)
-                batches.append(to_uint8(model.decode_from(sent, image_seeds, config.pixels)).cpu())
+                transmitted = model.transmit(images.to(torch_device), mode, image_seeds)
+                batches.append(to_uint8(model.decode_from(transmitted, image_seeds, config.pixels)).cpu())
         decoded = torch.cat(batches)
-        scores["bytes_sent"][mode] = model.bits_sent(sent) / 8
+        scores["bytes_sent"][mode] = model.bits_sent(transmitted) / 8
         scores["frechet"][mode] = frechet_distance(Moments.of(extractor(decoded)), reference)
         if mode != "generation":
             errors = mse(to_float(decoded), originals)
-            scores["compression_ratio"][mode] = model.compression_ratio(sent, originals)
+            scores["compression_ratio"][mode] = model.compression_ratio(transmitted, originals)
             scores["mse"][mode], scores["psnr_db"][mode] = float(errors.mean()), float(psnr(errors).mean())
             scores["ssim"][mode] = ssim(decoded, real.judged)
     scores["frechet"]["real"] = frechet_distance(Moments.of(real.features), reference)

@@ -28,8 +28,8 @@ from smalti.tokenizers.base import Tokenizer
 NEIGHBOURS_SHOWN = 12
 
 COPY_QUANTILE = 0.05
-"""Share of held-out images nearer to a training image than the distance that `share_too_near` counts samples below. A
-prior that memorizes nothing has about this share too."""
+"""Quantile of the distances from held-out images to their nearest training image. `share_too_near` is the share of
+samples below it; a prior that memorizes nothing has about the same share."""
 
 
 def evaluate_prior(config: PriorEvaluation[Any]) -> tuple[Scores, Conditions]:

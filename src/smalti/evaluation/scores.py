@@ -6,7 +6,7 @@ Scores = dict[str, dict[str, float]]
 """Maps the name of a score to its values: `model`, `real` for real images (the floor), or a baseline or mode."""
 
 Conditions = dict[str, Any]
-"""What the scores depend on besides the settings, as JSON: numbers and digests of images and models."""
+"""Facts that the scores depend on besides the settings, as JSON: numbers and digests of images and models."""
 
 SPEEDS = ("images_per_second", "seconds_per_image")
 """Scores that depend on the machine, so a repeated evaluation does not compare them."""
