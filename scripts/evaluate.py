@@ -1,7 +1,7 @@
 """Judges models; see `smalti.evaluation.report`."""
 
 from smalti import cli
-from smalti.evaluation.report import Again, config_for, evaluate
+from smalti.evaluation.report import RepeatEvaluation, config_for, evaluate
 
 ABOUT = """Judges a trained tokenizer, a prior or its fills by held-out images; needs the extra `metrics`.
 
@@ -19,7 +19,7 @@ many images and the same extractor. What each score means is in docs/evaluating.
 def main() -> None:
     """The command."""
     of, prior = cli.chosen("--of", "prior"), cli.chosen("--prior", "hourglass")
-    cli.run(evaluate, lambda: Again if cli.chosen("--again", "") else config_for(of, prior), about=ABOUT)
+    cli.run(evaluate, lambda: RepeatEvaluation if cli.chosen("--again", "") else config_for(of, prior), about=ABOUT)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def measured(folder: Path, config: ReproduceSelfVAE) -> dict[str, Any]:
         )
     )
     settings = EvaluationSettings(images=config.images, num=config.num, reference=config.reference, precision="fp32")
-    modes, _ = evaluate_modes(ModesEvaluation(tokenizer=str(folder), settings=settings))
+    modes, _ = evaluate_modes(ModesEvaluation(tokenizer=str(folder), protocol=settings))
     parameters = sum(parameter.numel() for parameter in load_hierarchy(str(folder)).parameters())
     found = {"likelihood": likelihood, "modes": modes, "parameters": parameters}
     write_json(path, found)

@@ -1,4 +1,4 @@
-"""The page in the browser: what it makes is what the commands make, and a real browser can work it."""
+"""The page in the browser: its pictures equal those of the commands, and a real browser can use it."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ import torch
 from helpers.command_toys import save_pair
 from PIL import Image
 
-from smalti.app import session as studio_file
+from smalti.app import session as session_file
 from smalti.app.server import App, serve
 from smalti.app.session import Session
 from smalti.commands.inpaint import Inpaint, inpaint
@@ -24,7 +24,10 @@ from smalti.images.masks import examples
 from smalti.images.sheets import to_image
 
 pytest.importorskip("gradio", reason="the page needs Gradio (the extra `app`)")
-from smalti.app.page import PAINTED_ON, painted_hole, painted_on
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+
+from smalti.app.page import CANVAS_SIZE, canvas_image, painted_mask
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SETTINGS = {"steps": 6, "temperature": (0.9, 0.5), "guidance": 2.0}
@@ -32,7 +35,7 @@ SETTINGS = {"steps": 6, "temperature": (0.9, 0.5), "guidance": 2.0}
 
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory):
-    """The folder of an untrained pair."""
+    """The folder of an untrained prior and its tokenizer."""
     folder = tmp_path_factory.mktemp("app") / "pair"
     save_pair(folder)
     return folder
@@ -40,7 +43,7 @@ def prior(tmp_path_factory):
 
 @pytest.fixture
 def session(prior, monkeypatch):
-    monkeypatch.setattr(studio_file, "SECONDS_BETWEEN", 0)
+    monkeypatch.setattr(session_file, "SECONDS_BETWEEN_FRAMES", 0)
     return Session(str(prior), None, "cpu", "fp32")
 
 
@@ -49,11 +52,11 @@ def picture():
     return torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=generator)
 
 
-def test_fills_are_those_of_the_command(session, prior, tmp_path):
-    pixels, hole = picture(), examples(16, 16)["box"]
+def test_fills_equal_those_of_the_command(session, prior, tmp_path):
+    pixels, mask = picture(), examples(16, 16)["box"]
     to_image(pixels).save(tmp_path / "in.png")
-    Image.fromarray(hole.numpy()).save(tmp_path / "mask.png")
-    frames = list(session.fills(pixels, hole, num=2, seed=4, filling=Filling(candidates=2), **SETTINGS))
+    Image.fromarray(mask.numpy()).save(tmp_path / "mask.png")
+    frames = list(session.inpaint(pixels, mask, num=2, seed=4, filling=Filling(candidates=2), **SETTINGS))
     config = Inpaint(
         sampling=session.prior.method.filling(**SETTINGS),
         image=tmp_path / "in.png",
@@ -73,8 +76,8 @@ def test_fills_are_those_of_the_command(session, prior, tmp_path):
     assert frames[0].images[0].tobytes() != frames[-1].images[0].tobytes()
 
 
-def test_images_are_those_of_the_command(session, prior, tmp_path):
-    frames = list(session.draws(num=3, seed=4, **SETTINGS))
+def test_samples_equal_those_of_the_command(session, prior, tmp_path):
+    frames = list(session.sample(num=3, seed=4, **SETTINGS))
     sampling = session.prior.method.sampling(**SETTINGS)
     sample(
         Sample(
@@ -93,54 +96,55 @@ def test_images_are_those_of_the_command(session, prior, tmp_path):
     assert [frame.step for frame in frames] == [1, 2, 3, 4, 5, 6, 6]
 
 
-def test_a_watcher_who_leaves_ends_the_work(session):
-    frames = session.draws(num=1, seed=0, steps=100_000)
+def test_closing_the_frames_ends_the_work(session):
+    frames = session.sample(num=1, seed=0, steps=100_000)
     next(frames)
-    frames.close()  # joins the thread: it would take an hour
+    frames.close()  # joins the thread, which would otherwise run for an hour
 
 
-def test_what_cannot_be_filled_is_said(session):
-    for hole, said in ((torch.zeros(16, 16).bool(), "no hole yet"), (torch.ones(16, 16).bool(), "nothing is left")):
-        with pytest.raises(UserError, match=said):
-            session.fills(picture(), hole, num=1, seed=0, filling=Filling())
+def test_wrong_masks_and_settings_are_user_errors(session):
+    nothing, everything = torch.zeros(16, 16).bool(), torch.ones(16, 16).bool()
+    for mask, message in ((nothing, "nothing is masked yet"), (everything, "the whole image is masked")):
+        with pytest.raises(UserError, match=message):
+            session.inpaint(picture(), mask, num=1, seed=0, filling=Filling())
     with pytest.raises(UserError, match="temperature must be above 0"):
-        session.draws(num=1, seed=0, temperature=(0.0, 1.0))
+        session.sample(num=1, seed=0, temperature=(0.0, 1.0))
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (30, 900), (700, 40)])
-def test_what_is_painted_is_the_hole(height, width):
-    """Whatever the image's size: a cover over its left half is its left half, a dot on it is nothing."""
-    on = painted_on(torch.zeros(3, height, width, dtype=torch.uint8))
-    assert max(on.size) == PAINTED_ON
-    layer = Image.new("RGBA", on.size)
-    layer.paste((255, 0, 0, 255), (0, 0, on.width // 2, on.height))
-    hole = painted_hole([layer], height, width)
-    assert hole.shape == (height, width)
-    wide = torch.arange(width) < width / 2
-    wrong = (hole != wide).any(0).nonzero().flatten()
-    assert ((wrong - width / 2).abs() <= 1 + width / on.width).all()  # the edge, where a pixel is half painted
-    assert not painted_hole([Image.new("RGBA", on.size)], height, width).any()
+def test_painted_area_becomes_the_mask(height, width):
+    """Painting over the left half of the canvas masks the left half of the image; an empty layer masks nothing."""
+    canvas = canvas_image(torch.zeros(3, height, width, dtype=torch.uint8))
+    assert max(canvas.size) == CANVAS_SIZE
+    layer = Image.new("RGBA", canvas.size)
+    layer.paste((255, 0, 0, 255), (0, 0, canvas.width // 2, canvas.height))
+    mask = painted_mask([layer], height, width)
+    assert mask.shape == (height, width)
+    left_half = torch.arange(width) < width / 2
+    wrong = (mask != left_half).any(0).nonzero().flatten()
+    assert ((wrong - width / 2).abs() <= 1 + width / canvas.width).all()  # pixels at the edge are half painted
+    assert not painted_mask([Image.new("RGBA", canvas.size)], height, width).any()
 
 
-def test_without_gradio_the_page_says_what_to_install(prior, monkeypatch):
+def test_missing_gradio_is_a_user_error(prior, monkeypatch):
     monkeypatch.setitem(sys.modules, "smalti.app.page", None)
     with pytest.raises(UserError, match=r"pip install 'smalti\[app\]'"), serve(App(prior=str(prior))):
         pass
 
 
-def test_a_port_that_is_taken_is_said(prior):
+def test_port_in_use_is_a_user_error(prior):
     with socket.create_server(("127.0.0.1", 0)) as server:
         page = serve(App(prior=str(prior), port=server.getsockname()[1]))
-        with pytest.raises(UserError, match="is taken; give another"), page:
+        with pytest.raises(UserError, match="is in use; give another"), page:
             pass
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """A real one."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="a browser is driven by Selenium")
+    """A headless Chromium, driven by Selenium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
     if CHROMIUM is None or DRIVER is None:
-        pytest.skip("no chromium and chromedriver here: the page is not tried in a browser")
+        pytest.skip("chromium and chromedriver are not installed, so the page is not tested in a browser")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
@@ -168,15 +172,48 @@ def shown(browser, selector):
 
 
 def press(browser, selector):
-    """As a person does who waits until no message covers it."""
+    """Clicks an element even if a message covers it."""
     browser.execute_script("arguments[0].click()", until(lambda: shown(browser, selector))[0])
 
 
-def said(browser, element):
+def status(browser, element):
     return shown(browser, f"#{element}")[0].text if shown(browser, f"#{element}") else ""
 
 
-def test_a_browser_opens_paints_fills_and_draws(prior, browser, tmp_path):
+def test_page_opens_fills_and_generates_over_http(prior, tmp_path):
+    """Gradio's client calls the functions of the page's controls, as a browser does."""
+    to_image(picture()).save(tmp_path / "in.png")
+    for name, opacity in (("empty", 0), ("painted", 255)):
+        layer = Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))
+        layer.paste((255, 0, 0, opacity), (0, 0, CANVAS_SIZE // 2, CANVAS_SIZE // 2))
+        layer.save(tmp_path / f"{name}.png")
+    empty, painted = (
+        {"background": None, "layers": [handle_file(tmp_path / f"{name}.png")], "composite": None}
+        for name in ("empty", "painted")
+    )
+    numbers = [2, 4, "any", 2, 0.9, 0.5]  # number of images, seed, class, steps, temperature
+    with serve(App(prior=str(prior), port=free_port(), device="cpu", precision="fp32")) as blocks:
+        client = Client(blocks.local_url, verbose=False)
+        with pytest.raises(AppError, match="open an image first"):
+            client.predict(painted, *numbers, api_name="/inpaint")
+        client.predict(handle_file(tmp_path / "in.png"), api_name="/open")
+        with pytest.raises(AppError, match="nothing is masked yet"):
+            client.predict(empty, *numbers, api_name="/inpaint")
+        fills, status = client.predict(painted, *numbers, api_name="/inpaint")
+        assert (len(fills), status) == (2, "finished after 2 steps")
+        fill = Image.open(fills[1]["image"])
+        settings = json.loads(fill.info["smalti"])
+        assert (settings["number"], settings["seed"], settings["num"]) == (1, 4, 2)
+        assert (settings["steps"], settings["temperature"]) == (2, [0.9, 0.5])
+        changed = (np.array(fill) != np.array(to_image(picture()))).any(2)
+        assert changed[:8, :8].any()
+        assert not changed[8:].any()
+        assert not changed[:, 8:].any()
+        images, status = client.predict(*numbers, api_name="/generate")
+        assert (len(images), status) == (2, "finished after 2 steps")
+
+
+def test_browser_opens_paints_fills_and_generates(prior, browser, tmp_path):
     from selenium.webdriver.common.action_chains import ActionChains
 
     to_image(picture()).save(tmp_path / "in.png")
@@ -190,10 +227,10 @@ def test_a_browser_opens_paints_fills_and_draws(prior, browser, tmp_path):
         canvas = until(lambda: shown(browser, "#editor canvas"))[0]
         until(lambda: canvas.size["height"] > 50)
         press(browser, "#fill")
-        assert until(lambda: "there is no hole yet" in shown(browser, "body")[0].text)
+        assert until(lambda: "nothing is masked yet" in shown(browser, "body")[0].text)
         ActionChains(browser).move_to_element(canvas).click_and_hold().move_by_offset(40, 20).release().perform()
         press(browser, "#fill")
-        until(lambda: said(browser, "fill-said").startswith("finished"))
+        until(lambda: status(browser, "fill-status").startswith("finished"))
         assert len(shown(browser, "#fills img")) == 3
         browser.save_screenshot(str(tmp_path / "page.png"))
         source = shown(browser, "#fills img")[0].get_attribute("src")
@@ -202,13 +239,13 @@ def test_a_browser_opens_paints_fills_and_draws(prior, browser, tmp_path):
         settings = json.loads(fill.info["smalti"])
         assert (settings["number"], settings["seed"], settings["num"]) == (0, 0, 3)
         changed = (np.array(fill) != np.array(to_image(picture()))).any(2)
-        assert 0 < changed.sum() < 200  # of 256: where it was painted, and nowhere else
-        press(browser, "#draw-tab, [role=tab]:nth-of-type(2)")
-        press(browser, "#draw")
-        until(lambda: said(browser, "draw-said").startswith("finished"))
-        assert len(shown(browser, "#draws img")) == 8
-        press(browser, "#draws img")
-        assert until(lambda: not browser.find_element("id", "draw").is_displayed())  # it is there, to be painted on
+        assert 0 < changed.sum() < 200  # of 256: only painted pixels change
+        press(browser, "[role=tab]:nth-of-type(2)")
+        press(browser, "#generate")
+        until(lambda: status(browser, "generate-status").startswith("finished"))
+        assert len(shown(browser, "#images img")) == 8
+        press(browser, "#images img")
+        assert until(lambda: not browser.find_element("id", "generate").is_displayed())  # the other tab opened
 
 
 FETCH = """

@@ -1,4 +1,4 @@
-"""Evaluations of tiny untrained models: every number is what another way of computing it gives, and comes again."""
+"""Evaluations of tiny untrained models: scores equal those computed by other means, and repeat exactly."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from skimage.metrics import structural_similarity
 from skimage.restoration import inpaint_biharmonic
 
 from smalti.commands.model_paths import load_prior, load_tokenizer
-from smalti.evaluation.real_images import SPEEDS
+from smalti.evaluation.scores import SPEEDS
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.sheets import GAP
@@ -29,8 +29,8 @@ QUICK = ["--images", "img", "--num", "50", "--reference", "12", "--precision", "
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory):
-    """A folder to work in, with a prior `pair` and 80 pictures of 16x8."""
+def folder(tmp_path_factory):
+    """Changes to a folder with a prior `pair` and 80 images of 16x8 pixels."""
     folder = tmp_path_factory.mktemp("evaluate")
     save_pair(folder / "pair")
     (folder / "img").mkdir()
@@ -45,8 +45,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(place):
-    """Of every kind of evaluation, the JSON."""
+def results(folder):
+    """Maps kinds of evaluations to the JSON of their results."""
     for of in ("tokenizer", "prior", "inpainting"):
         flags = {
             "tokenizer": ["--tokenizer", "pair/tokenizer"],
@@ -63,44 +63,44 @@ def held_out():
     return rows.__getitems__(range(len(rows)))["images"]
 
 
-def test_a_tokenizers_scores_are_those_of_its_reconstructions(results):
-    """All held-out images, by other means."""
+def test_tokenizer_scores_equal_those_of_its_reconstructions(results):
+    """All held-out images are reconstructed and scored here, with SSIM by scikit-image."""
     scores, images = results["tokenizer"]["scores"], held_out()
     assert results["tokenizer"]["conditions"]["images"] == len(images) > 5
     tokenizer = load_tokenizer("pair/tokenizer")
     codes = tokenizer.encode(to_float(images))
-    made = to_uint8(tokenizer.decode(codes))
-    assert scores["mse"]["model"] == pytest.approx(float(mse(to_float(made), to_float(images)).mean()))
+    reconstructions = to_uint8(tokenizer.decode(codes))
+    assert scores["mse"]["model"] == pytest.approx(float(mse(to_float(reconstructions), to_float(images)).mean()))
     assert scores["codes_used"]["model"] == len(codes[0].unique()) / 9
     extractor = Lite0(torch.device("cpu"))
-    a, b = (Moments(1280).update(extractor(each)) for each in (made, images))
+    a, b = (Moments(1280).update(extractor(each)) for each in (reconstructions, images))
     assert scores["frechet_to_originals"]["model"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
-    pairs = zip(made.permute(0, 2, 3, 1).numpy(), images.permute(0, 2, 3, 1).numpy(), strict=True)
+    pairs = zip(reconstructions.permute(0, 2, 3, 1).numpy(), images.permute(0, 2, 3, 1).numpy(), strict=True)
     expected = np.mean([structural_similarity(x, y, channel_axis=2, data_range=255) for x, y in pairs])
     assert scores["ssim"]["model"] == pytest.approx(expected)
     assert scores["psnr_db"]["model"] < 30
     assert scores["images_per_second"]["model"] > 0
 
 
-def test_a_result_says_how_far_real_images_are_apart(results):
-    """The floor: held-out images against training images, for every distance there is; the untrained do worse."""
+def test_result_holds_the_floor_of_real_images(results):
+    """The floor is the distance of held-out images to training images; untrained models score worse."""
     rows = ImageRows(open_images("img", height=8, width=16), split="train", flips=False)
     extractor = Lite0(torch.device("cpu"))
     floors = {of: result["scores"]["frechet"]["real"] for of, result in results.items()}
-    assert len({f"{floor:.6g}" for floor in floors.values()}) == 1  # the same images, whatever is judged
+    assert len({f"{floor:.6g}" for floor in floors.values()}) == 1  # the same images in every evaluation
     for result in results.values():
         assert result["scores"]["frechet"]["model"] > result["scores"]["frechet"]["real"] > 0
         assert result["conditions"]["reference_images"] == 12
         assert result["conditions"]["extractor"] == "lite0"
-    everything = rows.__getitems__(range(len(rows)))["images"]
-    between = [
-        frechet_distance(Moments(1280).update(extractor(held_out())), Moments(1280).update(extractor(everything[at])))
-        for at in (slice(0, 12), slice(12, 24))
+    training = rows.__getitems__(range(len(rows)))["images"]
+    distances = [
+        frechet_distance(Moments(1280).update(extractor(held_out())), Moments(1280).update(extractor(training[block])))
+        for block in (slice(0, 12), slice(12, 24))
     ]
-    assert min(between) / 2 < floors["prior"] < 2 * max(between)  # of training images, if not of these
+    assert min(distances) / 2 < floors["prior"] < 2 * max(distances)  # the reference set is another 12 of them
 
 
-def test_a_priors_scores(results, place):
+def test_prior_scores_of_noise_are_worse_than_the_floor(results, folder):
     scores = results["prior"]["scores"]
     for name in ("precision", "recall", "share_too_near"):
         assert set(scores[name]) == {"model", "real"}
@@ -108,42 +108,42 @@ def test_a_priors_scores(results, place):
     assert scores["precision"]["model"] < scores["precision"]["real"]
     assert scores["nearest_training_image"]["model"] > scores["nearest_training_image"]["real"]
     assert 0 < scores["share_too_near"]["real"] < 0.2
-    assert scores["share_too_near"]["model"] == 0  # noise is near to nothing
-    assert Image.open(place / "prior-neighbours.png").size[0] == len(held_out()) * (96 + 2 * GAP)
+    assert scores["share_too_near"]["model"] == 0  # noise is near no image
+    assert Image.open(folder / "prior-neighbours.png").size[0] == len(held_out()) * (96 + 2 * GAP)
     assert results["prior"]["conditions"]["prior_digests"] == [load_prior("pair", None)[0].digest()]
 
 
-def test_fills_are_compared_with_the_truth_and_with_what_needs_no_model(results):
+def test_fills_are_compared_with_originals_and_baselines(results):
     scores = results["inpainting"]["scores"]
     assert set(scores["frechet"]) == {"model", "real", "mean_colour", "biharmonic"}
     assert scores["mse_in_mask"]["real"] == 0
     assert scores["seam_steps_to_real"]["real"] == 1
     assert scores["mse_in_mask_best_of_2"]["model"] < scores["mse_in_mask"]["model"]
-    assert scores["mse_in_mask"]["biharmonic"] < scores["mse_in_mask"]["mean_colour"]  # the pictures are smooth
+    assert scores["mse_in_mask"]["biharmonic"] < scores["mse_in_mask"]["mean_colour"]  # the images are smooth
     assert scores["seam_steps"]["biharmonic"] < scores["seam_steps"]["mean_colour"]
     assert scores["diversity"]["model"] > 0
     assert 0.1 < results["inpainting"]["conditions"]["share_masked"] < 0.4
 
 
 @pytest.mark.parametrize("of", ["tokenizer", "prior", "inpainting"])
-def test_a_result_comes_out_the_same_again(results, capfd, of):
+def test_repeated_evaluation_gives_the_same_scores(results, capfd, of):
     status, out, _ = run(capfd, evaluate.main, "--again", f"{of}.json", "--out", "again.json")
     assert status == 0
-    assert f"the same as {of}.json, but for speeds" in out
+    assert f"the same as {of}.json, except for speeds" in out
     again = json.loads(Path("again.json").read_text())
     assert {k: v for k, v in again["scores"].items() if k not in SPEEDS} == {
         k: v for k, v in results[of]["scores"].items() if k not in SPEEDS
     }
     lines = out.splitlines()
-    whose = {who: None for values in results[of]["scores"].values() for who in values}
-    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["score", *whose]
+    columns = {column: None for values in results[of]["scores"].values() for column in values}
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["score", *columns]
     shown = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines[2:] if line.startswith("|")}
     assert shown == {name: f"{values['model']:.4g}" for name, values in again["scores"].items()}
     assert "extractor lite0" in out
     assert (again["settings"], again["conditions"]) == (results[of]["settings"], results[of]["conditions"])
 
 
-def test_what_came_out_otherwise_is_named(results, capfd):
+def test_repeated_evaluation_lists_what_changed(results, capfd):
     changed = json.loads(Path("tokenizer.json").read_text())
     changed["scores"]["mse"]["model"] = 0.5
     changed["conditions"]["tokenizer_digest"] = "another"
@@ -156,7 +156,7 @@ def test_what_came_out_otherwise_is_named(results, capfd):
 
 
 def corrupted(kind, strength, images):
-    """Three strengths of each; none at 0."""
+    """Corrupts uint8 images with strength 1, 2 or 3; 0 leaves them as they are."""
     if not strength:
         return images
     if kind == "noise":
@@ -176,7 +176,7 @@ def corrupted(kind, strength, images):
 
 
 @pytest.mark.parametrize("kind", ["noise", "blur", "jpeg"])
-def test_the_distance_grows_with_corruption(kind, emoji):
+def test_frechet_distance_grows_with_corruption(kind, emoji):
     images, features, extractor = emoji
     distances = [
         frechet_distance(
@@ -195,18 +195,18 @@ def emoji():
     return images, extractor(images), extractor
 
 
-def test_two_halves_of_real_images_are_nearer_than_a_half_and_its_blur(emoji):
+def test_halves_of_real_images_are_nearer_than_a_half_and_blurred_images(emoji):
     images, features, extractor = emoji
-    one, other = Moments(1280).update(features[::2]), Moments(1280).update(features[1::2])
+    even, odd = Moments(1280).update(features[::2]), Moments(1280).update(features[1::2])
     blurred = Moments(1280).update(extractor(corrupted("blur", 3, images[1::2])))
-    assert frechet_distance(one, other) < frechet_distance(one, blurred)
+    assert frechet_distance(even, odd) < frechet_distance(even, blurred)
 
 
-def test_biharmonic_fills_are_scikit_images_and_touch_nothing_else():
-    images, hole = held_out()[:3], torch.zeros(3, 8, 16, dtype=torch.bool)
-    hole[:, 2:5, 3:8] = True
-    filled = biharmonic(images, hole)
-    for image, mask, result in zip(images, hole, filled, strict=True):
+def test_biharmonic_fill_equals_scikit_image_and_keeps_other_pixels():
+    images, masks = held_out()[:3], torch.zeros(3, 8, 16, dtype=torch.bool)
+    masks[:, 2:5, 3:8] = True
+    filled = biharmonic(images, masks)
+    for image, mask, result in zip(images, masks, filled, strict=True):
         assert torch.equal(result[:, ~mask], image[:, ~mask])
         expected = inpaint_biharmonic(image.permute(1, 2, 0).numpy(), mask.numpy(), channel_axis=-1)
         difference = result.permute(1, 2, 0).numpy() / 255 - expected
@@ -215,7 +215,7 @@ def test_biharmonic_fills_are_scikit_images_and_touch_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--of", "nothing"], "--of nothing cannot be evaluated; give one of tokenizer, prior, inpainting"),
         (
@@ -229,9 +229,9 @@ def test_biharmonic_fills_are_scikit_images_and_touch_nothing_else():
         (["--prior", "pair", "--images", "img/0.png"], "img/0.png"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_line(capfd, arguments, said):
+def test_wrong_arguments_print_one_line(capfd, arguments, message):
     status, out, err = run(capfd, evaluate.main, *arguments)
     assert (status, out) == (2, "")
-    line = err.splitlines()[-1]  # after the bars of what it opened, if it came that far
+    line = err.splitlines()[-1]  # after progress bars, if any
     assert line.startswith("error: ")
-    assert said in line
+    assert message in line

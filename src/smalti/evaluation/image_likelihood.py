@@ -1,13 +1,13 @@
-"""Bits that a selfVAE or VAE needs for each number of images it never saw, by importance sampling (arXiv 1509.00519).
+"""Bits per dimension of held-out images under a selfVAE or VAE, by the importance-weighted bound of IWAE.
 
-Bits of codes, which leave out what decoding gets wrong, are in `likelihood.py`.
+The bound (arXiv 1509.00519) averages importance weights over samples of the latents. With one sample it is the ELBO;
+with more it is tighter. The likelihood of codes under a prior is in `code_likelihood.py`.
 
 Legend: n images, s samples of the latents of each, c channels, h w pixels.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float64, UInt8
@@ -20,24 +20,25 @@ from smalti.core.errors import UserError
 from smalti.core.progress import bar
 from smalti.core.randomness import choose, derive, row_seeds
 from smalti.evaluation.config import LikelihoodEvaluation
+from smalti.evaluation.scores import Conditions, Scores
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
 from smalti.tokenizers.selfvae.hierarchical_vae import Hierarchy
 from smalti.tokenizers.selfvae.logistic import bits_per_number
 from smalti.tokenizers.selfvae.networks import Gaussian
 
-ROWS_AT_ONCE = 64  # images times samples that networks see together
+ROWS_AT_ONCE = 64  # importance samples that the networks receive at once
 
 
 @dataclass(frozen=True)
 class ImageBits:
-    """An upper bound on -log2 p, the lower the more samples.
+    """An upper bound on -log2 p(image); it falls as the number of importance samples grows.
 
     Attributes:
-        per_dimension: for each pixel and channel.
-        standard_error: of that, from the spread over images.
-        sampling_error: the part of it that other samples of the latents would change: a standard error too, by the
-            delta method, too small where few samples have most of the weight.
+        per_dimension: mean bits per pixel and channel.
+        standard_error: the standard error of that mean, from the spread over images.
+        sampling_error: the part of the standard error that is due to the importance samples alone, by the delta method;
+            it is too small if few samples have most of the weight.
     """
 
     per_dimension: float
@@ -49,30 +50,34 @@ class ImageBits:
 def log_weights(
     model: Hierarchy, images: UInt8[Tensor, "n c h w"], *, samples: int, seed: int = 0, rows_at_once: int = ROWS_AT_ONCE
 ) -> Float64[Tensor, "n s"]:
-    """ln p(x, y, z, u) - ln q(z, u | x, y) of draws from q; on the CPU, in float32 networks and float64 sums.
+    """Returns the log importance weights ln p(x, y, z, u) - ln q(z, u | x, y) of samples from q, on the CPU.
 
-    Sample j of image i hangs on the seed, i and j alone; memory hangs on `rows_at_once`.
+    Networks compute in float32, sums are float64. Sample j of image i depends on the seed, i and j alone. Memory
+    depends on `rows_at_once`, not on `samples`.
     """
-    where, found = next(model.parameters()).device, []
-    for start in bar(range(len(images)), what="importance sampling", unit="image"):
-        y = model.representations(to_float(images[start : start + 1]).to(where))
+    torch_device, weights = next(model.parameters()).device, []
+    for index in bar(range(len(images)), what="importance sampling", unit="image"):
+        y = model.representations(to_float(images[index : index + 1]).to(torch_device))
         q = [model.posterior(level, image) for level, image in enumerate(y)]
-        of_image = row_seeds(seed, torch.tensor([start], device=where))
-        parts = []
-        for numbers in torch.arange(samples, device=where).split(rows_at_once):
+        image_seed = row_seeds(seed, torch.tensor([index], device=torch_device))
+        batches = []
+        for numbers in torch.arange(samples, device=torch_device).split(rows_at_once):
             count = len(numbers)
-            many_q = [Gaussian(*(part.expand(count, -1, -1, -1) for part in (of.mean, of.log_deviation))) for of in q]
-            many_y = [image.expand(count, -1, -1, -1) for image in y]
-            terms = model.terms(many_y, many_q, derive(of_image, numbers))
-            parts.append(-torch.stack(list(terms.values())).cpu().double().sum(0))
-        found.append(torch.cat(parts))
-    return torch.stack(found)
+            q_repeated = [
+                Gaussian(*(part.expand(count, -1, -1, -1) for part in (each.mean, each.log_deviation))) for each in q
+            ]
+            y_repeated = [image.expand(count, -1, -1, -1) for image in y]
+            terms = model.terms(y_repeated, q_repeated, derive(image_seed, numbers))
+            batches.append(-torch.stack(list(terms.values())).cpu().double().sum(0))
+        weights.append(torch.cat(batches))
+    return torch.stack(weights)
 
 
 def bits(weights: Float64[Tensor, "n s"], images: UInt8[Tensor, "n c h w"], samples: int | None = None) -> ImageBits:
-    """The bound of so many samples; with fewer than there are, the mean over disjoint groups of them.
+    """Computes the importance-weighted bound of `samples` samples from log weights [default: of all s].
 
-    One sample gives the bound of Eq. 23 itself, all of them the tightest.
+    With fewer than s samples it is the mean bound of disjoint groups, so `samples` must divide s. One sample gives the
+    ELBO (Eq. 23 of selfVAE); all of them give the tightest bound.
     """
     n, s = weights.shape
     grouped = weights.view(n, -1, samples or s)  # n g s
@@ -83,33 +88,33 @@ def bits(weights: Float64[Tensor, "n s"], images: UInt8[Tensor, "n c h w"], samp
         errors = relative.std(2) / relative.mean(2) / grouped.shape[2] ** 0.5
     else:
         errors = weights.std(1, keepdim=True) if s > 1 else torch.zeros_like(ln_p)
-    of_image = errors.square().mean(1) / grouped.shape[1]  # variance of the mean over an image's groups
+    variances = errors.square().mean(1) / grouped.shape[1]  # of the mean over each image's groups
     spread = ln_p.mean(1).std() / n**0.5 if n > 1 else torch.zeros(())
     return ImageBits(
         per_dimension=float(-ln_p.mean()) * unit,
         standard_error=float(spread) * unit,
-        sampling_error=float(of_image.sum().sqrt()) / n * unit,
+        sampling_error=float(variances.sum().sqrt()) / n * unit,
     )
 
 
-def evaluate_likelihood(config: LikelihoodEvaluation) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Bits of held-out images: the bound of one sample, and of all.
+def evaluate_likelihood(config: LikelihoodEvaluation) -> tuple[Scores, Conditions]:
+    """Scores held-out images in bits per dimension: the ELBO (`bound_bits_per_dim`) and the importance-weighted bound.
 
     Raises:
-        UserError: for a tokenizer that has no likelihood of images, or images of which none are held out.
+        UserError: if the tokenizer has no likelihood of images, or no images are held out.
     """
     model = load_hierarchy(config.tokenizer).to(device(config.device))
     source = images_for(model, config.tokenizer, config.images, None, None)
     rows = ImageRows(source, split="held_out", flips=False)
     if not len(rows):
-        raise UserError(f"{source.source} has no held-out images; judge by more images")
+        raise UserError(f"{source.source} has no held-out images; give more --images")
     images = rows.__getitems__(choose(len(rows), config.num, config.seed))["images"]
     weights = log_weights(model, images, samples=config.samples, seed=config.seed)
-    scores: dict[str, dict[str, float]] = {}
-    for name, found in (("bits_per_dim", bits(weights, images)), ("bound_bits_per_dim", bits(weights, images, 1))):
-        scores[name] = {"model": found.per_dimension}
-        scores[f"{name}_standard_error"] = {"model": found.standard_error}
-        scores[f"{name}_sampling_error"] = {"model": found.sampling_error}
+    scores: Scores = {}
+    for name, bound in (("bits_per_dim", bits(weights, images)), ("bound_bits_per_dim", bits(weights, images, 1))):
+        scores[name] = {"model": bound.per_dimension}
+        scores[f"{name}_standard_error"] = {"model": bound.standard_error}
+        scores[f"{name}_sampling_error"] = {"model": bound.sampling_error}
     return scores, {
         "images": len(images),
         "samples": config.samples,

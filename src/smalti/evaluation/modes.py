@@ -1,6 +1,7 @@
-"""Evaluates selfVAE's generation modes: what is restored of held-out images, and how many bytes are sent."""
+"""Evaluates the generation modes of a selfVAE: the reconstruction error and Fréchet distance for the bytes transmitted.
 
-from typing import Any
+A mode transmits some of the latents and representations of an image; the decoder samples the rest (Section 3.3).
+"""
 
 import torch
 
@@ -8,7 +9,8 @@ from smalti.commands.selfvae_modes import load_hierarchy
 from smalti.core.devices import autocast, device
 from smalti.core.randomness import row_seeds
 from smalti.evaluation.config import ModesEvaluation
-from smalti.evaluation.real_images import ROWS_AT_ONCE, Scores, real_for
+from smalti.evaluation.real_images import BATCH_SIZE, real_for
+from smalti.evaluation.scores import Conditions, Scores
 from smalti.images.decoding import to_float, to_uint8
 from smalti.metrics.baselines import ssim
 from smalti.metrics.extractors import find_extractor
@@ -18,27 +20,33 @@ from smalti.tokenizers.selfvae.hierarchical_vae import Transmitted
 
 
 @torch.no_grad()
-def evaluate_modes(config: ModesEvaluation) -> tuple[Scores, dict[str, Any]]:
-    """What comes back of held-out images by each way of selfVAE's, a column each, and what is sent of one."""
-    where = device(config.settings.device)
-    extractor, model = find_extractor(config.settings.extractor, where), load_hierarchy(config.tokenizer).to(where)
-    real = real_for(config.settings, model, extractor)
-    reference, truth = real.reference_moments, to_float(real.judged)
-    seeds = row_seeds(config.settings.seed, torch.arange(len(truth)))
+def evaluate_modes(config: ModesEvaluation) -> tuple[Scores, Conditions]:
+    """Transmits held-out images in every mode and scores what is decoded, one column per mode.
+
+    Raises:
+        UserError: if the tokenizer has no modes, or the images or the extractor cannot be loaded.
+    """
+    protocol = config.protocol
+    torch_device = device(protocol.device)
+    extractor = find_extractor(protocol.extractor, torch_device)
+    model = load_hierarchy(config.tokenizer).to(torch_device)
+    real = real_for(protocol, model, extractor)
+    reference, originals = real.reference_moments, to_float(real.judged)
+    seeds = row_seeds(protocol.seed, torch.arange(len(originals))).to(torch_device)
     scores: Scores = {name: {} for name in ("bytes_sent", "compression_ratio", "mse", "psnr_db", "ssim", "frechet")}
     for mode in model.modes:
-        made, sent = [], Transmitted()
-        for images, of_images in zip(truth.split(ROWS_AT_ONCE), seeds.to(where).split(ROWS_AT_ONCE), strict=True):
-            with autocast(where, config.settings.precision):
-                sent = model.transmit(images.to(where), mode, of_images)
-                made.append(to_uint8(model.decode_from(sent, of_images, config.pixels)).cpu())
-        received = torch.cat(made)
-        scores["bytes_sent"][mode] = model.bits_sent(sent) / 8
-        scores["frechet"][mode] = frechet_distance(Moments.of(extractor(received)), reference)
+        batches, transmitted = [], Transmitted()
+        for images, image_seeds in zip(originals.split(BATCH_SIZE), seeds.split(BATCH_SIZE), strict=True):
+            with autocast(torch_device, protocol.precision):
+                transmitted = model.transmit(images.to(torch_device), mode, image_seeds)
+                batches.append(to_uint8(model.decode_from(transmitted, image_seeds, config.pixels)).cpu())
+        decoded = torch.cat(batches)
+        scores["bytes_sent"][mode] = model.bits_sent(transmitted) / 8
+        scores["frechet"][mode] = frechet_distance(Moments.of(extractor(decoded)), reference)
         if mode != "generation":
-            errors = mse(to_float(received), truth)
-            scores["compression_ratio"][mode] = model.compression_ratio(sent, truth)
+            errors = mse(to_float(decoded), originals)
+            scores["compression_ratio"][mode] = model.compression_ratio(transmitted, originals)
             scores["mse"][mode], scores["psnr_db"][mode] = float(errors.mean()), float(psnr(errors).mean())
-            scores["ssim"][mode] = ssim(received, real.judged)
+            scores["ssim"][mode] = ssim(decoded, real.judged)
     scores["frechet"]["real"] = frechet_distance(Moments.of(real.features), reference)
     return scores, real.conditions

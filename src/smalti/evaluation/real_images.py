@@ -1,4 +1,7 @@
-"""Real images that models are evaluated against: held-out ones, and training images as the reference."""
+"""Real images that models are evaluated against: held-out images, and training images as the reference set.
+
+The distance of held-out images to the reference set is the floor: a perfect model would score about the same.
+"""
 
 from functools import cached_property
 
@@ -10,55 +13,52 @@ from smalti.core.errors import UserError
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.randomness import Stream, choose
 from smalti.evaluation.config import EvaluationSettings
+from smalti.evaluation.scores import Conditions
 from smalti.images.image_set import ImageRows, open_images
 from smalti.metrics.extractors import Extractor, moments
 from smalti.metrics.frechet import Moments, frechet_distance
 from smalti.tokenizers.base import Tokenizer
 
-ROWS_AT_ONCE = 64
-
-
-Scores = dict[str, dict[str, float]]
-"""By what was measured, then by whose images: `model`, `real` for other real images in their place, or another way."""
-
-
-SPEEDS = ("images_per_second", "seconds_per_image")
-"""Scores that hang on the machine."""
+BATCH_SIZE = 64
+"""Images that a network or an extractor receives at once during an evaluation."""
 
 
 class Real:
-    """Real images to judge by: held-out ones, and training images as the reference of distances.
+    """Held-out images to compare a model with, and training images as the reference set of distances.
 
     Args:
-        judging: which, and how many.
-        extractor: of the features that distances are taken of.
+        settings: the source of the images, their numbers and the seed of their choice.
+        extractor: computes the features of all distances.
         height: of the images, pixels.
-        width: likewise.
+        width: of the images, pixels.
         channels: 3 for colour, 1 for grey.
 
     Attributes:
-        judged: uint8 `(n, c, h, w)`, held out.
-        features: of these.
-        conditions: of a result, as JSON.
+        judged: the held-out images, uint8 `(n, c, h, w)`.
+        features: the features of the held-out images, `(n, d)`.
+        conditions: the part of a result that describes the images and the extractor, as JSON.
 
     Raises:
-        UserError: for images that will not do, or too few of them.
+        UserError: if the images cannot be opened or fewer than 4 are held out.
     """
 
     def __init__(
         self, settings: EvaluationSettings, extractor: Extractor, *, height: int, width: int, channels: int
     ) -> None:
         images = open_images(settings.images, height=height, width=width, channels=channels)
-        held_out, training = (ImageRows(images, split=side, flips=False) for side in ("held_out", "train"))
+        held_out, training = (ImageRows(images, split=split, flips=False) for split in ("held_out", "train"))
         if len(held_out) < 4:
-            raise UserError(f"only {len(held_out)} image(s) of {settings.images} are held out; judge by more images")
+            raise UserError(
+                f"only {len(held_out)} image(s) of {settings.images} are held out, and an evaluation needs 4; "
+                "give more --images"
+            )
         self._extractor, self._training = extractor, training
         self._chosen = choose(len(training), settings.reference, settings.seed, Stream.EVALUATION_REFERENCE)
         self.judged: UInt8[Tensor, "n c h w"] = held_out.__getitems__(
             choose(len(held_out), settings.num, settings.seed, Stream.EVALUATION_HELD_OUT)
         )["images"]
         self.features = extractor(self.judged)
-        self.conditions = {
+        self.conditions: Conditions = {
             "images": len(self.judged),
             "reference_images": len(self._chosen),
             "images_fingerprint": images.fingerprint,
@@ -67,27 +67,27 @@ class Real:
         }
 
     def training(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
-        """Images of the reference, by their places in it."""
+        """Returns images of the reference set by their indices in it."""
         return self._training.__getitems__([self._chosen[index] for index in indices.tolist()])["images"]
 
     def reference(self) -> Float[Tensor, "m d"]:
-        """Features of the reference, with a progress bar."""
-        blocks = [self._chosen[at : at + ROWS_AT_ONCE] for at in range(0, len(self._chosen), ROWS_AT_ONCE)]
-        shown = bar(blocks, what="features of the reference", unit="batch", delay_seconds=SLOW_SECONDS)
-        return torch.cat([self._extractor(self._training.__getitems__(block)["images"]) for block in shown])
+        """Computes the features of the reference set, with a progress bar."""
+        batches = [self._chosen[start : start + BATCH_SIZE] for start in range(0, len(self._chosen), BATCH_SIZE)]
+        progress = bar(batches, what="features of the reference", unit="batch", delay_seconds=SLOW_SECONDS)
+        return torch.cat([self._extractor(self._training.__getitems__(batch)["images"]) for batch in progress])
 
     def distance(self, pixels: UInt8[Tensor, "n c h w"]) -> float:
-        """The Fréchet distance of images to the reference."""
-        return frechet_distance(moments(self._extractor, pixels.split(ROWS_AT_ONCE)), self.reference_moments)
+        """Returns the Fréchet distance of images to the reference set."""
+        return frechet_distance(moments(self._extractor, pixels.split(BATCH_SIZE)), self.reference_moments)
 
     @cached_property
     def reference_moments(self) -> Moments:
-        """Of the features of the reference, which are computed once."""
+        """Mean and covariance of the reference set's features, computed once."""
         return Moments.of(self.reference())
 
 
 def real_for(settings: EvaluationSettings, tokenizer: Tokenizer, extractor: Extractor) -> Real:
-    """Of the size a tokenizer makes images in; the conditions say which tokenizer that is."""
+    """Opens real images in the size of a tokenizer's images, and adds the tokenizer's digest to the conditions."""
     size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
     real = Real(settings, extractor, **size, channels=tokenizer.image_channels)
     real.conditions["tokenizer_digest"] = tokenizer.digest()

@@ -1,6 +1,6 @@
-"""Evaluations as files: a result is written with all that made it, shown as a table, and can be had again from itself.
+"""Runs evaluations: writes a result as JSON with all settings, prints it as a table, and repeats an evaluation from it.
 
-What is measured is in `judges.py` and `image_likelihood.py`.
+The scores are computed in the files named for what they evaluate.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from smalti.evaluation.image_likelihood import evaluate_likelihood
 from smalti.evaluation.inpainting import evaluate_inpainting
 from smalti.evaluation.modes import evaluate_modes
 from smalti.evaluation.prior import evaluate_prior
-from smalti.evaluation.real_images import SPEEDS, Scores
+from smalti.evaluation.scores import SPEEDS, Conditions, Scores
 from smalti.evaluation.tokenizer import evaluate_tokenizer
 
 WITHOUT_PRIOR = {"tokenizer": TokenizerEvaluation, "modes": ModesEvaluation, "likelihood": LikelihoodEvaluation}
@@ -33,20 +33,20 @@ KINDS = ("tokenizer", "prior", "inpainting", "modes", "likelihood")
 
 
 @dataclass(frozen=True)
-class Again:
-    """Which evaluation to repeat."""
+class RepeatEvaluation:
+    """Settings to repeat an evaluation from its result file."""
 
     again: Path
-    """A result, whose settings are used for everything."""
+    """Result file of an evaluation. It is repeated with the same settings, and differing scores are listed."""
     out: Path | None = None
-    """Where the new result goes [default: nowhere]."""
+    """JSON file for the new result [default: not written]."""
 
 
 def config_for(of: str, prior: str) -> Any:
-    """The settings of an evaluation; those of drawing codes are of the kind of the prior that `prior` names.
+    """Returns the config class of an evaluation, with the sampler settings for the kind of `prior`.
 
     Raises:
-        UserError: for what cannot be evaluated.
+        UserError: if `of` is no kind of evaluation.
     """
     if of not in KINDS:
         raise UserError(f"--of {of} cannot be evaluated; give one of {', '.join(KINDS)}")
@@ -56,14 +56,13 @@ def config_for(of: str, prior: str) -> Any:
     return PriorEvaluation[method.sampling] if of == "prior" else InpaintingEvaluation[method.filling]
 
 
-def evaluate(config: Evaluation | Again) -> Scores:
-    """Judges a model, prints a table, and writes the result; or repeats an evaluation and says whether it came out
-    the same.
+def evaluate(config: Evaluation | RepeatEvaluation) -> Scores:
+    """Evaluates a model, prints a table and writes the result; or repeats an evaluation and prints what differs.
 
     Raises:
-        UserError: for a model, images or settings that will not do, or a file that is no result.
+        UserError: if a model, images or the extractor cannot be loaded, or the file to repeat is not a result.
     """
-    if isinstance(config, Again):
+    if isinstance(config, RepeatEvaluation):
         return _repeat(config)
     scores, conditions = _evaluate(config)
     _write(config.out, config, scores, conditions)
@@ -72,19 +71,25 @@ def evaluate(config: Evaluation | Again) -> Scores:
     return scores
 
 
-def table(scores: Scores, conditions: dict[str, Any]) -> str:
-    """Scores as Markdown: a line for each, a column for each whose images they are of; below, what they are of."""
-    whose = list(dict.fromkeys(who for values in scores.values() for who in values))
-    lines = [["score", *whose]]
-    lines += [[name, *(f"{of[who]:.4g}" if who in of else "" for who in whose)] for name, of in scores.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+def table(scores: Scores, conditions: Conditions) -> str:
+    """Formats scores as a Markdown table, a row per score and a column per kind of images, with the conditions below.
+
+    Digests and fingerprints are left out.
+    """
+    columns = list(dict.fromkeys(column for values in scores.values() for column in values))
+    lines = [["score", *columns]]
+    lines += [
+        [name, *(f"{values[column]:.4g}" if column in values else "" for column in columns)]
+        for name, values in scores.items()
+    ]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     rows = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
     rows.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
     shown = {name: value for name, value in conditions.items() if not name.endswith(("digest", "fingerprint"))}
     return "\n".join([*rows, "", ", ".join(f"{name} {value}" for name, value in shown.items())])
 
 
-def _evaluate(config: Evaluation) -> tuple[Scores, dict[str, Any]]:
+def _evaluate(config: Evaluation) -> tuple[Scores, Conditions]:
     if isinstance(config, TokenizerEvaluation):
         return evaluate_tokenizer(config)
     if isinstance(config, ModesEvaluation):
@@ -96,40 +101,45 @@ def _evaluate(config: Evaluation) -> tuple[Scores, dict[str, Any]]:
     return evaluate_inpainting(config)
 
 
-def _write(path: Path, config: Evaluation, scores: Scores, conditions: dict[str, Any]) -> None:
+def _write(path: Path, config: Evaluation, scores: Scores, conditions: Conditions) -> None:
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     write_json(path, {"scores": scores, "conditions": conditions, "settings": settings, "versions": versions()})
 
 
-def _repeat(config: Again) -> Scores:
+def _repeat(config: RepeatEvaluation) -> Scores:
+    """Repeats an evaluation with the settings of its result, and prints the scores and what differs."""
     try:
         before = json.loads(config.again.read_text())
         settings = before["settings"]
-        if isinstance(settings.get("prior"), str):  # of inpainting, before it took the priors of several levels
-            settings["prior"] = [settings["prior"]]
         judge = _from_json(config_for(settings["of"], settings.get("prior", [""])[0]), settings)
-        scores_before, conditions_before = before["scores"], before["conditions"]
+        old_scores, old_conditions = before["scores"], before["conditions"]
     except OSError as error:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{config.again} is not a result of evaluate.py; give the JSON that one wrote") from error
+        raise UserError(f"{config.again} is not a result of evaluate.py; give a JSON file that it wrote") from error
     scores, conditions = _evaluate(judge)
     if config.out:
         _write(config.out, judge, scores, conditions)
     print(table(scores, conditions))
-    changed = [
-        f"{name} was {conditions_before.get(name)}, is {value}"
-        for name, value in conditions.items()
-        if value != conditions_before.get(name)
-    ]
-    changed += [
-        f"{name} of {who} was {scores_before.get(name, {}).get(who)}, is {value}"
-        for name, values in scores.items()
-        for who, value in values.items()
-        if name not in SPEEDS and scores_before.get(name, {}).get(who) != value
-    ]
-    print(f"\n{'; '.join(changed) if changed else f'the same as {config.again}, but for speeds'}")
+    changes = _changes(old_scores, scores, old_conditions, conditions)
+    print(f"\n{'; '.join(changes) if changes else f'the same as {config.again}, except for speeds'}")
     return scores
+
+
+def _changes(old_scores: Scores, scores: Scores, old_conditions: Conditions, conditions: Conditions) -> list[str]:
+    """Describes every condition and every score, except speeds, whose value differs."""
+    changes = [
+        f"{name} was {old_conditions.get(name)}, is {value}"
+        for name, value in conditions.items()
+        if value != old_conditions.get(name)
+    ]
+    changes += [
+        f"{name} of {column} was {old_scores.get(name, {}).get(column)}, is {value}"
+        for name, values in scores.items()
+        for column, value in values.items()
+        if name not in SPEEDS and old_scores.get(name, {}).get(column) != value
+    ]
+    return changes
 
 
 def _from_json(cls: Any, fields: dict[str, Any]) -> Any:

@@ -1,7 +1,9 @@
-"""Evaluates a tokenizer: reconstruction errors, Fréchet distance and codebook usage."""
+"""Evaluates a tokenizer: reconstruction errors (MSE, PSNR, SSIM), Fréchet distance, codebook usage and perplexity.
+
+LPIPS is not among the scores: here it is a training loss (`smalti.tokenizers.vqgan.perceptual`).
+"""
 
 import time
-from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -11,7 +13,8 @@ from smalti.commands.model_paths import load_tokenizer
 from smalti.core.codes import Codes
 from smalti.core.devices import Precision, autocast, device
 from smalti.evaluation.config import TokenizerEvaluation
-from smalti.evaluation.real_images import ROWS_AT_ONCE, Scores, real_for
+from smalti.evaluation.real_images import BATCH_SIZE, real_for
+from smalti.evaluation.scores import Conditions, Scores, level_score
 from smalti.images.decoding import to_float, to_uint8
 from smalti.latentsets.reader import perplexity
 from smalti.metrics.baselines import ssim
@@ -21,43 +24,50 @@ from smalti.metrics.image_errors import mse, psnr
 from smalti.tokenizers.base import Tokenizer
 
 
-def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, dict[str, Any]]:
-    """Errors of reconstructions, how far they are from real images as a set, and how the codes are used."""
-    where = device(config.settings.device)
-    extractor, tokenizer = find_extractor(config.settings.extractor, where), load_tokenizer(config.tokenizer).to(where)
-    real = real_for(config.settings, tokenizer, extractor)
-    images, codes, seconds = _reconstruct(tokenizer, real.judged, where, config.settings.precision)
+def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, Conditions]:
+    """Scores the reconstructions of held-out images and the usage of the codebook.
+
+    Raises:
+        UserError: if the tokenizer, the images or the extractor cannot be loaded.
+    """
+    protocol = config.protocol
+    torch_device = device(protocol.device)
+    extractor = find_extractor(protocol.extractor, torch_device)
+    tokenizer = load_tokenizer(config.tokenizer).to(torch_device)
+    real = real_for(protocol, tokenizer, extractor)
+    images, codes, seconds = _reconstruct(tokenizer, real.judged, torch_device, protocol.precision)
     errors = mse(to_float(images), to_float(real.judged))
-    features, reference = extractor(images), real.reference_moments
+    features, reference = Moments.of(extractor(images)), real.reference_moments
+    originals = Moments.of(real.features)
     scores: Scores = {
         "mse": {"model": float(errors.mean())},
         "psnr_db": {"model": float(psnr(errors).mean())},
         "ssim": {"model": ssim(images, real.judged)},
-        "frechet_to_originals": {"model": frechet_distance(Moments.of(features), Moments.of(real.features))},
+        "frechet_to_originals": {"model": frechet_distance(features, originals)},
         "frechet": {
-            "model": frechet_distance(Moments.of(features), reference),
-            "real": frechet_distance(Moments.of(real.features), reference),
+            "model": frechet_distance(features, reference),
+            "real": frechet_distance(originals, reference),
         },
     }
     for index, (level, grid) in enumerate(zip(tokenizer.layout.levels, codes, strict=True)):
         if level.radices:
             counts = torch.bincount(grid.flatten(), minlength=level.codebook_size)
-            name = f"_level_{index}" if len(codes) > 1 else ""
-            scores[f"codes_used{name}"] = {"model": float((counts > 0).double().mean())}
-            scores[f"perplexity{name}"] = {"model": perplexity(counts)}
+            used = float((counts > 0).double().mean())
+            scores[level_score("codes_used", index, len(codes))] = {"model": used}
+            scores[level_score("perplexity", index, len(codes))] = {"model": perplexity(counts)}
     scores["images_per_second"] = {"model": len(images) / seconds}
     return scores, real.conditions
 
 
 @torch.no_grad()
 def _reconstruct(
-    tokenizer: Tokenizer, pixels: UInt8[Tensor, "n c h w"], where: torch.device, precision: Precision
+    tokenizer: Tokenizer, pixels: UInt8[Tensor, "n c h w"], torch_device: torch.device, precision: Precision
 ) -> tuple[UInt8[Tensor, "n c h w"], Codes, float]:
-    """Reconstructions, their codes, and the seconds they took."""
-    made, codes, start = [], [], time.perf_counter()
-    with autocast(where, precision):
-        for batch in pixels.split(ROWS_AT_ONCE):
-            codes.append(tokenizer.encode(to_float(batch).to(where)))
-            made.append(to_uint8(tokenizer.decode(codes[-1])).cpu())
+    """Returns reconstructions, their codes, and the seconds taken."""
+    reconstructions, codes, start = [], [], time.perf_counter()
+    with autocast(torch_device, precision):
+        for batch in pixels.split(BATCH_SIZE):
+            codes.append(tokenizer.encode(to_float(batch).to(torch_device)))
+            reconstructions.append(to_uint8(tokenizer.decode(codes[-1])).cpu())
     seconds = time.perf_counter() - start
-    return torch.cat(made), tuple(torch.cat(level).cpu() for level in zip(*codes, strict=True)), seconds
+    return torch.cat(reconstructions), tuple(torch.cat(level).cpu() for level in zip(*codes, strict=True)), seconds

@@ -1,5 +1,4 @@
-"""What scikit-image does for judging: structural similarity, and fills that need no model. It comes with the extra
-`metrics`."""
+"""Structural similarity (SSIM) and the biharmonic fill, by scikit-image, which the extra `metrics` installs."""
 
 from typing import Any
 
@@ -12,14 +11,16 @@ from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images.decoding import to_uint8
 from smalti.metrics.extractors import EXTRA
 
+SSIM_WINDOW = 7  # pixels; scikit-image's default
+
 
 def ssim(images: UInt8[Tensor, "n c h w"], truth: UInt8[Tensor, "n c h w"]) -> float:
-    """Mean structural similarity over windows of 7x7, all pixels of which count alike.
+    """Computes the mean structural similarity over uniform windows of 7x7 pixels.
 
     Raises:
-        UserError: if the images are smaller than that, or the extra is not installed.
+        UserError: if the images are smaller than a window, or the extra is not installed.
     """
-    if min(images.shape[2:]) < 7:
+    if min(images.shape[2:]) < SSIM_WINDOW:
         raise UserError(f"SSIM needs images of at least 7x7 pixels, not {images.shape[3]}x{images.shape[2]}")
     similarity = _scikit_image().metrics.structural_similarity
     pairs = zip(images.numpy(), truth.numpy(), strict=True)
@@ -27,15 +28,15 @@ def ssim(images: UInt8[Tensor, "n c h w"], truth: UInt8[Tensor, "n c h w"]) -> f
 
 
 def biharmonic(pixels: UInt8[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]) -> UInt8[Tensor, "n c h w"]:
-    """The images with each hole filled as smoothly as its rim allows.
+    """Fills the masked pixels of each image smoothly from the pixels around them, by the biharmonic equation.
 
     Raises:
         UserError: if the extra is not installed.
     """
-    smooth = _scikit_image().restoration.inpaint_biharmonic
+    inpaint = _scikit_image().restoration.inpaint_biharmonic
     pairs = list(zip(pixels.numpy(), mask.numpy(), strict=True))
-    shown = bar(pairs, what="biharmonic fills", unit="image", delay_seconds=SLOW_SECONDS)
-    filled = [torch.from_numpy(smooth(image, to_fill, channel_axis=0)) for image, to_fill in shown]
+    progress = bar(pairs, what="biharmonic fills", unit="image", delay_seconds=SLOW_SECONDS)
+    filled = [torch.from_numpy(inpaint(image, image_mask, channel_axis=0)) for image, image_mask in progress]
     return torch.where(mask.unsqueeze(1), to_uint8(torch.stack(filled) * 2 - 1), pixels)
 
 

@@ -1,8 +1,8 @@
-"""Networks whose features stand for what an image shows, by name. The numbers made of features are in `metrics.py`.
+"""Feature extractors: pretrained networks whose features the Fréchet distance and other scores are computed on.
 
-A distance between sets of images means something only together with its extractor's name: `lite0` and the Inception
-network of the published FID give numbers of different sizes. They are needed for judging, and Lite0 also as the eye of
-a perceptual loss; they come with the extra `metrics`.
+Report a distance only together with the extractor's name: `lite0` and the Inception network of the published FID give
+values of different scales. The extra `metrics` installs the networks; `lite0` also serves a perceptual loss. The scores
+are in `frechet.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ _IMAGES_AT_ONCE = 64
 
 
 def lite0_network(device: torch.device) -> Any:
-    """EfficientNet-Lite0 with its ImageNet weights, frozen, in evaluation mode.
+    """Loads EfficientNet-Lite0 with its ImageNet weights, frozen and in evaluation mode.
 
     Raises:
         UserError: if the extra `metrics` is not installed.
@@ -41,13 +41,13 @@ def lite0_network(device: torch.device) -> Any:
 
 
 class Extractor(ABC):
-    """Images to features, one image at a time as far as the result goes.
+    """Maps images to features; the features of an image do not depend on the rest of its batch.
 
     Attributes:
-        name: by which distances are told apart.
-        width: numbers of an image.
-        size: pixels of each side at which it sees images.
-        resampling: how they come to that size.
+        name: the extractor's name on the command line and in results.
+        width: number of features of an image.
+        size: height and width in pixels that images are resized to.
+        resampling: the interpolation of that resizing.
     """
 
     name: ClassVar[ExtractorName]
@@ -60,7 +60,7 @@ class Extractor(ABC):
 
     @torch.no_grad()
     def __call__(self, pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """Features, on the CPU, of images in grey or colour, of any size."""
+        """Returns the features, on the CPU, of grey or colour images of any size."""
         features = []
         for batch in pixels.split(_IMAGES_AT_ONCE):
             with torch.autocast(self._device.type, enabled=False):
@@ -69,18 +69,18 @@ class Extractor(ABC):
 
     @abstractmethod
     def features(self, colour: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Of a batch on the device, in float32."""
+        """Computes the features of a batch on the device, in float32."""
 
     def describe(self) -> dict[str, Any]:
-        """What decides the features, as JSON; a distance is told together with it."""
+        """Describes the extractor for a result's conditions, as JSON."""
         return {"extractor": self.name, "seen_at": f"{self.size}x{self.size}", "resampling": self.resampling}
 
 
 class Lite0(Extractor):
-    """EfficientNet-Lite0 trained on ImageNet: 1280 features, pooled before its classifier, of images at 96x96.
+    """EfficientNet-Lite0 trained on ImageNet: 1280 features, average-pooled before the classifier, of 96x96 images.
 
-    Its weights come within a package, so nothing is downloaded, and its convolutions are light enough for two cores:
-    some 20 ms an image on one. Computed in float32 whatever the hardware, as bf16 would change the last digits.
+    A Python package includes the weights, so nothing is downloaded, and the network is small enough for a CPU. It
+    computes in float32 on all hardware, because bf16 would change the scores.
 
     Raises:
         UserError: if the extra `metrics` is not installed.
@@ -96,7 +96,7 @@ class Lite0(Extractor):
         self._network = lite0_network(device)
 
     def features(self, colour: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """See `Extractor`."""
+        """Resizes the images and returns the features before the classifier."""
         sized = F.interpolate(colour.float(), (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
         return self._network.extract_features((sized - 127) / 128).mean((2, 3))
 
@@ -104,11 +104,11 @@ class Lite0(Extractor):
 class Inception(Extractor):
     """The Inception network of the published FID (arXiv 1706.08500): 2048 features of images at 299x299.
 
-    As torchmetrics has it, which takes network and weights from torch-fidelity; that downloads the weights when first
-    used.
+    The implementation is that of torchmetrics, with network and weights from torch-fidelity, which downloads the
+    weights on first use.
 
     Raises:
-        UserError: if torch-fidelity is not installed, or its weights are not there and cannot be had.
+        UserError: if torch-fidelity is not installed, or its weights cannot be downloaded.
     """
 
     name = "inception"
@@ -124,31 +124,31 @@ class Inception(Extractor):
             network = NoTrainInceptionV3("inception-v3-compat", [str(self.width)], antialias=False)
         except ModuleNotFoundError as error:
             raise UserError(
-                "the extractor inception is not installed: pip install 'smalti[metrics]' torch-fidelity (which brings "
-                "torchvision); or take --extractor lite0"
+                "the extractor inception is not installed: pip install 'smalti[metrics]' torch-fidelity (which needs "
+                "torchvision); or use --extractor lite0"
             ) from error
         except OSError as error:
             raise UserError(
-                f"the weights of the extractor inception cannot be downloaded ({error}); or take --extractor lite0"
+                f"the weights of the extractor inception cannot be downloaded ({error}); or use --extractor lite0"
             ) from error
         self._network = network.to(device)
 
     def features(self, colour: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """See `Extractor`."""
+        """Returns the features of the last pooling layer; the network resizes the images itself."""
         return self._network(colour).float()
 
 
 def find_extractor(name: ExtractorName, device: torch.device) -> Extractor:
-    """An extractor by its name.
+    """Builds an extractor by its name.
 
     Raises:
-        UserError: as each of them does.
+        UserError: if its package or its weights are not available.
     """
     return {"lite0": Lite0, "inception": Inception}[name](device)
 
 
 def moments(extractor: Extractor, batches: Iterable[Tensor]) -> Moments:
-    """The moments of the features of images, batches of uint8 `(b, c, h, w)`, none of which is kept."""
+    """Computes the moments of the features of images, given as batches of uint8 `(b, c, h, w)`, in bounded memory."""
     result = Moments(extractor.width)
     for batch in batches:
         result.update(extractor(batch))

@@ -1,8 +1,8 @@
-"""Numbers that judge images: against the truth, pixel by pixel; and as a set, by the features of a network.
+"""Scores of sets of images by their features: Fréchet distance (FID), precision and recall, nearest neighbours.
 
-Which network, and what it sees, is in `extractors.py`; whose images are judged, in `pipeline/evaluate.py`.
+The networks that compute features are in `extractors.py`; errors between two images are in `image_errors.py`.
 
-Legend: n images, d features, c channels, h w pixels, k fills.
+Legend: n images, d features.
 """
 
 from typing import NamedTuple
@@ -14,19 +14,19 @@ from torch import Tensor
 from smalti.core.errors import UserError
 
 NEIGHBOURS = 3
-"""Of precision and recall, as in the paper."""
-_ROWS_AT_ONCE = 1024  # of a matrix of distances
+"""The k of the k-th nearest neighbour in precision and recall, as in the paper."""
+_ROWS_AT_ONCE = 1024  # rows of a distance matrix in memory at once
 
 
 class Moments:
-    """Mean and covariance of features that come a batch at a time, in float64 and without the sums that cancel.
+    """Running mean and covariance of features, updated batch by batch in float64.
 
-    Batches are joined pairwise (Chan, Golub and LeVeque 1979), so the order and size of the batches change nothing but
-    the rounding.
+    Updates follow Chan, Golub and LeVeque (1979), which avoids the cancellation of sums of squares. The order and size
+    of the batches affect the rounding only.
 
     Attributes:
-        count: rows so far.
-        mean: `(d,)`.
+        count: number of rows so far.
+        mean: mean of the rows, `(d,)`.
     """
 
     def __init__(self, width: int) -> None:
@@ -36,28 +36,28 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[Tensor, "b d"]) -> "Moments":
-        """Those of so many rows."""
+        """Computes the moments of one batch."""
         return cls(features.shape[1]).update(features)
 
     def update(self, features: Float[Tensor, "b d"]) -> "Moments":
-        """Adds rows, and gives itself back."""
+        """Adds rows and returns itself."""
         rows = features.detach().cpu().double()  # moved first: Apple's GPUs have no float64
         if not len(rows):
             return self
         mean = rows.mean(0)
-        total, apart = self.count + len(rows), mean - self.mean
+        total, shift = self.count + len(rows), mean - self.mean
         centred = rows - mean
-        self._scatter += centred.T @ centred + torch.outer(apart, apart) * (self.count * len(rows) / total)
-        self.mean += apart * (len(rows) / total)
+        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / total)
+        self.mean += shift * (len(rows) / total)
         self.count = total
         return self
 
     @property
     def covariance(self) -> Float64[Tensor, "d d"]:
-        """Unbiased, `(d, d)`.
+        """The unbiased covariance, `(d, d)`.
 
         Raises:
-            UserError: of fewer than two rows.
+            UserError: if there are fewer than two rows.
         """
         if self.count < 2:
             raise UserError(f"{self.count} image(s) have no covariance; give at least 2")
@@ -65,11 +65,12 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """The squared Fréchet (2-Wasserstein) distance of the two Gaussians with these moments (arXiv 1706.08500).
+    """Computes the Fréchet distance of FID (arXiv 1706.08500): the squared 2-Wasserstein distance of two Gaussians.
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)). The trace of the root is taken from the eigenvalues of the
-    symmetric A^(1/2) B A^(1/2), which are those of A B, and real: so fewer images than features do no harm to the
-    arithmetic. They do bias the distance upwards: compare only distances of equally many images.
+    The distance is |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)). The trace of the root is computed from the
+    eigenvalues of the symmetric A^(1/2) B A^(1/2), which equal those of A B and are real, so singular covariances (from
+    fewer images than features) are no numerical problem. Fewer images do bias the distance upwards: compare only
+    distances of equal numbers of images. With the extractor `inception` the distance is an FID.
     """
     cov_a, cov_b = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(cov_a)
@@ -81,13 +82,18 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def nearest(
     queries: Float[Tensor, "q d"], references: Float[Tensor, "n d"]
 ) -> tuple[Float[Tensor, " q"], Int64[Tensor, " q"]]:
-    """For each query, the Euclidean distance to its nearest reference, and which that is."""
-    found = [_distances(block, references).min(1) for block in queries.split(_ROWS_AT_ONCE)]
-    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+    """Finds the nearest neighbour of each query: its Euclidean distance, and its index among the references."""
+    minima = [_distances(block, references).min(1) for block in queries.split(_ROWS_AT_ONCE)]
+    return torch.cat([each.values for each in minima]), torch.cat([each.indices for each in minima])
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares in [0, 1]: of generated images that are like real ones, and of real ones that the generated are like."""
+    """Precision and recall of generated images, both in [0, 1].
+
+    Attributes:
+        precision: share of the generated images that lie in the manifold of the real ones.
+        recall: share of the real images that lie in the manifold of the generated ones.
+    """
 
     precision: float
     recall: float
@@ -96,12 +102,13 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(
     real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"], neighbours: int = NEIGHBOURS
 ) -> PrecisionRecall:
-    """Improved precision and recall (arXiv 1904.06991, Eqs. 1 and 2).
+    """Computes improved precision and recall (arXiv 1904.06991, Eqs. 1 and 2).
 
-    An image is like a set if it is no farther from one of the set than that one's own `neighbours`-th nearest in it.
+    The manifold of a set is the union of balls around its members. The radius of a ball is the distance from the member
+    to its `neighbours`-th nearest neighbour in the set.
 
     Raises:
-        UserError: if a set has no more images than `neighbours`.
+        UserError: if a set has no more than `neighbours` images.
     """
     if min(len(real), len(generated)) <= neighbours:
         raise UserError(
@@ -114,13 +121,13 @@ def precision_recall(
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Of every row of a to every row of b; in float64, as the products that make it fast cancel in float32."""
+    """Computes all pairwise distances, in float64: `cdist` uses matrix products, which cancel in float32."""
     return torch.cdist(a.double(), b.double())
 
 
 def _inside(points: Tensor, members: Tensor, neighbours: int) -> Tensor:
-    """Which points lie within the ball of any member that reaches to its `neighbours`-th nearest other member."""
+    """Finds which points lie in the manifold of the members (see `precision_recall`)."""
     blocks = members.split(_ROWS_AT_ONCE)
-    # each member's nearest is itself, at distance 0
+    # + 1: each member's nearest neighbour is itself, at distance 0
     radii = torch.cat([_distances(block, members).kthvalue(neighbours + 1, dim=1).values for block in blocks])
     return torch.cat([(_distances(block, members) <= radii).any(1) for block in points.split(_ROWS_AT_ONCE)])

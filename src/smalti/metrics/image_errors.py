@@ -1,4 +1,10 @@
-"""Errors between images: MSE, PSNR, errors within a hole, steps at its seam, and diversity of fills."""
+"""Errors between images and their originals: MSE, PSNR, errors and seams of inpainted regions, diversity of fills.
+
+Not here: SSIM (`baselines.py`), the Fréchet distance (`frechet.py`), and LPIPS, which is a training loss
+(`smalti.tokenizers.vqgan.perceptual`).
+
+Legend: n images, k fills of an image, c channels, h w pixels. A mask is True where a pixel is filled.
+"""
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -6,27 +12,27 @@ from torch import Tensor
 
 
 def mse(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Float64[Tensor, " n"]:
-    """Mean squared error of each image in [-1, 1], in units of [0, 1]."""
+    """Computes the mean squared error of each image; inputs are in [-1, 1], the error is in units of [0, 1]."""
     return (images - truth).double().square().flatten(1).mean(1) / 4
 
 
 def psnr(mse: Float64[Tensor, "*n"]) -> Float64[Tensor, "*n"]:
-    """Peak signal-to-noise ratio, dB, of mean squared errors in units of [0, 1]; infinite for none."""
+    """Computes the peak signal-to-noise ratio, in dB, from errors in units of [0, 1]; it is infinite for error 0."""
     return -10 * mse.log10()
 
 
 def masked_mse(
     images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]
 ) -> Float64[Tensor, " n"]:
-    """`mse` over the pixels of each image's hole alone, of which there must be one."""
+    """Computes the MSE over the masked pixels of each image, in units of [0, 1]; NaN if no pixel is masked."""
     errors = (images - truth).double().square().mean(1) / 4
     return (errors * mask).sum((1, 2)) / mask.sum((1, 2))
 
 
 def seam_steps(images: Float[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]) -> Float64[Tensor, " n"]:
-    """Mean step across the edge of each image's hole, in units of [0, 1]: |inside - outside| of neighbouring pixels.
+    """Computes the mean step |masked - unmasked| over neighbouring pixels at the edge of each image's mask.
 
-    Neighbours are those above, below, left and right; 0 where a hole has no edge.
+    Neighbours are those above, below, left and right. Steps are in units of [0, 1]; 0 if the mask has no edge.
     """
     total = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     pairs = torch.zeros_like(total)
@@ -40,8 +46,8 @@ def seam_steps(images: Float[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]) ->
 
 
 def diversity(fills: Float[Tensor, "n k c h w"], mask: Bool[Tensor, "n h w"]) -> Float64[Tensor, " n"]:
-    """Root mean squared difference between two of an image's k fills, within its hole, in units of [0, 1]."""
+    """Computes the root mean squared difference between two of an image's k fills over masked pixels, in [0, 1]."""
     k = fills.shape[1]
-    assert k > 1, "one fill differs from no other"
-    variance = fills.double().var(dim=1, correction=1).mean(1) / 4  # half the mean squared difference of two
+    assert k > 1, "diversity needs at least 2 fills"
+    variance = fills.double().var(dim=1, correction=1).mean(1) / 4  # half the mean squared difference of two fills
     return (2 * (variance * mask).sum((1, 2)) / mask.sum((1, 2))).sqrt()
