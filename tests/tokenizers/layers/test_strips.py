@@ -46,7 +46,7 @@ def images_of(b, h, w, seed=0):
 
 
 def limits(*, strip, held, whole=0):
-    return patch.multiple(strips, LARGEST_WHOLE={"cpu": whole}, LARGEST_HELD=held, STRIP=strip)
+    return patch.multiple(strips, LARGEST_WHOLE={"cpu": whole}, LARGEST_CACHED=held, STRIP=strip)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
