@@ -53,7 +53,7 @@ class HQAConfig:
     """Train with the posterior's entropy and probabilistic commitment. If off, train with VQ-VAE's codebook and
     commitment losses. Applies to `stochastic` posteriors."""
     latent_weight: float = 0.001
-    """Weight of these losses relative to the reconstruction loss. Raise it for a less certain posterior."""
+    """Weight of these losses relative to the reconstruction loss."""
     upper_latent_weight: float | None = None
     """The same weight for layers above the first [default: that of the first]."""
     temperature: float = 0.667
