@@ -8,7 +8,7 @@ that suit most tokenizers. `tokenizers/vq/vqvae.py` is a short example.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -125,7 +125,7 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
         return []
 
     @classmethod
-    def stages(cls, config: Any) -> Sequence[Any]:
+    def stages(cls, config: ConfigT) -> Sequence[ConfigT]:
         """Configs of the tokenizers that are trained one after the other, each on top of the one before.
 
         The last one is `config` itself. The default is a single stage.

@@ -21,7 +21,7 @@ from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput, require_size
-from smalti.tokenizers.hqa.layer import HQAConfig, Stage
+from smalti.tokenizers.hqa.layer import HQAConfig, HQALayer
 from smalti.tokenizers.layers.conv import ResidualBlock
 from smalti.tokenizers.quantizers.stochastic import StochasticQuantizer, sample_codes
 
@@ -51,7 +51,7 @@ class HQA(Tokenizer[HQAConfig]):
             raise UserError(f"widths must name the channels of at least one layer, got {config.widths}")
         self.image_channels, self.downsampling = config.image_channels, 2 ** len(config.widths)
         self._check(config.height, config.width, len(config.widths))
-        self.layers = nn.ModuleList(Stage(config, number) for number in range(len(config.widths)))
+        self.layers = nn.ModuleList(HQALayer(config, number) for number in range(len(config.widths)))
         self.layers[:-1].requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
@@ -141,8 +141,8 @@ class HQA(Tokenizer[HQAConfig]):
         number = self._number(layer)
         self._check(images.shape[2], images.shape[3], number)
         features = images
-        for stage in self._layers[:number]:
-            features = stage.encode(features).float()
+        for each in self._layers[:number]:
+            features = each.encode(features).float()
         return features
 
     def quantize(
@@ -188,19 +188,19 @@ class HQA(Tokenizer[HQAConfig]):
         (grid,) = codes
         number = self._number(layer)
         for lower in range(number - 1, 0, -1):  # layer whose codes are decoded next
-            stage = self._layers[lower]  # the layer above it, as layers are numbered from 1
-            decoded = stage.decoder(stage.quantizer.lookup(grid, digits)).float()
+            upper = self._layers[lower]  # the layer above it, since layers are numbered from 1
+            decoded = upper.decoder(upper.quantizer.lookup(grid, digits)).float()
             layer_seeds = None if seeds is None else derive(seeds, Stream.HQA_DECODE, lower)
             if self.config.target == "codes":
                 grid = sample_codes(rearrange(decoded, "b k h w -> b h w k"), layer_seeds)
             else:
-                grid = self.quantize(decoded * stage.deviation + stage.mean, lower, layer_seeds)
+                grid = self.quantize(decoded * upper.deviation + upper.mean, lower, layer_seeds)
         lowest = self._layers[0]
         return lowest.decoder(lowest.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
 
     @torch.no_grad()
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
-        """Initializes the top layer from images; see `Stage.init_from_data`."""
+        """Initializes the top layer from images; see `HQALayer.init_from_data`."""
         inputs = torch.cat([self._top_input(batch) for batch in images.split(_INIT_BATCH_SIZE)])
         self._layers[-1].init_from_data(inputs, self.config)
 
@@ -215,9 +215,9 @@ class HQA(Tokenizer[HQAConfig]):
         }
 
     @property
-    def _layers(self) -> list[Stage]:
+    def _layers(self) -> list[HQALayer]:
         """Layers from the image upwards, typed."""
-        return [cast(Stage, layer) for layer in self.layers]
+        return [cast(HQALayer, layer) for layer in self.layers]
 
     @torch.no_grad()
     def _top_input(self, images: Tensor) -> Tensor:

@@ -44,10 +44,10 @@ class HQAConfig:
     codebook_size: int = 256
     """Codewords per layer."""
     posterior: Posterior = "stochastic"
-    """How layers quantize: `stochastic` samples from a posterior, by the Gumbel-softmax in training; `nearest` takes
-    the nearest codeword."""
+    """Quantizer of every layer: `stochastic` samples from a posterior, by the Gumbel-softmax in training; `nearest`
+    takes the nearest codeword."""
     target: Target = "features"
-    """What layers above the first reconstruct: the `features` of the layer below, by squared error, or its `codes`, by
+    """Target of layers above the first: the `features` of the layer below, by squared error, or its `codes`, by
     cross-entropy, as in HAMs."""
     probabilistic: bool = True
     """Train with the posterior's entropy and probabilistic commitment. If off, train with VQ-VAE's codebook and
@@ -74,7 +74,7 @@ class HQAConfig:
     Their distances keep their proportions."""
 
 
-class Stage(nn.Module):
+class HQALayer(nn.Module):
     """One layer of the stack: encoder, quantizer, decoder, and the mean and deviation of its inputs.
 
     Deviations: residual blocks and activations are those of smalti's VQ-VAE family, not the paper's. Mean and deviation

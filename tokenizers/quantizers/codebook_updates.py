@@ -76,9 +76,9 @@ def dead_codeword_revivals(
 
     Returns:
         Index `node * m + digit` of each revived codeword, its new vector, and its new count. The new count is the mean
-        of the codebook, so that the codeword is not dead again at once. The number of rows is fixed, since only the
-        device knows how many codewords are dead: unused rows have the index `nodes * m`, one past the last codeword,
-        and `scatter_rows` skips them.
+        of the codebook, so that the codeword is not dead again at once. The number of rows is fixed, so that
+        the number of dead codewords need not be read from the device: unused rows have the index `nodes * m`, one past
+        the last codeword, and `scatter_rows` skips them.
     """
     m, mean = counts.shape[1], counts.mean(1)
     dead = counts < below * mean[:, None]

@@ -163,7 +163,7 @@ class LinkedQuantizer(nn.Module):
 
     @property
     def _counts_choices(self) -> bool:
-        """Whether training counts how often each codeword is chosen."""
+        """True if training counts how often each codeword is chosen."""
         return self.learning == "ema" or self.revive_below > 0
 
     def forward(self, z_e: Float[Tensor, "b d h w"]) -> QuantizerOutput:

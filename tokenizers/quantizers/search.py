@@ -89,7 +89,7 @@ def _offsets(codebooks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_dense(codebook: Tensor) -> bool:
-    """Whether vectors are compared with all codewords of a layer: they are few, or all belong to one node."""
+    """Returns whether vectors are compared with all codewords of a layer: they are few, or all belong to one node."""
     nodes, m, _ = codebook.shape
     return nodes == 1 or nodes * m <= DENSE_CODEWORDS
 

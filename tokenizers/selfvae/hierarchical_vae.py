@@ -50,7 +50,7 @@ class VAEConfig:
     dense_layers: int = 2
     """Layers of a dense block."""
     stages: int = 2
-    """How many times the networks halve the size: with 2, a 32x32 image has a grid of 8x8 latents."""
+    """Number of times the networks halve the size. With 2, a 32x32 image has a grid of 8x8 latents."""
     latent_channels: int = 16
     """Values per position of a grid of latents. 8x8 positions of 16 are the paper's 1024 values."""
     mixtures: int = 3
@@ -316,7 +316,7 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         return 8 * images[0].numel() / bits if bits else math.inf
 
     def says_all(self, transmitted: Transmitted) -> bool:
-        """Whether all latents are transmitted or determined by what is, so that decoding samples none."""
+        """Returns whether decoding samples no latents, because the transmitted parts determine all of them."""
         return len(transmitted.z) == self.top and (transmitted.u is not None or transmitted.y is not None)
 
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:

@@ -16,7 +16,7 @@ Way: TypeAlias = Literal[
 ]
 """Names of the five generation modes (Section 3.3)."""
 Pixels: TypeAlias = Literal["mean", "sample"]
-"""How pixels are taken from their likelihood: its mean, rounded to the nearest possible value, or a sample."""
+"""Choice of pixels from their likelihood: its mean, rounded to the nearest possible value, or a sample."""
 
 MODES: dict[Way, str] = {
     "generation": "",

@@ -43,8 +43,8 @@ class VQConfig:
     commitment_weight: float = 0.25
     """Weight of the commitment loss, beta. Raise it if encoder outputs drift away from the codewords."""
     codebook_learning: CodebookLearning = "ema"
-    """How codewords learn: `ema`, as exponential moving averages of the vectors that choose them, or `gradient`, from
-    the codebook loss."""
+    """Update of codewords: `ema`, as exponential moving averages of the vectors that choose them, or `gradient`, by the
+    codebook loss."""
     codebook_decay: float = DECAY
     """Decay of the moving averages of codewords and of their use. Raise it to 0.99 for long trainings."""
     revive_below: float = REVIVE_BELOW

@@ -151,7 +151,7 @@ class GeneratorLoss(nn.Module):
     def after_step(self, seeds: Int64[Tensor, " b"], bad: Bool[Tensor, ""]) -> None:
         """Counts the step and computes the next step's adaptive weight; the loop restores both after a bad step."""
         self.steps += 1
-        self._steps_bound += 1  # after a bad step too: only the device knows which steps are bad
+        self._steps_bound += 1  # after a bad step too: `bad` is not read from the device
         if self._gradients:
             reconstruction, adversarial = (
                 mean(torch.stack(each).mean(0)) for each in zip(*self._gradients, strict=True)
