@@ -1,9 +1,14 @@
-"""What a tokenizer promises to the rest of smalti. The networks are in the wings; the commands know only this."""
+"""The contract that every tokenizer implements. Commands and priors use tokenizers only through these classes.
+
+To add a tokenizer, write a frozen config dataclass and a subclass of `Tokenizer`, mark the subclass with
+`smalti.core.models.register`, and implement `layout`, `encode`, `decode` and `forward`. The other methods have defaults
+that suit most tokenizers. `tokenizers/vq/vqvae.py` is a short example.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,15 +19,17 @@ from smalti.core.errors import UserError
 from smalti.core.models import Checkpointed, Family
 from smalti.training.config import FitConfig, Phase
 
+ConfigT = TypeVar("ConfigT")
+
 
 @dataclass(frozen=True)
 class TokenizerOutput:
-    """What training on a batch of images gives.
+    """Result of a tokenizer's `forward` on a batch of images.
 
     Attributes:
-        reconstruction: images, [-1, 1]; None where training makes none.
-        codes: one tensor per level.
-        losses: scalar terms by name, already weighted; their sum is the objective.
+        reconstruction: reconstructed images in [-1, 1], not clamped; None if training does not compute them.
+        codes: one tensor per level, as `encode` returns them. In training they may be samples.
+        losses: scalar loss terms by name, already weighted. Their sum is the objective.
     """
 
     reconstruction: Float[Tensor, "b c h w"] | None
@@ -31,77 +38,117 @@ class TokenizerOutput:
 
 
 def require_size(height: int, width: int, downsampling: int, whose: str = "this tokenizer's downsampling") -> None:
-    """Refuses images of a size that does not divide by a tokenizer's downsampling.
+    """Refuses images whose height or width is not divisible by `downsampling`; `whose` names it in the message.
 
     Raises:
-        UserError: saying `whose` that is.
+        UserError: if the size is not divisible.
     """
     if height % downsampling or width % downsampling:
-        raise UserError(f"images of {height}x{width} do not divide by {downsampling}, {whose}; crop or resize them")
+        raise UserError(
+            f"images of {height}x{width} are not divisible by {downsampling}, {whose}; crop or resize the images"
+        )
 
 
-class Tokenizer(Checkpointed, ABC):
-    """Stage one: images in [-1, 1] to grids of codes and back.
+class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
+    """Stage one: an autoencoder that maps images to grids of codes and back.
 
-    A tokenizer works at any height and width divisible by `downsampling`; `layout` is that of the size it was made for.
-    `forward(images)` returns a `TokenizerOutput`.
+    Images are float, `(b, c, h, w)`, in [-1, 1]. A tokenizer accepts any height and width divisible by `downsampling`;
+    `layout` describes the codes of images of the size in the config.
+
+    A subclass sets the class attributes `kind` (its name on the command line) and `config_class`. Its constructor takes
+    one instance of `config_class`, passes it to `super().__init__`, and sets `image_channels` and `downsampling`.
+    Everything that inference needs must be a parameter, a buffer or a config field: only these are saved.
+
+    `forward(images)` is the training pass and returns a `TokenizerOutput`. If `uses` names further entries of the
+    batch, `forward` receives them as positional arguments after the images, in that order, each optional.
+
+    Codebook search, losses and moving averages must stay float32 under autocast. A module that learns other than by
+    gradients, e.g. a codebook with EMA updates, implements `smalti.training.config.LearnsAfterSteps`.
 
     Attributes:
-        uses: what else of a batch `forward` takes, by name, after the images: `seeds`, `progress`.
+        uses: batch entries that `forward` takes after the images. `seeds`, int64 `(b,)`: one per image; every random
+            draw must depend on them alone, so that runs are reproducible. `progress`, float `(b,)`: training progress
+            from 0 to 1, e.g. for a temperature.
+        config: settings from which the tokenizer is rebuilt.
+        image_channels: 3 for colour images, 1 for grey ones.
+        downsampling: factor by which height and width of the images must be divisible.
     """
 
     family: ClassVar[Family] = "tokenizer"
     uses: ClassVar[tuple[str, ...]] = ()
+    config: ConfigT
     image_channels: int
     downsampling: int
 
     @property
     @abstractmethod
     def layout(self) -> Layout:
-        """The levels of codes of one image of the size in the config."""
+        """Levels of the codes of one image of the size in the config, coarsest first."""
 
     @abstractmethod
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
-        """Codes of images; the same codes for the same images."""
+        """Encodes images, without gradients. Deterministic: equal images have equal codes, whatever the mode.
+
+        Raises:
+            UserError: if the images' size is not divisible by `downsampling`.
+        """
 
     @abstractmethod
     def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
-        """Images of codes, in [-1, 1]; with `digits`, of the first digits of each code only.
+        """Decodes codes to images, clamped to [-1, 1]. Deterministic.
+
+        Args:
+            codes: one tensor per level, on grids of any size.
+            digits: decode only the first `digits` digits of each code, for coarser images; None decodes all.
 
         Raises:
-            UserError: if the codes have fewer digits.
+            UserError: if the codes do not have that many digits.
         """
 
     def draw(self, codes: Codes, seeds: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-        """Images of codes for new images: where a kind draws the details that codes leave open, by a seed for each."""
+        """Decodes codes that a prior sampled. Override it if codes leave details open, and sample them from `seeds`.
+
+        Args:
+            codes: one tensor per level.
+            seeds: one per image; every random draw depends on them alone.
+        """
         return self.decode(codes)
 
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
-        """The data-dependent start of a new tokenizer, once before training; nothing, where a kind has none."""
+        """Data-dependent initialization, called once before training with some training images; default: none."""
 
     def phases(self, fit: FitConfig) -> list[Phase]:
-        """What a step of training does, where it is more than to lower the sum of `forward`'s losses; else nothing."""
+        """Phases of a training step: the objectives with their optimizers, e.g. generator and discriminator.
+
+        The default, an empty list, means one phase: one optimizer minimizes the sum of `forward`'s losses.
+        """
         return []
 
     @classmethod
-    def stages(cls, config: Any) -> Sequence[Any]:
-        """The configs of the tokenizers to train in turn, each built on the one before; the last is `config`."""
+    def stages(cls, config: ConfigT) -> Sequence[ConfigT]:
+        """Configs of the tokenizers that are trained one after the other, each on top of the one before.
+
+        The last one is `config` itself. The default is a single stage.
+        """
         return [config]
 
     def build_on(self, below: "Tokenizer") -> None:
-        """Takes over what the stage before has learned; of kinds that have several stages."""
-        raise NotImplementedError  # a kind of one stage has none before it, and is never asked
+        """Copies the trained weights of the stage before into this tokenizer. Needed if there are several `stages`."""
+        raise NotImplementedError  # never called with the default `stages`
 
     @torch.no_grad()
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
-        """What to show of a tokenizer beside images: by caption, from all of each code, then from fewer digits."""
+        """Reconstructions to show next to images during training, by caption.
+
+        The default decodes all digits of the codes, then ever fewer of them.
+        """
         codes = self.encode(images)
-        found = {f"from {str(self.layout).replace('×', 'x')}": self.decode(codes)}
+        decoded = {f"from {str(self.layout).replace('×', 'x')}": self.decode(codes)}
         digits = max(len(level.radices) for level in self.layout.levels)
         for first in range(digits - 1, 0, -1):
-            found[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = self.decode(codes, first)
-        return found
+            decoded[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = self.decode(codes, first)
+        return decoded
 
     def collapse_remedy(self) -> str:
-        """What a person may try whose codebook collapses, as it goes on after "Try"."""
+        """Advice against codebook collapse. It completes the sentence "Try ..." of a warning."""
         return "fewer codes, more images, or a lower --learning-rate"

@@ -1,4 +1,7 @@
-"""The loss of a tokenizer that is trained by its own terms alone (the VQ-VAE family)."""
+"""The training objective of tokenizers whose loss is the sum of their own terms, such as the VQ-VAE family.
+
+VQ-GAN's objectives, with perceptual and adversarial losses, are in `vqgan/losses.py`.
+"""
 
 import torch
 from jaxtyping import Float
@@ -9,14 +12,14 @@ from smalti.tokenizers.base import Tokenizer
 
 
 def logged_mse(reconstruction: Float[Tensor, "b c h w"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """The squared error in [0, 1] units, as papers report it, of what decoding gives; without gradient."""
+    """Mean squared error of the clamped reconstruction, in [0, 1] units as papers report it; without gradient."""
     return (reconstruction.detach().clamp(-1, 1) - images).square().mean() / 4
 
 
 class Reconstruction(nn.Module):
-    """The sum of a tokenizer's losses on a batch of images (HR-VQVAE, Eq. 5).
+    """Objective: the sum of a tokenizer's loss terms on a batch of images (HR-VQVAE, Eq. 5).
 
-    Logs each term, and where there is a reconstruction its `mse`, see `logged_mse`.
+    Logs each term and, if the tokenizer computes reconstructions, their `mse` (see `logged_mse`).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -24,13 +27,15 @@ class Reconstruction(nn.Module):
         self.tokenizer = tokenizer
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss, and scalars to log, of a batch whose `images` are uint8 `(b, c, h, w)`.
+        """Returns the loss and the scalars to log.
 
-        And in it, where frozen layers make them (`Tokenizer.build_on`) and they are known, `given`: their features.
+        Args:
+            batch: `images`, uint8 `(b, c, h, w)`; the entries that `Tokenizer.uses` names; and, if they are cached,
+                `given`, the features of the frozen layers below the one in training (`Tokenizer.build_on`).
         """
         images = to_float(batch["images"])
-        known = {"given": batch["given"]} if "given" in batch else {}
-        output = self.tokenizer(images, *(batch[name] for name in self.tokenizer.uses), **known)
+        cached = {"features": batch["given"]} if "given" in batch else {}
+        output = self.tokenizer(images, *(batch[name] for name in self.tokenizer.uses), **cached)
         loss = torch.stack(list(output.losses.values())).sum()
         terms = {} if output.reconstruction is None else {"mse": logged_mse(output.reconstruction, images)}
         return loss, terms | {name: value.detach() for name, value in output.losses.items()}

@@ -1,4 +1,4 @@
-"""HAMs: HQA's stack with nearest codewords and layers that predict codes. Only settings differ, so little is here."""
+"""HAMs: HQA's stack with nearest-codeword quantizers and layers that predict codes. Only the settings differ."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from smalti.tokenizers.hqa.layer import HQAConfig, Posterior, Target
 
 @dataclass(frozen=True)
 class HAMsConfig(HQAConfig):
-    """Settings of HAMs: those of HQA, with the defaults of what HQA is compared with."""
+    """Settings of HAMs: those of HQA with other defaults."""
 
     posterior: Posterior = "nearest"
     target: Target = "codes"
@@ -20,10 +20,10 @@ class HAMsConfig(HQAConfig):
 
 @register
 class HAMs(HQA):
-    """Hierarchical autoregressive image models' hierarchy of codes (arXiv 1903.04933), as HQA's paper compares with it.
+    """Hierarchical autoregressive image models (HAMs, arXiv 1903.04933), in the form that HQA is compared with.
 
-    Each layer is a VQ-VAE, and those above the first predict the codes of the layer below; its autoregressive decoders
-    are left out there, and here. Their encoders see the features of the layer below, as HQA's do.
+    Each layer is a VQ-VAE. Layers above the first encode the features of the layer below, as in HQA, but their decoders
+    predict its codes. Deviation, as in HQA's paper: no autoregressive decoders.
 
     Raises:
         UserError: as `HQA` does.

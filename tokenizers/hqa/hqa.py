@@ -1,7 +1,7 @@
-"""HQA: a stack of quantized autoencoders, each trained on what the one below makes of an image, one by one.
+"""HQA: a stack of vector-quantized autoencoders, each trained on the features of the one below.
 
-The layers, and how images go up and down through them. How codes are drawn is in `stochastic.py`; the order of
-training, bottom first, is the pipeline's: it trains a tokenizer of one layer, then one of two on top of it, and so on.
+A single layer is in `layer.py`, its stochastic quantizer in `quantizers/stochastic.py`. Training is layer by layer,
+bottom first: `Tokenizer.stages` names a tokenizer of one layer, then one of two layers on top of it, and so on.
 
 Legend: b batch, c channels, h w image or grid, d code width, k codebook size. Layers are numbered from 1, at the image.
 """
@@ -21,24 +21,24 @@ from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput, require_size
-from smalti.tokenizers.hqa.layer import HQAConfig, Stage
+from smalti.tokenizers.hqa.layer import HQAConfig, HQALayer
 from smalti.tokenizers.layers.conv import ResidualBlock
-from smalti.tokenizers.quantizers.stochastic import StochasticQuantizer, draw
+from smalti.tokenizers.quantizers.stochastic import StochasticQuantizer, sample_codes
 
-_AT_ONCE = 512  # images, of the many that codebooks start from
+_INIT_BATCH_SIZE = 512  # images encoded at a time to initialize codebooks
 
 
 @register
-class HQA(Tokenizer):
-    """Hierarchical Quantized Autoencoders (arXiv 2002.08111): only the top layer's codes are kept.
+class HQA(Tokenizer[HQAConfig]):
+    """Hierarchical Quantized Autoencoders (arXiv 2002.08111): an image is stored as the top layer's codes only.
 
-    Training trains the top layer alone; those below are frozen, whatever `train()` is told. Decoding goes down layer by
-    layer: what a layer's decoder makes is quantized anew before the next one decodes it (Algorithm 1), by sampling if
-    seeds are given, so that a code has many decodes. The codes of each lower layer are codes of the image too, at
-    a higher rate: `layer` takes them.
+    Only the top layer is trained; the layers below are frozen and stay in evaluation mode. Decoding runs from the top
+    layer down: each decoder's output is quantized again before the next decoder (Algorithm 1). With seeds these codes
+    are sampled, so one code decodes to many images. The codes of a lower layer represent the image at a higher rate;
+    the argument `layer` of several methods selects them.
 
     Raises:
-        UserError: if there is no layer, or the image size does not divide by the downsampling.
+        UserError: if there is no layer, or the image size is not divisible by the downsampling.
     """
 
     kind: ClassVar[str] = "hqa"
@@ -51,42 +51,42 @@ class HQA(Tokenizer):
             raise UserError(f"widths must name the channels of at least one layer, got {config.widths}")
         self.image_channels, self.downsampling = config.image_channels, 2 ** len(config.widths)
         self._check(config.height, config.width, len(config.widths))
-        self.layers = nn.ModuleList(Stage(config, number) for number in range(len(config.widths)))
+        self.layers = nn.ModuleList(HQALayer(config, number) for number in range(len(config.widths)))
         self.layers[:-1].requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """The top layer's mode; those below stay in evaluation."""
+        """Sets the mode of the top layer; the layers below stay in evaluation mode."""
         super().train(mode)
         self.layers[:-1].train(False)
         return self
 
     def collapse_remedy(self) -> str:
-        """Resets, where the config does without."""
+        """Names the reset of dead codewords if the config leaves it off."""
         return (
-            super().collapse_remedy() if self.config.reset_below else "--reset-below 0.03, which moves dead codewords"
+            super().collapse_remedy() if self.config.reset_below else "--reset-below 0.03, which revives dead codewords"
         )
 
     def recomputable(self) -> list[nn.Module]:
-        """Every residual block of the top layer."""
+        """Returns every residual block of the top layer."""
         return [module for module in self.layers[-1].modules() if isinstance(module, ResidualBlock)]
 
     @classmethod
     def stages(cls, config: HQAConfig) -> Sequence[HQAConfig]:
-        """See `Tokenizer.stages`: one layer more each time."""
+        """Returns the configs of the first layer alone, the first two layers, and so on; see `Tokenizer.stages`."""
         return [replace(config, widths=config.widths[: number + 1]) for number in range(len(config.widths))]
 
     def build_on(self, below: Tokenizer) -> None:
-        """See `Tokenizer.build_on`."""
-        for mine, theirs in zip(self.layers[:-1], cast(HQA, below).layers, strict=True):
-            mine.load_state_dict(theirs.state_dict())
+        """Copies the trained layers of `below` into all layers but the top one; see `Tokenizer.build_on`."""
+        for layer, trained in zip(self.layers[:-1], cast(HQA, below).layers, strict=True):
+            layer.load_state_dict(trained.state_dict())
 
     @property
     def layout(self) -> Layout:
-        """One level: the top layer's, at 1 / 2**layers of the image's size."""
+        """One level: the top layer's codes, at 1 / 2**layers of the image size."""
         return self.layout_of(len(self.layers))
 
     def layout_of(self, layer: int) -> Layout:
-        """The codes of one image at a layer.
+        """Returns the layout of one image's codes at a layer.
 
         Raises:
             UserError: if there is no such layer.
@@ -99,33 +99,33 @@ class HQA(Tokenizer):
         images: Float[Tensor, "b c h w"],
         seeds: Int64[Tensor, " b"] | None = None,
         progress: Float[Tensor, " b"] | None = None,
-        given: Float[Tensor, "b c2 _h _w"] | None = None,
+        features: Float[Tensor, "b c2 _h _w"] | None = None,
     ) -> TokenizerOutput:
-        """The top layer's losses: `reconstruction`, and those of its quantizer.
+        """Computes the top layer's losses: `reconstruction`, and those of its quantizer.
 
-        The reconstruction of the images is None in training of layers above the first: nothing there needs it.
+        In training of layers above the first, the output has no reconstruction of the images: no loss needs it.
 
         Args:
-            images: [-1, 1].
-            seeds: of the images, which decide what is drawn in training; without, they draw the same each time.
-            progress: of the training, from 0, where it is without, to 1.
-            given: the features of the layer below, where they are known: it is frozen, so they do not change.
+            images: images in [-1, 1].
+            seeds: one per image, for the samples in training; without seeds every call samples the same.
+            progress: training progress from 0 to 1, for the temperature; 0 if not given.
+            features: cached features of the layer below, which is frozen; computed from the images if not given.
         """
         *_, top = self._layers
         seeds = row_seeds(0, torch.arange(len(images), device=images.device)) if seeds is None else seeds
         progress = torch.zeros(len(images), device=images.device) if progress is None else progress
-        given = self._given(images) if given is None else given
-        z_e = top.encode(given)
-        more = (seeds, progress) if isinstance(top.quantizer, StochasticQuantizer) else ()
-        quantized = top.quantizer(z_e, *more)
-        made = top.decoder(quantized.z_q).float()
+        features = self._top_input(images) if features is None else features
+        z_e = top.encode(features)
+        sampling = (seeds, progress) if isinstance(top.quantizer, StochasticQuantizer) else ()
+        quantized = top.quantizer(z_e, *sampling)
+        decoded = top.decoder(quantized.z_q).float()
         if len(self.layers) > 1 and self.config.target == "codes":
-            reconstruction_loss = F.cross_entropy(made, self._layers[-2].quantizer.encode(given))
+            reconstruction_loss = F.cross_entropy(decoded, self._layers[-2].quantizer.encode(features))
         else:
-            reconstruction_loss = F.mse_loss(made, top.normalized(given))
+            reconstruction_loss = F.mse_loss(decoded, top.normalized(features))
         reconstruction = None
         if len(self.layers) == 1:
-            reconstruction = made
+            reconstruction = decoded
         elif not self.training:
             reconstruction = self.decode((quantized.codes,))
         return TokenizerOutput(
@@ -133,22 +133,22 @@ class HQA(Tokenizer):
         )
 
     def features(self, images: Float[Tensor, "b c h w"], layer: int | None = None) -> Float[Tensor, "b d _h _w"]:
-        """What a layer's encoder makes of images before it is quantized, z_e; the top layer's unless another is named.
+        """Returns z_e, the encoder output of a layer (default: the top layer), before quantization.
 
         Raises:
-            UserError: if there is no such layer, or the images' size does not divide by its downsampling.
+            UserError: if there is no such layer, or the images' size is not divisible by its downsampling.
         """
         number = self._number(layer)
         self._check(images.shape[2], images.shape[3], number)
-        found = images
-        for stage in self._layers[:number]:
-            found = stage.encode(found).float()
-        return found
+        features = images
+        for each in self._layers[:number]:
+            features = each.encode(features).float()
+        return features
 
     def quantize(
         self, z_e: Float[Tensor, "b d h w"], layer: int | None = None, seeds: Int64[Tensor, " b"] | None = None
     ) -> Int64[Tensor, "b h w"]:
-        """The codes of a layer's features: the most probable, or with seeds, one for each image, samples (Eq. 3).
+        """Quantizes a layer's features: to the most probable codes, or to samples (Eq. 3) if seeds are given.
 
         Raises:
             UserError: if there is no such layer.
@@ -160,7 +160,9 @@ class HQA(Tokenizer):
     def encode(
         self, images: Float[Tensor, "b c h w"], layer: int | None = None, seeds: Int64[Tensor, " b"] | None = None
     ) -> Codes:
-        """See `Tokenizer.encode`: the top layer's codes, or another's; with seeds, one for each image, samples.
+        """Encodes images to the codes of a layer (default: the top layer); see `Tokenizer.encode`.
+
+        With seeds, one per image, the codes are sampled from the posterior (Eq. 3).
 
         Raises:
             UserError: as `features` does.
@@ -175,36 +177,36 @@ class HQA(Tokenizer):
         layer: int | None = None,
         seeds: Int64[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """See `Tokenizer.decode`: of the top layer's codes, or another's, by Algorithm 1.
+        """Decodes the codes of a layer (default: the top layer) by Algorithm 1; see `Tokenizer.decode`.
 
-        With seeds, one for each image, every layer below samples its codes, or of HAMs what its decoder predicts of
-        them; without, it takes the most probable.
+        With seeds, one per image, the codes of each lower layer are sampled, from its posterior (HQA) or from the
+        prediction of the decoder above it (HAMs). Without seeds they are the most probable ones.
 
         Raises:
             UserError: if there is no such layer, or the codes have fewer digits.
         """
         (grid,) = codes
         number = self._number(layer)
-        for above in range(number - 1, 0, -1):
-            stage = self._layers[above]
-            made = stage.decoder(stage.quantizer.lookup(grid, digits)).float()
-            of_layer = None if seeds is None else derive(seeds, Stream.HQA_DECODE, above)
+        for lower in range(number - 1, 0, -1):  # layer whose codes are decoded next
+            upper = self._layers[lower]  # the layer above it, since layers are numbered from 1
+            decoded = upper.decoder(upper.quantizer.lookup(grid, digits)).float()
+            layer_seeds = None if seeds is None else derive(seeds, Stream.HQA_DECODE, lower)
             if self.config.target == "codes":
-                grid = draw(rearrange(made, "b k h w -> b h w k"), of_layer)
+                grid = sample_codes(rearrange(decoded, "b k h w -> b h w k"), layer_seeds)
             else:
-                grid = self.quantize(made * stage.deviation + stage.mean, above, of_layer)
+                grid = self.quantize(decoded * upper.deviation + upper.mean, lower, layer_seeds)
         lowest = self._layers[0]
         return lowest.decoder(lowest.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
 
     @torch.no_grad()
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
-        """See `Stage.init_from_data`: the top layer."""
-        given = torch.cat([self._given(part) for part in images.split(_AT_ONCE)])
-        self._layers[-1].init_from_data(given, self.config)
+        """Initializes the top layer from images; see `HQALayer.init_from_data`."""
+        inputs = torch.cat([self._top_input(batch) for batch in images.split(_INIT_BATCH_SIZE)])
+        self._layers[-1].init_from_data(inputs, self.config)
 
     @torch.no_grad()
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
-        """See `Tokenizer.reconstructions`: from each layer's codes, the coarsest first."""
+        """Decodes the codes of each layer, coarsest first; see `Tokenizer.reconstructions`."""
         return {
             f"layer {layer}, {str(self.layout_of(layer)).replace('×', 'x')}": self.decode(
                 self.encode(images, layer), layer=layer
@@ -213,13 +215,13 @@ class HQA(Tokenizer):
         }
 
     @property
-    def _layers(self) -> list[Stage]:
-        """From the image upwards."""
-        return [cast(Stage, layer) for layer in self.layers]
+    def _layers(self) -> list[HQALayer]:
+        """Layers from the image upwards, typed."""
+        return [cast(HQALayer, layer) for layer in self.layers]
 
     @torch.no_grad()
-    def _given(self, images: Tensor) -> Tensor:
-        """What the top layer is given of images: the features of the layer below."""
+    def _top_input(self, images: Tensor) -> Tensor:
+        """Returns the top layer's input: the features of the layer below, or the images if there is none."""
         return self.features(images, len(self.layers) - 1) if len(self.layers) > 1 else images
 
     def _number(self, layer: int | None) -> int:

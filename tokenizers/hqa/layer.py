@@ -1,4 +1,6 @@
-"""A layer of HQA's stack: its settings, its networks, and what they start from. How layers are stacked is in `hqa.py`.
+"""One layer of HQA's stack: its networks, their initialization, and the settings of the stack.
+
+The stack of layers is in `hqa.py`.
 
 Legend: b batch, c channels, h w image or grid, d code width.
 """
@@ -11,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smalti.core.config import added
-from smalti.tokenizers.hqa.pca_encoder import PrincipalEncoder, start_linear
+from smalti.tokenizers.hqa.pca_encoder import PCAEncoder, init_linear
 from smalti.tokenizers.layers import conv
 from smalti.tokenizers.quantizers.linked import LinkedQuantizer
 from smalti.tokenizers.quantizers.stochastic import START_LENGTH, StochasticQuantizer
@@ -22,59 +24,61 @@ Target: TypeAlias = Literal["features", "codes"]
 
 @dataclass(frozen=True)
 class HQAConfig:
-    """Settings of an HQA. The defaults bring 32x32 images to one code of 8 bits, through 16x16, 8x8, 4x4 and 2x2."""
+    """Settings of an HQA. The defaults compress a 32x32 image to one code of 8 bits, halving the size in each layer.
+
+    The weight of Eq. 4's terms is in units of twice the variance of p(x|z), which the paper leaves open.
+    """
 
     height: int = 32
-    """Height of the images in pixels; others that divide by the downsampling work too."""
+    """Height of the images in pixels. Other heights work too if the downsampling divides them."""
     width: int = 32
     """Width of the images in pixels."""
     image_channels: int = 3
-    """3 for colour, 1 for grey."""
+    """3 for colour images, 1 for grey ones."""
     widths: tuple[int, ...] = (32, 32, 32, 80, 128)
-    """Channels of each layer's networks, from the image upwards; every layer halves the size."""
+    """Channels of each layer's networks, from the image upwards. Every layer halves height and width."""
     residual_blocks: int = 1
-    """Residual blocks of each encoder and of each decoder."""
+    """Residual blocks per encoder and per decoder."""
     code_width: int = 64
     """Length of a codeword."""
     codebook_size: int = 256
-    """Codewords of each layer."""
+    """Codewords per layer."""
     posterior: Posterior = "stochastic"
-    """How layers quantize: `stochastic` samples (Eq. 3), through a Gumbel softmax in training; `nearest` takes the
-    nearest codeword."""
+    """Quantizer of every layer: `stochastic` samples from a posterior, by the Gumbel-softmax in training; `nearest`
+    takes the nearest codeword."""
     target: Target = "features"
-    """What layers above the first reconstruct: the `features` z_e of the layer below (Section 5.2.2), by squared error,
-    or its `codes`, by cross-entropy, as HAMs do."""
+    """Target of layers above the first: the `features` of the layer below, by squared error, or its `codes`, by
+    cross-entropy, as in HAMs."""
     probabilistic: bool = True
-    """Add Eq. 4's entropy and probabilistic commitment to the reconstruction; if not, Eq. 2's codebook and commitment
-    terms. Of stochastic posteriors only."""
+    """Train with the posterior's entropy and probabilistic commitment. If off, train with VQ-VAE's codebook and
+    commitment losses. Applies to `stochastic` posteriors."""
     latent_weight: float = 0.001
-    """Weight of these terms: Eq. 4 in units of twice the variance of p(x|z), which the paper leaves open."""
+    """Weight of these losses relative to the reconstruction loss."""
     upper_latent_weight: float | None = None
-    """That of layers above the first, whose variance is another one; as of the first unless given."""
+    """The same weight for layers above the first [default: that of the first]."""
     temperature: float = 0.667
-    """Of the Gumbel softmax when training starts; it falls linearly to 0."""
+    """Temperature of the Gumbel-softmax at the start of training. It falls linearly to 0."""
     reset_below: float = 0.03
-    """A codeword used less than this share of the most used one moves to beside one in use; 0 moves none."""
+    """Against codebook collapse: a codeword used less than this share of the most used one is dead, and moves next to
+    one in use. 0 resets none."""
     kmeans_start: bool = True
-    """Start a layer's codewords at the k-means centres of what its untrained encoder, scaled to their spread, makes of
-    images; not from random codewords."""
+    """Initialize a layer's codewords by k-means on its untrained encoder's outputs, not at random."""
     linear_start: bool = True
-    """Start the networks of a layer with one code an image as the best linear code of the 2x2 features that it is
-    given, their principal components; not from random weights. Of learned encoders."""
+    """Initialize the networks of a layer with one code per image as the principal component analysis (PCA) of its 2x2
+    inputs, not at random. Applies to learned encoders."""
     principal_encoders: bool = added(off=False)
-    """Encode by the principal components of 2x2 patches, fixed but for a factor that is learned, in every layer. Not
-    the paper's, whose encoders are learned: those bend distances, and layers above, which reconstruct features by
-    squared error, then no longer reconstruct what tells images apart."""
+    """Encode every layer by the principal components (PCA) of 2x2 patches, fixed up to a learned factor. They preserve
+    distances between images, which upper layers then reconstruct better; the paper's encoders are learned."""
     normalize: bool = False
-    """Bring the features that a layer reconstructs to mean 0, and to variance 1 over all channels together: distances,
-    by which the layer below quantizes them, keep their proportions."""
+    """Normalize the features that a layer reconstructs to mean 0 per channel and variance 1 over all channels together.
+    Their distances keep their proportions."""
 
 
-class Stage(nn.Module):
-    """One layer of the stack: encoder, quantizer, decoder, and the mean and deviation of what it is given.
+class HQALayer(nn.Module):
+    """One layer of the stack: encoder, quantizer, decoder, and the mean and deviation of its inputs.
 
-    Deviations: residual blocks and activations are those of the rest of smalti's family, not the paper's; the mean and
-    deviation, which the authors' code keeps running, are taken once, as the layer below no longer changes.
+    Deviations: residual blocks and activations are those of smalti's VQ-VAE family, not the paper's. Mean and deviation
+    are computed once, where the authors' code keeps moving averages, because the layer below no longer changes.
     """
 
     mean: Tensor
@@ -83,55 +87,55 @@ class Stage(nn.Module):
     def __init__(self, config: HQAConfig, number: int) -> None:
         super().__init__()
         self.number, self.alone = number, max(config.height, config.width) >> (number + 1) == 1
-        self.of_codes = number > 0 and config.target == "codes"
-        given = config.code_width if number else config.image_channels
+        self.predicts_codes = number > 0 and config.target == "codes"
+        input_channels = config.code_width if number else config.image_channels
         shape: dict[str, Any] = {
             "widths": (config.widths[number],),
             "residual_blocks": config.residual_blocks,
             "code_width": config.code_width,
             "alone": self.alone,
         }
-        made = config.codebook_size if self.of_codes else given
-        self.encoder: PrincipalEncoder | nn.Sequential = (
-            PrincipalEncoder(given, config.code_width)
+        output_channels = config.codebook_size if self.predicts_codes else input_channels
+        self.encoder: PCAEncoder | nn.Sequential = (
+            PCAEncoder(input_channels, config.code_width)
             if config.principal_encoders
-            else conv.encoder(image_channels=given, **shape)
+            else conv.encoder(image_channels=input_channels, **shape)
         )
-        self.decoder = conv.decoder(image_channels=made, **shape)
+        self.decoder = conv.decoder(image_channels=output_channels, **shape)
         upper = config.upper_latent_weight if number else None
         weight = config.latent_weight if upper is None else upper
-        self.quantizer = _quantizer(config, weight=weight / (4 * (1 if self.of_codes else given)))
-        self.register_buffer("mean", torch.zeros(given, 1, 1))
+        self.quantizer = _quantizer(config, weight=weight / (4 * (1 if self.predicts_codes else input_channels)))
+        self.register_buffer("mean", torch.zeros(input_channels, 1, 1))
         self.register_buffer("deviation", torch.ones(1, 1, 1))
 
-    def encode(self, given: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
-        """z_e, at half the size."""
-        return self.encoder(self.normalized(given))
+    def encode(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        """Encodes images, or features of the layer below, to z_e at half their size."""
+        return self.encoder(self.normalized(inputs))
 
-    def normalized(self, given: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """What the networks see of it, and reconstruct."""
-        return (given - self.mean) / self.deviation
+    def normalized(self, inputs: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Normalizes the inputs to what the encoder receives and the decoder reconstructs."""
+        return (inputs - self.mean) / self.deviation
 
     @torch.no_grad()
-    def init_from_data(self, given: Float[Tensor, "b c h w"], config: HQAConfig) -> None:
-        """What `config` says of the start, from what the layer is given: the mean and deviation that it is brought to 0
-        and 1 by, the networks, and the codewords."""
+    def init_from_data(self, inputs: Float[Tensor, "b c h w"], config: HQAConfig) -> None:
+        """Initializes normalization, networks and codewords from the layer's inputs, as `config` sets."""
         if config.normalize and self.number:
-            self.mean.copy_(given.mean((0, 2, 3), keepdim=True)[0])
-            self.deviation.fill_((given - self.mean).square().mean().sqrt().clamp_min(1e-6))
-        given, encoder = self.normalized(given), self.encoder
-        linear = config.linear_start and self.alone and not (self.of_codes or config.principal_encoders)
-        if isinstance(encoder, PrincipalEncoder):
-            encoder.init_from_data(given)
+            self.mean.copy_(inputs.mean((0, 2, 3), keepdim=True)[0])
+            self.deviation.fill_((inputs - self.mean).square().mean().sqrt().clamp_min(1e-6))
+        inputs, encoder = self.normalized(inputs), self.encoder
+        linear = config.linear_start and self.alone and not (self.predicts_codes or config.principal_encoders)
+        if isinstance(encoder, PCAEncoder):
+            encoder.init_from_data(inputs)
         elif linear:
-            start_linear(encoder, self.decoder, given)
+            init_linear(encoder, self.decoder, inputs)
         if not config.kmeans_start:
             return
-        z_e = encoder(given)
+        z_e = encoder(inputs)
         if isinstance(self.quantizer, StochasticQuantizer):
+            # scaled so that encoder outputs are as widely spread as random codewords
             scale = START_LENGTH / z_e.var((0, 2, 3)).sum().sqrt().clamp_min(1e-6)
             z_e = z_e * scale
-            if isinstance(encoder, PrincipalEncoder):
+            if isinstance(encoder, PCAEncoder):
                 encoder.multiply(scale)
             else:
                 last = cast(nn.Conv2d, encoder[-1])
@@ -143,11 +147,12 @@ class Stage(nn.Module):
 
 
 def _quantizer(config: HQAConfig, *, weight: float) -> LinkedQuantizer | StochasticQuantizer:
-    """A layer's.
+    """Builds a layer's quantizer.
 
     Args:
-        config: of the stack.
-        weight: of its terms: the loss is per value that the decoder makes, and it makes several for each code.
+        config: settings of the stack.
+        weight: weight of the stochastic quantizer's losses. The reconstruction loss is a mean over the decoder's output
+            values, several per code, so the weight is per output value too.
     """
     if config.posterior == "nearest":
         return LinkedQuantizer(

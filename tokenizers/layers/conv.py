@@ -1,6 +1,8 @@
 """Convolutional encoder and decoder of the VQ-VAE family: strided stages with residual blocks. No quantization here.
 
-Fully convolutional: any height and width divisible by 2**stages. Legend: b batch, c channels, h w grid.
+The networks are fully convolutional: they take any height and width divisible by 2**stages.
+
+Legend: b batch, c channels, h w grid.
 """
 
 from abc import ABC, abstractmethod
@@ -11,17 +13,17 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module, ABC):
-    """shortcut(x) + branch(x), the branch's layers one after the other."""
+    """Computes shortcut(x) + branch(x), where `branch` is a sequence of layers."""
 
     shortcut: nn.Module
 
     @property
     @abstractmethod
     def branch(self) -> Sequence[nn.Module]:
-        """Its layers, in order."""
+        """Layers of the branch, in order."""
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
-        """Features to features on the same grid."""
+        """Maps features to features on the same grid."""
         inner = x
         for layer in self.branch:
             inner = layer(inner)
@@ -29,11 +31,13 @@ class Residual(nn.Module, ABC):
 
 
 class ResidualBlock(Residual):
-    """x + conv(silu(conv(silu(x)))), the last weights starting at zero: a deep stack starts as nearly the identity.
+    """Computes x + conv(silu(conv(silu(x)))).
+
+    The last weights start at zero, so that a deep stack starts near the identity.
 
     Args:
-        channels: of what comes in and goes out.
-        kernel: of the first convolution, an odd number.
+        channels: channels of input and output.
+        kernel: kernel size of the first convolution, an odd number.
     """
 
     def __init__(self, channels: int, kernel: int = 3) -> None:
@@ -45,22 +49,24 @@ class ResidualBlock(Residual):
 
     @property
     def branch(self) -> Sequence[nn.Module]:
-        """See `Residual`."""
+        """Layers of the branch, in order."""
         return self.silu, self.first, self.silu, self.second
 
 
 def encoder(
     *, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int, alone: bool = False
 ) -> nn.Sequential:
-    """Images to z_e, at 1 / 2**len(widths) of their size: each width a stride-2 convolution and its residual blocks.
+    """Builds an encoder from images to z_e, at 1 / 2**len(widths) of their size.
+
+    Each stage is a stride-2 convolution followed by residual blocks.
 
     Args:
-        image_channels: of the images.
+        image_channels: channels of the images.
         widths: channels of each stage.
-        residual_blocks: of each stage.
+        residual_blocks: residual blocks per stage.
         code_width: channels of z_e.
-        alone: no position sees another, only its own 2x2 patch: all that there is to see where a grid is one position,
-            for a ninth of the weights.
+        alone: whether each output position depends on its own 2x2 patch only, without its neighbours. On a grid of one
+            position there are no neighbours, and the kernels have a ninth of the weights.
     """
     layers: list[nn.Module] = []
     for before, width in zip((image_channels, *widths), widths, strict=False):
@@ -74,7 +80,7 @@ def encoder(
 def decoder(
     *, image_channels: int, widths: Sequence[int], residual_blocks: int, code_width: int, alone: bool = False
 ) -> nn.Sequential:
-    """The mirror of `encoder`: each width's residual blocks, then a convolution whose channels become 2x2 pixels."""
+    """Builds the mirror of `encoder`: per stage, residual blocks, then a convolution and a pixel shuffle to 2x size."""
     kernel = 1 if alone else 3
     layers: list[nn.Module] = [nn.Conv2d(code_width, widths[-1], kernel, padding=kernel // 2)]
     for width, after in zip(reversed(widths), (*reversed(widths[:-1]), image_channels), strict=True):

@@ -1,5 +1,6 @@
-"""Building blocks of selfVAE's networks: weight-normalised convolutions with a data-dependent start, dense blocks with
-channel attention. What is made of them is in `selfvae_networks.py`.
+"""Building blocks of selfVAE: weight-normalized convolutions with data-dependent initialization, and dense blocks.
+
+The networks built from them are in `selfvae/networks.py`.
 
 Legend: b batch, c channels, h w grid.
 """
@@ -15,14 +16,14 @@ from torch.linalg import vector_norm
 
 
 class WeightNormConv(nn.Module):
-    """A convolution whose weights have a direction and a length, learned apart (arXiv 1602.07868, Eq. 2).
+    """Weight normalization: a convolution that learns direction and length of its weights (arXiv 1602.07868, Eq. 2).
 
     Args:
         before: channels of the input.
         after: channels of the output.
-        kernel: 1 or 3; where the size changes it is 4.
-        resize: -1 halves the size, 1 doubles it by a transposed convolution, 0 keeps it.
-        gain: standard deviation of each channel at the data-dependent start.
+        kernel: kernel size, 1 or 3; with `resize` it is always 4.
+        resize: -1 halves height and width, 1 doubles them by a transposed convolution, 0 keeps them.
+        gain: standard deviation of each output channel after data-dependent initialization.
     """
 
     def __init__(self, before: int, after: int, *, kernel: int = 3, resize: int = 0, gain: float = 1.0) -> None:
@@ -35,7 +36,7 @@ class WeightNormConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(after))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _c _h _w"]:
-        """Features to features."""
+        """Maps features to features, with the weight direction * length / norm(direction)."""
         axis = 1 if self.resize == 1 else 0
         others = [number for number in range(4) if number != axis]
         shape = [-1 if number == axis else 1 for number in range(4)]
@@ -46,26 +47,26 @@ class WeightNormConv(nn.Module):
 
 
 @torch.no_grad()
-def start_from_data(network: nn.Module, run: Callable[[], Any]) -> None:
-    """Sets the lengths and biases so that every convolution's output has mean 0 and deviation `gain` on a batch.
+def init_weight_norm_from_data(network: nn.Module, run: Callable[[], Any]) -> None:
+    """Data-dependent initialization: gives every convolution's output mean 0 and deviation `gain` on a batch.
 
-    The data-dependent start of arXiv 1602.07868, Eq. 6, in one pass: each convolution is set as the batch reaches it.
+    Sets lengths and biases as in arXiv 1602.07868, Eq. 6, in one pass: each convolution when the batch reaches it.
 
     Args:
-        network: whose convolutions are set.
-        run: passes the batch through it.
+        network: network whose `WeightNormConv`s are initialized.
+        run: passes the batch through the network.
     """
 
-    def set_by(module: nn.Module, given: tuple[Tensor]) -> None:
+    def initialize(module: nn.Module, inputs: tuple[Tensor]) -> None:
         conv = cast(WeightNormConv, module)
         conv.length.fill_(1.0)
         conv.bias.zero_()
-        deviation, mean = torch.std_mean(conv.forward(given[0]).float(), (0, 2, 3))
+        deviation, mean = torch.std_mean(conv.forward(inputs[0]).float(), (0, 2, 3))
         scale = conv.gain / deviation.clamp(min=1e-3)
         conv.length.copy_(scale)
         conv.bias.copy_(-mean * scale)
 
-    hooks = [m.register_forward_pre_hook(set_by) for m in network.modules() if isinstance(m, WeightNormConv)]
+    hooks = [m.register_forward_pre_hook(initialize) for m in network.modules() if isinstance(m, WeightNormConv)]
     try:
         run()
     finally:
@@ -74,7 +75,7 @@ def start_from_data(network: nn.Module, run: Callable[[], Any]) -> None:
 
 
 class ChannelAttention(nn.Module):
-    """Scales each channel by what the means of all say (arXiv 1807.02758, Section 3.3)."""
+    """Channel attention: scales each channel by a factor computed from all channels' means (arXiv 1807.02758, 3.3)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -82,20 +83,21 @@ class ChannelAttention(nn.Module):
         self.excite = nn.Conv2d(max(1, channels // 8), channels, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Features to features of the same shape."""
+        """Maps features to features of the same shape."""
         means = x.mean((2, 3), keepdim=True)
         return x * self.excite(F.elu(self.squeeze(means))).sigmoid()
 
 
 class DenseBlock(nn.Module):
-    """Layers that each see the outputs of all before (arXiv 1608.06993), brought back to width, and channel attention.
+    """Dense block (arXiv 1608.06993) with channel attention: each layer's input holds the outputs of all before it.
 
-    Appendix A.1 has no shortcut around the block; one is here, so that deep stacks start near the identity.
+    Deviation: a shortcut around the block, which selfVAE's Appendix A.1 lacks, so that deep stacks start near the
+    identity.
 
     Args:
-        channels: of input and output.
+        channels: channels of input and output.
         growth: channels that each layer adds.
-        layers: how many.
+        layers: number of layers.
     """
 
     def __init__(self, channels: int, *, growth: int, layers: int) -> None:
@@ -105,8 +107,8 @@ class DenseBlock(nn.Module):
         self.attention = ChannelAttention(channels)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Features to features of the same shape."""
-        seen = x
+        """Maps features to features of the same shape."""
+        features = x
         for layer in self.layers:
-            seen = torch.cat([seen, layer(F.elu(seen))], 1)
-        return x + self.attention(self.join(F.elu(seen)))
+            features = torch.cat([features, layer(F.elu(features))], 1)
+        return x + self.attention(self.join(F.elu(features)))

@@ -1,7 +1,8 @@
-"""How codewords learn other than by gradients: running means, and the revival of those that nothing chooses any more.
+"""Codebook updates that use no gradients: exponential moving averages (EMA) and the revival of dead codewords.
 
-All of a layer's nodes at once, and of all processes: each ends with the same codewords. Which vectors reach which node,
-and when all this happens, `linked.py` says.
+Also holds the weighted sampling of vectors that revival shares with k-means++ seeding (`kmeans.py`). Every function
+treats all nodes of a layer at once and is exact across processes: each process computes the same codewords. `linked.py`
+decides which vectors reach which node, and when codebooks are updated.
 
 Legend: n vectors, d code width, m branching.
 """
@@ -11,13 +12,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from smalti.core.distributed import collected
-from smalti.tokenizers.quantizers.drawing import drawing_keys, turns
 
-SMOOTHING = 1e-5  # epsilon of the Laplace smoothing, in vectors a step
+SMOOTHING = 1e-5  # epsilon of the Laplace smoothing, in vectors per step
 CANDIDATES = 256  # the most codewords of a layer that are revived in one step
 
 
-def running_means(
+def ema_update(
     codebook: Float[Tensor, "nodes m d"],
     counts: Float[Tensor, "nodes m"],
     *,
@@ -25,31 +25,32 @@ def running_means(
     sums: Float[Tensor, "nodes m d"],
     decay: float,
 ) -> tuple[Float[Tensor, "nodes m d"], Float[Tensor, "nodes m"]]:
-    """Codewords and counts after a step (VQ-VAE, arXiv 1711.00937, Eqs. 6-8), counts smoothed within each codebook.
+    """EMA codebook update (VQ-VAE, arXiv 1711.00937, Eqs. 6-8), with counts smoothed within each codebook.
 
-    The running sum of what chose a codeword is not kept: it is the codeword times its smoothed count, so the two cannot
-    disagree. A codebook that no vector reached keeps its codewords.
+    Returns the codewords and counts after the step. The running sum of the vectors that choose a codeword is not
+    stored: it is the codeword times its smoothed count, so the two cannot disagree. A codebook that no vector reached
+    keeps its codewords.
 
     Args:
-        codebook: before the step.
-        counts: running means of how many vectors choose each codeword in a step.
-        chosen: how many did in this one.
-        sums: of these vectors.
-        decay: from 0 to below 1.
+        codebook: codewords before the step.
+        counts: moving averages of the number of vectors that choose each codeword in a step.
+        chosen: number of vectors that chose each codeword in this step.
+        sums: sums of these vectors.
+        decay: decay of the averages, from 0 to below 1.
     """
-    after = decay * counts + (1 - decay) * chosen
-    moved = (decay * _smoothed(counts)[..., None] * codebook + (1 - decay) * sums) / _smoothed(after)[..., None]
+    new_counts = decay * counts + (1 - decay) * chosen
+    new_sums = decay * _smoothed(counts)[..., None] * codebook + (1 - decay) * sums
     reached = chosen.sum(1) > 0
-    return torch.where(reached[:, None, None], moved, codebook), after
+    return torch.where(reached[:, None, None], new_sums / _smoothed(new_counts)[..., None], codebook), new_counts
 
 
 def _smoothed(counts: Tensor) -> Tensor:
-    """Laplace smoothing that keeps each codebook's total: no codeword is ever divided by nothing."""
+    """Laplace smoothing that keeps each codebook's total, so that no codeword is divided by zero."""
     total = counts.sum(1, keepdim=True)
     return (counts + SMOOTHING) / (total + counts.shape[1] * SMOOTHING) * total
 
 
-def revival(
+def dead_codeword_revivals(
     counts: Float[Tensor, "nodes m"],
     *,
     below: float,
@@ -58,44 +59,65 @@ def revival(
     errors: Float[Tensor, " n"],
     noise: Float[Tensor, " n"],
 ) -> tuple[Int64[Tensor, " r"], Float[Tensor, "r d"], Float[Tensor, " r"]]:
-    """Codewords that are hardly chosen, each with one of the vectors that reach its node, to be put there.
+    """Revival of dead codewords: pairs each one with a vector of its node that it is moved to.
 
-    A codeword is dead when its count is less than `below` times the mean of its codebook. Vectors are drawn with
-    probability proportional to their squared error, as k-means++ draws its seeds: a revived codeword lands where others
-    fit badly. So a subtree comes back from its root: once a codeword is revived, vectors reach those below it.
+    A codeword is dead when its count is less than `below` times the mean count of its codebook. Vectors are sampled
+    with probability proportional to their squared error, as in k-means++ seeding, so a revived codeword lands where the
+    others fit badly. A dead subtree is revived from its root: vectors reach the codewords below a revived one in later
+    steps.
 
     Args:
-        counts: running means of how many vectors choose each codeword in a step.
-        below: the share of the mean under which a codeword is dead.
-        vectors: this process's, as they arrive at the layer.
-        nodes: which codebook each arrives at.
-        errors: squared distances to the nearest codeword there.
-        noise: uniform on [0, 1), of the vector and not of the process.
+        counts: moving averages of the number of vectors that choose each codeword in a step.
+        below: share of the mean count under which a codeword is dead.
+        vectors: residuals that arrive at the layer on this process.
+        nodes: the codebook at which each vector arrives.
+        errors: squared distance of each vector to its nearest codeword.
+        noise: uniform on [0, 1); depends on the vector, not on the process.
 
     Returns:
-        `node * m + digit` of the codewords, the vectors, and the counts to start again with: the mean of the codebook,
-        so that they are not dead at once. Always of as many: those that revive none say `nodes * m`, one past the last
-        codeword, for how many are dead only the device knows. `put_at` leaves them out.
+        Index `node * m + digit` of each revived codeword, its new vector, and its new count. The new count is the mean
+        of the codebook, so that the codeword is not dead again at once. The number of rows is fixed, so that
+        the number of dead codewords need not be read from the device: unused rows have the index `nodes * m`, one past
+        the last codeword, and `scatter_rows` skips them.
     """
     m, mean = counts.shape[1], counts.mean(1)
     dead = counts < below * mean[:, None]
-    keys = drawing_keys(errors * dead.any(1)[nodes], noise)
+    keys = sampling_keys(errors * dead.any(1)[nodes], noise)
     keys, nodes, vectors = _largest(*(collected(part) for part in _largest(keys, nodes, vectors)))
-    turn, first_dead = turns(nodes, keys), dead.float().argsort(dim=1, descending=True, stable=True)
-    drawn = (turn < dead.sum(1)[nodes]) & (keys > -torch.inf)  # a NaN is not drawn either
-    places = torch.where(drawn, nodes * m + first_dead[nodes, turn.clamp(max=m - 1)], counts.numel())
-    return places, vectors, mean[nodes]
+    rank, dead_first = rank_within_node(nodes, keys), dead.float().argsort(dim=1, descending=True, stable=True)
+    sampled = (rank < dead.sum(1)[nodes]) & (keys > -torch.inf)  # a NaN is never sampled
+    indices = torch.where(sampled, nodes * m + dead_first[nodes, rank.clamp(max=m - 1)], counts.numel())
+    return indices, vectors, mean[nodes]
 
 
-def put_at(
-    places: Int64[Tensor, " r"], values: Float[Tensor, "r *d"], table: Float[Tensor, "n *d"]
+def scatter_rows(
+    indices: Int64[Tensor, " r"], values: Float[Tensor, "r *d"], table: Float[Tensor, "n *d"]
 ) -> Float[Tensor, "n *d"]:
-    """The table with values in the rows that `places` names, each once; what is for row n is left out."""
+    """Returns the table with `values` in the rows at `indices`, each at most once; values for row n are dropped."""
     longer = torch.cat([table, table.new_zeros(1, *table.shape[1:])])
-    return longer.index_copy_(0, places, values)[:-1]
+    return longer.index_copy_(0, indices, values)[:-1]
 
 
 def _largest(keys: Tensor, nodes: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The candidates with the largest keys: of all processes' largest, the largest are those of all vectors."""
+    """Selects the candidates with the largest keys; the largest of every process's largest are the largest of all."""
     keys, rows = keys.topk(min(CANDIDATES, len(keys)))
     return keys, nodes[rows], vectors[rows]
+
+
+def sampling_keys(weights: Float[Tensor, " n"], noise: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Log-weights plus Gumbel noise: the r largest keys are r vectors sampled by weight without replacement.
+
+    Args:
+        weights: at least 0. A vector of weight 0 is never sampled; its key is -inf.
+        noise: uniform on [0, 1).
+    """
+    return weights.log() - (-noise.clamp_min(1e-7).log()).log()
+
+
+def rank_within_node(nodes: Int64[Tensor, " n"], keys: Float[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    """Counts, for each vector, the vectors of the same node that have a larger key."""
+    by_key = keys.argsort(descending=True, stable=True)
+    order = by_key[nodes[by_key].argsort(stable=True)]  # node by node, the largest key of each first
+    ordered, position = nodes[order], torch.arange(len(nodes), device=nodes.device)
+    starts = torch.where(ordered != ordered.roll(1), position, 0).cummax(0).values
+    return torch.empty_like(position).scatter_(0, order, position - starts)

@@ -1,4 +1,6 @@
-"""Quantization by drawing codes (Gumbel-softmax), in place of the nearest codeword's search of `linked.py`.
+"""Gumbel-softmax quantization: codes are sampled from a predicted distribution, not found by nearest-codeword search.
+
+The search-based quantizer is in `linked.py`; HQA's sampled posterior over codewords is in `stochastic.py`.
 
 Legend: b batch, d code width, h w grid, k codebook size.
 """
@@ -16,16 +18,17 @@ from smalti.tokenizers.quantizers.linked import QuantizerOutput, codewords
 
 
 class GumbelQuantizer(nn.Module):
-    """Codes drawn from a distribution that the encoder states (arXiv 1611.01144), with a codebook of their codewords.
+    """Straight-through Gumbel-softmax quantizer (arXiv 1611.01144): the encoder predicts a distribution over codes.
 
-    Forward a code is hard, one codeword; backward its gradient is that of the relaxed draw. The KL divergence from the
-    uniform distribution keeps codes in use. Logits, draws and losses are float32 under autocast.
+    The forward pass uses one codeword per position, the backward pass the gradient of the relaxed sample. The KL
+    divergence of the predicted distribution from the uniform one works against codebook collapse. Logits, samples and
+    losses are float32 under autocast.
 
     Args:
         code_width: length of z_e and of a codeword.
-        codebook_size: codewords.
-        temperature: of the relaxation.
-        kl_weight: of the KL term, in nats a position.
+        codebook_size: number of codewords.
+        temperature: temperature of the relaxation.
+        kl_weight: weight of the KL term, which is in nats per position.
     """
 
     def __init__(self, *, code_width: int, codebook_size: int, temperature: float, kl_weight: float) -> None:
@@ -35,34 +38,34 @@ class GumbelQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_width))
 
     def forward(self, z_e: Float[Tensor, "b d h w"], seeds: Int64[Tensor, " b"] | None = None) -> QuantizerOutput:
-        """Draws codes, from the seeds of the images alone; without seeds takes each position's likeliest."""
+        """Samples codes, each image from its own seed; without seeds, takes the most probable code per position."""
         k, (h, w) = len(self.codebook), z_e.shape[2:]
         logits = self._logits(z_e)
-        drawn = logits
+        noisy = logits
         if seeds is not None:
-            drawn = logits + rearrange(gumbel(seeds, h, w, k), "b h w k -> b k h w")
-        codes = drawn.argmax(1)
-        soft = (drawn / self.temperature).softmax(1)
-        hard = rearrange(F.one_hot(codes, k), "b h w k -> b k h w") + soft - soft.detach()
+            noisy = logits + rearrange(gumbel(seeds, h, w, k), "b h w k -> b k h w")
+        codes = noisy.argmax(1)
+        soft = (noisy / self.temperature).softmax(1)
+        hard = rearrange(F.one_hot(codes, k), "b h w k -> b k h w") + soft - soft.detach()  # straight-through
         log_p = logits.log_softmax(1)
         kl = reduce(log_p.exp() * (log_p + math.log(k)), "b k h w -> b h w", "sum").mean()
         z_q = einsum(hard, self.codebook, "b k h w, k d -> b d h w")
         return QuantizerOutput(z_q=z_q, codes=codes, losses={"kl": self.kl_weight * kl})
 
     def encode(self, z_e: Float[Tensor, "b d h w"]) -> Int64[Tensor, "b h w"]:
-        """Each position's likeliest code."""
+        """Returns the most probable code at each position."""
         return self._logits(z_e).argmax(1)
 
     def lookup(self, codes: Int64[Tensor, "b h w"], digits: int | None = None) -> Float[Tensor, "b d h w"]:
-        """The codewords of codes.
+        """Returns the codewords of codes.
 
         Raises:
-            UserError: for other than one digit.
+            UserError: if `digits` is not 1, the number of digits of these codes.
         """
         return codewords(self.codebook, codes, digits)
 
     def init_from_data(self, z_e: Float[Tensor, "b d h w"]) -> None:
-        """Nothing: codewords are not where vectors are."""
+        """Does nothing: codewords need not be near encoder outputs, since codes are not found by distance."""
 
     def _logits(self, z_e: Tensor) -> Tensor:
         with torch.autocast(z_e.device.type, enabled=False):

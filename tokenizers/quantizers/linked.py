@@ -1,7 +1,7 @@
-"""Quantization through linked codebooks, the bottleneck of HR-VQVAE; with one layer it is VQ-VAE's.
+"""Vector quantization through linked codebooks, the bottleneck of HR-VQVAE; with one layer it is VQ-VAE's.
 
-Vectors in, codes out: no image code here. The search is in `search.py`, what moves codewords besides gradients in
-`learning.py`, their start in `kmeans.py`.
+Maps vectors to codes and back; images are not handled here. The search is in `search.py`, the codebook updates without
+gradients (EMA, revival of dead codewords) in `codebook_updates.py`, the k-means initialization in `kmeans.py`.
 
 Legend: b batch, d code width, h w grid, m branching, n layers.
 """
@@ -20,7 +20,7 @@ from smalti.core.codes import LARGEST_CODEBOOK_SIZE
 from smalti.core.distributed import total
 from smalti.core.errors import UserError
 from smalti.core.randomness import derive, uniform
-from smalti.tokenizers.quantizers.codebook_updates import put_at, revival, running_means
+from smalti.tokenizers.quantizers.codebook_updates import dead_codeword_revivals, ema_update, scatter_rows
 from smalti.tokenizers.quantizers.kmeans import linked_kmeans
 from smalti.tokenizers.quantizers.search import nearest_paths
 from smalti.training.fsdp import full, split_like
@@ -28,20 +28,20 @@ from smalti.training.fsdp import full, split_like
 CodebookLearning: TypeAlias = Literal["gradient", "ema"]
 
 DECAY, REVIVE_BELOW = 0.95, 0.05
-"""What suits some hundreds or thousands of steps: a codeword that is no longer chosen is moved after 58, the quotient
-of their logarithms. With 0.99, the papers' decay, and 0.01 it takes 458: for the large codebooks of long trainings,
-whose means need many steps to be precise."""
+"""Defaults for trainings of hundreds or thousands of steps. A codeword that is no longer chosen is revived after
+log(REVIVE_BELOW) / log(DECAY) = 58 steps. With 0.99, the papers' decay, and 0.01 that takes 458 steps: suited to large
+codebooks and long trainings, where averages over many steps are more precise."""
 
 
 @dataclass(frozen=True)
 class QuantizerOutput:
-    """What quantizing a batch gives.
+    """Result of quantizing a batch.
 
     Attributes:
-        z_q: the combined representation e_C (Eq. 4); its gradient passes straight through to `z_e`.
-        codes: paths, 0 to m**n - 1.
-        losses: scalar terms of Eqs. 5 and 6, by name, already weighted: their sum is the bottleneck's share of the
-            objective.
+        z_q: quantized vectors, e_C (HR-VQVAE, Eq. 4). The straight-through estimator copies its gradient to `z_e`.
+        codes: codes from 0 to m**n - 1: the paths through the tree of codebooks.
+        losses: scalar terms by name, already weighted; their sum is the quantizer's part of the objective (HR-VQVAE,
+            Eqs. 5 and 6).
     """
 
     z_q: Float[Tensor, "b d h w"]
@@ -52,10 +52,10 @@ class QuantizerOutput:
 def codewords(
     codebook: Float[Tensor, "k d"], codes: Int64[Tensor, "b h w"], digits: int | None
 ) -> Float[Tensor, "b d h w"]:
-    """The codewords of a flat codebook's codes, for quantizers that search in none.
+    """Looks codes up in a flat codebook; for quantizers without linked codebooks.
 
     Raises:
-        UserError: if more or less than the one digit of these codes is asked for.
+        UserError: if `digits` is not 1, the number of digits of these codes.
     """
     if digits not in (None, 1):
         raise UserError(f"these codes have 1 digit; cannot decode {digits} of them")
@@ -68,41 +68,42 @@ class LinkedQuantizer(nn.Module):
     Layer i holds `branching**(i-1)` codebooks of `branching` codewords; the codeword chosen in layer i-1 decides which
     one layer i searches. A path from the first layer to the last is one code in [0, branching**depth).
 
-    Codewords learn from the codebook terms of the losses, or as running means of what chooses them (VQ-VAE, App. A.1);
-    then there are no such terms, and after each step of the optimizer `after_step` must be called. It also revives
-    codewords. smalti's training loop calls it; in a loop of one's own:
+    Codewords learn either from the codebook terms of the loss, or as exponential moving averages (EMA) of the vectors
+    that choose them (VQ-VAE, App. A.1). With EMA there are no codebook terms. Against codebook collapse, dead codewords
+    are revived: they move to vectors that other codewords fit badly. Both need a call of `after_step` after every
+    optimizer step. smalti's training loop makes that call; your own loop must:
 
         quantizer = LinkedQuantizer(code_width=64, depth=3, branching=8)
-        quantizer.start_from(encoder(first_batch))
+        quantizer.init_from_data(encoder(first_batch))
         for images in batches:
             output = quantizer(encoder(images))
             ...  # a loss of decoder(output.z_q), plus sum(output.losses.values()); backward; optimizer.step()
             quantizer.after_step()
 
-    The paper gives no values for beta; here it is one for all layers, and 0.25 is VQ-VAE's. Search, losses, sums and
-    running means are float32 under autocast: half precision swaps near neighbours.
+    The paper gives no values for beta; here all layers share one, 0.25 by default as in VQ-VAE. Search, losses, sums
+    and moving averages are float32 under autocast: half precision swaps near neighbours.
 
     Deviations: the squared norms of Eqs. 2, 5 and 6 are means over positions and channels, so that the weights do not
-    depend on the sizes; with one layer, where Eq. 5's terms over the whole and Eq. 6's over the layer are the same,
-    they count once, as in Eq. 2.
+    depend on the sizes. With one layer, Eq. 5's terms over the whole equal Eq. 6's over the layer; they count once, as
+    in Eq. 2.
 
     Args:
         code_width: length of a codeword.
-        depth: layers, the digits of a code.
-        branching: codewords of each codebook, the values of a digit.
-        commitment_weight: beta.
-        learning: how codewords learn.
-        decay: of the running means and counts, a step.
-        revive_below: after a step, a codeword chosen less often than this share of its codebook's mean moves to where
-            vectors are; 0 revives none.
-        cosine: whether directions are compared (ViT-VQGAN, arXiv 2110.04627, Sec. 3.2): vectors and codewords are
-            scaled to length 1 before anything else, so that the nearest codeword is that of the largest cosine. Running
-            means then are of vectors of length 1, and a codeword is the direction of its mean.
+        depth: number of layers, which is the number of digits of a code.
+        branching: codewords per codebook, which is the number of values of a digit.
+        commitment_weight: weight of the commitment loss, beta.
+        learning: how codewords learn: by EMA or by gradients.
+        decay: decay per step of the moving averages and counts.
+        revive_below: a codeword is dead, and revived after the step, if it is chosen less often than this share of its
+            codebook's mean; 0 revives none.
+        cosine: whether codewords are found by cosine similarity (ViT-VQGAN, arXiv 2110.04627, Sec. 3.2). Vectors and
+            codewords are then scaled to length 1 first, EMA averages the scaled vectors, and a codeword is the
+            direction of its average.
 
     Raises:
         UserError: if `code_width` or `depth` is below 1, `branching` below 2, `commitment_weight` negative, `decay` or
-            `revive_below` not from 0 to below 1, there are more than 2**31 - 1 leaves, or several layers with `cosine`:
-            what is left after the first is no direction.
+            `revive_below` not from 0 to below 1, there are more than 2**31 - 1 leaves, or `cosine` is used with several
+            layers: residuals of directions are not directions.
     """
 
     def __init__(
@@ -119,8 +120,8 @@ class LinkedQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         if min(depth, code_width) < 1 or branching < 2:
-            given = f"{depth}, {code_width} and {branching}"
-            raise UserError(f"depth and code_width must be at least 1 and branching at least 2, not {given}")
+            values = f"{depth}, {code_width} and {branching}"
+            raise UserError(f"depth and code_width must be at least 1 and branching at least 2, not {values}")
         if commitment_weight < 0:
             raise UserError(f"commitment_weight must not be negative, got {commitment_weight}; 0.25 is usual")
         for name, share in {"decay": decay, "revive_below": revive_below}.items():
@@ -130,7 +131,7 @@ class LinkedQuantizer(nn.Module):
             leaves = f"{branching}**{depth} leaves are more than {LARGEST_CODEBOOK_SIZE}"
             raise UserError(f"{leaves}; take a smaller depth or branching")
         if cosine and depth > 1:
-            raise UserError(f"codes that compare directions have one layer; give depth 1, not {depth}")
+            raise UserError(f"cosine similarity needs codes of one layer; use depth 1, not {depth}")
         self.depth, self.branching, self.commitment_weight = depth, branching, commitment_weight
         self.learning, self.decay, self.revive_below, self.cosine = learning, decay, revive_below, cosine
         for layer in range(depth):
@@ -139,52 +140,52 @@ class LinkedQuantizer(nn.Module):
                 self.register_parameter(f"codebook_{layer}", nn.Parameter(codebook))
             else:
                 self.register_buffer(f"codebook_{layer}", codebook)
-            if self._counting:
+            if self._counts_choices:
                 self.register_buffer(f"counts_{layer}", torch.ones(branching**layer, branching))
-        self._quantized: list[tuple[Tensor, Tensor]] = []  # vectors and their paths, of this step's slices
+        self._quantized: list[tuple[Tensor, Tensor]] = []  # vectors and paths of this step's micro-batches
 
     @property
     def codebooks(self) -> list[Float[Tensor, "_nodes m d"]]:
-        """Each layer's, (m**(i-1), m, d), as vectors are compared with them."""
+        """Codebooks of each layer, (m**(i-1), m, d), as the search uses them: scaled to length 1 with `cosine`."""
         return [self._scaled(codebook) for codebook in self._stored]
 
     @property
     def _stored(self) -> list[Tensor]:
-        """The same, as they learn."""
+        """Codebooks of each layer as parameters or buffers, before any scaling."""
         return [getattr(self, f"codebook_{layer}") for layer in range(self.depth)]
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.cosine else vectors
 
     def _vectors(self, z_e: Tensor) -> Tensor:
-        """What is quantized, (b h w, d), in float32."""
+        """Returns the vectors to quantize, (b h w, d), in float32."""
         return self._scaled(rearrange(z_e, "b d h w -> (b h w) d").float())
 
     @property
-    def _counting(self) -> bool:
-        """Whether anything needs to be known of how often codewords are chosen."""
+    def _counts_choices(self) -> bool:
+        """True if training counts how often each codeword is chosen."""
         return self.learning == "ema" or self.revive_below > 0
 
     def forward(self, z_e: Float[Tensor, "b d h w"]) -> QuantizerOutput:
-        """Quantizes, with the losses that train codebooks and encoder; any grid will do."""
+        """Quantizes a grid of any size and computes the losses of codebooks and encoder."""
         b, _, h, w = z_e.shape
         vectors = self._vectors(z_e)
         paths = nearest_paths(vectors, self.codebooks)
-        if self._counting and self.training and torch.is_grad_enabled():
+        if self._counts_choices and self.training and torch.is_grad_enabled():
             self._quantized.append((vectors.detach(), paths))
         codebook_loss = commitment_loss = torch.zeros((), device=z_e.device)
         combined, residual = torch.zeros_like(vectors), vectors
         for layer in range(self.depth):
             codeword = self._codewords(layer, paths)
-            codebook_loss = codebook_loss + F.mse_loss(codeword, residual.detach())  # Eq. 6
-            commitment_loss = commitment_loss + F.mse_loss(residual, codeword.detach())
+            codebook_loss = codebook_loss + F.mse_loss(codeword, residual.detach())  # HR-VQVAE, Eq. 6
+            commitment_loss = commitment_loss + F.mse_loss(residual, codeword.detach())  # Eq. 6, times beta
             combined = combined + codeword  # Eq. 4
             residual = residual - codeword.detach()  # not in place: every layer's commitment must reach the encoder
         if self.depth > 1:
             codebook_loss = codebook_loss + F.mse_loss(combined, vectors.detach())  # Eq. 5
-            commitment_loss = commitment_loss + F.mse_loss(vectors, combined.detach())
+            commitment_loss = commitment_loss + F.mse_loss(vectors, combined.detach())  # Eq. 5, times beta
         losses = {"codebook": codebook_loss} if self.learning == "gradient" else {}
-        z_q = vectors + (combined - vectors).detach()  # straight through
+        z_q = vectors + (combined - vectors).detach()  # straight-through estimator
         return QuantizerOutput(
             z_q=rearrange(z_q, "(b h w) d -> b d h w", b=b, h=h, w=w),
             codes=rearrange(paths, "(b h w) -> b h w", b=b, h=h, w=w),
@@ -193,14 +194,15 @@ class LinkedQuantizer(nn.Module):
 
     @torch.no_grad()
     def after_step(self, seeds: Int64[Tensor, " b"] | None = None, bad: Bool[Tensor, ""] | None = None) -> None:
-        """Moves codewords as running means, and revives dead ones, by what was quantized in training since last time.
+        """Runs the EMA codebook update and the revival of dead codewords.
 
-        Every process of a run must call it; all end with the same codebooks.
+        Both use the vectors that were quantized in training since the last call, over all micro-batches. Every process
+        of a run must call it; all compute the same codebooks.
 
         Args:
-            seeds: one for each image quantized, which decide what revived codewords draw; without, they draw the same
-                each time.
-            bad: whether the step is to leave no trace; buffers are then the caller's to put back.
+            seeds: one per quantized image, for the random choice of new codewords; without seeds every call uses the
+                same random numbers.
+            bad: whether the step must not count. Parameters then stay as they are; the caller restores the buffers.
         """
         if not self._quantized:
             return
@@ -211,48 +213,48 @@ class LinkedQuantizer(nn.Module):
         positions = torch.arange(len(vectors) // len(seeds), device=vectors.device)
         seeds, residual = derive(seeds[:, None], positions).flatten(), vectors
         nodes = torch.zeros_like(paths)
-        for layer, parts in enumerate(self._stored):
-            codebook, children = full(parts), self._prefixes(layer, paths)
-            # before it moves: the search's residual is of this
+        for layer, stored in enumerate(self._stored):
+            codebook, children = full(stored), self._prefixes(layer, paths)
+            # taken before the update: the search computed the residual with it
             codeword = F.embedding(children, self._scaled(codebook).flatten(0, 1))
-            moved, counts = self._learned(layer, codebook, residual, children)
+            updated, counts = self._updated(layer, codebook, residual, children)
             if self.revive_below:
                 errors = (residual - codeword).square().sum(1)
                 noise = uniform(derive(seeds, layer))
-                places, found, restart = revival(
+                indices, revived, new_counts = dead_codeword_revivals(
                     counts, below=self.revive_below, vectors=residual, nodes=nodes, errors=errors, noise=noise
                 )
-                moved = put_at(places, found, moved.flatten(0, 1)).view_as(moved)
-                counts = put_at(places, restart, counts.flatten()).view_as(counts)
-            parts.copy_(split_like(moved if bad is None else torch.where(bad, codebook, moved), parts))
+                updated = scatter_rows(indices, revived, updated.flatten(0, 1)).view_as(updated)
+                counts = scatter_rows(indices, new_counts, counts.flatten()).view_as(counts)
+            stored.copy_(split_like(updated if bad is None else torch.where(bad, codebook, updated), stored))
             getattr(self, f"counts_{layer}").copy_(counts)
             residual, nodes = residual - codeword, children
 
-    def _learned(self, layer: int, codebook: Tensor, residual: Tensor, children: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's codebooks and counts, of all processes, after a step."""
+    def _updated(self, layer: int, codebook: Tensor, residual: Tensor, children: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a layer's codebooks and counts after the step, computed over all processes; codebooks by EMA."""
         counts = getattr(self, f"counts_{layer}")
         chosen = total(torch.zeros_like(counts).view(-1).index_add(0, children, torch.ones_like(residual[:, 0])))
         chosen = chosen.view_as(counts)
         if self.learning == "gradient":
             return codebook, self.decay * counts + (1 - self.decay) * chosen
         sums = total(torch.zeros_like(codebook).flatten(0, 1).index_add(0, children, residual)).view_as(codebook)
-        return running_means(codebook, counts, chosen=chosen, sums=sums, decay=self.decay)
+        return ema_update(codebook, counts, chosen=chosen, sums=sums, decay=self.decay)
 
     @torch.no_grad()
     def init_from_data(self, z_e: Float[Tensor, "b d h w"], *, seed: int = 0) -> None:
-        """Sets every codebook to the k-means centres of what reaches it, so that no subtree dies unused."""
-        started = linked_kmeans(self._vectors(z_e), self.codebooks, seed=seed)
-        for codebook, centres in zip(self._stored, started, strict=True):
+        """Sets every codebook to the k-means centres of the vectors that reach it, so that no subtree starts dead."""
+        initialized = linked_kmeans(self._vectors(z_e), self.codebooks, seed=seed)
+        for codebook, centres in zip(self._stored, initialized, strict=True):
             codebook.copy_(centres)
 
     def encode(self, z_e: Float[Tensor, "b d h w"]) -> Int64[Tensor, "b h w"]:
-        """Codes only, without losses or gradients."""
+        """Returns the codes alone, without losses or gradients."""
         b, _, h, w = z_e.shape
         paths = nearest_paths(self._vectors(z_e), self.codebooks)
         return rearrange(paths, "(b h w) -> b h w", b=b, h=h, w=w)
 
     def lookup(self, codes: Int64[Tensor, "b h w"], digits: int | None = None) -> Float[Tensor, "b d h w"]:
-        """The combined representation of codes, e_C (Eq. 4), or what their first `digits` layers say of it.
+        """Returns the sum of the codewords on each code's path, e_C (Eq. 4), or only of its first `digits` layers.
 
         Raises:
             UserError: if the codes do not have that many digits.
@@ -264,7 +266,7 @@ class LinkedQuantizer(nn.Module):
         return rearrange(combined, "b h w d -> b d h w")
 
     def _prefixes(self, layer: int, paths: Tensor) -> Tensor:
-        """Which of all the layer's codewords each path goes through."""
+        """Returns the index, among all codewords of the layer, of the one on each path."""
         return paths // self.branching ** (self.depth - 1 - layer)
 
     def _codewords(self, layer: int, paths: Tensor) -> Tensor:

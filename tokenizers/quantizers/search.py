@@ -1,8 +1,11 @@
-"""The linked search of HR-VQVAE (Eq. 3): for each vector the greedy path through a tree of codebooks. No learning here.
+"""Nearest-codeword search through linked codebooks (HR-VQVAE, Eq. 3): a greedy path down the tree. No learning here.
 
-The maths is n·m dot products a vector, but as tensor operations it gathers each vector's m candidate codewords into
-memory. So: large searches run fused by `torch.compile`, where nothing is gathered; small ones, and machines without a
-compiler, run in blocks whose candidates stay in the cache, and take a dense product for layers that are small.
+Mathematically the search is n·m dot products per vector. As plain tensor operations it would gather each vector's m
+candidate codewords in memory. Large searches are therefore fused by `torch.compile` and gather nothing. Small searches,
+and machines without a compiler, run eagerly in blocks whose candidates fit the cache; small layers are compared with a
+dense matrix product.
+
+Legend: n vectors, d code width, m branching.
 """
 
 import typing
@@ -15,32 +18,33 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-# One compiled shape serves every search: vectors go through in blocks of this many, the last one padded.
+# Vectors per block of the compiled search. All blocks have one shape, the last one padded, so one graph serves all.
 BLOCK_VECTORS = 16_384
-# A padded block costs the fused search what half as many vectors cost the eager one.
+# The fused search takes as long for one padded block as the eager search for half as many vectors.
 COMPILED_FROM_VECTORS = BLOCK_VECTORS // 2
-# Compiling costs some 20 s once a machine; a search of this many vectors times leaves, some 100 ms eager and 10 fused.
+# Vectors times leaves from which compiling pays: about 100 ms eager, 10 ms fused, and 20 s to compile once a machine.
 COMPILED_FROM_PAIRS = 2**25
-# On CPUs the eager search works in blocks this small: their candidates stay in the cache, which is 2-8 times faster.
+# Vectors per block of the eager search on CPUs: the candidates fit the cache, which is 2-8 times faster.
 EAGER_VECTORS = 512
-# Up to this many codewords, comparing with a layer's every codeword is one small matrix product and beats gathering.
+# Up to this many codewords in a layer, a dense product with all of them is faster than gathering candidates.
 DENSE_CODEWORDS = 256
-# More codewords than this are compared in turn: on CPUs their scores leave the cache (at 32 768, 1.5-2.5 times faster).
+# Codewords per tile of a flat codebook on CPUs: the scores fit the cache (1.5-2.5 times faster at 32 768 codewords).
 TILE_CODEWORDS = 2_048
-# Up to this branching the fused search keeps the scores in registers; 2-3x faster at 8, slow to compile beyond.
+# Up to this branching the fused search is unrolled, with scores in registers: 2-3 times faster at 8, slow to compile
+# beyond.
 UNROLLED_BRANCHING = 8
 
 
 def nearest_paths(
     vectors: Float[Tensor, "n d"], codebooks: Sequence[Float[Tensor, "_nodes _m d"]], *, compiled: bool | None = None
 ) -> Int64[Tensor, " n"]:
-    """The path that takes the nearest child at every layer (HR-VQVAE, Eq. 3), one number below m**len(codebooks).
+    """Returns each vector's path to the nearest child in every layer (HR-VQVAE, Eq. 3), below m**len(codebooks).
 
     Args:
-        vectors: what to quantize, compared in float32 whatever their type and whatever autocast says.
-        codebooks: layer i's m**(i-1) codebooks of m codewords, ordered by the path that leads to them.
-        compiled: force the fused search or the eager one; None chooses by size. They differ only where two children are
-            equally near to within float32 rounding of the vector.
+        vectors: vectors to quantize. Distances are float32 whatever their dtype, also under autocast.
+        codebooks: for layer i, m**(i-1) codebooks of m codewords, ordered by the path that leads to them.
+        compiled: forces the fused or the eager search; None chooses by size. Their results differ only where two
+            children are equally near to within float32 rounding.
     """
     vectors, codebooks = vectors.detach().float(), [codebook.detach().float() for codebook in codebooks]
     offsets = _offsets(codebooks)
@@ -49,14 +53,14 @@ def nearest_paths(
         large = len(vectors) >= COMPILED_FROM_VECTORS and pairs >= COMPILED_FROM_PAIRS
         large = large and not all(_is_dense(codebook) for codebook in codebooks)
         compiled = large and vectors.device.type in ("cpu", "cuda")
-    # both are part of what a compiled graph is made for: one graph for training and encoding alike
+    # compiled graphs depend on both modes: fixing them lets training and encoding share one graph
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         if not compiled:
             return _eager(vectors, codebooks, offsets)
         paths = [vectors.new_zeros(0, dtype=torch.long)]
         for block in vectors.split(BLOCK_VECTORS) if len(vectors) else ():
             missing = BLOCK_VECTORS - len(block)
-            padded = F.pad(block, (0, 0, 0, missing)) if missing else block  # padding by nothing would be a copy
+            padded = F.pad(block, (0, 0, 0, missing)) if missing else block  # zero padding would copy
             paths.append(_fused()(padded, codebooks, offsets)[: len(block)])
         return torch.cat(paths)
 
@@ -64,7 +68,7 @@ def nearest_paths(
 def nearest_children(
     vectors: Float[Tensor, "n d"], codebook: Float[Tensor, "_nodes _m d"], nodes: Int64[Tensor, " n"]
 ) -> Int64[Tensor, " n"]:
-    """One layer of the search: for each vector the nearest codeword of its node, as `node * m + digit`."""
+    """Searches one layer: returns the nearest codeword of each vector's node, as `node * m + digit`."""
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         (offset,), size = _offsets([codebook]), _eager_block(vectors)
         blocks = zip(vectors.split(size), nodes.split(size), strict=True)
@@ -72,7 +76,7 @@ def nearest_children(
 
 
 def _offsets(codebooks: Sequence[Tensor]) -> list[Tensor]:
-    """What makes a child's score of its product with the whole vector, so that no residual need be kept.
+    """Returns, for each codeword, the constant of its score, so that the search needs no residuals.
 
     With x the vector, w the sum of the path's codewords so far and r = x - w: |r - c|^2 / 2 = |r|^2 / 2 - x.c + offset,
     where |r|^2 / 2 is common to all children and offset = |c|^2 / 2 + w.c.
@@ -85,7 +89,7 @@ def _offsets(codebooks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_dense(codebook: Tensor) -> bool:
-    """Whether all of a layer's codewords are compared at once: they are few, or there is nothing to choose between."""
+    """Returns whether vectors are compared with all codewords of a layer: they are few, or all belong to one node."""
     nodes, m, _ = codebook.shape
     return nodes == 1 or nodes * m <= DENSE_CODEWORDS
 
@@ -105,7 +109,10 @@ def _eager(vectors: Tensor, codebooks: list[Tensor], offsets: list[Tensor]) -> T
 
 
 def _children(vectors: Tensor, codebook: Tensor, offset: Tensor, path: Tensor) -> Tensor:
-    """`F.embedding` and `min` for indexing and `argmin`: the same, and several times faster on CPUs."""
+    """Returns the nearest child of each path, as the longer path.
+
+    Uses `F.embedding` and `min` where indexing and `argmin` give the same: they are several times faster on CPUs.
+    """
     nodes, m, d = codebook.shape
     if nodes == 1 and m > TILE_CODEWORDS and vectors.device.type == "cpu":
         return _nearest_of_many(vectors, codebook[0], offset.view(-1))
@@ -120,27 +127,27 @@ def _children(vectors: Tensor, codebook: Tensor, offset: Tensor, path: Tensor) -
 
 
 def _nearest_of_many(vectors: Tensor, codewords: Tensor, offset: Tensor) -> Tensor:
-    """The nearest codeword of each vector, the first of equally near ones, some of the codewords at a time."""
+    """Returns the nearest codeword of each vector, the first of equally near ones, comparing tile by tile."""
     nearest, least = offset.new_zeros(len(vectors), dtype=torch.long), offset.new_full((len(vectors),), torch.inf)
     for first in range(0, len(codewords), TILE_CODEWORDS):
-        some = slice(first, first + TILE_CODEWORDS)
-        found = torch.addmm(offset[some], vectors, codewords[some].T, alpha=-1).min(1)
-        nearest = torch.where(found.values < least, found.indices + first, nearest)
-        least = torch.minimum(found.values, least)
+        tile = slice(first, first + TILE_CODEWORDS)
+        scores = torch.addmm(offset[tile], vectors, codewords[tile].T, alpha=-1).min(1)
+        nearest = torch.where(scores.values < least, scores.indices + first, nearest)
+        least = torch.minimum(scores.values, least)
     return nearest
 
 
-@typing.no_type_check  # compiled whole: shape checks under pytest would break the graph
+@typing.no_type_check  # shape checks under pytest would break the compiled graph
 def _fusable(vectors, codebooks, offsets):
-    """The same as `_eager` in operations that the compiler fuses into one pass: nothing of size (n, m, d) is stored."""
+    """Computes the same as `_eager` with operations that fuse into one pass, storing nothing of size (n, m, d)."""
     path = torch.zeros(vectors.shape[0], dtype=torch.long, device=vectors.device)
     for codebook, offset in zip(codebooks, offsets, strict=True):
         _, m, d = codebook.shape
-        codewords, of_codeword, first = codebook.reshape(-1, d), offset.reshape(-1), path * m
+        codewords, offsets_flat, first = codebook.reshape(-1, d), offset.reshape(-1), path * m
         if m <= UNROLLED_BRANCHING:
-            path, least = first, of_codeword[first] - (vectors * codewords[first]).sum(-1)
+            path, least = first, offsets_flat[first] - (vectors * codewords[first]).sum(-1)
             for j in range(1, m):
-                score = of_codeword[first + j] - (vectors * codewords[first + j]).sum(-1)
+                score = offsets_flat[first + j] - (vectors * codewords[first + j]).sum(-1)
                 path, least = torch.where(score < least, first + j, path), torch.minimum(score, least)
         else:
             path = first + (offset[path] - (vectors[:, None] * codebook[path]).sum(-1)).argmin(1)
@@ -149,8 +156,8 @@ def _fusable(vectors, codebooks, offsets):
 
 @cache
 def _fused() -> Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]:
-    """The compiled search, or the eager one where compiling fails (no C++ compiler, say): slower, never wrong."""
-    from torch._dynamo.exc import TorchDynamoException  # here: the compiler takes seconds to import
+    """Returns the compiled search. It falls back to the eager one if compiling fails, e.g. without a C++ compiler."""
+    from torch._dynamo.exc import TorchDynamoException  # imported late: importing the compiler takes seconds
     from torch._inductor.exc import InductorError
 
     compiled = torch.compile(_fusable, dynamic=False)
@@ -164,7 +171,7 @@ def _fused() -> Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]:
             except (TorchDynamoException, InductorError) as error:
                 broken = True
                 reason = (str(error).splitlines() or ["unknown"])[0]
-                warnings.warn(f"the linked search runs unfused: it could not be compiled ({reason})", stacklevel=3)
+                warnings.warn(f"the linked search runs eagerly: it could not be compiled ({reason})", stacklevel=3)
         return _eager(vectors, codebooks, offsets)
 
     return search

@@ -1,7 +1,7 @@
-"""Quantization by sampling: HQA's posterior over codewords, its loss, and the reset of codewords that nothing uses.
+"""HQA's stochastic quantizer: a posterior over codewords, its losses, and the reset of dead codewords.
 
-Vectors in, codes out: no image code here. The deterministic quantizer is in `linked.py`; the layers that are stacked on
-either, in `hqa.py`.
+Maps vectors to codes and back; images are not handled here. The deterministic quantizer is in `linked.py`; the stack of
+layers that uses either is in `smalti.tokenizers.hqa`.
 
 Legend: b batch, d code width, h w grid, k codebook size.
 """
@@ -15,39 +15,40 @@ from torch import Tensor, nn
 from smalti.core.distributed import collected, total
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, gumbel, normal, uniform
-from smalti.tokenizers.quantizers.drawing import drawing_keys
+from smalti.tokenizers.quantizers.codebook_updates import sampling_keys
 from smalti.tokenizers.quantizers.kmeans import linked_kmeans
 from smalti.tokenizers.quantizers.linked import QuantizerOutput, codewords
 from smalti.training.fsdp import full, split_like
 
-LAST_TEMPERATURE = 1e-3  # in place of 0, by which logits cannot be divided
-BETA = 0.25  # of the deterministic commitment (Eq. 2), VQ-VAE's
-START_LENGTH = 3.0  # of codewords: the first posteriors are neither even nor certain (measured: 1 and 8 learn slower)
-USE_DECAY = 0.9  # of the running use of codewords, a step
+LAST_TEMPERATURE = 1e-3  # temperature at the end of training; at 0 the division of the logits would fail
+BETA = 0.25  # weight of the deterministic commitment loss (Eq. 2), as in VQ-VAE
+START_LENGTH = 3.0  # initial length of codewords: first posteriors are neither uniform nor certain (1, 8 learn slower)
+USE_DECAY = 0.9  # decay per step of the moving average of codeword use
 RESET_STEPS = 20
 RESET_NOISE = 0.01
 
 
 class StochasticQuantizer(nn.Module):
-    """Samples codes from q(k|x), proportional to exp -||z_e - e_k||^2 (HQA, Eq. 3), relaxed while training (5.1).
+    """Samples codes from the posterior q(k|x), proportional to exp -||z_e - e_k||^2 (HQA, Eq. 3).
 
-    The relaxation is the Gumbel softmax, whose temperature falls linearly with the progress of the training. Codewords
-    learn from gradients alone; those in little use move, every `RESET_STEPS` steps, to beside codewords in much use
-    (Section 5.3), in `after_step`, as `LinkedQuantizer`'s do.
+    Training relaxes the samples by the Gumbel-softmax, whose temperature falls linearly with training progress
+    (Section 5.1). Codewords learn by gradients alone. Against codebook collapse, every `RESET_STEPS` steps `after_step`
+    moves dead codewords next to codewords in use (Section 5.3).
 
-    The losses are per position the entropy and the probabilistic commitment of Eq. 4, -H[q] and E_q ||z_e - e_k||^2.
-    Their sum is the KL divergence of q from a mixture prior but for what does not depend on q (Appendix B): with the
-    unnormalised Gaussians g_k = exp -||z_e - e_k||^2 and Z the sum of all g_k, -H[q] + E_q ||z_e - e_k||^2 =
-    KL(q || g/Z) - log Z, and as Eq. 3 makes q the posterior g/Z itself, the sum is -log Z: the negative log-density of
-    z_e under an even mixture of Gaussians of variance 1/2 at the codewords, up to log k and d/2 log pi.
+    The losses are, per position, the negative entropy and the probabilistic commitment of Eq. 4: -H[q] and
+    E_q ||z_e - e_k||^2. Up to terms that do not depend on q, their sum is the KL divergence of q from a mixture prior
+    (Appendix B): with the unnormalized Gaussians g_k = exp -||z_e - e_k||^2 and Z the sum of all g_k,
+    -H[q] + E_q ||z_e - e_k||^2 = KL(q || g/Z) - log Z. Since Eq. 3 makes q the posterior g/Z itself, the sum is -log Z:
+    the negative log-density of z_e under a uniform mixture of Gaussians of variance 1/2 at the codewords, up to log k
+    and d/2 log pi.
 
     Args:
         code_width: length of a codeword.
-        codebook_size: codewords.
-        probabilistic: the terms of Eq. 4, or in their place those of Eq. 2, of the nearest codeword.
-        weight: of these terms.
-        temperature: of the relaxation at the start of training.
-        reset_below: codewords used less than this share of the most used one are reset; 0 resets none.
+        codebook_size: number of codewords.
+        probabilistic: whether the losses are those of Eq. 4; otherwise those of Eq. 2, for the nearest codeword.
+        weight: weight of these losses.
+        temperature: temperature of the relaxation at the start of training.
+        reset_below: a codeword used less than this share of the most used one is dead, and is reset; 0 resets none.
 
     Raises:
         UserError: if `code_width` is below 1, `codebook_size` below 2, `weight` negative, `temperature` not above 0, or
@@ -82,10 +83,10 @@ class StochasticQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_width) * (START_LENGTH / code_width**0.5))
         self.register_buffer("use", torch.ones(codebook_size))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._used: list[Tensor] = []  # the probability mass of each codeword, of this step's slices
+        self._used: list[Tensor] = []  # probability mass of each codeword, one tensor per micro-batch of this step
 
     def logits(self, z_e: Float[Tensor, "b d h w"]) -> Float[Tensor, "b h w k"]:
-        """-||z_e - e_k||^2, the unnormalised log-posterior (Eq. 3); in float32 under autocast."""
+        """Returns the unnormalized log-posterior -||z_e - e_k||^2 (Eq. 3), in float32 under autocast."""
         with torch.autocast(z_e.device.type, enabled=False):
             vectors, codebook = rearrange(z_e.float(), "b d h w -> b h w d"), self.codebook.float()
             products = F.linear(vectors, codebook)
@@ -94,25 +95,26 @@ class StochasticQuantizer(nn.Module):
     def forward(
         self, z_e: Float[Tensor, "b d h w"], seeds: Int64[Tensor, " b"], progress: Float[Tensor, " b"]
     ) -> QuantizerOutput:
-        """Samples, relaxed in training and the most probable codes otherwise; the losses are `entropy` and
-        `commitment`, or `codebook` and `commitment` of Eq. 2.
+        """Quantizes: relaxed samples in training, the most probable codes in evaluation.
+
+        The losses are named `entropy` and `commitment` (Eq. 4), or `codebook` and `commitment` (Eq. 2).
 
         Args:
-            z_e: any grid.
-            seeds: of the images, which decide what is drawn.
-            progress: of the training, from 0 to 1.
+            z_e: encoder output, a grid of any size.
+            seeds: one per image, for the samples.
+            progress: training progress from 0 to 1, which sets the temperature.
         """
         logits = self.logits(z_e)
         log_q = logits.log_softmax(-1)
         q = log_q.exp()
         if self.training:
             noisy = log_q + gumbel(derive(seeds, Stream.GUMBEL_NOISE), *logits.shape[1:])
-            chosen = (noisy / rearrange(self._temperature(progress), "b -> b 1 1 1")).softmax(-1)
+            relaxed = (noisy / rearrange(self._temperature(progress), "b -> b 1 1 1")).softmax(-1)
             codes = noisy.argmax(-1)
             if torch.is_grad_enabled():
                 self._used.append(q.detach().sum((0, 1, 2)))
             with torch.autocast(z_e.device.type, enabled=False):
-                z_q = rearrange(chosen @ self.codebook.float(), "b h w d -> b d h w")
+                z_q = rearrange(relaxed @ self.codebook.float(), "b h w d -> b d h w")
         else:
             codes = logits.argmax(-1)
             z_q = self.lookup(codes)
@@ -127,36 +129,36 @@ class StochasticQuantizer(nn.Module):
         return QuantizerOutput(z_q, codes, {name: self.weight * term.mean() for name, term in terms.items()})
 
     def _temperature(self, progress: Tensor) -> Tensor:
-        """Linear in the progress, from `temperature` to nearly 0 (Section 5.1)."""
+        """Returns the temperature, linear in training progress from `temperature` to nearly 0 (Section 5.1)."""
         return self.temperature + (LAST_TEMPERATURE - self.temperature) * progress
 
     def encode(self, z_e: Float[Tensor, "b d h w"], seeds: Int64[Tensor, " b"] | None = None) -> Int64[Tensor, "b h w"]:
-        """The most probable codes; with seeds, one for each image, samples from the posterior (Eq. 3)."""
-        return draw(self.logits(z_e), seeds)
+        """Returns the most probable codes, or samples from the posterior (Eq. 3) if seeds, one per image, are given."""
+        return sample_codes(self.logits(z_e), seeds)
 
     def lookup(self, codes: Int64[Tensor, "b h w"], digits: int | None = None) -> Float[Tensor, "b d h w"]:
-        """The codewords of codes.
+        """Returns the codewords of codes.
 
         Raises:
-            UserError: if more or less than the one digit of these codes is asked for.
+            UserError: if `digits` is not 1, the number of digits of these codes.
         """
         return codewords(self.codebook, codes, digits)
 
     @torch.no_grad()
     def init_from_data(self, z_e: Float[Tensor, "b d h w"]) -> None:
-        """Sets the codewords to the k-means centres of these vectors."""
+        """Sets the codewords to the k-means centres of encoder outputs."""
         (centres,) = linked_kmeans(rearrange(z_e, "b d h w -> (b h w) d"), [self.codebook[None]], seed=0)
         self.codebook.copy_(centres[0])
 
     @torch.no_grad()
     def after_step(self, seeds: Int64[Tensor, " b"], bad: Bool[Tensor, ""] | None = None) -> None:
-        """Counts the use of codewords in training since last time, and resets, when due, those in too little use.
+        """Updates the moving average of codeword use and, every `RESET_STEPS` steps, revives dead codewords.
 
-        Every process of a run must call it; all end with the same codebook.
+        Every process of a run must call it; all compute the same codebook.
 
         Args:
-            seeds: of the step's images, which decide to where codewords move.
-            bad: whether the step is to leave no trace; buffers are then the caller's to put back.
+            seeds: one per image of the step, for the choice of the codewords that dead ones move to.
+            bad: whether the step must not count. Parameters then stay as they are; the caller restores the buffers.
         """
         if not self._used:
             return
@@ -165,11 +167,11 @@ class StochasticQuantizer(nn.Module):
         codebook, use = full(self.codebook), USE_DECAY * self.use + (1 - USE_DECAY) * mass / mass.mean()
         self.steps += 1
         if self.reset_below:
-            seed = derive(collected(seeds.min()[None]).min()[None], Stream.CODE_RESET)  # the same on all processes
+            seed = derive(collected(seeds.min()[None]).min()[None], Stream.CODE_RESET)  # equal on all processes
             dead = (use < self.reset_below * use.max()) & (self.steps % RESET_STEPS == 0)
-            # the r-th dead codeword moves to the r-th drawn, none twice, as often as it is used
-            drawn = drawing_keys(use, uniform(seed, len(use))[0]).argsort(descending=True)
-            sources = drawn[(dead.cumsum(0) - 1).clamp_min(0)]
+            # the r-th dead codeword moves to the r-th sampled one; sampled by use, without replacement
+            sampled = sampling_keys(use, uniform(seed, len(use))[0]).argsort(descending=True)
+            sources = sampled[(dead.cumsum(0) - 1).clamp_min(0)]
             moves = dead & ~dead[sources]
             noise = RESET_NOISE * normal(derive(seed, Stream.CODE_RESET_NOISE), *codebook.shape)[0]
             moved = torch.where(moves[:, None], codebook[sources] + noise, codebook)
@@ -178,10 +180,10 @@ class StochasticQuantizer(nn.Module):
         self.use.copy_(use)
 
 
-def draw(logits: Float[Tensor, "b h w k"], seeds: Int64[Tensor, " b"] | None) -> Int64[Tensor, "b h w"]:
-    """The most probable code at each position; with seeds, one for each image, a sample, by the inverse of the CDF."""
+def sample_codes(logits: Float[Tensor, "b h w k"], seeds: Int64[Tensor, " b"] | None) -> Int64[Tensor, "b h w"]:
+    """Returns the most probable code per position; with seeds, one per image, a sample by the inverse CDF."""
     if seeds is None:
         return logits.argmax(-1)
-    below = logits.float().softmax(-1).cumsum(-1)
-    noise = uniform(seeds, *logits.shape[1:3])[..., None] * below[..., -1:]  # the last is 1 but for rounding
-    return torch.searchsorted(below, noise, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    cdf = logits.float().softmax(-1).cumsum(-1)
+    noise = uniform(seeds, *logits.shape[1:3])[..., None] * cdf[..., -1:]  # the last value is 1 up to rounding
+    return torch.searchsorted(cdf, noise, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)

@@ -1,6 +1,6 @@
-"""The networks of selfVAE: from an image to a Gaussian on the grid of latents, and from there to pixels' likelihoods.
+"""Networks of selfVAE: encoders from an image to a Gaussian over latents, decoders from latents to pixel likelihoods.
 
-What is multiplied into one model is in `selfvae.py`; what these are built of, in `dense.py`.
+The model that combines them is in `hierarchical_vae.py`, their building blocks are in `layers/dense.py`.
 
 Legend: b batch, c channels of an image, d latent channels, h w pixels, y x grid of latents.
 """
@@ -18,43 +18,44 @@ from smalti.tokenizers.layers.dense import DenseBlock, WeightNormConv
 from smalti.tokenizers.selfvae.logistic import LogisticMixture, parameters_for
 from smalti.tokenizers.selfvae.transformations import Form
 
-LOG_DEVIATIONS = (-7.0, 7.0)  # that of latents is kept within, so that no density overflows
-FIRST_LOG_DEVIATION = -1.0  # what a network's zero means: latents begin by saying something
-HEAD_GAIN = 0.5  # deviation of what the last convolutions make at the start
+LOG_DEVIATIONS = (-7.0, 7.0)  # range to which log-deviations of latents are clamped, so that no density overflows
+FIRST_LOG_DEVIATION = -1.0  # log-deviation for a network output of 0: latents are informative from the start
+HEAD_GAIN = 0.5  # standard deviation of the last convolutions' outputs after initialization
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A diagonal one (Eqs. 15, 17 and 18), in float32.
+    """Diagonal Gaussian over a grid of latents (Eqs. 15, 17 and 18), in float32.
 
     Attributes:
-        mean: of each number.
-        log_deviation: the logarithm of each one's standard deviation.
+        mean: mean of each latent value.
+        log_deviation: logarithm of each value's standard deviation.
     """
 
     mean: Float[Tensor, "b d y x"]
     log_deviation: Float[Tensor, "b d y x"]
 
     def sample(self, seeds: Int64[Tensor, " b"]) -> Float[Tensor, "b d y x"]:
-        """One draw for each seed, with gradients to mean and deviation."""
+        """Samples one grid per seed by the reparameterization trick: gradients reach mean and deviation."""
         return self.mean + self.log_deviation.exp() * normal(seeds, *self.mean.shape[1:])
 
     def log_prob(self, z: Float[Tensor, "b d y x"]) -> Float[Tensor, " b"]:
-        """ln p(z), nats, of each grid."""
-        away = (z - self.mean) * (-self.log_deviation).exp()
-        return -(0.5 * away.square() + self.log_deviation + 0.5 * math.log(2 * math.pi)).sum((1, 2, 3))
+        """Returns ln p(z) of each grid, in nats."""
+        standardized = (z - self.mean) * (-self.log_deviation).exp()
+        return -(0.5 * standardized.square() + self.log_deviation + 0.5 * math.log(2 * math.pi)).sum((1, 2, 3))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the networks of one model share.
+    """Sizes that the networks of one model share.
 
     Attributes:
-        channels: of features.
-        growth, layers: of dense blocks.
-        latent_channels: numbers at each position of a grid of latents.
-        stages: how often that grid halves the image's size.
-        mixtures: components of a likelihood.
+        channels: channels of features.
+        growth: channels that each layer of a dense block adds.
+        layers: layers of a dense block.
+        latent_channels: values per position of a grid of latents.
+        stages: how many times the image's size is halved to that of the grid of latents.
+        mixtures: components of a pixel's likelihood.
     """
 
     channels: int
@@ -65,20 +66,20 @@ class Shape:
     mixtures: int
 
     def block(self) -> DenseBlock:
-        """A dense block of this width."""
+        """Returns a new dense block of this shape."""
         return DenseBlock(self.channels, growth=self.growth, layers=self.layers)
 
 
 class Encoder(nn.Module):
-    """An image of any form to a Gaussian on the grid of latents: q(z|y), or with latents from above p(z|y, u).
+    """Network from an image to a Gaussian over latents: a posterior q(z|y), or a conditional prior p(z|y, u).
 
     Args:
-        shape: of the networks.
-        form: of the image.
-        told: whether latents of the level above are an input too (Eq. 15).
+        shape: sizes of the networks.
+        form: form of the image.
+        conditional: whether the coarser level's latents are an input too, for a conditional prior (Eq. 15).
     """
 
-    def __init__(self, shape: Shape, form: Form, *, told: bool) -> None:
+    def __init__(self, shape: Shape, form: Form, *, conditional: bool) -> None:
         super().__init__()
         halvings = shape.stages - form.halvings
         widths = [form.channels] + [shape.channels] * max(1, halvings)
@@ -86,52 +87,57 @@ class Encoder(nn.Module):
         for before, after in pairwise(widths):
             layers += [WeightNormConv(before, after, resize=-1 if halvings else 0), shape.block()]
         self.body = nn.Sequential(*layers)
-        self.above = WeightNormConv(shape.latent_channels, shape.channels) if told else None
-        self.mixed = shape.block() if told else nn.Identity()
+        # checkpoints contain these attribute names
+        self.above = WeightNormConv(shape.latent_channels, shape.channels) if conditional else None
+        self.mixed = shape.block() if conditional else nn.Identity()
         self.head = WeightNormConv(shape.channels, 2 * shape.latent_channels, gain=HEAD_GAIN)
 
-    def forward(self, image: Float[Tensor, "b c h w"], above: Float[Tensor, "b d y x"] | None = None) -> Gaussian:
-        """The Gaussian, given the image and perhaps latents of the level above."""
+    def forward(self, image: Float[Tensor, "b c h w"], coarser: Float[Tensor, "b d y x"] | None = None) -> Gaussian:
+        """Returns the Gaussian for an image and, if `conditional`, the latents of the coarser level."""
         features = self.body(image)
         if self.above is not None:
-            features = features + self.above(above)
+            features = features + self.above(coarser)
         mean, log_deviation = self.head(F.elu(self.mixed(features))).float().chunk(2, 1)
         return Gaussian(mean, (log_deviation + FIRST_LOG_DEVIATION).clamp(*LOG_DEVIATIONS))
 
 
 class Decoder(nn.Module):
-    """Latents, and perhaps the image's representation, to the image's likelihood: p(x|y, z), or p(y|u) of the last.
+    """Network from latents to an image's likelihood: p(x|y, z), conditioned on its representation, or p(y|u).
 
-    The representation joins where the features have its size, and a dense block follows.
+    The representation is added where the features have its size; a dense block follows.
 
     Args:
-        shape: of the networks.
-        form: of the image.
-        given: of its representation; None for the last, which has none.
+        shape: sizes of the networks.
+        form: form of the image.
+        condition: form of the representation that the image is conditioned on; None for the coarsest level.
     """
 
-    def __init__(self, shape: Shape, form: Form, given: Form | None) -> None:
+    def __init__(self, shape: Shape, form: Form, condition: Form | None) -> None:
         super().__init__()
         self.form = form
         doublings = shape.stages - form.halvings
-        self.joins_at = shape.stages - given.halvings if given else None
+        self.joins_at = shape.stages - condition.halvings if condition else None
         self.start = WeightNormConv(shape.latent_channels, shape.channels)
-        self.given = WeightNormConv(given.channels, shape.channels) if given else None
+        # checkpoints contain this attribute name
+        self.given = WeightNormConv(condition.channels, shape.channels) if condition else None
         self.ups = nn.ModuleList(WeightNormConv(shape.channels, shape.channels, resize=1) for _ in range(doublings))
-        self.blocks = nn.ModuleList(  # none at the full size, where it costs most, unless it is the first or joined
+        # no block at the full size, where it costs most, unless it is the only one or follows the representation
+        self.blocks = nn.ModuleList(
             shape.block() if size < max(1, doublings) or size == self.joins_at else nn.Identity()
             for size in range(doublings + 1)
         )
         parameters = parameters_for(shape.mixtures, form.channels)
         self.head = WeightNormConv(shape.channels, parameters, kernel=1, gain=HEAD_GAIN)
 
-    def forward(self, z: Float[Tensor, "b d y x"], given: Float[Tensor, "b _c _h _w"] | None = None) -> LogisticMixture:
-        """The likelihood, given latents and perhaps the representation."""
+    def forward(
+        self, z: Float[Tensor, "b d y x"], representation: Float[Tensor, "b _c _h _w"] | None = None
+    ) -> LogisticMixture:
+        """Returns the likelihood given latents and, except at the coarsest level, the image's representation."""
         features = self.start(z)
         for size, block in enumerate(self.blocks):
             if size:
                 features = self.ups[size - 1](F.elu(features))
             if size == self.joins_at and self.given is not None:
-                features = features + self.given(given)
+                features = features + self.given(representation)
             features = block(features)
         return LogisticMixture.of(self.head(F.elu(features)), channels=self.form.channels, bins=self.form.bins)

@@ -1,4 +1,7 @@
-"""selfVAE: VAEs in a hierarchy, through representations that transformations make. The model is in `hierarchy.py`."""
+"""selfVAE: a hierarchical VAE whose levels are transformed versions of the image.
+
+The model is in `hierarchical_vae.py`, the transformations are in `transformations.py`.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,18 +20,18 @@ class SelfVAEConfig(VAEConfig):
     """Settings of a selfVAE."""
 
     levels: int = 2
-    """How many images there are, x among them: 2 has the one transformation of Eqs. 9-19, 3 is the paper's 3lvl."""
+    """Number of levels, the image itself among them. 2 is one transformation, 3 is the paper's 3lvl."""
     transformation: Transformation = "downscale"
-    """What each level becomes at the next: `downscale` to half the size, `bits` to half the bits of a value; a `sketch`
-    or `grayscale` image, of two levels."""
+    """Transformation from each level to the next: `downscale` halves the size, `bits` halves the bits per value,
+    `sketch` and `grayscale` give one grey image and need 2 levels."""
 
 
 @register
-class SelfVAE(Hierarchy):
-    """The self-supervised variational autoencoder (arXiv 2010.02014), of one transformation or several in turn.
+class SelfVAE(Hierarchy[SelfVAEConfig]):
+    """Self-supervised variational autoencoder (arXiv 2010.02014), with one transformation (Eqs. 9-19) or several.
 
     Raises:
-        UserError: as `Hierarchy` does, or if the transformation cannot be done so often.
+        UserError: as `Hierarchy` does, or if the transformation cannot be repeated for so many levels.
     """
 
     kind: ClassVar[str] = "selfvae"
@@ -38,8 +41,8 @@ class SelfVAE(Hierarchy):
         super().__init__(config, forms(config.transformation, config.levels, config.image_channels))
 
     def representations(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
-        """See `Hierarchy.representations`."""
-        found = super().representations(images)
+        """Returns the image and its repeated transformations; see `Hierarchy.representations`."""
+        y = super().representations(images)
         for before, after in pairwise(self.forms):
-            found.append(transform(self.config.transformation, found[-1], before, after))
-        return found
+            y.append(transform(self.config.transformation, y[-1], before, after))
+        return y

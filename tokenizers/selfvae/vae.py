@@ -1,4 +1,4 @@
-"""The plain variational autoencoder that selfVAE is compared with: a hierarchy without transformations."""
+"""The plain variational autoencoder (VAE) that selfVAE is compared with: a hierarchy without transformations."""
 
 from typing import ClassVar
 
@@ -8,8 +8,8 @@ from smalti.tokenizers.selfvae.transformations import Form
 
 
 @register
-class VAE(Hierarchy):
-    """A VAE with a RealNVP prior (selfVAE, Eqs. 1-5): u of x itself, with selfVAE's blocks and likelihood.
+class VAE(Hierarchy[VAEConfig]):
+    """VAE with a RealNVP prior (selfVAE, Eqs. 1-5), built from selfVAE's blocks and likelihood.
 
     Raises:
         UserError: as `Hierarchy` does.

@@ -1,14 +1,13 @@
-"""VQ-VAE: encoder, codebook, decoder; and what the whole family shares: its settings, the sizes it takes, and how one
-grid of codes is made and read.
+"""VQ-VAE, and the base classes that the VQ-VAE family shares: settings, checks of image sizes, one grid of codes.
 
-The codebook's search, losses and learning are in `linked.py`, the convolutions in `conv.py`.
+Codebook search, losses and updates are in `quantizers/linked.py`, the convolutions in `layers/conv.py`.
 
 Legend: b batch, c channels, h w image or grid, d code width.
 """
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,41 +26,45 @@ from smalti.tokenizers.quantizers.linked import DECAY, REVIVE_BELOW, CodebookLea
 
 @dataclass(frozen=True)
 class VQConfig:
-    """What the family shares. The defaults are for 32x32 colour images on two CPU cores: 8x8 codes."""
+    """Settings that the family shares. The defaults are for 32x32 colour images on two CPU cores: 8x8 codes."""
 
     height: int = 32
-    """Height of the images in pixels; others that divide by the downsampling work too."""
+    """Height of the images in pixels. Other heights work too if the downsampling divides them."""
     width: int = 32
     """Width of the images in pixels."""
     image_channels: int = 3
-    """3 for colour, 1 for grey."""
+    """3 for colour images, 1 for grey ones."""
     widths: tuple[int, ...] = (64, 128)
-    """Channels of each stage, from the image inwards; every stage halves the size."""
+    """Channels of each stage, from the image inwards. Every stage halves height and width."""
     residual_blocks: int = 2
-    """Residual blocks of each stage, in encoder and decoder."""
+    """Residual blocks per stage, in encoder and decoder."""
     code_width: int = 64
     """Length of a codeword."""
     commitment_weight: float = 0.25
-    """Weight of the commitment terms (beta in Eqs. 2, 5 and 6)."""
+    """Weight of the commitment loss, beta. Raise it if encoder outputs drift away from the codewords."""
     codebook_learning: CodebookLearning = "ema"
-    """How codewords learn: `ema`, as running means of what chooses them, or `gradient`, from the losses' codebook
-    terms."""
+    """Update of codewords: `ema`, as exponential moving averages of the vectors that choose them, or `gradient`, by the
+    codebook loss."""
     codebook_decay: float = DECAY
-    """Decay of these means, and of the counts that say which codewords are dead; 0.99 for long trainings."""
+    """Decay of the moving averages of codewords and of their use. Raise it to 0.99 for long trainings."""
     revive_below: float = REVIVE_BELOW
-    """A codeword chosen less often than this share of its codebook's mean moves to where vectors are; 0 moves none."""
+    """Against codebook collapse: a codeword used less than this share of its codebook's mean is dead, and moves to an
+    encoder output. 0 revives none."""
     kmeans_start: bool = True
-    """Start the codebooks from what the untrained encoder makes of images, not from random codewords."""
+    """Initialize the codebooks by k-means on the untrained encoder's outputs, not at random."""
 
 
-class VQFamily(Tokenizer):
-    """Sizes, and the start, of tokenizers made of convolutions and linked quantizers.
+VQConfigT = TypeVar("VQConfigT", bound=VQConfig)
+
+
+class VQFamily(Tokenizer[VQConfigT]):
+    """Base class of tokenizers with convolutional networks: checks sizes, builds quantizers.
 
     Raises:
-        UserError: if there is no stage, or the image size does not divide by the downsampling.
+        UserError: if there is no stage, or the image size is not divisible by the downsampling.
     """
 
-    def __init__(self, config: VQConfig, *, downsampling: int) -> None:
+    def __init__(self, config: VQConfigT, *, downsampling: int) -> None:
         super().__init__(config)
         if not config.widths or min(config.widths) < 1:
             raise UserError(f"widths must name the channels of at least one stage, got {config.widths}")
@@ -69,7 +72,7 @@ class VQFamily(Tokenizer):
         require_size(config.height, config.width, downsampling)
 
     def quantizer_of(self, *, depth: int, branching: int, cosine: bool = False) -> LinkedQuantizer:
-        """A quantizer that learns as the config says."""
+        """Returns a quantizer with the config's settings for codebook learning."""
         return LinkedQuantizer(
             code_width=self.config.code_width,
             depth=depth,
@@ -82,31 +85,31 @@ class VQFamily(Tokenizer):
         )
 
     def prepared(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The images as the convolutions are fastest with them.
+        """Checks the size of images and returns them in channels-last layout, in which the convolutions are faster.
 
         Raises:
-            UserError: if their size does not divide by the downsampling.
+            UserError: if their size is not divisible by the downsampling.
         """
         require_size(images.shape[2], images.shape[3], self.downsampling)
         return images.contiguous(memory_format=torch.channels_last)
 
     def collapse_remedy(self) -> str:
-        """Of what keeps codebooks in use, the first that the config does without."""
+        """Names the first remedy against codebook collapse that the config leaves off."""
         if not self.config.kmeans_start:
-            return "--kmeans-start, which starts the codebooks from the images"
+            return "--kmeans-start, which initializes the codebooks from images"
         if not self.config.revive_below:
-            return f"--revive-below {REVIVE_BELOW}, which moves dead codewords to where vectors are"
+            return f"--revive-below {REVIVE_BELOW}, which revives dead codewords"
         return super().collapse_remedy()
 
     def recomputable(self) -> list[nn.Module]:
-        """Every residual block."""
+        """Returns every residual block."""
         return [module for module in self.modules() if isinstance(module, conv.ResidualBlock)]
 
 
-class OneGrid(VQFamily):
-    """A tokenizer of an encoder, a quantizer and a decoder, which the kinds make: one grid of codes.
+class OneGrid(VQFamily[VQConfigT]):
+    """Base class of tokenizers with one grid of codes. Subclasses build `encoder`, `quantizer` and `decoder`.
 
-    Both networks run in bounded memory, whatever the size of the images; `decode` under `torch.no_grad` only.
+    `encode` runs in bounded memory, whatever the size of the images; so does `decode` under `torch.no_grad`.
     """
 
     encoder: nn.Sequential
@@ -116,11 +119,11 @@ class OneGrid(VQFamily):
     @property
     @abstractmethod
     def radices(self) -> tuple[int, ...]:
-        """Of a code: a number for each layer of codebooks."""
+        """Radices of a code: the codewords per codebook in each layer of codebooks."""
 
     @property
     def layout(self) -> Layout:
-        """One level, at 1 / `downsampling` of the image's size."""
+        """One level, at 1 / `downsampling` of the image size."""
         height, width = self.config.height // self.downsampling, self.config.width // self.downsampling
         return Layout((Level(height, width, self.radices),))
 
@@ -136,31 +139,19 @@ class OneGrid(VQFamily):
 
     @torch.no_grad()
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
-        """Codebooks at the k-means centres of what an untrained encoder makes of these images, if so configured."""
+        """Initializes the codebooks by k-means on the encoder's outputs for these images, if so configured."""
         if self.config.kmeans_start:
             self.quantizer.init_from_data(self.encoder(self.prepared(images)))
 
 
-@dataclass(frozen=True)
-class VQVAEConfig(VQConfig):
-    """Settings of a VQ-VAE."""
-
-    codebook_size: int = 512
-    """Codewords (m in the HR-VQVAE paper, K in VQ-VAE's)."""
-
-
-@register
-class VQVAE(OneGrid):
-    """VQ-VAE (arXiv 1711.00937; Eqs. 1 and 2 of the HR-VQVAE paper): one grid of codes of one codebook.
+class ConvolutionalVQ(OneGrid[VQConfigT]):
+    """Base class of VQ-VAE and HR-VQVAE, which differ only in the `radices` of their codes.
 
     Raises:
         UserError: as `VQFamily` and `LinkedQuantizer` do.
     """
 
-    kind: ClassVar[str] = "vqvae"
-    config_class: ClassVar[type] = VQVAEConfig
-
-    def __init__(self, config: VQConfig) -> None:
+    def __init__(self, config: VQConfigT) -> None:
         super().__init__(config, downsampling=2 ** len(config.widths))
         encoder, decoder = (
             make(
@@ -173,17 +164,39 @@ class VQVAE(OneGrid):
         )
         self.encoder, self.decoder = encoder, decoder
         self.quantizer = self.quantizer_of(depth=len(self.radices), branching=self.radices[0])
-        # convolutions are 1.3-2x faster so, on CPUs and GPUs
+        # convolutions are 1.3-2 times faster in this layout, on CPUs and GPUs
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
 
-    @property
-    def radices(self) -> tuple[int, ...]:
-        """Of a code: a number for each layer of codebooks."""
-        return (self.config.codebook_size,)
-
     def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:
-        """See `TokenizerOutput`; the losses are `reconstruction`, `commitment` and, by gradients, `codebook`."""
+        """Computes the losses `reconstruction` (squared error), `commitment` and, without EMA, `codebook`."""
         quantized = self.quantizer(self.encoder(self.prepared(images)))
         reconstruction = self.decoder(quantized.z_q).float()
         losses = {"reconstruction": F.mse_loss(reconstruction, images), **quantized.losses}  # Eqs. 2 and 5
         return TokenizerOutput(reconstruction, (quantized.codes,), losses)
+
+
+@dataclass(frozen=True)
+class VQVAEConfig(VQConfig):
+    """Settings of a VQ-VAE."""
+
+    codebook_size: int = 512
+    """Number of codewords."""
+
+
+@register
+class VQVAE(ConvolutionalVQ[VQVAEConfig]):
+    """VQ-VAE (arXiv 1711.00937; HR-VQVAE, Eqs. 1 and 2): one grid of codes with a flat codebook.
+
+    The HR-VQVAE paper calls the codebook size m, the VQ-VAE paper K.
+
+    Raises:
+        UserError: as `ConvolutionalVQ` does.
+    """
+
+    kind: ClassVar[str] = "vqvae"
+    config_class: ClassVar[type] = VQVAEConfig
+
+    @property
+    def radices(self) -> tuple[int, ...]:
+        """Radices of a code: the codebook size alone."""
+        return (self.config.codebook_size,)

@@ -1,4 +1,6 @@
-"""VQ-VAE-2: codes at several resolutions, each level conditioned on the coarser ones. The codebooks are `linked.py`'s.
+"""VQ-VAE-2: codes at several resolutions, each level conditioned on the coarser ones.
+
+Codebook search, losses and updates are in `quantizers/linked.py`, the convolutions in `layers/conv.py`.
 
 Legend: b batch, c channels, h w image or grid, d code width, l level, the coarsest first.
 """
@@ -24,24 +26,25 @@ from smalti.tokenizers.vq.vqvae import VQConfig, VQFamily
 
 @dataclass(frozen=True)
 class VQVAE2Config(VQConfig):
-    """Settings of a VQ-VAE-2. The defaults make 8x8 codes under 4x4 codes, each of 512."""
+    """Settings of a VQ-VAE-2. The defaults give 4x4 coarse and 8x8 fine codes, with 512 codewords per level."""
 
     codebook_size: int = 512
-    """Codewords of each level."""
+    """Number of codewords per level."""
     levels: int = 2
-    """Resolutions of codes, 2 or 3: the finest at 1 / 2**stages of the image's size, the next at half of that."""
+    """Resolutions of codes, 2 or 3. The finest is at 1 / 2**stages of the image size, each coarser one at half the size
+    of the next."""
 
 
 @register
-class VQVAE2(VQFamily):
+class VQVAE2(VQFamily[VQVAE2Config]):
     """VQ-VAE-2 (arXiv 1906.00446, Algorithm 1 and Fig. 2).
 
-    The coarsest level is quantized first. What the decoder of one level makes of it and of those above is what the next
-    finer level adds to its own features before it is quantized; the image is decoded from all levels, brought to the
-    size of the finest.
+    The coarsest level is quantized first. Each finer level is conditioned on all coarser ones: their codewords are
+    decoded to features of its resolution, concatenated with its own features, and quantized together. The image is
+    decoded from the codewords of all levels, upsampled to the finest grid.
 
     Raises:
-        UserError: for other than two or three levels, or as `VQFamily` and `LinkedQuantizer` do.
+        UserError: if `levels` is not 2 or 3, or as `VQFamily` and `LinkedQuantizer` do.
     """
 
     kind: ClassVar[str] = "vqvae2"
@@ -54,7 +57,7 @@ class VQVAE2(VQFamily):
         width, d, finer = config.widths[-1], config.code_width, range(config.levels - 1)
         shape = {"residual_blocks": config.residual_blocks}
         image = {"image_channels": config.image_channels, "widths": config.widths, **shape}
-        half = {"image_channels": width, "widths": (width,), **shape}  # of one level's features: half the size
+        half = {"image_channels": width, "widths": (width,), **shape}  # networks between two neighbouring levels
         self.encoder = conv.encoder(**image, code_width=width)
         self.encoders = nn.ModuleList(conv.encoder(**half, code_width=width) for _ in finer)  # finest first
         self.to_code = nn.ModuleList(
@@ -68,25 +71,25 @@ class VQVAE2(VQFamily):
             nn.ConvTranspose2d((1 + level) * d, (1 + level) * d, 4, 2, 1) for level in finer
         )
         self.decoder = conv.decoder(**image, code_width=config.levels * d)
-        # convolutions are 1.3-2x faster so, on CPUs and GPUs
+        # convolutions are 1.3-2 times faster in this layout, on CPUs and GPUs
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
 
     @property
     def layout(self) -> Layout:
-        """`levels` levels of `codebook_size` codes, each twice as high and wide as the one before."""
+        """Levels of `codebook_size` codes, coarsest first, each twice as high and wide as the one before."""
         height, width = self.config.height // self.downsampling, self.config.width // self.downsampling
         grids = ((height * 2**level, width * 2**level) for level in range(self.config.levels))
         return Layout(tuple(Level(h, w, radices=(self.config.codebook_size,)) for h, w in grids))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:
-        """See `TokenizerOutput`; the losses are `reconstruction` and the sums over levels of `LinkedQuantizer`'s."""
+        """Computes the losses: `reconstruction` (squared error), and those of `LinkedQuantizer` summed over levels."""
         outputs = []
 
         def quantize(quantizer: LinkedQuantizer, z_e: Tensor) -> Tensor:
             outputs.append(quantizer(z_e))
             return outputs[-1].z_q
 
-        reconstruction = self.decoder(self._descend(images, quantize)).float()
+        reconstruction = self.decoder(self._quantize_levels(images, quantize)).float()
         losses = {"reconstruction": F.mse_loss(reconstruction, images)}
         for name in outputs[0].losses:
             losses[name] = torch.stack([output.losses[name] for output in outputs]).sum()
@@ -101,22 +104,22 @@ class VQVAE2(VQFamily):
             codes.append(quantizer.encode(z_e))
             return quantizer.lookup(codes[-1])
 
-        self._descend(images, quantize)
+        self._quantize_levels(images, quantize)
         return tuple(codes)
 
     def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
         """See `Tokenizer.decode`."""
-        looked_up = [quantizer.lookup(grid, digits) for quantizer, grid in zip(self._quantizers, codes, strict=True)]
-        combined = looked_up[0]
-        for upsampling, z_q in zip(self.upsamplings, looked_up[1:], strict=True):
+        codewords = [quantizer.lookup(grid, digits) for quantizer, grid in zip(self._quantizers, codes, strict=True)]
+        combined = codewords[0]
+        for upsampling, z_q in zip(self.upsamplings, codewords[1:], strict=True):
             combined = torch.cat([upsampling(combined), z_q], 1)
         return in_bounded_memory(self.decoder, combined).float().clamp(-1, 1)
 
     @torch.no_grad()
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
-        """Codebooks at the k-means centres of what untrained networks make of these images, if the config says so.
+        """Initializes the codebooks by k-means on the encoders' outputs for these images, if so configured.
 
-        The coarsest first, as the next level is conditioned on what it says.
+        The coarsest level comes first, since the finer ones are conditioned on its codewords.
         """
 
         def quantize(quantizer: LinkedQuantizer, z_e: Tensor) -> Tensor:
@@ -124,15 +127,15 @@ class VQVAE2(VQFamily):
             return quantizer.lookup(quantizer.encode(z_e))
 
         if self.config.kmeans_start:
-            self._descend(images, quantize)
+            self._quantize_levels(images, quantize)
 
     @property
     def _quantizers(self) -> list[LinkedQuantizer]:
-        """The coarsest level's first."""
+        """Quantizers of the levels, coarsest first."""
         return [cast(LinkedQuantizer, quantizer) for quantizer in self.quantizers]
 
-    def _descend(self, images: Tensor, quantize: Callable[[LinkedQuantizer, Tensor], Tensor]) -> Tensor:
-        """From the coarsest level to the finest, each by `quantize`; what the decoder takes, (b, levels * d, h, w)."""
+    def _quantize_levels(self, images: Tensor, quantize: Callable[[LinkedQuantizer, Tensor], Tensor]) -> Tensor:
+        """Applies `quantize` level by level, coarsest first; returns the decoder's input, (b, levels * d, h, w)."""
         features = [in_bounded_memory(self.encoder, self.prepared(images))]
         for encoder in self.encoders:
             features.insert(0, encoder(features[0]))

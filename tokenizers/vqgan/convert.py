@@ -1,7 +1,7 @@
-"""VQ-GANs of other systems: taming-transformers' checkpoints read, diffusers' `VQModel` folders read and written.
+"""Checkpoint conversion: imports VQ-GANs from taming-transformers, imports and exports diffusers' `VQModel` folders.
 
-Their networks compute what smalti's does, under other names: layers are matched by their order, which is the same
-everywhere. Every weight must find its place; nothing is dropped but what trained the network there (its `loss.`).
+Their networks compute the same as smalti's under other names. Layers are matched by their order, which is the same in
+all of them. Every weight must be matched; only the training losses' weights (`loss.`) are dropped.
 """
 
 import json
@@ -28,7 +28,7 @@ _DIFFUSERS_CONFIG, _DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.
 
 @dataclass(frozen=True)
 class _Names:
-    """Another system's names: of layers, by stage `i` and number `j` in it, and of what is in a block."""
+    """Another system's names of layers, by stage `i` and index `j` in the stage, and of the parts of a block."""
 
     down: str
     down_attention: str
@@ -40,7 +40,7 @@ class _Names:
     norm: str
     in_block: Mapping[str, str]
     in_attention: Mapping[str, str]
-    fine_first: bool  # whether the decoder's stages are counted from the image's size, not from the codes'
+    fine_first: bool  # whether the decoder's stages are counted from the image inwards, not from the codes outwards
 
 
 _TAMING = _Names(
@@ -69,33 +69,33 @@ _DIFFUSERS = _Names(
     in_attention={"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"},
     fine_first=False,
 )
-# what diffusers called its attention's layers until version 0.16
+# names of attention layers in diffusers until version 0.16, and the current ones
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def from_taming(weights: Path, description: Path) -> VQGAN:
-    """A checkpoint of taming-transformers, `VQModel` or `GumbelVQ`.
+    """Imports a checkpoint of taming-transformers, a `VQModel` or `GumbelVQ`.
 
     Args:
-        weights: its `.ckpt`.
-        description: the `.yaml` beside it.
+        weights: its `.ckpt` file.
+        description: the `.yaml` file that describes its network.
 
     Raises:
-        UserError: if either cannot be read, or describes a network that smalti's is not.
+        UserError: if either file cannot be read, or the network differs from smalti's VQ-GAN.
     """
     if not description.exists():
-        raise UserError(f"{description} is not there; give --description, the .yaml of the checkpoint")
+        raise UserError(f"{description} does not exist; use --description to name the checkpoint's .yaml file")
     try:
         model = yaml.safe_load(description.read_text())["model"]
-        given, network = model["params"], model["params"]["ddconfig"]
-        drawn = model["target"].endswith("GumbelVQ")
+        params, network = model["params"], model["params"]["ddconfig"]
+        samples = model["target"].endswith("GumbelVQ")
         if network["ch_mult"][0] != 1 or network["in_channels"] != network["out_ch"] or network.get("double_z"):
             raise UserError(
-                f"{description} describes another network than smalti's VQ-GAN: its ch_mult must begin with 1, "
-                "in_channels be out_ch, and double_z false"
+                f"{description} describes a network that smalti's VQ-GAN does not support: ch_mult must begin with 1, "
+                "in_channels must equal out_ch, and double_z must be false"
             )
-        if given.get("remap"):
-            raise UserError(f"{description} remaps codes, by a file that no checkpoint holds; remove its remap")
+        if params.get("remap"):
+            raise UserError(f"{description} remaps codes by a file that is not in the checkpoint; remove its remap")
         config = _config(
             size=network["resolution"],
             image_channels=network["in_channels"],
@@ -107,64 +107,70 @@ def from_taming(weights: Path, description: Path) -> VQGAN:
                 if network["resolution"] // 2**stage in network["attn_resolutions"]
             ),
             latent_width=network["z_channels"],
-            code_width=given["embed_dim"],
-            branching=given["n_embed"],
-            quantizer="gumbel" if drawn else "nearest",
+            code_width=params["embed_dim"],
+            branching=params["n_embed"],
+            quantizer="gumbel" if samples else "nearest",
         )
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{description} is no description of a VQ-GAN ({_said(error)})") from error
+        raise UserError(f"{description} does not describe a VQ-GAN ({_one_line(error)})") from error
     state = _unpickled(weights)
     state = {name: tensor for name, tensor in state.get("state_dict", state).items() if not name.startswith("loss.")}
-    return _filled(config, state, _TAMING, weights)
+    return _import_weights(config, state, _TAMING, weights)
 
 
 def from_diffusers(folder: Path) -> VQGAN:
-    """A `VQModel` that diffusers saved in a folder.
+    """Imports a `VQModel` from a folder that diffusers saved.
 
     Raises:
-        UserError: if it cannot be read, or is a network that smalti's is not.
+        UserError: if the folder cannot be read, or the network differs from smalti's VQ-GAN.
     """
     try:
-        given = json.loads((folder / _DIFFUSERS_CONFIG).read_text())
-        downs, ups = given["down_block_types"], given["up_block_types"]
+        described = json.loads((folder / _DIFFUSERS_CONFIG).read_text())
+        downs, ups = described["down_block_types"], described["up_block_types"]
         kinds = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
         kinds_up = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
         attends = [kinds[kind] for kind in downs]
         fixed = {"norm_type": "group", "mid_block_add_attention": True, "act_fn": "silu"}
-        if odd := {name: given[name] for name, value in fixed.items() if given.get(name, value) != value}:
-            raise UserError(f"{folder}: smalti's VQ-GAN has no {', '.join(f'{k} {v}' for k, v in odd.items())}")
-        if [kinds_up[kind] for kind in reversed(ups)] != attends or given["in_channels"] != given["out_channels"]:
-            raise UserError(f"{folder}: its decoder is not the mirror of its encoder, as smalti's VQ-GAN is")
+        if odd := {name: described[name] for name, value in fixed.items() if described.get(name, value) != value}:
+            settings = ", ".join(f"{name} {value}" for name, value in odd.items())
+            raise UserError(f"{folder}: smalti's VQ-GAN does not support {settings}")
+        same_channels = described["in_channels"] == described["out_channels"]
+        if [kinds_up[kind] for kind in reversed(ups)] != attends or not same_channels:
+            raise UserError(f"{folder}: smalti's VQ-GAN needs a decoder that mirrors the encoder; this one does not")
         config = _config(
-            size=given["sample_size"],
-            image_channels=given["in_channels"],
-            widths=tuple(given["block_out_channels"]),
-            residual_blocks=given["layers_per_block"],
+            size=described["sample_size"],
+            image_channels=described["in_channels"],
+            widths=tuple(described["block_out_channels"]),
+            residual_blocks=described["layers_per_block"],
             attention_stages=tuple(stage for stage, attention in enumerate(attends) if attention),
-            latent_width=given["latent_channels"],
-            code_width=given.get("vq_embed_dim") or given["latent_channels"],
-            branching=given["num_vq_embeddings"],
-            norm_groups=given["norm_num_groups"],
+            latent_width=described["latent_channels"],
+            code_width=described.get("vq_embed_dim") or described["latent_channels"],
+            branching=described["num_vq_embeddings"],
+            norm_groups=described["norm_num_groups"],
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no VQModel of diffusers ({_said(error)})") from error
+        raise UserError(f"{folder} does not hold a VQModel of diffusers ({_one_line(error)})") from error
     path = folder / _DIFFUSERS_WEIGHTS
     try:
         state = load_file(path) if path.exists() else _unpickled(path.with_suffix(".bin"))
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch it again") from error
-    return _filled(config, {_renamed(name): tensor for name, tensor in state.items()}, _DIFFUSERS, path)
+        raise UserError(f"{path} cannot be read ({error}); download it again") from error
+    return _import_weights(
+        config, {_new_attention_name(name): tensor for name, tensor in state.items()}, _DIFFUSERS, path
+    )
 
 
 def to_diffusers(model: VQGAN, folder: Path) -> None:
-    """Writes a `VQModel` folder, which `diffusers.VQModel.from_pretrained` opens.
+    """Exports a folder that `diffusers.VQModel.from_pretrained` loads.
 
     Raises:
-        UserError: for a quantizer that diffusers does not have.
+        UserError: if diffusers does not support the model's quantizer.
     """
     config = model.config
     if config.quantizer != "nearest" or config.depth > 1:
-        raise UserError("diffusers has flat codebooks with the nearest codeword's search only; this VQ-GAN has another")
+        raise UserError(
+            "diffusers supports only flat codebooks with nearest-codeword search; this VQ-GAN's quantizer differs"
+        )
     attends, stages = config.attention_stages, range(len(config.widths))
     described = {
         "_class_name": "VQModel",
@@ -180,53 +186,54 @@ def to_diffusers(model: VQGAN, folder: Path) -> None:
         "norm_num_groups": config.norm_groups,
         "vq_embed_dim": config.code_width,
     }
-    ours, names = model.state_dict(), dict(_names(model, _DIFFUSERS))
-    state = {theirs: _shaped(ours[mine].detach().cpu(), theirs) for mine, theirs in names.items()}
+    ours, names = model.state_dict(), dict(_matched_names(model, _DIFFUSERS))
+    state = {theirs: _as_diffusers(ours[mine].detach().cpu(), theirs) for mine, theirs in names.items()}
     with whole_folder(folder) as partial:
         save_file(state, partial / _DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
         write_json(partial / _DIFFUSERS_CONFIG, described)
 
 
-def _config(*, size: int, **given: Any) -> VQGANConfig:
-    """As such networks were trained, so that going on with their training keeps to it."""
-    learned = {"codebook_learning": "gradient", "kmeans_start": False, "revive_below": 0.0}
-    return VQGANConfig(height=size, width=size, **learned, **given)
+def _config(*, size: int, **network: Any) -> VQGANConfig:
+    """Returns a config that continues training as the imported network was trained: codebooks learn by gradients."""
+    training = {"codebook_learning": "gradient", "kmeans_start": False, "revive_below": 0.0}
+    return VQGANConfig(height=size, width=size, **training, **network)
 
 
-def _filled(config: VQGANConfig, state: dict[str, Any], names: _Names, source: Path) -> VQGAN:
+def _import_weights(config: VQGANConfig, state: dict[str, Any], names: _Names, source: Path) -> VQGAN:
     model = VQGAN(config)
-    expected, found = model.state_dict(), dict(_names(model, names))
+    expected, matched = model.state_dict(), dict(_matched_names(model, names))
     weights = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    missing, unknown = set(found.values()) - set(weights), set(state) - set(found.values())
+    missing, unknown = set(matched.values()) - set(weights), set(state) - set(matched.values())
     if missing or unknown:
-        few = [f"{what} {', '.join(sorted(of)[:3])}" for what, of in (("lacks", missing), ("has also", unknown)) if of]
-        raise UserError(f"{source} is not the network that its description says: it {' and '.join(few)}")
-    filled: dict[str, Tensor] = {}
-    for mine, theirs in found.items():
+        problems = (("lacks", missing), ("also has", unknown))
+        examples = [f"{verb} {', '.join(sorted(some)[:3])}" for verb, some in problems if some]
+        raise UserError(f"{source} does not match its description: it {' and '.join(examples)}")
+    converted: dict[str, Tensor] = {}
+    for mine, theirs in matched.items():
         if weights[theirs].squeeze().shape != expected[mine].squeeze().shape:  # 1x1 convolutions may be matrices
             shapes = f"{tuple(weights[theirs].shape)}, not {tuple(expected[mine].shape)}"
-            raise UserError(f"{source} is not the network that its description says: {theirs} is {shapes}")
-        filled[mine] = weights[theirs].float().reshape(expected[mine].shape)
-    model.load_state_dict(filled)
+            raise UserError(f"{source} does not match its description: {theirs} is {shapes}")
+        converted[mine] = weights[theirs].float().reshape(expected[mine].shape)
+    model.load_state_dict(converted)
     model.provenance = {"converted_from": source.name}
     return model.eval()
 
 
-def _names(model: VQGAN, names: _Names) -> Iterator[tuple[str, str]]:
-    """Our name and theirs, of every weight."""
+def _matched_names(model: VQGAN, names: _Names) -> Iterator[tuple[str, str]]:
+    """Yields smalti's name and the other system's name of every weight."""
     config = model.config
-    for part, layers, places in (
-        ("encoder", model.encoder, _encoder_places(config, names)),
-        ("decoder", model.decoder, _decoder_places(config, names)),
+    for network, layers, their_layers in (
+        ("encoder", model.encoder, _encoder_layers(config, names)),
+        ("decoder", model.decoder, _decoder_layers(config, names)),
     ):
-        filled = [(number, layer) for number, layer in enumerate(layers) if not isinstance(layer, nn.SiLU)]
-        for (number, layer), place in zip(filled, places, strict=True):
-            inside = names.in_block if isinstance(layer, ResidualBlock) else {}
-            inside = names.in_attention if isinstance(layer, Attention) else inside
+        weighted = [(number, layer) for number, layer in enumerate(layers) if not isinstance(layer, nn.SiLU)]
+        for (number, layer), their_layer in zip(weighted, their_layers, strict=True):
+            parts = names.in_block if isinstance(layer, ResidualBlock) else {}
+            parts = names.in_attention if isinstance(layer, Attention) else parts
             for name in layer.state_dict():
-                first, _, rest = name.rpartition(".")
-                within = f"{inside.get(first, first)}.{rest}" if first else rest
-                yield f"{part}.{number}.{name}", f"{place}.{within}"
+                part, _, weight = name.rpartition(".")
+                their_name = f"{parts.get(part, part)}.{weight}" if part else weight
+                yield f"{network}.{number}.{name}", f"{their_layer}.{their_name}"
     if config.quantizer == "nearest":
         yield "quantizer.codebook_0", "quantize.embedding.weight"
     else:
@@ -234,66 +241,68 @@ def _names(model: VQGAN, names: _Names) -> Iterator[tuple[str, str]]:
         yield from ((f"quantizer.logits.{name}", f"quantize.proj.{name}") for name in ("weight", "bias"))
 
 
-def _encoder_places(config: VQGANConfig, names: _Names) -> list[str]:
-    places, last = ["conv_in"], len(config.widths) - 1
+def _encoder_layers(config: VQGANConfig, names: _Names) -> list[str]:
+    """Returns the other system's names of the encoder's layers with weights, in order."""
+    layers, last = ["conv_in"], len(config.widths) - 1
     for i in range(last + 1):
         for j in range(config.residual_blocks):
-            places.append(names.down.format(i=i, j=j))
-            places += [names.down_attention.format(i=i, j=j)] if i in config.attention_stages else []
-        places += [names.downsample.format(i=i)] if i < last else []
-    return [*(f"encoder.{place}" for place in (*places, *names.middle, names.norm, "conv_out")), "quant_conv"]
+            layers.append(names.down.format(i=i, j=j))
+            layers += [names.down_attention.format(i=i, j=j)] if i in config.attention_stages else []
+        layers += [names.downsample.format(i=i)] if i < last else []
+    return [*(f"encoder.{layer}" for layer in (*layers, *names.middle, names.norm, "conv_out")), "quant_conv"]
 
 
-def _decoder_places(config: VQGANConfig, names: _Names) -> list[str]:
-    places, last = ["conv_in", *names.middle], len(config.widths) - 1
+def _decoder_layers(config: VQGANConfig, names: _Names) -> list[str]:
+    """Returns the other system's names of the decoder's layers with weights, in order."""
+    layers, last = ["conv_in", *names.middle], len(config.widths) - 1
     for stage in reversed(range(last + 1)):
         i = stage if names.fine_first else last - stage
         for j in range(config.residual_blocks + 1):
-            places.append(names.up.format(i=i, j=j))
-            places += [names.up_attention.format(i=i, j=j)] if stage in config.attention_stages else []
-        places += [names.upsample.format(i=i)] if stage else []
-    return ["post_quant_conv", *(f"decoder.{place}" for place in (*places, names.norm, "conv_out"))]
+            layers.append(names.up.format(i=i, j=j))
+            layers += [names.up_attention.format(i=i, j=j)] if stage in config.attention_stages else []
+        layers += [names.upsample.format(i=i)] if stage else []
+    return ["post_quant_conv", *(f"decoder.{layer}" for layer in (*layers, names.norm, "conv_out"))]
 
 
-def _shaped(tensor: Tensor, theirs: str) -> Tensor:
-    """Our weight as diffusers has it: attention's 1x1 convolutions are matrices there, a codebook has no nodes."""
+def _as_diffusers(tensor: Tensor, theirs: str) -> Tensor:
+    """Reshapes a weight for diffusers: attention's 1x1 convolutions become matrices, codebooks lose the nodes axis."""
     if theirs.startswith("quantize."):
         return tensor.flatten(0, 1).contiguous()
     return (tensor.flatten(1) if re.search(r"\.to_\w+(\.0)?\.weight$", theirs) else tensor).contiguous()
 
 
-def _renamed(name: str) -> str:
-    """Today's name of a layer of diffusers'."""
+def _new_attention_name(name: str) -> str:
+    """Returns the current name of a weight that old versions of diffusers may have saved."""
     return re.sub(r"(attentions\.\d+)\.(\w+)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION.get(m[2], m[2])}.", name)
 
 
 class _Inert:
-    """Stands for a class that a checkpoint names and nobody needs."""
+    """Stand-in for a class that a checkpoint names but that its weights do not need."""
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
-    """A checkpoint's tensors; nothing in it is run.
+    """Loads a checkpoint's tensors without running any code that it contains.
 
     Raises:
-        UserError: if it is not there, or holds more than tensors and plain values.
+        UserError: if the file does not exist, or holds more than tensors and plain values.
     """
-    # as a key in the dictionary of callbacks, by which the published checkpoints would be refused
+    # published checkpoints name this class as a key of their callbacks; without the stand-in they would be refused
     callback = (_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
     try:
         with torch.serialization.safe_globals([callback]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not there; give the file of the weights") from error
+        raise UserError(f"{path} does not exist; name the file of the weights") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise UserError(
-            f"{path} is not loaded: it is damaged, or holds more than weights, which could run as a program "
-            f"({_said(error)})"
+            f"{path} was not loaded: it is damaged, or holds more than weights, which could run code "
+            f"({_one_line(error)})"
         ) from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not weights by name")
-    return found
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not weights by name")
+    return checkpoint
 
 
-def _said(error: BaseException) -> str:
-    """An error in a line."""
+def _one_line(error: BaseException) -> str:
+    """Returns the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,4 +1,6 @@
-"""VQ-GAN: the tokenizer. Its layers are in `attention_blocks.py`, what trains it in `losses.py`.
+"""VQ-GAN: the tokenizer and its settings.
+
+Its layers are in `layers/attention_blocks.py`, its perceptual and adversarial losses in `losses.py`.
 
 Legend: b batch, c channels, h w image.
 """
@@ -27,53 +29,56 @@ class VQGANConfig(VQConfig):
     """Settings of a VQ-GAN. The defaults are for 32x32 colour images on two CPU cores: 8x8 codes."""
 
     widths: tuple[int, ...] = (32, 64, 64)
-    """Channels of each stage, from the image inwards; every stage but the last halves the size."""
+    """Channels of each stage, from the image inwards. Every stage but the last halves height and width."""
     residual_blocks: int = 1
-    """Residual blocks of each stage of the encoder; the decoder has one more."""
+    """Residual blocks per stage of the encoder. The decoder has one more."""
     attention_stages: tuple[int, ...] = ()
-    """Stages, counted from 0 at the image's size, whose residual blocks are each followed by attention. Between
-    encoder and decoder there is attention anyway."""
+    """Stages with attention after each residual block, counted from 0 at the image's size. The middle of the network
+    always has attention."""
     latent_width: int = 64
     """Channels between the networks and the 1x1 convolutions to and from codewords."""
     norm_groups: int = 32
-    """Groups of every GroupNorm; each width divides by them."""
+    """Groups of every GroupNorm. Every width must be divisible by it."""
     quantizer: Literal["nearest", "cosine", "gumbel"] = "nearest"
-    """`nearest`: the nearest codeword, or path through linked codebooks; `cosine`: the codeword nearest in direction,
-    both scaled to length 1, for a small --code-width such as 8; `gumbel`: codes are drawn."""
+    """`nearest` takes the nearest codeword, or the nearest path through linked codebooks. `cosine` takes the codeword
+    of largest cosine similarity; use it with a small --code-width such as 8. `gumbel` samples codes by the
+    Gumbel-softmax."""
     branching: int = 512
-    """Codewords of each codebook."""
+    """Codewords per codebook."""
     depth: int = 1
-    """Layers of linked codebooks, digits of a code; 1 is a flat codebook."""
+    """Layers of linked codebooks: the number of digits of a code. 1 is a flat codebook."""
     kl_weight: float = 1e-8
-    """With `gumbel`: weight of the divergence of the codes' distribution from the uniform one."""
+    """With `gumbel`: weight of the KL divergence of the codes' distribution from the uniform one. Raise it against
+    codebook collapse."""
     temperature: float = 1.0
-    """With `gumbel`: of the relaxed draws that gradients see."""
+    """With `gumbel`: temperature of the Gumbel-softmax. Lower it for gradients of harder samples."""
     perceptual: PerceptualName = "lite0"
-    """Whose features' distance is part of the loss: `lite0`, EfficientNet-Lite0's, from the extra `metrics`;
-    `lpips-vgg`, LPIPS as in the paper, from the extra `lpips`, which downloads VGG-16's weights once."""
+    """Network of the perceptual loss: `lite0` is EfficientNet-Lite0, from the extra `metrics`; `lpips-vgg` is LPIPS as
+    in the paper, from the extra `lpips`, which downloads VGG-16's weights once."""
     perceptual_weight: float = 1.0
-    """Weight of that distance; 0 does without, and needs neither extra."""
+    """Weight of the perceptual loss. 0 turns it off; then neither extra is needed."""
     adversarial_weight: float = 0.8
-    """Weight of what the discriminator says, times the adaptive one; 0 trains without a discriminator."""
+    """Weight of the adversarial loss, before the adaptive weight. 0 trains without a discriminator."""
     discriminator_start: int = 1_000
-    """Steps before the discriminator begins to learn and to be heard."""
+    """Steps before the discriminator starts to train and the adversarial loss sets in."""
     discriminator_ramp: int = 500
-    """Steps, from then on, over which what it says gets its full weight."""
+    """Steps, from that start, over which the adversarial loss rises to its full weight."""
     discriminator_width: int = 64
-    """Channels of its first layer."""
+    """Channels of the discriminator's first layer."""
     discriminator_layers: int = 3
-    """Its layers that halve the size: the more, the larger the patches that it judges."""
+    """Layers of the discriminator that halve the size. More layers compare larger patches."""
 
 
 @register
-class VQGAN(OneGrid):
-    """VQ-GAN (arXiv 2012.09841): one grid of codes of a network with attention, trained for looks besides error.
+class VQGAN(OneGrid[VQGANConfig]):
+    """VQ-GAN (arXiv 2012.09841): one grid of codes, a network with attention, perceptual and adversarial losses.
 
-    The codebook is flat, of directions (ViT-VQGAN's), drawn from (Gumbel), or HR-VQVAE's linked codebooks.
+    The codebook is flat, or compared by cosine similarity (ViT-VQGAN), or sampled from (Gumbel-softmax), or linked as
+    in HR-VQVAE.
 
     Raises:
-        UserError: as `VQFamily` and `LinkedQuantizer` do; for attention at a stage that is not there, widths that do
-            not divide into groups, or a drawn code of several digits.
+        UserError: as `VQFamily` and `LinkedQuantizer` do; if there is no stage of a number in `attention_stages`, a
+            width is not divisible by `norm_groups`, or `gumbel` codes have several digits.
     """
 
     kind: ClassVar[str] = "vqgan"
@@ -101,51 +106,53 @@ class VQGAN(OneGrid):
             if config.quantizer == "gumbel"
             else self.quantizer_of(depth=config.depth, branching=config.branching, cosine=config.quantizer == "cosine")
         )
-        # convolutions are 1.3-2x faster so, on CPUs and GPUs
+        # convolutions are 1.3-2 times faster in this layout, on CPUs and GPUs
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
 
     @property
     def radices(self) -> tuple[int, ...]:
-        """Of a code: `branching` for each of `depth` layers."""
+        """Radices of a code: `branching` in each of `depth` layers."""
         return (self.config.branching,) * self.config.depth
 
     def forward(self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None) -> TokenizerOutput:
-        """See `TokenizerOutput`; the losses are `reconstruction` (the absolute error) and those of the quantizer.
+        """Computes the losses `reconstruction` (absolute error) and those of the quantizer.
+
+        The perceptual and adversarial losses are computed in `losses.py`.
 
         Args:
-            images: in [-1, 1].
-            seeds: one for each image, from which a Gumbel quantizer draws; without, it takes the likeliest codes.
+            images: images in [-1, 1].
+            seeds: one per image, for the samples of a Gumbel quantizer; without seeds it takes the most probable codes.
         """
         z_e = self.encoder(self.prepared(images))
-        drawn = isinstance(self.quantizer, GumbelQuantizer)
-        quantized = self.quantizer(z_e, seeds) if drawn else self.quantizer(z_e)
+        samples = isinstance(self.quantizer, GumbelQuantizer)
+        quantized = self.quantizer(z_e, seeds) if samples else self.quantizer(z_e)
         reconstruction = self.decoder(quantized.z_q).float()
         losses = {"reconstruction": F.l1_loss(reconstruction, images), **quantized.losses}
         return TokenizerOutput(reconstruction, (quantized.codes,), losses)
 
     def phases(self, fit: FitConfig) -> list[Phase]:
-        """The tokenizer's own, and with an `adversarial_weight` the discriminator's.
+        """Returns the generator's phase and, with an `adversarial_weight`, the discriminator's.
 
         Raises:
-            UserError: if the extra of the perceptual loss or its weights are not there, images are too small for that
-                loss or the discriminator, or the networks are to be compiled.
+            UserError: if the perceptual loss's extra or weights are missing, images are too small for that loss or for
+                the discriminator, or `fit` asks to compile the networks.
         """
         return losses.phases(self, fit)
 
     def collapse_remedy(self) -> str:
-        """A Gumbel quantizer's own; else see `VQFamily`."""
+        """Advice against codebook collapse, for a Gumbel quantizer or as in `VQFamily`."""
         return "a higher --kl-weight" if self.config.quantizer == "gumbel" else super().collapse_remedy()
 
     def recomputable(self) -> list[nn.Module]:
-        """Every residual block and every attention."""
+        """Returns every residual block and every attention layer."""
         kinds = (attention_blocks.ResidualBlock, attention_blocks.Attention)
         return [module for module in self.modules() if isinstance(module, kinds)]
 
 
 def _check(config: VQGANConfig) -> None:
     if odd := [width for width in config.widths if width % config.norm_groups]:
-        raise UserError(f"widths of {odd[0]} do not divide into {config.norm_groups} groups; change --norm-groups")
+        raise UserError(f"a width of {odd[0]} is not divisible into {config.norm_groups} groups; change --norm-groups")
     if absent := [stage for stage in config.attention_stages if not 0 <= stage < len(config.widths)]:
-        raise UserError(f"there is no stage {absent[0]} for attention: stages are 0 to {len(config.widths) - 1}")
+        raise UserError(f"there is no stage {absent[0]} for attention; stages are 0 to {len(config.widths) - 1}")
     if config.quantizer == "gumbel" and config.depth > 1:
-        raise UserError(f"drawn codes have one digit; give --depth 1 with --quantizer gumbel, not {config.depth}")
+        raise UserError(f"--quantizer gumbel needs codes of one digit; use --depth 1, not {config.depth}")

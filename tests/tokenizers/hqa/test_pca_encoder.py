@@ -1,5 +1,7 @@
-"""Principal encoders, and the linear start of learned ones, by numpy's principal components; stages of one position, by
-those that see more."""
+"""PCA encoders and the PCA initialization of learned ones, against numpy's singular value decomposition.
+
+Also compares convolutional stages whose positions depend on their own patch only with ordinary ones.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from smalti.core.randomness import row_seeds
 from smalti.tokenizers.hqa.hams import HAMs, HAMsConfig
 from smalti.tokenizers.hqa.hqa import HQA
 from smalti.tokenizers.hqa.layer import HQAConfig
-from smalti.tokenizers.hqa.pca_encoder import PrincipalEncoder, start_linear
+from smalti.tokenizers.hqa.pca_encoder import PCAEncoder, init_linear
 from smalti.tokenizers.layers import conv
 from smalti.tokenizers.quantizers.stochastic import START_LENGTH
 
@@ -26,38 +28,38 @@ def stage(*, channels: int, width: int, code_width: int, alone: bool) -> tuple[n
     return conv.encoder(**shape, alone=alone), conv.decoder(**shape, alone=alone)
 
 
-def projected(given: np.ndarray, components: int) -> np.ndarray:
-    """Its 2x2 patches, brought to their `components` principal components and back."""
-    b, c, h, w = given.shape
-    patches = given.reshape(b, c, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 4 * c)
+def projected(inputs: np.ndarray, components: int) -> np.ndarray:
+    """Projects the 2x2 patches of `inputs` onto their first principal components, and back."""
+    b, c, h, w = inputs.shape
+    patches = inputs.reshape(b, c, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 4 * c)
     mean = patches.mean(0)
     _, _, axes = np.linalg.svd(patches - mean, full_matrices=False)
     kept = (patches - mean) @ axes[:components].T @ axes[:components] + mean
-    return kept.reshape(b, h // 2, w // 2, c, 2, 2).transpose(0, 3, 1, 4, 2, 5).reshape(given.shape)
+    return kept.reshape(b, h // 2, w // 2, c, 2, 2).transpose(0, 3, 1, 4, 2, 5).reshape(inputs.shape)
 
 
 @pytest.mark.parametrize(
     ("channels", "width", "code_width", "components"),
     [(3, 8, 5, 4), (3, 9, 5, 4), (3, 40, 5, 5), (1, 40, 9, 4)],
-    ids=["half the channels", "an odd one left", "the code width", "all there is"],
+    ids=["half the channels", "odd number of channels", "code width", "all components"],
 )
 @pytest.mark.parametrize("alone", [False, True])
 @torch.no_grad()
-def test_a_stage_starts_as_the_principal_components(channels, width, code_width, components, alone):
+def test_linear_start_reconstructs_principal_components(channels, width, code_width, components, alone):
     encoder, decoder = stage(channels=channels, width=width, code_width=code_width, alone=alone)
-    given = images_of(6, 8, 4, channels=channels) + 0.5
-    start_linear(encoder, decoder, given)
-    made = decoder(encoder(given)).numpy()
-    np.testing.assert_allclose(made, projected(given.double().numpy(), components), atol=1e-4)
+    inputs = images_of(6, 8, 4, channels=channels) + 0.5
+    init_linear(encoder, decoder, inputs)
+    reconstructed = decoder(encoder(inputs)).numpy()
+    np.testing.assert_allclose(reconstructed, projected(inputs.double().numpy(), components), atol=1e-4)
 
 
-def test_every_channel_learns_from_there():
+def test_every_channel_has_gradients_after_linear_start():
     encoder, decoder = stage(channels=3, width=9, code_width=4, alone=False)
-    given = images_of(6, 8, 4)
-    start_linear(encoder, decoder, given)
-    for _ in range(2):  # what is left over of the channels is zero on one side: it learns there first
+    inputs = images_of(6, 8, 4)
+    init_linear(encoder, decoder, inputs)
+    for _ in range(2):  # weights from left-over channels start at zero, so weights into them get gradients a step later
         parameters = [*encoder.parameters(), *decoder.parameters()]
-        loss = (decoder(encoder(given)) - given).square().mean()
+        loss = (decoder(encoder(inputs)) - inputs).square().mean()
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -69,113 +71,116 @@ def test_every_channel_learns_from_there():
 
 
 @torch.no_grad()
-def test_data_that_does_not_vary_starts_finite():
+def test_linear_start_from_constant_data_is_finite():
     encoder, decoder = stage(channels=1, width=8, code_width=4, alone=True)
-    given = torch.full((3, 1, 2, 2), 0.25)
-    start_linear(encoder, decoder, given)
-    assert torch.allclose(decoder(encoder(given)), given)
+    inputs = torch.full((3, 1, 2, 2), 0.25)
+    init_linear(encoder, decoder, inputs)
+    assert torch.allclose(decoder(encoder(inputs)), inputs)
 
 
 @pytest.mark.parametrize(("code_width", "components"), [(5, 5), (12, 12), (15, 12)])
 @torch.no_grad()
-def test_a_principal_encoder_keeps_the_distances_that_its_components_do(code_width, components):
-    given = images_of(6, 8, 4) + 0.5
-    encoder = PrincipalEncoder(3, code_width)
-    encoder.init_from_data(given)
+def test_pca_encoder_keeps_distances_between_projections(code_width, components):
+    inputs = images_of(6, 8, 4) + 0.5
+    encoder = PCAEncoder(3, code_width)
+    encoder.init_from_data(inputs)
     encoder.multiply(torch.tensor(3.0))
-    kept = projected(given.double().numpy(), components).reshape(6, -1)
-    apart = np.linalg.norm(kept[:, None] - kept, axis=-1)
-    z_e = encoder(given)
+    projections = projected(inputs.double().numpy(), components).reshape(6, -1)
+    distances = np.linalg.norm(projections[:, None] - projections, axis=-1)
+    z_e = encoder(inputs)
     assert z_e.shape == (6, code_width, 4, 2)
     assert not z_e[:, components:].any()
-    np.testing.assert_allclose(torch.cdist(z_e.flatten(1), z_e.flatten(1)).numpy(), 3 * apart, atol=1e-3)
+    np.testing.assert_allclose(torch.cdist(z_e.flatten(1), z_e.flatten(1)).numpy(), 3 * distances, atol=1e-3)
     np.testing.assert_allclose(z_e.mean((0, 2, 3)), 0, atol=1e-5)
 
 
-def principal_of(kind: type[HQA] = HQA, **more) -> HQA:
+def pca_hqa(kind: type[HQA] = HQA, **more) -> HQA:
     torch.manual_seed(0)
     shape = {"height": 8, "width": 8, "image_channels": 1, "widths": (4, 4, 4), "code_width": 16, "codebook_size": 4}
     return kind(kind.config_class(**{**shape, "principal_encoders": True, "normalize": True, **more}))
 
 
 @pytest.mark.parametrize("kind", [HQA, HAMs])
-def test_a_stack_of_principal_encoders_keeps_distances_up_to_where_components_are_left_out(kind):
-    """Of 64 pixels, 4 a patch, then 16: two layers of 16 components lose nothing, the third loses some; and training,
-    which makes features longer or shorter, changes none of this."""
+def test_stacked_pca_encoders_keep_distances_until_components_are_left_out(kind):
+    """Two layers of 16 components keep all of the 64 pixels, the third leaves some out; training does not change this.
+
+    Training changes only the scale of the features.
+    """
     images = images_of(40, 8, 8, channels=1)
-    apart = torch.pdist(images.flatten(1))
+    distances = torch.pdist(images.flatten(1))
     below = None
     for layers in (1, 2, 3):
-        made = principal_of(kind, widths=(4,) * layers)
+        tokenizer = pca_hqa(kind, widths=(4,) * layers)
         if below is not None:
-            made.build_on(below)
-        made.init_from_data(images)
-        top = made.layers[-1]
+            tokenizer.build_on(below)
+        tokenizer.init_from_data(images)
+        top = tokenizer.layers[-1]
         before = {name: tensor.clone() for name, tensor in top.state_dict().items()}
-        optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], lr=0.01)
+        optimizer = torch.optim.Adam([p for p in tokenizer.parameters() if p.requires_grad], lr=0.01)
         for step in range(3):
-            losses = made.train()(images, row_seeds(step, torch.arange(40)), torch.zeros(40)).losses
+            losses = tokenizer.train()(images, row_seeds(step, torch.arange(40)), torch.zeros(40)).losses
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
         moved = {name for name, tensor in top.state_dict().items() if not tensor.equal(before[name])}
         assert {"encoder.log_factor", "decoder.0.weight"} <= moved
         assert not {"encoder.axes", "encoder.shift"} & moved
-        longer = torch.pdist(made.features(images).detach().flatten(1)) / apart
-        spread = float((longer.max() - longer.min()) / longer.mean())
+        ratios = torch.pdist(tokenizer.features(images).detach().flatten(1)) / distances
+        spread = float((ratios.max() - ratios.min()) / ratios.mean())
         assert spread < 1e-3 if layers < 3 else spread > 0.05
-        below = made
+        below = tokenizer
 
 
 @torch.no_grad()
-def test_principal_encoders_start_as_widely_as_codewords(tmp_path):
+def test_pca_features_are_spread_as_widely_as_codewords_and_are_saved(tmp_path):
     images = images_of(64, 8, 8, channels=1)
-    tokenizer = principal_of(widths=(4,)).eval()
+    tokenizer = pca_hqa(widths=(4,)).eval()
     tokenizer.init_from_data(images)
     vectors = tokenizer.features(images).transpose(0, 1).flatten(1)
     assert float(vectors.var(1).sum().sqrt()) == pytest.approx(START_LENGTH, rel=0.05)
-    tokenizer.save(tmp_path / "kept")
-    assert load(tmp_path / "kept", "tokenizer").features(images).equal(tokenizer.features(images))
+    tokenizer.save(tmp_path / "saved")
+    assert load(tmp_path / "saved", "tokenizer").features(images).equal(tokenizer.features(images))
 
 
 @torch.no_grad()
-def test_a_stage_that_sees_its_patch_alone_is_the_wide_one_where_there_is_nothing_else():
-    """With the same weights at what both see, they agree on one position; on two, the wide one sees the neighbour."""
-    few, many = (stage(channels=3, width=8, code_width=5, alone=alone) for alone in (True, False))
-    for alone, wide in zip(few, many, strict=True):
-        for mine, theirs in zip(alone.parameters(), wide.parameters(), strict=True):
-            if mine.shape == theirs.shape:
-                theirs.copy_(mine)
+def test_patchwise_stage_equals_ordinary_stage_on_a_single_patch():
+    """With equal inner weights they agree on one position; on two, the ordinary stage depends on the neighbour."""
+    patchwise, ordinary = (stage(channels=3, width=8, code_width=5, alone=alone) for alone in (True, False))
+    for small, large in zip(patchwise, ordinary, strict=True):
+        for inner, weight in zip(small.parameters(), large.parameters(), strict=True):
+            if inner.shape == weight.shape:
+                weight.copy_(inner)
             else:
-                lost = theirs.shape[-1] - mine.shape[-1]  # of a kernel's side
-                theirs[:, :, lost // 2 : theirs.shape[2] - lost // 2, lost // 2 : theirs.shape[3] - lost // 2] = mine
-    image, two = images_of(4, 2, 2), images_of(4, 2, 4)
-    z_e = few[0](image)
-    assert torch.allclose(z_e, many[0](image), atol=1e-6)
-    assert torch.allclose(few[1](z_e), many[1](z_e), atol=1e-6)
-    assert not torch.allclose(few[0](two), many[0](two), atol=1e-3)
-    assert sum(one.numel() for one in few[1].parameters()) < sum(one.numel() for one in many[1].parameters()) / 3
+                margin = (weight.shape[-1] - inner.shape[-1]) // 2  # between the kernels' sides
+                weight[:, :, margin : weight.shape[2] - margin, margin : weight.shape[3] - margin] = inner
+    one, two = images_of(4, 2, 2), images_of(4, 2, 4)
+    z_e = patchwise[0](one)
+    assert torch.allclose(z_e, ordinary[0](one), atol=1e-6)
+    assert torch.allclose(patchwise[1](z_e), ordinary[1](z_e), atol=1e-6)
+    assert not torch.allclose(patchwise[0](two), ordinary[0](two), atol=1e-3)
+    sizes = [sum(weight.numel() for weight in decoder.parameters()) for _, decoder in (patchwise, ordinary)]
+    assert sizes[0] < sizes[1] / 3
 
 
 @torch.no_grad()
-def test_a_layer_of_one_code_an_image_starts_so_and_no_other():
-    """Its loss starts far below that from random weights; HAMs' that predicts codes, and layers of more, do not."""
+def test_linear_start_applies_only_to_layers_of_one_code_that_reconstruct_features():
+    """It lowers such a layer's first loss; layers of several codes, and HAMs' that predict codes, ignore it."""
     images = images_of(256, 8, 8)
     small = {"height": 8, "width": 8, "widths": (8, 8, 32), "code_width": 16, "codebook_size": 32}
 
-    def started(kind: type[HQA], config: HQAConfig) -> HQA:
+    def initialized(kind: type[HQA], config: HQAConfig) -> HQA:
         torch.manual_seed(0)
-        made = kind(config)
-        made.init_from_data(images)
-        return made
+        tokenizer = kind(config)
+        tokenizer.init_from_data(images)
+        return tokenizer
 
     def loss(linear_start: bool) -> float:
-        made = started(HQA, HQAConfig(**small, linear_start=linear_start, normalize=True))
-        return float(made(images).losses["reconstruction"])
+        tokenizer = initialized(HQA, HQAConfig(**small, linear_start=linear_start, normalize=True))
+        return float(tokenizer(images).losses["reconstruction"])
 
     assert loss(True) < 0.7 * loss(False)
     more = {**small, "widths": (8, 8)}
     for kind, config_class, shape in ((HQA, HQAConfig, more), (HAMs, HAMsConfig, small)):
-        with_it, without = (started(kind, config_class(**shape, linear_start=chosen)) for chosen in (True, False))
-        for mine, theirs in zip(with_it.parameters(), without.parameters(), strict=True):
-            assert mine.equal(theirs)
+        on, off = (initialized(kind, config_class(**shape, linear_start=value)) for value in (True, False))
+        for weight, other in zip(on.parameters(), off.parameters(), strict=True):
+            assert weight.equal(other)

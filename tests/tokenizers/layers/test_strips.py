@@ -1,4 +1,4 @@
-"""Networks in strips of rows: the whole's result at every pixel, in memory that the image's size does not decide."""
+"""Networks computed in strips of rows: equal to the whole network at every pixel, in bounded memory."""
 
 import itertools
 import math
@@ -27,8 +27,8 @@ TOKENIZERS = {
 }
 
 
-def made(name):
-    """A tokenizer all of whose layers matter."""
+def tokenizer_of(name):
+    """A tokenizer with random weights in every layer, none of which is the identity."""
     torch.manual_seed(0)
     tokenizer = TOKENIZERS[name]().eval()
     for module in tokenizer.modules():
@@ -45,39 +45,39 @@ def images_of(b, h, w, seed=0):
     return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def limits(*, strip, held, whole=0):
-    return patch.multiple(strips, LARGEST_WHOLE={"cpu": whole}, LARGEST_HELD=held, STRIP=strip)
+def limits(*, strip, cached, whole=0):
+    return patch.multiple(strips, LARGEST_WHOLE={"cpu": whole}, LARGEST_CACHED=cached, STRIP=strip)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(rows=st.integers(1, 3), columns=st.integers(1, 3), strip=st.integers(500, 3_000), held=st.integers(0, 3_000))
+@given(rows=st.integers(1, 3), columns=st.integers(1, 3), strip=st.integers(500, 3_000), cached=st.integers(0, 3_000))
 @settings(max_examples=3)
-def test_strips_are_equal_to_the_whole(name, rows, columns, strip, held):
-    """Every pixel of an image, with statistics over all of it, whatever is held and however thin the strips are."""
-    tokenizer = made(name)
+def test_strips_equal_the_whole_network(name, rows, columns, strip, cached):
+    """Compares every pixel, for strips of any height and any limit of the cache."""
+    tokenizer = tokenizer_of(name)
     images = images_of(2, rows * tokenizer.downsampling, columns * tokenizer.downsampling)
     codes = tokenizer.encode(images)
     with torch.no_grad():
         z_e, decoded = tokenizer.encoder(images), tokenizer.decode(codes)
-        with limits(strip=strip, held=held):
+        with limits(strip=strip, cached=cached):
             torch.testing.assert_close(in_bounded_memory(tokenizer.encoder, images), z_e, atol=1e-5, rtol=0)
             torch.testing.assert_close(tokenizer.decode(codes), decoded, atol=1e-5, rtol=0)
             assert all(ours.equal(theirs) for ours, theirs in zip(tokenizer.encode(images), codes, strict=True))
 
 
-@pytest.mark.parametrize("way", ["whole", "strips"])
-def test_statistics_of_many_positions_are_exact(way):
-    """Where torch's own, of channels-last maps on CPUs, are off by 3e-4."""
+@pytest.mark.parametrize("whole", [2**30, 0], ids=["whole", "strips"])
+def test_group_norm_of_large_maps_is_accurate(whole):
+    """On CPUs torch's own statistics of channels-last maps are off by 3e-4 at this size."""
     torch.manual_seed(0)
     x = (torch.randn(1, 8, 512, 512) * 0.7 + 0.9).contiguous(memory_format=torch.channels_last)
     norm = GroupNorm(4, 8)
-    with torch.no_grad(), limits(strip=2**18, held=0, whole=2**30 if way == "whole" else 0):
+    with torch.no_grad(), limits(strip=2**18, cached=0, whole=whole):
         ours = in_bounded_memory(nn.Sequential(norm), x)
     torch.testing.assert_close(ours, F.group_norm(x.double(), 4, eps=1e-6).float(), atol=1e-5, rtol=0)
 
 
 class Sizes(TorchDispatchMode):
-    """Sees how many numbers the tensors have that operations make."""
+    """Records the size of the largest tensor that operations return, and the number of operations."""
 
     def __init__(self):
         super().__init__()
@@ -91,64 +91,67 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("name", "part"), [*itertools.product(("vqgan", "hrvq"), ("encoder", "decoder"))])
-def test_no_large_map_is_ever_made(name, part):
-    """Of tall images, but for what goes in and what comes out."""
-    tokenizer, (height, width) = made(name), (128, 16)
+def test_strips_allocate_no_map_larger_than_input_and_output(name, part):
+    """Uses tall images, whose inner maps are larger than input and output."""
+    tokenizer, (height, width) = tokenizer_of(name), (128, 16)
     x = images_of(1, height, width)
     with torch.no_grad():
         x = x if part == "encoder" else tokenizer.encoder(x)
         network = getattr(tokenizer, part)
-        with Sizes() as seen_whole:
+        with Sizes() as whole_sizes:
             whole = network(x)
-        with limits(strip=1_000, held=1_000), Sizes() as seen:
+        with limits(strip=1_000, cached=1_000), Sizes() as sizes:
             ours = in_bounded_memory(network, x)
-    assert seen.largest <= max(x.numel(), whole.numel()) < seen_whole.largest
+    assert sizes.largest <= max(x.numel(), whole.numel()) < whole_sizes.largest
     torch.testing.assert_close(ours, whole, atol=1e-5, rtol=0)
 
 
-def test_as_many_images_at_once_as_there_is_room_for():
-    tokenizer, images = made("hrvq"), images_of(5, 16, 24)
+def test_small_images_are_computed_in_batches_that_fit_the_limit():
+    tokenizer, images = tokenizer_of("hrvq"), images_of(5, 16, 24)
     with torch.no_grad():
         expected = tokenizer.encoder(images)
-        largest = 8 * 12 * 24  # of the first layer, which halves the size
-        with limits(strip=1, held=0, whole=2 * largest + 1), Sizes() as seen:
+        largest = 8 * 12 * 24  # map of the first layer, which halves the size
+        with limits(strip=1, cached=0, whole=2 * largest + 1), Sizes() as sizes:
             ours = in_bounded_memory(tokenizer.encoder, images)
-    assert seen.largest == 2 * largest
+    assert sizes.largest == 2 * largest
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-def test_what_is_small_enough_is_held_and_not_computed_again():
-    tokenizer, images = made("vqgan"), images_of(1, 64, 16)
-    counted = []
-    for held in (0, math.inf):
-        with torch.no_grad(), limits(strip=1_000, held=held), Sizes() as seen:
+def test_small_maps_are_cached_instead_of_recomputed():
+    tokenizer, images = tokenizer_of("vqgan"), images_of(1, 64, 16)
+    operations = []
+    for cached in (0, math.inf):
+        with torch.no_grad(), limits(strip=1_000, cached=cached), Sizes() as sizes:
             in_bounded_memory(tokenizer.encoder, images)
-        counted.append(seen.operations)
-    assert counted[1] < counted[0] / 1.5
+        operations.append(sizes.operations)
+    assert operations[1] < operations[0] / 1.5
 
 
-def test_only_what_is_large_goes_in_strips_and_nothing_with_gradients():
-    tokenizer, images = made("vqgan"), images_of(2, 16, 24)
-    largest = 16 * 24 * 16  # of the decoder, at the image's size
+def test_strips_are_used_only_for_large_maps_without_gradients():
+    tokenizer, images = tokenizer_of("vqgan"), images_of(2, 16, 24)
+    largest = 16 * 24 * 16  # map of the decoder at the image's size
     for whole, strips_are_used in ((largest, False), (largest - 1, True)):
-        with limits(strip=1_000, held=0, whole=whole), patch.object(strips, "_whole", wraps=strips._whole) as used:
+        with (
+            limits(strip=1_000, cached=0, whole=whole),
+            patch.object(strips, "_whole", wraps=strips._whole) as in_strips,
+        ):
             codes = tokenizer.encode(images)
             with torch.no_grad():
                 tokenizer.decode(codes)
-            assert used.called == strips_are_used
-    with limits(strip=1_000, held=0):
+            assert in_strips.called == strips_are_used
+    with limits(strip=1_000, cached=0):
         tokenizer.decode(codes).square().sum().backward()
     assert all(parameter.grad is not None for parameter in tokenizer.decoder.parameters())
 
 
-def test_strips_under_autocast():
-    """In bf16 as near to float32 as the whole network is."""
-    tokenizer, images = made("vqgan"), images_of(1, 16, 24)
+def test_strips_under_autocast_are_as_precise_as_the_whole_network():
+    """Compares the errors of bfloat16 with and without strips against float32."""
+    tokenizer, images = tokenizer_of("vqgan"), images_of(1, 16, 24)
     codes = tokenizer.encode(images)
     with torch.no_grad():
         exact = tokenizer.decode(codes)
         with torch.autocast("cpu", torch.bfloat16):
             whole = tokenizer.decode(codes)
-            with limits(strip=1_000, held=0):
+            with limits(strip=1_000, cached=0):
                 ours = tokenizer.decode(codes)
     assert 0 < (ours - exact).abs().max() < 2 * (whole - exact).abs().max()

@@ -1,6 +1,6 @@
-"""The linked search against brute force in float64, eager and compiled, and what happens where nothing compiles.
+"""Linked codebook search, eager and compiled, against brute force in float64; fallback without a compiler.
 
-What the codes are for is in test_linked.py.
+Losses and lookup are tested in test_linked.py.
 """
 
 import os
@@ -28,21 +28,21 @@ from smalti.tokenizers.quantizers.search import (
 
 WIDTH = 5
 needs_compiler = pytest.mark.skipif(
-    not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler: the search cannot be compiled here"
+    not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler: the search cannot be compiled"
 )
 
 
 def problem(n: int, depth: int, branching: int, *, seed: int = 0, width: int = WIDTH) -> tuple[Tensor, list[Tensor]]:
-    """Vectors, and codebooks that shrink as residuals do."""
-    draw = torch.Generator().manual_seed(seed)
-    books = [torch.randn(branching**i, branching, width, generator=draw) * 0.5**i for i in range(depth)]
-    return torch.randn(n, width, generator=draw), books
+    """Random vectors, and codebooks that shrink with depth as residuals do."""
+    generator = torch.Generator().manual_seed(seed)
+    books = [torch.randn(branching**i, branching, width, generator=generator) * 0.5**i for i in range(depth)]
+    return torch.randn(n, width, generator=generator), books
 
 
 def assert_greedy(paths: Tensor, vectors: Tensor, codebooks: list[Tensor]) -> None:
-    """Each digit is the nearest child of the node before it, by differences in float64 over every child of that node.
+    """Asserts that each digit is the nearest child of its node, by float64 differences to every child.
 
-    Compared by distance, not by number: of two children that tie within float32 rounding either will do.
+    Distances are compared, not indices: of two children that tie within float32 rounding, either is correct.
     """
     residual, books = vectors.double().numpy(), [codebook.double().numpy() for codebook in codebooks]
     branching = books[0].shape[1]
@@ -68,22 +68,22 @@ def agreement(paths: Tensor, others: Tensor) -> float:
     spread=st.sampled_from([1e-4, 1.0, 1e4]),
     seed=st.integers(0, 2**16),
 )
-def test_takes_the_nearest_child_at_every_layer(n, depth, branching, spread, seed):
+def test_search_takes_the_nearest_child_at_every_layer(n, depth, branching, spread, seed):
     vectors, books = problem(n, depth, branching, seed=seed)
     vectors, books = vectors * spread, [book * spread for book in books]
     assert_greedy(nearest_paths(vectors, books, compiled=False), vectors, books)
 
 
 @pytest.mark.parametrize(("depth", "branching"), [(2, 20), (3, 7), (1, 2 * DENSE_CODEWORDS)])
-def test_layers_that_gather_and_layers_that_do_not(depth, branching):
-    """More codewords than `DENSE_CODEWORDS` in the last layer, over several blocks of which the last is not full."""
+def test_gathering_and_dense_layers_take_the_nearest_child(depth, branching):
+    """The last layer has more than `DENSE_CODEWORDS` codewords; the last block of vectors is not full."""
     vectors, books = problem(2 * EAGER_VECTORS + 3, depth, branching)
     assert books[-1].shape[0] * branching > DENSE_CODEWORDS
     assert_greedy(nearest_paths(vectors, books, compiled=False), vectors, books)
 
 
-def test_a_large_flat_codebook_goes_tile_by_tile(monkeypatch):
-    """The last tile is not full; of equally near codewords in several tiles the first is taken, as without tiles."""
+def test_large_flat_codebook_is_searched_tile_by_tile(monkeypatch):
+    """The last tile is not full. Of equally near codewords in several tiles the first is taken, as without tiles."""
     vectors, (book,) = problem(EAGER_VECTORS + 3, 1, 120)
     book = torch.cat([book, book], 1)  # each codeword twice, most pairs in two tiles
     whole = nearest_paths(vectors, [book], compiled=False)
@@ -94,22 +94,22 @@ def test_a_large_flat_codebook_goes_tile_by_tile(monkeypatch):
     assert whole.max() < 120
 
 
-def test_a_large_flat_codebook_gathers_no_candidates(monkeypatch):
-    """A single node is one matrix product however large; gathered, each vector would have a copy of the codebook."""
+def test_large_flat_codebook_gathers_no_candidates(monkeypatch):
+    """A single node is one matrix product. Gathering would copy the whole codebook for each vector."""
     vectors, books = problem(EAGER_VECTORS, 1, 4 * DENSE_CODEWORDS)
     monkeypatch.setattr(torch, "baddbmm", None)
     assert_greedy(nearest_paths(vectors, books), vectors, books)
 
 
 @pytest.mark.parametrize("branching", [4, 20])
-def test_nearest_children_are_one_layer_of_the_search(branching):
+def test_nearest_children_is_one_layer_of_the_search(branching):
     vectors, books = problem(EAGER_VECTORS + 1, 2, branching)
     first = nearest_paths(vectors, books[:1])
     residual = vectors - books[0].view(-1, WIDTH)[first]
     assert nearest_children(residual, books[1], first).equal(nearest_paths(vectors, books))
 
 
-def test_searches_in_float32_whatever_it_is_given_and_whatever_autocast_says():
+def test_search_is_float32_for_any_dtype_and_under_autocast():
     vectors, books = problem(600, 3, 8, width=64)
     half = vectors.bfloat16()
     expected = nearest_paths(half.float(), books)
@@ -119,25 +119,27 @@ def test_searches_in_float32_whatever_it_is_given_and_whatever_autocast_says():
         assert nearest_children(half.float(), books[0], torch.zeros_like(first)).equal(first)
     assert nearest_paths(half, books).equal(expected)
     rounded = nearest_paths(half, [book.bfloat16() for book in books])
-    assert agreement(rounded, expected) < 1  # bfloat16 codebooks are others: this problem could have shown a difference
+    assert agreement(rounded, expected) < 1  # rounded codebooks change paths, so this problem is sensitive to rounding
 
 
 def test_small_and_dense_searches_are_not_compiled(monkeypatch):
-    asked = []
-    monkeypatch.setattr(search, "_fused", lambda: lambda *block: asked.append(len(block[0])) or search._eager(*block))
+    compiled = []
+    monkeypatch.setattr(
+        search, "_fused", lambda: lambda *block: compiled.append(len(block[0])) or search._eager(*block)
+    )
     gathering, dense = problem(search.COMPILED_FROM_VECTORS, 3, 16), problem(BLOCK_VECTORS, 2, 16)
     few_leaves = problem(search.COMPILED_FROM_VECTORS, 3, 8)
     nearest_paths(gathering[0][1:], gathering[1])
     nearest_paths(*dense)
     nearest_paths(*few_leaves)
-    assert asked == []
+    assert compiled == []
     nearest_paths(*gathering)
-    assert asked == [BLOCK_VECTORS]  # padded to the one shape that is compiled
+    assert compiled == [BLOCK_VECTORS]  # padded to the one compiled shape
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Compiles anew: nothing that another test left, and small blocks, padded like the large ones."""
+    """Clears the compiled search before and after the test, and uses small blocks, padded like large ones."""
     monkeypatch.setattr(search, "BLOCK_VECTORS", 64)
     search._fused.cache_clear()
     yield
@@ -146,53 +148,54 @@ def fused(monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize(("depth", "branching"), [(3, 2), (2, 16)])
-def test_compiled_search_is_the_eager_one(fused, depth, branching):
-    """Unrolled at a branching of 2, reduced at 16; three blocks of which the last is padded, and none at all."""
+def test_compiled_search_equals_brute_force(fused, depth, branching):
+    """Covers the unrolled form (branching 2) and the reduction (16), a padded last block, and no vectors at all."""
     vectors, books = problem(2 * 64 + 5, depth, branching)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*unfused")  # no falling back
+        warnings.filterwarnings("error", message=".*runs eagerly")  # no fallback
         paths = nearest_paths(vectors, books, compiled=True)
     assert_greedy(paths, vectors, books)
     assert nearest_paths(vectors[:0], books, compiled=True).shape == (0,)
 
 
 @pytest.mark.parametrize("branching", [2, 8, 16])
-def test_what_is_compiled_takes_the_nearest_child_too(branching):
-    """The function that the compiler is given, run as it is written: every branching without the wait."""
+def test_compiler_input_takes_the_nearest_child(branching):
+    """Runs the function that is compiled without compiling it, which is quick for every branching."""
     vectors, books = problem(300, 2, branching)
     offsets = search._offsets(books)
     assert_greedy(search._fusable(vectors, books, offsets), vectors, books)
 
 
-def test_falls_back_with_one_warning(fused, monkeypatch):
+def test_failed_compilation_falls_back_with_one_warning(fused, monkeypatch):
     attempts = []
 
     def broken(*_):
         attempts.append(1)
-        raise InductorError(RuntimeError("no compiler here"), None)
+        raise InductorError(RuntimeError("no compiler"), None)
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     vectors, books = problem(200, 2, 3)
-    with pytest.warns(UserWarning, match="unfused") as warned:
-        found = [nearest_paths(vectors, books, compiled=True) for _ in range(2)]
+    with pytest.warns(UserWarning, match="runs eagerly") as warned:
+        results = [nearest_paths(vectors, books, compiled=True) for _ in range(2)]
     assert len(warned) == 1
     assert len(attempts) == 1
-    for paths in found:
+    for paths in results:
         assert_greedy(paths, vectors, books)
 
 
-def test_falls_back_without_a_compiler(tmp_path):
-    """For real, in a process whose C++ compiler is not there and whose compiled code is not cached."""
+def test_search_works_without_a_compiler(tmp_path):
+    """Runs a process without a C++ compiler and without cached compiled code."""
     code = """
 import warnings, torch
-from smalti.tokenizers import search
+from smalti.tokenizers.quantizers import search
 search.BLOCK_VECTORS = 64
 books = [torch.randn(1, 3, 4), torch.randn(3, 3, 4)]
 vectors = torch.randn(100, 4)
 with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     paths = [search.nearest_paths(vectors, books, compiled=True) for _ in range(2)]
-assert [w.category for w in warned if "unfused" in str(w.message)] == [UserWarning], [str(w.message) for w in warned]
+messages = [str(w.message) for w in warned]
+assert [w.category for w in warned if "runs eagerly" in str(w.message)] == [UserWarning], messages
 assert paths[0].equal(search.nearest_paths(vectors, books, compiled=False)) and paths[1].equal(paths[0])
 print("same codes")
 """

@@ -1,4 +1,4 @@
-"""VQ-GANs of other systems: the same codes and images as theirs, from their files; and what is refused."""
+"""Checkpoint conversion: imported VQ-GANs give the same codes and images as the original; refused files."""
 
 import json
 import sys
@@ -21,26 +21,26 @@ from smalti.tokenizers.vqgan.convert import from_diffusers, from_taming, to_diff
 # ch, ch_mult, num_res_blocks, resolution, attn_resolutions, z_channels, embed_dim, n_embed
 NETWORKS = {
     "f8": (32, (1, 1, 2, 4), 2, 32, (4,), 16, 16, 400),
-    "f2, two attentions, other code width": (32, (1, 3), 1, 16, (16, 8), 8, 5, 30),
-    "f4, none": (64, (1, 1, 2), 1, 16, (), 32, 32, 64),
+    "f2 with two attentions and another code width": (32, (1, 3), 1, 16, (16, 8), 8, 5, 30),
+    "f4 without attention": (64, (1, 1, 2), 1, 16, (), 32, 32, 64),
 }
 of_every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
 
 def randomized(module):
-    """Every weight random: what starts at zero or one would hide a mistake."""
+    """Makes every weight random, since weights of zero or one would hide mistakes."""
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
-            else:  # norms around one, small codewords among which no one is nearest to all
+            else:  # norm weights around one, and small codewords of which none is nearest to all vectors
                 parameter.normal_(mean=float("norm" in name and "weight" in name), std=0.3)
     return module.eval()
 
 
 class Taming(nn.Module):
-    """Of taming's modules what its VQModel and GumbelVQ are made of: those themselves need pytorch_lightning."""
+    """VQModel or GumbelVQ built from taming's modules; taming's own classes need pytorch_lightning."""
 
     def __init__(self, network, gumbel=False):
         super().__init__()
@@ -57,7 +57,7 @@ class Taming(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """Codes and images."""
+        """Returns codes and decoded images."""
         h = self.quant_conv(self.encoder(images))
         if hasattr(self.quantize, "proj"):
             codes = self.quantize.proj(h).argmax(1)
@@ -68,7 +68,7 @@ class Taming(nn.Module):
 
 
 def save_taming(model, path, target="taming.models.vqgan.VQModel", **more):
-    """As Lightning does, with what trained the model and a callback's class."""
+    """Saves a checkpoint as Lightning does, with weights of the training loss and a callback's class."""
     path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {"target": target, "params": model.params}}))
     state = {**model.state_dict(), "loss.discriminator.main.0.weight": torch.zeros(2)}
     torch.save({"state_dict": state, "global_step": 5, **more}, path)
@@ -76,24 +76,24 @@ def save_taming(model, path, target="taming.models.vqgan.VQModel", **more):
 
 def images_of(h, w):
     coarse = torch.rand(4, 3, h // 8, w // 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return nn.functional.interpolate(coarse, (h, w))  # noise by the pixel looks the same everywhere
+    return nn.functional.interpolate(coarse, (h, w))  # coarse noise: codes of pixel noise would hardly differ
 
 
 @torch.no_grad()
 def agree(ours, theirs):
-    """Codes, and images before they are clamped, at the network's own size and at a rectangle."""
+    """Asserts equal codes and equal images before clamping, at the network's own size and at a rectangle."""
     size, factor = ours.config.height, ours.downsampling
     for images in (images_of(size, size), images_of(size, size + 8 * factor)):
-        codes, made = theirs(images)
+        codes, expected = theirs(images)
         assert codes.unique().numel() > 5
         assert torch.equal(ours.encode(images)[0], codes)
-        mine = ours.decoder(ours.quantizer.lookup(codes))
-        torch.testing.assert_close(mine, made, atol=1e-4, rtol=0)
-        torch.testing.assert_close(ours(images).reconstruction, made, atol=1e-4, rtol=0)
+        decoded = ours.decoder(ours.quantizer.lookup(codes))
+        torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(images).reconstruction, expected, atol=1e-4, rtol=0)
 
 
 @of_every_network
-def test_a_taming_checkpoint_computes_the_same(tmp_path, network, monkeypatch):
+def test_imported_taming_checkpoint_computes_the_same(tmp_path, network, monkeypatch):
     theirs = randomized(Taming(network))
     callbacks = ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     callbacks.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": callbacks.__name__})
@@ -104,14 +104,14 @@ def test_a_taming_checkpoint_computes_the_same(tmp_path, network, monkeypatch):
     agree(load_tokenizer(str(tmp_path / "converted")), theirs)
 
 
-def test_a_gumbel_checkpoint_computes_the_same(tmp_path):
+def test_imported_taming_gumbel_checkpoint_computes_the_same(tmp_path):
     theirs = randomized(Taming(NETWORKS["f8"], gumbel=True))
     save_taming(theirs, tmp_path / "last.ckpt", target="taming.models.vqgan.GumbelVQ")
     agree(from_taming(tmp_path / "last.ckpt", tmp_path / "last.yaml"), theirs)
 
 
 def diffusers_of(network):
-    """diffusers' model of the same description."""
+    """Returns diffusers' model with the same settings."""
     ch, ch_mult, blocks, resolution, attention, z, d, k = network
     attends = ["Attn" * (resolution // 2**i in attention) for i in range(len(ch_mult))]
     return pytest.importorskip("diffusers").VQModel(
@@ -128,7 +128,7 @@ def diffusers_of(network):
 
 
 def passing(model):
-    """What `agree` compares with."""
+    """Returns a function from images to diffusers' codes and images, for `agree`."""
 
     @torch.no_grad()
     def run(images):
@@ -140,8 +140,8 @@ def passing(model):
 
 
 @of_every_network
-def test_diffusers_folders_are_read_and_written(tmp_path, network):
-    """Theirs, in ours, and out again for them."""
+def test_diffusers_import_and_export_compute_the_same(tmp_path, network):
+    """Imports a folder of diffusers, exports it again, and loads it in diffusers."""
     theirs = randomized(diffusers_of(network))
     theirs.save_pretrained(tmp_path / "theirs")
     convert.convert(Convert(tmp_path / "theirs", out=tmp_path / "ours"))
@@ -152,14 +152,14 @@ def test_diffusers_folders_are_read_and_written(tmp_path, network):
     agree(load_tokenizer(str(tmp_path / "ours")), passing(again))
 
 
-def test_folders_of_old_diffusers_are_read(tmp_path):
-    """Attention's old names, in a pickle."""
+def test_folders_of_old_diffusers_are_imported(tmp_path):
+    """They have other names of attention layers, and the weights are a pickle."""
     theirs = randomized(diffusers_of(NETWORKS["f8"]))
     theirs.save_pretrained(tmp_path)
     state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    for now, then in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
-        state = {name.replace(f".{now}.", f".{then}."): tensor for name, tensor in state.items()}
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        state = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in state.items()}
     torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
     agree(from_diffusers(tmp_path), passing(theirs))
 
@@ -169,12 +169,12 @@ SMALL = {"widths": (32, 64), "code_width": 6, "latent_width": 7, "branching": 9,
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of diffusers', made without it."""
+    """A folder in diffusers' format, written without diffusers."""
     to_diffusers(VQGAN(VQGANConfig(**SMALL)), tmp_path / "vq")
     return tmp_path / "vq"
 
 
-def test_what_is_written_comes_back(folder):
+def test_export_and_import_are_inverse(folder):
     torch.manual_seed(1)
     model = VQGAN(VQGANConfig(**SMALL, norm_groups=16, attention_stages=(1,)))
     to_diffusers(model, folder.with_name("other"))
@@ -184,12 +184,12 @@ def test_what_is_written_comes_back(folder):
     assert (again.config.norm_groups, again.config.attention_stages) == (16, (1,))
 
 
-def test_weights_without_their_place_are_refused(folder):
+def test_weights_that_do_not_match_the_description_are_refused(folder):
     path = folder / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
     moved = {name.replace("conv_in", "conv_start"): tensor for name, tensor in state.items()}
     save_file(moved, path)
-    with pytest.raises(UserError, match=r"lacks decoder.conv_in.bias, .* and has also decoder.conv_start.bias"):
+    with pytest.raises(UserError, match=r"lacks decoder.conv_in.bias, .* and also has decoder.conv_start.bias"):
         from_diffusers(folder)
     save_file({**state, "quant_conv.bias": torch.zeros(7)}, path)
     with pytest.raises(UserError, match=r"quant_conv.bias is \(7,\), not \(6,\)"):
@@ -205,14 +205,14 @@ def test_weights_without_their_place_are_refused(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm_type": "spatial"}, "has no norm_type spatial"),
-        ({"out_channels": 1}, "not the mirror"),
-        ({"up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]}, "not the mirror"),
-        ({"down_block_types": ["DownBlock2D"] * 2}, "holds no VQModel of diffusers"),
-        ({"sample_size": None}, "holds no VQModel of diffusers"),
+        ({"norm_type": "spatial"}, "does not support norm_type spatial"),
+        ({"out_channels": 1}, "needs a decoder that mirrors the encoder"),
+        ({"up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]}, "needs a decoder that mirrors the encoder"),
+        ({"down_block_types": ["DownBlock2D"] * 2}, "does not hold a VQModel of diffusers"),
+        ({"sample_size": None}, "does not hold a VQModel of diffusers"),
     ],
 )
-def test_networks_that_are_not_ours_are_refused(folder, change, message):
+def test_unsupported_diffusers_networks_are_refused(folder, change, message):
     described = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**described, **change}))
     with pytest.raises(UserError, match=message):
@@ -234,12 +234,12 @@ DESCRIPTION = {
     ("change", "message"),
     [
         ({"ch_mult": [2, 2]}, "ch_mult must begin with 1"),
-        ({"out_ch": 1}, "in_channels be out_ch"),
-        ({"double_z": True}, "double_z false"),
-        ({"ch_mult": None}, "no description of a VQ-GAN"),
+        ({"out_ch": 1}, "in_channels must equal out_ch"),
+        ({"double_z": True}, "double_z must be false"),
+        ({"ch_mult": None}, "does not describe a VQ-GAN"),
     ],
 )
-def test_descriptions_that_are_not_ours_are_refused(tmp_path, change, message):
+def test_unsupported_taming_descriptions_are_refused(tmp_path, change, message):
     params = {**DESCRIPTION["params"], "ddconfig": {**DESCRIPTION["params"]["ddconfig"], **change}}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({"model": {**DESCRIPTION, "params": params}}))
     with pytest.raises(UserError, match=message):
@@ -251,9 +251,9 @@ class Harmful:
         return print, ("run",)
 
 
-def test_pickles_that_are_programs_are_not_run(tmp_path, capsys):
+def test_pickles_that_contain_code_are_refused_and_not_run(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({"model": DESCRIPTION}))
-    with pytest.raises(UserError, match=r"a\.ckpt is not there"):
+    with pytest.raises(UserError, match=r"a\.ckpt does not exist"):
         from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
     torch.save({"state_dict": {}, "other": Harmful()}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="holds more than weights") as caught:
@@ -263,13 +263,13 @@ def test_pickles_that_are_programs_are_not_run(tmp_path, capsys):
     with pytest.raises(UserError, match="holds a list, not weights by name"):
         from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("a: [1,\n  b: :")
-    with pytest.raises(UserError, match="no description of a VQ-GAN") as caught:
+    with pytest.raises(UserError, match="does not describe a VQ-GAN") as caught:
         from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
 
 
-def test_what_diffusers_does_not_have_is_not_written(tmp_path):
+def test_export_refuses_unsupported_quantizers_and_existing_folders(tmp_path):
     for more in ({"depth": 2}, {"quantizer": "gumbel"}, {"quantizer": "cosine"}):
         with pytest.raises(UserError, match="flat codebooks"):
             to_diffusers(VQGAN(VQGANConfig(**SMALL, **more)), tmp_path / "vq")
@@ -278,8 +278,8 @@ def test_what_diffusers_does_not_have_is_not_written(tmp_path):
         convert.convert(Convert(tmp_path / "vq", to="diffusers", out=tmp_path / "vq"))
 
 
-def test_from_images_to_diffusers_and_back_to_codes(tmp_path, monkeypatch, capfd):
-    """Trained in two phases with everything on, converted both ways, and used: each by its command."""
+def test_commands_train_convert_and_build_latents(tmp_path, monkeypatch, capfd):
+    """Trains with every loss, converts both ways, and builds latent sets with both models, each by its command."""
     monkeypatch.chdir(tmp_path)
     build_toys.write_images(tmp_path / "img", count=30)
     flags = "--tokenizer vqgan --height 16 --width 16 --widths 8 8 --norm-groups 4 --latent-width 8 --code-width 4"
@@ -296,8 +296,14 @@ def test_from_images_to_diffusers_and_back_to_codes(tmp_path, monkeypatch, capfd
     assert (status, out[:43]) == (0, "vq: 16x16 images to 8x8 of 8, digest " + VQGAN.load("runs/trained").digest()[:6])
     assert run(capfd, convert.main, "--source", "vq")[0] == 0
     build = "--images img --batch-size 8 --workers 0 --device cpu"
-    for source, out in (("runs/trained", "a.h5"), ("vqgan", "b.h5")):  # a kind stands for where convert.py writes
+    for source, out in (
+        ("runs/trained", "a.h5"),
+        ("vqgan", "b.h5"),
+    ):  # the kind stands for the folder to which convert.py writes
         assert run(capfd, build_latents.main, "--tokenizer", source, *build.split(), "--out", out)[0] == 0
     assert LatentSet("a.h5").batch(range(60))[0].equal(LatentSet("b.h5").batch(range(60))[0])
     status, _, err = run(capfd, convert.main, "--source", "img/0001.png", "--out", "nothing")
-    assert (status, err) == (2, "error: img/0001.yaml is not there; give --description, the .yaml of the checkpoint\n")
+    assert (status, err) == (
+        2,
+        "error: img/0001.yaml does not exist; use --description to name the checkpoint's .yaml file\n",
+    )

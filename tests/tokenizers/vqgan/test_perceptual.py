@@ -1,7 +1,7 @@
-"""Perceptual distances against their formulas: Lite0's, and LPIPS with a stand-in for its packages, as few have them.
+"""Perceptual distances against their formulas: Lite0's, and LPIPS's with a stand-in for its optional packages.
 
-With lpips and torchvision installed, ours is held to lpips' own too, with a random VGG. The loss that has the distance
-for a term is in `test_adversarial.py`.
+If lpips and torchvision are installed, LPIPS is also compared with lpips itself on a random VGG. The perceptual loss in
+training is tested in test_losses.py.
 """
 
 import hashlib
@@ -20,24 +20,24 @@ from smalti import VQGAN, UserError
 from smalti.metrics.extractors import Lite0
 from smalti.tokenizers.vqgan.perceptual import TAPS, Lite0Distance, VGGDistance, check_size, find_perceptual
 
-SHIFT, SCALE = 0.1, 0.5  # the stand-in's; lpips has one a channel
+SHIFT, SCALE = 0.1, 0.5  # input scaling of the stand-in; lpips has one per channel
 
 
 def two_images(seed=0, h=32, w=32):
     return torch.rand(2, 2, 3, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_lite0_s_distance_is_that_of_the_network_s_features():
-    """Of blocks watched from outside while the network makes its features."""
+def test_lite0_distance_equals_its_formula_on_the_networks_features():
+    """Records the features of blocks by hooks while the network computes its own features."""
     images, others = two_images()
-    distance, network, seen = find_perceptual("lite0"), Lite0(torch.device("cpu"))._network, []
+    distance, network, recorded = find_perceptual("lite0"), Lite0(torch.device("cpu"))._network, []
     assert isinstance(distance, Lite0Distance)
     for tap in TAPS:
-        network._blocks[tap].register_forward_hook(lambda _module, _given, features: seen.append(features))
+        network._blocks[tap].register_forward_hook(lambda _module, _inputs, features: recorded.append(features))
     for batch in (images, others):
         network.extract_features(((batch + 1) * 127.5 - 127) / 128)
-    assert [features.shape[2] for features in seen[: len(TAPS)]] == [16, 8, 4, 2]
-    pairs = zip(seen[: len(TAPS)], seen[len(TAPS) :], strict=True)
+    assert [features.shape[2] for features in recorded[: len(TAPS)]] == [16, 8, 4, 2]
+    pairs = zip(recorded[: len(TAPS)], recorded[len(TAPS) :], strict=True)
     expected = torch.stack([2 - 2 * F.cosine_similarity(a, b, dim=1).mean() for a, b in pairs]).mean()
     torch.testing.assert_close(distance(images, others), expected, rtol=1e-4, atol=1e-5)
     assert float(distance(images, images)) == 0
@@ -46,11 +46,11 @@ def test_lite0_s_distance_is_that_of_the_network_s_features():
 
 
 def assert_gradients_reach_both(distance):
-    """Of grey images, which stand for three equal channels."""
+    """Uses grey images, which count as three equal channels."""
     images, others = (batch[:, :1].clone().requires_grad_() for batch in two_images(1))
-    found = distance(images, others)
-    torch.testing.assert_close(found, distance(images.repeat(1, 3, 1, 1), others.repeat(1, 3, 1, 1)))
-    found.backward()
+    value = distance(images, others)
+    torch.testing.assert_close(value, distance(images.repeat(1, 3, 1, 1), others.repeat(1, 3, 1, 1)))
+    value.backward()
     assert images.grad.abs().sum() > 0
     assert others.grad.abs().sum() > 0
 
@@ -62,7 +62,7 @@ def test_small_images_are_refused():
 
 
 class Trunk(nn.Module):
-    """As lpips has VGG: slices whose layers keep VGG's numbers. Two slices, where VGG has five."""
+    """Stand-in for lpips' VGG: slices whose layers keep VGG's numbers, two instead of five."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ class FakeLPIPS(nn.Module):
 
 @pytest.fixture
 def vgg(monkeypatch, tmp_path):
-    """Stands in for lpips and torchvision; gives the file of weights, which is not there yet, and the weights."""
+    """Replaces lpips and torchvision by stand-ins; returns the weights and the path of their file, not yet written."""
     generator = torch.Generator().manual_seed(0)
     shapes = {name.partition(".")[2]: tensor.shape for name, tensor in Trunk().state_dict().items()}
     weights = {f"features.{name}": torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
@@ -114,7 +114,7 @@ def vgg(monkeypatch, tmp_path):
 
 
 def by_hand(weights, images, others):
-    """LPIPS of the stand-in, in float64."""
+    """Computes the stand-in's LPIPS in float64."""
     scales = []
     for batch in (images, others):
         w = {name.removeprefix("features."): tensor.double() for name, tensor in weights.items()}
@@ -125,11 +125,11 @@ def by_hand(weights, images, others):
     return sum(number / 8 * (a - b).square().sum(1).mean() for number, a, b in pairs).float()
 
 
-def test_lpips_is_its_formula_in_float32_on_the_weights_that_were_downloaded(vgg):
+def test_lpips_equals_its_formula_in_float32_with_downloaded_weights(vgg):
     vgg.file.write_bytes(vgg.saved)
     distance, (images, others) = find_perceptual("lpips-vgg"), two_images()
     vgg.file.unlink()
-    VGGDistance()  # once downloaded, they stay
+    VGGDistance()  # weights are downloaded only once
     torch.testing.assert_close(distance(images, others), by_hand(vgg.weights, images, others))
     assert float(distance(images, images)) == 0
     assert_gradients_reach_both(distance)
@@ -137,10 +137,10 @@ def test_lpips_is_its_formula_in_float32_on_the_weights_that_were_downloaded(vgg
         torch.testing.assert_close(distance(images, others), by_hand(vgg.weights, images, others))
         assert distance(images.bfloat16(), others).dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in distance._network.parameters())
-    assert not distance._network.training  # else there is dropout
+    assert not distance._network.training  # in training mode there would be dropout
 
 
-def test_the_choice_reaches_the_loss_and_nothing_of_it_is_the_model_s(vgg):
+def test_perceptual_network_is_neither_trained_nor_saved(vgg):
     vgg.file.write_bytes(vgg.saved)
     torch.manual_seed(1)
     model = VQGAN(replace(toys.TINY["vqgan"], height=16, width=20, perceptual="lpips-vgg", perceptual_weight=3.0))
@@ -162,18 +162,18 @@ def refusal():
     with pytest.raises(UserError) as caught:
         find_perceptual("lpips-vgg")
     assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith("or take --perceptual lite0")
+    assert str(caught.value).endswith("or use --perceptual lite0")
     return str(caught.value)
 
 
-def test_what_is_missing_is_said_in_a_line(vgg, monkeypatch, tmp_path):
+def test_missing_packages_and_weights_are_one_line_errors(vgg, monkeypatch, tmp_path):
     message = refusal()
     assert "the weights of VGG-16 cannot be downloaded" in message
     assert f"or put {vgg.file.as_uri()} into {tmp_path / 'home' / 'hub'}/checkpoints" in message
     vgg.file.write_bytes(vgg.saved[:-9])  # a broken download
     assert "invalid hash value" in refusal()
     monkeypatch.delitem(sys.modules, "torchvision.models")
-    assert "needs lpips, and the torchvision that fits torch" in refusal()
+    assert "needs lpips and a torchvision that fits torch" in refusal()
     monkeypatch.setitem(sys.modules, "lpips", None)
     assert "pip install 'smalti[lpips]'" in refusal()
     monkeypatch.delitem(sys.modules, "lpips")
@@ -184,7 +184,7 @@ def test_what_is_missing_is_said_in_a_line(vgg, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def real():
-    """(our distance, lpips' own), of one random VGG, where both packages are installed."""
+    """Returns our distance and lpips' own on the same random VGG, if both packages are installed."""
     lpips = pytest.importorskip("lpips")
     vgg16 = pytest.importorskip("torchvision").models.vgg16
     torch.manual_seed(0)
@@ -197,30 +197,29 @@ def real():
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 40)])
-def test_lpips_is_lpips_own(real, size):
+def test_lpips_equals_the_lpips_package(real, size):
     ours, theirs = real
     images, others = (batch.requires_grad_() for batch in two_images(h=size[0], w=size[1]))
-    found, expected = ours(images, others), theirs(images, others).mean()
-    assert found > 0
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    pairs = zip(*(torch.autograd.grad(each, (images, others)) for each in (found, expected)), strict=True)
+    value, expected = ours(images, others), theirs(images, others).mean()
+    assert value > 0
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+    pairs = zip(*(torch.autograd.grad(each, (images, others)) for each in (value, expected)), strict=True)
     for gradient, their_gradient in pairs:
         torch.testing.assert_close(gradient, their_gradient, rtol=1e-3, atol=1e-8)
 
 
-def test_lpips_trains_a_tokenizer(real, monkeypatch):
-    """Grey images; a few steps lower it."""
+def test_training_on_grey_images_lowers_lpips(real, monkeypatch):
     ours, _ = real
     monkeypatch.setattr("smalti.tokenizers.vqgan.losses.find_perceptual", {"lpips-vgg": ours}.get)
     torch.manual_seed(1)
     config = replace(toys.TINY["vqgan"], height=16, width=16, image_channels=1, adversarial_weight=0.0)
     (only,) = VQGAN(replace(config, perceptual="lpips-vgg", perceptual_weight=1.0)).phases(toys.CONFIG)
     batch = {"images": torch.randint(256, (4, 1, 16, 16), dtype=torch.uint8), "seeds": torch.arange(4)}
-    found = []
+    distances = []
     for _ in range(6):
         loss, terms = only.objective(batch)
         loss.backward()
         only.optimizer.step()
         only.objective.zero_grad()
-        found.append(float(terms["perceptual"]))
-    assert 0 < found[-1] < found[0]
+        distances.append(float(terms["perceptual"]))
+    assert 0 < distances[-1] < distances[0]

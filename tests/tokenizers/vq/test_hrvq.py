@@ -1,6 +1,6 @@
-"""HR-VQVAE as a tokenizer: sizes, layout, determinism, partial decoding, mixed precision, learning.
+"""HR-VQVAE as a tokenizer: sizes, layout, determinism, partial decoding, mixed precision, training.
 
-Codebooks and their losses are in test_linked.py.
+Codebooks and their losses are tested in quantizers/test_linked.py.
 """
 
 import pytest
@@ -30,7 +30,7 @@ def images_of(b: int = 2, c: int = 3, h: int = 16, w: int = 16, seed: int = 0) -
 
 @given(rows=st.integers(1, 6), columns=st.integers(1, 6), stages=st.integers(1, 3), channels=st.sampled_from([1, 3]))
 @settings(max_examples=15)
-def test_any_size_that_divides(rows, columns, stages, channels):
+def test_accepts_any_size_divisible_by_the_downsampling(rows, columns, stages, channels):
     tokenizer = tokenizer_of(widths=(4,) * stages, image_channels=channels)
     images = images_of(c=channels, h=rows * 2**stages, w=columns * 2**stages)
     (codes,) = tokenizer.encode(images)
@@ -42,47 +42,47 @@ def test_any_size_that_divides(rows, columns, stages, channels):
 
 
 @pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 18), (2, 2)])
-def test_refuses_a_size_that_does_not_divide(height, width):
+def test_refuses_sizes_not_divisible_by_the_downsampling(height, width):
     for use in (tokenizer_of().encode, tokenizer_of()):
-        with pytest.raises(UserError, match=f"{height}x{width} do not divide by 4"):
+        with pytest.raises(UserError, match=f"{height}x{width} are not divisible by 4"):
             use(images_of(h=height, w=width))
-    with pytest.raises(UserError, match="do not divide by 4"):
+    with pytest.raises(UserError, match="are not divisible by 4"):
         tokenizer_of(height=height, width=width)
 
 
 @pytest.mark.parametrize("widths", [(), (8, 0)])
-def test_refuses_to_have_no_stages(widths):
+def test_refuses_widths_without_stages_or_channels(widths):
     with pytest.raises(UserError, match="widths"):
         tokenizer_of(widths=widths)
 
 
-def test_layout_is_the_paper_s_tree_on_the_grid():
+def test_layout_has_one_digit_per_layer():
     tokenizer = tokenizer_of(height=32, width=24, depth=2, branching=5)
     assert tokenizer.layout == Layout((Level(8, 6, radices=(5, 5)),))
     assert HRVQ(HRVQConfig()).layout == Layout((Level(8, 8, radices=(8, 8, 8)),))
     assert tokenizer.downsampling == 4
 
 
-def test_far_pixels_do_not_reach_a_code():
-    """Fully convolutional: a wider canvas has the same codes where the receptive field ends before the new part."""
+def test_codes_depend_only_on_their_receptive_field():
+    """A wider image has the same codes at positions whose receptive field ends before the added part."""
     tokenizer, wide = tokenizer_of(), images_of(b=1, h=16, w=96)
-    codes, part = tokenizer.encode(wide)[0], tokenizer.encode(wide[..., :64])[0]
-    assert codes[..., :10].equal(part[..., :10])
+    codes, narrow_codes = tokenizer.encode(wide)[0], tokenizer.encode(wide[..., :64])[0]
+    assert codes[..., :10].equal(narrow_codes[..., :10])
     assert codes.unique().numel() > 1
 
 
-def test_encoding_is_deterministic_whatever_the_mode_and_keeps_no_graph():
+def test_encoding_is_deterministic_in_every_mode_and_keeps_no_graph():
     tokenizer, images = tokenizer_of(), images_of()
     (codes,) = tokenizer.encode(images)
     assert codes.dtype == torch.int64
     torch.manual_seed(5)
     assert tokenizer.train().encode(images)[0].equal(codes)
-    with torch.autograd.graph.saved_tensors_hooks(lambda _: pytest.fail("kept for a gradient"), lambda kept: kept):
+    with torch.autograd.graph.saved_tensors_hooks(lambda _: pytest.fail("saved for a gradient"), lambda saved: saved):
         tokenizer.encode(images)
 
 
-def test_decodes_the_first_digits():
-    """From i digits: the decoder on the sum of the first i layers' codewords, whatever the digits after."""
+def test_partial_decoding_uses_only_the_first_digits():
+    """Decoding i digits equals the decoder on the sum of the first i layers' codewords, for any later digits."""
     tokenizer, images = tokenizer_of(), images_of()
     codes = tokenizer.encode(images)
     level = tokenizer.layout.levels[0]
@@ -98,7 +98,7 @@ def test_decodes_the_first_digits():
         tokenizer.decode(codes, 4)
 
 
-def test_decoded_images_are_in_range_and_those_of_forward():
+def test_decoded_images_equal_the_clamped_reconstruction_of_forward():
     tokenizer, images = tokenizer_of(), images_of()
     with torch.no_grad():
         list(tokenizer.decoder.parameters())[-1].add_(0.9)  # some pixels beyond 1
@@ -121,7 +121,7 @@ def test_losses_and_images_are_float32_under_autocast():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_training_lowers_the_loss_and_moves_every_part(channels):
+def test_training_lowers_the_loss_and_reaches_every_part(channels):
     tokenizer = tokenizer_of(image_channels=channels, **GRADIENT).train()
     objective = Reconstruction(tokenizer)
     batch = {"images": ((images_of(b=8, c=channels) + 1) * 127.5).byte()}
@@ -131,13 +131,13 @@ def test_training_lowers_the_loss_and_moves_every_part(channels):
     assert set(terms) == {"mse", "reconstruction", "codebook", "commitment"}
     torch.testing.assert_close(before.detach(), sum(terms[name] for name in terms if name != "mse"))
     before.backward()
-    without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
-    assert all(name.endswith(("first.weight", "first.bias")) for name in without)  # behind weights that start at zero
+    no_gradient = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(name.endswith(("first.weight", "first.bias")) for name in no_gradient)  # followed by weights of zero
     optimizer.step()
     assert objective(batch)[0] < before
 
 
-def test_reported_mse_is_that_of_decoded_images_in_unit_range():
+def test_logged_mse_is_that_of_decoded_images_in_unit_range():
     tokenizer = tokenizer_of()
     pixels = ((images_of(b=4) + 1) * 127.5).byte()
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""VQ-VAE and VQ-VAE-2 as tokenizers, beside HR-VQVAE's test_hrvq.py; the alarm; several levels from command to file."""
+"""VQ-VAE and VQ-VAE-2 as tokenizers, warnings of codebook collapse, and VQ-VAE-2 from command to file.
+
+HR-VQVAE is tested in test_hrvq.py.
+"""
 
 import os
 import sys
@@ -30,8 +33,8 @@ def vqvae2_of(**changes) -> VQVAE2:
     return VQVAE2(VQVAE2Config(**{**SMALL, "widths": (6,), "codebook_size": 9, **changes})).eval()
 
 
-def test_a_vq_vae_is_an_hr_vqvae_of_one_layer():
-    """The same weights under the same names, the same losses, codes and images."""
+def test_vqvae_equals_hrvqvae_with_one_layer():
+    """Names of weights, losses, codes and images are the same."""
     torch.manual_seed(0)
     flat = VQVAE(VQVAEConfig(**SMALL, widths=(6, 8), codebook_size=9))
     linked = HRVQ(HRVQConfig(**SMALL, widths=(6, 8), depth=1, branching=9))
@@ -48,7 +51,7 @@ def test_a_vq_vae_is_an_hr_vqvae_of_one_layer():
 
 @given(rows=st.integers(1, 3), columns=st.integers(1, 3), stages=st.integers(1, 2), levels=st.integers(2, 3))
 @settings(max_examples=8)
-def test_each_level_is_twice_as_fine_at_any_size_that_divides(rows, columns, stages, levels):
+def test_each_level_is_twice_as_fine_at_any_divisible_size(rows, columns, stages, levels):
     tokenizer = vqvae2_of(widths=(4,) * stages, levels=levels)
     factor = 2 ** (stages + levels - 1)
     images = images_of(h=rows * factor, w=columns * factor)
@@ -59,29 +62,29 @@ def test_each_level_is_twice_as_fine_at_any_size_that_divides(rows, columns, sta
     assert all(a.equal(b) for a, b in zip(codes, output.codes, strict=True))
     decoded = tokenizer.decode(codes)
     torch.testing.assert_close(decoded, output.reconstruction.clamp(-1, 1), atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match=f"do not divide by {factor}"):
+    with pytest.raises(UserError, match=f"are not divisible by {factor}"):
         tokenizer.encode(images_of(h=rows * factor + factor // 2))
 
 
-def test_the_papers_grids():
-    """16, 8 and 4 for images of 32 (MNIST, CIFAR10) as the HR-VQVAE paper has them."""
+def test_three_levels_have_the_papers_grids():
+    """The HR-VQVAE paper has grids of 16, 8 and 4 for images of 32x32 (MNIST, CIFAR10)."""
     tokenizer = vqvae2_of(height=32, width=32, widths=(4,), levels=3, codebook_size=512)
     assert tokenizer.layout == Layout(tuple(Level(size, size, (512,)) for size in (4, 8, 16)))
 
 
-def test_finer_levels_know_what_the_coarser_say():
-    """Other codewords at a level, and the codes below change, though the image is the same; none above does."""
+def test_finer_levels_are_conditioned_on_coarser_codewords():
+    """Changing a level's codewords changes the codes of finer levels of the same image, and of no coarser level."""
     images = images_of()
     codes = vqvae2_of(levels=3).encode(images)
     for changed in range(3):
         tokenizer = vqvae2_of(levels=3)
         tokenizer.quantizers[changed].codebook_0.mul_(-20)
-        found = tokenizer.encode(images)
+        new_codes = tokenizer.encode(images)
         for level in {0, 1, 2} - {changed}:
-            assert codes[level].equal(found[level]) == (level < changed)
+            assert codes[level].equal(new_codes[level]) == (level < changed)
 
 
-def test_every_level_reaches_the_image():
+def test_decoded_image_depends_on_every_level():
     tokenizer = vqvae2_of(levels=3)
     codes = tokenizer.encode(images_of())
     whole = tokenizer.decode(codes)
@@ -91,29 +94,29 @@ def test_every_level_reaches_the_image():
 
 
 @pytest.mark.parametrize("levels", [1, 4])
-def test_other_numbers_of_levels_are_refused(levels):
+def test_unsupported_numbers_of_levels_are_refused(levels):
     with pytest.raises(UserError, match=f"levels must be 2 or 3, got {levels}"):
         vqvae2_of(levels=levels)
 
 
 def test_losses_are_the_sums_over_levels():
-    """Each level's by its own quantizer from its own z_e; all parts learn, the coarse levels through the fine ones."""
+    """Also checks that every part gets gradients, coarse levels through the finer ones."""
     tokenizer = vqvae2_of(levels=3, codebook_learning="gradient").train()
-    seen, images = [], images_of()
+    outputs, images = [], images_of()
     for quantizer in tokenizer.quantizers:
-        quantizer.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+        quantizer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     output = tokenizer(images)
     for name in ("codebook", "commitment"):
-        torch.testing.assert_close(output.losses[name], sum(out.losses[name] for _, out in seen))
+        torch.testing.assert_close(output.losses[name], sum(each.losses[name] for each in outputs))
     expected = (output.reconstruction - images).square().mean()
     torch.testing.assert_close(output.losses["reconstruction"], expected)
     sum(output.losses.values()).backward()
-    without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
-    assert all(name.endswith(("first.weight", "first.bias")) for name in without)  # behind weights that start at zero
+    no_gradient = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(name.endswith(("first.weight", "first.bias")) for name in no_gradient)  # followed by weights of zero
 
 
 @pytest.mark.parametrize("make", [vqvae2_of, lambda **more: VQVAE(VQVAEConfig(**SMALL, widths=(6, 8), **more))])
-def test_the_start_is_from_the_images_or_left_out(make):
+def test_kmeans_start_uses_all_codewords_and_can_be_turned_off(make):
     tokenizer, images = make(kmeans_start=False), images_of(16)
     before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
     tokenizer.init_from_data(images)
@@ -129,24 +132,24 @@ def rows(tmp_path):
     return ImageRows(open_images(str(tmp_path), height=16, width=16), split="all", flips=False)
 
 
-def test_the_alarm_counts_by_level_and_digit(rows):
-    """Against a count over all codes at once."""
+def test_codebook_usage_is_measured_per_level_and_digit(rows):
+    """Compares with counts over all codes at once."""
     torch.manual_seed(0)
     tokenizer = HRVQ(HRVQConfig(**SMALL, widths=(6,), depth=2, branching=3))
     images = rows.__getitems__(range(40))["images"].float() / 127.5 - 1
     tokenizer.init_from_data(images)
-    found = CodebookAlarm().measure(tokenizer, rows)
+    measured = CodebookAlarm().measure(tokenizer, rows)
     (codes,) = tokenizer.encode(images)
     for name, digit_codes, size in [("_first_1", codes // 3, 3), ("", codes, 9)]:
         frequencies = np.bincount(digit_codes.flatten(), minlength=size) / codes.numel()
-        assert found[f"codes_used{name}"] == pytest.approx((frequencies > 0).mean())
+        assert measured[f"codes_used{name}"] == pytest.approx((frequencies > 0).mean())
         entropy = -sum(p * np.log(p) for p in frequencies if p)
-        assert found[f"code_perplexity{name}"] == pytest.approx(np.exp(entropy))
+        assert measured[f"code_perplexity{name}"] == pytest.approx(np.exp(entropy))
     two = CodebookAlarm().measure(vqvae2_of(), rows)
     assert set(two) == {f"{name}_{level}" for name in ("codes_used", "code_perplexity") for level in (0, 1)}
 
 
-def test_a_collapse_is_said_once_with_the_remedy_that_is_missing(rows, capsys):
+def test_codebook_collapse_warns_once_with_a_remedy(rows, capsys):
     def collapsed(**more):
         tokenizer = vqvae2_of(codebook_size=64, **more)
         tokenizer.init_from_data(rows.__getitems__(range(40))["images"].float() / 127.5 - 1)
@@ -157,16 +160,16 @@ def test_a_collapse_is_said_once_with_the_remedy_that_is_missing(rows, capsys):
             alarm.measure(tokenizer, rows)
         return capsys.readouterr().err.strip().splitlines()
 
-    (said,) = collapsed()
-    assert said.startswith("warning: level 1 collapses: ")
-    assert "of 64 codes are in use, perplexity " in said
-    assert said.endswith("Try fewer codes, more images, or a lower --learning-rate")
+    (warning,) = collapsed()
+    assert warning.startswith("warning: level 1 collapses: ")
+    assert "of 64 codes are in use, perplexity " in warning
+    assert warning.endswith("Try fewer codes, more images, or a lower --learning-rate")
     assert "Try --revive-below 0.05" in collapsed(revive_below=0.0)[0]
     assert "Try --kmeans-start" in collapsed(kmeans_start=False)[0]
 
 
-def test_two_levels_from_images_to_pictures_of_codes(tmp_path, monkeypatch, capfd):
-    """Trained, built, verified, drawn: each by its command."""
+def test_vqvae2_commands_train_build_and_inspect(tmp_path, monkeypatch, capfd):
+    """Trains a tokenizer of two levels, builds its latent set, verifies it and plots its codes, each by its command."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "img", count=30)
     AcceleratorState._reset_state(reset_partial_state=True)
