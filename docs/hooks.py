@@ -1,4 +1,4 @@
-"""Hooks of the documentation's build (`mkdocs.yml`): the package as mkdocstrings can read it, and pages from the root."""
+"""Hooks of the documentation's build (`mkdocs.yml`): a package that mkdocstrings can read, and pages from the root."""
 
 import re
 import shutil
@@ -10,7 +10,11 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-ROOT_PAGES = {"ARCHITECTURE.md": "architecture.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ROOT_PAGES = {
+    "ARCHITECTURE.md": "architecture.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 
 
 @event_priority(100)  # before mkdocstrings reads its paths
