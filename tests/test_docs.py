@@ -179,6 +179,14 @@ def test_architecture_names_existing_paths():
     assert {path for path in paths - examples if not any((folder / path).exists() for folder in nested)} == set()
 
 
+def test_code_names_existing_pages():
+    """Help texts and docstrings point to pages; studies write theirs where they are."""
+    folders = ("src", "scripts", "studies", "benchmarks", "tokenizers", "latentsets", "priors", "examples")
+    files = [file for folder in folders for file in ROOT.glob(f"{folder}/**/*.py")]
+    named = {name for file in files for name in re.findall(r"\bdocs/[\w/-]+\.md", file.read_text())}
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder in which the README's commands were run at toy size, from training to inpainting."""
