@@ -223,7 +223,7 @@ def test_readme_programs_run(trained, monkeypatch):
         exec(compile(program, "README.md", "exec"), {})
 
 
-def test_library_programs_run(trained, monkeypatch, capsys):
+def test_library_programs_run(trained, monkeypatch):
     monkeypatch.chdir(trained)
     for copy, original in {"prior": "priors/photos", "tokenizer": "tokenizers/photos"}.items():
         (trained / "runs/demo").mkdir(exist_ok=True)
@@ -234,5 +234,4 @@ def test_library_programs_run(trained, monkeypatch, capsys):
     assert call(monkeypatch, "train-prior", [*pixelcnn.split(), "--precision", "fp32"]) == 0
     for program in programs(LIBRARY):
         exec(compile(program, "library.md", "exec"), {})
-    assert "ancestral" not in capsys.readouterr().err
     assert (trained / "fill-2.png").exists()
