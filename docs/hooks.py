@@ -23,10 +23,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
     Its parser skips folders without one, and the folders in the root must have none (ARCHITECTURE.md gives the reason).
     """
-    folder = Path(tempfile.mkdtemp(prefix="smalti-docs-"))
-    config.extra["package_copy"] = str(folder)
+    folder = Path(PACKAGE_COPY.name)
     ignored = shutil.ignore_patterns("__pycache__", "*.parquet")
-    shutil.copytree(ROOT / "src" / "smalti", folder / "smalti", ignore=ignored)
+    shutil.copytree(ROOT / "src" / "smalti", folder / "smalti", ignore=ignored, dirs_exist_ok=True)
     for directory in [path for path in folder.glob("smalti/**/") if path.is_dir()]:
         (directory / "__init__.py").touch()
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(folder)]
@@ -41,8 +40,3 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             text = text.replace(f"]({other}", f"]({target}")
         files.append(File.generated(config, page, content=text))
     return files
-
-
-def on_post_build(config: MkDocsConfig) -> None:
-    """Removes the copy of the package."""
-    shutil.rmtree(config.extra["package_copy"], ignore_errors=True)
