@@ -10,11 +10,8 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-ROOT_PAGES = {
-    "ARCHITECTURE.md": "architecture.md",
-    "CONTRIBUTING.md": "contributing.md",
-    "CHANGELOG.md": "changelog.md",
-}
+ROOT_PAGES = {f"{name.upper()}.md": f"{name}.md" for name in ("architecture", "contributing", "changelog")}
+PACKAGE_COPY = tempfile.TemporaryDirectory(prefix="smalti-docs-")  # removed when Python exits
 
 
 @event_priority(100)  # before mkdocstrings reads its paths
