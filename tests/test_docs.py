@@ -179,6 +179,17 @@ def test_architecture_names_existing_paths():
     assert {path for path in paths - examples if not any((folder / path).exists() for folder in nested)} == set()
 
 
+def test_architecture_names_existing_symbols():
+    """As in "`Class.method` in `file`", the last two words of a table's cell."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    pairs = re.findall(r"`(?:\w+\.)?(\w+)`(?: and `\w+\.\w+`)? (?:in |\()`([\w/]+\.py)`", text)
+    sources = {file: (ROOT / file).read_text() for _, file in pairs}
+    assert len(pairs) > 6
+    assert [
+        pair for pair in pairs if not re.search(rf"\b(?:def|class) {pair[0]}\b|^{pair[0]}\b", sources[pair[1]], re.M)
+    ] == []
+
+
 def test_code_names_existing_pages():
     """Help texts and docstrings point to pages; studies write theirs where they are."""
     folders = ("src", "scripts", "studies", "benchmarks", "tokenizers", "latentsets", "priors", "examples")
