@@ -1,20 +1,24 @@
-# The commands of a clone. Each does its own set-up, so it works as the first thing typed on a machine that has Python 3.11 or newer, make and git.
-# DEV_EXTRAS has a name because its comma would part the arguments of a call.
-# What is installed is pinned in constraints.txt. Where packages come from is pip's own configuration (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, ...).
+# Commands for a checkout. Each does its own set-up, so it works as the first command on a machine with Python 3.11 or newer, make and git.
+# DEV_EXTRAS is a variable because its comma would separate the arguments of a call.
+# Versions are pinned in constraints.txt. pip's own configuration (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, ...) selects the package index.
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL: # the two set-ups below write to one environment
-.PHONY: help setup demo lint type test bench clean
+.NOTPARALLEL: # the set-ups below write to one environment
+.PHONY: help setup demo lint type test bench docs clean
 
-unexport PYTHONDONTWRITEBYTECODE # where it is set, every process would compile anew all that it imports: seconds each
+unexport PYTHONDONTWRITEBYTECODE # with it, every process would compile its imports again, which takes seconds
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-# Written last, so that each exists only beside a finished install. An install that was cut short starts from an empty environment (what was
-# downloaded is in pip's cache): pip takes a package whose files are half there for installed.
+# These stamps are written last, so each exists only after a finished install. After an interrupted install, which leaves no $(RUNTIME), the next one
+# starts from an empty environment, because pip takes packages with half of their files for installed. Downloads are in pip's cache.
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 DEV_EXTRAS := .[dev,metrics,app,bench]
+ifeq ($(wildcard $(RUNTIME)),)
+$(shell rm -f $(DEV) $(DOCS))
+endif
 
 define FIND_PYTHON
 for python in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -25,7 +29,7 @@ endef
 
 define INSTALL
 @test -e $(RUNTIME) || { $(FIND_PYTHON); }
-@rm -f $(RUNTIME) $(DEV)
+@rm -f $(RUNTIME)
 $(PYTHON) -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable $(1)
 @touch $(RUNTIME)
 endef
@@ -37,12 +41,16 @@ $(DEV): pyproject.toml constraints.txt
 	$(call INSTALL,'$(DEV_EXTRAS)')
 	@touch $@
 
+$(DOCS): pyproject.toml constraints.txt
+	$(call INSTALL,'.[docs]')
+	@touch $@
+
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup: $(DEV) ## install smalti and the tools of its developers into .venv
 
-# glibc keeps memory for the next step, in place of giving it back to the system each time; elsewhere nothing reads these
+# glibc keeps memory for the next step instead of returning it to the system; other C libraries ignore these
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 demo: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 demo: $(RUNTIME) ## train on the embedded emoji, sample and inpaint, into runs/demo
@@ -61,6 +69,10 @@ test: $(DEV) ## run the tests
 bench: $(RUNTIME) ## measure the speeds that the documentation states
 	$(PYTHON) scripts/benchmark.py
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(DOCS) ## build the documentation as a site, into site/
+	$(PYTHON) -m mkdocs build --strict
+
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
