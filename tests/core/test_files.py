@@ -46,7 +46,7 @@ def test_an_error_leaves_what_was_there_and_no_litter(tmp_path, before, error):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from smalti.files import whole_file
+from smalti.core.files import whole_file
 with whole_file(Path(sys.argv[1])) as partial:
     partial.write_text("half of a long text")
     os.kill(os.getpid(), signal.SIGKILL)

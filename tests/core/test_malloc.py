@@ -9,7 +9,7 @@ import pytest
 
 FAULTS_OF_A_LOOP = """
 import resource, torch
-from smalti.runtime import keep_freed_memory
+from smalti.core.malloc import keep_freed_memory
 torch.set_num_threads(1)
 kept = keep_freed_memory()
 def work():
@@ -25,7 +25,7 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 MEMORY_AFTER_A_PEAK = """
 import re
 from pathlib import Path
-from smalti.runtime import give_back_freed_memory, keep_freed_memory
+from smalti.core.malloc import give_back_freed_memory, keep_freed_memory
 def mebibytes():
     return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 keep_freed_memory()

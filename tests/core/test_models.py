@@ -23,7 +23,7 @@ of_every_kind = pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kin
 
 def make(family, kind, seed=0):
     torch.manual_seed(seed)
-    model = models.find(family, kind)(toys.TINY[kind]).eval()
+    model = models.class_of_kind(family, kind)(toys.TINY[kind]).eval()
     for parameter in model.parameters():  # what starts at zero would hide a weight that was not loaded
         torch.nn.init.normal_(parameter, std=0.3)
     model.provenance = {"image_source": "emoji", "nested": {"flips": True}}
@@ -227,8 +227,8 @@ def test_a_config_survives_json_with_its_tuples(config):
 
 def test_a_kind_with_a_typo_is_told_the_nearest():
     with pytest.raises(UserError, match="did you mean 'hrvq'"):
-        models.find("tokenizer", "hrqv")
+        models.class_of_kind("tokenizer", "hrqv")
     with pytest.raises(UserError, match=r"kinds: .*hourglass"):
-        models.find("prior", "zzzz")
+        models.class_of_kind("prior", "zzzz")
     with pytest.raises(UserError, match="there is no prior of kind 'hrvq'"):
-        models.find("prior", "hrvq")
+        models.class_of_kind("prior", "hrvq")

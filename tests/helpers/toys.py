@@ -160,7 +160,7 @@ def make(family, kind):
     """The same of a registered kind."""
     config, generator = TINY[kind], torch.Generator().manual_seed(0)
     torch.manual_seed(1)
-    model = models.find(family, kind)(config)
+    model = models.class_of_kind(family, kind)(config)
     shape = (ROWS + 5, config.height, config.width)
     if kind == "realnvp":
         objective = model.method.objective(model, model.method.objective_config())
@@ -267,8 +267,8 @@ def untrained_pair():
         4, 8, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     )
     tokenizer_config = HRVQConfig(8, 16, widths=(6,), residual_blocks=3, code_width=5, depth=2, branching=3)
-    prior = models.find("prior", "hourglass")(prior_config).eval()
-    tokenizer = models.find("tokenizer", "hrvq")(tokenizer_config).eval()
+    prior = models.class_of_kind("prior", "hourglass")(prior_config).eval()
+    tokenizer = models.class_of_kind("tokenizer", "hrvq")(tokenizer_config).eval()
     for parameter in tokenizer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # residual blocks start as the identity, which sees no neighbours
     tokenizer.init_from_data(torch.rand(16, 3, 8, 16) * 2 - 1)

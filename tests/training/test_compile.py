@@ -55,7 +55,7 @@ def draws(folder):
         ("maskgit", sample_masked, MaskedSampling(steps=4, temperature=(1.0, 0.5))),
     ):
         torch.manual_seed(0)
-        prior = models.find("prior", kind)(replace(toys.TINY[kind], depth=(1,), shorten=())).eval()
+        prior = models.class_of_kind("prior", kind)(replace(toys.TINY[kind], depth=(1,), shorten=())).eval()
         known = torch.arange(6).view(1, *prior.level.shape).repeat(3, 1, 1)
         given = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "labels": rows - 1}
         eager, compiled = (

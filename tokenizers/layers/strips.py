@@ -38,7 +38,7 @@ def in_bounded_memory(network: nn.Sequential, x: Float[Tensor, "b c h w"]) -> Fl
     """
     _, c, h, w = x.shape
     given = _Map((c, h, w), _rows_of(x[:1]))
-    largest, limit = _applied(network, given).largest, LARGEST_WHOLE[x.device.type]
+    largest, limit = _applied(network, given).largest, LARGEST_WHOLE.get(x.device.type, LARGEST_WHOLE["cpu"])
     if torch.is_grad_enabled() or len(x) * largest <= limit:
         return network(x)
     if largest <= limit:

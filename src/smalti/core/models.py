@@ -120,7 +120,7 @@ def kinds(family: Family) -> list[str]:
     return sorted({kind for owner, kind in (*_MODULES, *_CLASSES) if owner == family})
 
 
-def find(family: Family, kind: str) -> "type[Checkpointed]":
+def class_of_kind(family: Family, kind: str) -> "type[Checkpointed]":
     """The class of a kind.
 
     Raises:
@@ -142,7 +142,7 @@ def load(source: str | Path, family: Family) -> Any:
         UserError: if there is nothing at `source`, it is of another family, its config has missing or unknown fields,
             its weights have missing or unknown names or other shapes, or its bytes are not those that were saved.
     """
-    folder, cls = locate(source), find_class(source, family)
+    folder, cls = locate(source), class_of_checkpoint(source, family)
     described = read_config(folder)
     model = cls(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
     model.provenance = described["provenance"]
@@ -162,7 +162,7 @@ def load(source: str | Path, family: Family) -> Any:
     return model.eval()
 
 
-def find_class(source: str | Path, family: Family) -> type[Checkpointed]:
+def class_of_checkpoint(source: str | Path, family: Family) -> type[Checkpointed]:
     """The class of a trained model, which is not loaded.
 
     Raises:
@@ -171,7 +171,7 @@ def find_class(source: str | Path, family: Family) -> type[Checkpointed]:
     described = read_config(locate(source))
     if described["family"] != family:
         raise UserError(f"{source} holds a {described['family']} ({described['kind']}), but a {family} is needed here")
-    return find(family, described["kind"])
+    return class_of_kind(family, described["kind"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

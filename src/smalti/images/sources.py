@@ -65,7 +65,7 @@ def open_table(source: str, *, image_column: str | None = None, label_column: st
             meant.
     """
     if source == EMOJI:
-        with as_file(files("smalti") / "data" / "emoji32.parquet") as path:
+        with as_file(files("smalti.images") / "data" / "emoji32.parquet") as path:
             rows = _read_parquet([path], source).cast_column("image", datasets.Image(decode=False))
             return Table(rows, image_column="image", label_column="label", key_column="codepoints")
     root, paths = _list_files(source)

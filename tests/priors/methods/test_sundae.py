@@ -137,8 +137,8 @@ def test_the_whole_loss_is_one_graph_to_the_compiler():
     """Traced only, as compiling takes minutes. In a process of its own, without the shape checks of the tests."""
     script = """
 import torch
-from smalti.priors.hourglass import Hourglass, HourglassConfig
-from smalti.priors.sundae import Sundae, SundaeConfig
+from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+from smalti.priors.methods.sundae import Sundae, SundaeConfig
 
 prior = Hourglass(HourglassConfig(3, 5, (130, 2), model_width=16, heads=2, depth=(1,), shorten=()))
 objective = Sundae(prior, SundaeConfig())

@@ -134,7 +134,7 @@ def test_networks_that_cannot_be_are_refused(change, message):
 def test_a_preset_has_the_published_network(name, grid, radix, attends_at, parameters):
     _, config = default_config(name, "vqgan")
     with torch.device("meta"):
-        tokenizer = models.find("tokenizer", "vqgan")(config.model)
+        tokenizer = models.class_of_kind("tokenizer", "vqgan")(config.model)
     assert tokenizer.layout == Layout((Level(grid, grid, (radix,)),))
     assert [config.model.height >> stage for stage in config.model.attention_stages] == [attends_at]
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6 == pytest.approx(parameters, abs=0.5)
