@@ -49,7 +49,7 @@ def test_muon_makes_the_update_nearly_orthogonal():
 
 
 def test_batches_of_matrices_take_the_steps_that_torchs_muon_takes_one_by_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(optimizers, "multiplies_bf16", lambda kind: True)  # which torch's always takes
+    monkeypatch.setattr(optimizers, "has_native_bf16", lambda kind: True)  # which torch's always takes
     ours, theirs = (
         nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 4)) for _ in range(2)
     )
@@ -76,7 +76,7 @@ def test_matrices_are_orthogonalized_alike_in_either_arithmetic(monkeypatch: pyt
     """Each where it is fast; both to within what bfloat16 rounds off."""
     matrices, made = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0)), {}
     for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(optimizers, "multiplies_bf16", lambda kind, has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(optimizers, "has_native_bf16", lambda kind, has_bf16=has_bf16: has_bf16)
         made[dtype] = orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)
         assert made[dtype].dtype == dtype
     assert (made[torch.bfloat16].float() - made[torch.float32]).norm() < 0.05 * made[torch.float32].norm()

@@ -7,9 +7,10 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from smalti.commands.model_paths import prior_class
+from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
 from smalti.core.files import write_json
 from smalti.core.provenance import versions
@@ -107,7 +108,8 @@ def _repeat(config: Again) -> Scores:
         settings = before["settings"]
         if isinstance(settings.get("prior"), str):  # of inpainting, before it took the priors of several levels
             settings["prior"] = [settings["prior"]]
-        judge = _from_json(config_for(settings["of"], settings.get("prior", [""])[0]), settings)
+        config_class = config_for(settings["of"], settings.get("prior", [""])[0])
+        judge = config_from_json(config_class, settings, str(config.again))
         scores_before, conditions_before = before["scores"], before["conditions"]
     except OSError as error:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error
@@ -130,24 +132,3 @@ def _repeat(config: Again) -> Scores:
     ]
     print(f"\n{'; '.join(changed) if changed else f'the same as {config.again}, but for speeds'}")
     return scores
-
-
-def _from_json(cls: Any, fields: dict[str, Any]) -> Any:
-    """A nested config, from what JSON kept of its `dataclasses.asdict`.
-
-    Raises:
-        KeyError: for a field that is missing, or one too many.
-    """
-    plain = get_origin(cls) or cls
-    chosen = dict(zip(getattr(plain, "__parameters__", ()), get_args(cls), strict=True))
-    hints, values = get_type_hints(plain), dict(fields)
-    for field in dataclasses.fields(plain):
-        value, kind = values.pop(field.name), chosen.get(hints[field.name], hints[field.name])
-        if dataclasses.is_dataclass(kind):
-            value = _from_json(kind, value)
-        elif kind is Path:
-            value = Path(value)
-        fields = {**fields, field.name: tuple(value) if isinstance(value, list) else value}
-    if values:
-        raise KeyError(next(iter(values)))
-    return cls(**fields)

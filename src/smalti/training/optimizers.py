@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from smalti.core.devices import multiplies_bf16
+from smalti.core.devices import has_native_bf16
 from smalti.training.fsdp import full, local, share, split_like, total_norm
 
 OptimizerName: TypeAlias = Literal["adamw", "muon", "adamax"]
@@ -86,7 +86,7 @@ def orthogonalized(
     In bf16, which is exact enough, where it is fast; else in fp32: for 256 rows of 720 on a CPU without AMX, 29 ms in
     place of 730.
     """
-    x = matrices.bfloat16() if multiplies_bf16(matrices.device.type) else matrices.float()
+    x = matrices.bfloat16() if has_native_bf16(matrices.device.type) else matrices.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     a, b, c = coefficients
     for _ in range(steps):
