@@ -20,7 +20,7 @@ from smalti.core.models import WEIGHTS_NAME
 from smalti.training import loop as fit_file
 from smalti.training.accelerator import accelerator
 from smalti.training.config import Phase
-from smalti.training.optimizers import Together, step_unless_on_device
+from smalti.training.optimizers import CombinedOptimizer, step_unless_on_device
 from smalti.training.run_folder import Run
 from smalti.training.signals import Interrupted
 
@@ -56,7 +56,7 @@ def stopping(rows):
 
 
 def as_on_a_device(optimizer, bad):
-    for part in optimizer.parts if isinstance(optimizer, Together) else [optimizer]:
+    for part in optimizer.parts if isinstance(optimizer, CombinedOptimizer) else [optimizer]:
         step_unless_on_device(part, bad)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from smalti.core.errors import OneProcessError, UserError
 from smalti.core.models import WEIGHTS_NAME
 from smalti.training.nan_and_stalls import Buffers, Health, explained, poisoned
-from smalti.training.optimizers import Together, make_optimizer, step_unless_on_device
+from smalti.training.optimizers import CombinedOptimizer, make_optimizer, step_unless_on_device
 from smalti.training.run_folder import Run
 
 
@@ -114,7 +114,7 @@ def test_a_step_is_skipped_on_the_device_without_a_look(name, steps_before):
             loss = net(torch.full((5, 3), 0.5 + step - sum(bad < step for bad in bad_steps))).square().sum()
             bad = torch.tensor(step in bad_steps)
             (loss * math.nan if step in bad_steps else loss).backward()
-            for part in optimizer.parts if isinstance(optimizer, Together) else [optimizer]:
+            for part in optimizer.parts if isinstance(optimizer, CombinedOptimizer) else [optimizer]:
                 step_unless_on_device(part, bad)
         return [parameter.detach() for parameter in net.parameters()]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from smalti.training import optimizers
-from smalti.training.optimizers import BETAS, MUON_TIMES, Together, make_optimizer, orthogonalized, restore
+from smalti.training.optimizers import BETAS, MUON_RATE_FACTOR, CombinedOptimizer, make_optimizer, orthogonalized, restore
 
 
 def network() -> nn.Module:
@@ -30,7 +30,7 @@ def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest():
     taken = [{names[id(p)] for group in part.param_groups for p in group["params"]} for part in (adamw, muon)]
     assert taken == [{"0.weight", "1.bias", "2.weight", "2.bias"}, {"1.weight", "3.weight"}]
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.5, 0.0]  # matrices only
-    assert {group["lr"] for group in muon.param_groups} == {MUON_TIMES * 0.1}
+    assert {group["lr"] for group in muon.param_groups} == {MUON_RATE_FACTOR * 0.1}
 
 
 def test_a_module_without_linear_layers_is_adamw_alone():
@@ -56,7 +56,7 @@ def test_batches_of_matrices_take_the_steps_that_torchs_muon_takes_one_by_one(mo
     theirs.load_state_dict(ours.state_dict())
     _, muon = make_optimizer(ours, "muon", learning_rate=0.01, weight_decay=0.1).parts
     weights = [layer.weight for layer in theirs]
-    reference = torch.optim.Muon(weights, lr=0.01 * MUON_TIMES, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(weights, lr=0.01 * MUON_RATE_FACTOR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for seed in range(4):
         draw = torch.Generator().manual_seed(seed)
         for mine, other in zip(ours, theirs, strict=True):
@@ -102,7 +102,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened():
     for seed in range(2):
         step(stopped, first, seed)
     second = make_optimizer(stopped, "muon", learning_rate=0.5)  # the rate comes from the state
-    assert isinstance(second, Together)
+    assert isinstance(second, CombinedOptimizer)
     restore(second, first.state_dict())
     for seed in range(2, 4):
         step(stopped, second, seed)

@@ -30,7 +30,7 @@ def device(name: Device) -> torch.device:
     """
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(name):
-        raise UserError(f"--device {name}: this machine has none; leave --device out to use the best one it has")
+        raise UserError(f"--device {name}: there is none here; leave --device out to use the best device")
     return best_device() if name == "auto" else torch.device(name)
 
 

@@ -1,7 +1,7 @@
 """RealNVP on grids of real-valued latents: a normalizing flow with exact inverse, log-determinant and density.
 
-It is in core because two wings use it: selfVAE has a flow as the prior in its ELBO, and the prior `realnvp` trains one on
-a latent set.
+It is in core because two wings use it: selfVAE has a flow as the prior in its ELBO, and the prior `realnvp` trains one
+on a latent set.
 
 Legend: b batch, c channels, h w grid.
 """
