@@ -59,8 +59,8 @@ class FitConfig:
     trackers: tuple[str, ...] = ()
     """Further loggers, by Accelerate's names (`tensorboard wandb`); metrics.jsonl is always written."""
     stall_seconds: int = 1_800
-    """Stall watchdog: if no step ends for this long, print the stacks of all threads and exit with status 75. 0 disables
-    it."""
+    """Stall watchdog: if no step ends for this long, print the stacks of all threads and exit with status 75. 0
+    disables it."""
 
     def __post_init__(self) -> None:
         require_at_least_one(

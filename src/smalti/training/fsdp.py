@@ -1,4 +1,4 @@
-"""FSDP2: models sharded among processes. Each process holds a shard of every weight, gradient, average and optimizer state.
+"""FSDP2: models sharded among processes, each with a shard of every weight, gradient, average and optimizer state.
 
 Only this file handles sharded tensors and reads Accelerate's FSDP configuration. Without FSDP every process holds the
 whole model, and the functions here return tensors unchanged.
@@ -63,7 +63,8 @@ def shard(
 ) -> None:
     """Shards an objective in place, together with its optimizer, which has no state yet.
 
-    Parameters stay float32 in mixed precision, and autocast converts them: in half precision codebooks would lose codes.
+    Parameters stay float32 in mixed precision, where autocast converts them: in half precision codebooks would lose
+    codes.
 
     Args:
         objective: equal on all processes. Everything outside the blocks is gathered for the whole forward and backward

@@ -124,7 +124,7 @@ def _check(accelerator: Accelerator, config: FitConfig) -> None:
 
 
 def _shard(accelerator: Accelerator, phases: Sequence[Phase], model: Checkpointed) -> Checkpointed:
-    """Shards the model if Accelerate is configured for FSDP. Returns the full model, to be saved by the main process."""
+    """Shards the model if Accelerate is configured for FSDP. Returns the full model, for the main process to save."""
     plugin = fsdp_plugin(accelerator)
     if plugin is None:
         return model
@@ -166,7 +166,7 @@ def _batches(accelerator: Accelerator, data: RowData, config: FitConfig, steps: 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A phase, its objective wrapped for data-parallel training, its buffers, and its modules that learn after steps."""
+    """A phase, its objective wrapped for data-parallel training, its buffers, and the modules that learn after steps."""
 
     phase: Phase
     wrapped: nn.Module
@@ -222,7 +222,7 @@ def _step(
 
 
 def _gradients(accelerator: Accelerator, objective: nn.Module, batch: Batch, count: int) -> dict[str, Tensor]:
-    """Gradient accumulation: adds up the gradients of `count` micro-batches. Returns the means of what they measured."""
+    """Gradient accumulation: sums the gradients of `count` micro-batches. Returns the means of what they measured."""
     columns = zip(*(tensor.chunk(count) for tensor in batch.values()), strict=True)
     micro_batches = [dict(zip(batch, tensors, strict=True)) for tensors in columns]
     means: dict[str, Tensor] = {}

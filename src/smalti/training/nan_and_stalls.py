@@ -43,7 +43,7 @@ class SkippedSteps:
 
 
 def spread_nan(loss: Tensor) -> Tensor:
-    """Multiplies the loss by one if it is finite, otherwise by NaN, so that every gradient on every process becomes NaN."""
+    """Multiplies a finite loss by one and any other by NaN, so that every gradient on every process becomes NaN."""
     return loss * (loss.detach() * 0 + 1)
 
 

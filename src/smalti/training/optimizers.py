@@ -143,7 +143,7 @@ def unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
 
 
 def step_unless(optimizer: Optimizer, bad: Bool[Tensor, ""]) -> None:
-    """Takes a step unless `bad` is true, which leaves parameters and state unchanged. Does not synchronize with a GPU."""
+    """Takes a step unless `bad` is true, which leaves parameters and state unchanged. Does not wait for a GPU."""
     if bad.device.type == "cpu":
         if not bad:
             optimizer.step()

@@ -17,8 +17,8 @@ from smalti.training.snapshots import States
 RUN_NAME, METRICS_NAME = "run.json", "metrics.jsonl"
 
 Resume: TypeAlias = Literal["auto", "never"] | int
-"""`auto`: resume from the newest intact snapshot, if there is one. `never`: delete the run in the folder. A number: resume
-from the snapshot of that step and delete what came after."""
+"""`auto`: resume from the newest intact snapshot, if there is one. `never`: delete the run in the folder. A number:
+resume from the snapshot of that step and delete what came after."""
 
 # Settings that may change when a run resumes. Except for `steps`, they do not change the result beyond rounding. With
 # more steps, the learning rate follows the schedule of the longer run from then on.
