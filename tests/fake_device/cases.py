@@ -85,7 +85,7 @@ def test_a_bad_batch_leaves_no_trace(optimizer, tmp_path, impatient):
 
     def train(name):
         config = replace(toys.CONFIG, optimizer=optimizer)
-        toys.train(tmp_path / name, config=config, wrap=lambda rows: toys.Bad(rows, {3}))
+        toys.train(tmp_path / name, config=config, wrap=lambda rows: toys.BadRows(rows, {3}))
         return load_file(tmp_path / name / WEIGHTS_NAME), toys.measured(tmp_path / name)[-2]["skipped_steps"]
 
     (one, skipped), (other, also_skipped) = on_both(train)

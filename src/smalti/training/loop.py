@@ -166,7 +166,7 @@ def _batches(accelerator: Accelerator, data: RowData, config: FitConfig, steps: 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A phase, its objective wrapped for data-parallel training, its buffers, and the modules that learn after steps."""
+    """A phase, its objective wrapped for data-parallel training, its buffers, and modules that learn after steps."""
 
     phase: Phase
     wrapped: nn.Module

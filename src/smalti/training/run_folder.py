@@ -103,9 +103,8 @@ class Run:
     def _delete_metrics_after(self, step: int) -> None:
         metrics = self.folder / METRICS_NAME
         if metrics.exists():
-            lines = [
-                line for line in metrics.read_text().splitlines() if line.endswith("}")
-            ]  # a kill may truncate the last
+            # a kill may have truncated the last line
+            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
             with whole_file(metrics) as partial:
                 partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
