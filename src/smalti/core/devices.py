@@ -61,7 +61,7 @@ def resolve(precision: Precision, device: torch.device | None = None) -> Literal
 
 @cache
 def has_native_bf16(kind: str) -> bool:
-    """Whether a device type, such as `cuda` or `cpu`, has hardware for matrix products in bf16.
+    """Returns whether a device type, such as `cuda` or `cpu`, has hardware for matrix products in bf16.
 
     Without it torch emulates bf16 slowly: on CPUs without AMX, some 25 times slower than fp32.
     """

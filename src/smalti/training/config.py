@@ -16,7 +16,7 @@ from smalti.training.optimizers import BETAS, Optimizer, OptimizerName, make_opt
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How to train. Steps, not epochs, are counted. Batch size and rates are of all processes together."""
+    """Settings of a training run, in steps, not epochs. Batch size and rates are those of all processes together."""
 
     steps: int = 1_000
     """Number of optimizer steps."""

@@ -90,12 +90,12 @@ def shard(
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was applied to the module."""
+    """Returns whether `shard` was applied to the module."""
     return hasattr(module, "unshard")
 
 
 def _is_dtensor(value: object) -> TypeGuard[Any]:
-    """Whether a value is a sharded tensor (DTensor), without importing its module, which takes a second."""
+    """Returns whether a value is a sharded tensor (DTensor), without importing its module, which takes a second."""
     return hasattr(value, "full_tensor")
 
 
