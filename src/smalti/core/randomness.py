@@ -2,7 +2,7 @@
 
 A stateful generator ties a draw to everything drawn before it: the batch, the process and the history of the run.
 With a hash, a sample depends on its own seed only and not on its batch, a resumed run needs no generator state, and two
-processes draw the same numbers as one. Networks' initial weights are not drawn here; torch initializes them.
+processes draw the same numbers as one. Networks' initial weights are drawn by torch's own generator.
 """
 
 import math

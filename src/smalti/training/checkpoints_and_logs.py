@@ -29,7 +29,7 @@ from smalti.training.optimizers import restore
 from smalti.training.run_folder import Run
 
 HELD_OUT_ROWS = 1_024
-"""Most rows of a held-out loss: enough to know it to about one per cent."""
+"""Largest number of rows of a held-out loss, which determines it to about one per cent."""
 
 OnReport: TypeAlias = Callable[[int, Any], Mapping[str, float] | None]
 """Called with the number of steps done and the model; what it returns is logged."""
@@ -135,6 +135,7 @@ class CheckpointsAndLogs:
         ]
         learned = gather_full({"phases": phases, "ema": self.ema.state_dict()}, keep=main)
         if main:
+            # the names in the file stay what they were, so that older snapshots can be resumed
             counts = {"health": list(self.skipped.read()), "best": list(self.best), "went_back": self.rollbacks}
             state = {"step": done, **learned, **counts}
             if self.accelerator.scaler is not None:

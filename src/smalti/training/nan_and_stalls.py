@@ -1,8 +1,7 @@
 """Keeps long runs safe: the NaN guard, agreement on stops, the stall watchdog, and errors with a remedy.
 
 The NaN guard skips every step whose loss or gradient is not finite; `checkpoints_and_logs.py` does the rollback after
-many of them. Nothing here synchronizes with the device but `SkippedSteps.read`, which is called where the loop does so
-anyway.
+many of them. Only `SkippedSteps.read` synchronizes with the device.
 """
 
 import faulthandler
