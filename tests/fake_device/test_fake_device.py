@@ -19,7 +19,7 @@ def test_results_on_the_fake_device_equal_the_cpus():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     finished = subprocess.run(
         command,
-        env={**environment, "PYTHONPATH": str(FOLDER)},
+        env={**environment, "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ["PYTHONPATH"]])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
