@@ -24,7 +24,7 @@ from smalti.priors.methods.sundae import Sundae, SundaeConfig, SundaeSampling, s
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
 from smalti.training.config import FitConfig
-from smalti.training.optimizers import MUON_TIMES, Together
+from smalti.training.optimizers import MUON_RATE_FACTOR, CombinedOptimizer
 
 CACHED_TARGET = 100.0
 """How many times faster than the naive way drawing codes one by one is to be, at 32x32 and 16 samples."""
@@ -81,10 +81,12 @@ def optimizers(network: Hourglass) -> Comparison:
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
     muon, adamw = (FitConfig(optimizer=name).optimizer_of(network) for name in ("muon", "adamw"))
-    assert isinstance(muon, Together)
+    assert isinstance(muon, CombinedOptimizer)
     assert isinstance(adamw, torch.optim.Optimizer)
     *_, ours = muon.parts
-    theirs = torch.optim.Muon(ours.param_groups[0]["params"], lr=MUON_TIMES * 1e-3, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(
+        ours.param_groups[0]["params"], lr=MUON_RATE_FACTOR * 1e-3, adjust_lr_fn="match_rms_adamw"
+    )
     return Comparison(
         "an optimiser's step of the same prior",
         (

@@ -33,7 +33,7 @@ def strips(config: VQGANConfig | None = None, largest_whole: int | None = None) 
     `largest_whole`: numbers of the largest map that is not made in strips; the product's bound, if none is given.
     """
     config = config or cast(VQGANConfig, f32_megapixel("vqgan").model)
-    bound = largest_whole or LARGEST_WHOLE[best_device().type]
+    bound = largest_whole or LARGEST_WHOLE.get(best_device().type, LARGEST_WHOLE["cpu"])
     with tempfile.TemporaryDirectory() as folder:
         bounds = {Path(folder) / "strips": bound, Path(folder) / "whole": sys.maxsize}
         told = [_told(place, config, largest) for place, largest in bounds.items()]

@@ -67,7 +67,7 @@ def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] 
                 ),
                 Variant(
                     "flat search tuned: fused sum and minimum, in tiles that the cache holds",
-                    lambda leaves=leaves: flat_search(z, leaves, *FLAT_TILE[device.type]),
+                    lambda leaves=leaves: flat_search(z, leaves, *FLAT_TILE.get(device.type, FLAT_TILE["cpu"])),
                 ),
                 Variant(
                     "linked search, gathering each vector's candidates", lambda books=books: gathering_search(z, books)

@@ -102,7 +102,9 @@ class LatentRows(Dataset):
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return 0  # unknown for other devices: the codes stay in the CPU's memory
 
 
 def _widen(codes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ that a kill or a full disk cut short is not finished, in whatever order the syst
 write to one file, which network file systems do not bear. How the file itself is written: `writer.py`.
 """
 
-import fcntl
+import errno
 import json
 import os
 import shutil
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock, SoftFileLock, Timeout
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
@@ -71,8 +72,7 @@ class Job:
 class Shards:
     """The finished blocks of a job, on disk. One process, the main one, claims the folder and merges; all append.
 
-    Locks die with their process, as `kill -9` leaves it. They are the record locks of POSIX: no forked worker holds
-    them on, and network file systems know them.
+    The system releases the locks when their process ends, also after `kill -9`.
 
     Args:
         job: what is built.
@@ -87,17 +87,14 @@ class Shards:
             for index, level in enumerate(job.layout.levels)
         ]
         self.record = np.dtype([("checksum", "<u4"), ("block", "<i8"), ("kept", "?", (job.block_images,)), *grids])
-        self._lock: BinaryIO | None = None
+        self._lock: FileLock | None = None
         self._shard: BinaryIO | None = None
 
     def __enter__(self) -> "Shards":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for file in (self._shard, self._lock):
-            if file:
-                file.close()
-        self._shard = self._lock = None
+        self._close()
 
     def claim(self) -> str | None:
         """Makes the folder this builder's, by the main process before any other looks. Stale blocks are thrown away.
@@ -219,7 +216,17 @@ class Shards:
 
     def discard(self) -> None:
         """Removes the folder."""
+        if os.name == "nt":  # Windows does not remove open files
+            self._close()
         shutil.rmtree(self.folder)
+
+    def _close(self) -> None:
+        """Closes the shard and releases the lock."""
+        if self._shard:
+            self._shard.close()
+        if self._lock:
+            self._lock.release(force=True)
+        self._shard = self._lock = None
 
     def _shape(self) -> dict[str, Any]:
         job = self.job
@@ -230,17 +237,21 @@ class Shards:
         return self.folder / f"{self.process:05}.{suffix}"
 
     def _take_lock(self) -> None:
-        """Locks this process's number. The file locked must still be the one in the folder when the lock is had."""
-        path = self._file("lock")
-        self._lock = path.open("ab")
+        """Locks this process's number; the second process with the same number is refused."""
+        if self._lock is None:
+            self._lock = FileLock(self._file("lock"))
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(self._lock.fileno()), path.stat()):
+            self._lock.acquire(blocking=False)
+            if isinstance(self._lock, SoftFileLock):  # filelock's fallback, which a killed process would leave behind
+                self._lock.release(force=True)
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            if self._file("lock").exists():  # otherwise the builder before removed the folder meanwhile
                 return
-        except (BlockingIOError, PermissionError, FileNotFoundError):  # held (POSIX has two names for it), or removed
+        except (Timeout, FileNotFoundError):
             pass
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be locked ({error.strerror}); give --out on another disk") from error
+        except (OSError, NotImplementedError) as error:  # the latter is older versions of filelock's
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{self.folder} cannot be locked ({reason}); give --out on another disk") from error
         raise UserError(f"{self.job.path} is being built by another process; wait until it is done, or stop it")
 
     def _open_shard(self) -> BinaryIO:

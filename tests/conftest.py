@@ -1,7 +1,7 @@
-"""How the tests run, whoever runs them: shapes checked, no network, one thread, the user's caches untouched.
+"""Settings of all tests: shapes are checked, there is no network, one thread, and the user's caches are not used.
 
-All of it happens on import, before any test file imports smalti: the libraries read these settings when they are first
-imported. No fixtures live here.
+They are applied on import, before any test file imports smalti, because libraries read them when they are first
+imported. There are no fixtures here.
 """
 
 import inspect
@@ -18,70 +18,70 @@ from beartype import BeartypeConf, FrozenDict, beartype
 
 _CACHE = tempfile.TemporaryDirectory(
     prefix="smalti-tests-", ignore_cleanup_errors=True
-)  # removed when the process ends
+)  # deleted when the process ends
 _TESTS = str(Path(__file__).parent)
 os.environ |= {
-    "PYTHONPATH": os.pathsep.join([_TESTS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),  # for `helpers`
+    "PYTHONPATH": os.pathsep.join([_TESTS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),  # to import `helpers`
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": _CACHE.name,
     "HF_DATASETS_CACHE": f"{_CACHE.name}/datasets",
-    "OMP_NUM_THREADS": "1",  # of the commands that tests start, too
+    "OMP_NUM_THREADS": "1",  # also of the commands that tests start
 }
 
-# Every annotated shape becomes a check, dimensions of one name agreeing within a call. What torch.compile must trace is
-# marked with `typing.no_type_check`, which leaves the function as it was written. The hook decorates methods singly,
-# where beartype cannot know what `Self` is, so that alone goes unchecked.
+# jaxtyping checks every annotated shape; dimensions of one name must agree within a call. Functions that torch.compile
+# traces are marked with `typing.no_type_check`, which leaves them undecorated. The hook decorates methods one by one,
+# where beartype cannot resolve `Self`, which is not checked.
 _beartyped = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
-_CALLS_CHECKED = 10  # of each function, in each test: to check all calls takes a third of the time of all tests
+_CALLS_CHECKED = 10  # per function and test: checking every call would take a third of the tests' time
 _calls: Counter[tuple[str, str]] = Counter()
-_spared: set[Any] = set()
+_unchecked: set[Any] = set()
 
 
 def checked(function: Any) -> Any:
-    """The function, checking what it is called with, until the test in hand has called it often enough."""
+    """Decorates a function with shape checks of its first calls in each test."""
     name = function.__module__, function.__qualname__
-    beartyped = None  # made when it is called: most tests call few functions
+    beartyped = None  # made at the first call, because most tests call few functions
 
     def check(*args: Any, **options: Any) -> Any:
         nonlocal beartyped
         _calls[name] += 1
         if _calls[name] > _CALLS_CHECKED:
-            return _spare(*name)
+            return _stop_checking(*name)
         beartyped = beartyped or _beartyped(function)
         return beartyped(*args, **options)
 
     return check
 
 
-def _spare(module: str, qualified: str) -> None:
-    """Marks a function as `typing.no_type_check` does, which jaxtyping asks about at each call."""
-    found: Any = sys.modules[module]
-    for part in qualified.split("."):
-        found = inspect.getattr_static(found, part, None)
-    found = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "__func__", None) or found)
-    if inspect.isfunction(found):  # not within another function
-        found.__no_type_check__ = True
-        _spared.add(found)
+def _stop_checking(module: str, qualified: str) -> None:
+    """Marks a function as `typing.no_type_check` does; jaxtyping reads this mark at each call."""
+    function: Any = sys.modules[module]
+    for name in qualified.split("."):
+        function = inspect.getattr_static(function, name, None)
+    function = inspect.unwrap(getattr(function, "fget", None) or getattr(function, "__func__", None) or function)
+    if inspect.isfunction(function):  # functions defined within functions cannot be looked up
+        function.__no_type_check__ = True
+        _unchecked.add(function)
 
 
 def pytest_runtest_setup() -> None:
-    """Every test begins with all checks."""
-    for function in _spared:
+    """Turns all checks on again before each test."""
+    for function in _unchecked:
         del function.__no_type_check__
-    _spared.clear()
+    _unchecked.clear()
     _calls.clear()
 
 
 jaxtyping.install_import_hook("smalti", f"{__name__}.checked")
 
-from smalti.core.malloc import wait_without_spinning
+from smalti.core.malloc import wait_without_spinning  # noqa: E402 - after the import hook
 
 wait_without_spinning()
 
 import torch  # noqa: E402 - after the settings above
 from hypothesis import settings  # noqa: E402
 
-torch.set_num_threads(1)  # the order of float sums does not hang on the machine, and tests may run side by side
+torch.set_num_threads(1)  # the order of float sums must not depend on the machine, and tests may run in parallel
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -89,15 +89,15 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 LONGEST_FIRST = (
     "test_survival.py",
-    "test_sharding.py",
-    "test_fit_processes.py",
+    "test_fsdp.py",
+    "test_loop_processes.py",
     "test_compile.py",
     "test_commands.py",
-    "test_adversarial.py",
+    "test_losses.py",
     "test_hqa_commands.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that train in processes of their own go first: begun last, one would outlast all others."""
+    """Sorts files that train in separate processes first; if started last, one would outlast all others."""
     items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)

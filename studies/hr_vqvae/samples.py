@@ -100,7 +100,7 @@ def trained_priors(drawn: Drawn, config: Reproduce, images: ImageSet) -> list[Pa
     They know no classes, as those of the paper.
     """
     latents, budget = latents_of(drawn, config, images), config.generating
-    cls = cast(type[Prior], models.find("prior", drawn.prior))
+    cls = cast(type[Prior], models.class_of_kind("prior", drawn.prior))
     sizes: dict[str, int] = {"model_width": budget.pixelcnn_width}
     if drawn.prior == "hourglass":
         width = budget.hourglass_width

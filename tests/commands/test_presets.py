@@ -16,7 +16,7 @@ from smalti.scripts import train_tokenizer
 def test_a_preset_has_the_paper_s_grid(name, grid, kind):
     """The finest of VQ-VAE-2's three, which halve towards the top; 512 codes everywhere."""
     _, config = default_config(name, kind)
-    levels = models.find("tokenizer", kind)(config.model).layout.levels
+    levels = models.class_of_kind("tokenizer", kind)(config.model).layout.levels
     grids = [grid // 4, grid // 2, grid] if kind == "vqvae2" else [grid]
     assert [(level.height, level.width) for level in levels] == [(size, size) for size in grids]
     assert {level.codebook_size for level in levels} == {512}
@@ -33,7 +33,7 @@ def test_the_codebooks_of_long_trainings_learn_by_the_papers_decay(name, kind):
 
 def test_the_default_preset_is_the_defaults():
     _, config = default_config("small", "hrvq")
-    assert config == training.TrainTokenizer(model=models.find("tokenizer", "hrvq").config_class())
+    assert config == training.TrainTokenizer(model=models.class_of_kind("tokenizer", "hrvq").config_class())
     assert config.preset == next(iter(PRESETS)) == "small"
     _, config = default_config("small", "vqgan")
     assert config.model.discriminator_start < config.fit.steps

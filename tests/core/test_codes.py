@@ -1,4 +1,4 @@
-"""Codes against plain Python's arithmetic, and the refusals of levels and layouts."""
+"""Tests of codes against plain Python arithmetic, and of what levels and layouts refuse."""
 
 import json
 import math
@@ -16,16 +16,16 @@ RADICES = st.lists(st.integers(2, 40), min_size=1, max_size=5).map(tuple).filter
 
 
 def digits_of(code: int, radices: tuple[int, ...]) -> list[int]:
-    """Long division from the least significant digit, as one does it by hand."""
-    found = []
+    """Long division, least significant digit first."""
+    digits = []
     for radix in reversed(radices):
         code, digit = divmod(code, radix)
-        found.append(digit)
-    return found[::-1]
+        digits.append(digit)
+    return digits[::-1]
 
 
 @given(RADICES, st.data())
-def test_digits_and_prefixes_are_those_of_long_division(radices, data):
+def test_digits_and_prefixes_match_long_division(radices, data):
     level = Level(1, 1, radices)
     numbers = data.draw(st.lists(st.integers(0, level.codebook_size - 1), min_size=1, max_size=8))
     codes = torch.tensor(numbers)
@@ -41,14 +41,14 @@ def test_digits_and_prefixes_are_those_of_long_division(radices, data):
 
 
 @given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 2**16))
-def test_the_prefix_of_linked_layers_is_a_division_by_a_power(branching, depth, seed):
+def test_prefix_of_linked_layers_is_division_by_a_power(branching, depth, seed):
     codes = torch.randint(branching**depth, (2, 3, 4), generator=torch.Generator().manual_seed(seed))
     level = Level(3, 4, (branching,) * depth)
     for first in range(1, depth + 1):
         assert torch.equal(level.prefix(codes, first), codes // branching ** (depth - first))
 
 
-def test_splitting_keeps_the_shape_and_puts_digits_last():
+def test_split_keeps_shape_and_adds_digits_last():
     codes = torch.arange(24).view(2, 3, 4)
     level = Level(3, 4, (2, 3, 4))
     assert level.split(codes).shape == (2, 3, 4, 3)
@@ -59,7 +59,7 @@ def test_splitting_keeps_the_shape_and_puts_digits_last():
     ("radices", "dtype"),
     [((256,), "uint8"), ((257,), "uint16"), ((2**16,), "uint16"), ((2**16 + 1,), "uint32"), ((8, 8, 8), "uint16")],
 )
-def test_the_stored_type_is_the_smallest_that_holds_every_code(radices, dtype):
+def test_stored_dtype_is_the_smallest_that_fits(radices, dtype):
     level = Level(1, 1, radices)
     assert level.dtype == np.dtype(dtype)
     assert np.array([level.codebook_size - 1]).astype(level.dtype)[0] == level.codebook_size - 1
@@ -73,7 +73,7 @@ def test_sizes_of_discrete_and_continuous_levels():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"height": 0, "width": 2, "radices": (4,)}, "0x2"),
         ({"height": 2, "width": -1, "radices": (4,)}, "2x-1"),
@@ -83,23 +83,23 @@ def test_sizes_of_discrete_and_continuous_levels():
         ({"height": 1, "width": 1, "radices": (2**16, 2**15)}, "2147483648"),
     ],
 )
-def test_levels_that_cannot_be_are_refused(arguments, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_levels_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
         Level(**arguments)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), RADICES | st.integers(1, 9)), min_size=1, max_size=3))
-def test_a_layout_survives_json(chosen):
+def test_layout_round_trips_through_json(parameters):
     layout = Layout(
         tuple(
             Level(height, width, codebook) if isinstance(codebook, tuple) else Level(height, width, channels=codebook)
-            for height, width, codebook in chosen
+            for height, width, codebook in parameters
         )
     )
     assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
 
 
-def test_a_layout_of_another_size_keeps_its_codebooks():
+def test_resized_layout_keeps_its_codebooks():
     layout = Layout((Level(2, 2, (4, 4)), Level(4, 4, channels=3)))
     assert layout.resized([(3, 5), (6, 10)]) == Layout((Level(3, 5, (4, 4)), Level(6, 10, channels=3)))
     assert str(layout) == "2×2 of 4·4 + 4×4 of 3 floats"
@@ -107,17 +107,17 @@ def test_a_layout_of_another_size_keeps_its_codebooks():
 
 def test_codes_of_another_layout_are_refused():
     layout = Layout((Level(2, 3, (4, 4)), Level(1, 1, channels=2)))
-    floats = torch.full((5, 2, 1, 1), 1e9)  # any number will do where a level is continuous
+    floats = torch.full((5, 2, 1, 1), 1e9)  # a continuous level accepts any number
     layout.check((torch.randint(16, (5, 2, 3)), floats))
     layout.check((torch.zeros(0, 2, 3, dtype=torch.int64), floats[:0]))
-    for codes, said in [
+    for codes, message in [
         ((torch.zeros(5, 2, 3, dtype=torch.int64),), "2 level"),
         ((torch.zeros(5, 3, 2, dtype=torch.int64), floats), "level 0"),
         ((torch.full((5, 2, 3), 16), floats), "0 to 15"),
         ((torch.full((5, 2, 3), -1), floats), "0 to 15"),
         ((torch.zeros(5, 2, 3, dtype=torch.int64), floats[:, :1]), "level 1"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             layout.check(codes)
     with pytest.raises(UserError, match="at least one level"):
         Layout(())

@@ -1,33 +1,34 @@
-"""Files are whole or absent, whatever goes wrong while they are written, a kill included."""
+"""Tests that files are complete or absent after any failure while they are written, including a kill."""
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from smalti.core.files import whole_file, whole_folder, write_json
+from smalti.core.files import sync, whole_file, whole_folder, write_json
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_file_appears_when_the_block_ends(tmp_path):
-    path = tmp_path / "made" / "for" / "it.txt"
+def test_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.txt"
     with whole_file(path) as partial:
         partial.write_text("new")
         assert not path.exists()
-        assert partial.parent == path.parent  # one file system, or the rename would be a copy
+        assert partial.parent == path.parent  # the same file system, so that the rename is atomic
     assert path.read_text() == "new"
-    assert names(path.parent) == ["it.txt"]
+    assert names(path.parent) == ["file.txt"]
 
 
 @pytest.mark.parametrize("before", [None, "old"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_leaves_what_was_there_and_no_litter(tmp_path, before, error):
+def test_error_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path, before, error):
     path = tmp_path / "file.txt"
     if before:
         path.write_text(before)
@@ -53,26 +54,26 @@ with whole_file(Path(sys.argv[1])) as partial:
 """
 
 
-def test_after_a_kill_the_old_file_stands_and_the_next_writing_cleans_up(tmp_path):
+def test_kill_keeps_the_old_file_and_the_next_write_cleans_up(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
-    assert done.returncode == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
-    assert len(names(tmp_path)) == 2  # the kill left its half beside it
+    assert len(names(tmp_path)) == 2  # the half-written file is beside it
     with whole_file(path) as partial:
         partial.write_text("new")
     assert path.read_text() == "new"
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_a_block_that_wrote_nothing_is_an_error_and_not_an_empty_file(tmp_path):
+def test_block_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "file.txt"):
         pass
     assert names(tmp_path) == []
 
 
-def test_a_folder_appears_when_the_block_ends_and_not_if_it_fails(tmp_path):
+def test_folder_appears_only_if_the_block_succeeds(tmp_path):
     with whole_folder(tmp_path / "some" / "folder") as partial:
         (partial / "file.txt").write_text("new")
         assert names(tmp_path / "some") == [partial.name]
@@ -88,7 +89,7 @@ def test_a_folder_appears_when_the_block_ends_and_not_if_it_fails(tmp_path):
     assert names(tmp_path / "some") == ["folder"]
 
 
-def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
+def test_existing_folder_is_not_overwritten(tmp_path):
     def write(text):
         with whole_folder(tmp_path / "folder") as partial:
             (partial / "file.txt").write_text(text)
@@ -101,8 +102,8 @@ def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("whole", [whole_file, whole_folder])
-def test_an_error_of_the_disk_names_what_was_to_be_written(tmp_path, whole):
-    """Python's own names nothing, where it is writing that fails."""
+def test_disk_error_names_the_file(tmp_path, whole):
+    """Errors from write() name no file by themselves."""
 
     def fill():
         with whole(tmp_path / "place"):
@@ -113,10 +114,23 @@ def test_an_error_of_the_disk_names_what_was_to_be_written(tmp_path, whole):
     assert caught.value.filename == str(tmp_path / "place")
 
 
-def test_json_reads_back_and_stays_readable(tmp_path):
+def test_json_round_trips_and_is_readable(tmp_path):
     value = {"größe": [1, 2.5, None], "nested": {"a": "×"}}
     write_json(tmp_path / "value.json", value)
-    text = (tmp_path / "value.json").read_text()
+    text = (tmp_path / "value.json").read_text(encoding="utf-8")
     assert json.loads(text) == value
     assert "größe" in text
     assert text.endswith("}\n")
+
+
+def test_folders_are_not_synced_on_windows(tmp_path, monkeypatch):
+    """Windows cannot open folders; files are opened for writing there."""
+    opened = []
+    open_file = os.open
+    monkeypatch.setattr("smalti.core.files.os.open", lambda path, flags: opened.append(flags) or open_file(path, flags))
+    monkeypatch.setattr("smalti.core.files.os.name", "nt")
+    (tmp_path / "file.txt").write_text("text")
+    sync(tmp_path)
+    assert opened == []
+    sync(tmp_path / "file.txt")
+    assert opened == [os.O_RDWR]

@@ -1,4 +1,4 @@
-"""What commands tell the C libraries, in processes of their own."""
+"""Tests of the settings of glibc and OpenMP, each in its own process."""
 
 import os
 import platform
@@ -38,37 +38,37 @@ print(kept, mebibytes() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
-def test_what_is_kept_goes_back_when_asked_for():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_kept_memory_is_returned_on_request():
     command = [sys.executable, "-c", MEMORY_AFTER_A_PEAK]
-    kept, left = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    kept, remaining = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert kept > 60  # of 95
-    assert left < 10
+    assert remaining < 10
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
-def test_what_is_freed_is_not_faulted_in_again():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_causes_no_new_page_faults():
     command = [sys.executable, "-c", FAULTS_OF_A_LOOP]
     kept, count = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert kept == "True"
-    assert int(count) < 1000  # of 40 960 pages that the loop writes to; without the call mostly all of them
+    assert int(count) < 1000  # of the 40 960 pages that the loop writes to; without the call, of nearly all of them
 
 
 def openmp_settings(**environment: str) -> str:
-    """What GNU OpenMP says that it goes by, in a process that imports what commands do, in that order."""
+    """Returns the settings that GNU OpenMP prints in a process with the imports of a command, in their order."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    ran = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", "from smalti import cli; import torch"],
         env={**bare, "OMP_DISPLAY_ENV": "VERBOSE", **environment},
         capture_output=True,
         text=True,
         check=True,
     )
-    return ran.stderr
+    return finished.stderr
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="torch has another OpenMP elsewhere")
-def test_threads_of_commands_do_not_spin_unless_the_environment_says_so():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="torch has another OpenMP without glibc")
+def test_openmp_threads_spin_only_if_the_environment_asks_for_it():
     assert "GOMP_SPINCOUNT = '1000'" in openmp_settings()
     assert "GOMP_SPINCOUNT = '7'" in openmp_settings(GOMP_SPINCOUNT="7")
     assert "GOMP_SPINCOUNT = '1000'" not in openmp_settings(OMP_WAIT_POLICY="active")

@@ -1,4 +1,4 @@
-"""What is held of smalti on a device that is not the CPU; `test_fake_device.py` runs this, in a process of its own."""
+"""Tests that smalti works on the fake device as on the CPU. `test_fake_device.py` runs them in a separate process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from fake_device import not_waiting, there, waited, where
+from fake_device import current_device, on_fake_device, synchronizations, synchronizing_refused
 from helpers import toys
 from helpers.command_toys import run
 from PIL import Image
@@ -26,66 +26,66 @@ STEPS = "--steps 6 --batch-size 8 --precision fp32"
 
 
 def on_both(work):
-    """What `work` makes of a name, on the CPU and fake_device."""
+    """Calls `work` with a name on the CPU, then on the fake device. Returns both results."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    on_the_cpu = work("cpu")
+    cpu_result = work("cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
-    with there():
-        return on_the_cpu, work("fake_device")
+    with on_fake_device():
+        return cpu_result, work("fake_device")
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """Steps fake_device are not to wait for it."""
+def steps_must_not_synchronize(monkeypatch):
+    """Makes training steps fail if they wait for the fake device."""
     step = smalti.training.loop._step
 
-    def alone(*given):
-        if where().type == "cpu":
-            return step(*given)
-        with not_waiting():
-            return step(*given)
+    def step_without_synchronizing(*arguments):
+        if current_device().type == "cpu":
+            return step(*arguments)
+        with synchronizing_refused():
+            return step(*arguments)
 
-    monkeypatch.setattr(smalti.training.loop, "_step", alone)
+    monkeypatch.setattr(smalti.training.loop, "_step", step_without_synchronizing)
 
 
-def test_devices_do_not_mix_and_waiting_is_refused():
-    """Of the device itself: what would pass all that follows if it were the CPU."""
-    with there() as device:
-        ours, theirs = torch.ones(3, device=device), torch.ones(3)
-        for mixed in (lambda: ours + theirs, lambda: torch.cat([ours, theirs]), lambda: torch.equal(ours, theirs)):
+def test_fake_device_refuses_mixed_devices_and_synchronizing():
+    """The other tests would pass on a fake device that behaves like the CPU."""
+    with on_fake_device() as device:
+        fake, cpu = torch.ones(3, device=device), torch.ones(3)
+        for mixed in (lambda: fake + cpu, lambda: torch.cat([fake, cpu]), lambda: torch.equal(fake, cpu)):
             with pytest.raises(RuntimeError, match=r"two devices|same device"):
                 mixed()
-        with not_waiting():
-            ours.mul_(2).sum()
-            for waiting in (ours.tolist, ours.sum().item, ours.cpu, lambda: ours[ours > 0], ours.nonzero):
+        with synchronizing_refused():
+            fake.mul_(2).sum()
+            for synchronizing in (fake.tolist, fake.sum().item, fake.cpu, lambda: fake[fake > 0], fake.nonzero):
                 with pytest.raises(RuntimeError, match="waits for the device"):
-                    waiting()
-        assert ours.tolist() == [2.0] * 3
+                    synchronizing()
+        assert fake.tolist() == [2.0] * 3
 
 
 @pytest.mark.parametrize(("family", "kind"), toys.KINDS)
-def test_training_learns_what_it_does_on_the_cpu_and_waits_for_nothing(family, kind, tmp_path, request):
-    """But VQ-GAN waits while its discriminator comes in."""
+def test_training_equals_the_cpus_without_synchronizing(family, kind, tmp_path, request):
+    """VQ-GAN is excepted: it synchronizes while the weight of its discriminator rises."""
     if kind != "vqgan":
-        request.getfixturevalue("impatient")
+        request.getfixturevalue("steps_must_not_synchronize")
 
     def train(name):
         toys.train(tmp_path / name, lambda: toys.make(family, kind))
         return load_file(tmp_path / name / WEIGHTS_NAME), toys.measured(tmp_path / name)
 
     (weights, lines), (others, other_lines) = on_both(train)
-    for name, tensor in weights.items():  # attention, and gradients of convolutions, are summed otherwise
+    for name, tensor in weights.items():  # attention and gradients of convolutions are summed in another order
         torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4)
     assert [line.keys() for line in lines] == [line.keys() for line in other_lines]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamax"])
-def test_a_bad_batch_leaves_no_trace(optimizer, tmp_path, impatient):
-    """But in AdaMax, which counts it."""
+def test_bad_batch_changes_nothing(optimizer, tmp_path, steps_must_not_synchronize):
+    """AdaMax is excepted: it counts the step."""
 
     def train(name):
         config = replace(toys.CONFIG, optimizer=optimizer)
-        toys.train(tmp_path / name, config=config, wrap=lambda rows: toys.Bad(rows, {3}))
+        toys.train(tmp_path / name, config=config, wrap=lambda rows: toys.BadRows(rows, {3}))
         return load_file(tmp_path / name / WEIGHTS_NAME), toys.measured(tmp_path / name)[-2]["skipped_steps"]
 
     (one, skipped), (other, also_skipped) = on_both(train)
@@ -96,10 +96,10 @@ def test_a_bad_batch_leaves_no_trace(optimizer, tmp_path, impatient):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamax"])
-def test_a_run_that_was_stopped_ends_there_as_if_it_had_not_been(optimizer, tmp_path, impatient):
+def test_resumed_run_equals_uninterrupted_run(optimizer, tmp_path, steps_must_not_synchronize):
     config = replace(toys.CONFIG, optimizer=optimizer)
     AcceleratorState._reset_state(reset_partial_state=True)
-    with there():
+    with on_fake_device():
         toys.train(tmp_path / "whole", config=config)
         with pytest.raises(Interrupted):
             toys.train(tmp_path / "stopped", config=config, wrap=lambda rows: toys.Signalling(rows, 6))
@@ -108,15 +108,15 @@ def test_a_run_that_was_stopped_ends_there_as_if_it_had_not_been(optimizer, tmp_
 
 
 @pytest.mark.parametrize("kind", [kind for family, kind in toys.KINDS if family == "tokenizer"])
-def test_images_come_back_as_they_do_on_the_cpu(kind):
+def test_reconstructions_equal_the_cpus(kind):
     model, _, rows, _ = toys.make("tokenizer", kind)
     assert isinstance(model, Tokenizer)
     images = rows.columns["images"].float() / 127.5 - 1
 
     @torch.no_grad()
     def work(_):
-        model.eval().to(where())
-        codes = model.encode(images.to(where()))
+        model.eval().to(current_device())
+        codes = model.encode(images.to(current_device()))
         return [tensor.cpu() for tensor in (*codes, model.decode(codes))]
 
     for one, other in zip(*on_both(work), strict=True):
@@ -124,22 +124,23 @@ def test_images_come_back_as_they_do_on_the_cpu(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for family, kind in toys.KINDS if family == "prior" and kind != "realnvp"])
-def test_drawing_waits_as_often_for_many_steps_as_for_few(kind):
-    """And draws what it does on the CPU, some codes given and a class named."""
+def test_sampling_synchronizes_equally_often_for_many_and_few_steps(kind):
+    """It also draws what it does on the CPU, with known codes and class conditioning."""
     model, _, rows, _ = toys.make("prior", kind)
-    given = {name: column[:4] for name, column in rows.columns.items()}
-    upper = tuple(column for name, column in given.items() if name.startswith("upper"))
-    known = {"known": given["codes"], "known_mask": torch.arange(given["codes"][0].numel()).view(model.level.shape) < 2}
-    known["known_mask"] = known["known_mask"].expand_as(given["codes"])
+    columns = {name: column[:4] for name, column in rows.columns.items()}
+    upper = tuple(column for name, column in columns.items() if name.startswith("upper"))
+    codes = columns["codes"]
+    first_two = torch.arange(codes[0].numel()).view(model.level.shape) < 2
+    known = {"known": codes, "known_mask": first_two.expand_as(codes)}
     samplings = [model.method.sampling()] if kind == "pixelcnn" else [model.method.sampling(steps=n) for n in (3, 9)]
     if kind == "hourglass":
         samplings = [replace(sampling, min_steps=sampling.steps) for sampling in samplings]
 
     def work(_):
-        device, counted = where(), []
+        device, counts = current_device(), []
         model.eval().to(device)
         for sampling in samplings:
-            before = waited()
+            before = synchronizations()
             codes = model.method.sampler(
                 model,
                 **{name: tensor.to(device) for name, tensor in known.items()},
@@ -148,17 +149,17 @@ def test_drawing_waits_as_often_for_many_steps_as_for_few(kind):
                 upper=tuple(level.to(device) for level in upper),
                 sampling=sampling,
             )
-            counted.append(waited() - before)
-        return codes.cpu(), counted
+            counts.append(synchronizations() - before)
+        return codes.cpu(), counts
 
-    (one, _), (other, waits) = on_both(work)
+    (one, _), (other, counts) = on_both(work)
     assert one.equal(other)
-    assert len(set(waits)) == 1
-    assert 0 < waits[0] < 9  # what is given is looked at before, what came out after
+    assert len(set(counts)) == 1
+    assert 0 < counts[0] < 9  # the inputs are checked before sampling and the result after it
 
 
 @pytest.mark.parametrize("prior", ["hourglass", "maskgit", "pixelcnn"])
-def test_every_command_makes_the_same(prior, tmp_path, monkeypatch, capfd):
+def test_commands_give_the_results_of_the_cpu(prior, tmp_path, monkeypatch, capfd):
     (tmp_path / "img").mkdir()
     random = np.random.default_rng(0)
     for index in range(24):

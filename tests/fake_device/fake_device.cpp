@@ -1,5 +1,6 @@
-// A device that is not there: its memory and its kernels are the CPU's, but its tensors mix with the CPU's as little as
-// a GPU's do, and what would wait for a GPU is counted, or refused. `fake_device.py` builds and registers it, as torch's PrivateUse1.
+// The fake device: a torch device (PrivateUse1) with the CPU's memory and kernels. As with a GPU, its tensors cannot be
+// mixed with the CPU's. Operations that would wait for a GPU are counted or refused. `fake_device.py` builds and
+// registers it.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -25,16 +26,16 @@ using at::Tensor;
 using std::optional;
 
 constexpr auto KIND = c10::DeviceType::PrivateUse1;
-const c10::Device HERE(KIND, 0);
+const c10::Device FAKE(KIND, 0);
 const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
 
-// ---- memory, streams and generators: as little as torch asks for
+// ---- memory, streams and generators: the minimum that torch requires
 
 struct Memory final : c10::Allocator {
   static void release(void* memory) { std::free(memory); }
   c10::DataPtr allocate(size_t bytes) override {
     void* memory = bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr;
-    return {memory, memory, &release, HERE};
+    return {memory, memory, &release, FAKE};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
@@ -44,11 +45,11 @@ REGISTER_ALLOCATOR(KIND, &memory);
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return KIND; }
-  c10::Device exchangeDevice(c10::Device) const override { return HERE; }
-  c10::Device getDevice() const override { return HERE; }
+  c10::Device exchangeDevice(c10::Device) const override { return FAKE; }
+  c10::Device getDevice() const override { return FAKE; }
   void setDevice(c10::Device) const override {}
   void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, HERE); }
+  c10::Stream getStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, FAKE); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
@@ -78,41 +79,42 @@ const bool hooked = [] {
   return true;
 }();
 
-// ---- what would make a GPU's caller wait
+// ---- operations that wait for a GPU (synchronize)
 
-std::atomic<int64_t> waited{0};
+std::atomic<int64_t> synchronizations{0};
 std::atomic<bool> refusing{false};
-void waits(const std::string& operation) {
-  waited++;
+void synchronize(const std::string& operation) {
+  synchronizations++;
   TORCH_CHECK(!refusing, "fake_device: ", operation, " waits for the device");
 }
-const std::unordered_set<std::string> WAITING = {
+const std::unordered_set<std::string> SYNCHRONIZING = {
     "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select", "aten::_unique2",
     "aten::unique_consecutive", "aten::unique_dim", "aten::repeat_interleave.Tensor", "aten::bincount"};
 
 // ---- tensors
 
-bool is_here(const Tensor& tensor) { return tensor.defined() && tensor.device().type() == KIND; }
+bool is_fake(const Tensor& tensor) { return tensor.defined() && tensor.device().type() == KIND; }
 
-// The same memory, said to be the CPU's; what is made larger there gets other memory.
+// Returns a CPU tensor that shares the memory; if it is resized beyond its storage, it gets new memory.
 Tensor as_cpu(const Tensor& tensor) {
-  if (!is_here(tensor)) return tensor;
+  if (!is_fake(tensor)) return tensor;
   auto storage = new c10::Storage(tensor.storage());
   c10::DataPtr data(storage->mutable_data(), storage, [](void* held) { delete static_cast<c10::Storage*>(held); },
                     c10::Device(c10::kCPU));
-  c10::Storage same(c10::Storage::use_byte_size_t(), storage->nbytes(), std::move(data), c10::GetCPUAllocator(), true);
-  auto found = at::detail::make_tensor<c10::TensorImpl>(std::move(same), c10::DispatchKeySet(c10::DispatchKey::CPU),
+  c10::Storage shared(c10::Storage::use_byte_size_t(), storage->nbytes(), std::move(data), c10::GetCPUAllocator(),
+                      true);
+  auto result = at::detail::make_tensor<c10::TensorImpl>(std::move(shared), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                                         tensor.dtype());
-  found.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
-  found._set_conj(tensor.is_conj());
-  found._set_neg(tensor.is_neg());
-  return found;
+  result.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+  result._set_conj(tensor.is_conj());
+  result._set_neg(tensor.is_neg());
+  return result;
 }
 
 Tensor view_of(const Tensor& base, const Tensor& viewed) {
-  auto found = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(base.storage()), KEYS, viewed.dtype());
-  found.unsafeGetTensorImpl()->set_sizes_and_strides(viewed.sizes(), viewed.strides(), viewed.storage_offset());
-  return found;
+  auto result = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(base.storage()), KEYS, viewed.dtype());
+  result.unsafeGetTensorImpl()->set_sizes_and_strides(viewed.sizes(), viewed.strides(), viewed.storage_offset());
+  return result;
 }
 
 Tensor empty(IntArrayRef size, optional<at::ScalarType> dtype, optional<at::Layout>, optional<c10::Device>,
@@ -125,10 +127,10 @@ Tensor empty_strided(IntArrayRef size, IntArrayRef stride, optional<at::ScalarTy
   return at::detail::empty_strided_generic(size, stride, &memory, KEYS, at::dtype_or_default(dtype));
 }
 
-Tensor copied_here(const Tensor& tensor) {
-  auto found = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(HERE));
-  as_cpu(found).copy_(tensor);
-  return found;
+Tensor copied_to_fake(const Tensor& tensor) {
+  auto result = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(FAKE));
+  as_cpu(result).copy_(tensor);
+  return result;
 }
 
 const Tensor& resize(const Tensor& self, IntArrayRef size, optional<at::MemoryFormat>) {
@@ -146,7 +148,7 @@ const Tensor& resize(const Tensor& self, IntArrayRef size, optional<at::MemoryFo
 }
 
 Tensor copy_from(const Tensor& self, const Tensor& to, bool) {
-  if (!is_here(to)) waits("a copy to the CPU");
+  if (!is_fake(to)) synchronize("a copy to the CPU");
   as_cpu(to).copy_(as_cpu(self));
   return to;
 }
@@ -157,7 +159,7 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& to) {
 }
 
 at::Scalar local_scalar(const Tensor& self) {
-  waits("reading a number");
+  synchronize("reading a number");
   return as_cpu(self).item();
 }
 
@@ -172,79 +174,81 @@ Tensor& set_whole(Tensor& self, c10::Storage storage) {
   return set_part(self, std::move(storage), 0, {count}, {1});
 }
 
-// ---- every other operation is the CPU's
+// ---- all other operations run the CPU's kernels
 
-// As on GPUs, where numbers in a tensor of no dimension, and indices, may come from the CPU.
+// As on GPUs, zero-dimensional tensors and indices may be on the CPU.
 const std::unordered_set<std::string> MAY_MIX = {"aten::index.Tensor", "aten::index_put", "aten::index_put_",
                                                  "aten::_index_put_impl_"};
 
-// Puts what `turn` makes of them in the place of the tensors in an argument or a result.
-void replace(c10::IValue& value, const std::function<Tensor(const Tensor&)>& turn) {
+// Replaces each tensor in an argument or a result by what `convert` returns for it.
+void replace(c10::IValue& value, const std::function<Tensor(const Tensor&)>& convert) {
   if (value.isTensor()) {
-    value = turn(value.toTensor());
+    value = convert(value.toTensor());
   } else if (value.isTensorList()) {
-    c10::List<Tensor> turned;
-    for (const Tensor& tensor : value.toTensorList()) turned.push_back(turn(tensor));
-    value = turned;
+    c10::List<Tensor> converted_list;
+    for (const Tensor& tensor : value.toTensorList()) converted_list.push_back(convert(tensor));
+    value = converted_list;
   } else if (value.isOptionalTensorList()) {
-    c10::List<optional<Tensor>> turned;
+    c10::List<optional<Tensor>> converted_list;
     for (const optional<Tensor>& tensor : value.toOptionalTensorList().vec())
-      turned.push_back(tensor ? optional<Tensor>(turn(*tensor)) : std::nullopt);
-    value = turned;
+      converted_list.push_back(tensor ? optional<Tensor>(convert(*tensor)) : std::nullopt);
+    value = converted_list;
   }
 }
 
-void on_the_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
+void run_on_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
   const auto& schema = operation.schema();
   const auto name = c10::toString(operation.operator_name());
-  bool here = false, cpu = false, masks = false;
-  std::vector<std::pair<Tensor, Tensor>> known;  // ours, and the same as the CPU's
-  auto turn = [&](const Tensor& tensor) -> Tensor {
-    here |= is_here(tensor);
-    cpu |= tensor.defined() && !is_here(tensor) && tensor.dim() > 0;
-    masks |= is_here(tensor) && tensor.dtype() == at::kBool;
-    if (!is_here(tensor)) return tensor;
-    for (auto& [ours, theirs] : known)
-      if (ours.is_same(tensor)) return theirs;
-    return known.emplace_back(tensor, as_cpu(tensor)).second;
+  bool fake = false, cpu = false, masks = false;
+  std::vector<std::pair<Tensor, Tensor>> converted;  // tensors of the fake device, and as the CPU's
+  auto convert = [&](const Tensor& tensor) -> Tensor {
+    fake |= is_fake(tensor);
+    cpu |= tensor.defined() && !is_fake(tensor) && tensor.dim() > 0;
+    masks |= is_fake(tensor) && tensor.dtype() == at::kBool;
+    if (!is_fake(tensor)) return tensor;
+    for (auto& [fake_tensor, cpu_tensor] : converted)
+      if (fake_tensor.is_same(tensor)) return cpu_tensor;
+    return converted.emplace_back(tensor, as_cpu(tensor)).second;
   };
   const auto first = stack->size() - schema.arguments().size();
   for (size_t i = first; i < stack->size(); i++) {
     auto& value = (*stack)[i];
-    replace(value, turn);
+    replace(value, convert);
     if (value.isDevice()) value = c10::Device(c10::kCPU);
   }
-  TORCH_CHECK(!here || !cpu || MAY_MIX.count(name), "fake_device: ", name, " mixes tensors of two devices");
-  if (here && (WAITING.count(name) || (MAY_MIX.count(name) && masks))) waits(name);
+  TORCH_CHECK(!fake || !cpu || MAY_MIX.count(name), "fake_device: ", name, " mixes tensors of two devices");
+  if (fake && (SYNCHRONIZING.count(name) || (MAY_MIX.count(name) && masks))) synchronize(name);
   operation.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
-  for (auto& [ours, theirs] : known) {  // what an operation gave another size
-    if (theirs.sizes() == ours.sizes() && theirs.strides() == ours.strides()) continue;
-    if (theirs.storage().data() == ours.storage().data()) {
-      ours.unsafeGetTensorImpl()->set_sizes_and_strides(theirs.sizes(), theirs.strides(), theirs.storage_offset());
+  for (auto& [fake_tensor, cpu_tensor] : converted) {  // results that the operation resized
+    if (cpu_tensor.sizes() == fake_tensor.sizes() && cpu_tensor.strides() == fake_tensor.strides()) continue;
+    if (cpu_tensor.storage().data() == fake_tensor.storage().data()) {
+      fake_tensor.unsafeGetTensorImpl()->set_sizes_and_strides(cpu_tensor.sizes(), cpu_tensor.strides(),
+                                                               cpu_tensor.storage_offset());
     } else {
-      ours.resize_(theirs.sizes());
-      as_cpu(ours).copy_(theirs);
+      fake_tensor.resize_(cpu_tensor.sizes());
+      as_cpu(fake_tensor).copy_(cpu_tensor);
     }
   }
   auto back = [&](const Tensor& tensor) -> Tensor {
     if (!tensor.defined()) return tensor;
-    for (auto& [ours, theirs] : known)
-      if (theirs.is_same(tensor)) return ours;
-    for (auto& [ours, theirs] : known)
-      if (tensor.storage().data() && tensor.storage().data() == theirs.storage().data()) return view_of(ours, tensor);
-    return copied_here(tensor);
+    for (auto& [fake_tensor, cpu_tensor] : converted)
+      if (cpu_tensor.is_same(tensor)) return fake_tensor;
+    for (auto& [fake_tensor, cpu_tensor] : converted)
+      if (tensor.storage().data() && tensor.storage().data() == cpu_tensor.storage().data())
+        return view_of(fake_tensor, tensor);
+    return copied_to_fake(tensor);
   };
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) replace((*stack)[i], back);
 }
 
-// Convolutions go to a device's own kernels by names of their own.
+// Devices other than the CPU have their own operators for convolutions.
 Tensor convolution(const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, IntArrayRef stride,
                    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
                    int64_t groups) {
   bool biased = bias && bias->defined();
-  TORCH_CHECK(is_here(input) && is_here(weight) && (!biased || is_here(*bias)),
+  TORCH_CHECK(is_fake(input) && is_fake(weight) && (!biased || is_fake(*bias)),
               "fake_device: a convolution mixes tensors of two devices");
-  return copied_here(at::convolution(as_cpu(input), as_cpu(weight), biased ? optional<Tensor>(as_cpu(*bias)) : bias,
+  return copied_to_fake(at::convolution(as_cpu(input), as_cpu(weight), biased ? optional<Tensor>(as_cpu(*bias)) : bias,
                                      stride, padding, dilation, transposed, output_padding, groups));
 }
 
@@ -257,11 +261,11 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& gradient, 
   auto [a, b, c] = at::convolution_backward(as_cpu(gradient), as_cpu(input), as_cpu(weight),
                                             wanted[2] ? at::OptionalIntArrayRef(bias) : at::OptionalIntArrayRef(),
                                             stride, padding, dilation, transposed, output_padding, groups, wanted);
-  auto back = [](const Tensor& tensor) { return tensor.defined() ? copied_here(tensor) : tensor; };
+  auto back = [](const Tensor& tensor) { return tensor.defined() ? copied_to_fake(tensor) : tensor; };
   return {back(a), back(b), back(c)};
 }
 
-int64_t attention_of_matrix_products(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&, double, bool,
+int64_t unfused_attention(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&, double, bool,
                                      optional<double>, bool) {
   return 0;
 }
@@ -269,7 +273,7 @@ int64_t attention_of_matrix_products(const Tensor&, const Tensor&, const Tensor&
 }  // namespace
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
-  library.fallback(torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>());
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFallthrough());
@@ -285,11 +289,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("set_.source_Storage_storage_offset", &set_part);
   library.impl("convolution_overrideable", &convolution);
   library.impl("convolution_backward_overrideable", &convolution_backward);
-  library.impl("_fused_sdp_choice", &attention_of_matrix_products);
-  for (auto name : {"native_group_norm", "native_layer_norm"})  // or else made of other operations, rounded otherwise
-    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>());
+  library.impl("_fused_sdp_choice", &unfused_attention);
+  for (auto name : {"native_group_norm", "native_layer_norm"})  // otherwise torch composes them, with other rounding
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 TORCH_LIBRARY(fake_device, library) {
-  library.def("waited() -> int", []() -> int64_t { return waited; });
-  library.def("refuse_waiting(bool refuse) -> ()", [](bool refuse) { refusing = refuse; });
+  library.def("synchronizations() -> int", []() -> int64_t { return synchronizations; });
+  library.def("refuse_synchronizing(bool refuse) -> ()", [](bool refuse) { refusing = refuse; });
 }

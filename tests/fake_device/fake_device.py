@@ -1,7 +1,7 @@
-"""A device that is not there, to find what a GPU would: see `fake_device.cpp`.
+"""The fake device: finds bugs that otherwise only a GPU would show. `fake_device.cpp` implements it.
 
-A plugin of pytest's: `PYTHONPATH=tests/fake_device python -m pytest -p fake_device tests/fake_device/cases.py`. What smalti
-and Accelerate take for this machine's best device is `where()`: the CPU, and within `there()` the other one.
+This is a pytest plugin: `PYTHONPATH=tests/fake_device python -m pytest -p fake_device tests/fake_device/cases.py`.
+Smalti and Accelerate use `current_device()` as the best device: the CPU, or the fake device within `on_fake_device()`.
 """
 
 import os
@@ -19,47 +19,47 @@ from torch.utils.cpp_extension import include_paths, library_paths
 CPU = torch.device("cpu")
 COMPILER = os.environ.get("CXX", "c++")
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_where = CPU
+_current = CPU
 
 
-def where() -> torch.device:
-    return _where
+def current_device() -> torch.device:
+    return _current
 
 
 @contextmanager
-def there() -> Iterator[torch.device]:
-    """Within, everything runs there."""
-    global _where
-    _where = torch.device("fake_device:0")
+def on_fake_device() -> Iterator[torch.device]:
+    """Makes the fake device the best device within the block."""
+    global _current
+    _current = torch.device("fake_device:0")
     try:
-        yield _where
+        yield _current
     finally:
-        _where = CPU
+        _current = CPU
 
 
-def waited() -> int:
-    """How often so far something would have waited for a GPU."""
-    return torch.ops.fake_device.waited()
+def synchronizations() -> int:
+    """Returns how often an operation would have waited for a GPU so far."""
+    return torch.ops.fake_device.synchronizations()
 
 
 @contextmanager
-def not_waiting() -> Iterator[None]:
-    """Within, what would wait for a GPU is an error."""
-    torch.ops.fake_device.refuse_waiting(True)
+def synchronizing_refused() -> Iterator[None]:
+    """Makes operations that would wait for a GPU raise errors within the block."""
+    torch.ops.fake_device.refuse_synchronizing(True)
     try:
         yield
     finally:
-        torch.ops.fake_device.refuse_waiting(False)
+        torch.ops.fake_device.refuse_synchronizing(False)
 
 
 def pytest_configure() -> None:
-    """Before any test file imports smalti."""
+    """Sets the device up before any test file imports smalti."""
     register()
-    pretend()
+    replace_best_device()
 
 
 def register() -> None:
-    """Builds it, in some twenty seconds; once in a process."""
+    """Builds the device, which takes some twenty seconds, and registers it with torch; once per process."""
     torch.utils.rename_privateuse1_backend("fake_device")
     flags = [*(f"-I{path}" for path in include_paths()), *(f"-L{path}" for path in library_paths())]
     with tempfile.TemporaryDirectory() as folder:
@@ -68,15 +68,15 @@ def register() -> None:
         subprocess.run([*command, "-ltorch_cpu", "-lc10"], check=True)
         torch.ops.load_library(library)
     module = ModuleType("torch.fake_device")
-    answers = {"is_available": True, "_is_in_bad_fork": False, "device_count": 1, "current_device": 0}
-    for name, answer in answers.items():
-        setattr(module, name, lambda answer=answer: answer)
+    results = {"is_available": True, "_is_in_bad_fork": False, "device_count": 1, "current_device": 0}
+    for name, result in results.items():
+        setattr(module, name, lambda result=result: result)
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     module.manual_seed_all = module.set_rng_state = lambda *_: None
     module.get_rng_state = lambda *_: torch.get_rng_state()
     torch._register_device_module("fake_device", module)
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
-    # modules' parameters stay the tensors they are when they move, as between a CPU and a GPU
+    # parameters keep their identity when a module moves, as between a CPU and a GPU
     torch.__future__.set_swap_module_params_on_conversion(True)
     storage_to_cpu = torch.storage._StorageBase.cpu
 
@@ -87,18 +87,15 @@ def register() -> None:
     torch.storage._StorageBase.cpu = to_cpu
 
 
-def pretend() -> None:
-    """Puts `where` in the place of what looks for this machine's devices."""
-    assert "smalti.training.loop" not in sys.modules, "what imports best_device already has the other one"
+def replace_best_device() -> None:
+    """Makes smalti and Accelerate use `current_device` as the best device."""
+    assert "smalti.training.loop" not in sys.modules, "modules that imported best_device have the original"
     import accelerate.state
 
     import smalti.core.devices
 
-    smalti.core.devices.best_device = where
-    accelerate.state.PartialState.default_device = property(lambda _: where())
+    smalti.core.devices.best_device = current_device
+    accelerate.state.PartialState.default_device = property(lambda _: current_device())
     import smalti.latentsets.dataset
-    import smalti.tokenizers.layers.strips
 
     smalti.latentsets.dataset._free_bytes = lambda _: 2**30
-    largest = smalti.tokenizers.layers.strips.LARGEST_WHOLE
-    largest["fake_device"] = largest["cpu"]

@@ -1,4 +1,4 @@
-"""That nothing holds on the CPU alone: `fake_device/cases.py`, on a device that is not there."""
+"""Runs `cases.py` on the fake device, to find code that works on the CPU only."""
 
 import os
 import shutil
@@ -12,17 +12,16 @@ from fake_device import COMPILER
 FOLDER = Path(__file__).parent
 
 
-# what the device is built with; smalti itself needs none, so a machine may well have none
-@pytest.mark.skipif(not shutil.which(COMPILER), reason=f"there is no {COMPILER}, with which the device is built")
-def test_another_device_does_what_the_cpu_does():
-    """In a process of its own: torch knows the device from then on."""
+@pytest.mark.skipif(not shutil.which(COMPILER), reason=f"the fake device needs the C++ compiler {COMPILER}")
+def test_results_on_the_fake_device_equal_the_cpus():
+    """The cases run in a separate process, because the device stays registered with torch."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "fake_device", FOLDER / "cases.py"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    found = subprocess.run(
+    finished = subprocess.run(
         command,
-        env={**environment, "PYTHONPATH": str(FOLDER)},
+        env={**environment, "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ["PYTHONPATH"]])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert found.returncode == 0, found.stdout
+    assert finished.returncode == 0, finished.stdout

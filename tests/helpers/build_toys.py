@@ -1,4 +1,4 @@
-"""Images and tiny tokenizers to build latent sets from, and builders in processes of their own that can be killed."""
+"""Images and tiny tokenizers for building latent sets, and builders in separate processes that tests can kill."""
 
 import importlib
 import multiprocessing
@@ -26,13 +26,13 @@ IMAGES = 200
 CONFIG = HRVQConfig(8, 8, widths=(6, 8), residual_blocks=1, code_width=6, depth=2, branching=4)
 FLAGS = ("--tokenizer", "tokenizer", "--images", "img", "--batch-size", "8", "--workers", "0", "--device", "cpu")
 
-# One server imports everything once; each builder is forked from it. Its imports are not the tests': no shapes checked.
+# One server imports everything once, and each builder is forked from it. It does not check shapes, unlike the tests.
 BUILDERS = multiprocessing.get_context("forkserver")
 BUILDERS.set_forkserver_preload(["smalti.scripts.build_latents", "smalti.tokenizers.vq.hrvq"])
 
 
 def write_images(folder: Path, count: int = IMAGES, seed: int = 0) -> None:
-    """Images of two plain halves; every tenth repeats the one before it."""
+    """Writes images of two plain halves; every tenth repeats the one before it."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     colours = random.integers(0, 256, (count, 2, 1, 3))
@@ -50,7 +50,7 @@ def save_tokenizer(folder: Path, seed: int = 0) -> None:
 
 @contextmanager
 def trained_in(folder: Path, train: list[str], images: int) -> Iterator[Path]:
-    """The folder, which is the current one meanwhile, with so many images and what train_tokenizer makes of them."""
+    """Writes images into a folder, trains a tokenizer there, and yields the folder as the current one."""
     write_images(folder / "img", count=images)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -61,27 +61,27 @@ def trained_in(folder: Path, train: list[str], images: int) -> Iterator[Path]:
 
 
 def run(capfd, *arguments: str) -> tuple[int, str, str]:
-    """Builds in this process: (exit status, standard output, standard error)."""
+    """Runs build_latents in this process. Returns (exit status, standard output, standard error)."""
     return command_toys.run(capfd, build_latents.main, *arguments)
 
 
 class Builders:
-    """Processes that build one set together, in a folder; all they say goes to `log` in it.
+    """Processes that build one latent set together in a folder; their output goes to the file `log` in it.
 
-    `dies_at` is (module, name within it, n): the main process is killed as it calls that for the nth time.
+    `dies_at` is (module, name within it, n): the main process is killed at its nth call of that function.
     """
 
     def __init__(self, folder: Path, *flags: str, processes: int = 1, dies_at: tuple[str, str, int] | None = None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
         self.processes = []
         for rank in range(processes):
             environment = {"OMP_NUM_THREADS": "1"}
             if processes > 1:
-                together = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
+                ranks = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
                 address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                environment |= {name: str(value) for name, value in (together | address).items()}
+                environment |= {name: str(value) for name, value in (ranks | address).items()}
             arguments = (folder, flags, environment, dies_at if rank == 0 else None)
             self.processes.append(BUILDERS.Process(target=_build, args=arguments))
         for process in self.processes:
@@ -92,7 +92,7 @@ class Builders:
             os.kill(process.pid, number)
 
     def join(self) -> list[int]:
-        """Their exit statuses."""
+        """Waits for the processes and returns their exit statuses."""
         for process in self.processes:
             process.join(60)
         return [process.exitcode for process in self.processes]
@@ -116,12 +116,12 @@ def _build(folder, flags, environment, dies_at):
         owner = importlib.import_module(module)
         for part in owners:
             owner = getattr(owner, part)
-        whole, calls = getattr(owner, name), iter(range(1, count + 1))
+        original, calls = getattr(owner, name), iter(range(1, count + 1))
 
         def dying(*args, **options):
             if next(calls) == count:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return whole(*args, **options)
+            return original(*args, **options)
 
         setattr(owner, name, dying)
     sys.argv = ["build_latents.py", *flags]
@@ -131,5 +131,5 @@ def _build(folder, flags, environment, dies_at):
 def wait_for(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.002)

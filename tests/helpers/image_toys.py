@@ -1,4 +1,4 @@
-"""Small image sets that tests make: one plain colour an image, or patches of grey."""
+"""Writes small image sets for tests: images of one plain colour each, or of grey patches."""
 
 import io
 from pathlib import Path
@@ -26,7 +26,7 @@ def colour_of(image_set: ImageSet, index: int) -> str:
 
 
 def write_patches(root: Path, count: int) -> None:
-    """So many grey images of 28x28, each of 4x4 patches of random shades."""
+    """Writes `count` grey images of 28x28 pixels, each of 4x4 patches of random shades."""
     root.mkdir()
     random = np.random.default_rng(0)
     for index in range(count):
@@ -35,7 +35,7 @@ def write_patches(root: Path, count: int) -> None:
 
 
 def write_folder(root: Path, names: list[str]) -> Path:
-    """One image of its own colour for each name."""
+    """Writes one image per name, each in a colour of its own."""
     for name, colour in zip(names, COLOURS, strict=False):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(png(colour))
@@ -43,13 +43,13 @@ def write_folder(root: Path, names: list[str]) -> Path:
 
 
 def write_parquet(path: Path, **columns) -> Path:
-    """A Parquet file as anything but `datasets` writes it: without marks of what is an image."""
+    """Writes a Parquet file without the metadata by which `datasets` marks image columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
 
 
 def marked(colours: list[str], **columns) -> datasets.Dataset:
-    """A table whose column `image` says that it holds images."""
+    """Returns a table whose column `image` is marked as images."""
     images = [{"bytes": png(colour), "path": None} for colour in colours]
     return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())

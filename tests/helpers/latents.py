@@ -1,4 +1,4 @@
-"""Latent sets for tests: a provenance, layouts, random codes and columns, and a writer for them."""
+"""Latent sets for tests: a provenance, layouts, random codes and columns, and functions that write them."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ LEVELS = [
 
 
 def make_codes(layout: Layout, rows: int, seed: int = 0) -> Codes:
-    """Random codes that hold both ends of every codebook."""
+    """Draws random codes that include the first and last code of every codebook."""
     rng = np.random.default_rng(seed)
     grids = []
     for level in layout.levels:
@@ -48,7 +48,7 @@ def make_codes(layout: Layout, rows: int, seed: int = 0) -> Codes:
 
 
 def make_columns(rows: int) -> dict[str, torch.Tensor]:
-    """Two rows for each source, its mirror image the second; every third source is held out."""
+    """Makes columns with two rows per source image, the second mirrored; every third source is held out."""
     numbers = torch.arange(rows)
     sources = numbers // 2
     return {
@@ -60,7 +60,7 @@ def make_columns(rows: int) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, layout: Layout, codes: Codes, cuts: list[int], provenance: Provenance = PROVENANCE) -> None:
-    """Writes in blocks that begin at `cuts`, in that order."""
+    """Writes a latent set in blocks that begin at `cuts`, in that order."""
     rows = len(codes[0])
     with LatentSetWriter(path, layout, **make_columns(rows), provenance=provenance) as writer:
         for start in cuts:
@@ -69,7 +69,7 @@ def write(path: Path, layout: Layout, codes: Codes, cuts: list[int], provenance:
 
 
 def opened(path: Path, mode: str) -> Any:
-    """Plain h5py, whose types know less than this file does."""
+    """Opens a file with h5py, typed as `Any` because h5py's types are unions."""
     return h5py.File(path, mode)
 
 

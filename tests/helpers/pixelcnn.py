@@ -22,7 +22,7 @@ OPTIONS = {
 
 
 def prior_of(height=4, width=8, **changes) -> PixelCNN:
-    """Untrained, but with opinions that are strong and depend on all it sees."""
+    """Returns an untrained PixelCNN whose predictions are confident and depend on all of its context."""
     torch.manual_seed(1)
     config = dict(height=height, width=width, radices=(3, 2), model_width=16, layers=4, heads=2)
     prior = PixelCNN(PixelCNNConfig(**{**config, **changes})).eval()
@@ -34,7 +34,7 @@ def prior_of(height=4, width=8, **changes) -> PixelCNN:
 
 
 def told_of(prior: PixelCNN, b: int, h: int, w: int) -> dict:
-    """Labels and upper codes at random, as far as the prior takes any."""
+    """Draws random labels and codes of coarser levels, if the prior is conditioned on them."""
     generator, config = torch.Generator().manual_seed(0), prior.config
     upper = tuple(
         torch.randint(torch.tensor(radices).prod(), (b, h // factor, w // factor), generator=generator)

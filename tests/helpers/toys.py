@@ -1,4 +1,4 @@
-"""Small things to train, for the tests of training: a network of a few numbers, and every registered kind, tiny."""
+"""Tiny models and data to train in tests: a network of a few parameters, and every registered kind."""
 
 import json
 import math
@@ -30,8 +30,9 @@ from smalti.training.config import FitConfig, Phase
 from smalti.training.loop import fit
 from smalti.training.run_folder import METRICS_NAME, Run
 
-# A new kind needs an entry here: none is registered without passing the tests of checkpoints and of training.
-SMALL = {"height": 8, "width": 12, "residual_blocks": 1, "codebook_decay": 0.8, "revive_below": 0.6}  # so that some die
+# Every registered kind needs an entry here, so that the tests of checkpoints and of training cover it.
+# `revive_below` is high, so that some codes are revived
+SMALL = {"height": 8, "width": 12, "residual_blocks": 1, "codebook_decay": 0.8, "revive_below": 0.6}
 LATENT = {"channels": 4, "growth": 2, "dense_layers": 1, "stages": 1, "latent_channels": 2, "mixtures": 2}
 LATENT |= {"flow_layers": 4, "flow_width": 4}
 TINY = {
@@ -77,7 +78,7 @@ TINY = {
     ),
 }
 KINDS = [(family, kind) for family in ("tokenizer", "prior") for kind in models.kinds(family)]
-ROWS = 22  # so that epochs of 22 rows never end with a batch of 8
+ROWS = 22  # not a multiple of the batch size, so that batches span epochs
 CONFIG = FitConfig(
     steps=12,
     batch_size=8,
@@ -94,7 +95,7 @@ CONFIG = FitConfig(
 
 
 class Rows:
-    """Any tensors as a data set."""
+    """A data set of any tensors."""
 
     def __init__(self, **columns):
         self.columns = columns
@@ -113,7 +114,7 @@ class ToyConfig:
 
 
 class Toy(Checkpointed):
-    """With all that a run must bring back: matrices, biases, running statistics, an integer buffer, dropout."""
+    """A model with everything that resuming must restore: matrices, biases, running statistics, a counter, dropout."""
 
     family, kind, config_class = "tokenizer", "toy", ToyConfig
 
@@ -128,7 +129,7 @@ class Toy(Checkpointed):
 
 
 class Regression(nn.Module):
-    """Squared error against targets with noise that the seeds decide."""
+    """Squared error to targets with noise drawn from the seeds."""
 
     def __init__(self, model):
         super().__init__()
@@ -140,7 +141,7 @@ class Regression(nn.Module):
 
 
 def toy():
-    """(model, objective, training rows, held-out rows) of a kind that exists for the tests only."""
+    """Returns (model, objective, training rows, held-out rows) of the toy model."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(ROWS + 5, 3, generator=generator)
     torch.manual_seed(1)
@@ -150,17 +151,17 @@ def toy():
 
 
 def plain_toy():
-    """The same without statistics and dropout, which are of the slice, of the process and of the compiler."""
+    """Does what `toy` does, without batch statistics and dropout, which depend on micro-batch, process and compiler."""
     model, *rest = toy()
     model.net[1], model.net[2] = nn.Identity(), nn.Identity()
     return model, *rest
 
 
 def make(family, kind):
-    """The same of a registered kind."""
+    """Returns (model, objective, training rows, held-out rows) of a registered kind."""
     config, generator = TINY[kind], torch.Generator().manual_seed(0)
     torch.manual_seed(1)
-    model = models.find(family, kind)(config)
+    model = models.class_of_kind(family, kind)(config)
     shape = (ROWS + 5, config.height, config.width)
     if kind == "realnvp":
         objective = model.method.objective(model, model.method.objective_config())
@@ -173,17 +174,17 @@ def make(family, kind):
             grid = (ROWS + 5, config.height // factor, config.width // factor)
             columns[f"upper_{number}"] = torch.randint(math.prod(radices), grid, generator=generator)
         objective = model.method.objective(model, model.method.objective_config())
-        parts = [{k: v[part] for k, v in columns.items()} for part in (slice(ROWS), slice(ROWS, None))]
-        return model, objective, *(Rows(**part) for part in parts)
+        splits = [{k: v[split] for k, v in columns.items()} for split in (slice(ROWS), slice(ROWS, None))]
+        return model, objective, *(Rows(**split) for split in splits)
     shape = (ROWS + 5, model.image_channels, config.height, config.width)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     model.init_from_data(images.float() / 127.5 - 1)
     return model, Reconstruction(model), Rows(images=images[:ROWS]), Rows(images=images[ROWS:])
 
 
-def train(folder, of=toy, config=CONFIG, *, wrap=lambda rows: rows, run=None, process=None, **more):
-    """One call of the same command: everything made anew, the folder as it is."""
-    model, objective, rows, held_out = of()
+def train(folder, build=toy, config=CONFIG, *, wrap=lambda rows: rows, run=None, process=None, **more):
+    """Trains a newly built model in a folder, as each call of a command does; resumes a run that is there."""
+    model, objective, rows, held_out = build()
     fit(
         process or accelerator("fp32"),
         phases(model, objective, config),
@@ -198,13 +199,13 @@ def train(folder, of=toy, config=CONFIG, *, wrap=lambda rows: rows, run=None, pr
 
 
 def measured(folder):
-    """The lines of metrics.jsonl, without what hangs on the machine."""
+    """Returns the lines of metrics.jsonl, without values that depend on the machine."""
     lines = [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("rows_per_second", "memory_gib")} for line in lines]
 
 
 def outcome(folder):
-    """What must be equal between two runs: the weights' bytes, their digest, all that was measured."""
+    """Returns what must be equal for two runs to be equal: weights, digest, provenance and metrics."""
     described = json.loads((folder / CONFIG_NAME).read_text())
     return (folder / WEIGHTS_NAME).read_bytes(), described["digest"], described["provenance"], measured(folder)
 
@@ -214,18 +215,18 @@ def one_phase(objective, config=CONFIG):
 
 
 def phases(model, objective, config):
-    """A tokenizer's own, where it has more than the objective."""
-    own = model.phases(config) if isinstance(model, Tokenizer) else []
-    return own or one_phase(objective, config)
+    """Returns the tokenizer's own phases if it has any, otherwise one phase of the objective."""
+    own_phases = model.phases(config) if isinstance(model, Tokenizer) else []
+    return own_phases or one_phase(objective, config)
 
 
 def losses(lines):
-    """Of every step and phase."""
+    """Returns the loss of every step and phase."""
     return [value for line in lines for name, value in line.items() if name.split("/")[-1] == "loss"]
 
 
-class Bad:
-    """Rows whose inputs are `value` in the batches numbered in `at`, counted from 0."""
+class BadRows:
+    """Rows whose inputs are multiplied by `value` in the batches numbered in `at`, counted from 0."""
 
     def __init__(self, rows, at, value=math.nan):
         self.rows, self.at, self.value, self.batches = rows, at, value, 0
@@ -242,7 +243,7 @@ class Bad:
 
 
 class Signalling:
-    """Rows that send this process a signal with batch number `at`, counted from 0."""
+    """Rows that send a signal to this process at batch number `at`, counted from 0."""
 
     def __init__(self, rows, at, number=signal.SIGINT):
         self.rows, self.at, self.number, self.batches = rows, at, number, 0
@@ -258,19 +259,19 @@ class Signalling:
 
 
 def untrained_pair():
-    """A prior of two classes and the tokenizer of its codes, tiny and untrained, at 8x16 pixels and 4x8 codes.
+    """Returns a tiny prior of two classes and its tokenizer, untrained, with 8x16 pixels and 4x8 codes.
 
-    Their weights are large enough that what a network sees decides what it says.
+    Their weights are large enough for the outputs to depend on the inputs.
     """
     torch.manual_seed(0)
     prior_config = HourglassConfig(
         4, 8, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     )
     tokenizer_config = HRVQConfig(8, 16, widths=(6,), residual_blocks=3, code_width=5, depth=2, branching=3)
-    prior = models.find("prior", "hourglass")(prior_config).eval()
-    tokenizer = models.find("tokenizer", "hrvq")(tokenizer_config).eval()
+    prior = models.class_of_kind("prior", "hourglass")(prior_config).eval()
+    tokenizer = models.class_of_kind("tokenizer", "hrvq")(tokenizer_config).eval()
     for parameter in tokenizer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)  # residual blocks start as the identity, which sees no neighbours
+        torch.nn.init.normal_(parameter, std=0.5)  # residual blocks start as the identity, which ignores neighbours
     tokenizer.init_from_data(torch.rand(16, 3, 8, 16) * 2 - 1)
     for table in (prior.head.weight, prior.of_class.vectors.weight):
         torch.nn.init.normal_(table)

@@ -1,5 +1,7 @@
 """Shards by themselves: whatever is cut or damaged, only whole blocks count, and the merge is the set."""
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,23 +178,33 @@ def test_nothing_but_bad_images_is_refused_and_stays(tmp_path):
         assert shards.missing() == []
 
 
-def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
-    def lockf(*_):
-        raise OSError(38, "Function not implemented")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_disk_without_file_locks_is_refused(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("fcntl.lockf", lockf)
-    with pytest.raises(UserError, match=r"cannot be locked \(Function not implemented\); give --out on another disk"):
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match=rf"cannot be locked \({os.strerror(number)}\); give --out on another disk"):
         Shards(job(tmp_path / "latents.h5")).claim()
 
 
-def test_a_folder_removed_while_it_was_locked_is_not_built_in(tmp_path, monkeypatch):
-    """By the builder before, which has finished."""
+def test_second_process_with_the_same_number_is_refused(tmp_path):
+    with Shards(job(tmp_path / "latents.h5")) as first:
+        first.claim()
+        with pytest.raises(UserError, match="is being built by another process"):
+            Shards(job(tmp_path / "latents.h5")).claim()
+    Shards(job(tmp_path / "latents.h5")).claim()
+
+
+def test_folder_removed_while_it_was_locked_is_refused(tmp_path, monkeypatch):
+    """The builder before finished and removed it."""
     shards = Shards(job(tmp_path / "latents.h5"))
 
-    def lockf(*_):
-        (shards.folder / "00000.lock").unlink()
+    def flock(*_):
+        (shards.folder / "00000.lock").unlink(missing_ok=True)
 
-    monkeypatch.setattr("fcntl.lockf", lockf)
+    monkeypatch.setattr("fcntl.flock", flock)
     with pytest.raises(UserError, match="is being built by another process"):
         shards.claim()
 

@@ -176,7 +176,7 @@ def test_refuses_numbers_of_other_layers_than_there_are(folder, name, wrong):
 def test_the_models_of_the_table_are_a_million_parameters_and_8_bits():
     for kind in MODELS:
         config = PAPER_MODEL_OF(kind, 5, config_of())
-        tokenizer = models.find("tokenizer", study.registered(kind))(config)
+        tokenizer = models.class_of_kind("tokenizer", study.registered(kind))(config)
         assert 0.9e6 < sum(parameter.numel() for parameter in tokenizer.parameters()) < 1.15e6
         assert tokenizer.layout.levels[0].shape == (1, 1)
         assert tokenizer.layout.levels[0].codebook_size == 256

@@ -1,4 +1,4 @@
-"""Which rows a step has: every epoch all of them once, whatever the batch, the processes and where a run goes on."""
+"""Tests of the row order: every epoch has each row once, for any batch size, number of processes and resumed step."""
 
 import itertools
 
@@ -15,7 +15,7 @@ SIZES = {"size": st.integers(2, 20), "share": st.integers(1, 5), "seed": st.inte
 
 @given(**SIZES, steps=st.integers(1, 12))
 def test_every_epoch_is_a_permutation(size, share, seed, steps):
-    """Also where a batch is larger than the data: it then runs over several epochs."""
+    """Also if a batch is larger than the data and spans several epochs."""
     stream = [row for rows in StepRows(size, batch_size=share, seed=seed, steps=range(steps)) for row in rows]
     assert len(stream) == share * steps
     for start in range(0, len(stream), size):
@@ -26,10 +26,10 @@ def test_every_epoch_is_a_permutation(size, share, seed, steps):
 
 @settings(max_examples=50)
 @given(**SIZES, processes=st.integers(1, 4), first=st.integers(0, 3), count=st.integers(0, 3))
-def test_processes_share_the_batch_and_a_run_goes_on_where_it_was(size, share, seed, processes, first, count):
+def test_processes_share_the_batch_and_resuming_keeps_the_order(size, share, seed, processes, first, count):
     batch_size = share * processes
     whole = list(StepRows(size, batch_size=batch_size, seed=seed, steps=range(first + count)))
-    parts = [
+    shares = [
         list(
             StepRows(
                 size,
@@ -42,11 +42,11 @@ def test_processes_share_the_batch_and_a_run_goes_on_where_it_was(size, share, s
         )
         for process in range(processes)
     ]
-    assert all(len(rows) == share for part in parts for rows in part)
-    assert [[*itertools.chain(*rows)] for rows in zip(*parts, strict=True)] == whole[first:]
+    assert all(len(rows) == share for share_of_process in shares for rows in share_of_process)
+    assert [[*itertools.chain(*rows)] for rows in zip(*shares, strict=True)] == whole[first:]
 
 
-def test_epochs_and_seeds_have_other_orders():
+def test_order_depends_on_epoch_and_seed():
     size = 40
     first, second = list(StepRows(size, batch_size=size, seed=0, steps=range(2)))
     (other,) = list(StepRows(size, batch_size=size, seed=1, steps=range(1)))
@@ -54,10 +54,10 @@ def test_epochs_and_seeds_have_other_orders():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_gives_whole_batches_in_order_with_and_without_workers(workers):
+def test_loader_returns_whole_batches_in_order_with_and_without_workers(workers):
     data = Rows(x=torch.arange(7) * 10)
     rows = StepRows(7, batch_size=3, seed=0, steps=range(2, 6))
-    found = list(batches(data, rows, workers=workers, pin_memory=False))
-    assert [batch["rows"].tolist() for batch in found] == list(rows)
-    assert all(torch.equal(batch["x"], batch["rows"] * 10) for batch in found)
+    loaded = list(batches(data, rows, workers=workers, pin_memory=False))
+    assert [batch["rows"].tolist() for batch in loaded] == list(rows)
+    assert all(torch.equal(batch["x"], batch["rows"] * 10) for batch in loaded)
     assert len(rows) == 4

@@ -1,6 +1,6 @@
-"""Runs under `--compile` train what others do, and samplers draw what others do. This file is also the program of them.
+"""Tests that training and sampling with `--compile` give the same results as without. This file is also the program.
 
-In a process of its own, without the shape checks of the tests, which would break the compiler's graphs.
+The program runs in its own process, without the tests' shape checks, which would break the compiler's graphs.
 """
 
 import json
@@ -40,40 +40,40 @@ def program(folder):
     with suppress(Interrupted):
         train("compiled", COMPILED, lambda rows: toys.Signalling(rows, STOPPED_AT))
     assert graphs()
-    shutil.copytree(folder / "compiled", folder / "eager from there")
+    shutil.copytree(folder / "compiled", folder / "resumed eagerly")
     train("compiled", COMPILED)
-    train("eager from there", toys.CONFIG)
+    train("resumed eagerly", toys.CONFIG)
 
 
 def draws(folder):
-    """Writes, of each sampler, whether compiled it draws the same, and in how many graphs."""
+    """Writes for each sampler whether its compiled draws are equal, and the number of graphs and graph breaks."""
     from torch._dynamo.utils import counters
 
-    found, rows = {}, torch.arange(3)
+    results, rows = {}, torch.arange(3)
     for kind, sampler, sampling in (
         ("hourglass", sample_sundae, SundaeSampling(steps=6, min_steps=2, top_p=0.9)),
         ("maskgit", sample_masked, MaskedSampling(steps=4, temperature=(1.0, 0.5))),
     ):
         torch.manual_seed(0)
-        prior = models.find("prior", kind)(replace(toys.TINY[kind], depth=(1,), shorten=())).eval()
+        prior = models.class_of_kind("prior", kind)(replace(toys.TINY[kind], depth=(1,), shorten=())).eval()
         known = torch.arange(6).view(1, *prior.level.shape).repeat(3, 1, 1)
-        given = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "labels": rows - 1}
+        inputs = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "labels": rows - 1}
         eager, compiled = (
-            sampler(prior, **given, sampling=replace(sampling, compile=choice)) for choice in (False, True)
+            sampler(prior, **inputs, sampling=replace(sampling, compile=compiled)) for compiled in (False, True)
         )
-        found[kind] = [torch.equal(eager, compiled), counters["stats"]["unique_graphs"], len(counters["graph_break"])]
+        results[kind] = [torch.equal(eager, compiled), counters["stats"]["unique_graphs"], len(counters["graph_break"])]
         torch._dynamo.reset()
         counters.clear()
-    (folder / "draws.json").write_text(json.dumps(found))
+    (folder / "draws.json").write_text(json.dumps(results))
 
 
 def run(folder, what):
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler")
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, __file__, what, str(folder)], capture_output=True, text=True, check=False, timeout=600
     )
-    assert done.returncode == 0, done.stderr
+    assert finished.returncode == 0, finished.stderr
     return folder
 
 
@@ -82,16 +82,16 @@ def folder(tmp_path_factory):
     return run(tmp_path_factory.mktemp("compile"), "program")
 
 
-def test_a_compiled_step_draws_the_same_in_one_program(tmp_path):
-    """For all temperatures, without the compiler giving up anywhere."""
-    found = json.loads((run(tmp_path, "draws") / "draws.json").read_text())
-    assert found == {"hourglass": [True, 1, 0], "maskgit": [True, 1, 0]}
+def test_compiled_sampling_is_equal_and_has_one_graph(tmp_path):
+    """One graph serves all temperatures, without graph breaks."""
+    results = json.loads((run(tmp_path, "draws") / "draws.json").read_text())
+    assert results == {"hourglass": [True, 1, 0], "maskgit": [True, 1, 0]}
 
 
-@pytest.mark.parametrize("way", ["compiled", "eager from there"])
-def test_a_compiled_run_trains_what_another_does(folder, way):
-    """Stopped, and gone on with compiled again or not."""
-    lines, others = toys.measured(folder / way), toys.measured(folder / "eager")
+@pytest.mark.parametrize("name", ["compiled", "resumed eagerly"])
+def test_compiled_run_trains_what_an_eager_one_does(folder, name):
+    """The compiled run was stopped, and resumed with and without compiling."""
+    lines, others = toys.measured(folder / name), toys.measured(folder / "eager")
     assert len(lines) == len(others) > toys.CONFIG.steps
     for line, other in zip(lines, others, strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)

@@ -1,4 +1,4 @@
-"""The training loop: against a plain one, and that a run which was stopped or killed ends as if it had not been."""
+"""Tests of the training loop: against one written by hand, and that stopped or killed runs equal uninterrupted ones."""
 
 import json
 import math
@@ -19,11 +19,10 @@ from torch import nn
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.core.randomness import derive, row_seeds
-from smalti.training import checkpoints_and_logs
-from smalti.training import loop as fit_file
+from smalti.training import checkpoints_and_logs, loop
 from smalti.training.accelerator import accelerator
 from smalti.training.batches import StepRows
-from smalti.training.checkpoints_and_logs import evaluate
+from smalti.training.checkpoints_and_logs import held_out_losses
 from smalti.training.config import FitConfig, Phase
 from smalti.training.ema import EMA
 from smalti.training.loop import fit
@@ -36,8 +35,8 @@ def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_the_loop_equals_a_plain_one(tmp_path):
-    """Rows, seeds, schedule, clipping, decay of matrices only, and the average, written out by hand."""
+def test_loop_equals_one_written_by_hand(tmp_path):
+    """Rows, seeds, learning-rate schedule, gradient clipping, weight decay of matrices only, and EMA."""
     config, trained = CONFIG, train(tmp_path)
     model, objective, rows, _ = toys.toy()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -63,14 +62,14 @@ def test_the_loop_equals_a_plain_one(tmp_path):
         for name, tensor in model.state_dict().items():
             mixed = decay * average[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor
             average[name] = mixed.clone()
-    assert max(norms) > config.clip_norm > min(norms)  # or the test would not see the clipping
+    assert max(norms) > config.clip_norm > min(norms)  # clipping must matter in some steps only
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], tensor)
     for name, tensor in load_file(tmp_path / WEIGHTS_NAME).items():
         torch.testing.assert_close(tensor, average[name])
 
 
-def test_the_average_is_the_formula():
+def test_ema_follows_its_formula():
     model = nn.Linear(1, 1, bias=False)
     model.register_buffer("count", torch.tensor(0))
     values, expected = [3.0, -1.0, 2.0, 7.0], 0.5
@@ -97,21 +96,21 @@ def test_the_average_is_the_formula():
     assert none.state_dict() == {}
 
 
-def test_the_rate_rises_stays_and_falls():
+def test_learning_rate_schedule_warms_up_stays_and_decays():
     config = FitConfig(steps=100, warmup_steps=10, decay_fraction=0.4)
     rates = [config.rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10:60] == [1.0] * 50
-    assert rates[79] == pytest.approx(0.505)  # half way down the cosine
+    assert rates[79] == pytest.approx(0.505)  # halfway down the cosine
     assert rates[99] == pytest.approx(0.01)
     assert all(after < before for before, after in pairwise(rates[59:]))
     assert [FitConfig(steps=9, warmup_steps=0, decay_fraction=0.0).rate(step) for step in range(9)] == [1.0] * 9
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("stops", [[0, 4, 0, 3], [10], [9]], ids=["at 1, 6, 7, 11", "at 11", "where it saves anyway"])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, stops, accumulation):
-    """By a real signal, with a batch in hand; `stops` are batches since the run last went on."""
+@pytest.mark.parametrize("stops", [[0, 4, 0, 3], [10], [9]], ids=["at 1, 6, 7, 11", "at 11", "at a save"])
+def test_stopped_and_resumed_run_equals_uninterrupted_run(tmp_path, stops, accumulation):
+    """Real signals arrive while a batch is made; `stops` are batches since the run last resumed."""
     config = replace(CONFIG, accumulation=accumulation)
     train(tmp_path / "whole", config=config)
     done = 0
@@ -125,37 +124,36 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, stops, accu
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
-def test_slices_of_a_batch_train_what_the_batch_does(tmp_path):
-    """The average loss over the slices; with several processes too, in test_fit_processes.py."""
-
+def test_gradient_accumulation_trains_what_the_whole_batch_does(tmp_path):
+    """`test_loop_processes.py` tests the same with several processes."""
     whole = train(tmp_path / "1", toys.plain_toy)
-    sliced = train(tmp_path / "4", toys.plain_toy, replace(CONFIG, accumulation=4))
-    for ours, theirs in zip(sliced.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    for ours, theirs in zip(toys.measured(tmp_path / "4"), toys.measured(tmp_path / "1"), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"largest", "held_out_largest"}:  # a mean of largests is not the largest
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
-    train(tmp_path / "1", toys.plain_toy, replace(CONFIG, accumulation=2))  # no other run: it is finished
+    accumulated = train(tmp_path / "4", toys.plain_toy, replace(CONFIG, accumulation=4))
+    for actual, expected in zip(accumulated.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected)
+    for actual, expected in zip(toys.measured(tmp_path / "4"), toys.measured(tmp_path / "1"), strict=True):
+        assert actual.keys() == expected.keys()
+        for name in actual.keys() - {"largest", "held_out_largest"}:  # a mean of maxima is not the maximum
+            assert actual[name] == pytest.approx(expected[name], rel=1e-4), name
+    train(tmp_path / "1", toys.plain_toy, replace(CONFIG, accumulation=2))  # counts as the same run, which is finished
 
 
 @pytest.mark.parametrize(("family", "kind"), toys.KINDS)
-def test_gradient_checkpointing_changes_memory_only(tmp_path, family, kind, monkeypatch):
-    train(tmp_path / "kept", lambda: toys.make(family, kind))
-    again, counted = fit_file.checkpoint, []
-    monkeypatch.setattr(fit_file, "checkpoint", lambda *a, **k: counted.append(1) or again(*a, **k))
-    train(tmp_path / "again", lambda: toys.make(family, kind), replace(CONFIG, gradient_checkpointing=True))
-    assert len(counted) >= CONFIG.steps
-    assert outcome(tmp_path / "again") == outcome(tmp_path / "kept")
+def test_gradient_checkpointing_does_not_change_results(tmp_path, family, kind, monkeypatch):
+    train(tmp_path / "stored", lambda: toys.make(family, kind))
+    checkpoint, calls = loop.checkpoint, []
+    monkeypatch.setattr(loop, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    train(tmp_path / "recomputed", lambda: toys.make(family, kind), replace(CONFIG, gradient_checkpointing=True))
+    assert len(calls) >= CONFIG.steps
+    assert outcome(tmp_path / "recomputed") == outcome(tmp_path / "stored")
 
 
-def test_gradient_checkpointing_is_refused_where_there_are_no_blocks(tmp_path):
-    with pytest.raises(UserError, match="toy has no blocks to compute again; leave --gradient-checkpointing out"):
+def test_gradient_checkpointing_is_refused_without_blocks(tmp_path):
+    with pytest.raises(UserError, match="toy has no blocks to recompute; leave --gradient-checkpointing out"):
         train(tmp_path, config=replace(CONFIG, gradient_checkpointing=True))
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing in the product catches it."""
+    """Simulates a kill: nothing in smalti catches it."""
 
 
 class KilledRows(Signalling):
@@ -167,29 +165,29 @@ class KilledRows(Signalling):
 
 
 @pytest.mark.parametrize("at", [2, 5, 8, 11])
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, at):
-    """Before the first saved state too: what was measured since the last one is forgotten and measured again."""
+def test_killed_and_resumed_run_equals_uninterrupted_run(tmp_path, at):
+    """Also before the first snapshot. Metrics logged after the last snapshot are deleted and logged again."""
     train(tmp_path / "whole")
     with pytest.raises(Killed):
         train(tmp_path / "killed", wrap=lambda rows: KilledRows(rows, at))
-    (tmp_path / "killed" / METRICS_NAME).open("a").write('{"step": 7, "lo')  # a line cut short
+    (tmp_path / "killed" / METRICS_NAME).open("a").write('{"step": 7, "lo')  # a truncated line
     train(tmp_path / "killed")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("saved_before", [0, 1])
-def test_a_kill_between_model_and_state_does_no_harm(tmp_path, saved_before):
+def test_kill_between_saving_model_and_snapshot_does_no_harm(tmp_path, saved_before):
     train(tmp_path / "whole")
     run, saves = Run(tmp_path / "killed", {"settings": "same"}), []
     save = run.states.save
 
-    def killed_at_last(step, state, **keep):
+    def killed_at_the_last_save(step, state, **keep):
         saves.append(step)
         if len(saves) > saved_before:
             raise Killed
         save(step, state, **keep)
 
-    run.states.save = killed_at_last
+    run.states.save = killed_at_the_last_save
     with pytest.raises(Killed):
         train(tmp_path / "killed", run=run)
     assert Run(tmp_path / "killed", {"settings": "same"}).step < saves[-1]
@@ -197,7 +195,7 @@ def test_a_kill_between_model_and_state_does_no_harm(tmp_path, saved_before):
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
-def test_a_signal_during_the_last_report_is_not_lost(tmp_path):
+def test_signal_during_the_last_report_is_not_lost(tmp_path):
     def interrupt(done, _model):
         if done == CONFIG.steps:
             signal.raise_signal(signal.SIGINT)
@@ -207,7 +205,7 @@ def test_a_signal_during_the_last_report_is_not_lost(tmp_path):
     assert Run(tmp_path, {"settings": "same"}).step == CONFIG.steps
 
 
-def test_reports_come_on_time_with_the_averaged_weights_in_evaluation_mode(tmp_path):
+def test_reports_receive_the_averaged_model_in_evaluation_mode(tmp_path):
     seen, (model, objective, rows, held_out) = [], toys.toy()
 
     def report(done, model):
@@ -232,18 +230,18 @@ def test_reports_come_on_time_with_the_averaged_weights_in_evaluation_mode(tmp_p
     assert [line["step"] for line in lines if "held_out_loss" in line] == [4, 8, 12]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     model.load_state_dict(saved)
-    again = evaluate(accelerator("fp32"), objective.eval(), held_out, CONFIG)
-    assert again["held_out_loss"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-5)
+    losses = held_out_losses(accelerator("fp32"), objective.eval(), held_out, CONFIG)
+    assert losses["held_out_loss"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-5)
 
 
-def test_more_workers_change_nothing(tmp_path):
+def test_workers_do_not_change_results(tmp_path):
     train(tmp_path / "none")
     train(tmp_path / "one", config=replace(CONFIG, workers=1))
     assert outcome(tmp_path / "one") == outcome(tmp_path / "none")
 
 
-def test_a_later_phase_does_not_see_the_gradients_of_an_earlier_one(tmp_path):
-    """As in a GAN: the generator's loss goes through the discriminator, which another optimiser trains."""
+def test_phases_do_not_share_gradients(tmp_path):
+    """In a GAN, the generator's loss has gradients in the discriminator, which another optimizer trains."""
 
     class Half(nn.Module):
         def __init__(self, both, first):
@@ -274,18 +272,17 @@ def test_a_later_phase_does_not_see_the_gradients_of_an_earlier_one(tmp_path):
     assert {"one/loss", "two/loss", "one/a", "two/gradient_norm"} <= outcome(tmp_path)[3][0].keys()
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+def test_batch_size_that_does_not_divide_is_refused(tmp_path):
     several = create_autospec(Accelerator, instance=True, num_processes=3, process_index=0)
     with pytest.raises(UserError, match=r"a batch of 8 does not divide among 3 processes; change --batch-size$"):
         train(tmp_path, process=several)
-    with pytest.raises(UserError, match="among 1 processes of 3 slices; change --batch-size or --accumulation"):
+    with pytest.raises(UserError, match="among 1 processes of 3 micro-batches; change --batch-size or --accumulation"):
         train(tmp_path, config=replace(CONFIG, accumulation=3))
 
 
-def test_the_best_state_stays_and_loads(tmp_path, monkeypatch):
-    """By the held-out loss, whatever came after it."""
+def test_snapshot_with_the_best_held_out_loss_is_kept(tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(checkpoints_and_logs, "evaluate", lambda *_: {"held_out_loss": next(losses)})
+    monkeypatch.setattr(checkpoints_and_logs, "held_out_losses", lambda *_: {"held_out_loss": next(losses)})
     train(tmp_path, config=replace(CONFIG, save_steps=2, keep_states=1))
     assert Run(tmp_path, {"settings": "same"}).states.steps() == [8, 12]
     assert json.loads((tmp_path / "states" / "step_00000008" / CONFIG_NAME).read_text())["provenance"]["steps"] == 8

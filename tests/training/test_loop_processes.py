@@ -1,4 +1,4 @@
-"""Two processes train what one does, every registered kind. This file is also the program that each of the two runs."""
+"""Tests that two processes train what one does, for every kind. This file is also the program of the two processes."""
 
 import os
 import subprocess
@@ -19,13 +19,14 @@ from smalti.training.run_folder import Run
 from smalti.training.signals import Interrupted
 
 CONFIG = toys.CONFIG
-SLICED = replace(CONFIG, accumulation=2)
-STOPPED_AT = 5  # batches, of one process alone
-WHOLE = ("hrvq", "vqgan", "hourglass")  # one of each way to train: how a run ends is not the kind's affair
+ACCUMULATED = replace(CONFIG, accumulation=2)
+STOPPED_AT = 5  # batches of the process that receives the signal
+UNINTERRUPTED = ("hrvq", "vqgan", "hourglass")  # one kind of each way to train
 of_every_kind = pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kind for _, kind in toys.KINDS])
-of_every_way = pytest.mark.parametrize(
-    ("way", "family", "kind"),
-    [("stopped", *each) for each in toys.KINDS] + [("whole", *each) for each in toys.KINDS if each[1] in WHOLE],
+of_every_run = pytest.mark.parametrize(
+    ("run", "family", "kind"),
+    [("stopped", *each) for each in toys.KINDS]
+    + [("uninterrupted", *each) for each in toys.KINDS if each[1] in UNINTERRUPTED],
 )
 
 
@@ -36,7 +37,7 @@ def train(folder, family, kind, config=CONFIG, *, process, wrap=lambda rows: row
 
 
 def program(folder):
-    """Runs in slices that a signal to one process stops, and some whole ones."""
+    """Trains with gradient accumulation until a signal to one process stops the run; and some runs to the end."""
     process = accelerator("fp32")
     for family, kind in toys.KINDS:
         stop = STOPPED_AT if process.process_index == 1 else -1
@@ -45,14 +46,14 @@ def program(folder):
                 folder / "stopped" / kind,
                 family,
                 kind,
-                SLICED,
+                ACCUMULATED,
                 process=process,
                 wrap=lambda rows, batch=stop: toys.Signalling(rows, batch),
             )
         except Interrupted as stopped:
             (folder / f"{kind} {process.process_index} {stopped.step}").touch()
-        if kind in WHOLE:
-            train(folder / "whole" / kind, family, kind, process=process)
+        if kind in UNINTERRUPTED:
+            train(folder / "uninterrupted" / kind, family, kind, process=process)
 
 
 @pytest.fixture(scope="module")
@@ -60,50 +61,50 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert finished.returncode == 0, finished.stderr
     for family, kind in toys.KINDS:
         train(folder / "one" / kind, family, kind, process=accelerator("fp32"))
-        train(folder / "stopped" / kind, family, kind, SLICED, process=accelerator("fp32"))  # where two stopped
+        train(folder / "stopped" / kind, family, kind, ACCUMULATED, process=accelerator("fp32"))  # resumes
     return folder
 
 
-@of_every_way
-def test_two_processes_train_what_one_does(folder, way, family, kind):
-    """And in two slices each, stopped among two to go on with one: nothing is left out or seen twice."""
-    one, two = toys.measured(folder / "one" / kind), toys.measured(folder / way / kind)
+@of_every_run
+def test_two_processes_train_what_one_does(folder, run, family, kind):
+    """Also with two micro-batches each, stopped with two processes and resumed with one."""
+    one, two = toys.measured(folder / "one" / kind), toys.measured(folder / run / kind)
     losses, others = toys.losses(one), toys.losses(two)
     phases = len(losses) // CONFIG.steps
     assert len(losses) == phases * CONFIG.steps > 0
-    within = 1e-5 if phases == 1 else 1e-4  # adversaries enlarge what rounding differs by
+    within = 1e-5 if phases == 1 else 1e-4  # adversarial training amplifies rounding differences
     assert others == pytest.approx(losses, rel=within)
-    assert max(losses) - min(losses) > 1e-3  # it trains: equal losses would say nothing otherwise
-    for ours, theirs in zip(one, two, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            most = 100 if name.endswith("gradient_norm") else 10  # which rounds the most
-            assert ours[name] == pytest.approx(value, rel=most * within, abs=within), name
-    weights, others = (load_file(folder / count / kind / WEIGHTS_NAME) for count in ("one", way))
+    assert max(losses) - min(losses) > 1e-3  # it trains, so that equal losses mean something
+    for expected, actual in zip(one, two, strict=True):
+        assert expected.keys() == actual.keys()
+        for name, value in actual.items():
+            factor = 100 if name.endswith("gradient_norm") else 10  # the norm has the largest rounding error
+            assert expected[name] == pytest.approx(value, rel=factor * within, abs=within), name
+    weights, others = (load_file(folder / count / kind / WEIGHTS_NAME) for count in ("one", run))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
-        if not name.endswith(".k.bias"):  # no attention hangs on it: its gradient is rounding, which Adam enlarges
+        if not name.endswith(".k.bias"):  # attention ignores it: its gradient is rounding error, which Adam amplifies
             assert (tensor - others[name]).abs().max() < 1e-4, name
 
 
 @of_every_kind
-def test_a_signal_to_one_process_stops_both_after_the_same_step(folder, family, kind):
-    """One step after the one in hand: the flags travel meanwhile."""
+def test_signal_to_one_process_stops_both_after_the_same_step(folder, family, kind):
+    """They stop one step later, because the flags are exchanged during that step."""
     assert {path.name for path in folder.glob(f"{kind} *")} == {f"{kind} {n} {STOPPED_AT + 2}" for n in (0, 1)}
 
 
-def test_states_that_the_processes_do_not_share_are_refused(tmp_path, monkeypatch):
+def test_snapshots_that_differ_between_processes_are_refused(tmp_path, monkeypatch):
     process = accelerator("fp32")
-    monkeypatch.setattr(process, "gather", lambda mine: torch.cat([mine, mine + 3]))
-    with pytest.raises(UserError, match=r"the processes see other states in .*, of steps \[0, 3\]; put it on a disk"):
+    monkeypatch.setattr(process, "gather", lambda step: torch.cat([step, step + 3]))
+    with pytest.raises(UserError, match=r"see other snapshots in .*, of steps \[0, 3\]; put it on a disk"):
         toys.train(tmp_path, process=process)
 
 
-def test_one_process_agrees_with_itself():
+def test_stop_agreement_of_one_process():
     agreement = StopAgreement(1)
     assert [agreement.after_step(number, last=False) for number in (0, 15)] == [0, 15]
 

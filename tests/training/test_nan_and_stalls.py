@@ -1,4 +1,4 @@
-"""Steps that must not count, going back, stops agreed on, and errors of the machine in one line."""
+"""Tests of the NaN guard, rollback, and one-line errors about memory and workers."""
 
 import contextlib
 import gc
@@ -13,13 +13,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from helpers import toys
-from helpers.toys import CONFIG, Bad, train
+from helpers.toys import CONFIG, BadRows, train
 from safetensors.torch import load_file
 
 from smalti.core.errors import OneProcessError, UserError
 from smalti.core.models import WEIGHTS_NAME
-from smalti.training.nan_and_stalls import Buffers, Health, explained, poisoned
-from smalti.training.optimizers import Together, make_optimizer, step_unless_on_device
+from smalti.training.nan_and_stalls import Buffers, SkippedSteps, explain_errors, spread_nan
+from smalti.training.optimizers import make_optimizer, parts_of, step_unless_on_device
 from smalti.training.run_folder import Run
 
 
@@ -29,11 +29,11 @@ def _fresh_accelerator():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_batch_changes_nothing_but_its_count(tmp_path, value):
-    """Weights, averages, running statistics and the optimiser's state: as if the step had trained nothing."""
+def test_bad_batch_changes_nothing_but_its_count(tmp_path, value):
+    """Weights, averages, running statistics and optimizer states stay as they were."""
     seen = []
 
-    class Watching(Bad):
+    class Watching(BadRows):
         def __getitems__(self, rows):
             seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
             return super().__getitems__(rows)
@@ -53,22 +53,22 @@ def test_a_bad_batch_changes_nothing_but_its_count(tmp_path, value):
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / WEIGHTS_NAME).values())
 
 
-def test_a_run_that_was_killed_after_a_bad_batch_still_counts_it(tmp_path):
+def test_resumed_run_still_counts_a_bad_batch(tmp_path):
     def die_at_8(done, _model):
         assert done != 8
 
-    train(tmp_path / "whole", wrap=lambda rows: Bad(rows, {3}))
+    train(tmp_path / "whole", wrap=lambda rows: BadRows(rows, {3}))
     with pytest.raises(AssertionError):
-        train(tmp_path / "killed", wrap=lambda rows: Bad(rows, {3}), on_report=die_at_8)
-    train(tmp_path / "killed")  # from step 5 on
+        train(tmp_path / "killed", wrap=lambda rows: BadRows(rows, {3}), on_report=die_at_8)
+    train(tmp_path / "killed")  # resumes after step 5
     assert toys.outcome(tmp_path / "killed") == toys.outcome(tmp_path / "whole")
 
 
-def test_after_many_bad_steps_the_weights_of_an_earlier_state_come_back(tmp_path, capsys):
-    """Weights that give no finite loss whatever the rows: the state from before they broke mends them."""
+def test_many_skipped_steps_roll_the_weights_back(tmp_path, capsys):
+    """Broken weights give no finite loss for any rows; the snapshot from before repairs them."""
     config = replace(CONFIG, steps=40, ema_decay=0.0)
 
-    class Breaking(Bad):
+    class Breaking(BadRows):
         def __getitems__(self, rows):
             if self.batches == 7:
                 with torch.no_grad():
@@ -82,7 +82,7 @@ def test_after_many_bad_steps_the_weights_of_an_earlier_state_come_back(tmp_path
 
     model = None
     train(tmp_path, make, config, wrap=lambda rows: Breaking(rows, ()))
-    assert "in the last 10 of 17 steps: taking the weights of step 5" in capsys.readouterr().err
+    assert "in the last 10 of 17 steps: taking the weights of step 5 (rollback)" in capsys.readouterr().err
     lines = [line for line in toys.measured(tmp_path) if "skipped_steps" in line]
     assert lines[-1]["skipped_steps"] == 10
     assert ["loss" in line for line in lines] == [True] * 7 + [False] * 10 + [True] * 23
@@ -90,19 +90,19 @@ def test_after_many_bad_steps_the_weights_of_an_earlier_state_come_back(tmp_path
 
 
 @pytest.mark.parametrize("from_the_start", [True, False])
-def test_where_going_back_does_not_help_the_run_ends_in_one_line(tmp_path, from_the_start, capsys):
+def test_run_ends_in_one_line_if_rollback_does_not_help(tmp_path, from_the_start, capsys):
     config = replace(CONFIG, steps=90, save_steps=5)
     first = 0 if from_the_start else 11
-    with pytest.raises(UserError, match=r"no loss or gradient .* no earlier state is left.*--resume never") as caught:
-        train(tmp_path, config=config, wrap=lambda rows: Bad(rows, range(first, 90)))
+    with pytest.raises(UserError, match=r"no loss .* no earlier snapshot is left.*--resume never") as caught:
+        train(tmp_path, config=config, wrap=lambda rows: BadRows(rows, range(first, 90)))
     assert "\n" not in str(caught.value)
     assert ("taking the weights" in capsys.readouterr().err) != from_the_start
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "plain sgd"])
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_a_step_is_skipped_on_the_device_without_a_look(name, steps_before):
-    """What runs on GPUs, here on the CPU: bad steps leave no trace, and good ones are the optimiser's own."""
+def test_step_is_skipped_without_reading_the_flag(name, steps_before):
+    """The code for GPUs, run on the CPU: bad steps change nothing, and good ones are the optimizer's own."""
 
     def run(bad_steps):
         torch.manual_seed(0)
@@ -114,24 +114,24 @@ def test_a_step_is_skipped_on_the_device_without_a_look(name, steps_before):
             loss = net(torch.full((5, 3), 0.5 + step - sum(bad < step for bad in bad_steps))).square().sum()
             bad = torch.tensor(step in bad_steps)
             (loss * math.nan if step in bad_steps else loss).backward()
-            for part in optimizer.parts if isinstance(optimizer, Together) else [optimizer]:
+            for part in parts_of(optimizer):
                 step_unless_on_device(part, bad)
         return [parameter.detach() for parameter in net.parameters()]
 
-    for ours, theirs in zip(run([steps_before, steps_before + 1]), run([]), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(run([steps_before, steps_before + 1]), run([]), strict=True):
+        assert torch.equal(actual, expected)
 
 
-def test_a_loss_that_is_not_finite_poisons_every_gradient_and_others_none():
+def test_loss_that_is_not_finite_makes_every_gradient_nan():
     weight = torch.tensor([2.0, 3.0], requires_grad=True)
     for constant, finite in [(0.0, True), (math.nan, False), (math.inf, False)]:
-        (gradient,) = torch.autograd.grad(poisoned((weight**2).sum() + constant), weight)
+        (gradient,) = torch.autograd.grad(spread_nan((weight**2).sum() + constant), weight)
         assert gradient.isfinite().all() == finite
-    assert torch.equal(torch.autograd.grad(poisoned((weight**2).sum()), weight)[0], 2 * weight.detach())
+    assert torch.equal(torch.autograd.grad(spread_nan((weight**2).sum()), weight)[0], 2 * weight.detach())
 
 
 @pytest.mark.parametrize("bad", [True, False])
-def test_buffers_come_back(bad):
+def test_buffers_are_restored_after_a_bad_step(bad):
     net = torch.nn.BatchNorm1d(2)
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     kept = Buffers(net)
@@ -141,17 +141,17 @@ def test_buffers_come_back(bad):
     assert all(torch.equal(before[name], buffer) == bad for name, buffer in net.named_buffers())
 
 
-def test_skipped_steps_are_counted_in_all_and_in_a_row():
-    health = Health(torch.device("cpu"))
-    found = []
+def test_skipped_steps_are_counted_in_total_and_in_a_row():
+    skipped = SkippedSteps(torch.device("cpu"))
+    counts = []
     for bad in (0, 1, 1, 0, 1):
-        health.count(torch.tensor(bool(bad)))
-        found.append(health.read())
-    assert found == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
+        skipped.count(torch.tensor(bool(bad)))
+        counts.append(skipped.read())
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1)]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), None])
-def test_full_memory_says_what_to_lower(tmp_path, error):
+def test_full_memory_error_lists_remedies(tmp_path, error):
     class Greedy:
         def __len__(self):
             return 9
@@ -166,26 +166,26 @@ def test_full_memory_says_what_to_lower(tmp_path, error):
     assert "--gradient-checkpointing" in str(caught.value)
 
 
-def test_a_bug_is_not_taken_for_full_memory():
-    with pytest.raises(RuntimeError, match="shapes differ"), explained(torch.device("cpu"), ["nothing"]):
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shapes differ"), explain_errors(torch.device("cpu"), ["nothing"]):
         raise RuntimeError("shapes differ")
 
 
-def test_a_worker_that_dies_while_it_sends_is_one_line_too():
+def test_worker_death_while_it_sends_a_batch_is_reported_in_one_line():
     def receive():
-        torch.set_grad_enabled(False)  # as where the news comes between the lines of a no_grad
+        torch.set_grad_enabled(False)  # as if the error arrived within a no_grad block
         raise ConnectionResetError(104, "Connection reset by peer")
 
     with (
-        pytest.raises(OneProcessError, match=r"prepares batches died \(.*reset by peer.*fewer --workers"),
-        explained(torch.device("cpu"), ["nothing"]),
+        pytest.raises(OneProcessError, match=r"a data loader worker died \(.*reset by peer.*fewer --workers"),
+        explain_errors(torch.device("cpu"), ["nothing"]),
     ):
         receive()
     assert torch.is_grad_enabled()
 
 
-def test_a_worker_that_dies_is_one_line_and_the_state_stands(tmp_path, monkeypatch):
-    """Without the tests' checks of shapes: the news comes as a signal, and amid a check would count as its failure."""
+def test_worker_death_is_reported_in_one_line_and_the_run_resumes(tmp_path, monkeypatch):
+    """Shape checks are off: the error is raised from a signal, and within a check it would count as its failure."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
     class Dying:
@@ -201,10 +201,10 @@ def test_a_worker_that_dies_is_one_line_and_the_state_stands(tmp_path, monkeypat
             return self.rows.__getitems__(rows)
 
     config = replace(CONFIG, workers=1, save_steps=1)
-    with pytest.raises(OneProcessError, match=r"prepares batches died \(.*fewer --workers") as caught:
+    with pytest.raises(OneProcessError, match=r"a data loader worker died \(.*fewer --workers") as caught:
         train(tmp_path, config=config, wrap=Dying)
     assert "\n" not in str(caught.value)
-    with contextlib.suppress(RuntimeError):  # the news may come again, as a signal, while torch knows the worker
+    with contextlib.suppress(RuntimeError):  # torch may raise the error again from a signal until it drops the worker
         del caught
         gc.collect()
         time.sleep(0.2)

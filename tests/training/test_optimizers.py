@@ -1,4 +1,4 @@
-"""Optimisers: who trains what, steps by hand, states that go on."""
+"""Tests of optimizers: which parameters each trains, steps against torch's, and restored states."""
 
 import copy
 
@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from smalti.training import optimizers
-from smalti.training.optimizers import BETAS, MUON_TIMES, Together, make_optimizer, orthogonalized, restore
+from smalti.training.optimizers import (
+    BETAS,
+    MUON_RATE_FACTOR,
+    CombinedOptimizer,
+    make_optimizer,
+    orthogonalized,
+    restore,
+)
 
 
 def network() -> nn.Module:
@@ -21,42 +28,42 @@ def step(module, optimizer, seed):
     optimizer.step()
 
 
-def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest():
+def test_muon_trains_weights_of_linear_layers_and_adamw_the_rest():
     module = network()
     adamw, muon = make_optimizer(module, "muon", learning_rate=0.1, weight_decay=0.5).parts
     assert isinstance(adamw, torch.optim.AdamW)
     assert isinstance(muon, torch.optim.Muon)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    taken = [{names[id(p)] for group in part.param_groups for p in group["params"]} for part in (adamw, muon)]
-    assert taken == [{"0.weight", "1.bias", "2.weight", "2.bias"}, {"1.weight", "3.weight"}]
+    trained = [{names[id(p)] for group in part.param_groups for p in group["params"]} for part in (adamw, muon)]
+    assert trained == [{"0.weight", "1.bias", "2.weight", "2.bias"}, {"1.weight", "3.weight"}]
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.5, 0.0]  # matrices only
-    assert {group["lr"] for group in muon.param_groups} == {MUON_TIMES * 0.1}
+    assert {group["lr"] for group in muon.param_groups} == {MUON_RATE_FACTOR * 0.1}
 
 
-def test_a_module_without_linear_layers_is_adamw_alone():
+def test_module_without_linear_layers_gets_adamw_alone():
     (part,) = make_optimizer(nn.Conv2d(3, 4, 3), "muon", learning_rate=0.1).parts
     assert isinstance(part, torch.optim.AdamW)
 
 
-def test_muon_makes_the_update_nearly_orthogonal():
+def test_muon_update_is_nearly_orthogonal():
     module = nn.Linear(8, 16, bias=False)
     before = module.weight.detach().clone()
     optimizer = make_optimizer(module, "muon", learning_rate=0.01)
     module(torch.randn(32, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     optimizer.step()
     singular = torch.linalg.svdvals(before - module.weight.detach())
-    assert singular.max() / singular.min() < 2.5  # Newton-Schulz brings them to about 0.7 .. 1.2 of one value
+    assert singular.max() / singular.min() < 2.5  # Newton-Schulz leaves them within about 0.7 .. 1.2 of one value
 
 
-def test_batches_of_matrices_take_the_steps_that_torchs_muon_takes_one_by_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(optimizers, "multiplies_bf16", lambda kind: True)  # which torch's always takes
+def test_batched_muon_takes_the_steps_of_torchs_muon(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(optimizers, "has_native_bf16", lambda kind: True)  # torch's Muon always computes in bf16
     ours, theirs = (
         nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 4)) for _ in range(2)
     )
     theirs.load_state_dict(ours.state_dict())
     _, muon = make_optimizer(ours, "muon", learning_rate=0.01, weight_decay=0.1).parts
     weights = [layer.weight for layer in theirs]
-    reference = torch.optim.Muon(weights, lr=0.01 * MUON_TIMES, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(weights, lr=0.01 * MUON_RATE_FACTOR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for seed in range(4):
         draw = torch.Generator().manual_seed(seed)
         for mine, other in zip(ours, theirs, strict=True):
@@ -66,23 +73,23 @@ def test_batches_of_matrices_take_the_steps_that_torchs_muon_takes_one_by_one(mo
         muon.step()
         reference.step()
         for mine, other, start in zip(ours, theirs, before, strict=True):
-            # both in bfloat16, which they round in another order; the difference is small beside the step
+            # both compute in bfloat16 with different rounding; the difference is small relative to the step
             assert (mine.weight - other.weight).norm() < 0.02 * (other.weight - start).norm()
             mine.weight.data.copy_(other.weight)
     assert muon.state_dict()["state"].keys() == reference.state_dict()["state"].keys()
 
 
-def test_matrices_are_orthogonalized_alike_in_either_arithmetic(monkeypatch: pytest.MonkeyPatch):
-    """Each where it is fast; both to within what bfloat16 rounds off."""
-    matrices, made = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0)), {}
+def test_orthogonalization_is_equal_in_bf16_and_fp32(monkeypatch: pytest.MonkeyPatch):
+    """The results are equal to bfloat16's rounding."""
+    matrices, results = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0)), {}
     for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(optimizers, "multiplies_bf16", lambda kind, has_bf16=has_bf16: has_bf16)
-        made[dtype] = orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)
-        assert made[dtype].dtype == dtype
-    assert (made[torch.bfloat16].float() - made[torch.float32]).norm() < 0.05 * made[torch.float32].norm()
+        monkeypatch.setattr(optimizers, "has_native_bf16", lambda kind, has_bf16=has_bf16: has_bf16)
+        results[dtype] = orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)
+        assert results[dtype].dtype == dtype
+    assert (results[torch.bfloat16].float() - results[torch.float32]).norm() < 0.05 * results[torch.float32].norm()
 
 
-def test_adamw_is_torchs_own():
+def test_adamw_equals_torchs():
     ours, theirs = network(), network()
     optimizer = make_optimizer(ours, "adamw", learning_rate=0.01)
     reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=BETAS, weight_decay=0.0)
@@ -93,7 +100,7 @@ def test_adamw_is_torchs_own():
         torch.testing.assert_close(mine, other)
 
 
-def test_a_restored_state_goes_on_as_if_nothing_had_happened():
+def test_restored_state_continues_equally():
     whole, stopped = network(), network()
     optimizer = make_optimizer(whole, "muon", learning_rate=0.01)
     for seed in range(4):
@@ -102,15 +109,15 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened():
     for seed in range(2):
         step(stopped, first, seed)
     second = make_optimizer(stopped, "muon", learning_rate=0.5)  # the rate comes from the state
-    assert isinstance(second, Together)
+    assert isinstance(second, CombinedOptimizer)
     restore(second, first.state_dict())
     for seed in range(2, 4):
         step(stopped, second, seed)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
 
 
-def test_adamax_is_torch_s_with_its_own_betas_and_goes_on():
-    """Decay on matrices only; a state put back trains what the run it is of does."""
+def test_adamax_equals_torchs_and_can_be_restored():
+    """It has its own betas, and weight decay on matrices only."""
     ours, theirs, again = network(), network(), network()
     optimizer = make_optimizer(ours, "adamax", learning_rate=0.1, weight_decay=0.5)
     matrices = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
@@ -123,8 +130,8 @@ def test_adamax_is_torch_s_with_its_own_betas_and_goes_on():
     other = make_optimizer(again, "adamax", learning_rate=0.1, weight_decay=0.5)
     again.load_state_dict(ours.state_dict())
     restore(other, copy.deepcopy(optimizer.state_dict()))
-    for module, of in ((ours, optimizer), (theirs, expected), (again, other)):
-        step(module, of, 9)
+    for module, its_optimizer in ((ours, optimizer), (theirs, expected), (again, other)):
+        step(module, its_optimizer, 9)
     for a, b, c in zip(ours.parameters(), theirs.parameters(), again.parameters(), strict=True):
         assert a.equal(b)
         assert a.equal(c)

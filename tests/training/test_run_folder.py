@@ -1,17 +1,14 @@
-"""A run's folder: what it writes down, what it refuses to go on with, and what `resume` goes back to or throws away."""
+"""Tests of a run's folder: what it records, which changed settings it refuses, and what `resume` keeps or deletes."""
 
 import json
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
-from smalti.core.config import flatten
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
-from smalti.training import run_folder
 from smalti.training.run_folder import METRICS_NAME, RUN_NAME, Run, last_metrics
 from smalti.training.snapshots import STATE_NAME
 
@@ -19,7 +16,7 @@ SETTINGS = {"learning_rate": 0.1, "widths": (4, 6), "steps": 10, "out": Path("he
 
 
 def started(folder, step=5, **settings):
-    """A run that saved its state after two and after `step` steps, and measured after two more."""
+    """Returns a run with snapshots after two and after `step` steps, and metrics of two further steps."""
     run = Run(folder, {**SETTINGS, **settings})
     assert run.state() is None
     run.begin()
@@ -32,7 +29,7 @@ def started(folder, step=5, **settings):
     return run
 
 
-def test_a_run_goes_on_from_its_state_and_forgets_what_came_after(tmp_path):
+def test_run_resumes_from_its_snapshot_and_deletes_later_metrics(tmp_path):
     started(tmp_path)
     again = Run(tmp_path, SETTINGS)
     assert again.step == 5
@@ -42,7 +39,7 @@ def test_a_run_goes_on_from_its_state_and_forgets_what_came_after(tmp_path):
     assert last_metrics(tmp_path) == {"step": 5, "loss": 0.2}
 
 
-def test_a_run_goes_back_to_the_state_that_is_asked_for(tmp_path):
+def test_run_resumes_from_the_requested_snapshot(tmp_path):
     started(tmp_path)
     with pytest.raises(UserError, match=r"keeps no state of step 3; --resume one of these: 2, 5$"):
         Run(tmp_path, SETTINGS, resume=3)
@@ -56,18 +53,18 @@ def test_a_run_goes_back_to_the_state_that_is_asked_for(tmp_path):
         Run(tmp_path / "empty", SETTINGS, resume=2)
 
 
-def test_a_damaged_state_is_passed_over_in_one_line(tmp_path, capsys):
+def test_damaged_snapshot_is_skipped_with_one_line(tmp_path, capsys):
     run = started(tmp_path)
     file = run.states.path(5) / STATE_NAME
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     assert Run(tmp_path, SETTINGS, main=False).step == 2
-    assert capsys.readouterr().err == ""  # one process speaks
+    assert capsys.readouterr().err == ""  # only the main process warns
     again = Run(tmp_path, SETTINGS)
     assert again.step == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("going on from the state before it")
+    assert line.endswith("resuming from the one before it")
     assert "step_00000005 is damaged (the bytes of state.pt are not those that were saved)" in line
     with pytest.raises(UserError, match=r"step_00000005 is damaged .*--resume auto"):
         Run(tmp_path, SETTINGS, resume=5)
@@ -75,11 +72,11 @@ def test_a_damaged_state_is_passed_over_in_one_line(tmp_path, capsys):
     assert again.states.steps() == [2]
 
 
-def test_without_a_state_everything_measured_is_forgotten(tmp_path):
+def test_metrics_without_a_snapshot_are_deleted(tmp_path):
     run = Run(tmp_path, SETTINGS)
     run.begin()
     run.log(1, {"loss": 1.0})
-    again = Run(tmp_path, {**SETTINGS, "learning_rate": 0.2})  # nothing is lost: no refusal
+    again = Run(tmp_path, {**SETTINGS, "learning_rate": 0.2})  # no snapshot to lose, so no refusal
     assert again.step == 0
     again.begin()
     assert (tmp_path / METRICS_NAME).read_text() == ""
@@ -87,7 +84,7 @@ def test_without_a_state_everything_measured_is_forgotten(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"learning_rate": 0.2}, "learning_rate=0.1, not 0.2"),
         ({"widths": (4, 8)}, r"widths=\[4, 6\], not \[4, 8\]"),
@@ -95,16 +92,16 @@ def test_without_a_state_everything_measured_is_forgotten(tmp_path):
         ({"fresh": 1}, "fresh=None, not 1"),
     ],
 )
-def test_other_settings_are_refused_by_name(tmp_path, changed, said):
+def test_changed_settings_are_refused_by_name(tmp_path, changed, message):
     started(tmp_path)
     before = (tmp_path / RUN_NAME).read_text()
-    with pytest.raises(UserError, match=f"holds a run with {said}.*--out.*--resume never") as caught:
+    with pytest.raises(UserError, match=f"holds a run with {message}.*--out.*--resume never") as caught:
         Run(tmp_path, {**SETTINGS, **changed})
     assert "\n" not in str(caught.value)
     assert (tmp_path / RUN_NAME).read_text() == before
 
 
-def test_settings_that_leave_the_result_alone_may_change(tmp_path):
+def test_settings_that_do_not_change_the_result_may_change(tmp_path):
     started(tmp_path, steps=10, log_steps=1, workers=0)
     more = {"steps": 20, "log_steps": 3, "workers": 2, "out": Path("there"), "save_steps": 7, "report_steps": 8}
     more |= {"accumulation": 4, "compile": True, "gradient_checkpointing": True, "resume": "auto", "keep_states": 9}
@@ -112,7 +109,7 @@ def test_settings_that_leave_the_result_alone_may_change(tmp_path):
 
 
 @pytest.mark.parametrize("off", [None, False, 0, "", ()])
-def test_a_setting_that_the_run_did_not_have_yet_is_off_there(tmp_path, off):
+def test_setting_that_the_old_run_lacks_counts_as_off(tmp_path, off):
     started(tmp_path)
     assert Run(tmp_path, {**SETTINGS, "new": off}).step == 5
     fewer = {name: value for name, value in SETTINGS.items() if name != "learning_rate"}
@@ -120,10 +117,10 @@ def test_a_setting_that_the_run_did_not_have_yet_is_off_there(tmp_path, off):
         Run(tmp_path, fewer)
 
 
-def test_never_resuming_throws_the_run_away(tmp_path):
+def test_resume_never_deletes_the_run(tmp_path):
     started(tmp_path)
-    beside = Run(tmp_path, SETTINGS, main=False, resume="never")
-    assert beside.step == 5  # only the main process throws away
+    other = Run(tmp_path, SETTINGS, main=False, resume="never")
+    assert other.step == 5  # only the main process deletes
     again = Run(tmp_path, {**SETTINGS, "learning_rate": 0.2}, resume="never")
     assert again.step == 0
     assert again.state() is None
@@ -133,13 +130,13 @@ def test_never_resuming_throws_the_run_away(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path):
-    beside = Run(tmp_path / "run", SETTINGS, main=False)
-    beside.begin()
-    beside.log(1, {"loss": 1.0})
+    other = Run(tmp_path / "run", SETTINGS, main=False)
+    other.begin()
+    other.log(1, {"loss": 1.0})
     assert not (tmp_path / "run").exists()
 
 
-def test_what_made_a_run_is_written_down(tmp_path, monkeypatch):
+def test_run_json_records_command_settings_and_versions(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/some/where/train.py", "--images", "my photos"])
     Run(tmp_path, SETTINGS).begin()
     described = json.loads((tmp_path / RUN_NAME).read_text())
@@ -147,33 +144,3 @@ def test_what_made_a_run_is_written_down(tmp_path, monkeypatch):
     assert described["settings"] == {**SETTINGS, "widths": [4, 6], "out": "here"}
     assert described["versions"]["torch"] == torch.__version__
     assert {"python", "smalti", "datasets"} <= described["versions"].keys()
-
-
-def test_the_commit_is_that_of_this_checkout_only(tmp_path, monkeypatch):
-    """A wheel in an environment inside somebody's repository must not take that one's commit for smalti's."""
-    git = run_folder._git
-    assert git("init", "-q", str(tmp_path)) is None  # prints nothing
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "runs.py"))
-    (tmp_path / "runs.py").write_text("")
-    assert run_folder.git_commit() is None
-    assert git("add", "runs.py") is None
-    assert git("-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "one") is None
-    commit = run_folder.git_commit()
-    assert len(commit) == 12
-    (tmp_path / "runs.py").write_text("changed")
-    assert run_folder.git_commit() == commit + "+"
-    monkeypatch.setenv("PATH", "")
-    assert run_folder.git_commit() is None
-
-
-def test_flattening_gives_the_names_of_flags():
-    @dataclass(frozen=True)
-    class Inner:
-        rate: float = 0.5
-
-    @dataclass(frozen=True)
-    class Outer:
-        inner: Inner = field(default_factory=Inner)
-        seed: int = 3
-
-    assert flatten(Outer()) == {"rate": 0.5, "seed": 3}

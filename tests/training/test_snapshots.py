@@ -1,4 +1,4 @@
-"""Kept states: which stay, which damage is seen, and that a disk or a kill in the middle costs none of the others."""
+"""Tests of snapshots: which are kept, that damage is detected, and that full disks and kills cost no other snapshot."""
 
 import errno
 import json
@@ -29,21 +29,21 @@ def files(states):
 
 
 @pytest.mark.parametrize(
-    ("keep", "best", "left"),
+    ("keep", "best", "kept"),
     [(1, None, [4]), (2, None, [3, 4]), (2, 1, [1, 3, 4]), (2, 3, [3, 4]), (9, None, [1, 2, 3, 4])],
 )
-def test_the_newest_stay_and_the_best(states, keep, best, left):
+def test_newest_and_best_snapshots_are_kept(states, keep, best, kept):
     for step in (1, 2, 3, 4):
         states.save(step, STATE, keep=keep, best=best)
-    assert states.steps() == left
-    assert states.newest(speak=False) == 4
+    assert states.steps() == kept
+    assert states.newest(warn=False) == 4
     loaded = states.load(4)
     assert torch.equal(loaded.pop("weights"), STATE["weights"])
     assert loaded == {name: value for name, value in STATE.items() if name != "weights"}
     assert (states.path(4) / WEIGHTS_NAME).read_text() == "a model"
 
 
-def test_a_state_is_replaced_by_one_of_the_same_step(states):
+def test_snapshot_is_replaced_by_one_of_the_same_step(states):
     states.save(4, {"v": 1}, keep=2, best=None)
     states.save(4, {"v": 2}, keep=2, best=None)
     assert states.load(4) == {"v": 2}
@@ -51,8 +51,8 @@ def test_a_state_is_replaced_by_one_of_the_same_step(states):
 
 
 @given(data=st.data())
-def test_any_flipped_bit_and_any_cut_is_seen(tmp_path_factory, data):
-    """Of every file, the list of digests too, where a flip may leave valid JSON of other digests or names."""
+def test_every_flipped_bit_and_truncation_is_detected(tmp_path_factory, data):
+    """Also in the file of digests, where a flipped bit may leave valid JSON with other digests or names."""
     folder = tmp_path_factory.mktemp("states")
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         (folder / name).write_text("a model")
@@ -66,11 +66,11 @@ def test_any_flipped_bit_and_any_cut_is_seen(tmp_path_factory, data):
     else:
         del content[data.draw(st.integers(0, len(content) - 1)) :]
     file.write_bytes(content)
-    assert states.newest(speak=False) == 1
+    assert states.newest(warn=False) == 1
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "damage",
     [
         lambda folder: (folder / STATE_NAME).unlink(),
         lambda folder: (folder / DIGESTS_NAME).unlink(),
@@ -81,19 +81,19 @@ def test_any_flipped_bit_and_any_cut_is_seen(tmp_path_factory, data):
         lambda folder: (folder / DIGESTS_NAME).write_bytes(b"\xff"),
     ],
 )
-def test_a_state_with_files_missing_or_senseless_is_damaged(states, harm, capsys):
+def test_snapshot_with_missing_or_invalid_files_is_damaged(states, damage, capsys):
     states.save(1, STATE, keep=3, best=None)
     states.save(2, STATE, keep=3, best=None)
-    harm(states.path(2))
-    assert states.newest(speak=True) == 1
+    damage(states.path(2))
+    assert states.newest(warn=True) == 1
     assert capsys.readouterr().err.count("\n") == 1
     shutil.rmtree(states.path(1))
-    assert states.newest(speak=False) is None
+    assert states.newest(warn=False) is None
 
 
 @pytest.mark.parametrize("full", ["patched", "limit"])
-def test_a_disk_that_fills_costs_no_state(states, full, monkeypatch):
-    """ENOSPC while the state is written, or a limit on the size of files, which the kernel enforces."""
+def test_full_disk_costs_no_snapshot(states, full, monkeypatch):
+    """ENOSPC while the snapshot is written, or a limit on file sizes, which the kernel enforces."""
     states.save(1, STATE, keep=1, best=None)
     before = files(states)
     if full == "patched":
@@ -116,14 +116,14 @@ def test_a_disk_that_fills_costs_no_state(states, full, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert caught.value.errno == errno.EFBIG
     assert files(states) == before
-    assert states.newest(speak=False) == 1
+    assert states.newest(warn=False) == 1
 
 
-def test_what_a_kill_left_is_no_state_and_in_nobodys_way(states):
+def test_leftovers_of_a_kill_are_ignored_and_replaced(states):
     states.save(1, STATE, keep=2, best=None)
-    for litter in (".step_00000002.partial", ".step_00000001.removed"):
-        (states.folder / litter).mkdir()
-        (states.folder / litter / STATE_NAME).write_text("half")
+    for name in (".step_00000002.partial", ".step_00000001.removed"):
+        (states.folder / name).mkdir()
+        (states.folder / name / STATE_NAME).write_text("half")
     assert states.steps() == [1]
     states.save(2, STATE, keep=1, best=None)
     assert [path.name for path in states.folder.iterdir()] == ["step_00000002"]

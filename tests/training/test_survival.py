@@ -1,6 +1,6 @@
-"""Runs of every registered kind, killed and stopped for real in processes of their own, end as if they had not been.
+"""Tests that really killed and stopped runs of every kind equal uninterrupted ones.
 
-The processes come from a server that has imported everything once: each starts in no time.
+The runs are processes forked from a server that has imported everything once, so that they start quickly.
 """
 
 import multiprocessing
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # by the server, once: optimisers would in each process, which takes seconds
-import x_transformers  # noqa: F401 - by the server, once: the hourglass would in each process
+import torch._dynamo  # imported by the server; otherwise optimizers import it in each process, which takes seconds
+import x_transformers  # noqa: F401 - imported by the server; otherwise the hourglass imports it in each process
 from helpers import toys
 
 from smalti.training.config import FitConfig
@@ -27,7 +27,7 @@ SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
 class Slow:
-    """Rows that take their time, so that a signal finds the run anywhere; for ever, with the batch numbered `hangs`."""
+    """Rows that take `seconds` per batch, so that signals arrive anywhere; batch number `hangs` never ends."""
 
     def __init__(self, rows, seconds, hangs):
         self.rows, self.seconds, self.hangs, self.batches = rows, seconds, hangs, 0
@@ -42,10 +42,10 @@ class Slow:
 
 
 def program(folder, family, kind, config: FitConfig, seconds=0.0, hangs=-1):
-    """What a process runs. Exits as the commands do."""
+    """Trains in a process of its own and exits as the commands do."""
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
-    os.dup2(os.open(folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     try:
         toys.train(folder, lambda: toys.make(family, kind), config, wrap=lambda rows: Slow(rows, seconds, hangs))
     except Interrupted as stopped:
@@ -57,7 +57,8 @@ def start():
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["test_survival"])
     before = os.environ["PYTHONPATH"]
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before])  # where the server looks
+    # the server imports this file from there
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before])
     running = []
 
     def start(*arguments):
@@ -72,9 +73,9 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
-    """Folders of uninterrupted runs, by kind."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(start, tmp_path_factory):
+    """Trains every kind without interruption, in folders named for the kinds."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     processes = [start(folder / kind, family, kind, CONFIG) for family, kind in toys.KINDS]
     for process in processes:
         process.join(120)
@@ -88,8 +89,8 @@ def lines(folder):
 
 
 @pytest.mark.parametrize(("family", "kind"), toys.KINDS, ids=[kind for _, kind in toys.KINDS])
-def test_a_run_survives(start, whole, tmp_path, family, kind):
-    """Each signal, at random moments, wherever they fall: while a state is written too. Then it is left in peace."""
+def test_interrupted_run_equals_uninterrupted_run(start, uninterrupted, tmp_path, family, kind):
+    """Each signal arrives at a random moment, perhaps while a snapshot is written; then the run may finish."""
     for number in random.sample(SIGNALS, k=len(SIGNALS)):
         wait = random.randint(1, CONFIG.steps // len(SIGNALS))
         process, before = start(tmp_path, family, kind, CONFIG, 0.01), lines(tmp_path)
@@ -103,13 +104,13 @@ def test_a_run_survives(start, whole, tmp_path, family, kind):
     process = start(tmp_path, family, kind, CONFIG)
     process.join(60)
     assert process.exitcode == 0
-    assert toys.outcome(tmp_path) == toys.outcome(whole / kind)
+    assert toys.outcome(tmp_path) == toys.outcome(uninterrupted / kind)
 
 
 @pytest.mark.parametrize("kind", ["hrvq", "vqgan"])
-def test_a_run_survives_a_flipped_byte(start, whole, tmp_path, kind):
-    """The newest state is passed over, and what was trained since the one before it is trained again."""
-    shutil.copytree(whole / kind, tmp_path / "run")
+def test_run_resumes_before_a_damaged_snapshot(start, uninterrupted, tmp_path, kind):
+    """The newest snapshot is skipped, and the steps since the one before it are trained again."""
+    shutil.copytree(uninterrupted / kind, tmp_path / "run")
     newest = max((tmp_path / "run" / "states").glob("step_*")) / "state.pt"
     content = bytearray(newest.read_bytes())
     content[random.randrange(len(content))] ^= 1
@@ -117,17 +118,17 @@ def test_a_run_survives_a_flipped_byte(start, whole, tmp_path, kind):
     process = start(tmp_path / "run", "tokenizer", kind, CONFIG)
     process.join(60)
     assert process.exitcode == 0
-    assert toys.outcome(tmp_path / "run") == toys.outcome(whole / kind)
+    assert toys.outcome(tmp_path / "run") == toys.outcome(uninterrupted / kind)
 
 
-def test_a_run_that_hangs_says_where_and_leaves(start, tmp_path):
-    """Status 75, and the last saved state is there to go on from."""
+def test_watchdog_ends_a_stalled_run_with_a_traceback(start, tmp_path):
+    """The exit status is 75, and the run can resume from the last snapshot."""
     (family, kind), *_ = toys.KINDS
     config = replace(CONFIG, save_steps=1, stall_seconds=5)
     process = start(tmp_path, family, kind, config, 0.0, 3)
     process.join(60)
     assert process.exitcode == 75
-    said = (tmp_path / "said").read_text()
-    assert "in __getitems__" in said
-    assert "nothing has happened for 5 s after step 3; above is where every thread is" in said
+    stderr = (tmp_path / "stderr").read_text()
+    assert "in __getitems__" in stderr
+    assert "no progress for 5 s after step 3; the stacks of all threads are above" in stderr
     assert Run(tmp_path, {"settings": "same"}).step == 3

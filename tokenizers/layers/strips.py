@@ -41,7 +41,8 @@ def in_bounded_memory(network: nn.Sequential, x: Float[Tensor, "b c h w"]) -> Fl
     """
     _, c, h, w = x.shape
     first_map = _Map((c, h, w), _rows_of(x[:1]))
-    largest, limit = _apply_layers(network, first_map).largest, LARGEST_WHOLE[x.device.type]
+    limit = LARGEST_WHOLE.get(x.device.type, LARGEST_WHOLE["cpu"])
+    largest = _apply_layers(network, first_map).largest
     if torch.is_grad_enabled() or len(x) * largest <= limit:
         return network(x)
     if largest <= limit:

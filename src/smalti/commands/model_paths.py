@@ -7,7 +7,7 @@ from typing import cast
 from smalti.core import models
 from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
-from smalti.core.models import CONFIG_NAME, find_class, load, locate, read_config
+from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
 from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.snapshots import STATES_NAME
@@ -47,7 +47,7 @@ def of_layer(source: str, layer: int | None) -> str:
     if layer is None:
         return source
     folder = TOKENIZERS / source if source in models.kinds("tokenizer") else locate(source)
-    described, cls = read_config(folder), cast(type[Tokenizer], find_class(folder, "tokenizer"))
+    described, cls = read_config(folder), cast(type[Tokenizer], class_of_checkpoint(folder, "tokenizer"))
     stages = cls.stages(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
     if not 1 <= layer <= len(stages):
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
@@ -95,7 +95,7 @@ def prior_class(source: str) -> type[Prior]:
         UserError: as `smalti.core.models.load` does.
     """
     known = source in models.kinds("prior")
-    return cast(type[Prior], models.find("prior", source) if known else find_class(source, "prior"))
+    return cast(type[Prior], models.class_of_kind("prior", source) if known else class_of_checkpoint(source, "prior"))
 
 
 def _load(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:

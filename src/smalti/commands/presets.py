@@ -38,7 +38,7 @@ def small(kind: str) -> TrainTokenizer[Any]:
     demonstration's tokenizer, whose report states its held-out MSE. With `--tokenizer vqgan`, whose discriminator comes
     half way, most of an hour; these settings of it have not been tuned.
     """
-    model = models.find("tokenizer", kind).config_class()
+    model = models.class_of_kind("tokenizer", kind).config_class()
     fits = {
         "vqgan": FitConfig(steps=2_000, batch_size=32, learning_rate=3e-4, ema_decay=0.99),
         "vae": LIKELIHOOD_FIT,
@@ -158,11 +158,11 @@ def default_config(name: str, kind: str) -> tuple[Any, TrainTokenizer[Any]]:
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}; presets: {', '.join(PRESETS)}")
-    return TrainTokenizer[models.find("tokenizer", kind).config_class], PRESETS[name](kind)
+    return TrainTokenizer[models.class_of_kind("tokenizer", kind).config_class], PRESETS[name](kind)
 
 
 def _paper(kind: str, *, size: int, stages: int) -> TrainTokenizer[Any]:
-    config_class = models.find("tokenizer", kind).config_class
+    config_class = models.class_of_kind("tokenizer", kind).config_class
     if kind not in ("vqvae", "vqvae2", "hrvq"):
         raise UserError(f"the paper presets are for vqvae, vqvae2 and hrvq, not for {kind}; leave --preset out")
     levels: dict[str, Any] = {"levels": LEVELS} if kind == "vqvae2" else {}

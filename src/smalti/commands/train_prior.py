@@ -88,7 +88,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
     require_tokenizer(latents, tokenizer.digest())
     torch.manual_seed(config.fit.seed)
-    cls = cast(type[Prior], models.find("prior", config.prior))
+    cls = cast(type[Prior], models.class_of_kind("prior", config.prior))
     of_codes = issubclass(cls, CodePrior)
     names, labels = latents.provenance.label_names, latents.labels
     if not of_codes or config.objective.label_dropout == 1:

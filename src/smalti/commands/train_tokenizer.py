@@ -94,7 +94,7 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         Interrupted: if a signal stopped it.
     """
     folder = config.out or TOKENIZERS / config.tokenizer
-    kind = cast(type[Tokenizer], models.find("tokenizer", config.tokenizer))
+    kind = cast(type[Tokenizer], models.class_of_kind("tokenizer", config.tokenizer))
     *lower, top = kind.stages(config.model)
     *lower_fits, top_fit = _fits(config, len(lower) + 1)
     below = None
@@ -126,7 +126,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, below: Path | N
     assert folder is not None
     process = accelerator(config.precision, config.fit.trackers, folder)
     torch.manual_seed(config.fit.seed)
-    tokenizer = cast(Tokenizer, models.find("tokenizer", config.tokenizer)(config.model))
+    tokenizer = cast(Tokenizer, models.class_of_kind("tokenizer", config.tokenizer)(config.model))
     if images is None:
         size = {"height": config.model.height, "width": config.model.width, "channels": tokenizer.image_channels}
         with process.main_process_first():  # which fills the cache of hashes that the others read

@@ -1,4 +1,4 @@
-"""What a code is: mixed-radix integers on grids. The one idea all three wings share, and the only place they meet.
+"""Codes: mixed-radix integers on grids. Tokenizers, latent sets and priors all share this definition.
 
 Legend: b batch, h w grid, n digits.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from smalti.core.errors import UserError
 
 Codes: TypeAlias = tuple[Int64[Tensor, "b _h _w"] | Float[Tensor, "b _c _h _w"], ...]
-"""One tensor per level, coarsest first, even for one level: int64 `(b, h, w)`, or float `(b, c, h, w)` where a level is
-continuous."""
+"""A tuple of one tensor per level, coarsest first, also for a single level: int64 `(b, h, w)`, or float `(b, c, h, w)`
+for a continuous level."""
 
 LARGEST_CODEBOOK_SIZE = 2**31 - 1
 
@@ -26,12 +26,11 @@ LARGEST_CODEBOOK_SIZE = 2**31 - 1
 class Level:
     """One grid of codes.
 
-    A code is an integer below `prod(radices)`, written in mixed radix with the most significant digit first. A flat
-    codebook of 512 is `radices=(512,)`; three linked layers of 8 (HR-VQVAE) are `(8, 8, 8)`: the digits are the path
-    from the first layer's codeword to the leaf, so the codebook that layer i+1 searches is the prefix
-    `code // 8**(3 - i)`.
+    A code is an integer below `prod(radices)` in mixed radix, with the most significant digit first. A flat codebook of
+    512 is `radices=(512,)`. Three linked layers of 8 (HR-VQVAE) are `(8, 8, 8)`: the digits are the path from the first
+    layer's codeword to the leaf, and layer i+1 searches the codebook with the number `code // 8**(3 - i)`.
 
-    A continuous level (selfVAE's u) has no radices and `channels` real numbers at each position.
+    A continuous level (selfVAE's u) has no radices, but `channels` real-valued latents at each position.
 
     Raises:
         UserError: for an empty grid, a radix below 2, more than 2**31 - 1 codes, or a level that is both discrete and
@@ -57,45 +56,45 @@ class Level:
         if self.codebook_size > LARGEST_CODEBOOK_SIZE:
             raise UserError(
                 f"radices {self.radices} make {self.codebook_size} codes, more than the {LARGEST_CODEBOOK_SIZE} that a "
-                "latent set holds; take fewer or smaller radices"
+                "latent set can hold; use fewer or smaller radices"
             )
 
     @property
     def codebook_size(self) -> int:
-        """How many codes there are: the number of leaves."""
+        """Number of different codes, which are the leaves of the tree of digits."""
         return math.prod(self.radices)
 
     @property
     def positions(self) -> int:
-        """How many codes one image has at this level."""
+        """Number of codes that one image has at this level."""
         return self.height * self.width
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one image's codes at this level, without the batch."""
+        """Shape of one image's codes at this level, without the batch."""
         return (self.channels, self.height, self.width) if self.channels else (self.height, self.width)
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest type that stores this level: unsigned integers, or float32 where it is continuous."""
+        """Smallest unsigned integer type that holds every code; float32 for a continuous level."""
         if self.channels:
             return np.dtype(np.float32)
         return np.dtype(next(t for t in (np.uint8, np.uint16, np.uint32) if self.codebook_size - 1 <= np.iinfo(t).max))
 
     def prefix(self, codes: Int64[Tensor, "*shape"], digits: int) -> Int64[Tensor, "*shape"]:
-        """The first `digits` digits of every code, read as one number: the node of the tree that they lead to."""
+        """Returns the number that the first `digits` digits of every code form: an inner node of the tree."""
         return codes // math.prod(self.radices[digits:])
 
     def digit(self, codes: Int64[Tensor, "*shape"], index: int) -> Int64[Tensor, "*shape"]:
-        """Digit `index` of every code, 0 being the most significant (the first layer's)."""
+        """Returns digit `index` of every code; digit 0 is the most significant, the first layer's."""
         return self.prefix(codes, index + 1) % self.radices[index]
 
     def split(self, codes: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape n"]:
-        """All digits of every code, most significant first."""
+        """Returns all digits of every code, most significant first."""
         return torch.stack([self.digit(codes, index) for index in range(len(self.radices))], dim=-1)
 
     def join(self, digits: Int64[Tensor, "*shape n"]) -> Int64[Tensor, "*shape"]:
-        """The inverse of `split`."""
+        """Joins digits into codes: the inverse of `split`."""
         codes = torch.zeros_like(digits[..., 0])
         for index, radix in enumerate(self.radices):
             codes = codes * radix + digits[..., index]
@@ -104,7 +103,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Layout:
-    """The levels of one image's codes, coarsest first: one for most tokenizers, several resolutions for VQ-VAE-2."""
+    """The levels of one image's codes, coarsest first. Most tokenizers have one, VQ-VAE-2 has several resolutions."""
 
     levels: tuple[Level, ...]
 
@@ -113,7 +112,7 @@ class Layout:
             raise UserError("a layout needs at least one level")
 
     def resized(self, grids: Sequence[tuple[int, int]]) -> "Layout":
-        """The same codebooks on grids of other (height, width): a fully convolutional tokenizer's, for another size."""
+        """Returns the layout with the same codebooks and other grid sizes (height, width), for another image size."""
         return Layout(
             tuple(replace(level, height=h, width=w) for level, (h, w) in zip(self.levels, grids, strict=True))
         )
@@ -122,26 +121,26 @@ class Layout:
         """Refuses codes that do not belong to this layout.
 
         Raises:
-            UserError: naming the level, for a wrong number of levels, a wrong grid, or a code outside
-                [0, codebook_size).
+            UserError: for a wrong number of levels, a wrong grid, or a code outside [0, codebook_size); names the
+                level.
         """
         if len(codes) != len(self.levels):
             raise UserError(
-                f"the layout has {len(self.levels)} level(s) but {len(codes)} tensor(s) of codes were given"
+                f"the layout has {len(self.levels)} level(s), but there are {len(codes)} tensor(s) of codes"
             )
         for index, (level, grid) in enumerate(zip(self.levels, codes, strict=True)):
             if tuple(grid.shape[1:]) != level.shape:
                 raise UserError(
-                    f"level {index} has codes of shape {level.shape} an image but {tuple(grid.shape[1:])} were given"
+                    f"level {index} has codes of shape {level.shape} per image, not {tuple(grid.shape[1:])}"
                 )
             if level.radices and grid.numel() and (grid.min() < 0 or grid.max() >= level.codebook_size):
                 raise UserError(
-                    f"level {index} holds codes from 0 to {level.codebook_size - 1} but {int(grid.min())} to "
-                    f"{int(grid.max())} were given"
+                    f"level {index} has codes from 0 to {level.codebook_size - 1}, not from {int(grid.min())} to "
+                    f"{int(grid.max())}"
                 )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plain lists and numbers, for a latent set's attributes and a checkpoint's config."""
+        """Returns plain lists and numbers, for a latent set's attributes and a checkpoint's config."""
         return [
             {"height": level.height, "width": level.width, "radices": list(level.radices), "channels": level.channels}
             for level in self.levels
@@ -149,7 +148,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, levels: Sequence[dict[str, Any]]) -> "Layout":
-        """The inverse of `to_json`."""
+        """Rebuilds the layout: the inverse of `to_json`."""
         return cls(tuple(Level(**{**level, "radices": tuple(level["radices"])}) for level in levels))
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""What the processes of a run tell each other outside of gradients. One process alone says nothing.
+"""Collective operations besides the gradient all-reduce; no-ops in a single process.
 
-How they come to be, Accelerate knows; what is exchanged, the callers.
+Accelerate starts the processes and their process group.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def total(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The sum of every process's tensor, on all of them."""
+    """Returns the sum of all processes' tensors on every process (all-reduce)."""
     if not _several():
         return tensor
     summed = tensor.clone()
@@ -19,12 +19,12 @@ def total(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def mean(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The mean of every process's tensor, on all of them."""
+    """Returns the mean of all processes' tensors on every process (all-reduce)."""
     return total(tensor) / (dist.get_world_size() if _several() else 1)
 
 
 def collected(tensor: Tensor) -> Tensor:
-    """Every process's tensor, of one shape on all, one after the other along the first dimension."""
+    """Concatenates all processes' tensors along the first dimension (all-gather); their shapes must be equal."""
     if not _several():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]

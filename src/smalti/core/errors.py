@@ -1,18 +1,18 @@
-"""The exceptions that speak to the person at the keyboard."""
+"""Exceptions whose message is meant for the user, and the checks of configs that raise them."""
 
 
 class UserError(ValueError):
-    """Something the caller can mend. The message is one line: what is wrong, with the offending value, and what to do.
+    """An error that the caller can fix. The message is one line: what is wrong, the offending value, and what to do.
 
     Commands print it and exit with status 2; any other exception is a bug and keeps its traceback.
     """
 
 
 def require_at_least_one(config: object, *names: str) -> None:
-    """Refuses a config of which one of these numbers is below 1.
+    """Refuses a config in which one of the named numbers is below 1.
 
     Raises:
-        UserError: naming it.
+        UserError: naming the first such number.
     """
     for name in names:
         if getattr(config, name) < 1:
@@ -20,4 +20,4 @@ def require_at_least_one(config: object, *names: str) -> None:
 
 
 class OneProcessError(UserError):
-    """A `UserError` that other processes of the run need not share, such as full memory: each that has it says so."""
+    """A `UserError` that may occur in only some processes of a run, such as full memory. Each of them prints it."""

@@ -1,4 +1,7 @@
-"""Files and folders that are either whole or absent: written beside their place, synced to the disk, then renamed."""
+"""Atomic writes: files and folders are written under a temporary name, synced to the disk, then renamed.
+
+A file or folder written this way is either complete or absent, also after a kill.
+"""
 
 import json
 import os
@@ -12,8 +15,13 @@ PARTIAL = ".partial"
 
 
 def sync(path: Path) -> None:
-    """Puts a file's bytes, or a folder's entries, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flushes a file's bytes, or a folder's entries, to the disk (fsync).
+
+    Folders are skipped on Windows, which cannot open them.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs only what it may write
     try:
         os.fsync(descriptor)
     finally:
@@ -22,7 +30,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary path to write to; when the block ends well it becomes `path`, otherwise `path` is as it was."""
+    """Yields a temporary path to write to, which becomes `path` if the block succeeds; otherwise `path` is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -31,7 +39,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
         sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # writing, as opposed to opening, does not say what
+        error.filename = error.filename or str(path)  # errors from write(), unlike open(), do not name the file
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -39,10 +47,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill; when the block ends well it becomes `path`, which must not be there yet."""
+    """Yields a temporary folder to fill, which becomes `path` if the block succeeds. `path` must not exist before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+    shutil.rmtree(partial, ignore_errors=True)  # left by a kill
     try:
         partial.mkdir()
         yield partial
@@ -52,13 +60,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
         sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # writing, as opposed to opening, does not say what
+        error.filename = error.filename or str(path)  # errors from write(), unlike open(), do not name the file
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, whole or not at all."""
+    """Writes indented JSON atomically."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
-"""Models as folders: `model.safetensors` and `config.json`, which says the kind. Loaded strictly, and never a pickle.
+"""Checkpoints of models: folders with `model.safetensors` and `config.json`, loaded strictly and without pickle.
 
-Every network that a command trains is a `Checkpointed`: its class names its family and kind, its constructor takes one
-frozen dataclass. What a run needs to go on is not here but in `runs.py`.
+Every network that a command trains is a `Checkpointed`: its class has a family and a kind, and its constructor takes
+one frozen dataclass. The registry maps each kind to its class. What resuming a run needs besides the model is in
+`training/run_folder.py` and `training/snapshots.py`.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import re
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -31,59 +32,43 @@ CONFIG_NAME = "config.json"
 
 Family: TypeAlias = Literal["tokenizer", "prior"]
 
-# Named by module, not imported: the spine stands below the wings. Other packages add theirs with `register`.
-_MODULES: dict[tuple[Family, str], str] = {
-    ("tokenizer", "hams"): "smalti.tokenizers.hqa.hams",
-    ("tokenizer", "hqa"): "smalti.tokenizers.hqa.hqa",
-    ("tokenizer", "hrvq"): "smalti.tokenizers.vq.hrvq",
-    ("tokenizer", "selfvae"): "smalti.tokenizers.selfvae.selfvae",
-    ("tokenizer", "vae"): "smalti.tokenizers.selfvae.vae",
-    ("tokenizer", "vqgan"): "smalti.tokenizers.vqgan.vqgan",
-    ("tokenizer", "vqvae"): "smalti.tokenizers.vq.vqvae",
-    ("tokenizer", "vqvae2"): "smalti.tokenizers.vq.vqvae2",
-    ("prior", "hourglass"): "smalti.priors.networks.hourglass",
-    ("prior", "maskgit"): "smalti.priors.networks.maskgit",
-    ("prior", "pixelcnn"): "smalti.priors.networks.pixelcnn",
-    ("prior", "realnvp"): "smalti.priors.networks.realnvp",
-}
-_CLASSES: dict[tuple[Family, str], "type[Checkpointed]"] = {}
-
+ConfigT = TypeVar("ConfigT", bound=Any)
 C = TypeVar("C", bound=type)
 
 
-class Checkpointed(nn.Module):
-    """A network that is rebuilt from its config and filled from its weights.
+class Checkpointed(nn.Module, Generic[ConfigT]):
+    """A network that is rebuilt from its config and filled with its weights.
 
     Attributes:
-        family: what it is for.
+        family: `tokenizer` or `prior`.
         kind: its name on the command line and in `config.json`.
         config_class: the frozen dataclass that its constructor takes.
-        config: that dataclass.
-        provenance: what else the folder says of how this model was made (JSON values; sources, digests, settings). Not
-            needed to rebuild it.
+        config: an instance of that dataclass.
+        provenance: how this model was made (JSON values: sources, digests, settings). It is stored with the model, but
+            not needed to rebuild it.
     """
 
     family: ClassVar[Family]
     kind: ClassVar[str]
     config_class: ClassVar[type]
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: ConfigT) -> None:
         super().__init__()
         self.config = config
         self.provenance: dict[str, Any] = {}
 
     def recomputable(self) -> list[nn.Module]:
-        """The blocks that gradient checkpointing computes again in the backward pass; none, where a kind has none."""
+        """Returns the blocks that gradient checkpointing recomputes in the backward pass; by default none."""
         return []
 
     def digest(self) -> str:
-        """SHA-256 over kind, config and every weight: two models agree in it exactly if they compute the same."""
+        """Returns a SHA-256 over kind, config and every weight. Models with equal digests compute the same."""
         return digest(self.kind, self.config, self.state_dict())
 
     def save(self, folder: str | Path) -> None:
-        """Writes the two files, each whole or not at all.
+        """Writes the two files, each atomically.
 
-        `config.json` comes second and carries the weights' digest, so that loading notices where a kill fell between.
+        `config.json` is written second and contains the weights' digest, so that loading detects a kill in between.
         """
         folder = Path(folder)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -101,27 +86,51 @@ class Checkpointed(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
-        """`smalti.load`, for a caller who knows the class. Raises UserError also if the folder holds another kind."""
+        """Loads a model of this class from a folder or a hub id.
+
+        Raises:
+            UserError: if the folder has a model of another kind, or as `smalti.core.models.load` does.
+        """
         model = load(source, cls.family)
         if not isinstance(model, cls):
             raise UserError(f"{source} holds a {model.kind}, not a {cls.kind}")
         return model
 
 
+# The registry of kinds. Smalti's own are named by module and imported on first use, because core may not import the
+# wings. Classes from other packages are added with `register`.
+
+_MODULES: dict[tuple[Family, str], str] = {
+    ("tokenizer", "hams"): "smalti.tokenizers.hqa.hams",
+    ("tokenizer", "hqa"): "smalti.tokenizers.hqa.hqa",
+    ("tokenizer", "hrvq"): "smalti.tokenizers.vq.hrvq",
+    ("tokenizer", "selfvae"): "smalti.tokenizers.selfvae.selfvae",
+    ("tokenizer", "vae"): "smalti.tokenizers.selfvae.vae",
+    ("tokenizer", "vqgan"): "smalti.tokenizers.vqgan.vqgan",
+    ("tokenizer", "vqvae"): "smalti.tokenizers.vq.vqvae",
+    ("tokenizer", "vqvae2"): "smalti.tokenizers.vq.vqvae2",
+    ("prior", "hourglass"): "smalti.priors.networks.hourglass",
+    ("prior", "maskgit"): "smalti.priors.networks.maskgit",
+    ("prior", "pixelcnn"): "smalti.priors.networks.pixelcnn",
+    ("prior", "realnvp"): "smalti.priors.networks.realnvp",
+}
+_CLASSES: dict[tuple[Family, str], type[Checkpointed]] = {}
+
+
 def register(cls: C) -> C:
-    """Class decorator: makes a `Checkpointed` class what its `family` and `kind` stand for."""
-    model = cast("type[Checkpointed]", cls)
+    """Class decorator: registers a `Checkpointed` class under its `family` and `kind`."""
+    model = cast(type[Checkpointed], cls)
     _CLASSES[model.family, model.kind] = model
     return cls
 
 
 def kinds(family: Family) -> list[str]:
-    """The registered kinds of one family, sorted."""
+    """Returns the registered kinds of one family, sorted."""
     return sorted({kind for owner, kind in (*_MODULES, *_CLASSES) if owner == family})
 
 
-def find(family: Family, kind: str) -> "type[Checkpointed]":
-    """The class of a kind.
+def class_of_kind(family: Family, kind: str) -> type[Checkpointed]:
+    """Returns the registered class of a kind.
 
     Raises:
         UserError: if there is no such kind; suggests the nearest.
@@ -135,14 +144,29 @@ def find(family: Family, kind: str) -> "type[Checkpointed]":
     return _CLASSES[family, kind]
 
 
+# Reading checkpoints.
+
+
+def class_of_checkpoint(source: str | Path, family: Family) -> type[Checkpointed]:
+    """Returns the class of a trained model without loading its weights.
+
+    Raises:
+        UserError: if there is no checkpoint at `source`, or it is of another family or an unknown kind.
+    """
+    described = read_config(locate(source))
+    if described["family"] != family:
+        raise UserError(f"{source} holds a {described['family']} ({described['kind']}), but a {family} is needed here")
+    return class_of_kind(family, described["kind"])
+
+
 def load(source: str | Path, family: Family) -> Any:
-    """A trained model, in evaluation mode on the CPU, from a folder or a hub id.
+    """Loads a trained model from a folder or a hub id, in evaluation mode on the CPU.
 
     Raises:
         UserError: if there is nothing at `source`, it is of another family, its config has missing or unknown fields,
-            its weights have missing or unknown names or other shapes, or its bytes are not those that were saved.
+            its weights have missing or unknown names or other shapes, or the digest does not match.
     """
-    folder, cls = locate(source), find_class(source, family)
+    folder, cls = locate(source), class_of_checkpoint(source, family)
     described = read_config(folder)
     model = cls(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
     model.provenance = described["provenance"]
@@ -152,7 +176,7 @@ def load(source: str | Path, family: Family) -> Any:
         raise UserError(
             f"{folder / WEIGHTS_NAME} cannot be read ({error}); the checkpoint is damaged, fetch or train it again"
         ) from error
-    _check_names(folder, expected=model.state_dict(), found=weights)
+    _check_names(folder, expected=model.state_dict(), stored=weights)
     if digest(model.kind, model.config, weights) != described["digest"]:
         raise UserError(
             f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together (digests differ); "
@@ -162,64 +186,8 @@ def load(source: str | Path, family: Family) -> Any:
     return model.eval()
 
 
-def find_class(source: str | Path, family: Family) -> type[Checkpointed]:
-    """The class of a trained model, which is not loaded.
-
-    Raises:
-        UserError: if there is no checkpoint at `source`, or it is of another family or an unknown kind.
-    """
-    described = read_config(locate(source))
-    if described["family"] != family:
-        raise UserError(f"{source} holds a {described['family']} ({described['kind']}), but a {family} is needed here")
-    return find(family, described["kind"])
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What `config.json` says.
-
-    Raises:
-        UserError: if it is missing, not JSON, or not smalti's.
-    """
-    try:
-        described = json.loads((folder / CONFIG_NAME).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / CONFIG_NAME} is not JSON ({error}); the checkpoint is damaged") from error
-    missing = {"family", "kind", "config", "digest", "provenance"} - set(
-        described if isinstance(described, dict) else ()
-    )
-    if missing:
-        raise UserError(f"{folder / CONFIG_NAME} is not smalti's: it lacks {', '.join(sorted(missing))}")
-    return described
-
-
-def _save_weights(state: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(state, path)
-    except SafetensorError as error:  # says in words why a disk will not take it
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
-
-def digest(kind: str, config: Any, state: dict[str, Tensor]) -> str:
-    """SHA-256 over what a model computes with; see `Checkpointed.digest`."""
-    settings = dataclasses.asdict(config)
-    for field in dataclasses.fields(config):
-        if ADDED in field.metadata and settings[field.name] == field.default:
-            del settings[field.name]
-    sha = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
 def locate(source: str | Path) -> Path:
-    """The folder of a checkpoint: a folder as it is; anything else is taken for a hub id and fetched.
+    """Returns the folder of a checkpoint. Anything that is not a folder is downloaded as a hub id.
 
     Raises:
         UserError: if it is neither.
@@ -239,20 +207,64 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
-def _check_names(folder: Path, *, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    if missing := sorted(set(expected) - set(found)):
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads `config.json`.
+
+    Raises:
+        UserError: if it is missing, not JSON, or not smalti's.
+    """
+    try:
+        described = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / CONFIG_NAME} is not JSON ({error}); the checkpoint is damaged") from error
+    missing = {"family", "kind", "config", "digest", "provenance"} - set(
+        described if isinstance(described, dict) else ()
+    )
+    if missing:
+        raise UserError(f"{folder / CONFIG_NAME} is not smalti's: it lacks {', '.join(sorted(missing))}")
+    return described
+
+
+def digest(kind: str, config: Any, state: dict[str, Tensor]) -> str:
+    """Returns a SHA-256 over kind, config and weights; see `Checkpointed.digest`."""
+    settings = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        if ADDED in field.metadata and settings[field.name] == field.default:
+            del settings[field.name]
+    sha = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _save_weights(state: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # its message contains the system's error number
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _check_names(folder: Path, *, expected: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    if missing := sorted(set(expected) - set(stored)):
         raise UserError(
             f"{folder / WEIGHTS_NAME} lacks {_some(missing)}; it is not of this version's network, train it again"
         )
-    if unknown := sorted(set(found) - set(expected)):
+    if unknown := sorted(set(stored) - set(expected)):
         raise UserError(
             f"{folder / WEIGHTS_NAME} has unknown weights {_some(unknown)}; it is not of this version's network, "
             "train it again"
         )
     for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
+        if tensor.shape != stored[name].shape:
             raise UserError(
-                f"{folder / WEIGHTS_NAME}: {name} is {tuple(found[name].shape)}, the config asks for "
+                f"{folder / WEIGHTS_NAME}: {name} is {tuple(stored[name].shape)}, the config asks for "
                 f"{tuple(tensor.shape)}; it is a damaged or edited checkpoint, train it again"
             )
 

@@ -1,4 +1,4 @@
-"""Progress bars: live on a terminal, a line now and then in a log file."""
+"""Progress bars: updated in place on a terminal, a line now and then in a log file."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 SLOW_SECONDS = 2.0
-"""For `delay_seconds`: what is usually done sooner needs no bar."""
+"""A usual `delay_seconds`: work that ends sooner needs no bar."""
 
 
 def bar(
@@ -20,7 +20,17 @@ def bar(
     shown: bool = True,
     delay_seconds: float = 0.0,
 ) -> tqdm:
-    """A progress bar named `what`. `shown=False` on all processes but one; work done within the delay shows none."""
+    """Returns a tqdm progress bar.
+
+    Args:
+        items: what to iterate over, if anything.
+        what: the bar's name.
+        total: number of items.
+        initial: items done before, by a resumed run.
+        unit: name of one item.
+        shown: False on all processes but one.
+        delay_seconds: no bar is shown for work that ends sooner.
+    """
     live = sys.stderr.isatty()
     return tqdm(
         items,
@@ -37,7 +47,7 @@ def bar(
 
 
 def counting(progress: tqdm) -> Callable[[int, Any], None]:
-    """A sampler's callback that moves a progress bar by a step."""
+    """Returns a sampler's callback that advances a progress bar by one step."""
 
     def count(_step: int, _codes: Any) -> None:
         progress.update()

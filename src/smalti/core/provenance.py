@@ -1,4 +1,4 @@
-"""Records what made an artifact: software versions, the command line, the git commit and the machine."""
+"""Provenance of artifacts: software versions, the command line, the git commit and the machine."""
 
 import os
 import platform
@@ -15,8 +15,8 @@ from smalti.core.devices import best_device, resolve
 
 
 def versions() -> dict[str, str]:
-    """Software that decides what numbers come out."""
-    deciding = [
+    """Returns the versions of the software that results depend on."""
+    packages = [
         "torch",
         "accelerate",
         "datasets",
@@ -26,41 +26,41 @@ def versions() -> dict[str, str]:
         "x-transformers",
         "rotary-embedding-torch",
     ]
-    return {"python": platform.python_version(), **{package: version(package) for package in ("smalti", *deciding)}}
+    return {"python": platform.python_version(), **{package: version(package) for package in ("smalti", *packages)}}
 
 
 def command() -> str:
-    """The command line as typed, without the folders of this machine."""
+    """Returns the command line as typed, without the path of the program."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that smalti runs from, with `+` if changed since; None for an installed wheel."""
-    tracked = _git("ls-files", Path(__file__).name)  # a wheel may lie in an environment within another repository
+    """Returns the git commit of the checkout that smalti runs from, with `+` if modified; None for a wheel."""
+    tracked = _git("ls-files", Path(__file__).name)  # a wheel may be installed inside another repository
     return _git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*") if tracked else None
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        shown = subprocess.run(
+        finished = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False
         )
     except OSError:
         return None
-    return shown.stdout.strip() or None
+    return finished.stdout.strip() or None
 
 
 def machine() -> str:
-    """What the numbers were taken on: device, cores, arithmetic, versions and commit."""
+    """Describes the machine and software of a measurement: device, cores, default precision, versions and commit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = f"{torch.cuda.get_device_name()}, " if best_device().type == "cuda" else ""
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
-    used = f"{cores} cores, {torch.get_num_threads()} threads"
-    return f"{device}{cpu()}, {used}, {resolve('auto')} by default; {software}; commit {git_commit() or 'none'}"
+    threads = f"{cores} cores, {torch.get_num_threads()} threads"
+    return f"{device}{cpu()}, {threads}, {resolve('auto')} by default; {software}; commit {git_commit() or 'none'}"
 
 
 def cpu() -> str:
-    """The processor's name, as the system gives it."""
-    described = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE) if described.exists() else []
+    """Returns the processor's name as the system reports it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     return names[0] if names else platform.processor() or platform.machine()

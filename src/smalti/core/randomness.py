@@ -1,9 +1,8 @@
-"""Random numbers that are a function of what they are for, not of when or where they are drawn.
+"""Counter-based random numbers: each draw is a hash of (seed of the row, stream, position).
 
-A stateful generator ties a draw to everything drawn before it: to the batch, the process and the history of the run.
-Here a draw is a hash of (seed of the row, stream, position), as in counter-based generators. So a sample depends on its
-own seed only, whatever the batch around it; a resumed run needs no generator state; and two processes draw what one
-would. Networks' first weights are not drawn here: torch initializes them.
+A stateful generator ties a draw to everything drawn before it: the batch, the process and the history of the run.
+With a hash, a sample depends on its own seed only and not on its batch, a resumed run needs no generator state, and two
+processes draw the same numbers as one. Networks' initial weights are drawn by torch's own generator.
 """
 
 import math
@@ -17,26 +16,26 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of SplitMix64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-_CACHED = 16_384  # numbers that a CPU draws at a time: what is between stays in its cache, 2-6 times faster
+_CACHED = 16_384  # numbers that a CPU draws at a time, so that intermediate values stay in its cache
 
 
 @unique
 class Stream(IntEnum):
-    """Every random stream: what a draw is for, so that two draws from one seed never share their numbers.
+    """The purposes of random draws. Two draws from one seed need different streams, or they would be equal.
 
-    Each member has a scope, the kind of seed it is derived from, and an integer, its value as an `int`. Integers differ
-    within a scope and between a scope and those it is part of (`training row/SUNDAE` is part of `training row`); they
-    repeat across other scopes, whose seeds are never the same. The integers are part of what a seed means: changing one
+    Each member has a scope (the kind of seed it is derived from) and an integer, its value as an `int`. Integers are
+    distinct within a scope, and between a scope and the scopes that contain it (`training row` contains
+    `training row/SUNDAE`). They repeat across unrelated scopes, whose seeds are never the same. Changing an integer
     changes the samples of every seed.
     """
 
     def __new__(cls, scope: str, number: int) -> Self:
-        """An `int` equal to `number` whose enum value is the pair, so that equal numbers are no aliases."""
+        """Makes an `int` equal to `number` whose enum value is the pair, so that equal numbers are not aliases."""
         member = int.__new__(cls, number)
         member._value_ = (scope, number)  # type: ignore[assignment] - typeshed has it as the int
         return member
 
-    # source ids are keys and seeds elsewhere too; hashing them once more makes the split independent of that
+    # source ids are also keys and seeds elsewhere; hashing them again makes the split independent of those uses
     HELD_OUT_SPLIT = "image source", 0x5B117
 
     LABEL_DROPOUT = "training row", 4
@@ -80,12 +79,12 @@ class Stream(IntEnum):
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's >> on int64 carries the sign."""
+    """Computes a logical right shift; torch's >> on int64 is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): an input bit flips each output bit with probability 1/2."""
+    """Applies SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     return _opaque_mix(x) if torch.compiler.is_compiling() else _plain_mix(x)
 
 
@@ -97,8 +96,10 @@ def _plain_mix(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("smalti::mix", mutates_args=())
 def _opaque_mix(x: Tensor) -> Tensor:
-    """For torch.compile, whose work doubles with every operation that reads its operand twice: eightfold for a mix, and
-    a draw needs several, one in the other."""
+    """Hides the mix from torch.compile, whose work doubles with every operation that reads its operand twice.
+
+    A mix has three such operations, and a draw nests several mixes.
+    """
     return _plain_mix(x)
 
 
@@ -108,21 +109,21 @@ def _(x: Tensor) -> Tensor:
 
 
 def derive(seeds: Int64[Tensor, "*shape"], *streams: int | Tensor) -> Int64[Tensor, "*out"]:
-    """New seeds from old: for each way of naming a stream (a step, a purpose, a tensor of row numbers) others."""
+    """Derives new seeds, one hash per stream: a step, a `Stream`, or a tensor of row numbers."""
     for stream in streams:
-        if isinstance(stream, int):  # filled in on the device: a copy to it would wait for all it has to do
+        if isinstance(stream, int):  # filled on the device: a copy from the CPU would synchronize
             stream = torch.full((), stream, dtype=torch.int64, device=seeds.device)
         seeds = _mix((seeds ^ _GOLDEN) + _mix(stream.to(seeds) + _GOLDEN))
     return seeds
 
 
 def row_seeds(seed: int, rows: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
-    """One seed for each row of a batch, from the run's seed and the row's number in the whole (not in the batch)."""
+    """Returns one seed per row, from the run's seed and the row's number in the data set (not in the batch)."""
     return derive(torch.full_like(rows, seed), rows)
 
 
 def uniform(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
-    """Numbers uniform on [0, 1), `shape` of them for each seed: float32 multiples of 2**-24, the same on any device."""
+    """Draws uniform float32 on [0, 1), `shape` per seed: multiples of 2**-24, equal on all devices."""
     count = math.prod(shape)
     numbers = _opaque_uniform(seeds, count) if torch.compiler.is_compiling() else _plain_uniform(seeds, count)
     return numbers.view(len(seeds), *shape)
@@ -133,16 +134,18 @@ def _plain_uniform(seeds: Tensor, count: int) -> Tensor:
     if seeds.device.type != "cpu":
         return _shift_right(_mix(starts + counters), 40).to(torch.float32) * 2.0**-24
     numbers, rows = torch.empty(len(starts), count), max(_CACHED // max(count, 1), 1)
-    for made, of_rows in zip(numbers.split(rows), starts.split(rows), strict=True):
-        for part, of_columns in zip(made.split(_CACHED, 1), counters.split(_CACHED), strict=True):
-            part.copy_(_shift_right(_mix(of_rows + of_columns), 40))
+    for row_block, row_starts in zip(numbers.split(rows), starts.split(rows), strict=True):
+        for block, column_counters in zip(row_block.split(_CACHED, 1), counters.split(_CACHED), strict=True):
+            block.copy_(_shift_right(_mix(row_starts + column_counters), 40))
     return numbers.mul_(2.0**-24)
 
 
 @torch.library.custom_op("smalti::uniform", mutates_args=())
 def _opaque_uniform(seeds: Tensor, count: int) -> Tensor:
-    """For torch.compile, which makes of `(arange + 1) * number + seeds` of int64 code that writes beyond its output on
-    CPUs that have no more than AVX2 (torch 2.13)."""
+    """Hides the draw from torch.compile, which miscompiles int64 `(arange + 1) * number + seeds` on some CPUs.
+
+    On CPUs with AVX2 but not AVX-512 the compiled code writes beyond its output (torch 2.13).
+    """
     return _plain_uniform(seeds, count)
 
 
@@ -152,20 +155,21 @@ def _(seeds: Tensor, count: int) -> Tensor:
 
 
 def gumbel(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
-    """Standard Gumbel noise: added to log-weights, the place of the largest sum is drawn with these weights."""
+    """Draws standard Gumbel noise. The argmax of log-weights plus this noise is a sample from the weights."""
     return uniform(seeds, *shape).clamp_(min=2.0**-25).log_().neg_().log_().neg_()
 
 
 def normal(seeds: Int64[Tensor, " b"], *shape: int) -> Float[Tensor, "b *shape"]:
-    """Standard normal numbers, by the inverse of their distribution function; none beyond 5.5 in either direction."""
-    return torch.erfinv(2 * uniform(seeds, *shape) - 1 + 2.0**-24) * math.sqrt(2)  # exact within: never -1 nor 1
+    """Draws standard normal numbers through the inverse distribution function; none lie beyond +-5.5."""
+    # the argument is exact in float32 and never -1 or 1
+    return torch.erfinv(2 * uniform(seeds, *shape) - 1 + 2.0**-24) * math.sqrt(2)
 
 
 def choose(count: int, most: int, seed: int, *streams: int) -> list[int]:
-    """Up to `most` of `count` rows, drawn without repeats, in order."""
+    """Draws up to `most` of `count` rows without replacement; returns them sorted."""
     return sorted(torch.randperm(count, generator=generator_for(seed, *streams))[:most].tolist())
 
 
 def generator_for(seed: int, *streams: int) -> torch.Generator:
-    """A CPU generator seeded by (seed, streams), for what only a generator can draw, such as a permutation."""
+    """Returns a CPU generator seeded by (seed, streams), for draws that need a generator, such as permutations."""
     return torch.Generator().manual_seed(int(derive(torch.tensor(seed), *streams)) & (2**63 - 1))

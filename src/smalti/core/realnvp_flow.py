@@ -1,6 +1,7 @@
-"""RealNVP on grids of real numbers: a bijection with an exact inverse and log-determinant, and the density it makes.
+"""RealNVP on grids of real-valued latents: a normalizing flow with exact inverse, log-determinant and density.
 
-In the spine, as both wings stand on it: selfVAE trains one within its bound, the prior `realnvp` one on a latent set.
+It is in core because two wings use it: selfVAE has a flow as the prior in its ELBO, and the prior `realnvp` trains one
+on a latent set.
 
 Legend: b batch, c channels, h w grid.
 """
@@ -13,23 +14,23 @@ from torch import Tensor, nn
 
 
 class Coupling(nn.Module):
-    """One affine coupling (selfVAE, Section 2.2): of the numbers, one half decides how the other is scaled and moved.
+    """One affine coupling layer (selfVAE, Section 2.2): half of the latents determine scale and shift of the rest.
 
-    The halves are every second channel, or the fields of a chessboard (arXiv 1605.08803, Section 3.4), which needs no
-    fixed size. The logarithm of the scale is bounded by a learned number for each channel, as there.
+    The halves are alternating channels, or a checkerboard of positions (arXiv 1605.08803, Section 3.4), which works at
+    any size. As in that paper, a learned number per channel bounds the logarithm of the scale.
 
     Args:
-        channels: numbers at each position.
-        width: of the network.
-        by_channel: halves of channels; else of positions.
-        odd: which half decides.
+        channels: latents at each position.
+        width: channels of the hidden layers.
+        by_channel: whether to split by channels; otherwise by positions.
+        odd: which half stays as it is and determines the other.
     """
 
     def __init__(self, channels: int, width: int, *, by_channel: bool, odd: bool) -> None:
         super().__init__()
         self.by_channel, self.odd = by_channel, odd
         last = nn.Conv2d(width, 2 * channels, 3, padding=1)
-        for parameter in last.parameters():  # the start is the identity
+        for parameter in last.parameters():  # start as the identity
             nn.init.zeros_(parameter)
         self.net = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1), nn.ELU(), nn.Conv2d(width, width, 1), nn.ELU(), last
@@ -37,34 +38,36 @@ class Coupling(nn.Module):
         self.bound = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, v: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """f_i: exp(s(v_a)) v_b + t(v_a), and v_a as it is."""
+        """Computes f_i: v_b becomes exp(s(v_a)) v_b + t(v_a); v_a is unchanged."""
         s, t = self._scale_and_shift(v)
         return v * s.exp() + t
 
     def inverse(self, z: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
-        """The inverse of f_i, and the logarithm of its Jacobian's determinant: -sum s (Eq. 5 has the sign of f_i's)."""
+        """Computes the inverse of f_i and its log-determinant, -sum s (Eq. 5 has the sign of f_i's own)."""
         s, t = self._scale_and_shift(z)
         return (z - t) * (-s).exp(), -s.sum((1, 2, 3))
 
     def _scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """s and t, both zero where x decides."""
+        """Returns s and t, both zero for the half that determines them."""
         _, c, h, w = x.shape
         if self.by_channel:
             parity = torch.arange(c, device=x.device).view(c, 1, 1)
         else:
             parity = torch.arange(h, device=x.device).view(1, h, 1) + torch.arange(w, device=x.device)
-        decides = parity % 2 == self.odd
-        s, t = self.net(x * decides).chunk(2, 1)
-        return (self.bound * s.tanh()).masked_fill(decides, 0), t.masked_fill(decides, 0)
+        unchanged = parity % 2 == self.odd
+        s, t = self.net(x * unchanged).chunk(2, 1)
+        return (self.bound * s.tanh()).masked_fill(unchanged, 0), t.masked_fill(unchanged, 0)
 
 
 class Flow(nn.Module):
-    """p(z) of Eq. 3: couplings in turn from standard normal numbers v, on grids of any size. In float32 throughout.
+    """The flow p(z) of Eq. 3: a chain of couplings from standard normal v, on grids of any size.
+
+    It computes in float32 under autocast too.
 
     Args:
-        channels: numbers at each position.
-        layers: couplings; four in turn have let every number decide.
-        width: of their networks.
+        channels: latents at each position.
+        layers: number of couplings; after four, every latent has determined others.
+        width: channels of the hidden layers.
     """
 
     def __init__(self, channels: int, *, layers: int, width: int) -> None:
@@ -74,7 +77,7 @@ class Flow(nn.Module):
         )
 
     def from_base(self, v: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """f: what standard normal numbers become."""
+        """Computes z = f(v) from standard normal v."""
         with torch.autocast(v.device.type, enabled=False):
             z = v.float()
             for coupling in self.couplings:
@@ -82,20 +85,20 @@ class Flow(nn.Module):
         return z
 
     def to_base(self, z: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
-        """The inverse of f, and the logarithm of its Jacobian's determinant."""
+        """Computes v, the inverse of f at z, and the log-determinant of that inverse."""
         with torch.autocast(z.device.type, enabled=False):
             v, log_det = z.float(), z.new_zeros(len(z), dtype=torch.float32)
             for coupling in reversed(self.couplings):
                 assert isinstance(coupling, Coupling)
-                v, of_coupling = coupling.inverse(v)
-                log_det = log_det + of_coupling
+                v, coupling_log_det = coupling.inverse(v)
+                log_det = log_det + coupling_log_det
         return v, log_det
 
     def log_prob(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-        """ln p(z), nats, of each grid (Eqs. 3, 12 and 13)."""
+        """Returns ln p(z) of each grid, in nats (Eqs. 3, 12 and 13)."""
         v, log_det = self.to_base(z)
         return -0.5 * (v.square() + math.log(2 * math.pi)).sum((1, 2, 3)) + log_det
 
     def networks(self) -> list[nn.Module]:
-        """Those of the couplings: the blocks that gradient checkpointing computes again."""
+        """Returns the couplings' networks, the blocks that gradient checkpointing recomputes."""
         return [coupling.net for coupling in self.couplings if isinstance(coupling, Coupling)]

@@ -7,9 +7,10 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from smalti.commands.model_paths import prior_class
+from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
 from smalti.core.files import write_json
 from smalti.core.provenance import versions
@@ -111,15 +112,16 @@ def _repeat(config: RepeatEvaluation) -> Scores:
     try:
         before = json.loads(config.again.read_text())
         settings = before["settings"]
-        judge = _from_json(config_for(settings["of"], settings.get("prior", [""])[0]), settings)
+        config_class = config_for(settings["of"], settings.get("prior", [""])[0])
+        evaluation = config_from_json(config_class, settings, str(config.again))
         old_scores, old_conditions = before["scores"], before["conditions"]
     except OSError as error:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{config.again} is not a result of evaluate.py; give a JSON file that it wrote") from error
-    scores, conditions = _evaluate(judge)
+    scores, conditions = _evaluate(evaluation)
     if config.out:
-        _write(config.out, judge, scores, conditions)
+        _write(config.out, evaluation, scores, conditions)
     print(table(scores, conditions))
     changes = _changes(old_scores, scores, old_conditions, conditions)
     print(f"\n{'; '.join(changes) if changes else f'the same as {config.again}, except for speeds'}")
@@ -140,24 +142,3 @@ def _changes(old_scores: Scores, scores: Scores, old_conditions: Conditions, con
         if name not in SPEEDS and old_scores.get(name, {}).get(column) != value
     ]
     return changes
-
-
-def _from_json(cls: Any, fields: dict[str, Any]) -> Any:
-    """A nested config, from what JSON kept of its `dataclasses.asdict`.
-
-    Raises:
-        KeyError: for a field that is missing, or one too many.
-    """
-    plain = get_origin(cls) or cls
-    chosen = dict(zip(getattr(plain, "__parameters__", ()), get_args(cls), strict=True))
-    hints, values = get_type_hints(plain), dict(fields)
-    for field in dataclasses.fields(plain):
-        value, kind = values.pop(field.name), chosen.get(hints[field.name], hints[field.name])
-        if dataclasses.is_dataclass(kind):
-            value = _from_json(kind, value)
-        elif kind is Path:
-            value = Path(value)
-        fields = {**fields, field.name: tuple(value) if isinstance(value, list) else value}
-    if values:
-        raise KeyError(next(iter(values)))
-    return cls(**fields)

@@ -1,4 +1,4 @@
-"""Sets up the process's Accelerator: precision, trackers, torch's layer seeds, subnormal numbers."""
+"""Sets up a training process: Accelerate with mixed precision and trackers, layer seeds, subnormal numbers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,27 +16,29 @@ from smalti.training.fsdp import refuse_engines
 
 
 def accelerator(precision: Precision, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
-    """The process's `Accelerator` in the given precision; processes are those of `accelerate launch` or `torchrun`.
+    """Returns this process's `Accelerator`. The processes are those of `accelerate launch` or `torchrun`.
+
+    With fp16, Accelerate's `GradScaler` scales the loss in `accelerator.backward`; the loop does the rest (`loop.py`).
 
     Args:
-        precision: of the networks.
-        trackers: Accelerate's names of where else to log.
-        folder: where those of them write that write files.
+        precision: of the networks (mixed precision: parameters stay float32).
+        trackers: names of further loggers, as Accelerate has them.
+        folder: where trackers write their files.
 
     Raises:
-        UserError: for a tracker that is unknown or not installed, or as `refuse_engines` does.
+        UserError: for a tracker that is unknown or not installed, for fp16 on a CPU, or as `refuse_engines` does.
     """
     refuse_engines()
     installed = [kind.value for kind in get_available_trackers()]
     for name in trackers:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(f"there is no tracker {name!r}; Accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
-        if name in LoggerType.list() and name not in installed:  # the others a person has registered
+            raise UserError(f"there is no tracker {name!r}; Accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name in LoggerType.list() and name not in installed:  # names not in the list are registered by the user
             raise UserError(f"the tracker {name} is not installed; install it (pip install {name}) or leave it out")
-    mixed_precision = "bf16" if resolve(precision) == "bf16" else "no"
+    resolved = resolve(precision)
     return Accelerator(
-        cpu=best_device().type == "cpu",  # or else several processes on CPUs would not see each other
-        mixed_precision=mixed_precision,
+        cpu=best_device().type == "cpu",  # otherwise several processes on CPUs would not form a group
+        mixed_precision="no" if resolved == "fp32" else resolved,
         log_with=list(trackers) or None,
         project_dir=folder,
     )
@@ -44,9 +46,11 @@ def accelerator(precision: Precision, trackers: Sequence[str] = (), folder: Path
 
 @contextmanager
 def subnormals_flushed() -> Iterator[None]:
-    """Counts subnormal numbers as zero, and afterwards as before: posteriors fade to them, with which CPUs take 2-5
-    times as long."""
-    before = not bool((torch.full((1,), 2.0**-130) * 1.0).any())  # torch does not say
+    """Treats subnormal numbers as zero within the block.
+
+    Posteriors decay to subnormal numbers, with which CPUs are 2-5 times slower.
+    """
+    before = not bool((torch.full((1,), 2.0**-130) * 1.0).any())  # torch has no getter
     torch.set_flush_denormal(True)
     try:
         yield
@@ -55,8 +59,8 @@ def subnormals_flushed() -> Iterator[None]:
 
 
 def seed_layers(seed: int, device: torch.device) -> None:
-    """Seeds what layers of torch's, such as dropout, draw from; they know no other generator."""
-    if device.type == "cpu":  # torch's function seeds every kind of device there might be, for a millisecond
+    """Seeds torch's global generator, from which torch's layers, such as dropout, draw."""
+    if device.type == "cpu":  # torch.manual_seed seeds every possible device type, which takes a millisecond
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
@@ -64,9 +68,9 @@ def seed_layers(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def tracked(process: Accelerator, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Opens the process's trackers, tells them the settings of the run, and closes them at the end."""
-    plain = (bool, int, float, str)  # what every tracker takes
-    process.init_trackers("smalti", {k: v if isinstance(v, plain) else str(v) for k, v in settings.items()})
+    """Opens the trackers, passes them the run's settings, and closes them at the end of the block."""
+    accepted = (bool, int, float, str)  # the types that every tracker accepts
+    process.init_trackers("smalti", {k: v if isinstance(v, accepted) else str(v) for k, v in settings.items()})
     try:
         yield
     finally:

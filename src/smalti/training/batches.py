@@ -1,6 +1,6 @@
-"""Which rows make up step s: a function of seed and step, so that nothing need be remembered to go on from any step.
+"""The rows of each step, as a function of seed and step: a resumed run needs no data loader state.
 
-What is in a row, the data sets say.
+Training counts steps, not epochs; an epoch is only a new permutation of the rows. Data sets define what a row contains.
 """
 
 import signal
@@ -19,9 +19,9 @@ Batch: TypeAlias = dict[str, Tensor]
 
 @runtime_checkable
 class RowData(Protocol):
-    """A data set that makes whole batches.
+    """A data set that returns whole batches.
 
-    `__getitems__` gives a tensor for each name, among them `rows`, the int64 row numbers it was asked for.
+    `__getitems__` returns tensors by name, among them `rows`, the int64 numbers of the requested rows.
     """
 
     def __len__(self) -> int: ...
@@ -30,10 +30,10 @@ class RowData(Protocol):
 
 
 class StepRows(Sampler[list[int]]):
-    """The rows of each step: a new permutation every epoch, cut into global batches that run on across epochs.
+    """The row numbers of each step: a new permutation every epoch, cut into global batches that may span epochs.
 
-    Each batch is cut into one slice a process, in the order of the processes: together they are the same rows for any
-    number of processes.
+    Each process takes one contiguous share of the batch: together the rows of a step are the same for any number of
+    processes.
     """
 
     def __init__(
@@ -61,21 +61,21 @@ class StepRows(Sampler[list[int]]):
 
 
 def batches(data: RowData, rows: StepRows, *, workers: int, pin_memory: bool) -> DataLoader:
-    """A loader whose data set makes each batch whole, in this process or in workers that leave Ctrl-C to it."""
+    """Returns a loader of whole batches, made in this process or in workers that ignore Ctrl-C."""
     return DataLoader(
         cast(Dataset, data),
         batch_sampler=rows,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         worker_init_fn=leave_interrupts,
         pin_memory=pin_memory,
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def leave_interrupts(_worker: int) -> None:
-    """What a worker does first: Ctrl-C, which reaches it too, is for the process that it works for."""
+    """Makes a data loader worker ignore SIGINT: Ctrl-C reaches workers too, but the training process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

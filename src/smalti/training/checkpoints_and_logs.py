@@ -1,6 +1,7 @@
-"""What the training loop does between steps: logging, held-out losses, reports, saving, and going back.
+"""The work between training steps: logging, held-out losses, reports, saving snapshots, and rollback.
 
-Here alone it waits for the device. What a step is, `fit.py` says.
+Only here does the loop synchronize with the device. What a step does is in `loop.py`; how snapshots are stored is in
+`snapshots.py`.
 """
 
 import math
@@ -22,101 +23,107 @@ from smalti.core.randomness import row_seeds
 from smalti.training.batches import RowData
 from smalti.training.config import FitConfig, Phase
 from smalti.training.ema import EMA
-from smalti.training.fsdp import gathered, is_split, split_like
-from smalti.training.nan_and_stalls import ROLL_BACK_AFTER, Health
+from smalti.training.fsdp import gather_full, is_sharded, split_like
+from smalti.training.nan_and_stalls import ROLL_BACK_AFTER, SkippedSteps
 from smalti.training.optimizers import restore
 from smalti.training.run_folder import Run
 
-HELD_OUT_ROWS = 1_024  # at most: enough for a loss to about one per cent
+HELD_OUT_ROWS = 1_024
+"""Largest number of rows of a held-out loss, which determines it to about one per cent."""
 
 OnReport: TypeAlias = Callable[[int, Any], Mapping[str, float] | None]
-"""Called with the steps done and the model; what it returns is logged."""
+"""Called with the number of steps done and the model; what it returns is logged."""
 
 
 @dataclass
-class Upkeep:
-    """The work between steps, and what a saved state is made of: phases, average, counts of skipped steps, the best.
+class CheckpointsAndLogs:
+    """Logs, reports, saves and rolls back a run. A snapshot holds the state of phases, EMA, counts and loss scale.
 
     Attributes:
-        shown: the model as it is saved and reported: itself, or a whole copy on the CPU beside one that is split.
-        timed_from, clock: the step and the time from which rows per second are counted.
-        best: held-out loss and step of the best state so far.
-        went_back: how often the run went back since a step last counted.
+        full_model: the model to save and report: `model` itself, or its full copy on the CPU if `model` is sharded.
+        timed_from, clock: the step and the time from which rows per second are measured.
+        best: lowest held-out loss so far and the step of its snapshot.
+        rollbacks: number of rollbacks since a step last counted.
     """
 
     accelerator: Accelerator
     phases: Sequence[Phase]
     config: FitConfig
     model: Checkpointed
-    shown: Checkpointed
+    full_model: Checkpointed
     run: Run
     ema: EMA
-    health: Health
+    skipped: SkippedSteps
     held_out: RowData | None
     on_report: OnReport | None
     progress: Any
     timed_from: int = 0
     clock: float = 0.0
     best: tuple[float, int | None] = (math.inf, None)
-    went_back: int = 0
+    rollbacks: int = 0
 
     def begin(self) -> int:
-        """Puts the state that the run goes on from back, on every process; the step to go on from.
+        """Restores the snapshot that the run resumes from, on every process. Returns the number of steps done in it.
 
         Raises:
-            UserError: if the processes do not see the same state.
+            UserError: if the processes do not see the same snapshot.
         """
         for phase in self.phases:
             for group in phase.optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
         step = self.run.step
-        mine = torch.tensor([step], device=self.accelerator.device)
-        seen = cast(Tensor, self.accelerator.gather(mine)).tolist()
-        if len(set(seen)) > 1:
+        own = torch.tensor([step], device=self.accelerator.device)
+        steps = cast(Tensor, self.accelerator.gather(own)).tolist()
+        if len(set(steps)) > 1:
             raise UserError(
-                f"the processes see other states in {self.run.folder}, of steps {seen}; put it on a disk they all share"
+                f"the processes see other snapshots in {self.run.folder}, of steps {steps}; "
+                "put it on a disk they all share"
             )
         if state := self.run.state():
-            self._put_back(state)
-            self.health.counts.copy_(torch.tensor(state["health"]))
-            self.best, self.went_back = (state["best"][0], state["best"][1]), state["went_back"]
-        self.accelerator.wait_for_everyone()  # until all have read what the main process may now remove
+            self._restore(state)
+            self.skipped.counts.copy_(torch.tensor(state["health"]))
+            self.best, self.rollbacks = (state["best"][0], state["best"][1]), state["went_back"]
+            if self.accelerator.scaler is not None and "scaler" in state:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.accelerator.wait_for_everyone()  # the main process may delete files only after all have read them
         self.run.begin()
         self.timed_from, self.clock = step, time.perf_counter()
         return step
 
-    def _put_back(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         for phase, saved in zip(self.phases, state["phases"], strict=True):
-            there = phase.objective.state_dict()
-            weights = {name: split_like(tensor, there.get(name, tensor)) for name, tensor in saved["objective"].items()}
+            current = phase.objective.state_dict()
+            weights = {
+                name: split_like(tensor, current.get(name, tensor)) for name, tensor in saved["objective"].items()
+            }
             phase.objective.load_state_dict(weights)
             restore(phase.optimizer, saved["optimizer"])
         self.ema.load_state_dict(state["ema"])
 
-    def after(self, done: int, measured: dict[str, Tensor]) -> None:
-        """Does what is due after `done` steps."""
+    def after_step(self, done: int, measured: dict[str, Tensor]) -> None:
+        """Does everything that is due after `done` steps."""
         last, config = done == self.config.steps, self.config
         log, report, save = (
             last or done % every == 0 for every in (config.log_steps, config.report_steps, config.save_steps)
         )
         if not (log or report or save):
             return
-        skipped, in_a_row = self.health.read()
+        skipped, in_a_row = self.skipped.read()
         if log:
             self._log(done, measured, skipped)
         if in_a_row >= ROLL_BACK_AFTER:
-            self._go_back(done, in_a_row)
+            self._roll_back(done, in_a_row)
         elif not in_a_row:
-            self.went_back = 0
+            self.rollbacks = 0
         loss = self._report(done) if report else math.inf
         if loss < self.best[0] and not in_a_row:
             self.best, save = (loss, done), True
-        if save and (last or not in_a_row):  # amid bad steps nothing has changed, and a good state would have to go
+        if save and (last or not in_a_row):  # skipped steps changed nothing, and saving would push out a good snapshot
             self.save(done)
         self.timed_from, self.clock = done, time.perf_counter()
 
     def save(self, done: int) -> None:
-        """Saves the model, then the state: where that says that n steps are done, the model of step n is there."""
+        """Saves the model, then the snapshot, so that the model of every complete snapshot is in place."""
         main = self.accelerator.is_main_process
         with self._averaged() as model:
             if main:
@@ -126,40 +133,44 @@ class Upkeep:
             {"objective": phase.objective.state_dict(), "optimizer": phase.optimizer.state_dict()}
             for phase in self.phases
         ]
-        learned = gathered({"phases": phases, "ema": self.ema.state_dict()}, keep=main)
+        learned = gather_full({"phases": phases, "ema": self.ema.state_dict()}, keep=main)
         if main:
-            counts = {"health": list(self.health.read()), "best": list(self.best), "went_back": self.went_back}
+            # the names in the file stay what they were, so that older snapshots can be resumed
+            counts = {"health": list(self.skipped.read()), "best": list(self.best), "went_back": self.rollbacks}
             state = {"step": done, **learned, **counts}
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
             self.run.states.save(done, state, keep=self.config.keep_states, best=self.best[1])
         self.accelerator.wait_for_everyone()
 
     @contextmanager
     def _averaged(self) -> Iterator[Checkpointed]:
-        """The model with the averaged weights; on the main process all of it."""
+        """Yields the model with the averaged weights; on the main process in full."""
         main = self.accelerator.is_main_process
         with self.ema.applied():
-            if is_split(self.phases[0].objective):
-                weights = gathered(self.model.state_dict(), keep=main)
+            if is_sharded(self.phases[0].objective):
+                weights = gather_full(self.model.state_dict(), keep=main)
                 if main:
-                    self.shown.load_state_dict(weights)
-            yield self.shown
+                    self.full_model.load_state_dict(weights)
+            yield self.full_model
 
-    def _go_back(self, done: int, in_a_row: int) -> None:
-        """Takes the weights of a state from before the trouble; steps and rows go on, past those that led into it.
+    def _roll_back(self, done: int, in_a_row: int) -> None:
+        """Restores the weights of a snapshot from before the skipped steps. Step count and data order keep advancing.
 
-        Each time that no step has counted since, one state further back.
+        Each further rollback without a good step in between goes one snapshot further back. The loss scale of fp16 is
+        not restored: it has fallen with every skipped step.
         """
         before = [step for step in self.run.states.steps() if step <= done - in_a_row]
-        self.went_back += 1
-        if self.went_back > len(before):
+        self.rollbacks += 1
+        trouble = f"no loss or gradient was finite in the last {in_a_row} of {done} steps"
+        if self.rollbacks > len(before):
             raise UserError(
-                f"no loss or gradient was finite in the last {in_a_row} of {done} steps, and no earlier state is left "
-                "to go back to; start again with a lower --learning-rate, or with --precision fp32, and --resume never"
+                f"{trouble}, and no earlier snapshot is left for a rollback; start again with a lower --learning-rate, "
+                "or with --precision fp32, and --resume never"
             )
-        step = before[-self.went_back]
-        bad = f"no loss or gradient was finite in the last {in_a_row} of {done} steps"
-        self.accelerator.print(f"\n{bad}: taking the weights of step {step}", file=sys.stderr)
-        self._put_back(self.run.states.load(step))
+        step = before[-self.rollbacks]
+        self.accelerator.print(f"\n{trouble}: taking the weights of step {step} (rollback)", file=sys.stderr)
+        self._restore(self.run.states.load(step))
         self.accelerator.wait_for_everyone()
 
     def _log(self, done: int, measured: dict[str, Tensor], skipped: int) -> None:
@@ -171,48 +182,51 @@ class Upkeep:
         memory = peak_memory_bytes(self.accelerator.device) / 2**30
         state = {"learning_rate": rate, "skipped_steps": skipped, "rows_per_second": speed, "memory_gib": memory}
         self._record(done, {**averaged, **state})
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(averaged.items())[:2])
-        self.progress.set_postfix_str(shown, refresh=False)
+        postfix = ", ".join(f"{name} {value:.4g}" for name, value in list(averaged.items())[:2])
+        self.progress.set_postfix_str(postfix, refresh=False)
 
     def _record(self, done: int, values: Mapping[str, float]) -> None:
         self.run.log(done, dict(values))
         self.accelerator.log(dict(values), step=done)
 
     def _report(self, done: int) -> float:
-        """Logs what is held out and what `on_report` finds; the held-out loss, infinite if there is none."""
-        found: dict[str, float] = {}
+        """Logs held-out losses and what `on_report` returns. Returns the held-out loss; infinity if there is none."""
+        values: dict[str, float] = {}
         with self._averaged() as model, torch.no_grad():
             for phase in self.phases:
                 phase.objective.eval()
             if self.held_out is not None and len(self.held_out):
-                found |= evaluate(self.accelerator, self.phases[0].objective, self.held_out, self.config)
+                values |= held_out_losses(self.accelerator, self.phases[0].objective, self.held_out, self.config)
             if self.on_report and self.accelerator.is_main_process:
-                found |= self.on_report(done, model.to(self.accelerator.device)) or {}
-                if is_split(self.phases[0].objective):
+                values |= self.on_report(done, model.to(self.accelerator.device)) or {}
+                if is_sharded(self.phases[0].objective):
                     model.cpu()
             for phase in self.phases:
                 phase.objective.train()
-        if found:
-            self._record(done, found)
-        return found.get("held_out_loss", math.inf)
+        if values:
+            self._record(done, values)
+        return values.get("held_out_loss", math.inf)
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, objective: nn.Module, held_out: RowData, config: FitConfig) -> dict[str, float]:
-    """The objective's loss and terms over held-out rows, each prefixed `held_out_`; the same draws every time.
+def held_out_losses(
+    accelerator: Accelerator, objective: nn.Module, held_out: RowData, config: FitConfig
+) -> dict[str, float]:
+    """Returns the objective's loss and terms over held-out rows, with the prefix `held_out_`.
 
-    Every process goes through the same rows: there are few, and so nothing need be gathered.
+    The random draws are the same every time. Every process evaluates the same rows: they are few, and nothing needs to
+    be gathered.
     """
     rows = min(len(held_out), HELD_OUT_ROWS)
     stride, size = len(held_out) / rows, -(-config.batch_size // config.accumulation)
     totals: dict[str, float] = {}
     for start in range(0, rows, size):
-        chosen = [int(row * stride) for row in range(start, min(start + size, rows))]
-        batch = {name: tensor.to(accelerator.device) for name, tensor in held_out.__getitems__(chosen).items()}
+        numbers = [int(row * stride) for row in range(start, min(start + size, rows))]
+        batch = {name: tensor.to(accelerator.device) for name, tensor in held_out.__getitems__(numbers).items()}
         batch["seeds"] = row_seeds(config.seed, batch["rows"])
         batch["progress"] = torch.ones_like(batch["rows"], dtype=torch.float32)
         with accelerator.autocast():
             loss, terms = objective(batch)
         for name, value in {"loss": loss, **terms}.items():
-            totals[f"held_out_{name}"] = totals.get(f"held_out_{name}", 0.0) + float(value) * len(chosen) / rows
+            totals[f"held_out_{name}"] = totals.get(f"held_out_{name}", 0.0) + float(value) * len(numbers) / rows
     return totals

@@ -1,4 +1,7 @@
-"""What there is to say before training: settings, and the phases of a step. The loop itself is in `fit.py`."""
+"""Settings of the training loop, the phases of a step, and the interface of modules that learn without gradients.
+
+The loop itself is in `loop.py`.
+"""
 
 import math
 from dataclasses import dataclass
@@ -13,49 +16,51 @@ from smalti.training.optimizers import BETAS, Optimizer, OptimizerName, make_opt
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How to train. Rates are for the global batch, whatever the number of processes."""
+    """Settings of a training run, in steps, not epochs. Batch size and rates are those of all processes together."""
 
     steps: int = 1_000
-    """Optimiser steps in all."""
+    """Number of optimizer steps."""
     batch_size: int = 64
-    """Rows a step, over all processes and slices together."""
+    """Rows per step, over all processes and micro-batches together."""
     accumulation: int = 1
-    """Slices in which each process takes its share of the batch, to save memory; the result is the same."""
+    """Gradient accumulation: number of micro-batches into which each process splits its share of the batch. Raise it if
+    memory is full; the result is the same."""
     gradient_checkpointing: bool = False
-    """Compute what blocks of the network held again in the backward pass: less memory, a third more time."""
+    """Recompute activations of the network's blocks in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Fuse the network with torch.compile: slow to start, then faster on GPUs."""
+    """Compile the network with torch.compile: slow to start, then faster on GPUs."""
     learning_rate: float = 1e-3
-    """The optimiser's rate after warm-up."""
+    """Learning rate after warm-up."""
     optimizer: OptimizerName = "adamw"
-    """`muon` orthogonalises the updates of linear layers, at five times the rate; the rest stays with AdamW. `adamax`
-    (arXiv 1412.6980) is selfVAE's."""
+    """`adamw`; `muon`, which trains linear layers with Muon at five times the learning rate and the rest with AdamW; or
+    `adamax` (arXiv 1412.6980), which selfVAE uses."""
     warmup_steps: int = 50
-    """Steps over which the rate rises from zero."""
+    """Steps over which the learning rate rises linearly from zero."""
     decay_fraction: float = 0.5
-    """Share of the steps, at the end, over which the rate falls to a hundredth along a cosine."""
+    """Share of the steps, at the end, over which the learning rate falls along a cosine to a hundredth."""
     weight_decay: float = 0.0
-    """Weight decay, on matrices only: decoupled, but for AdaMax."""
+    """Weight decay, on matrices only. It is decoupled, except in AdaMax."""
     clip_norm: float = 1.0
-    """Gradients longer than this are scaled down to it."""
+    """Gradient clipping: largest norm of all gradients together; longer gradients are scaled down to it."""
     ema_decay: float = 0.0
-    """Decay of the averaged weights that are saved; 0 saves the weights themselves."""
+    """Decay of the EMA (moving average) of the weights, which is then what is saved; 0 saves the weights themselves."""
     seed: int = 0
-    """Decides the start, the order of the rows and every random draw."""
+    """Seed of initial weights, row order and every random draw."""
     log_steps: int = 25
     """Steps between lines in metrics.jsonl."""
     report_steps: int = 500
     """Steps between held-out losses and pictures."""
     save_steps: int = 250
-    """Steps between saved states: the most that a killed run loses."""
+    """Steps between snapshots: the most that a killed run loses."""
     keep_states: int = 2
-    """How many of the newest states stay on the disk; the one with the best held-out loss stays too."""
+    """Number of newest snapshots to keep on the disk; the one with the best held-out loss is kept too."""
     workers: int = 0
-    """Processes that prepare batches beside each training process; 0 where the data is in memory."""
+    """Data loader processes per training process; 0 if the data is in memory."""
     trackers: tuple[str, ...] = ()
-    """Where else to log, by Accelerate's names (`tensorboard wandb`); metrics.jsonl is always written."""
+    """Further loggers, by Accelerate's names (`tensorboard wandb`); metrics.jsonl is always written."""
     stall_seconds: int = 1_800
-    """If no step ends for so long, say where every thread is and exit with status 75; 0 waits for ever."""
+    """Stall watchdog: if no step ends for this long, print the stacks of all threads and exit with status 75. 0
+    disables it."""
 
     def __post_init__(self) -> None:
         require_at_least_one(
@@ -76,13 +81,13 @@ class FitConfig:
             raise UserError(f"seed must fit into 64 bits, which {self.seed} does not")
 
     def optimizer_of(self, module: nn.Module, betas: tuple[float, float] = BETAS) -> Optimizer:
-        """The optimiser of a module's parameters; `betas` are AdamW's alone."""
+        """Returns the optimizer of a module's parameters; only AdamW uses `betas`."""
         return make_optimizer(
             module, self.optimizer, learning_rate=self.learning_rate, weight_decay=self.weight_decay, betas=betas
         )
 
     def rate(self, step: int) -> float:
-        """The learning rate's factor in [0, 1] at a step: linear warm-up, flat, cosine down to a hundredth."""
+        """Returns the learning-rate schedule's factor in [0, 1]: linear warm-up, flat, cosine decay to a hundredth."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         decay_steps = self.decay_fraction * self.steps
         progress = max(0.0, (step + 1 - (self.steps - decay_steps)) / decay_steps) if decay_steps else 0.0
@@ -91,15 +96,15 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """One loss and the optimiser that lowers it; a step runs every phase in turn.
+    """One loss and the optimizer that minimizes it. A step runs every phase in turn.
 
     Attributes:
-        name: put before what the phase logs, where there are several.
-        objective: `forward(batch)` returns the loss and named detached scalars to log. Everything with a gradient is
-            computed inside it, so that a data-parallel wrapper sees it. The batch has what the data set gives, and
-            `seeds`, an int64 for each row.
-        optimizer: over those of the objective's parameters that this phase trains; the rates in its groups are
-            multiplied by the schedule.
+        name: prefix of the logged names, if there are several phases.
+        objective: `forward(batch)` returns the loss and named detached scalars to log. Everything with a gradient must
+            be computed inside it, so that it goes through the data-parallel wrapper. The batch has the columns of the
+            data set; `seeds`, int64 per row; and `progress`, the share of the steps done, per row.
+        optimizer: over the objective's parameters that this phase trains. The schedule multiplies the learning rates
+            of its groups.
     """
 
     name: str
@@ -109,13 +114,14 @@ class Phase:
 
 @runtime_checkable
 class LearnsAfterSteps(Protocol):
-    """A module within an objective that learns otherwise than by gradients, such as a codebook of running means."""
+    """A module within an objective that learns without gradients, such as a codebook of running means."""
 
     def after_step(self, seeds: Int64[Tensor, " b"], bad: Bool[Tensor, ""]) -> None:
-        """Learns from all slices of the step, once after the optimiser, on every process.
+        """Learns from all micro-batches of a step. Called once after the optimizer, on every process.
 
         Args:
-            seeds: of this process's rows, in the order in which the objective saw them.
-            bad: whether the step does not count. Saved buffers are put back then; what else changes is the module's.
+            seeds: of this process's rows, in the order of the objective's batches.
+            bad: whether the NaN guard skips this step. Saved buffers are then restored by the loop; the module must
+                leave everything else unchanged.
         """
         ...

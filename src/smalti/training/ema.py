@@ -1,4 +1,4 @@
-"""The moving average of a model's weights: what is saved and sampled from, while training moves the weights."""
+"""EMA: the exponential moving average of a model's weights, which is what is saved and evaluated."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from smalti.training.fsdp import local, split_like
+from smalti.training.fsdp import local_shard, split_like
 
 
 class EMA:
-    """theta_ema <- d theta_ema + (1 - d) theta, with d = min(decay, (1 + step) / (10 + step)).
+    """Updates theta_ema <- d theta_ema + (1 - d) theta, with d = min(decay, (1 + step) / (10 + step)).
 
-    So a short run forgets its start. Integer buffers are copied. A `decay` of 0 keeps no average: the model itself is
-    what is saved.
+    The smaller d of early steps lets a short run forget its initial weights. Integer buffers are copied. With a `decay`
+    of 0 there is no average, and the model itself is saved.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -23,20 +23,20 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights after step `step`."""
+        """Updates the average with the weights after step `step`."""
         if not self.decay:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
         state = self.model.state_dict()
         floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
-        mix = get_ema_multi_avg_fn(decay)  # all tensors in one kernel
-        mix([local(self.average[name]) for name in floats], [local(state[name]) for name in floats], step)
+        mix = get_ema_multi_avg_fn(decay)  # one kernel for all tensors
+        mix([local_shard(self.average[name]) for name in floats], [local_shard(state[name]) for name in floats], step)
         for name in state.keys() - set(floats):
             self.average[name].copy_(state[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the model has the averaged weights."""
+        """Gives the model the averaged weights within the block."""
         if not self.decay:
             yield
             return
@@ -48,10 +48,10 @@ class EMA:
             self.model.load_state_dict(raw)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, for resuming; split where the model is."""
+        """Returns the average, for the snapshot; sharded if the model is."""
         return self.average
 
     def load_state_dict(self, average: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`, from whole tensors."""
+        """Restores the average from full (not sharded) tensors."""
         assert average.keys() == self.average.keys()
         self.average = {name: split_like(tensor, self.average[name]) for name, tensor in average.items()}

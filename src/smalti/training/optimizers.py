@@ -1,4 +1,4 @@
-"""What runs are optimised with: AdamW, as most papers do, Muon on linear layers beside AdamW on the rest, or AdaMax."""
+"""Optimizers: AdamW, AdaMax, or Muon on linear layers with AdamW on the rest; gradient clipping and skipped steps."""
 
 import math
 from collections import defaultdict
@@ -9,47 +9,46 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from smalti.core.devices import multiplies_bf16
-from smalti.training.fsdp import full, local, share, split_like, total_norm
+from smalti.core.devices import has_native_bf16
+from smalti.training.fsdp import full, local_shard, shard_of, split_like, total_norm
 
 OptimizerName: TypeAlias = Literal["adamw", "muon", "adamax"]
 
-BETAS = (0.9, 0.95)  # AdamW's; the second below torch's 0.999, which remembers longer than a short run lasts
+BETAS = (0.9, 0.95)  # of AdamW; with torch's 0.999 the second moment would average over more steps than a short run has
 ADAMAX_BETAS = (0.9, 0.999)  # the paper's (arXiv 1412.6980)
-MUON_TIMES = 5.0  # Muon's rate, as a multiple of AdamW's beside it
+MUON_RATE_FACTOR = 5.0  # Muon's learning rate, as a multiple of AdamW's
 
 
-class Together:
-    """Several optimisers, each over parameters of its own, as one."""
+class CombinedOptimizer:
+    """Several optimizers, each over its own parameters, used as one."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = parts
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all parts."""
+        """The parameter groups of all parts."""
         return [group for part in self.parts for group in part.param_groups]
 
     def step(self) -> None:
-        """One step of each part."""
+        """Takes one step of each part."""
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts' states, in order."""
+        """Returns the parts' states, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
 
 class BatchedMuon(torch.optim.Muon):
-    """Torch's Muon with `match_rms_adamw`, whose matrices of one shape are orthogonalised together.
+    """Torch's Muon with `match_rms_adamw`, orthogonalizing matrices of one shape as a batch. States are torch's.
 
-    Transformers have many small layers of few shapes: on one core 14 ms a step for the demonstration's prior, which
-    torch's takes 30 for. States are torch's.
+    This is about twice as fast for transformers, which have many small layers of few shapes.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """One step of every matrix that has a gradient."""
+        """Takes one step of every matrix that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -64,29 +63,28 @@ class BatchedMuon(torch.optim.Muon):
                 for parameter, update in zip(parameters, updates, strict=True):
                     tall = parameter.shape[0] > parameter.shape[1]
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    local(parameter).add_(share(update.T if tall else update, parameter), alpha=-rate)
+                    local_shard(parameter).add_(shard_of(update.T if tall else update, parameter), alpha=-rate)
 
     def _momenta(self, parameters: list[Tensor], momentum: float) -> Sequence[Tensor]:
-        """Nesterov's: the gradients led towards their running means, which this moves on."""
+        """Updates the momentum buffers; returns Nesterov momentum, the gradients moved towards them."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         # torch has these but does not export them to type checkers
-        torch._foreach_lerp_(means, gradients, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
-        return torch._foreach_lerp(gradients, means, momentum)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        return torch._foreach_lerp(gradients, buffers, momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def orthogonalized(
     matrices: Float[Tensor, "b r c"], coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Float[Tensor, "b r c"]:
-    """Nearly the nearest matrices with orthonormal rows (r <= c), by Newton-Schulz iterations.
+    """Approximates the nearest matrices with orthonormal rows (r <= c) by Newton-Schulz iterations.
 
-    In bf16, which is exact enough, where it is fast; else in fp32: for 256 rows of 720 on a CPU without AMX, 29 ms in
-    place of 730.
+    It computes in bf16, which is exact enough, if the hardware has it; otherwise in fp32, which is then much faster.
     """
-    x = matrices.bfloat16() if multiplies_bf16(matrices.device.type) else matrices.float()
+    x = matrices.bfloat16() if has_native_bf16(matrices.device.type) else matrices.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     a, b, c = coefficients
     for _ in range(steps):
@@ -96,72 +94,85 @@ def orthogonalized(
 
 
 def _wide(matrices: Sequence[Tensor]) -> Tensor:
-    """One batch of matrices and transposes of matrices, with at least as many columns as rows."""
+    """Stacks matrices that have at least as many columns as rows; tall ones are transposed."""
     return torch.stack([matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices])
 
 
-Optimizer: TypeAlias = torch.optim.Optimizer | Together
-"""What the training loop steps and saves."""
+Optimizer: TypeAlias = torch.optim.Optimizer | CombinedOptimizer
+"""An optimizer of the training loop."""
+
+
+def parts_of(optimizer: Optimizer) -> Sequence[torch.optim.Optimizer]:
+    """Returns the parts of a combined optimizer; otherwise the optimizer itself."""
+    return optimizer.parts if isinstance(optimizer, CombinedOptimizer) else [optimizer]
 
 
 def restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """The inverse of `state_dict`, from whole tensors; also where the optimiser's own are split."""
-    if isinstance(optimizer, Together):
-        for part, of_part in zip(optimizer.parts, saved["parts"], strict=True):
-            restore(part, of_part)
+    """Restores the state from full tensors, sharding them if the optimizer's own are sharded."""
+    if isinstance(optimizer, CombinedOptimizer):
+        for part, saved_part in zip(optimizer.parts, saved["parts"], strict=True):
+            restore(part, saved_part)
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {
             name: split_like(v, parameters[index]) if v.shape == parameters[index].shape else v
-            for name, v in of.items()
+            for name, v in values.items()
         }
-        for index, of in saved["state"].items()
+        for index, values in saved["state"].items()
     }
     optimizer.load_state_dict({**saved, "state": state})
 
 
 def clip(parameters: Sequence[nn.Parameter], longest: float) -> Float[Tensor, ""]:
-    """Shortens the gradients, taken together, to a length of `longest`; the length that they had."""
+    """Gradient clipping: scales all gradients together down to a norm of `longest`. Returns the norm they had."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = total_norm(gradients)
     if norm.device.type != "cpu" or norm > longest:
         # torch has it but does not export it to type checkers
         torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
-            [local(gradient) for gradient in gradients], (longest / (norm + 1e-6)).clamp(max=1)
+            [local_shard(gradient) for gradient in gradients], (longest / (norm + 1e-6)).clamp(max=1)
         )
     return norm
 
 
+def unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+    """Divides the gradients by the loss scale of fp16 and records overflows for `scaler.update`."""
+    for part in parts_of(optimizer):
+        scaler.unscale_(part)
+
+
 def step_unless(optimizer: Optimizer, bad: Bool[Tensor, ""]) -> None:
-    """A step, unless `bad` is true: then parameters and state stay as they are. Waits for no device."""
+    """Takes a step unless `bad` is true, which leaves parameters and state unchanged. Does not wait for a GPU."""
     if bad.device.type == "cpu":
         if not bad:
             optimizer.step()
         return
-    for part in optimizer.parts if isinstance(optimizer, Together) else [optimizer]:
+    for part in parts_of(optimizer):
         step_unless_on_device(part, bad)
 
 
 def step_unless_on_device(optimizer: torch.optim.Optimizer, bad: Bool[Tensor, ""]) -> None:
-    """`step_unless` without a look at `bad`: told to the fused kernels, which know how; undone elsewhere.
+    """Does what `step_unless` does without reading `bad` on the CPU.
 
-    Deviation: Adamax counts its steps on the CPU, where a bad one counts too, which its bias correction sees.
+    Fused kernels skip the step themselves; the step of other optimizers is undone.
+
+    Deviation: Adamax counts its steps on the CPU, so a skipped step still advances its bias correction.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] - how torch's scaler tells them
+        optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] - set by torch's GradScaler too
         optimizer.step()
         return
 
-    def held() -> list[Tensor]:
+    def tensors() -> list[Tensor]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         states = (value for p in parameters for value in optimizer.state.get(p, {}).values())
         return [*parameters, *(value for value in states if isinstance(value, Tensor) and value.device == bad.device)]
 
-    before = {tensor: tensor.detach().clone() for tensor in held()}
+    before = {tensor: tensor.detach().clone() for tensor in tensors()}
     optimizer.step()
     with torch.no_grad():
-        for tensor in held():  # what the first step made starts again from zero
+        for tensor in tensors():  # states that this step created are reset to zero
             old = before[tensor] if tensor in before else torch.zeros_like(tensor)
             tensor.copy_(torch.where(bad, old, tensor))
 
@@ -174,11 +185,11 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = BETAS,
 ) -> Optimizer:
-    """An optimiser over a module's parameters, with weight decay on matrices and larger only.
+    """Returns an optimizer over a module's parameters, with weight decay only on those of two or more dimensions.
 
-    `muon` orthogonalises the momentum of every `nn.Linear`'s weight (arXiv 2502.16982, whose scaling lets one rate
-    serve all shapes), at `MUON_TIMES` the rate; embeddings, tables, convolutions, norms and biases stay with AdamW.
-    `adamax` has betas of its own, and its weight decay is torch's, a penalty in the gradient.
+    `muon` orthogonalizes the momentum of every `nn.Linear`'s weight (arXiv 2502.16982, whose scaling makes one rate fit
+    all shapes), at `MUON_RATE_FACTOR` times the rate. AdamW trains embeddings, tables, convolutions, norms and biases.
+    `adamax` has its own betas, and its weight decay is torch's: a penalty in the gradient.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if name == "adamax":
@@ -191,9 +202,9 @@ def make_optimizer(
     rest = [parameter for parameter in trained if id(parameter) not in linear]
     parts: list[torch.optim.Optimizer] = [_adamw(rest, learning_rate, weight_decay, betas)] if rest else []
     if matrices:
-        rate = MUON_TIMES * learning_rate
+        rate = MUON_RATE_FACTOR * learning_rate
         parts.append(BatchedMuon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return Together(parts)
+    return CombinedOptimizer(parts)
 
 
 def _adamw(
@@ -203,7 +214,7 @@ def _adamw(
 
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and larger, with decay; the rest, without."""
+    """Groups parameters of two or more dimensions, with decay, and the rest, without."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},

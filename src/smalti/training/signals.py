@@ -1,4 +1,4 @@
-"""Stopping when asked to: SIGINT and SIGTERM noted, not obeyed at once, and what a loop raises when it has saved."""
+"""Stopping a run: SIGINT and SIGTERM are collected for the loop, which saves a snapshot and raises `Interrupted`."""
 
 import signal
 from collections.abc import Iterator
@@ -7,21 +7,21 @@ from typing import Any
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped where it was asked to
-    """A signal asked the run to stop, and its state is saved.
+    """Raised when a signal stopped the run, after its snapshot was saved.
 
     Attributes:
-        step: how many steps are done.
+        step: number of steps done.
         signal_number: SIGINT or SIGTERM.
     """
 
     def __init__(self, step: int, steps: int, signal_number: int) -> None:
-        super().__init__(f"stopped after step {step} of {steps}, state saved; the same command goes on from there")
+        super().__init__(f"stopped after step {step} of {steps}, state saved; the same command resumes from there")
         self.step, self.signal_number = step, signal_number
 
 
 @contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; the second one acts as it always does."""
+    """Collects SIGINT and SIGTERM within the block; a second signal has its usual effect."""
     received: list[int] = []
 
     def receive(number: int, _frame: object) -> None:

@@ -1,6 +1,6 @@
-"""The training states that a run keeps in its folder: whole, checked before they are used, the newest few and the best.
+"""Snapshots of a training run: written atomically, verified before use; the newest few and the best are kept.
 
-What is in a state, `fit` says; what else lies in a run's folder is in `runs.py`.
+`checkpoints_and_logs.py` defines what a snapshot contains; `run_folder.py` handles the rest of a run's folder.
 """
 
 import hashlib
@@ -20,26 +20,28 @@ STATES_NAME, STATE_NAME, DIGESTS_NAME = "states", "state.pt", "digests.json"
 
 
 class States:
-    """Folders `states/step_00000250`: `state.pt`, the model of that step (so each loads as a checkpoint), and digests.
+    """The snapshots of one run, folders such as `states/step_00000250`.
+
+    Each has `state.pt`, the model of that step (so that it loads as a checkpoint), and digests of these files.
 
     Args:
-        folder: of the run.
+        folder: the run's.
     """
 
     def __init__(self, folder: Path) -> None:
         self.run_folder, self.folder = folder, folder / STATES_NAME
 
     def path(self, step: int) -> Path:
-        """Where the state after `step` steps is, or would be."""
+        """Returns the path of the snapshot after `step` steps, whether it exists or not."""
         return self.folder / f"step_{step:08}"
 
     def steps(self) -> list[int]:
-        """The steps of all states, whole or damaged, oldest first."""
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(int(match[1]) for path in found if (match := re.fullmatch(r"step_(\d+)", path.name)))
+        """Returns the steps of all snapshots, intact or damaged, oldest first."""
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(int(match[1]) for path in paths if (match := re.fullmatch(r"step_(\d+)", path.name)))
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with a state; None if every byte is as it was saved."""
+        """Returns what is wrong with a snapshot; None if it is intact, byte for byte."""
         try:
             digests = json.loads((self.path(step) / DIGESTS_NAME).read_text())["sha256"]
             for name in (STATE_NAME, WEIGHTS_NAME, CONFIG_NAME):
@@ -49,51 +51,51 @@ class States:
             return f"{type(error).__name__}: {error}"
         return None
 
-    def newest(self, *, speak: bool) -> int | None:
-        """The step of the newest whole state; None if there is none.
+    def newest(self, *, warn: bool) -> int | None:
+        """Returns the step of the newest intact snapshot; None if there is none.
 
         Args:
-            speak: whether to say, in one line each on standard error, which newer ones are damaged.
+            warn: whether to print one line on standard error for each newer one that is damaged.
         """
         for step in reversed(self.steps()):
             damage = self.damage(step)
             if damage is None:
                 return step
-            if speak:
-                print(f"{self.path(step)} is damaged ({damage}); going on from the state before it", file=sys.stderr)
+            if warn:
+                print(f"{self.path(step)} is damaged ({damage}); resuming from the one before it", file=sys.stderr)
         return None
 
     def load(self, step: int) -> dict[str, Any]:
-        """A state, on the CPU."""
+        """Loads a snapshot's state onto the CPU."""
         return torch.load(self.path(step) / STATE_NAME, map_location="cpu", weights_only=True)
 
     def save(self, step: int, state: dict[str, Any], *, keep: int, best: int | None) -> None:
-        """Adds a state, with the model that lies in the run's folder; then lets go of the older ones.
+        """Adds a snapshot with the model that is in the run's folder, then deletes older ones.
 
         Args:
-            step: how many steps are done.
+            step: number of steps done.
             state: tensors, numbers, strings, and lists and dictionaries of them.
-            keep: how many of the newest states stay, this one among them.
-            best: the step of one more that stays; None if none does.
+            keep: number of newest snapshots to keep, this one included.
+            best: the step of one more to keep, or None.
         """
-        self.forget([step])
+        self.delete([step])
         with whole_folder(self.path(step)) as partial:
-            with (partial / STATE_NAME).open("wb") as file:  # torch's own opening hides why a disk will not take it
+            with (partial / STATE_NAME).open("wb") as file:  # if torch opens the file, its error hides the reason
                 torch.save(state, file)
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 shutil.copyfile(self.run_folder / name, partial / name)
             digests = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
             write_json(partial / DIGESTS_NAME, {"step": step, "sha256": digests})
-        self.forget([old for old in self.steps()[:-keep] if old != best])
+        self.delete([old for old in self.steps()[:-keep] if old != best])
 
-    def forget(self, steps: list[int]) -> None:
-        """Removes states: renamed first, so that one half removed is not taken for one that is damaged."""
+    def delete(self, steps: list[int]) -> None:
+        """Deletes snapshots. They are renamed first, so that a half-deleted one is not reported as damaged."""
         for step in steps:
             if self.path(step).exists():
-                condemned = self.folder / f".{self.path(step).name}.removed"
-                shutil.rmtree(condemned, ignore_errors=True)
-                self.path(step).rename(condemned)
-                shutil.rmtree(condemned)
+                renamed = self.folder / f".{self.path(step).name}.removed"
+                shutil.rmtree(renamed, ignore_errors=True)
+                self.path(step).rename(renamed)
+                shutil.rmtree(renamed)
 
 
 def _sha256(path: Path) -> str:

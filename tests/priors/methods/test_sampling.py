@@ -247,7 +247,7 @@ def test_a_small_nucleus_is_the_likeliest_code(kind):
     """As a low temperature is, whatever the draws; and 1 leaves nothing out."""
     torch.manual_seed(0)
     config = toys.TINY[kind]
-    prior = models.find("prior", kind)(config).eval()
+    prior = models.class_of_kind("prior", kind)(config).eval()
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter)
     known = torch.zeros(3, config.height, config.width, dtype=torch.int64)

@@ -148,4 +148,4 @@ def test_invalid_settings_are_refused():
         SelfVAEConfig(warm_up=2.0)
     with pytest.raises(UserError, match="cannot decode the first digits"):
         model_of(VAE, toys.TINY["vae"]).decode((torch.zeros(1, 2, 4, 6),), 1)
-    assert models.find("tokenizer", "vae") is VAE
+    assert models.class_of_kind("tokenizer", "vae") is VAE

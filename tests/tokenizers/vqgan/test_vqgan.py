@@ -86,7 +86,7 @@ def test_invalid_settings_are_refused(change, message):
 def test_presets_have_the_published_networks(name, grid, radix, attention_size, parameters):
     _, config = default_config(name, "vqgan")
     with torch.device("meta"):
-        tokenizer = models.find("tokenizer", "vqgan")(config.model)
+        tokenizer = models.class_of_kind("tokenizer", "vqgan")(config.model)
     assert tokenizer.layout == Layout((Level(grid, grid, (radix,)),))
     assert [config.model.height >> stage for stage in config.model.attention_stages] == [attention_size]
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6 == pytest.approx(parameters, abs=0.5)

@@ -1,0 +1,95 @@
+"""Tests of trackers, subnormal numbers and the refusal of fp16, as training uses them."""
+
+import json
+
+import pytest
+import torch
+from accelerate import tracking
+from accelerate.state import AcceleratorState
+from accelerate.utils import LoggerType
+from helpers import toys
+
+from smalti.core.errors import UserError
+from smalti.training import accelerator as accelerator_file
+from smalti.training.accelerator import accelerator, subnormals_flushed, tracked
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class ToFile(tracking.GeneralTracker):
+    """A tracker such as a user may register."""
+
+    name, requires_logging_directory, main_process_only = "to-file", True, True
+
+    def __init__(self, run_name, logging_dir, **_):
+        super().__init__()
+        self.path = logging_dir / f"{run_name}.json"
+        self.records = []
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.records.append(values)
+
+    def log(self, values, step, **_):
+        self.records.append({"step": step, **values})
+
+    def finish(self):
+        self.path.write_text(json.dumps(self.records))
+
+
+def test_tracker_receives_settings_and_metrics(tmp_path, monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "to-file", ToFile)
+    process = accelerator("fp32", ("to-file",), tmp_path)
+    with tracked(process, {"steps": 12, "widths": (4, 6), "out": tmp_path}):
+        toys.train(tmp_path, process=process)
+    settings, *logged = json.loads((tmp_path / "smalti.json").read_text())
+    assert settings == {"steps": 12, "widths": "(4, 6)", "out": str(tmp_path)}
+    lines = toys.measured(tmp_path)
+    assert len(logged) == len(lines)
+    for line, record in zip(lines, logged, strict=True):
+        assert {name: record[name] for name in line} == pytest.approx(line, rel=1e-5)
+
+
+def test_unknown_or_missing_tracker_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"there is no tracker 'tensorbored'; Accelerate has .*tensorboard"):
+        accelerator("fp32", ("tensorbored",), tmp_path)
+    monkeypatch.setattr(accelerator_file, "get_available_trackers", lambda: [LoggerType.WANDB])
+    accelerator("fp32", ("wandb",), tmp_path)
+    with pytest.raises(UserError, match="the tracker tensorboard is not installed; install it"):
+        accelerator("fp32", ("wandb", "tensorboard"), tmp_path)
+
+
+def test_fp16_training_is_refused_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("smalti.core.devices.best_device", lambda: torch.device("cpu"))
+    with pytest.raises(UserError, match=r"^--precision fp16 needs a GPU; use bf16 or fp32$"):
+        accelerator("fp16")
+
+
+def test_subnormal_numbers_are_zero_during_training_only(tmp_path):
+    subnormal, seen = torch.full((4,), 2.0**-130), []
+
+    class Watched:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitems__(self, numbers):
+            seen.append((subnormal * 1.0).any().item())
+            return self.rows.__getitems__(numbers)
+
+    toys.train(tmp_path, wrap=Watched)
+    assert len(seen) > 1
+    assert not any(seen)
+    assert (subnormal * 1.0).any()
+    with subnormals_flushed():
+        with subnormals_flushed():
+            assert not (subnormal * 1.0).any()
+        assert not (subnormal * 1.0).any()
