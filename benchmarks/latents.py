@@ -43,7 +43,7 @@ MEMORY_ALLOWANCE_BYTES = 100 * 2**20
 
 BUILD_AND_TELL_PEAK = """
 import torch
-from smalti.devices import peak_memory_bytes
+from smalti.core.devices import peak_memory_bytes
 from smalti.scripts.build_latents import main
 main()
 print(peak_memory_bytes(torch.device("cpu")))
