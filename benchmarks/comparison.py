@@ -1,4 +1,4 @@
-"""What a benchmark section yields: comparisons of several variants of the same work; and how results are formatted.
+"""Comparisons of several variants of the same work, which benchmark sections yield; and number formats for results.
 
 The studies format their results with the same functions. Timing is in `run.py`.
 """

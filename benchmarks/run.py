@@ -76,7 +76,7 @@ def benchmark(config: Benchmark) -> None:
 
 
 def medians(comparison: Comparison, repetitions: int) -> list[float]:
-    """Returns the median result of each variant, seconds per unit for most. The first round is a warm-up."""
+    """Returns the median result of each variant, seconds per unit for most. The first turn is a warm-up."""
     results: list[list[float]] = [[] for _ in comparison.variants]
     for turn in range(repetitions + 1 if comparison.varies else 1):
         for variant, times in zip(comparison.variants, results, strict=True):

@@ -36,7 +36,7 @@ KEY_NAME, ABANDONED_NAME = "key.json", "abandoned"
 
 @dataclass(frozen=True)
 class Job:
-    """What is encoded, and how it is divided into blocks.
+    """A build: the images to encode, and their division into blocks.
 
     Attributes:
         path: The latent set's file.
@@ -180,7 +180,7 @@ class Shards:
 
     @property
     def abandoned(self) -> bool:
-        """Whether a process of this build failed."""
+        """True if a process of this build failed."""
         return (self.folder / ABANDONED_NAME).exists()
 
     def merge(

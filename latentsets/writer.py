@@ -136,7 +136,7 @@ class LatentSetWriter:
         columns = sum(column.nbytes for column in self._columns.values())
         texts = sum(len(text.encode()) for text in self.provenance.to_attributes().values())
         extra = columns + texts + HEADROOM_BYTES
-        if hasattr(os, "posix_fallocate"):  # macOS lacks it: a full disk is noticed there while codes are written
+        if hasattr(os, "posix_fallocate"):  # macOS lacks it: a full disk is only noticed while codes are written
             os.posix_fallocate(self._file.fileno(), 0, end + extra)
         else:
             self._file.seek(end)

@@ -1,4 +1,4 @@
-"""What the studies share: trials that are trained and measured once, evaluators, and helpers to write a report.
+"""Code that all studies share: trials that are trained and measured once, evaluators, and helpers to write a report.
 
 A study trains models, measures each of them once, and writes tables and pictures into a Markdown file. Everything is
 kept on disk, so a study that was stopped resumes with the same command. Which models a study trains is in its folder.
@@ -107,9 +107,9 @@ class FrechetEvaluator(Evaluator):
         """Returns the scores of the held-out images themselves: samples of a perfect model would have them."""
         return self.scores(self.real.judged)
 
-    def reconstruction_scores(self, tokenizer: Tokenizer) -> dict[str, float]:
+    def reconstruction_scores(self, tokenizer: Tokenizer, batch_size: int = IMAGES_AT_ONCE) -> dict[str, float]:
         """Returns the scores of a tokenizer's reconstructions of the held-out images, a floor for its priors."""
-        return self.scores(reconstruct(tokenizer, self.real.judged))
+        return self.scores(reconstruct(tokenizer, self.real.judged, batch_size))
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 The data that it is trained and tested on is opened in `study.py`.
 """
 
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -76,19 +75,17 @@ class ClassifierEvaluator(Evaluator):
         labels: The labels of the test images.
         steps: Training steps of the classifier.
         folder: The folder that keeps the classifier.
+
+    Attributes:
+        classifier: The classifier, trained once.
     """
 
     def __init__(
         self, train: ImageSet, test: Float[Tensor, "n 1 h w"], labels: Int64[Tensor, " n"], *, steps: int, folder: Path
     ) -> None:
         super().__init__(f"{len(test)}images-{steps}steps")
-        self._train, self._test, self._labels = train, test, labels
-        self._steps, self._folder = steps, folder
-
-    @cached_property
-    def classifier(self) -> Classifier:
-        """The classifier, which is trained when it is first needed."""
-        return train_classifier(self._folder / f"classifier-{self._steps}steps.pt", self._train, self._steps)
+        self._test, self._labels = test, labels
+        self.classifier = train_classifier(folder / f"classifier-{steps}steps.pt", train, steps)
 
     @torch.no_grad()
     def scores(self, images: Float[Tensor, "n 1 h w"]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Fig. 1 of HQA's paper: points around four modes, compressed to one bit by one layer and by two layers.
 
 One layer with two codes averages modes: it decodes to points between them. If a layer with two codes is trained on the
-latent space of a layer with four codes, it averages there, and quantizing with the lower layer resolves the average to
-a mode. Deterministic quantization drops modes, stochastic quantization covers them all.
+latent space of a layer with four codes, it averages latents, and quantizing with the lower layer resolves the average
+to a mode. Deterministic quantization drops modes, stochastic quantization covers them all.
 
 Legend: n points, d code width.
 """

@@ -308,20 +308,20 @@ def features(tokenizer: Tokenizer, batch: Float[Tensor, "b c h w"]) -> list[tupl
 
 
 def search_seconds(tokenizer: Tokenizer, images: ImageSet) -> float:
-    """Measures the seconds to search the codes of `CODES_OF_IMAGES` images in their z_e; the best of several rounds.
+    """Measures the seconds to search the codes of `CODES_OF_IMAGES` images in their z_e; the best of several timings.
 
     One block of images is searched repeatedly.
     """
     rows = ImageRows(images, split="train", flips=False)
     batch = to_float(rows.__getitems__([i % len(rows) for i in range(SEARCH_BLOCK)])["images"])
     inputs, seconds = features(tokenizer, batch.to(next(tokenizer.parameters()).device)), []
-    for turn in range(SEARCH_REPETITIONS + 1):
+    for repetition in range(SEARCH_REPETITIONS + 1):
         synchronize()
         start = time.perf_counter()
         for _ in range(CODES_OF_IMAGES // SEARCH_BLOCK):
             for quantizer, z_e in inputs:
                 quantizer.encode(z_e)
         synchronize()
-        if turn:  # the first round compiles
+        if repetition:  # the first repetition compiles
             seconds.append(time.perf_counter() - start)
     return min(seconds)

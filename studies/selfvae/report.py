@@ -105,7 +105,7 @@ def table(config: ReproduceSelfVAE, trials: dict[ModelName, Trial]) -> str:
         bpd, fid = PAPER.get(name, ("", "")) if config.data == "cifar10" else ("", "")
         numbers = [likelihood[key]["model"] for key in ("bits_per_dim", "bits_per_dim_standard_error")]
         bound = likelihood["bound_bits_per_dim"]["model"]
-        frechet = [f"{modes['frechet'][who]:.1f}" for who in ("generation", "real")]
+        frechet = [f"{modes['frechet'][images]:.1f}" for images in ("generation", "real")]
         ours = [*(f"{number:.2f}" for number in (*numbers, bound)), *frechet, f"{result['parameters']:,}"]
         lines.append(table_row([NAMES[name], bpd, fid, *ours]))
         for mode in sorted(modes["mse"], key=lambda mode, sent=modes["bytes_sent"]: sent[mode]):

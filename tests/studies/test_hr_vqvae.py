@@ -35,6 +35,7 @@ from smalti.studies.hr_vqvae.study import (
     specs_by_part,
     trained,
     trial_of,
+    usage_images_of,
 )
 
 FLAGS = "--images img --seeds 1 --steps 1 --size-steps 1 --batch-size 4 --channels 4 --code-width 3 "
@@ -63,10 +64,13 @@ class Short(SundaeSampling):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the whole study, of codebooks of at most 64 leaves; it is the current folder."""
+    """A folder with the whole study, of codebooks of 8 leaves; it is the current folder.
+
+    The parts have the same sizes, so that they share most of their tokenizers.
+    """
     folder = tmp_path_factory.mktemp("study")
     write_patches(folder / "img", 120)
-    small = {"LEAVES": 8, "DEPTHS": (1, 3), "DEPTH_LEAVES": 64, "SIZES": (8, 27)}
+    small = {"LEAVES": 8, "DEPTHS": (1, 3), "DEPTH_LEAVES": 8, "SIZES": (8, 8)}
     small |= {"CODES_OF_IMAGES": 8, "SEARCH_BLOCK": 4, "SAMPLES_AT_ONCE": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -124,7 +128,7 @@ def test_every_tokenizer_is_trained_and_its_mse_is_that_of_its_model(folder):
     results = {path.parent.name: (path, read(path)) for path in paths}
     expected = {trial_of(s, config_of()).folder.name: s for specs in specs_by_part(config_of()).values() for s in specs}
     assert results.keys() == expected.keys()
-    assert len(results) == 3 * 2 + 2 * 2 + 3 + 3  # methods; depths; the larger size; those that priors learn
+    assert len(results) == 3 * 2 + 2 + 3  # methods, which the sizes and depth 3 share; depth 1; those for priors
     batch = to_float(images_of_split("held_out"))
     for name in (f"hrvq-8-depth3-best-{SHARED}", f"vqvae2-8-depth1-plain-{SHARED}"):
         path, measured = results[name]
@@ -153,7 +157,8 @@ def test_finished_study_trains_and_measures_nothing_again(folder):
 
 def test_another_number_of_usage_images_is_measured_again_but_not_trained_again(folder):
     """A result from before the number was kept counts as one of the default number."""
-    config, (*_, spec) = config_of(usage_images=7), specs_by_part(config_of())["depth"]
+    config, (spec, *_) = config_of(usage_images=7), specs_by_part(config_of())["depth"]
+    assert spec.depth == 1
     path = trial_of(spec, config).folder / RESULT_NAME
     before, weights = read(path), path.with_name("model.safetensors").stat().st_mtime_ns
     assert result(spec, config) is None
@@ -165,6 +170,11 @@ def test_another_number_of_usage_images_is_measured_again_but_not_trained_again(
     default = ReproduceHRVQVAE.usage_images
     assert result(spec, config_of(usage_images=default))["perplexity"] == before["perplexity"]
     path.write_text(json.dumps(before))
+
+
+def test_codes_of_large_flat_codebooks_are_counted_over_fewer_images(folder):
+    flat, linked = (TokenizerSpec("hrvq", False, 1, leaves=64, depth=depth) for depth in (1, 3))
+    assert (usage_images_of(flat, config_of()), usage_images_of(linked, config_of())) == (1, 8)
 
 
 def test_default_settings_are_not_in_folder_names():
