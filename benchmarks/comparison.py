@@ -1,5 +1,7 @@
-"""What a benchmark compares, as data: ways to do the same work, what was promised of them, and how results are told,
-those of the reproduced studies too."""
+"""Comparisons of several variants of the same work, which benchmark sections yield; and number formats for results.
+
+The studies format their results with the same functions. Timing is in `run.py`.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,18 +14,19 @@ from smalti.core.devices import best_device
 
 
 class Measured(float):
-    """What a way returns that measures itself: seconds a unit of work whose start and end do not count, or bytes."""
+    """The result of a variant that measures itself: seconds per unit of work without its setup, or bytes."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do the work.
+    """One implementation of the work that a comparison measures.
 
     Attributes:
-        name: for the table.
-        work: does it. What it returns is for tests, unless it is `Measured`.
-        units: how many units (batches, steps) one call does.
-        target: how many times that of ours its result must be; None where nothing is promised.
+        name: The name in the table.
+        work: The function that is timed. Its return value is only for tests, unless it is `Measured`.
+        units: The number of units (batches, steps) that one call processes; times are divided by it.
+        target: The promised ratio: its result must be at least this many times that of the first variant. None if
+            nothing is promised.
     """
 
     name: str
@@ -33,18 +36,18 @@ class Variant:
 
 
 def in_seconds(seconds: float) -> str:
-    """Three digits, with the unit that fits."""
+    """Formats a time with three digits, in s, ms or µs."""
     unit, scale = next((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if seconds >= s or u == "µs")
     return f"{seconds / scale:.3g} {unit}"
 
 
 def in_mebibytes(size_bytes: float) -> str:
-    """Whole mebibytes."""
+    """Formats a size in whole mebibytes."""
     return f"{size_bytes / 2**20:.0f} MiB"
 
 
 def in_spread(values: Sequence[float], form: str) -> str:
-    """The mean, and from the least to the most where there are several; `not run` where there is none."""
+    """Formats the mean of several values with their minimum and maximum; `not run` if there are none."""
     if not values:
         return "not run"
     mean = format(statistics.mean(values), form)
@@ -53,13 +56,13 @@ def in_spread(values: Sequence[float], form: str) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One hot path: our way first, then the others.
+    """Several implementations of the same work, smalti's first.
 
     Attributes:
-        path: what is compared, for the table.
-        ways: ours first.
-        readable: turns a result into text.
-        varies: whether it must be repeated; what is the same every time is measured once.
+        path: The work that is compared, as the table names it.
+        variants: The implementations, smalti's first.
+        readable: The function that formats a result.
+        varies: Whether results vary between runs. If not, each variant is measured once.
     """
 
     path: str
@@ -69,6 +72,6 @@ class Comparison:
 
 
 def synchronize() -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until a CUDA device has finished all queued work."""
     if best_device().type == "cuda":
         torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""What the benchmark compares of latent sets: reading random rows, building, and the memory that building takes.
+"""Benchmarks of latent sets: reading random rows, building a set, and the peak memory of building.
 
-Every comparison is made of files in a temporary folder, which goes when the next one is asked for.
+Each comparison uses files in a temporary folder, which is removed when the next comparison is requested.
 """
 
 import os
@@ -33,15 +33,15 @@ from smalti.latentsets.writer import LatentSetWriter
 from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
 
 READ_TARGET = 0.9
-"""Reading random batches is to take at most 1 / 0.9 of what a bare numpy.memmap takes."""
+"""Target: reading random batches takes at most 1 / 0.9 of the time of a bare `numpy.memmap`."""
 
 BUILD_TARGET = 0.95
-"""Building is to take at most 1 / 0.95 of what decoding and encoding alone take."""
+"""Target: building takes at most 1 / 0.95 of the time of decoding and encoding alone."""
 
 MEMORY_ALLOWANCE_BYTES = 100 * 2**20
-"""What ten times the rows may add to the peak memory of building."""
+"""Memory that ten times the rows may add to the peak memory of building."""
 
-BUILD_AND_TELL_PEAK = """
+BUILD_AND_PRINT_PEAK = """
 import torch
 from smalti.core.devices import peak_memory_bytes
 from smalti.scripts.build_latents import main
@@ -52,7 +52,7 @@ print(peak_memory_bytes(torch.device("cpu")))
 ROW_GROUP_ROWS = 1000
 
 SMALL = HRVQConfig(widths=(16, 16), residual_blocks=1)
-"""Its peak is small beside what could grow with the rows."""
+"""A tokenizer so small that memory that grows with the rows would dominate the peak."""
 
 
 def latents(
@@ -65,7 +65,7 @@ def latents(
     memory_rows: tuple[int, int] = (5_000, 50_000),
     config: HRVQConfig | None = None,
 ) -> Iterator[Comparison]:
-    """Random batches beside the same rows read otherwise; a build beside a bare loop; memory at two sizes."""
+    """Compares ways to read random batches, a build with a bare loop, and peak memory at two sizes."""
     for compare in (
         partial(reading, rows=rows, side=side, batch=batch, batches=batches),
         partial(building, rows=build_rows, config=config or HRVQConfig()),
@@ -76,7 +76,7 @@ def latents(
 
 
 def reading(folder: Path, *, rows: int, side: int, batch: int, batches: int) -> Comparison:
-    """Random batches of codes below 1024, as of FFHQ256."""
+    """Compares ways to read random batches of codes below 1024, which FFHQ256 has."""
     path = folder / "latents.h5"
     write_random_latents(path, rows=rows, level=Level(side, side, (1024,)))
     latent_set = LatentSet(path)
@@ -84,37 +84,37 @@ def reading(folder: Path, *, rows: int, side: int, batch: int, batches: int) -> 
     table = to_dataset(latent_set, cache=folder).select_columns("codes_0").with_format("numpy")
     stored: Any = h5py.File(path, "r")["codes/0"]
     bare = np.memmap(path, stored.dtype, "r", stored.id.get_offset(), stored.shape)
-    draw = np.random.default_rng(0)
-    wanted = [draw.integers(0, rows, batch).tolist() for _ in range(batches)]
+    rng = np.random.default_rng(0)
+    requests = [rng.integers(0, rows, batch).tolist() for _ in range(batches)]
 
-    def every(read: Callable[[list[int]], Any]) -> Callable[[], list[Any]]:
-        return lambda: [read(numbers) for numbers in wanted]
+    def each(read: Callable[[list[int]], Any]) -> Callable[[], list[Any]]:
+        return lambda: [read(numbers) for numbers in requests]
 
-    def wide(codes: np.ndarray) -> Tensor:
+    def widen(codes: np.ndarray) -> Tensor:
         return torch.from_numpy(codes.astype(np.int64))
 
     return Comparison(
         f"random batch of {batch} rows, {side}×{side} codes, {rows} rows",
         (
-            Variant("smalti, memory map (with labels and row numbers)", every(mapped.__getitems__), batches),
-            Variant("smalti, resident on the device", every(resident.__getitems__), batches),
-            Variant("h5py, row by row", every(lambda numbers: wide(np.stack([stored[n] for n in numbers]))), batches),
-            Variant("datasets, Arrow table", every(lambda numbers: wide(table[numbers]["codes_0"])), batches),
-            Variant("limit: numpy.memmap", every(lambda numbers: wide(bare[numbers])), batches, READ_TARGET),
+            Variant("smalti, memory map (with labels and row numbers)", each(mapped.__getitems__), batches),
+            Variant("smalti, resident on the device", each(resident.__getitems__), batches),
+            Variant("h5py, row by row", each(lambda numbers: widen(np.stack([stored[n] for n in numbers]))), batches),
+            Variant("datasets, Arrow table", each(lambda numbers: widen(table[numbers]["codes_0"])), batches),
+            Variant("limit: numpy.memmap", each(lambda numbers: widen(bare[numbers])), batches, READ_TARGET),
         ),
     )
 
 
 def building(folder: Path, *, rows: int, config: HRVQConfig) -> Comparison:
-    """Emoji, mirror images among the rows; from opened images and a loaded tokenizer to the file in its place."""
+    """Compares building a set of emoji and mirror images with a bare loop that only decodes and encodes them."""
     images = open_images(str(write_emoji(folder / "images.parquet", rows // 2)))
     settings, process, path = BuildLatents(), PartialState(), folder / "built.h5"
     tokenizer = HRVQ(config).to(best_device()).eval()
-    job = job_of(tokenizer, images, path, made_up(), settings)
+    job = job_of(tokenizer, images, path, empty_provenance(), settings)
 
     def build() -> LatentSet:
         path.unlink(missing_ok=True)
-        encode(tokenizer, images, job, made_up(), settings, process)
+        encode(tokenizer, images, job, empty_provenance(), settings, process)
         return LatentSet(path)
 
     @torch.no_grad()
@@ -132,17 +132,17 @@ def building(folder: Path, *, rows: int, config: HRVQConfig) -> Comparison:
 
 
 def memory(folder: Path, *, rows: tuple[int, int]) -> Comparison:
-    """Peak resident memory of the command that builds a set, in a process of its own."""
+    """Compares the peak resident memory of the build command at two sizes, each in its own process."""
     tokenizer = HRVQ(SMALL)
     tokenizer.save(folder / "tokenizer")
 
     def peak(rows: int, allowance_bytes: int = 0) -> Measured:
         images = write_emoji(folder / f"{rows}.parquet", rows // 2)
         flags = ["--tokenizer", folder / "tokenizer", "--images", images, "--out", folder / f"{rows}.h5"]
-        command = [sys.executable, "-c", BUILD_AND_TELL_PEAK, *map(str, flags)]
+        command = [sys.executable, "-c", BUILD_AND_PRINT_PEAK, *map(str, flags)]
         environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return Measured(int(done.stdout.splitlines()[-1]) + allowance_bytes)
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return Measured(int(process.stdout.splitlines()[-1]) + allowance_bytes)
 
     few, many = rows
     return Comparison(
@@ -157,19 +157,19 @@ def memory(folder: Path, *, rows: tuple[int, int]) -> Comparison:
 
 
 def write_random_latents(path: Path, *, rows: int, level: Level) -> None:
-    """A latent set of random codes, every row of a source of its own."""
-    ids, nothing = torch.arange(rows), torch.zeros(rows, dtype=torch.bool)
-    columns = {"labels": torch.full_like(ids, -1), "source_ids": ids, "held_out": held_out(ids), "flipped": nothing}
-    with LatentSetWriter(path, Layout((level,)), **columns, provenance=made_up()) as writer:
+    """Writes a latent set of random codes; each row has its own source image."""
+    ids, flipped = torch.arange(rows), torch.zeros(rows, dtype=torch.bool)
+    columns = {"labels": torch.full_like(ids, -1), "source_ids": ids, "held_out": held_out(ids), "flipped": flipped}
+    with LatentSetWriter(path, Layout((level,)), **columns, provenance=empty_provenance()) as writer:
         for start in range(0, rows, 2**14):
             count = min(2**14, rows - start)
             writer.write(start, (torch.randint(level.codebook_size, (count, *level.shape)),))
 
 
 def write_emoji(path: Path, images: int) -> Path:
-    """The embedded emoji as Parquet, from the first again when they are used up.
+    """Writes the embedded emoji as Parquet, repeated as often as needed.
 
-    In row groups of a usual size: readers of Parquet hold a whole one in memory.
+    The row groups have a common size, because Parquet readers hold a whole group in memory.
     """
     table = open_table("emoji").rows
     table.select([index % len(table) for index in range(images)]).select_columns("image").to_parquet(
@@ -178,8 +178,8 @@ def write_emoji(path: Path, images: int) -> Path:
     return path
 
 
-def made_up() -> Provenance:
-    """Of codes that come from nowhere."""
+def empty_provenance() -> Provenance:
+    """Returns the provenance of random codes."""
     return Provenance(
         tokenizer_kind="none",
         tokenizer_config={},

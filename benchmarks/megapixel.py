@@ -1,6 +1,6 @@
-"""What the benchmark measures of 1024x1024 images, as arXiv 2206.12351 makes them: for a GPU, so only where asked for.
+"""Benchmarks of 1024x1024 images (arXiv 2206.12351): sampling, decoding and training, time and peak memory.
 
-Random weights and images: what they take depends on neither.
+They need a GPU, so they only run if requested. Weights and images are random, as speed and memory depend on neither.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from smalti.training.batches import Batch
 from smalti.training.config import FitConfig
 
 PRIOR = HourglassConfig(32, 32, model_width=1024, heads=16, depth=(2, 12, 2))
-"""The paper's for a megapixel, but for the tokenizer's codes, which it takes over."""
+"""The paper's network for a megapixel. Grid and codebook are replaced by those of the tokenizer."""
 BATCHES = (1, 4)
 
 
@@ -37,7 +37,7 @@ def megapixel(
     training_steps: int = 6,
     compiled: bool = True,
 ) -> Iterator[Comparison]:
-    """Sampling, decoding and training, time and memory, of the network of `f32-megapixel` if no other is given."""
+    """Measures time and memory of sampling, decoding and training, by default of the preset `f32-megapixel`."""
     config = config or cast(VQGANConfig, f32_megapixel("vqgan").model)
     yield from _sampling(config, prior, batches, steps, compiled)
     yield from _training(replace(config, discriminator_start=0), batches, training_steps)
@@ -51,7 +51,7 @@ def _sampling(
     (level,) = tokenizer.layout.levels
     shape = replace(shape, height=level.height, width=level.width, radices=level.radices)
     network = Hourglass(shape).to(device).eval()
-    of = f"{config.height}×{config.width}"
+    size = f"{config.height}×{config.width}"
 
     @torch.no_grad()
     def decode(codes: Tensor) -> Tensor:
@@ -61,40 +61,41 @@ def _sampling(
     for batch in batches:
         grid = f"{steps} steps of {level.height}×{level.width}"
         yield Comparison(
-            f"codes of a {of} sample, {batch} at once: {grid}, {shape_of(shape)}",
+            f"codes of a {size} sample, {batch} at once: {grid}, {shape_of(shape)}",
             ways_to_draw(network, batch, steps, units=batch, compiled=compiled),
         )
 
         decoding = partial(decode, random_codes(network, batch))
-        yield Comparison(f"decoding a {of} image, {batch} at once", (Variant("smalti", decoding, batch),))
-        yield _peak(f"decoding {batch} of {of}, the prior in memory too", {"smalti": decoding})
+        yield Comparison(f"decoding a {size} image, {batch} at once", (Variant("smalti", decoding, batch),))
+        yield _peak(f"decoding {batch} of {size}, the prior in memory too", {"smalti": decoding})
 
 
 def _training(config: VQGANConfig, batches: Sequence[int], steps: int) -> Iterator[Comparison]:
-    """Both networks' steps, as `fit` makes them: perceptual and adversarial losses, both optimisers.
+    """Measures training steps of both networks in `fit`, with perceptual and adversarial losses and both optimizers.
 
-    Only the smallest batch also without gradient checkpointing: the others may not fit, and that ends a benchmark.
+    Only the smallest batch is also measured without gradient checkpointing: larger ones may run out of memory, which
+    would end the benchmark.
     """
     process = accelerator("auto")
     for batch in batches:
         rows = RandomImages(batch, config.height, config.width)
         variants: dict[str, Callable[[], Measured]] = {}
-        for again in (True, False) if batch == min(batches) else (True,):
-            fit_config = FitConfig(steps=steps, batch_size=batch, gradient_checkpointing=again)
+        for checkpointing in (True, False) if batch == min(batches) else (True,):
+            fit_config = FitConfig(steps=steps, batch_size=batch, gradient_checkpointing=checkpointing)
 
             def train(fit_config: FitConfig = fit_config, rows: RandomImages = rows) -> Measured:
                 model = VQGAN(config)
                 seconds = timed_fit(process, model, model.phases(fit_config), rows, fit_config)
                 return Measured(seconds / fit_config.batch_size)
 
-            variants["smalti, --gradient-checkpointing" if again else "smalti"] = train
-        of = f"{batch} of {config.height}×{config.width}"
-        yield Comparison(f"training on {of}, an image", [Variant(name, work) for name, work in variants.items()])
-        yield _peak(f"training on {of}", variants)
+            variants["smalti, --gradient-checkpointing" if checkpointing else "smalti"] = train
+        images = f"{batch} of {config.height}×{config.width}"
+        yield Comparison(f"training on {images}, an image", [Variant(name, work) for name, work in variants.items()])
+        yield _peak(f"training on {images}", variants)
 
 
-def _peak(of: str, variants: dict[str, Callable[[], Any]]) -> Comparison:
-    """The most memory while each runs: on a CUDA device that of tensors, elsewhere that of the process so far."""
+def _peak(name: str, variants: dict[str, Callable[[], Any]]) -> Comparison:
+    """Compares peak memory: of tensors during each run on a CUDA device, elsewhere of the process so far."""
 
     def peak(work: Callable[[], Any]) -> Measured:
         if best_device().type == "cuda":
@@ -103,12 +104,12 @@ def _peak(of: str, variants: dict[str, Callable[[], Any]]) -> Comparison:
         work()
         return Measured(peak_memory_bytes(best_device()))
 
-    taken = [Variant(name, partial(peak, work)) for name, work in variants.items()]
-    return Comparison(f"{of}: peak memory", taken, readable=in_mebibytes, varies=False)
+    measured = [Variant(variant, partial(peak, work)) for variant, work in variants.items()]
+    return Comparison(f"{name}: peak memory", measured, readable=in_mebibytes, varies=False)
 
 
 class RandomImages:
-    """Rows of noise, uint8 `(count, 3, height, width)`, in memory: fetching them takes next to nothing."""
+    """A dataset of random images, uint8 `(count, 3, height, width)`, kept in memory so that fetching costs nothing."""
 
     def __init__(self, count: int, height: int, width: int) -> None:
         self._images = torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=generator_for(0))

@@ -1,7 +1,6 @@
-"""Measuring the hot paths and writing down what was found.
+"""The benchmark runner: times the variants of every section and writes Markdown tables of the results.
 
-What is compared with what is in `training.py`, `priors.py`, `latents.py`,
-`strips.py` and `megapixel.py`.
+The sections themselves are in `training.py`, `priors.py`, `latents.py`, `strips.py` and `megapixel.py`.
 """
 
 import re
@@ -37,23 +36,23 @@ SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "megapixel": megapixel.megapixel,
 }
 FOR_A_GPU: tuple[Section, ...] = ("megapixel",)
-"""Sections that take hours without one."""
+"""Sections that take hours without a GPU."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What to measure.
+    """Settings of the benchmark.
 
     Raises:
-        UserError: for no repetitions.
+        UserError: if there are no repetitions.
     """
 
     only: tuple[Section, ...] = tuple(section for section in SECTIONS if section not in FOR_A_GPU)
-    """Sections to measure; `megapixel` is for a GPU."""
+    """Sections to measure. `megapixel` needs a GPU and is left out by default."""
     repetitions: int = 5
-    """How often each way is run, after once to warm up; medians are shown."""
+    """Timed runs of each variant, after one warm-up run. The tables show medians."""
     out: Path | None = None
-    """A Markdown file whose tables of these sections are replaced, or added at its end."""
+    """A Markdown file to write the tables to. Existing tables of these sections are replaced, new ones are appended."""
 
     def __post_init__(self) -> None:
         if self.repetitions < 1:
@@ -61,9 +60,9 @@ class Benchmark:
 
 
 def benchmark(config: Benchmark) -> None:
-    """Prints a table for each section, and puts each into `out` as soon as it is measured.
+    """Measures each section, prints its table, and writes it to `out` as soon as it is measured.
 
-    The ways of a comparison take turns, so that a machine that slows down slows all of them.
+    The variants of a comparison run in turns, so that a machine that slows down affects all of them equally.
     """
     for section in dict.fromkeys(config.only):
         torch.manual_seed(0)
@@ -77,18 +76,18 @@ def benchmark(config: Benchmark) -> None:
 
 
 def medians(comparison: Comparison, repetitions: int) -> list[float]:
-    """What was measured of each way, seconds a unit for most."""
-    found: list[list[float]] = [[] for _ in comparison.variants]
+    """Returns the median result of each variant, seconds per unit for most. The first turn is a warm-up."""
+    results: list[list[float]] = [[] for _ in comparison.variants]
     for turn in range(repetitions + 1 if comparison.varies else 1):
-        for variant, results in zip(comparison.variants, found, strict=True):
+        for variant, times in zip(comparison.variants, results, strict=True):
             measured = clock(variant)
             if turn or not comparison.varies:
-                results.append(measured)
-    return [statistics.median(results) for results in found]
+                times.append(measured)
+    return [statistics.median(times) for times in results]
 
 
 def clock(variant: Variant) -> float:
-    """Seconds a unit of one call, or what it measured itself."""
+    """Runs a variant once; returns its seconds per unit, or its own measurement if it returns `Measured`."""
     synchronize()
     start = time.perf_counter()
     result = variant.work()
@@ -97,7 +96,7 @@ def clock(variant: Variant) -> float:
 
 
 def table(measured: list[tuple[Comparison, list[float]]]) -> str:
-    """A Markdown table: for each way its result, also in units of ours, and what was promised."""
+    """Formats a Markdown table: each variant's result, its ratio to the first variant's, and its target."""
     lines = ["| | measured | of ours | target |", "|---|---:|---:|---|"]
     for comparison, seconds in measured:
         lines.append(f"| **{comparison.path}** | | | |")
@@ -109,7 +108,7 @@ def table(measured: list[tuple[Comparison, list[float]]]) -> str:
 
 
 def insert(path: Path, section: str, text: str) -> None:
-    """Puts a section's text between its markers in a file, or both at its end."""
+    """Replaces a section's text between its markers in a Markdown file, or appends both to the file."""
     first, last = f"<!-- measured: {section} -->", f"<!-- end: {section} -->"
     before = path.read_text() if path.exists() else ""
     block = f"{first}\n{text}\n{last}"

@@ -1,4 +1,4 @@
-"""What the benchmark compares of large images: their networks in strips, and whole, each in a process of its own."""
+"""Benchmark of large images: encoding and decoding strip by strip and whole, each in its own process."""
 
 import json
 import subprocess
@@ -23,40 +23,46 @@ from smalti.tokenizers.layers.strips import LARGEST_WHOLE
 from smalti.tokenizers.vqgan.vqgan import VQGAN, VQGANConfig
 
 ALLOWED_BYTES = 4 * 2**30
-"""What encoding and decoding 1024x1024 pixels may take, with all that a Python process takes."""
+"""Target for the memory of a whole Python process that encodes and decodes 1024x1024 pixels."""
 IN_A_PROCESS = "import sys; from smalti.benchmarks.strips import work; work(*sys.argv[1:])"
 
 
 def strips(config: VQGANConfig | None = None, largest_whole: int | None = None) -> Iterator[Comparison]:
-    """One image encoded, then decoded, by an untrained network: of `f32-megapixel`, if no other is given.
+    """Compares encoding and decoding one image in strips and whole, by an untrained network.
 
-    `largest_whole`: numbers of the largest map that is not made in strips; the product's bound, if none is given.
+    Args:
+        config: The network; by default that of the preset `f32-megapixel`.
+        largest_whole: The most values of a feature map that is computed whole; by default the product's bound.
     """
     config = config or cast(VQGANConfig, f32_megapixel("vqgan").model)
     bound = largest_whole or LARGEST_WHOLE.get(best_device().type, LARGEST_WHOLE["cpu"])
     with tempfile.TemporaryDirectory() as folder:
         bounds = {Path(folder) / "strips": bound, Path(folder) / "whole": sys.maxsize}
-        told = [_told(place, config, largest) for place, largest in bounds.items()]
-        ours, theirs = (load_file(place) for place in bounds)
-    codes, farthest = ours["codes"], float((ours["decoded"] - theirs["decoded"]).abs().max())
-    wrong = int((codes != theirs["codes"]).sum())
-    of = f"{config.height}×{config.width}, encoded and decoded in strips"
+        results = [_run_in_process(path, config, largest) for path, largest in bounds.items()]
+        in_strips, whole = (load_file(path) for path in bounds)
+    codes, largest_difference = in_strips["codes"], float((in_strips["decoded"] - whole["decoded"]).abs().max())
+    differing = int((codes != whole["codes"]).sum())
+    name = f"{config.height}×{config.width}, encoded and decoded in strips"
     yield Comparison(
-        f"{of}: {wrong} of {codes.numel()} codes differ from the whole's, pixels by up to {farthest:.1g}",
-        _ways([each["seconds"] for each in told]),
+        f"{name}: {differing} of {codes.numel()} codes differ from the whole's, pixels by up to "
+        f"{largest_difference:.1g}",
+        _variants([result["seconds"] for result in results]),
         varies=False,
     )
     limit = Variant("limit: 4 GiB", lambda: Measured(ALLOWED_BYTES), target=1.0)
     yield Comparison(
-        f"{of}: peak memory",
-        [*_ways([each["bytes"] for each in told]), limit],
+        f"{name}: peak memory",
+        [*_variants([result["bytes"] for result in results]), limit],
         readable=in_mebibytes,
         varies=False,
     )
 
 
-def work(place: str, config: str, largest_whole: str) -> None:
-    """Does it, and writes codes and pixels to a file; its last line is JSON of seconds, and bytes at the peak."""
+def work(path: str, config: str, largest_whole: str) -> None:
+    """Encodes and decodes an image in this process; writes codes and pixels to a file.
+
+    The last line that it prints is JSON: the seconds, and the peak memory in bytes.
+    """
     LARGEST_WHOLE[best_device().type] = int(largest_whole)
     torch.manual_seed(0)
     tokenizer = VQGAN(config_from_json(VQGANConfig, json.loads(config), "the benchmark")).to(best_device()).eval()
@@ -69,16 +75,16 @@ def work(place: str, config: str, largest_whole: str) -> None:
         decoded = tokenizer.decode((codes,))
         synchronize()
         seconds = time.perf_counter() - start
-    save_file({"codes": codes.cpu().contiguous(), "decoded": decoded.cpu().contiguous()}, place)
+    save_file({"codes": codes.cpu().contiguous(), "decoded": decoded.cpu().contiguous()}, path)
     print(json.dumps({"seconds": seconds, "bytes": float(peak_memory_bytes(best_device()))}))
 
 
-def _told(place: Path, config: VQGANConfig, largest_whole: int) -> dict[str, Any]:
-    command = [sys.executable, "-c", IN_A_PROCESS, str(place), json.dumps(asdict(config)), str(largest_whole)]
+def _run_in_process(path: Path, config: VQGANConfig, largest_whole: int) -> dict[str, Any]:
+    command = [sys.executable, "-c", IN_A_PROCESS, str(path), json.dumps(asdict(config)), str(largest_whole)]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
-def _ways(results: Sequence[float]) -> list[Variant]:
-    """Of what was measured before."""
+def _variants(results: Sequence[float]) -> list[Variant]:
+    """Returns variants that return results measured before."""
     names = ("smalti, in strips", "whole")
     return [Variant(name, partial(Measured, result)) for name, result in zip(names, results, strict=True)]

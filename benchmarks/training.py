@@ -1,7 +1,6 @@
-"""What the benchmark compares: for each hot path our way, the naive one, a peer, and the limit. No clocks but one.
+"""Benchmarks of codebook search and of the training loop, beside naive implementations, another library and a limit.
 
-Every section is a generator: what it makes on the disk goes when it is exhausted or closed. Latent sets have a file of
-their own, `benchmark_latents.py`; what a variant and a comparison are is in `comparison.py`.
+Each section is a generator that removes its files from the disk when it is exhausted or closed.
 """
 
 import tempfile
@@ -36,17 +35,17 @@ from smalti.training.loop import fit
 from smalti.training.run_folder import Run
 
 SEARCH_TARGETS = {8: 10.0, 16: 25.0, 32: 120.0}
-"""How many times faster than flat search the linked search is to be, by branching, on two CPU cores."""
+"""Target speed-up of the linked search over flat search, by branching, on two CPU cores."""
 
 LARGEST_OVERHEAD = 1.03
-"""How many times as long as the bare step a step of the training loop may take."""
+"""Target: a step of the training loop takes at most this many times as long as the bare step."""
 
 FLAT_TILE = {"cpu": (256, 512), "cuda": (4096, 32_768), "mps": (4096, 32_768)}
-"""Vectors and leaves that flat search compares at once: on CPUs the scores stay in the cache until their minimum."""
+"""Vectors and leaves per tile of the tuned flat search, by device; on CPUs the scores of a tile fit into the cache."""
 
 
 def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] = (8, 16, 32)) -> Iterator[Comparison]:
-    """The linked search of three layers beside flat search over the same number of leaves."""
+    """Compares the linked search of three layers with flat search over the same number of leaves."""
     device = best_device()
     z = torch.randn(vectors, width, device=device)
     for m in branchings:
@@ -82,8 +81,10 @@ def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] 
 
 
 def peers(vectors: Tensor, branching: int, block: int = 8192) -> list[Variant]:
-    """vector-quantize-pytorch, where it is installed: flat search over as many leaves, and as many layers of one
-    codebook each, which has no tree of them."""
+    """Returns variants of vector-quantize-pytorch, if it is installed.
+
+    They are a flat search over as many leaves, and residual VQ with as many layers of one codebook each (no tree).
+    """
     try:
         from vector_quantize_pytorch import ResidualVQ, VectorQuantize
     except ImportError:
@@ -103,29 +104,32 @@ def peers(vectors: Tensor, branching: int, block: int = 8192) -> list[Variant]:
 
 
 def plain_flat_search(vectors: Tensor, leaves: Tensor, block: int = 8192) -> Tensor:
-    """The nearest of all leaves as one writes it: a matrix product and an argmin, block by block."""
+    """Finds the nearest of all leaves in the plain way: a matrix product and an argmin, block by block."""
     half = leaves.square().sum(1) / 2
     return torch.cat([(half - rows @ leaves.T).argmin(1) for rows in vectors.split(block)])
 
 
 def flat_search(vectors: Tensor, leaves: Tensor, block: int, chunk: int) -> Tensor:
-    """The nearest of all leaves, `block` vectors and `chunk` leaves at a time; the |v|^2 left out, one buffer."""
+    """Finds the nearest of all leaves in tiles of `block` vectors and `chunk` leaves, in one reused buffer.
+
+    |v|^2 is left out of the distances, as it does not change the minimum.
+    """
     half, buffer = leaves.square().sum(1) / 2, torch.empty(block * chunk, device=vectors.device)
     nearest = []
     for rows in vectors.split(block):
-        least = index = torch.empty(0)  # the first chunk's are taken as they are
+        least = index = torch.empty(0)  # replaced in the first chunk
         for first in range(0, len(leaves), chunk):
-            some = leaves[first : first + chunk]
-            scores = buffer[: len(rows) * len(some)].view(len(rows), len(some))
-            found = torch.addmm(half[first : first + chunk], rows, some.T, alpha=-1, out=scores).min(1)
-            index = torch.where(found.values < least, found.indices + first, index) if first else found.indices
-            least = torch.minimum(found.values, least) if first else found.values
+            tile = leaves[first : first + chunk]
+            scores = buffer[: len(rows) * len(tile)].view(len(rows), len(tile))
+            minimum = torch.addmm(half[first : first + chunk], rows, tile.T, alpha=-1, out=scores).min(1)
+            index = torch.where(minimum.values < least, minimum.indices + first, index) if first else minimum.indices
+            least = torch.minimum(minimum.values, least) if first else minimum.values
         nearest.append(index)
     return torch.cat(nearest)
 
 
 def gathering_search(vectors: Tensor, books: Sequence[Tensor]) -> Tensor:
-    """The linked search as one writes it first: each vector's candidates gathered, differences squared."""
+    """Runs the linked search in the plain way: gathers each vector's candidates and squares the differences."""
     path, residual = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device), vectors
     for book in books:
         distances = (residual[:, None] - book[path]).square().sum(-1)
@@ -135,7 +139,7 @@ def gathering_search(vectors: Tensor, books: Sequence[Tensor]) -> Tensor:
 
 
 def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
-    """A step of `fit` beside a bare loop over the same model and batch: what the loop, data and logging add."""
+    """Compares a step of `fit` with a bare loop over the same model and batch: the cost of loop, data and logging."""
     process, config = accelerator("auto"), FitConfig(steps=steps, batch_size=batch)
     images = ImageRows(open_images("emoji", height=32, width=32, channels=3), split="train", flips=True)
     with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
@@ -164,17 +168,17 @@ def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
 
 @dataclass
 class _Clocked:
-    """Rows that note when each batch is asked for: once a step, where no workers prefetch."""
+    """A dataset that records the time of each request for a batch: one per step, as long as no workers prefetch."""
 
     data: RowData
-    asked: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitems__(self, rows: list[int]) -> Batch:
         synchronize()
-        self.asked.append(time.perf_counter())
+        self.times.append(time.perf_counter())
         return self.data.__getitems__(rows)
 
 
@@ -185,27 +189,32 @@ def _fit(process: Accelerator, model: Checkpointed, objective: nn.Module, data: 
 def timed_fit(
     process: Accelerator, model: Checkpointed, phases: Sequence[Phase], data: RowData, config: FitConfig
 ) -> Measured:
-    """Seconds a step of `fit`, from the first step to the last: without the start and the saving at the end."""
+    """Returns the seconds per step of `fit`, without its start and the saving at its end."""
     clocked = _Clocked(data)
     with tempfile.TemporaryDirectory(prefix="smalti-benchmark-") as folder:
         fit(process, phases, clocked, config, model=model, run=Run(Path(folder), {}), what="benchmark")
-    return Measured((clocked.asked[-1] - clocked.asked[0]) / (len(clocked.asked) - 1))
+    return _seconds_per_step(clocked.times)
 
 
 def _bare_loop(process: Accelerator, objective: nn.Module, data: RowData, config: FitConfig) -> Measured:
-    """Seconds a step of the least that trains: one batch, over and over."""
+    """Returns the seconds per step of a minimal training loop over one batch."""
     batch = {
         name: tensor.to(process.device) for name, tensor in data.__getitems__(list(range(config.batch_size))).items()
     }
     batch["seeds"] = row_seeds(0, batch["rows"])
-    optimizer, asked = config.optimizer_of(objective), []
+    optimizer, times = config.optimizer_of(objective), []
     objective.train()
     for _ in range(config.steps):
         synchronize()
-        asked.append(time.perf_counter())
+        times.append(time.perf_counter())
         with process.autocast():
             loss, _ = objective(batch)
         loss.backward()
         optimizer.step()
         objective.zero_grad()
-    return Measured((asked[-1] - asked[0]) / (len(asked) - 1))
+    return _seconds_per_step(times)
+
+
+def _seconds_per_step(times: Sequence[float]) -> Measured:
+    """Returns the mean interval between the starts of the steps."""
+    return Measured((times[-1] - times[0]) / (len(times) - 1))

@@ -1,5 +1,8 @@
-"""Rows of a latent set as training wants them: one level and those above it, one side of the held-out split, whole
-batches at a time."""
+"""The torch `Dataset` of a latent set: whole batches of one level and its coarser levels, from one side of the split.
+
+Batches come from a memory map of the file (in this process or in DataLoader workers) or from a copy on the device.
+Reading a whole latent set is in `reader.py`.
+"""
 
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -15,22 +18,25 @@ from smalti.latentsets.reader import LatentSet
 
 Split: TypeAlias = Literal["train", "held_out", "all"]
 
-RESIDENT_SHARE = 0.25  # of the memory that is free on the device: the network and what it computes need the rest
+RESIDENT_SHARE = 0.25
+"""Largest share of the device's free memory that codes may take; the network and its activations need the rest."""
 PREFETCHING_WORKERS = 2
 
 _SIGNED = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
-"""What torch computes with at each width. It has few operations for uint16 and uint32: their bits travel as signed."""
+"""The dtype by item size under which codes are kept in torch. Torch has few operations for uint16 and uint32, so their
+bits are stored in signed integers and `_widen` undoes that."""
 
 
 class LatentRows(Dataset):
-    """A torch dataset of code grids that gives whole batches, so a `DataLoader`'s `collate_fn` has nothing to do.
+    """A torch dataset of code grids whose `__getitems__` returns whole batches; the `DataLoader` needs no collation.
 
-    The split is the one stored in the set: mirror images, and all else made from one source image, are on one side.
+    The held-out split is the one stored in the set. Rows made from one source image, such as mirror images, are always
+    on the same side.
 
     Args:
-        latent_set: to read from; in workers through a map of the file.
-        split: which side: `train`, `held_out`, or `all` rows.
-        level: whose codes; with them come those of the levels above.
+        latent_set: The set to read. DataLoader workers read through their own memory map of its file.
+        split: The side to read: `train`, `held_out`, or `all` rows.
+        level: The level whose codes are the target. The codes of all coarser levels come with them.
 
     Raises:
         UserError: if the set has no such level, or no rows on that side.
@@ -46,25 +52,25 @@ class LatentRows(Dataset):
             self._index = np.flatnonzero(latent_set.held_out.numpy() == (split == "held_out"))
         if not len(self._index):
             raise UserError(f"{latent_set.path} has no {split} rows among {len(latent_set)}; build it from more images")
-        self._levels = {"codes": level, **{f"upper_{above}": above for above in range(level)}}
+        self._levels = {"codes": level, **{f"upper_{coarser}": coarser for coarser in range(level)}}
         self._resident: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """One batch, on the CPU or where `to` moved it.
+        """Returns one batch, on the CPU or on the device that `to` copied the codes to.
 
         Returns:
-            `codes` of the level, int64 `(b, h, w)`, or float32 `(b, c, h, w)` where it is continuous; likewise
-            `upper_0`, `upper_1`, ... of the levels above, coarsest first; `labels`, int64 `(b,)`, -1 for none; `rows`,
-            int64 `(b,)`: the numbers asked for, each naming its row within this dataset.
+            `codes` of the level: int64 `(b, h, w)`, or float32 `(b, c, h, w)` if the level is continuous. `upper_0`,
+            `upper_1`, ...: the codes of the coarser levels in the same form, coarsest first. `labels`: int64 `(b,)`,
+            -1 for none. `rows`: int64 `(b,)`, the requested row numbers within this dataset.
         """
         if self._resident:
             numbers = torch.as_tensor(rows, dtype=torch.int64, device=self._resident["labels"].device)
             batch = {name: column.index_select(0, numbers) for name, column in self._resident.items()}
             return {**batch, **{name: _widen(batch[name]) for name in self._levels}, "rows": numbers}
-        numbers = np.array(rows, np.int64)  # numpy reads a list, and gathers, several times faster than torch
+        numbers = np.array(rows, np.int64)  # numpy converts a list and gathers rows several times faster than torch
         index = self._index[numbers]
         codes = {name: self.latent_set.read(level, index) for name, level in self._levels.items()}
         columns = {"labels": self.latent_set.labels.numpy()[index], "rows": numbers}
@@ -72,15 +78,15 @@ class LatentRows(Dataset):
 
     @property
     def resident_bytes(self) -> int:
-        """What `to` takes on the device for the codes."""
+        """Device memory that the codes take after `to`."""
         return sum(level_bytes(level, len(self)) for level in self.latent_set.layout.levels[: self.level + 1])
 
     def for_training(self, device: torch.device, workers: int) -> tuple["LatentRows", int]:
-        """The same rows as a device reads them fastest, and how many workers a loader then needs.
+        """Chooses the fastest way to feed a device; returns the rows and the number of DataLoader workers to use.
 
-        Codes that fit move onto the device whole, and a batch costs an index; more than fit stay mapped, for workers
-        to prepare and pin ahead. So do those of which workers were asked for, and on a CPU all: they are in its memory
-        already.
+        Codes that fit are copied to the device whole, where a batch costs one indexing operation. Codes that do not
+        fit stay memory-mapped, and DataLoader workers prefetch and pin the batches. They also stay mapped if workers
+        were requested, and on a CPU, which can read the map directly.
         """
         if device.type == "cpu" or workers:
             return self, workers
@@ -89,7 +95,7 @@ class LatentRows(Dataset):
         return self, PREFETCHING_WORKERS
 
     def to(self, device: torch.device | str) -> "LatentRows":
-        """Moves the codes whole onto a device, in the width they are stored in. From then on a batch costs an index."""
+        """Copies all codes to a device in their stored width; later batches are indexed there. Returns itself."""
         self._resident = {"labels": self.latent_set.labels[self._index].to(device)}
         for name, level in self._levels.items():
             codes = np.take(self.latent_set.stored[level], self._index, axis=0)
@@ -108,6 +114,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _widen(codes: Tensor) -> Tensor:
+    """Converts codes stored under `_SIGNED` dtypes to int64; continuous codes stay as they are."""
     if codes.is_floating_point():
         return codes
-    return codes.long().bitwise_and_((1 << 8 * codes.itemsize) - 1)  # the top bit was taken for a sign
+    return codes.long().bitwise_and_((1 << 8 * codes.itemsize) - 1)  # undoes the sign extension

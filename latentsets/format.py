@@ -1,8 +1,7 @@
-"""The file: names, attributes and datasets of a latent set, how they are laid down, checked and digested.
+"""The HDF5 layout of a latent set: its datasets, columns and attributes, its provenance, and its content digest.
 
-Writing rows is `writer.py`'s, reading them `reader.py`'s; here is only what both must agree on. Codes are contiguous
-datasets, so that a reader can map them; the columns beside them are compressed, so that they weigh next to nothing. All
-numbers are little-endian.
+This file holds what the writer (`writer.py`) and the reader (`reader.py`) must agree on. Codes are contiguous datasets,
+which a reader can memory-map. The columns beside them are compressed. All numbers are little-endian.
 """
 
 import dataclasses
@@ -27,9 +26,12 @@ from smalti.core.provenance import command, versions
 
 FORMAT = "smalti-latents"
 FORMAT_VERSION = 2
-ALIGNMENT_BYTES = 512  # of each level's codes: rows of 512 bytes and their parts keep within pages and cache lines
+ALIGNMENT_BYTES = 512
+"""Alignment of each level's codes in the file. Rows of 512 bytes, or of a power of two below that, then never cross
+a page or cache line unnecessarily."""
 COLUMN_CHUNK_ROWS = 65536
-LIBRARY = ("v110", "v110")  # HDF5 of 2016 reads it; older structures take several KiB more
+LIBRARY = ("v110", "v110")
+"""HDF5 file format bounds. HDF5 1.10 (2016) can read it; older structures take several KiB more."""
 DIGEST_PIECE_BYTES = 1 << 24
 COLUMNS = {
     "labels": np.dtype("<i8"),
@@ -37,27 +39,29 @@ COLUMNS = {
     "held_out": np.dtype("u1"),
     "flipped": np.dtype("u1"),
 }
-"""Datasets of one number a row, beside `codes/0..`: class (-1 for none), source image (0, 1, ... in order of first
-appearance), whether training must not see it, whether it is mirrored."""
+"""Datasets beside `codes/0..` with one number per row: the class (-1 for none), the source image (0, 1, ... in order of
+first appearance), whether the row is held out from training, and whether it is a mirror image."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where codes come from: all one needs to trust and to decode them. Every field is a root attribute of its name.
+    """The provenance of a latent set: what is needed to trust its codes and to decode them.
+
+    Each field is stored as a root attribute of the same name.
 
     Attributes:
-        tokenizer_kind: as registered.
-        tokenizer_config: its config's fields, JSON values.
-        tokenizer_digest: SHA-256 over kind, config and weights (`Checkpointed.digest`).
-        tokenizer_source: the folder or hub id it was loaded from.
-        image_source: what was given as images.
-        image_fingerprint: changes when the images do.
-        preprocessing: what was done to the images before encoding, JSON values.
-        label_names: the name of each label from 0 on; empty where images have no labels.
-        skipped: images left out because they could not be decoded: `row` in the image source and `reason`, in order.
-        command: the command line that made the set.
-        created: when, UTC, ISO 8601.
-        software: versions that made it.
+        tokenizer_kind: The registered kind of the tokenizer.
+        tokenizer_config: The fields of its config, as JSON values.
+        tokenizer_digest: SHA-256 over its kind, config and weights (`Checkpointed.digest`).
+        tokenizer_source: The folder or hub id it was loaded from.
+        image_source: The value of `--images`.
+        image_fingerprint: A fingerprint that changes if the images change.
+        preprocessing: What was done to the images before encoding, as JSON values.
+        label_names: The name of each label, from label 0 on; empty if the images have no labels.
+        skipped: Images left out because they could not be decoded: `row` in the image source and `reason`, in order.
+        command: The command line that made the set.
+        created: UTC time of creation, ISO 8601.
+        software: Versions of the software that made the set.
     """
 
     tokenizer_kind: str
@@ -74,12 +78,12 @@ class Provenance:
     software: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
-        # As JSON has them (lists for tuples), so that what is read equals what was written.
+        # A round trip through JSON turns tuples into lists, so that a provenance that is read equals the written one.
         for name in ("tokenizer_config", "preprocessing", "software"):
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
     def to_attributes(self) -> dict[str, str]:
-        """Text by name: what is no text itself, as JSON."""
+        """Returns the attributes as text by name; values that are not text are encoded as JSON."""
         return {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             for name, value in vars(self).items()
@@ -87,11 +91,11 @@ class Provenance:
 
     @classmethod
     def from_attributes(cls, texts: Mapping[str, str]) -> "Provenance":
-        """The inverse of `to_attributes`.
+        """Inverts `to_attributes`.
 
         Raises:
-            ValueError: if a text is not the JSON it should be.
-            KeyError: if one is missing.
+            ValueError: if a text is not valid JSON.
+            KeyError: if an attribute is missing.
         """
         types: dict[str, Any] = {described.name: described.type for described in dataclasses.fields(cls)}
         values = {name: texts[name] if kind is str else json.loads(texts[name]) for name, kind in types.items()}
@@ -100,7 +104,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a whole latent set says of itself, its codes excepted: those lie at `offsets` (bytes), one a level."""
+    """Everything in a latent set's file except the codes, which are at `offsets` (in bytes, one per level)."""
 
     layout: Layout
     provenance: Provenance
@@ -111,27 +115,27 @@ class Contents:
 
 
 def stored_dtype(level: Level) -> np.dtype:
-    """`level.dtype`, little-endian whatever the machine."""
+    """Returns `level.dtype` in little-endian byte order, on every machine."""
     return level.dtype.newbyteorder("<")
 
 
 def level_bytes(level: Level, rows: int) -> int:
-    """How many bytes the codes of one level take."""
+    """Returns the bytes that the codes of one level take."""
     return rows * math.prod(level.shape) * level.dtype.itemsize
 
 
 def number_sources(ids: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """Any ids as `source_ids`: 0, 1, ... in order of first appearance, which compress to next to nothing."""
+    """Renumbers ids as `source_ids`: 0, 1, ... in order of first appearance. Such numbers compress very well."""
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]
 
 
-def fault(columns: Mapping[str, np.ndarray], label_names: Sequence[str]) -> str | None:
-    """What is wrong with the columns of a whole set, in words; None if nothing is."""
+def find_column_error(columns: Mapping[str, np.ndarray], label_names: Sequence[str]) -> str | None:
+    """Describes the first error in the columns of a whole set; returns None if there is none."""
     labels, ids, held_out = (columns[name] for name in ("labels", "source_ids", "held_out"))
     largest_label = (len(label_names) or 2**63) - 1
     if len(wrong := labels[(labels < -1) | (labels > largest_label)]):
-        return f"{wrong[0]} is no label: they are -1 for none, or from 0 to {largest_label}"
+        return f"{wrong[0]} is not a label: labels are -1 for none, or from 0 to {largest_label}"
     if max(held_out.max(), columns["flipped"].max()) > 1:
         return "held_out and flipped are not all 0 or 1"
     if not np.array_equal(number_sources(ids), ids):
@@ -141,17 +145,17 @@ def fault(columns: Mapping[str, np.ndarray], label_names: Sequence[str]) -> str 
     return None
 
 
-def lay_down(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
-    """Creates a file with room for the codes and nothing else; returns the offset in bytes of each level's codes.
+def create_file(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
+    """Creates an HDF5 file with space for the codes and nothing else; returns each level's offset in bytes.
 
-    It is frugal: with HDF5's defaults what surrounds the codes would be some per cent of a small set.
+    The settings keep the metadata small. With HDF5's defaults it would be a few per cent of a small set.
     """
     access, creation = h5py.h5p.create(h5py.h5p.FILE_ACCESS), h5py.h5p.create(h5py.h5p.FILE_CREATE)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_alignment(ALIGNMENT_BYTES, ALIGNMENT_BYTES)
-    creation.set_attr_phase_change(64, 0)  # attributes in the root's header
+    creation.set_attr_phase_change(64, 0)  # keeps attributes in the root's header
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # else there is no offset before the first write
+    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # otherwise there is no offset before the first write
     offsets = []
     with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
         for index, level in enumerate(layout.levels):
@@ -162,7 +166,7 @@ def lay_down(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
 
 
 def add_columns(path: Path, layout: Layout, provenance: Provenance, columns: Mapping[str, np.ndarray]) -> None:
-    """Adds all else but the digest."""
+    """Adds the columns and all attributes except the content digest."""
     texts = {"format": FORMAT, "layout": json.dumps(layout.to_json()), **provenance.to_attributes()}
     with h5py.File(path, "r+", libver=LIBRARY) as file:
         for name, column in columns.items():
@@ -173,52 +177,53 @@ def add_columns(path: Path, layout: Layout, provenance: Provenance, columns: Map
             _write_text(file, name, text)
 
 
-def complete(path: Path, content_digest: str) -> None:
-    """Adds what is known last. Only a file that has its digest is a latent set."""
+def add_digest(path: Path, content_digest: str) -> None:
+    """Adds the content digest, which completes the file: without it the file is not a latent set."""
     with h5py.File(path, "r+", libver=LIBRARY) as file:
         _write_text(file, "content_digest", content_digest)
 
 
 def _write_text(file: h5py.File, name: str, text: str) -> None:
-    """An attribute of fixed length: those of variable length go to a heap of 4 KiB at least."""
+    """Writes a text attribute of fixed length. Those of variable length would need a heap of at least 4 KiB."""
     encoded = text.encode()
     file.attrs.create(name, encoded, dtype=h5py.string_dtype("utf-8", max(1, len(encoded))))
 
 
 def content_digest(path: Path, layout: Layout, offsets: tuple[int, ...], columns: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the codes in a file and of the columns in memory, in hexadecimal.
+    """Returns the content digest: SHA-256, in hexadecimal, of the codes in a file and of the columns in memory.
 
-    For `codes/0..`, then `labels`, `source_ids`, `held_out`, `flipped`: a line `name dtype shape` (`codes/0 <u2 100 16
-    16`), then the values in row-major order. So it depends on the numbers and their types, not on how HDF5 keeps them
-    or in which blocks they were written. The codes are read and not mapped: memory stays flat.
+    The hash runs over `codes/0..`, then `labels`, `source_ids`, `held_out`, `flipped`. For each it takes a line
+    `name dtype shape` (`codes/0 <u2 100 16 16`), then the values in row-major order. The digest therefore depends on
+    the numbers and their types, but not on how HDF5 stores them or in which blocks they were written. The codes are
+    read piece by piece, not memory-mapped, so that memory use stays constant.
     """
     sha, rows = hashlib.sha256(), len(columns["labels"])
 
-    def announce(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    def hash_header(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         sha.update(f"{name} {dtype.str} {' '.join(map(str, shape))}\n".encode())
 
     with path.open("rb") as file:
         for index, (level, offset) in enumerate(zip(layout.levels, offsets, strict=True)):
-            announce(f"codes/{index}", stored_dtype(level), (rows, *level.shape))
+            hash_header(f"codes/{index}", stored_dtype(level), (rows, *level.shape))
             file.seek(offset)
-            left = level_bytes(level, rows)
-            while left:
-                piece = file.read(min(left, DIGEST_PIECE_BYTES))
-                assert piece, "a file was cut short while it was read"
+            remaining = level_bytes(level, rows)
+            while remaining:
+                piece = file.read(min(remaining, DIGEST_PIECE_BYTES))
+                assert piece, "the file was truncated while it was read"
                 sha.update(piece)
-                left -= len(piece)
+                remaining -= len(piece)
     for name, dtype in COLUMNS.items():
-        announce(name, dtype, (rows,))
+        hash_header(name, dtype, (rows,))
         sha.update(np.ascontiguousarray(columns[name], dtype).data)
     return sha.hexdigest()
 
 
 def read_contents(path: Path) -> Contents:
-    """Reads and checks everything but the codes' values, and closes the file.
+    """Reads and checks everything except the codes' values, then closes the file.
 
     Raises:
-        UserError: if there is no file, it is not HDF5, truncated or damaged, not a latent set, of another format
-            version, or lacks something.
+        UserError: if the file does not exist, is not HDF5, is truncated or damaged, is not a latent set, has another
+            format version, or lacks a dataset or an attribute.
     """
     with _opened(path) as file:
         if _text(file.attrs.get("format")) != FORMAT:
@@ -250,31 +255,31 @@ def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, s
 
 
 def _text(value: Any) -> Any:
-    """An attribute's value; h5py leaves strings of fixed length as bytes."""
+    """Returns an attribute's value as text if it is bytes, as which h5py returns strings of fixed length."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _read_datasets(path: Path, file: h5py.File, layout: Layout) -> tuple[list[h5py.Dataset], dict[str, np.ndarray]]:
-    """The codes' datasets, coarsest level first, and the columns' values."""
+    """Returns the datasets of the codes, coarsest level first, and the values of the columns."""
     expected = {f"codes/{i}": (stored_dtype(level), level.shape) for i, level in enumerate(layout.levels)}
     expected |= {name: (dtype, ()) for name, dtype in COLUMNS.items()}
-    found: dict[str, h5py.Dataset] = {}
+    datasets: dict[str, h5py.Dataset] = {}
     for name in expected:
         dataset = file.get(name)
         if not isinstance(dataset, h5py.Dataset):
             raise UserError(f"{path} lacks {name}; build the latent set again")
-        found[name] = dataset
-    rows = found["labels"].size
+        datasets[name] = dataset
+    rows = datasets["labels"].size
     for name, (dtype, shape) in expected.items():
-        if (found[name].dtype, found[name].shape) != (dtype, (rows, *shape)):
-            has, needs = f"{found[name].shape} {found[name].dtype}", f"{(rows, *shape)} {dtype}"
+        if (datasets[name].dtype, datasets[name].shape) != (dtype, (rows, *shape)):
+            has, needs = f"{datasets[name].shape} {datasets[name].dtype}", f"{(rows, *shape)} {dtype}"
             raise UserError(f"{path}: {name} is {has}, not {needs}; build the latent set again")
-    return [found[f"codes/{i}"] for i in range(len(layout.levels))], {name: found[name][:] for name in COLUMNS}
+    return [datasets[f"codes/{i}"] for i in range(len(layout.levels))], {name: datasets[name][:] for name in COLUMNS}
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
-    """The file, open for reading without a lock: many read at once, and some shared file systems have no locks."""
+    """Opens the file for reading without a lock: many may read at once, and some shared file systems lack locks."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file

@@ -1,7 +1,7 @@
-"""Reading a latent set: random rows through a memory map, and counts over the whole of it.
+"""Reading a latent set: random rows through a memory map, codebook usage and perplexity, and a check of every byte.
 
-No HDF5 handle outlives the opening, so nothing is locked and nothing breaks when a process forks. Training
-reads through `rows.py`.
+No HDF5 handle stays open after the constructor, so nothing is locked and forked processes (DataLoader workers) are
+safe. Training reads through `dataset.py`.
 """
 
 import math
@@ -16,28 +16,29 @@ from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
-from smalti.latentsets.format import COLUMNS, Provenance, content_digest, fault, read_contents, stored_dtype
+from smalti.latentsets.format import COLUMNS, Provenance, content_digest, find_column_error, read_contents, stored_dtype
 
 BLOCK_VALUES = 1 << 18
-"""Codes that are counted at once; numpy widens them to 8 bytes each."""
+"""Codes that are counted at a time; numpy widens each to 8 bytes."""
 
 
 class LatentSet:
-    """A latent set on disk. Cheap to open; pickled by its path, so spawned workers map the file themselves.
+    """A latent set on disk. It opens quickly, and it is pickled by its path, so spawned workers map the file anew.
 
     Attributes:
-        path: the file.
-        layout: of its codes.
-        provenance: where they come from.
-        content_digest: SHA-256 of codes and columns, as written; `verify` computes it again.
-        labels: the class of each row, -1 where there is none.
-        source_ids: equal for rows made from the same source image: 0, 1, ... in order of first appearance.
-        held_out: True where training must not see a row; the same for all rows of a source image.
-        flipped: True where a row is the mirror image of its source.
+        path: The file.
+        layout: The layout of its codes.
+        provenance: Where the codes come from.
+        content_digest: SHA-256 of codes and columns when they were written; `verify` computes it again.
+        labels: The class of each row, -1 for none.
+        source_ids: The source image of each row: 0, 1, ... in order of first appearance.
+        held_out: True if a row is held out from training; equal for all rows of a source image.
+        flipped: True if a row is the mirror image of its source.
+        stored: The memory maps of the codes, one array `(rows, *level.shape)` per level, in the stored dtype.
 
     Raises:
-        UserError: if there is no file, it is not HDF5, truncated or damaged, not a latent set, of another format
-            version, or lacks something.
+        UserError: if the file does not exist, is not HDF5, is truncated or damaged, is not a latent set, has another
+            format version, or lacks a dataset or an attribute.
     """
 
     labels: Int64[Tensor, " rows"]
@@ -55,7 +56,7 @@ class LatentSet:
         self.labels, self.source_ids, held_out, flipped = (torch.from_numpy(self._columns[name]) for name in COLUMNS)
         self.held_out, self.flipped = held_out.bool(), flipped.bool()
         self._offsets = contents.offsets
-        # As plain arrays: indexing np.memmap itself builds a subclass each time.
+        # Plain arrays over the memory map: indexing an np.memmap builds an instance of the subclass each time.
         self.stored: tuple[np.ndarray, ...] = tuple(
             np.asarray(np.memmap(self.path, stored_dtype(level), "r", offset, (contents.rows, *level.shape)))
             for level, offset in zip(self.layout.levels, self._offsets, strict=True)
@@ -68,22 +69,22 @@ class LatentSet:
         return _reopen, (self.path, self.content_digest)
 
     def batch(self, rows: Sequence[int] | Int64[Tensor, " b"]) -> Codes:
-        """The codes of any rows, in the order asked for.
+        """Returns the codes of the given rows, in their order.
 
         Raises:
-            IndexError: for a row outside [-len, len).
+            IndexError: if a row is outside [-len, len).
         """
         return tuple(self.read(level, rows) for level in range(len(self.layout.levels)))
 
     def read(
         self, level: int, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]
     ) -> Int64[Tensor, "b _h _w"] | Float[Tensor, "b _c _h _w"]:
-        """Like `batch`, of one level."""
+        """Returns the codes of the given rows at one level; see `batch`."""
         grid = np.take(self.stored[level], rows, axis=0)
         return torch.from_numpy(grid.astype(np.int64 if self.layout.levels[level].radices else np.float32, copy=False))
 
     def usage(self, level: int = 0, digits: int | None = None) -> Int64[Tensor, " codes"]:
-        """How often each code occurs in the whole set; with `digits`, each path of that many first digits.
+        """Counts how often each code occurs in the whole set, or each prefix of `digits` digits if that is given.
 
         Raises:
             UserError: if the level is continuous or has fewer digits.
@@ -98,26 +99,26 @@ class LatentSet:
         return torch.from_numpy(counts).view(math.prod(radices[:digits]), -1).sum(dim=1)
 
     def perplexity(self, level: int = 0, digits: int | None = None) -> float:
-        """`perplexity` of `usage`: from 1 (one code only) to the number of codes (all equally often)."""
+        """Returns the perplexity of `usage`, from 1 (one code only) to the number of codes (all equally frequent)."""
         return perplexity(self.usage(level, digits))
 
     def verify(self) -> None:
-        """Reads every byte of the set.
+        """Checks every byte of the set against its content digest, and the values for consistency.
 
         Raises:
-            UserError: if any differs from what was written, a code lies outside its level's codebook, a label has no
-                name, source ids are not numbered as they should be, or a source is on both sides of the split.
+            UserError: if a byte differs from what was written, a code is outside its level's codebook, a label has no
+                name, source ids are numbered wrongly, or a source is on both sides of the held-out split.
         """
         _reopen(self.path, self.content_digest)
-        found = content_digest(self.path, self.layout, self._offsets, self._columns)
-        if found != self.content_digest:
-            digests = f"its content has digest {found[:12]}, not {self.content_digest[:12]}"
+        digest = content_digest(self.path, self.layout, self._offsets, self._columns)
+        if digest != self.content_digest:
+            digests = f"its content has digest {digest[:12]}, not {self.content_digest[:12]}"
             raise UserError(f"{self.path} is damaged: {digests}; copy it or build it again")
         for index, level in enumerate(self.layout.levels):
             if level.radices and max(int(block.max()) for block in self._blocks(index)) >= level.codebook_size:
                 raise UserError(f"{self.path} has codes not below {level.codebook_size} at level {index}; rebuild it")
-        if wrong := fault(self._columns, self.provenance.label_names):
-            raise UserError(f"{self.path}: {wrong}; build it again")
+        if error := find_column_error(self._columns, self.provenance.label_names):
+            raise UserError(f"{self.path}: {error}; build it again")
 
     def _blocks(self, level: int) -> Iterator[np.ndarray]:
         step = max(1, BLOCK_VALUES // math.prod(self.layout.levels[level].shape))
@@ -126,23 +127,23 @@ class LatentSet:
 
 
 def perplexity(counts: Int64[Tensor, " codes"]) -> float:
-    """exp of the entropy of the codes' frequencies: how many equally frequent codes would be as varied."""
+    """Returns exp(entropy) of the codes' frequencies: the number of equally frequent codes with the same entropy."""
     frequencies = counts[counts > 0].double() / counts.sum()
     return float(torch.exp(-(frequencies * frequencies.log()).sum()))
 
 
 def require_tokenizer(latent_set: LatentSet, digest: str) -> None:
-    """Refuses a tokenizer that did not make these codes: to any other they mean nothing.
+    """Checks that the tokenizer with this digest made the codes. No other tokenizer can decode them.
 
     Raises:
         UserError: if the digests differ.
     """
-    made_by = latent_set.provenance
-    if digest != made_by.tokenizer_digest:
-        theirs = f"{made_by.tokenizer_digest[:12]} ({made_by.tokenizer_kind}, {made_by.tokenizer_source})"
+    provenance = latent_set.provenance
+    if digest != provenance.tokenizer_digest:
+        maker = f"{provenance.tokenizer_digest[:12]} ({provenance.tokenizer_kind}, {provenance.tokenizer_source})"
         raise UserError(
-            f"{latent_set.path} was made by the tokenizer {theirs}, but the one at hand is {digest[:12]}; "
-            "use that tokenizer or build the latent set again"
+            f"{latent_set.path} was made by the tokenizer {maker}, but the tokenizer given is {digest[:12]}; "
+            "use the set's tokenizer, or build the latent set again"
         )
 
 

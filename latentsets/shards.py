@@ -1,9 +1,10 @@
-"""A latent set in the making: finished blocks in a folder beside its place, until all are there and become the file.
+"""Shards of an unfinished latent set: encoded blocks in a folder beside the target, which are merged into the file.
 
-A block is a fixed run of images, so its codes do not depend on which process encodes it or how many there are. Each
-process appends the blocks that it finishes to a shard of its own: records of one size, each with a checksum. A record
-that a kill or a full disk cut short is not finished, in whatever order the system wrote its pages; and no two processes
-write to one file, which network file systems do not bear. How the file itself is written: `writer.py`.
+A block is a fixed range of images, so its codes do not depend on which process encodes it, or on the number of
+processes. Each process appends its finished blocks to its own shard, as records of fixed size, each with a checksum. A
+record that was cut short by a kill or a full disk has a wrong checksum, in whatever order the system wrote its pages,
+and the block is encoded again when the build resumes. No two processes write to the same file, which network file
+systems do not support. The merged file is written by `writer.py`.
 """
 
 import errno
@@ -29,22 +30,22 @@ from smalti.core.errors import UserError
 from smalti.core.files import write_json
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.latentsets.format import Provenance, level_bytes, number_sources, stored_dtype
-from smalti.latentsets.writer import LatentSetWriter, room
+from smalti.latentsets.writer import LatentSetWriter, reporting_full_disk
 
 KEY_NAME, ABANDONED_NAME = "key.json", "abandoned"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be encoded, and how it is cut into blocks.
+    """A build: the images to encode, and their division into blocks.
 
     Attributes:
-        path: where the latent set will be.
-        layout: of the codes of one row.
-        images: how many.
-        block_images: how many make up a block; the last may be shorter.
-        flips: whether each image is two rows, the second its mirror image.
-        key: whatever decides the codes, JSON values. Blocks made under another key are never used.
+        path: The latent set's file.
+        layout: The layout of one row's codes.
+        images: The number of images.
+        block_images: The number of images in a block; the last block may be shorter.
+        flips: Whether each image makes two rows, the second of its mirror image.
+        key: Everything that decides the codes, as JSON values. Blocks encoded under another key are never used.
     """
 
     path: Path
@@ -56,27 +57,27 @@ class Job:
 
     @property
     def rows_per_image(self) -> int:
-        """1, or 2 with flips."""
+        """The rows of each image: 1, or 2 with flips."""
         return 1 + self.flips
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are."""
+        """The number of blocks."""
         return -(-self.images // self.block_images)
 
     def images_of(self, block: int) -> range:
-        """The images that one block is made of."""
+        """Returns the images of one block."""
         return range(block * self.block_images, min((block + 1) * self.block_images, self.images))
 
 
 class Shards:
-    """The finished blocks of a job, on disk. One process, the main one, claims the folder and merges; all append.
+    """The finished blocks of a job, on disk. All processes append; only the main process claims the folder and merges.
 
     The system releases the locks when their process ends, also after `kill -9`.
 
     Args:
-        job: what is built.
-        process: number of this process; 0 is the main one.
+        job: What is built.
+        process: The number of this process; 0 is the main process.
     """
 
     def __init__(self, job: Job, *, process: int = 0) -> None:
@@ -97,10 +98,11 @@ class Shards:
         self._close()
 
     def claim(self) -> str | None:
-        """Makes the folder this builder's, by the main process before any other looks. Stale blocks are thrown away.
+        """Locks the folder for this build and deletes stale blocks. The main process calls it before all others start.
 
         Returns:
-            The name of the first thing in the key for which blocks of an earlier build are stale, if any.
+            The first entry of the key that differs from an earlier build, whose blocks were deleted; None if there
+            is none.
 
         Raises:
             UserError: if another process builds the same file.
@@ -108,44 +110,47 @@ class Shards:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         (self.folder / ABANDONED_NAME).unlink(missing_ok=True)
-        described, wanted = self.folder / KEY_NAME, {**self._shape(), **self.job.key}
-        before = json.loads(described.read_text()) if described.exists() else {}
-        changed = sorted(name for name in {*before, *wanted} if before.get(name) != wanted.get(name))
-        if changed:  # blocks go before the new key comes: a kill in between must not leave them beside it
+        key_file, key = self.folder / KEY_NAME, {**self._shape(), **self.job.key}
+        before = json.loads(key_file.read_text()) if key_file.exists() else {}
+        changed = sorted(name for name in {*before, *key} if before.get(name) != key.get(name))
+        if changed:  # old blocks are deleted before the new key is written: a kill in between must not mix them
             for stale in (*self.folder.glob("*.shard"), *self.folder.glob("*.skipped")):
                 stale.unlink()
-            write_json(described, wanted)
+            write_json(key_file, key)
         return changed[0] if before and changed else None
 
     def missing(self, *, with_bad: bool = False) -> list[int]:
-        """The blocks not finished, ascending; with those, if asked, that lack an image. Reads every shard."""
+        """Returns the unfinished blocks, ascending. With `with_bad`, blocks that lack an image count as unfinished.
+
+        Every shard is read.
+        """
         images = self.job.images_of
-        there = [b for b, place in self._scan().items() if not with_bad or place.kept.sum() == len(images(b))]
-        return sorted({*range(self.job.blocks)} - {*there})
+        finished = [b for b, record in self._scan().items() if not with_bad or record.kept.sum() == len(images(b))]
+        return sorted({*range(self.job.blocks)} - {*finished})
 
     def require_room(self, blocks: int) -> None:
-        """Tells of a full disk before the work, not after it.
+        """Checks the free disk space before the work starts.
 
         Raises:
-            UserError: if the disk has no room for so many more blocks and the file.
+            UserError: if the disk has no room for that many more blocks and the merged file.
         """
         rows = self.job.images * self.job.rows_per_image
         needed = blocks * self.record.itemsize + sum(level_bytes(level, rows) for level in self.job.layout.levels)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             sizes = f"{needed / 2**20:.1f} MiB while it is built, but {free / 2**20:.1f} MiB are free"
-            raise UserError(f"no room for {self.job.path}: it takes {sizes}; free some, then do the same again")
+            raise UserError(f"no room for {self.job.path}: it takes {sizes}; free some space, then run it again")
 
     def append(self, block: int, codes: Codes, bad: Mapping[int, str]) -> None:
-        """Adds a finished block to this process's shard.
+        """Appends a finished block to this process's shard.
 
         Args:
-            block: its number.
-            codes: of its rows; those of bad images do not count.
-            bad: what is wrong with images that could not be decoded, by their number in the job.
+            block: The block's number.
+            codes: The codes of its rows; those of bad images are ignored.
+            bad: The reason for each image that could not be decoded, by its number in the job.
 
         Raises:
-            UserError: for codes outside the layout, another process at the same shard, or a full disk.
+            UserError: if codes are outside the layout, another process uses the same shard, or the disk is full.
         """
         self.job.layout.check(codes)
         images = self.job.images_of(block)
@@ -156,10 +161,10 @@ class Shards:
             assert len(grid) == len(images) * self.job.rows_per_image
             record[f"codes/{index}"][: len(grid)] = grid.cpu().numpy()
         record["checksum"] = _checksum(record)
-        with room(self.job.path):
+        with reporting_full_disk(self.job.path):
             if bad:
                 with self._file("skipped").open("a") as notes:
-                    # The line ends come first: what a kill cuts short spoils no line but its own.
+                    # Each note starts with its line break, so that a truncated note damages only its own line.
                     notes.writelines("\n" + json.dumps({"row": row, "reason": bad[row]}) for row in sorted(bad))
             self._shard = self._shard or self._open_shard()
             rest = memoryview(record.tobytes())
@@ -167,12 +172,12 @@ class Shards:
                 rest = rest[self._shard.write(rest) :]
 
     def abandon(self) -> None:
-        """Tells the other processes to stop at their next block; this one failed."""
+        """Marks the build as failed, so that the other processes stop at their next block."""
         (self.folder / ABANDONED_NAME).touch()
 
     @property
     def abandoned(self) -> bool:
-        """Whether a process failed."""
+        """True if a process of this build failed."""
         return (self.folder / ABANDONED_NAME).exists()
 
     def merge(
@@ -183,39 +188,38 @@ class Shards:
         source_ids: Int64[Tensor, " n"],
         held_out: Bool[Tensor, " n"],
     ) -> None:
-        """Writes the file from the blocks, all finished, and removes the folder. Done by the main process.
+        """Merges the finished blocks into the latent set's file and removes the folder. Only the main process calls it.
 
-        Images that could not be decoded are left out; the rest keep their order.
+        Images that could not be decoded are left out; the others keep their order.
 
         Args:
-            provenance: without the images skipped, which are added.
-            labels: of each image, -1 for none.
-            source_ids: of each image, any numbers.
-            held_out: whether training must not see the image.
+            provenance: The provenance without skipped images, which are added.
+            labels: The label of each image, -1 for none.
+            source_ids: Any number that identifies each image's source.
+            held_out: Whether the image is held out from training.
 
         Raises:
-            UserError: if no image could be decoded, or the disk is full: the blocks then stay for another try.
+            UserError: if no image could be decoded, or the disk is full. The blocks then stay for another attempt.
         """
-        places, job = self._scan(), self.job
-        kept = torch.from_numpy(np.concatenate([places[block].kept for block in range(job.blocks)])[: job.images])
+        records, job = self._scan(), self.job
+        kept = torch.from_numpy(np.concatenate([records[block].kept for block in range(job.blocks)])[: job.images])
         if not kept.any():
             raise UserError(f"{job.path} was not written: none of the {job.images} images can be decoded")
         numbered = torch.from_numpy(number_sources(source_ids[kept].numpy()))
-        of_images = (labels[kept], numbered, held_out[kept])
-        labels, ids, out = (column.repeat_interleave(job.rows_per_image) for column in of_images)
-        columns = {"labels": labels, "source_ids": ids, "held_out": out}
-        flipped = torch.arange(len(labels)) % job.rows_per_image == 1
+        per_image = {"labels": labels[kept], "source_ids": numbered, "held_out": held_out[kept]}
+        columns = {name: column.repeat_interleave(job.rows_per_image) for name, column in per_image.items()}
+        flipped = torch.arange(len(columns["labels"])) % job.rows_per_image == 1
         provenance = replace(provenance, skipped=self._skipped(kept))
         with LatentSetWriter(job.path, job.layout, **columns, flipped=flipped, provenance=provenance) as writer:
             start = 0
             for block in bar(range(job.blocks), what="merging", unit="block", delay_seconds=SLOW_SECONDS):
-                codes = self._codes(places[block])
+                codes = self._codes(records[block])
                 writer.write(start, codes)
                 start += len(codes[0])
         self.discard()
 
     def discard(self) -> None:
-        """Removes the folder."""
+        """Removes the folder with all shards."""
         if os.name == "nt":  # Windows does not remove open files
             self._close()
         shutil.rmtree(self.folder)
@@ -255,41 +259,41 @@ class Shards:
         raise UserError(f"{self.job.path} is being built by another process; wait until it is done, or stop it")
 
     def _open_shard(self) -> BinaryIO:
-        """This process's shard, without the record that a kill may have cut short at its end."""
+        """Opens this process's shard for appending and truncates an incomplete record at its end, if there is one."""
         if self._lock is None:
             self._take_lock()
         shard = self._file("shard").open("ab", buffering=0)
         shard.truncate(shard.tell() // self.record.itemsize * self.record.itemsize)
         return shard
 
-    def _scan(self) -> dict[int, "_Place"]:
-        """Where each finished block lies; of one done twice, where most of its images could be decoded."""
-        places: dict[int, _Place] = {}
+    def _scan(self) -> dict[int, "_Record"]:
+        """Locates the record of each finished block; of several, the one in which the most images were decoded."""
+        records: dict[int, _Record] = {}
         for shard in sorted(self.folder.glob("*.shard")):
             with shard.open("rb") as file:
-                while len(read := file.read(self.record.itemsize)) == self.record.itemsize:
-                    record = np.frombuffer(read, self.record)[0]
-                    if record["checksum"] == _checksum(record):
-                        place = _Place(shard, file.tell() - self.record.itemsize, record["kept"].copy())
-                        block = int(record["block"])
-                        places[block] = max(place, places.get(block, place), key=lambda found: found.kept.sum())
-        return places
+                while len(content := file.read(self.record.itemsize)) == self.record.itemsize:
+                    values = np.frombuffer(content, self.record)[0]
+                    if values["checksum"] == _checksum(values):
+                        record = _Record(shard, file.tell() - self.record.itemsize, values["kept"].copy())
+                        block = int(values["block"])
+                        records[block] = max(record, records.get(block, record), key=lambda each: each.kept.sum())
+        return records
 
-    def _codes(self, place: "_Place") -> Codes:
-        """The codes of one block's images, without those that could not be decoded."""
-        with place.shard.open("rb") as file:
-            file.seek(place.offset)
-            record = np.frombuffer(file.read(self.record.itemsize), self.record)[0]
-        rows = np.repeat(place.kept, self.job.rows_per_image)
-        wide = [np.int64 if level.radices else np.float32 for level in self.job.layout.levels]
-        return tuple(torch.from_numpy(record[f"codes/{i}"][rows].astype(dtype)) for i, dtype in enumerate(wide))
+    def _codes(self, record: "_Record") -> Codes:
+        """Reads the codes of one block's images, without those that could not be decoded."""
+        with record.shard.open("rb") as file:
+            file.seek(record.offset)
+            values = np.frombuffer(file.read(self.record.itemsize), self.record)[0]
+        rows = np.repeat(record.kept, self.job.rows_per_image)
+        dtypes = [np.int64 if level.radices else np.float32 for level in self.job.layout.levels]
+        return tuple(torch.from_numpy(values[f"codes/{i}"][rows].astype(dtype)) for i, dtype in enumerate(dtypes))
 
     def _skipped(self, kept: Bool[Tensor, " n"]) -> tuple[dict[str, Any], ...]:
-        """What is wrong with each image that is not kept. A note may be there twice, of a block that was redone."""
+        """Returns the reason for each image that is not kept. A block that was redone may have its notes twice."""
         reasons: dict[int, str] = {}
         for notes in sorted(self.folder.glob("*.skipped")):
             for line in notes.read_text().splitlines():
-                with suppress(json.JSONDecodeError):  # cut short
+                with suppress(json.JSONDecodeError):  # a truncated note
                     note = json.loads(line)
                     reasons[note["row"]] = note["reason"]
         rows = (~kept).nonzero().squeeze(1).tolist()
@@ -297,11 +301,14 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Record:
+    """The location of a finished block's record, and which of its images could be decoded."""
+
     shard: Path
     offset: int
     kept: np.ndarray
 
 
 def _checksum(record: np.ndarray | np.void) -> int:
+    """Returns the CRC-32 of a record without its checksum field."""
     return zlib.crc32(record.tobytes()[4:])

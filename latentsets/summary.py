@@ -1,26 +1,27 @@
-"""A latent set in words, for a person who wonders what a file is."""
+"""A text summary of a latent set, as `inspect_latents` prints it: provenance, rows, labels and codebook usage."""
 
 import json
 
 from smalti.core.codes import Level
+from smalti.latentsets.format import Provenance
 from smalti.latentsets.reader import LatentSet, perplexity
 
 
 def describe(latent_set: LatentSet) -> str:
-    """What made the set, what it holds, and how much of each codebook it uses. Reads the whole file once, to count."""
-    made_by = latent_set.provenance
-    software = ", ".join(f"{name} {number}" for name, number in made_by.software.items())
+    """Describes provenance, contents and codebook usage in lines of text. Reads the whole file once to count codes."""
+    provenance = latent_set.provenance
+    software = ", ".join(f"{name} {number}" for name, number in provenance.software.items())
     fields = {
         "rows": f"{len(latent_set)}, {latent_set.layout}, {_size(latent_set.path.stat().st_size)}",
         "sources": _sources(latent_set),
         "labels": _labels(latent_set),
         "skipped": _skipped(latent_set),
-        "images": f"{made_by.image_source}, fingerprint {made_by.image_fingerprint}",
-        "preprocessing": json.dumps(made_by.preprocessing),
-        "tokenizer": f"{made_by.tokenizer_kind} from {made_by.tokenizer_source}, digest {made_by.tokenizer_digest}",
-        "its config": json.dumps(made_by.tokenizer_config),
+        "images": f"{provenance.image_source}, fingerprint {provenance.image_fingerprint}",
+        "preprocessing": json.dumps(provenance.preprocessing),
+        "tokenizer": _tokenizer(provenance),
+        "its config": json.dumps(provenance.tokenizer_config),
         "content": f"digest {latent_set.content_digest}",
-        "written": f"{made_by.created} by `{made_by.command}`",
+        "written": f"{provenance.created} by `{provenance.command}`",
         "software": software,
     }
     lines = [str(latent_set.path), *(f"  {name:14}{value}" for name, value in fields.items())]
@@ -28,6 +29,10 @@ def describe(latent_set: LatentSet) -> str:
         lines.append(f"  level {index}: {level.height}×{level.width} positions")
         lines += [f"    {line}" for line in _usage(latent_set, index, level)]
     return "\n".join(lines)
+
+
+def _tokenizer(provenance: Provenance) -> str:
+    return f"{provenance.tokenizer_kind} from {provenance.tokenizer_source}, digest {provenance.tokenizer_digest}"
 
 
 def _sources(latent_set: LatentSet) -> str:
@@ -40,10 +45,11 @@ def _labels(latent_set: LatentSet, shown: int = 8) -> str:
     names, without = latent_set.provenance.label_names, int((latent_set.labels < 0).sum())
     if without == len(latent_set):
         return "none"
-    labels, rows = latent_set.labels[latent_set.labels >= 0].unique(return_counts=True)
-    some = [f"{names[label] if names else label} {count}" for label, count in zip(labels, rows, strict=True)][:shown]
+    labels, counts = latent_set.labels[latent_set.labels >= 0].unique(return_counts=True)
+    first = list(zip(labels, counts, strict=True))[:shown]
+    listed = ", ".join(f"{names[label] if names else label} {count}" for label, count in first)
     more = ", …" if len(labels) > shown else ""
-    return f"{len(labels)} classes (rows of each: {', '.join(some)}{more}), {without} rows without"
+    return f"{len(labels)} classes (rows of each: {listed}{more}), {without} rows without"
 
 
 def _skipped(latent_set: LatentSet, shown: int = 3) -> str:
@@ -56,7 +62,7 @@ def _skipped(latent_set: LatentSet, shown: int = 3) -> str:
 
 def _usage(latent_set: LatentSet, index: int, level: Level) -> list[str]:
     if level.channels:
-        return [f"{level.channels} real numbers at each"]
+        return [f"{level.channels} real-valued channels at each"]
     leaves = latent_set.usage(index)
     lines, nodes = [], 1
     for digit, radix in enumerate(level.radices, start=1):

@@ -1,9 +1,9 @@
-"""Latent sets as `datasets` tables and back, and so as Parquet files and on the hub. Nothing is lost on the way.
+"""Conversion of latent sets to tables of Hugging Face `datasets` and back, and so to Parquet files and to the hub.
 
-A table has a column for each level's codes (`codes_0`, ...), and `label`, `source_id`, `held_out`, `flipped`. What the
-file has as attributes is in the column `latent_set`: a class label whose only class is named by that JSON. The names of
-classes are the one thing about a table that every form of it keeps: memory, Parquet, the hub. As numbers, all zero, the
-column weighs nothing.
+The conversion is lossless. A table has a column for each level's codes (`codes_0`, ...), and `label`, `source_id`,
+`held_out`, `flipped`. The file's attributes are in the column `latent_set`, a `ClassLabel` with one class whose name
+is the attributes as JSON. Class names are the only metadata that every form of a table keeps: memory, Parquet, the hub.
+The column's values are all zero and compress to almost nothing.
 """
 
 import json
@@ -31,11 +31,11 @@ ROWS_AT_ONCE = 1024
 
 
 def to_dataset(latent_set: LatentSet, *, cache: Path | None = None) -> datasets.Dataset:
-    """The set as a table for `.to_parquet(path)`, `.push_to_hub(id)` and the rest.
+    """Copies a latent set to a `datasets.Dataset`, which has `.to_parquet(path)` and `.push_to_hub(id)`.
 
     Args:
-        latent_set: what to copy.
-        cache: the folder that holds the copy; where `datasets` keeps its own unless given.
+        latent_set: The set to copy.
+        cache: The folder for the table's files; by default the cache folder of `datasets`.
     """
     texts = {"layout": json.dumps(latent_set.layout.to_json()), **latent_set.provenance.to_attributes()}
     names = latent_set.provenance.label_names
@@ -44,9 +44,9 @@ def to_dataset(latent_set: LatentSet, *, cache: Path | None = None) -> datasets.
     features["source_id"] = datasets.Value("int64")
     features |= {name: datasets.Value("bool") for name in ("held_out", "flipped")}
     features[DESCRIPTION] = datasets.ClassLabel(names=[json.dumps(texts, ensure_ascii=False)])
-    # The numbers of the rows first: what is made from a table on the disk is on the disk, too.
-    place: Any = str(cache) if cache else None  # typed as a string that has None for its default
-    numbers = datasets.Dataset.from_generator(_numbers, gen_kwargs={"rows": len(latent_set)}, cache_dir=place)
+    # The table starts as row numbers on the disk, because `map` keeps its result on the disk only if its input is.
+    cache_dir: Any = str(cache) if cache else None  # `datasets` types it as str, with the default None
+    numbers = datasets.Dataset.from_generator(_numbers, gen_kwargs={"rows": len(latent_set)}, cache_dir=cache_dir)
     return cast(datasets.Dataset, numbers).map(
         partial(_rows, latent_set),
         batched=True,
@@ -62,17 +62,17 @@ def from_dataset(table: datasets.Dataset, path: str | Path) -> LatentSet:
     """Writes a table that `to_dataset` made, or any selection of its rows, as a latent set.
 
     Raises:
-        UserError: if it is no such table, it is empty, or its values do not belong to what it says of itself.
+        UserError: if the table was not made from a latent set, is empty, or has values that contradict its attributes.
     """
     layout, provenance = _description(table)
     names = [f"codes_{index}" for index in range(len(layout.levels))]
     if missing := [name for name in (*names, *COLUMN_NAMES.values()) if name not in table.features]:
-        raise UserError(f"the table has no column {missing[0]!r}; give one that was made from a latent set, whole")
+        raise UserError(f"the table has no column {missing[0]!r}; give a complete table made from a latent set")
     if not len(table):
-        raise UserError("the table has 0 rows, and a latent set of none would be empty; give at least one")
+        raise UserError("the table has 0 rows; a latent set needs at least one row")
     values: Any = table.select_columns([*COLUMN_NAMES.values()]).with_format("numpy")[:]
-    columns = {name: torch.from_numpy(values[of_table]) for name, of_table in COLUMN_NAMES.items()}
-    columns["source_ids"] = torch.from_numpy(number_sources(values["source_id"]))  # of a selection: with gaps
+    columns = {name: torch.from_numpy(values[column]) for name, column in COLUMN_NAMES.items()}
+    columns["source_ids"] = torch.from_numpy(number_sources(values["source_id"]))  # a selection of rows has gaps
     with LatentSetWriter(path, layout, **columns, provenance=provenance) as writer:
         start = 0
         batches: Any = table.select_columns(names).with_format("numpy").iter(ROWS_AT_ONCE)
@@ -84,16 +84,16 @@ def from_dataset(table: datasets.Dataset, path: str | Path) -> LatentSet:
 
 
 def to_parquet(latent_set: LatentSet, path: Path) -> None:
-    """Writes the set as one Parquet file, whole or not at all."""
+    """Writes a latent set as one Parquet file, whole or not at all."""
     with whole_file(path) as partial_path, tempfile.TemporaryDirectory(dir=path.parent) as cache:
         to_dataset(latent_set, cache=Path(cache)).to_parquet(partial_path)
 
 
 def from_parquet(source: str, path: Path) -> LatentSet:
-    """`from_dataset` for a Parquet file, or a glob of several.
+    """Writes a Parquet file, or the files of a glob pattern, as a latent set; see `from_dataset`.
 
     Raises:
-        UserError: as `from_dataset` does, or if there is no such file, or it cannot be read.
+        UserError: if there is no such file or it cannot be read, and as `from_dataset` does.
     """
     try:
         table = datasets.load_dataset("parquet", data_files=source, split="train")

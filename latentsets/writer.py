@@ -1,4 +1,7 @@
-"""Writing a latent set: blocks of rows in any order into a file that takes its name only when it is whole."""
+"""Writing a latent set: blocks of rows, in any order, into an HDF5 file that gets its name only when it is complete.
+
+Building a set in several processes, or resuming a build, is in `shards.py`.
+"""
 
 import errno
 import os
@@ -20,10 +23,10 @@ from smalti.latentsets.format import (
     COLUMNS,
     Provenance,
     add_columns,
-    complete,
+    add_digest,
     content_digest,
-    fault,
-    lay_down,
+    create_file,
+    find_column_error,
     level_bytes,
     stored_dtype,
 )
@@ -31,27 +34,27 @@ from smalti.latentsets.format import (
 ErrorType: TypeAlias = type[BaseException] | None
 
 HEADROOM_BYTES = 1 << 16
-"""Reserved beside codes, columns and texts for HDF5's own records; on closing it gives back what it does not use."""
+"""Disk space reserved for HDF5's own structures; HDF5 truncates the file to what it uses when it closes it."""
 
 
 class LatentSetWriter:
-    """Writes one latent set, in a `with` block: it stands at `path` if the block ends well, else `path` is as it was.
+    """Writes one latent set in a `with` block. If the block raises, the file at `path` is unchanged.
 
-    The disk space is reserved on entering, where the system can: a full disk is told before the work, not after it. In
-    memory it holds one block and 19 bytes a row.
+    If the system can reserve disk space, it is reserved on entry, so that a full disk is reported before the work. The
+    writer holds one block of codes and 19 bytes per row in memory.
 
     Args:
-        path: the file to make or to replace.
-        layout: of the codes.
-        labels: the class of each row, -1 for none.
-        source_ids: as `number_sources` gives them; rows of one source image share theirs.
-        held_out: whether training must not see a row; the same for all rows of a source.
-        flipped: whether a row is a mirror image.
-        provenance: where the codes come from.
+        path: The file to create or replace.
+        layout: The layout of the codes.
+        labels: The class of each row, -1 for none.
+        source_ids: The source image of each row, numbered by `number_sources`.
+        held_out: Whether a row is held out from training; equal for all rows of a source image.
+        flipped: Whether a row is a mirror image.
+        provenance: Where the codes come from.
 
     Raises:
-        UserError: if there are no rows, or columns are not as described; in the block, for codes that do not belong,
-            rows written twice or a full disk; at its end, if rows are missing.
+        UserError: if there are no rows or the columns contradict the description above; in the block, if codes do not
+            fit the layout, rows are written twice or the disk is full; at its end, if rows are missing.
     """
 
     def __init__(
@@ -68,10 +71,10 @@ class LatentSetWriter:
         self.path, self.layout, self.rows, self.provenance = Path(path), layout, len(labels), provenance
         if not self.rows:
             raise UserError(f"{path} was not written: a latent set of 0 rows would be empty; give at least one image")
-        given = zip(COLUMNS.items(), (labels, source_ids, held_out, flipped), strict=True)
-        self._columns = {name: column.numpy().astype(dtype, copy=False) for (name, dtype), column in given}
-        if wrong := fault(self._columns, provenance.label_names):
-            raise UserError(f"{path} was not written: {wrong}")
+        tensors = zip(COLUMNS.items(), (labels, source_ids, held_out, flipped), strict=True)
+        self._columns = {name: column.numpy().astype(dtype, copy=False) for (name, dtype), column in tensors}
+        if error := find_column_error(self._columns, provenance.label_names):
+            raise UserError(f"{path} was not written: {error}")
         self._written = np.zeros(self.rows, bool)
         self._stack = ExitStack()
         self._partial: Path
@@ -79,25 +82,26 @@ class LatentSetWriter:
         self._offsets: tuple[int, ...]
 
     def __enter__(self) -> "LatentSetWriter":
-        with ExitStack() as stack, room(self.path):
+        with ExitStack() as stack, reporting_full_disk(self.path):
             self._partial = stack.enter_context(whole_file(self.path))
-            self._offsets = lay_down(self._partial, self.layout, self.rows)
+            self._offsets = create_file(self._partial, self.layout, self.rows)
             self._file = stack.enter_context(self._partial.open("r+b"))
             self._reserve()
             add_columns(self._partial, self.layout, self.provenance, self._columns)
-            stack.push(self._finish)  # runs first on leaving; if it raises, the file is dropped as if the block had
+            stack.push(self._finish)  # runs first on exit; if it raises, the partial file is removed
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: ErrorType, error: BaseException | None, trace: TracebackType | None) -> None:
-        with room(self.path):
+        with reporting_full_disk(self.path):
             self._stack.__exit__(kind, error, trace)
 
     def write(self, start: int, codes: Codes) -> None:
         """Writes the codes of rows `start` to `start + b`.
 
         Raises:
-            UserError: for codes outside the layout, rows outside the set or written before, or a full disk.
+            UserError: if codes are outside the layout, rows are outside the set or already written, or the disk is
+                full.
         """
         self.layout.check(codes)
         assert len({len(grid) for grid in codes}) == 1
@@ -106,9 +110,11 @@ class LatentSetWriter:
             raise UserError(f"rows {start} to {rows.stop - 1} do not fit a latent set of {self.rows} rows")
         if self._written[rows].any():
             raise UserError(f"row {start + int(self._written[rows].argmax())} was already written; write each row once")
-        with room(self.path):
+        with reporting_full_disk(self.path):
             for level, grid, offset in zip(self.layout.levels, codes, self._offsets, strict=True):
-                assert grid.is_floating_point() == bool(level.channels), "codes are integers, continuous levels floats"
+                assert grid.is_floating_point() == bool(level.channels), (
+                    "codes must be integers, continuous levels floats"
+                )
                 self._file.seek(offset + level_bytes(level, start))
                 self._file.write(np.ascontiguousarray(grid.detach().cpu().numpy(), stored_dtype(level)).data)
         self._written[rows] = True
@@ -122,36 +128,37 @@ class LatentSetWriter:
                 f"{self.path}: row {missing[0]} and {len(missing) - 1} others were never written; write all"
             )
         self._file.close()
-        complete(self._partial, content_digest(self._partial, self.layout, self._offsets, self._columns))
+        add_digest(self._partial, content_digest(self._partial, self.layout, self._offsets, self._columns))
 
     def _reserve(self) -> None:
-        """Takes the room for what HDF5 will write: where it finds none, it crashes. And for the codes, if possible."""
+        """Reserves disk space for what HDF5 will write, as HDF5 crashes on a full disk; if possible, also for codes."""
         end = self._partial.stat().st_size
         columns = sum(column.nbytes for column in self._columns.values())
-        beside = columns + sum(len(text.encode()) for text in self.provenance.to_attributes().values()) + HEADROOM_BYTES
-        if hasattr(os, "posix_fallocate"):  # not on macOS: there it is noticed among the codes that the disk is full
-            os.posix_fallocate(self._file.fileno(), 0, end + beside)
+        texts = sum(len(text.encode()) for text in self.provenance.to_attributes().values())
+        extra = columns + texts + HEADROOM_BYTES
+        if hasattr(os, "posix_fallocate"):  # macOS lacks it: a full disk is only noticed while codes are written
+            os.posix_fallocate(self._file.fileno(), 0, end + extra)
         else:
             self._file.seek(end)
-            self._file.write(bytes(beside))
+            self._file.write(bytes(extra))
             self._file.flush()
 
 
 @contextmanager
-def room(path: Path) -> Iterator[None]:
-    """Says in one line, as a UserError, that a full disk ended the writing of `path`."""
+def reporting_full_disk(path: Path) -> Iterator[None]:
+    """Converts the error of a full disk while `path` is written into a UserError of one line."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         if not _is_full(error):
             raise
         raise UserError(
-            f"no room for {path}: the disk is full; free some and do the same again, nothing is lost"
+            f"no room for {path}: the disk is full; free some space and run the command again, nothing is lost"
         ) from error
 
 
 def _is_full(error: OSError | RuntimeError) -> bool:
-    """Whether an error is for want of room; HDF5 gives some of its errors as text only."""
-    said = re.search(r"errno = (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    """Returns whether an error means a full disk. HDF5 states the number of some of its errors only in their text."""
+    match = re.search(r"errno = (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,17 +1,17 @@
-"""Measures the hot paths; see `smalti.benchmarks.run`."""
+"""The command that measures speed and memory; see `smalti.benchmarks.run`."""
 
 from smalti import cli
 from smalti.benchmarks.run import Benchmark, benchmark
 
-ABOUT = """Measures each hot path beside the naive way, a peer where there is one, and the limit.
+ABOUT = """Measures speed and memory of the critical parts beside naive implementations, another library and a limit.
 
 $ python scripts/benchmark.py                                   # everything, in some minutes on two CPU cores
 $ python scripts/benchmark.py --only search
-$ python scripts/benchmark.py --out docs/benchmarks.md          # also writes the tables there"""
+$ python scripts/benchmark.py --out docs/benchmarks.md          # also writes the tables to this file"""
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     cli.run(benchmark, Benchmark, about=ABOUT)
 
 

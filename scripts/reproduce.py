@@ -1,19 +1,51 @@
-"""Reproduces papers' studies; see `smalti.studies.hr_vqvae.study`, `.reproduce_hqa`, `.reproduce_selfvae` and
-`.reproduce_priors`."""
+"""The command that reproduces a study, which its first argument names. Each study has its own folder in studies/."""
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from tyro.conf import Positional
 
 from smalti import cli
+from smalti.core.errors import UserError
 from smalti.studies.hqa.report import reproduce_hqa
 from smalti.studies.hqa.study import ReproduceHQA
-from smalti.studies.hr_vqvae.report import reproduce
-from smalti.studies.hr_vqvae.study import Reproduce
+from smalti.studies.hr_vqvae.report import reproduce_hr_vqvae
+from smalti.studies.hr_vqvae.study import ReproduceHRVQVAE
 from smalti.studies.priors.report import reproduce_priors
 from smalti.studies.priors.study import ReproducePriors
 from smalti.studies.selfvae.report import reproduce_selfvae
 from smalti.studies.selfvae.study import ReproduceSelfVAE
 
-ABOUT = """Trains a paper's models anew, on equal budgets, and writes our numbers beside the paper's.
+StudyName: TypeAlias = Literal["hr-vqvae", "hqa", "selfvae", "priors"]
+
+
+class Study(NamedTuple):
+    """A study that the command runs.
+
+    Attributes:
+        summary: One line for `--help`.
+        command: The function that runs it.
+        config_class: The class of its settings, whose first positional argument is the study's name.
+    """
+
+    summary: str
+    command: Callable[[Any], None]
+    config_class: type[Any]
+
+
+STUDIES: dict[StudyName, Study] = {
+    "hr-vqvae": Study("VQ-VAE, VQ-VAE-2 and HR-VQVAE on MNIST or CIFAR10", reproduce_hr_vqvae, ReproduceHRVQVAE),
+    "hqa": Study("HQA, HAMs and VQ-VAE on MNIST", reproduce_hqa, ReproduceHQA),
+    "selfvae": Study("VAE and selfVAE on CIFAR10 or emoji", reproduce_selfvae, ReproduceSelfVAE),
+    "priors": Study("smalti's own study of its priors and samplers", reproduce_priors, ReproducePriors),
+}
+SUMMARIES = "\n".join(f"- {name}: {study.summary}" for name, study in STUDIES.items())
+ABOUT = f"""Trains the models of a study on equal budgets, and writes our numbers beside the paper's. The first argument
+names the study, and `reproduce.py STUDY --help` lists its flags:
+
+{SUMMARIES}
 
 $ python scripts/reproduce.py hr-vqvae --data mnist --images mnist-train.parquet
 $ python scripts/reproduce.py hr-vqvae --data cifar10 --images cifar10-train.parquet --steps 20000 --channels 128
@@ -24,21 +56,41 @@ $ python scripts/reproduce.py selfvae --data cifar10 --images cifar10-train.parq
 $ python scripts/reproduce.py priors --parts samplers canvas
 $ python scripts/reproduce.py priors --data mnist --images mnist-train.parquet --parts resampling
 
-Into docs/reproductions/hr-vqvae.md, hqa.md, selfvae.md and priors.md; the runs are kept in runs/reproductions. Stopped
-(Ctrl-C), the same command goes on where it was. `hqa --help`, `selfvae --help` and `priors --help` have the flags of
-those studies."""
+The reports are docs/reproductions/hr-vqvae.md, hqa.md, selfvae.md and priors.md; trained models are kept in
+runs/reproductions. If a study is stopped (Ctrl-C), the same command resumes it."""
+
+
+@dataclass(frozen=True)
+class AnyStudy:
+    """The settings before a study is named, for `--help`."""
+
+    study: Positional[StudyName]
+    """The study to reproduce."""
+
+
+def chosen_config_class() -> type[Any]:
+    """Returns the class of the settings of the study that the first argument names.
+
+    Raises:
+        UserError: if the first argument is not a study.
+    """
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first in ("-h", "--help"):
+        return AnyStudy
+    if first not in STUDIES:
+        problem = f"{first!r} is not a study" if first else "no study was named"
+        raise UserError(f"{problem}; the first argument must be {', '.join(list(STUDIES)[:-1])} or {list(STUDIES)[-1]}")
+    return STUDIES[first].config_class
+
+
+def run_study(config: Any) -> None:
+    """Runs the study that the settings belong to."""
+    STUDIES[config.study].command(config)
 
 
 def main() -> None:
-    """The command."""
-    if "hqa" in sys.argv[1:]:
-        cli.run(reproduce_hqa, ReproduceHQA, about=ABOUT)
-    elif "selfvae" in sys.argv[1:]:
-        cli.run(reproduce_selfvae, ReproduceSelfVAE, about=ABOUT)
-    elif "priors" in sys.argv[1:]:
-        cli.run(reproduce_priors, ReproducePriors, about=ABOUT)
-    else:
-        cli.run(reproduce, Reproduce, about=ABOUT)
+    """Runs the command."""
+    cli.run(run_study, chosen_config_class, about=ABOUT)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Fig. 1 of HQA's paper: points around four modes, kept in one bit, by one layer and by two.
+"""Fig. 1 of HQA's paper: points around four modes, compressed to one bit by one layer and by two layers.
 
-One layer of two codes covers modes: what it decodes to lies between them. On top of a layer of four codes, one of two
-covers modes of its latent space instead, and quantizing there resolves it: deterministically modes are dropped,
-stochastically none is.
+One layer with two codes averages modes: it decodes to points between them. If a layer with two codes is trained on the
+latent space of a layer with four codes, it averages latents, and quantizing with the lower layer resolves the average
+to a mode. Deterministic quantization drops modes, stochastic quantization covers them all.
 
 Legend: n points, d code width.
 """
@@ -24,7 +24,7 @@ from smalti.tokenizers.quantizers.stochastic import StochasticQuantizer
 MODES = torch.tensor([[-1.0, -1.5], [1.0, -1.5], [-1.0, 1.5], [1.0, 1.5]])
 SPREAD = 0.1
 REALISTIC = 4 * SPREAD
-"""A point farther than this from every mode is unrealistic; of real ones, 1 in 3000 is."""
+"""A point farther than this from every mode is unrealistic; one in 3000 real points is."""
 POINTS, STEPS, RATE = 512, 200, 5e-3
 CODE_WIDTH, HIDDEN, SCALE, LATENT_WEIGHT = 2, 32, 2.0, 0.02
 SINGLE, DROPPING, COVERING = "one layer", "two layers, deterministic", "two layers, stochastic"
@@ -32,12 +32,12 @@ SINGLE, DROPPING, COVERING = "one layer", "two layers, deterministic", "two laye
 
 @dataclass(frozen=True)
 class Decoded:
-    """What points come back as from one bit each.
+    """Points decoded from one bit each.
 
     Attributes:
-        points: decoded.
-        unrealistic: the share of them that is near no mode.
-        modes: how many of the four modes some are near.
+        points: The decoded points.
+        unrealistic: The share of points that are near no mode.
+        modes: The number of modes that have points near them.
     """
 
     points: Float[Tensor, "n 2"]
@@ -45,21 +45,21 @@ class Decoded:
     modes: int
 
 
-def judged(points: Float[Tensor, "n 2"]) -> Decoded:
-    """Points, held against the modes."""
+def evaluate_points(points: Float[Tensor, "n 2"]) -> Decoded:
+    """Compares decoded points with the modes."""
     distance, mode = torch.cdist(points, MODES).min(1)
     near = distance <= REALISTIC
     return Decoded(points, float((~near).float().mean()), len(mode[near].unique()))
 
 
 def real_points(count: int = POINTS, seed: int = 0) -> Float[Tensor, "n 2"]:
-    """As many of each mode, in turn."""
+    """Draws points around the modes in turn, equally many of each."""
     noise = torch.randn(count, 2, generator=generator_for(seed))
     return MODES[torch.arange(count) % len(MODES)] + SPREAD * noise
 
 
 class _Layer(nn.Module):
-    """Encoder, quantizer and decoder of vectors of the width of codewords, which both networks begin by scaling."""
+    """Encoder, quantizer and decoder of vectors as wide as the codewords. Both networks start near a scaling."""
 
     def __init__(self, quantizer: LinkedQuantizer | StochasticQuantizer) -> None:
         super().__init__()
@@ -68,9 +68,9 @@ class _Layer(nn.Module):
         )
         self.quantizer = quantizer
 
-    def encode(self, given: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """z_e; from the start codewords are far enough apart to be told apart by Eq. 3."""
-        return SCALE * given + self.up(given)
+    def encode(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Returns z_e, scaled so that Eq. 3 can separate the codewords from the start."""
+        return SCALE * vectors + self.up(vectors)
 
     def codes(self, z_e: Float[Tensor, "n d"], seeds: Int64[Tensor, " n"] | None = None) -> Int64[Tensor, "n 1 1"]:
         if isinstance(self.quantizer, StochasticQuantizer):
@@ -89,11 +89,12 @@ def _vectors(grid: Tensor) -> Tensor:
     return rearrange(grid, "n d 1 1 -> n d")
 
 
-def _trained(layer: _Layer, given: Float[Tensor, "n d"]) -> _Layer:
+def _trained(layer: _Layer, data: Float[Tensor, "n d"]) -> _Layer:
+    """Trains a layer to reconstruct the data; returns it frozen."""
     optimizer = torch.optim.Adam(layer.parameters(), lr=RATE)
-    rows = torch.arange(len(given))
+    rows = torch.arange(len(data))
     with torch.no_grad():
-        start = _grid(layer.encode(given))
+        start = _grid(layer.encode(data))
         if isinstance(layer.quantizer, LinkedQuantizer):
             layer.quantizer.init_from_data(start)
         else:
@@ -101,12 +102,12 @@ def _trained(layer: _Layer, given: Float[Tensor, "n d"]) -> _Layer:
                 linked_kmeans(_vectors(start), [layer.quantizer.codebook[None]], seed=0)[0][0]
             )
     for step in range(STEPS):
-        seeds, z_e = row_seeds(step, rows), _grid(layer.encode(given))
+        seeds, z_e = row_seeds(step, rows), _grid(layer.encode(data))
         if isinstance(layer.quantizer, StochasticQuantizer):
-            output = layer.quantizer(z_e, seeds, torch.full((len(given),), step / STEPS))
+            output = layer.quantizer(z_e, seeds, torch.full((len(data),), step / STEPS))
         else:
             output = layer.quantizer(z_e)
-        loss = F.mse_loss(layer.decode(output.z_q), given) + torch.stack([*output.losses.values()]).sum()
+        loss = F.mse_loss(layer.decode(output.z_q), data) + torch.stack([*output.losses.values()]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -119,22 +120,22 @@ def _stochastic(codes: int) -> StochasticQuantizer:
 
 
 def four_modes(seed: int = 0) -> dict[str, Decoded]:
-    """The three models of Fig. 1, each of one bit, trained anew, on points that they were not trained on."""
+    """Trains the three models of Fig. 1, of one bit each, and evaluates them on points outside their training set."""
     torch.manual_seed(seed)
-    given, points = real_points(seed=seed), real_points(seed=seed + 1)
-    single = _trained(_Layer(LinkedQuantizer(code_width=CODE_WIDTH, branching=2)), given)
-    lower = _trained(_Layer(_stochastic(4)), given)
-    upper = _trained(_Layer(_stochastic(2)), lower.encode(given))
+    train, points = real_points(seed=seed), real_points(seed=seed + 1)
+    single = _trained(_Layer(LinkedQuantizer(code_width=CODE_WIDTH, branching=2)), train)
+    lower = _trained(_Layer(_stochastic(4)), train)
+    upper = _trained(_Layer(_stochastic(2)), lower.encode(train))
     seeds = row_seeds(seed, torch.arange(len(points)))
 
     def hierarchy(seeds_of: Callable[[int], Tensor | None]) -> Tensor:
-        """Algorithm 1."""
-        kept = upper.codes(upper.encode(lower.encode(points)), seeds_of(0))
-        resolved = lower.codes(upper.decode(upper.quantizer.lookup(kept)), seeds_of(1))
-        return lower.decode(lower.quantizer.lookup(resolved))
+        """Encodes and decodes the points through both layers (Algorithm 1)."""
+        upper_codes = upper.codes(upper.encode(lower.encode(points)), seeds_of(0))
+        lower_codes = lower.codes(upper.decode(upper.quantizer.lookup(upper_codes)), seeds_of(1))
+        return lower.decode(lower.quantizer.lookup(lower_codes))
 
     return {
-        SINGLE: judged(single.decode(single.quantizer.lookup(single.codes(single.encode(points))))),
-        DROPPING: judged(hierarchy(lambda _: None)),
-        COVERING: judged(hierarchy(lambda stream: derive(seeds, stream))),
+        SINGLE: evaluate_points(single.decode(single.quantizer.lookup(single.codes(single.encode(points))))),
+        DROPPING: evaluate_points(hierarchy(lambda _: None)),
+        COVERING: evaluate_points(hierarchy(lambda stream: derive(seeds, stream))),
     }

@@ -1,10 +1,11 @@
-"""What is written of the HR-VQVAE paper's studies: our numbers beside the paper's, in tables, plots and pictures.
+"""The report of the study of HR-VQVAE: our numbers beside the paper's, in tables, plots and pictures.
 
-Which runs there are and what is measured of them: `reproduce.py`. Table 3 and the heads: `reproduce_samples_report.py`.
+The tokenizers and the measurements are in `study.py`. Table 3 and the heads are in `samples_report.py`.
 """
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -13,15 +14,12 @@ import torch
 from matplotlib.figure import Figure
 
 from smalti.benchmarks.comparison import in_spread
-from smalti.benchmarks.run import insert
-from smalti.commands.model_paths import load_tokenizer
 from smalti.core.codes import Codes
 from smalti.core.devices import best_device, resolve
-from smalti.core.files import whole_file
-from smalti.core.provenance import machine
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet
 from smalti.images.sheets import save_sheet
+from smalti.studies.experiment import save_figure, table_row, write_section
 from smalti.studies.hr_vqvae.samples_report import distances, heads, samples
 from smalti.studies.hr_vqvae.study import (
     CODES_OF_IMAGES,
@@ -31,13 +29,13 @@ from smalti.studies.hr_vqvae.study import (
     LEAVES,
     NAMES,
     SIZES,
-    Cell,
     DataName,
-    Reproduce,
-    cells,
+    ReproduceHRVQVAE,
+    TokenizerSpec,
     open_data,
     result,
     search_seconds,
+    specs_by_part,
     trained,
 )
 from smalti.tokenizers.base import Tokenizer
@@ -52,48 +50,47 @@ PAPER_SECONDS: dict[DataName, dict[str, float]] = {
     "cifar10": {"vqvae": 2.7087896, "vqvae2": 4.4492340, "hrvq": 0.4667842},
 }
 """Table 2."""
-SHOWN = 12  # images in a row of a picture
+SHOWN = 12
+"""Images in a row of a picture."""
 NONE = "not run"
 
 
-def reproduce(config: Reproduce) -> None:
-    """Trains and measures what is missing, part by part, and writes each part of the report as soon as it is there.
+def reproduce_hr_vqvae(config: ReproduceHRVQVAE) -> None:
+    """Trains and measures what is missing, part by part, and writes each part of the report as soon as it is measured.
 
     Raises:
-        UserError: for images that will not do.
-        Interrupted: if a signal stopped a run; the same command goes on with it.
+        UserError: if the images cannot be used.
+        Interrupted: if a signal stopped a training; the same command resumes it.
     """
     torch.manual_seed(0)
     images = open_data(config)
-    parts: dict[str, Callable[[Reproduce, list[Cell]], str]] = {
+    tables: dict[str, Callable[[ReproduceHRVQVAE, list[TokenizerSpec]], str]] = {
         "methods": methods_table,
         "depth": depth_table,
         "size": size_table,
     }
-    by_judges = {"distances": distances, "samples": samples, "heads": heads}
-    for part, runs in cells(config).items():
-        if part in by_judges:
-            by_judges[part](config, runs, images, partial(write, config, part))
+    evaluated = {"distances": distances, "samples": samples, "heads": heads}
+    for part, specs in specs_by_part(config).items():
+        if part in evaluated:
+            evaluated[part](config, specs, images, partial(write, config, part))
             continue
-        for run in runs:
-            trained(run, config, images)
-            write(config, part, parts[part](config, runs))
+        for spec in specs:
+            trained(spec, config, images)
+            write(config, part, tables[part](config, specs))
         if part == "search":
             write(config, part, search_table(config, images))
         if part == "methods":
             pictures(config, images)
 
 
-def write(config: Reproduce, part: str, text: str) -> None:
-    """Puts a part into the report, with what it was measured on."""
+def write(config: ReproduceHRVQVAE, part: str, text: str) -> None:
+    """Writes a part of the report with the budget that it was measured with."""
     budget = f"batches of {config.batch_size}, networks {config.channels} wide, codewords of {config.code_width}"
-    insert(
-        config.out, f"{config.data} {part}", f"{text}\n\n{machine()}; {budget}, trained in {resolve(config.precision)}."
-    )
+    write_section(config.out, f"{config.data} {part}", text, f"{budget}, trained in {resolve(config.precision)}")
 
 
-def methods_table(config: Reproduce, runs: list[Cell]) -> str:
-    """Table 1: means over seeds, and from the least to the most."""
+def methods_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
+    """Formats Table 1: the mean over seeds with minimum and maximum."""
     paper = PAPER_MSE[config.data]
     lines = [
         f"Table 1, {config.data}: held-out MSE in [0, 1] units, the mean of {config.seeds} seed(s) and from the "
@@ -102,25 +99,24 @@ def methods_table(config: Reproduce, runs: list[Cell]) -> str:
         "| | paper | ratio | trained as the paper | ratio | leaves in use | at its best | ratio | leaves in use |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    found = {
-        (kind, plain): [r for run in runs if (run.kind, run.plain) == (kind, plain) if (r := result(run, config))]
-        for kind in KINDS
-        for plain in (True, False)
-    }
+    results: dict[tuple[str, bool], list[dict[str, Any]]] = {(kind, p): [] for kind in KINDS for p in (True, False)}
+    for spec in specs:
+        if measured := result(spec, config):
+            results[spec.kind, spec.plain].append(measured)
     for kind in KINDS:
         row = [NAMES[kind], f"{paper[kind]:.5f}", f"{paper[kind] / paper['vqvae']:.2f}"]
         for plain in (True, False):
-            results, flat = found[kind, plain], found["vqvae", plain]
-            ratio = f"{_mean(results) / _mean(flat):.2f}" if results and flat else NONE
-            errors = in_spread([result["mse"] for result in results], ".5f")
-            row += [errors, ratio, _used(results[0]) if results else NONE]
-        lines.append(f"| {' | '.join(row)} |")
-    seconds = statistics.mean([r["train_seconds"] for each in found.values() for r in each] or [0.0])
+            ours, vqvae = results[kind, plain], results["vqvae", plain]
+            ratio = f"{_mean_mse(ours) / _mean_mse(vqvae):.2f}" if ours and vqvae else NONE
+            errors = in_spread([each["mse"] for each in ours], ".5f")
+            row += [errors, ratio, _used(ours[0]) if ours else NONE]
+        lines.append(table_row(row))
+    seconds = statistics.mean([each["train_seconds"] for seeds in results.values() for each in seeds] or [0.0])
     return "\n".join([*lines, "", f"A run took {seconds:.0f} s on average, other work on the machine beside it."])
 
 
-def depth_table(config: Reproduce, runs: list[Cell]) -> str:
-    """Fig. 5: means over seeds, and in how many seeds a depth is ahead of the one before."""
+def depth_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
+    """Formats Fig. 5: means over seeds, and in how many seeds a depth has a lower MSE than the one before."""
     lines = [
         f"Fig. 5, {config.data}: HR-VQVAE of {DEPTH_LEAVES} leaves by depth, {config.steps} steps; held-out MSE, the "
         f"mean of {config.seeds} seed(s) and from the least to the most; in how many seeds it is below the row above.",
@@ -129,23 +125,23 @@ def depth_table(config: Reproduce, runs: list[Cell]) -> str:
         "| at its best | below | leaves in use | perplexity |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    found = {(run.depth, run.plain, run.seed): result(run, config) for run in runs}
+    by_depth = {(spec.depth, spec.plain, spec.seed): result(spec, config) for spec in specs}
     for before, depth in pairwise((0, *DEPTHS)):
         row = [str(depth), str(round(DEPTH_LEAVES ** (1 / depth)))]
         for plain in (True, False):
-            pairs = [(found[depth, plain, seed], found.get((before, plain, seed))) for seed in range(config.seeds)]
-            results = [here for here, _ in pairs if here]
-            compared = [here["mse"] < above["mse"] for here, above in pairs if here and above]
-            below = f"{sum(compared)} of {len(compared)}" if compared else ""
-            row += [in_spread([r["mse"] for r in results], ".5f"), below]
+            seeds = range(config.seeds)
+            pairs = [(by_depth[depth, plain, seed], by_depth.get((before, plain, seed))) for seed in seeds]
+            results = [ours for ours, _ in pairs if ours]
+            lower = [ours["mse"] < shallower["mse"] for ours, shallower in pairs if ours and shallower]
+            row += [in_spread([r["mse"] for r in results], ".5f"), f"{sum(lower)} of {len(lower)}" if lower else ""]
             row += [in_spread([r["used"][0] for r in results], ".0%")]
             row += [in_spread([r["perplexity"][0] for r in results], ".0f")]
-        lines.append(f"| {' | '.join(row)} |")
+        lines.append(table_row(row))
     return "\n".join(lines)
 
 
-def size_table(config: Reproduce, runs: list[Cell]) -> str:
-    """Fig. 6, also drawn beside the report."""
+def size_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
+    """Formats Fig. 6, and draws it beside the report."""
     lines = [
         f"Fig. 6, {config.data}: by leaves, {config.size_steps} steps, one seed; use and perplexity over "
         f"{config.usage_images} training images at most, of a flat codebook of {SIZES[-1]} over an eighth of them.",
@@ -154,23 +150,23 @@ def size_table(config: Reproduce, runs: list[Cell]) -> str:
         "|---:|---|---:|---:|---:|",
     ]
     curves: dict[str, list[tuple[int, float]]] = {}
-    for run in runs:
-        found, name = result(run, config), f"{NAMES[run.kind]}, {'plain' if run.plain else 'best'}"
-        lines.append(f"| {run.leaves} | {name} | {_numbers(found)} |")
-        if found:
-            curves.setdefault(name, []).append((run.leaves, found["mse"]))
+    for spec in specs:
+        measured, name = result(spec, config), f"{NAMES[spec.kind]}, {'plain' if spec.plain else 'best'}"
+        lines.append(f"| {spec.leaves} | {name} | {_scores(measured)} |")
+        if measured:
+            curves.setdefault(name, []).append((spec.leaves, measured["mse"]))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="leaves", ylabel="held-out MSE", xscale="log", yscale="log")
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.legend()
-    with whole_file(path := config.picture("size")) as partial:
-        figure.savefig(partial, format="png", dpi=100)
+    if curves:
+        axes.legend()
+    save_figure(figure, path := config.picture("size"))
     return "\n".join([*lines, "", f"![MSE by leaves]({path.name})"])
 
 
-def search_table(config: Reproduce, images: ImageSet) -> str:
-    """Table 2, of the models of Table 1 at their best, the first seed."""
+def search_table(config: ReproduceHRVQVAE, images: ImageSet) -> str:
+    """Formats Table 2: search times of Table 1's models with smalti's defaults, of the first seed."""
     paper = PAPER_SECONDS[config.data]
     seconds = {kind: search_seconds(_model(config, kind, images), images) for kind in KINDS}
     lines = [
@@ -181,14 +177,14 @@ def search_table(config: Reproduce, images: ImageSet) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for kind in KINDS:
-        theirs, our = paper[kind] / paper["hrvq"], seconds[kind] / seconds["hrvq"]
-        lines.append(f"| {NAMES[kind]} | {paper[kind]:.3f} | {theirs:.1f}× | {seconds[kind]:.3f} | {our:.1f}× |")
+        times = [(paper[kind], paper[kind] / paper["hrvq"]), (seconds[kind], seconds[kind] / seconds["hrvq"])]
+        lines.append(table_row([NAMES[kind], *(f"{time:.3f} | {ratio:.1f}×" for time, ratio in times)]))
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def pictures(config: Reproduce, images: ImageSet) -> None:
-    """Figs. 1 and 8: what each layer of HR-VQVAE adds, and what each level of VQ-VAE-2 does."""
+def pictures(config: ReproduceHRVQVAE, images: ImageSet) -> None:
+    """Draws Figs. 1 and 8: decodes of the first layers of HR-VQVAE, and of the coarsest levels of VQ-VAE-2."""
     rows = ImageRows(images, split="held_out", flips=False)
     batch = to_float(rows.spread(SHOWN)).to(best_device())
     linked, levels = (_model(config, kind, images) for kind in ("hrvq", "vqvae2"))
@@ -200,34 +196,34 @@ def pictures(config: Reproduce, images: ImageSet) -> None:
     codes = levels.encode(batch)
     for count in range(len(codes), 0, -1):
         sheet[f"VQ-VAE-2, {count} of {len(codes)} levels"] = levels.decode(_coarsest(codes, count))
-    save_sheet(config.picture("layers"), {caption: row.cpu() for caption, row in sheet.items()})
-    write(config, "pictures", f"![What each layer and each level adds]({config.picture('layers').name})")
+    save_sheet(path := config.picture("layers"), {caption: row.cpu() for caption, row in sheet.items()})
+    write(config, "pictures", f"![What each layer and each level adds]({path.name})")
 
 
 def _coarsest(codes: Codes, count: int) -> Codes:
-    """The coarsest levels as they are; the finer ones hold their most frequent code everywhere."""
+    """Keeps the codes of the coarsest levels, and fills the finer ones with their most frequent code."""
     return tuple(
         grid if level < count else torch.full_like(grid, int(grid.flatten().mode().values))
         for level, grid in enumerate(codes)
     )
 
 
-def _model(config: Reproduce, kind: str, images: ImageSet) -> Tokenizer:
-    """The first seed's of Table 1 at its best, trained if it was not."""
-    methods = cells(Reproduce(**{**vars(config), "parts": ("methods",)}))["methods"]
-    run = next(run for run in methods if run.kind == kind and not run.plain)
-    return load_tokenizer(str(trained(run, config, images))).to(best_device())
+def _model(config: ReproduceHRVQVAE, kind: str, images: ImageSet) -> Tokenizer:
+    """Loads Table 1's model with smalti's defaults, of the first seed; trains it if it was not."""
+    methods = specs_by_part(replace(config, parts=("methods",)))["methods"]
+    spec = next(spec for spec in methods if spec.kind == kind and not spec.plain)
+    return trained(spec, config, images).tokenizer()
 
 
-def _mean(results: list[dict[str, Any]]) -> float:
-    return statistics.mean(found["mse"] for found in results)
+def _mean_mse(results: list[dict[str, Any]]) -> float:
+    return statistics.mean(result["mse"] for result in results)
 
 
-def _used(found: dict[str, Any]) -> str:
-    return ", ".join(f"{share:.0%}" for share in found["used"])
+def _used(measured: dict[str, Any]) -> str:
+    return ", ".join(f"{share:.0%}" for share in measured["used"])
 
 
-def _numbers(found: dict[str, Any] | None) -> str:
-    if not found:
+def _scores(measured: dict[str, Any] | None) -> str:
+    if not measured:
         return f"{NONE} | |"
-    return f"{found['mse']:.5f} | {_used(found)} | {', '.join(f'{p:.0f}' for p in found['perplexity'])}"
+    return f"{measured['mse']:.5f} | {_used(measured)} | {', '.join(f'{p:.0f}' for p in measured['perplexity'])}"

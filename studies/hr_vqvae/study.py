@@ -1,7 +1,7 @@
-"""The HR-VQVAE paper's studies, trained anew: the settings of all; of reconstruction, which runs, and what is measured.
+"""The study of HR-VQVAE's paper: its settings, the tokenizers that it trains, and what is measured of them.
 
-A run is trained by `train_tokenizer` and measured once; both are kept, so a study that is stopped goes on. Priors and
-samples are in `reproduce_samples.py`; what is written of it all is in `reproduce_report.py`.
+Each tokenizer is trained by `train_tokenizer` and measured once; a study that was stopped resumes. Priors and samples
+are in `samples.py`, tables and pictures in `report.py` and `samples_report.py`.
 """
 
 import dataclasses
@@ -18,15 +18,16 @@ from tyro.conf import Positional
 
 from smalti.benchmarks.comparison import synchronize
 from smalti.commands.codebook_usage import code_counts
-from smalti.commands.model_paths import RUNS, load_tokenizer
+from smalti.commands.model_paths import RUNS
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
-from smalti.core.devices import Precision, best_device
+from smalti.core.devices import Precision
 from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.files import write_json
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet, open_images
 from smalti.latentsets.reader import perplexity
 from smalti.metrics.extractors import ExtractorName
+from smalti.studies.experiment import Trial, count_parameters, picture_path
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.quantizers.linked import LinkedQuantizer
 from smalti.tokenizers.vq.hrvq import HRVQConfig
@@ -41,9 +42,9 @@ KINDS = ("vqvae", "vqvae2", "hrvq")
 NAMES = {"vqvae": "VQ-VAE", "vqvae2": "VQ-VAE-2", "hrvq": "HR-VQVAE"}
 LEAVES, DEPTH, DEPTHS, DEPTH_LEAVES, SIZES = 512, 3, (1, 2, 3, 6), 64, (512, 4_096, 32_768)
 PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "kmeans_start": False}
-"""As the papers train: the losses alone. The other settings are the defaults."""
+"""Codebook settings of the papers: learning by the losses alone. All other settings are smalti's defaults."""
 CODES_OF_IMAGES = 10_000
-"""How many images' codes are searched for, in Table 2."""
+"""Images whose codes are searched in Table 2."""
 SEARCH_BLOCK, SEARCH_REPETITIONS = 500, 3
 RESULT_NAME = "result.json"
 PAPER_GRID = 16
@@ -54,26 +55,26 @@ class Generating:
     """Budgets of priors and samples.
 
     Raises:
-        UserError: for a number that is too small.
+        UserError: if a number is too small.
     """
 
     grid: Literal[8, 16] = 8
-    """Rows and columns of the codes that priors learn, of VQ-VAE-2 the finest; the paper has 16."""
+    """Rows and columns of the codes that priors learn (of VQ-VAE-2's finest level). The paper has 16."""
     prior_steps: int = 300
-    """Optimiser steps of the prior of each level."""
+    """Training steps of the prior of each level."""
     prior_batch_size: int = 32
-    """Images a step of a prior."""
+    """Batch size of the priors' training."""
     pixelcnn_width: int = 64
     """Width of the PixelCNN."""
     hourglass_width: int = 96
-    """Width of the hourglass; a multiple of 32, or of 4 below that."""
+    """Width of the hourglass: a multiple of 32, or of 4 if it is below 32."""
     num: int = 400
-    """Samples of each prior, held against as many held-out images, at most."""
+    """Most samples of each prior, and most held-out images, that Fréchet distances are measured of."""
     reference: int = 2_000
-    """Most training images that Fréchet distances are taken to."""
+    """Most training images that Fréchet distances are measured to."""
     extractor: ExtractorName = "lite0"
-    """Network whose features they are of: `lite0`, with the extra `metrics`; or `inception`, as the paper, which
-    downloads weights."""
+    """Network of the features for Fréchet distances: `lite0` needs the extra `metrics`; `inception`, which the paper
+    used, downloads its weights."""
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "prior_steps", "prior_batch_size", "pixelcnn_width", "hourglass_width")
@@ -82,64 +83,68 @@ class Generating:
 
 
 @dataclass(frozen=True)
-class Reproduce:
-    """What to reproduce, and at which budget.
+class ReproduceHRVQVAE:
+    """Settings of the study of HR-VQVAE.
 
     Raises:
-        UserError: for a number below 1.
+        UserError: if a number is below 1.
     """
 
     study: Positional[Literal["hr-vqvae"]]
-    """Whose numbers: the study of VQ-VAE, VQ-VAE-2 and HR-VQVAE."""
+    """The study of VQ-VAE, VQ-VAE-2 and HR-VQVAE."""
     images: str
-    """The data set's training images, whatever `--images` of train_tokenizer takes: a Parquet file, say."""
+    """The data set's training images, such as a Parquet file; any form that `--images` of train_tokenizer accepts."""
     data: DataName = "mnist"
-    """Which data set that is, for the paper's numbers beside ours."""
+    """The name of the data set, which selects the paper's numbers."""
     parts: tuple[Part, ...] = get_args(Part)
-    """Table 1 and Figs. 1 and 8; the Fréchet distances of Table 1; Fig. 5; Table 2; Fig. 6; Table 3; and HR-VQVAE's
-    codes predicted digit by digit beside one softmax over all of them."""
+    """The parts to run: Table 1 with Figs. 1 and 8 (`methods`), the Fréchet distances of Table 1 (`distances`), Fig. 5
+    (`depth`), Table 2 (`search`), Fig. 6 (`size`), Table 3 (`samples`), and a head that predicts HR-VQVAE's codes digit
+    by digit against one softmax over all codes (`heads`)."""
     seeds: int = 3
-    """Runs of each model in Tables 1 and 3 and in Fig. 5, and of each head; the rest has one."""
+    """Seeds of each model in Tables 1 and 3 and in Fig. 5, and of each head. The other parts use one seed."""
     steps: int = 1_000
-    """Optimiser steps of every tokenizer."""
+    """Training steps of every tokenizer except those of Fig. 6."""
     size_steps: int = 300
-    """Those of the runs of Fig. 6, which at 32768 leaves of one codebook are slow."""
+    """Training steps of the tokenizers of Fig. 6, which are slow with 32768 leaves in one codebook."""
     batch_size: int = 16
-    """Images a step."""
+    """Batch size of the tokenizers' training."""
     precision: Precision = "auto"
-    """Arithmetic of the networks in training; what is measured is in fp32."""
+    """Precision of the networks in training. Measurements use fp32."""
     channels: int = 32
     """Width of the networks."""
     code_width: int = 16
     """Length of a codeword."""
     usage_images: int = 60_000
-    """Over how many training images, at most, leaves in use and perplexity are counted; of one codebook of 32768, over
-    an eighth of them."""
+    """Most training images over which leaves in use and perplexity are counted; an eighth of them for one codebook of
+    32768 leaves."""
     generating: Generating = field(default_factory=Generating)
     work: Path = RUNS / "reproductions"
-    """Where runs are kept."""
+    """The folder for trained models and results."""
     out: Path = Path("docs/reproductions/hr-vqvae.md")
-    """The Markdown file whose measured parts are replaced, with its pictures beside it."""
+    """The Markdown report. Its measured sections are replaced; pictures are written beside it."""
 
     def __post_init__(self) -> None:
         require_at_least_one(
             self, "seeds", "steps", "size_steps", "batch_size", "channels", "code_width", "usage_images"
         )
 
-    def picture(self, what: str) -> Path:
-        """Beside the report."""
-        return self.out.with_name(f"{self.out.stem}-{self.data}-{what}.png")
+    def picture(self, name: str) -> Path:
+        """Returns the path of a picture beside the report."""
+        return picture_path(self.out, self.data, name)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of the study.
+class TokenizerSpec:
+    """The description of one tokenizer that the study trains.
 
     Attributes:
-        leaves: codes of a position; of VQ-VAE-2, of each level's.
-        depth: layers of linked codebooks.
-        plain: trained as the paper had it.
-        grid: rows and columns of codes, of VQ-VAE-2 of the finest.
+        kind: The registered kind.
+        plain: Whether its codebooks are trained as in the paper; otherwise with smalti's defaults.
+        steps: Training steps.
+        leaves: The number of codes (at each level of VQ-VAE-2).
+        depth: Layers of linked codebooks.
+        seed: The seed of training.
+        grid: Rows and columns of the codes (of VQ-VAE-2's finest level).
     """
 
     kind: str
@@ -152,104 +157,107 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder, but for the settings that all cells share."""
-        how = "plain" if self.plain else "best"
-        of_grid = "" if self.grid == PAPER_GRID else f"-grid{self.grid}"
-        return f"{self.kind}-{self.leaves}-depth{self.depth}-{how}-{self.steps}steps-seed{self.seed}{of_grid}"
+        """The name of its folder, without the settings that all tokenizers of a study share."""
+        codebooks = "plain" if self.plain else "best"
+        grid = "" if self.grid == PAPER_GRID else f"-grid{self.grid}"
+        return f"{self.kind}-{self.leaves}-depth{self.depth}-{codebooks}-{self.steps}steps-seed{self.seed}{grid}"
 
 
-def cells(config: Reproduce) -> dict[Part, list[Cell]]:
-    """The runs of each part; one that two parts share has one name."""
+def specs_by_part(config: ReproduceHRVQVAE) -> dict[Part, list[TokenizerSpec]]:
+    """Returns the tokenizers of each part. Parts that need the same tokenizer share it."""
     depths = {"vqvae": 1, "vqvae2": 1, "hrvq": DEPTH}
 
-    def of_methods(plain: tuple[bool, ...], grid: int) -> list[Cell]:
+    def all_methods(plain_values: tuple[bool, ...], grid: int) -> list[TokenizerSpec]:
         return [
-            Cell(kind, how, config.steps, LEAVES, depths[kind], seed, grid)
+            TokenizerSpec(kind, plain, config.steps, LEAVES, depths[kind], seed, grid)
             for seed in range(config.seeds)
             for kind in reversed(KINDS)
-            for how in plain
+            for plain in plain_values
         ]
 
-    methods, drawn = of_methods((False, True), PAPER_GRID), of_methods((False,), config.generating.grid)
+    methods, generating = all_methods((False, True), PAPER_GRID), all_methods((False,), config.generating.grid)
     depth = [
-        Cell("hrvq", plain, config.steps, DEPTH_LEAVES, n, seed)
+        TokenizerSpec("hrvq", plain, config.steps, DEPTH_LEAVES, n, seed)
         for seed in range(config.seeds)
         for plain in (True, False)
         for n in DEPTHS
     ]
     size = [
-        Cell(kind, plain, config.size_steps, leaves, depths[kind])
+        TokenizerSpec(kind, plain, config.size_steps, leaves, depths[kind])
         for leaves in SIZES
         for kind, plain in (("hrvq", False), ("vqvae", False), ("vqvae", True))
     ]
-    found: dict[Part, list[Cell]] = {
+    specs: dict[Part, list[TokenizerSpec]] = {
         "methods": methods,
         "distances": methods,
         "depth": depth,
         "size": size,
-        "samples": drawn,
-        "heads": [cell for cell in drawn if cell.kind == "hrvq"],
+        "samples": generating,
+        "heads": [spec for spec in generating if spec.kind == "hrvq"],
     }
-    return {part: found.get(part, []) for part in config.parts}
+    return {part: specs.get(part, []) for part in config.parts}
 
 
-def model_of(cell: Cell, config: Reproduce) -> VQConfig:
-    """Networks of one shape: 16x16 codes of 32x32 images, and 8x8 and 4x4 above them in VQ-VAE-2; or half of these."""
+def model_of(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> VQConfig:
+    """Returns the config of a tokenizer. All have networks of one shape.
+
+    Images of 32x32 have 16x16 codes, and VQ-VAE-2 has 8x8 and 4x4 codes at its coarser levels; with a grid of 8, half
+    of each.
+    """
     shared: dict[str, Any] = {
         "image_channels": 1 if config.data == "mnist" else 3,
-        "widths": (config.channels,) * (1 if cell.grid == PAPER_GRID else 2),
+        "widths": (config.channels,) * (1 if spec.grid == PAPER_GRID else 2),
         "code_width": config.code_width,
-        **(PLAIN if cell.plain else {}),
+        **(PLAIN if spec.plain else {}),
     }
-    if cell.kind == "hrvq":
-        return HRVQConfig(**shared, depth=cell.depth, branching=round(cell.leaves ** (1 / cell.depth)))
-    if cell.kind == "vqvae2":
-        return VQVAE2Config(**shared, codebook_size=cell.leaves, levels=3)
-    return VQVAEConfig(**shared, codebook_size=cell.leaves)
+    if spec.kind == "hrvq":
+        return HRVQConfig(**shared, depth=spec.depth, branching=round(spec.leaves ** (1 / spec.depth)))
+    if spec.kind == "vqvae2":
+        return VQVAE2Config(**shared, codebook_size=spec.leaves, levels=3)
+    return VQVAEConfig(**shared, codebook_size=spec.leaves)
 
 
-def open_data(config: Reproduce) -> ImageSet:
-    """The images, at 32x32 pixels: MNIST's 28x28 are enlarged, for 16x16 codes at half the size."""
+def open_data(config: ReproduceHRVQVAE) -> ImageSet:
+    """Opens the images at 32x32 pixels. MNIST's 28x28 are enlarged, so that half the size gives 16x16 codes."""
     return open_images(config.images, height=32, width=32, channels=1 if config.data == "mnist" else 3)
 
 
-def folder_of(cell: Cell, config: Reproduce) -> Path:
-    """Where a run is kept: named by all that decides it, but for what is as by default."""
-    shared = [one for one in dataclasses.fields(Reproduce) if one.name in ("batch_size", "channels", "code_width")]
-    given = ((one, getattr(config, one.name)) for one in shared)
-    return config.work / config.data / "-".join([cell.name, *(f"{o.name}{v}" for o, v in given if v != o.default)])
+def trial_of(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> Trial:
+    """Returns the trial of a tokenizer. Its folder's name leaves out shared settings with their default values."""
+    shared = [field for field in dataclasses.fields(config) if field.name in ("batch_size", "channels", "code_width")]
+    values = [(field, getattr(config, field.name)) for field in shared]
+    changed = [f"{field.name}{value}" for field, value in values if value != field.default]
+    return Trial(config.work / config.data / "-".join([spec.name, *changed]))
 
 
-def trained(cell: Cell, config: Reproduce, images: ImageSet) -> Path:
-    """The folder of a run, trained as far as it was not yet, and measured."""
-    folder = folder_of(cell, config)
-    if result(cell, config):
-        return folder
-    path, start = folder / RESULT_NAME, time.perf_counter()
-    fit = FitConfig(steps=cell.steps, batch_size=config.batch_size, seed=cell.seed, report_steps=cell.steps)
-    model = model_of(cell, config)
-    flips = config.data != "mnist"  # mirrored digits are no digits
+def trained(spec: TokenizerSpec, config: ReproduceHRVQVAE, images: ImageSet) -> Trial:
+    """Returns the trial of a tokenizer, trained (or resumed) and measured if it was not."""
+    trial = trial_of(spec, config)
+    if result(spec, config):
+        return trial
+    path, start = trial.folder / RESULT_NAME, time.perf_counter()
+    fit = FitConfig(steps=spec.steps, batch_size=config.batch_size, seed=spec.seed, report_steps=spec.steps)
     settings = TrainTokenizer(
-        model=model,
+        model=model_of(spec, config),
         fit=fit,
-        tokenizer=cell.kind,
+        tokenizer=spec.kind,
         images=config.images,
-        flips=flips,
+        flips=config.data != "mnist",  # mirrored digits are not digits
         precision=config.precision,
-        out=folder,
+        out=trial.folder,
     )
     train_tokenizer(settings, images)
     seconds = time.perf_counter() - start
     before = json.loads(path.read_text()) if path.exists() else {"train_seconds": seconds}
-    of_images = counted(cell, config)
-    found = measured(load_tokenizer(str(folder)).to(best_device()), images, of_images)
-    write_json(path, {**before, "cell": asdict(cell), "usage_images": of_images, **found})
-    return folder
+    usage_images = usage_images_of(spec, config)
+    scores = measured(trial.tokenizer(), images, usage_images)
+    write_json(path, {**before, "cell": asdict(spec), "usage_images": usage_images, **scores})
+    return trial
 
 
 @torch.no_grad()
 def measured(tokenizer: Tokenizer, images: ImageSet, usage_images: int) -> dict[str, Any]:
-    """Held-out MSE, in [0, 1] units; and, of each level over training images, the share of codes in use, perplexity."""
+    """Measures the held-out MSE in [0, 1] units and, per level, codebook usage and perplexity on training images."""
     rows = ImageRows(images, split="held_out", flips=False)
     device = next(tokenizer.parameters()).device
     error, values = 0.0, 0
@@ -263,57 +271,57 @@ def measured(tokenizer: Tokenizer, images: ImageSet, usage_images: int) -> dict[
         "held_out_images": len(rows),
         "used": [float((level > 0).double().mean()) for level in counts],
         "perplexity": [perplexity(level) for level in counts],
-        "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
+        "parameters": count_parameters(tokenizer),
     }
 
 
-def result(cell: Cell, config: Reproduce) -> dict[str, Any] | None:
-    """What was measured of a run, of so many images; None if it was not yet."""
-    path = folder_of(cell, config) / RESULT_NAME
+def result(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> dict[str, Any] | None:
+    """Returns what was measured of a tokenizer; None if it was not measured, or over another number of images."""
+    path = trial_of(spec, config).folder / RESULT_NAME
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
-    of_images = found.get("usage_images", Reproduce.usage_images)  # results had no such number at first
-    return found if of_images == counted(cell, config) else None
+    scores = json.loads(path.read_text())
+    usage_images = scores.get("usage_images", ReproduceHRVQVAE.usage_images)  # early results lack this number
+    return scores if usage_images == usage_images_of(spec, config) else None
 
 
-def counted(cell: Cell, config: Reproduce) -> int:
-    """Over how many training images, at most, its leaves in use are counted: a large flat codebook's search is slow."""
-    flat = cell.leaves if cell.depth == 1 else 0
-    return config.usage_images * SIZES[1] // max(flat, SIZES[1])
+def usage_images_of(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> int:
+    """Returns the most training images over which codes are counted; fewer for a large flat codebook (slow search)."""
+    flat_leaves = spec.leaves if spec.depth == 1 else 0
+    return config.usage_images * SIZES[1] // max(flat_leaves, SIZES[1])
 
 
 @torch.no_grad()
 def features(tokenizer: Tokenizer, batch: Float[Tensor, "b c h w"]) -> list[tuple[LinkedQuantizer, Tensor]]:
-    """Each quantizer of a tokenizer, and what of these images reaches it."""
-    found: list[tuple[LinkedQuantizer, Tensor]] = []
+    """Returns each quantizer of a tokenizer with its input z_e for these images."""
+    inputs: list[tuple[LinkedQuantizer, Tensor]] = []
 
-    def note(quantizer: nn.Module, given: tuple[Tensor]) -> None:
-        found.append((cast(LinkedQuantizer, quantizer), given[0]))
+    def record(quantizer: nn.Module, arguments: tuple[Tensor]) -> None:
+        inputs.append((cast(LinkedQuantizer, quantizer), arguments[0]))
 
     quantizers = [module for module in tokenizer.modules() if isinstance(module, LinkedQuantizer)]
-    hooks = [quantizer.register_forward_pre_hook(note) for quantizer in quantizers]
+    hooks = [quantizer.register_forward_pre_hook(record) for quantizer in quantizers]
     tokenizer(batch)
     for hook in hooks:
         hook.remove()
-    return found
+    return inputs
 
 
 def search_seconds(tokenizer: Tokenizer, images: ImageSet) -> float:
-    """Seconds to find the codes of `CODES_OF_IMAGES` images in what the encoder makes of them; the best of some.
+    """Measures the seconds to search the codes of `CODES_OF_IMAGES` images in their z_e; the best of several timings.
 
-    Of the images there are, as many as needed, over and over, in blocks.
+    One block of images is searched repeatedly.
     """
     rows = ImageRows(images, split="train", flips=False)
     batch = to_float(rows.__getitems__([i % len(rows) for i in range(SEARCH_BLOCK)])["images"])
-    reached, taken = features(tokenizer, batch.to(next(tokenizer.parameters()).device)), []
-    for turn in range(SEARCH_REPETITIONS + 1):
+    inputs, seconds = features(tokenizer, batch.to(next(tokenizer.parameters()).device)), []
+    for repetition in range(SEARCH_REPETITIONS + 1):
         synchronize()
         start = time.perf_counter()
         for _ in range(CODES_OF_IMAGES // SEARCH_BLOCK):
-            for quantizer, z_e in reached:
+            for quantizer, z_e in inputs:
                 quantizer.encode(z_e)
         synchronize()
-        if turn:  # the first compiles
-            taken.append(time.perf_counter() - start)
-    return min(taken)
+        if repetition:  # the first repetition compiles
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,7 +1,7 @@
-"""selfVAE's study, trained anew: a VAE, a selfVAE and a 3-level selfVAE of one budget, and what is measured of each.
+"""The study of selfVAE's paper: its settings, and a VAE, a selfVAE and a 3-level selfVAE trained on one budget.
 
-A run is trained by `train_tokenizer` and measured once; both are kept, so a study that is stopped goes on. What is
-written of it is in `reproduce_selfvae_report.py`.
+Each model is trained by `train_tokenizer`; a study that was stopped resumes. Measurements and the report are in
+`report.py`.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision
 from smalti.core.errors import require_at_least_one
 from smalti.images.image_set import ImageSet, open_images
+from smalti.studies.experiment import Trial
 from smalti.tokenizers.selfvae.hierarchical_vae import VAEConfig
 from smalti.tokenizers.selfvae.selfvae import SelfVAEConfig
 
@@ -32,46 +33,46 @@ MODELS: dict[ModelName, VAEConfig] = {
 
 @dataclass(frozen=True)
 class ReproduceSelfVAE:
-    """What to reproduce of selfVAE's paper, and at which budget.
+    """Settings of the study of selfVAE.
 
     Raises:
-        UserError: for a number below 1.
+        UserError: if a number is below 1.
     """
 
     study: Positional[Literal["selfvae"]]
-    """Whose numbers: the study of VAE and selfVAE."""
+    """The study of VAE and selfVAE."""
     data: DataName = "cifar10"
-    """Which data set the images are, for the paper's numbers beside ours."""
+    """The name of the data set, which selects the paper's numbers."""
     images: str = "emoji"
-    """The data set's training images, whatever `--images` of train_tokenizer takes: a Parquet file, say."""
+    """The data set's training images, such as a Parquet file; any form that `--images` of train_tokenizer accepts."""
     models: tuple[ModelName, ...] = ("vae", "selfvae-downscale", "selfvae-downscale-3lvl")
-    """Rows of Table 1."""
+    """The rows of Table 1 to run."""
     channels: int = 48
     """Channels of the networks."""
     growth: int = 16
     """Channels that each layer of a dense block adds."""
     dense_layers: int = 2
-    """Layers of a dense block."""
+    """Layers of each dense block."""
     warm_up: float = 0.0
-    """Share of the training over which what latents cost comes into the loss; the paper has none."""
+    """Share of the training during which the KL terms' weight rises from 0 to 1 (KL warm-up). The paper has none."""
     steps: int = 1_200
-    """Optimiser steps of every model."""
+    """Training steps of every model."""
     batch_size: int = 16
-    """Images a step."""
+    """Batch size."""
     precision: Precision = "auto"
-    """Arithmetic of the networks in training; what is measured is in fp32."""
+    """Precision of the networks in training. Measurements use fp32."""
     num: int = 1_000
-    """Held-out images sent and made again, and images generated, at most."""
+    """Most held-out images to reconstruct, and most images to generate."""
     reference: int = 5_000
-    """Most training images that distances are taken to."""
+    """Most training images that Fréchet distances are measured to."""
     likelihood_num: int = 64
-    """Held-out images whose bits are counted."""
+    """Held-out images whose negative log-likelihood is measured."""
     samples: int = 512
-    """Importance samples of each of them."""
+    """Importance samples per image."""
     work: Path = RUNS / "reproductions" / "selfvae"
-    """Where runs are kept."""
+    """The folder for trained models and results."""
     out: Path = Path("docs/reproductions/selfvae.md")
-    """The Markdown file whose measured parts are replaced, with its pictures beside it."""
+    """The Markdown report. Its measured sections are replaced; pictures are written beside it."""
 
     def __post_init__(self) -> None:
         require_at_least_one(
@@ -80,16 +81,16 @@ class ReproduceSelfVAE:
 
 
 def open_data(config: ReproduceSelfVAE) -> ImageSet:
-    """The images, at 32x32 pixels in colour."""
+    """Opens the images at 32x32 pixels in colour."""
     return open_images(config.images, height=32, width=32, channels=3)
 
 
-def trained(name: ModelName, config: ReproduceSelfVAE, images: ImageSet) -> Path:
-    """The folder of a run, trained as far as it was not yet."""
+def trained(name: ModelName, config: ReproduceSelfVAE, images: ImageSet) -> Trial:
+    """Returns the trial of a model, trained (or resumed) if it was not."""
     size = {"channels": config.channels, "growth": config.growth, "dense_layers": config.dense_layers}
-    named = "-".join(map(str, size.values()))
-    warmed = f"-warm{config.warm_up}" if config.warm_up else ""
-    folder = config.work / config.data / f"{name}-{named}-{config.steps}steps{warmed}"
+    sizes = "-".join(map(str, size.values()))
+    warm_up = f"-warm{config.warm_up}" if config.warm_up else ""
+    folder = config.work / config.data / f"{name}-{sizes}-{config.steps}steps{warm_up}"
     fit = replace(
         LIKELIHOOD_FIT, steps=config.steps, batch_size=config.batch_size, report_steps=config.steps, save_steps=250
     )
@@ -101,4 +102,4 @@ def trained(name: ModelName, config: ReproduceSelfVAE, images: ImageSet) -> Path
         precision=config.precision,
         out=folder,
     )
-    return train_tokenizer(settings, images)
+    return Trial(train_tokenizer(settings, images))

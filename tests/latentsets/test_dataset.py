@@ -1,4 +1,4 @@
-"""Latent sets as training reads them: splits, batches in this process and in workers, codes resident on a device."""
+"""The torch dataset of a latent set: splits, batches in this process and in DataLoader workers, codes on a device."""
 
 from typing import Any
 
@@ -23,11 +23,11 @@ LAYOUT = Layout(
 WIDTHS_BYTES = (4, 1, 2, 4)
 LABELS = torch.arange(ROWS) % 7 - 1
 SOURCE_IDS = torch.arange(ROWS) // 3
-HELD_OUT = held_out(SOURCE_IDS * 7919)  # of what the images had for ids: the set must keep it, not compute it
+HELD_OUT = held_out(SOURCE_IDS * 7919)  # of other ids: the set must keep the split, not compute it
 
 
 def make_codes() -> tuple[torch.Tensor, ...]:
-    """Codes that name their row, from the top of each codebook down: at level 2 the top one of two bytes is set."""
+    """Codes that identify their row, from the top of each codebook down; at level 2 they use both bytes."""
     numbers = torch.arange(ROWS * 6).view(ROWS, 2, 3)
     return (
         torch.arange(ROWS * 4, dtype=torch.float32).view(ROWS, 2, 1, 2),
@@ -47,11 +47,11 @@ def latent_set(tmp_path_factory: pytest.TempPathFactory) -> LatentSet:
     return LatentSet(path)
 
 
-def as_it_is(batch: Any) -> Any:
+def identity(batch: Any) -> Any:
     return batch
 
 
-def test_the_split_parts_source_images_and_loses_no_row(latent_set):
+def test_split_separates_source_images_and_loses_no_row(latent_set):
     train, kept = (LatentRows(latent_set, split=split, level=1) for split in ("train", "held_out"))
     assert len(train) + len(kept) == len(LatentRows(latent_set, split="all")) == ROWS
     rows_of_kept = HELD_OUT.nonzero().squeeze(1)
@@ -65,7 +65,7 @@ def test_the_split_parts_source_images_and_loses_no_row(latent_set):
 
 @settings(max_examples=25)
 @given(level=st.sampled_from(range(4)), asked=st.lists(st.integers(0, 200), min_size=1, max_size=9))
-def test_a_batch_from_the_device_equals_one_from_the_map(latent_set, level, asked):
+def test_resident_batch_equals_memory_mapped_batch(latent_set, level, asked):
     rows = LatentRows(latent_set, split="train", level=level)
     mapped = rows.__getitems__(asked)
     resident = rows.to("cpu").__getitems__(asked)
@@ -73,14 +73,14 @@ def test_a_batch_from_the_device_equals_one_from_the_map(latent_set, level, aske
     for batch in (mapped, resident):
         assert torch.equal(batch["codes"], expected)
         assert batch["codes"].dtype == (torch.int64 if level else torch.float32)
-        for above in range(level):
-            assert torch.equal(batch[f"upper_{above}"], make_codes()[above][~HELD_OUT][asked])
+        for coarser in range(level):
+            assert torch.equal(batch[f"upper_{coarser}"], make_codes()[coarser][~HELD_OUT][asked])
         assert torch.equal(batch["labels"], LABELS[~HELD_OUT][asked])
         assert batch["rows"].tolist() == asked
         assert len(batch) == level + 3
 
 
-def test_codes_on_the_device_keep_their_stored_width(latent_set):
+def test_resident_codes_keep_their_stored_width(latent_set):
     stored_bytes = [codes.numel() * width for codes, width in zip(make_codes(), WIDTHS_BYTES, strict=True)]
     for level in range(len(WIDTHS_BYTES)):
         rows = LatentRows(latent_set, split="all", level=level).to("cpu")
@@ -90,19 +90,20 @@ def test_codes_on_the_device_keep_their_stored_width(latent_set):
         assert held == rows.resident_bytes == sum(stored_bytes[: level + 1])
 
 
-@pytest.mark.parametrize(("method", "workers"), [("fork", 4), ("spawn", 2)])  # a spawned one imports everything anew
-def test_workers_read_a_hundred_thousand_rows_without_a_wrong_value(tmp_path, method, workers):
+@pytest.mark.parametrize(("method", "workers", "reads"), [("fork", 2, 100_000), ("spawn", 1, 10_000)])
+def test_dataloader_workers_read_correct_rows(tmp_path, method, workers, reads):
+    """Spawned workers receive the set by its path and map the file anew."""
     numbers, layout = torch.arange(20_000), Layout((Level(2, 3, (2**17,)),))
     columns = {"labels": numbers % 5 - 1, "source_ids": numbers, "held_out": numbers < 0, "flipped": numbers < 0}
-    codes = numbers.view(-1, 1, 1) * 6 + torch.arange(6).view(2, 3)  # they name their row and position
+    codes = numbers.view(-1, 1, 1) * 6 + torch.arange(6).view(2, 3)  # they identify their row and position
     provenance = Provenance("hrvq", {}, "ab" * 32, "runs/tokenizers/hrvq", "emoji", "f00d", {})
     with LatentSetWriter(tmp_path / "latents.h5", layout, **columns, provenance=provenance) as writer:
         writer.write(0, (codes,))
     rows = LatentRows(LatentSet(tmp_path / "latents.h5"), split="all")
-    order = torch.randint(len(rows), (100_000,), generator=torch.Generator().manual_seed(0))
+    order = torch.randint(len(rows), (reads,), generator=torch.Generator().manual_seed(0))
     loader = DataLoader(
-        rows, 256, sampler=order.tolist(), num_workers=workers, multiprocessing_context=method, collate_fn=as_it_is
-    )  # pickled to spawned workers: the set goes by its path
+        rows, 256, sampler=order.tolist(), num_workers=workers, multiprocessing_context=method, collate_fn=identity
+    )
     read = 0
     for batch in loader:
         asked = order[read : read + len(batch["rows"])]
@@ -110,10 +111,10 @@ def test_workers_read_a_hundred_thousand_rows_without_a_wrong_value(tmp_path, me
         assert torch.equal(batch["codes"], codes[asked])
         assert torch.equal(batch["labels"], asked % 5 - 1)
         read += len(asked)
-    assert read == 100_000
+    assert read == reads
 
 
-def test_training_reads_from_the_device_what_fits_there(latent_set, monkeypatch):
+def test_training_copies_codes_to_the_device_if_they_fit(latent_set, monkeypatch):
     moved = []
     monkeypatch.setattr(LatentRows, "to", lambda self, device: moved.append(device) or self)
     rows, gpu = LatentRows(latent_set, split="all", level=1), torch.device("cuda")
@@ -129,7 +130,7 @@ def test_training_reads_from_the_device_what_fits_there(latent_set, monkeypatch)
         assert moved == moves
 
 
-def test_a_level_or_split_without_rows_is_refused(latent_set, tmp_path):
+def test_missing_level_and_empty_split_are_refused(latent_set, tmp_path):
     with pytest.raises(UserError, match="has levels 0 to 3, not 4"):
         LatentRows(latent_set, split="all", level=4)
     layout, no = Layout((Level(1, 1, (2,)),)), torch.tensor([False])

@@ -1,4 +1,4 @@
-"""Latent sets that are refused: damaged, truncated, incomplete, foreign. Not here: how whole ones are read."""
+"""Latent sets that are refused: damaged, truncated, incomplete, or in another format."""
 
 import json
 from pathlib import Path
@@ -16,20 +16,20 @@ from smalti.latentsets.reader import LatentSet
 
 
 @settings(max_examples=20)
-@given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-def test_verify_catches_any_flipped_byte_of_the_codes(tmp_path_factory, where, flip):
+@given(position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_verify_detects_any_changed_byte_of_the_codes(tmp_path_factory, position, flip):
     path = tmp_path_factory.mktemp("set") / "latents.h5"
     small_set(path)
     with opened(path, "r") as file:
         offset, size = file["codes/0"].id.get_offset(), file["codes/0"].id.get_storage_size()
     damaged = bytearray(path.read_bytes())
-    damaged[offset + int(where * size)] ^= flip
+    damaged[offset + int(position * size)] ^= flip
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="is damaged: its content has digest"):
         LatentSet(path).verify()
 
 
-def test_verify_catches_changed_columns_and_codes_outside_the_codebook(tmp_path):
+def test_verify_detects_changed_columns_and_codes_outside_the_codebook(tmp_path):
     path = tmp_path / "latents.h5"
     for name in ("labels", "source_ids", "held_out", "flipped"):
         small_set(path)
@@ -38,9 +38,7 @@ def test_verify_catches_changed_columns_and_codes_outside_the_codebook(tmp_path)
         with pytest.raises(UserError, match="is damaged: its content has digest"):
             LatentSet(path).verify()
     small_set(path)
-    with opened(
-        path, "r+"
-    ) as file:  # as another program might write it: the digest is of the numbers, these are too large
+    with opened(path, "r+") as file:  # another program may write a valid digest over codes that are too large
         file.attrs["layout"] = json.dumps(Layout((Level(3, 4, (257,)),)).to_json())
     with pytest.raises(UserError, match="codes not below 257 at level 0"):
         LatentSet(path).verify()
@@ -55,7 +53,7 @@ def refused(path: Path, message: str) -> None:
 
 @given(kept=st.floats(0, 1, exclude_max=True))
 @settings(max_examples=20)
-def test_a_truncated_file_is_refused_on_opening(tmp_path_factory, kept):
+def test_truncated_file_is_refused_on_opening(tmp_path_factory, kept):
     path = tmp_path_factory.mktemp("set") / "latents.h5"
     small_set(path)
     whole = path.read_bytes()
@@ -63,7 +61,7 @@ def test_a_truncated_file_is_refused_on_opening(tmp_path_factory, kept):
     refused(path, "truncated or damaged|not an HDF5 file")
 
 
-def test_foreign_files_are_refused(tmp_path):
+def test_files_in_other_formats_are_refused(tmp_path):
     path = tmp_path / "latents.h5"
     refused(path, "there is no latent set at")
     refused(tmp_path, "cannot be read: Is a directory")

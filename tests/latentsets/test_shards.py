@@ -1,4 +1,4 @@
-"""Shards by themselves: whatever is cut or damaged, only whole blocks count, and the merge is the set."""
+"""Shards of an unfinished latent set: only undamaged blocks count, the rest is encoded again, and all are merged."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def job(path: Path, **changes) -> Job:
 
 
 def codes_of(images) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rows for each image, which say whose they are."""
+    """Two rows for each image, which identify it."""
     rows = torch.tensor([2 * image + flip for image in images for flip in range(2)])
     reals = rows.view(-1, 1, 1, 1).float() / 7 + torch.arange(2).view(2, 1, 1)
     return rows.view(-1, 1, 1) * 13 + torch.arange(2), reals
@@ -46,10 +46,10 @@ def append(shards: Shards, blocks, bad=()) -> None:
     order=st.permutations(range(4)),
     count=st.integers(0, 4),
     damage=st.sampled_from(["none", "cut", "flip", "zeros"]),
-    where=st.floats(0, 1, exclude_max=True),
+    position=st.floats(0, 1, exclude_max=True),
     bad=st.sets(st.integers(0, IMAGES - 1), max_size=IMAGES - 1),
 )
-def test_only_whole_blocks_count_and_the_rest_is_done_again(tmp_path_factory, owners, order, count, damage, where, bad):
+def test_only_undamaged_blocks_count(tmp_path_factory, owners, order, count, damage, position, bad):
     path = tmp_path_factory.mktemp("shards") / "latents.h5"
     for process in range(3):
         with Shards(job(path), process=process) as shards:
@@ -60,13 +60,13 @@ def test_only_whole_blocks_count_and_the_rest_is_done_again(tmp_path_factory, ow
     own = [block for block in order[:count] if owners[block] == 1]
     if damage != "none" and own:
         file, size = shards.folder / "00001.shard", shards.record.itemsize
-        content, place = bytearray(file.read_bytes()), int(where * len(own) * size)
+        content, place = bytearray(file.read_bytes()), int(position * len(own) * size)
         if damage == "cut":
             content, lost = content[:place], set(own[place // size :])
         elif damage == "flip":
             content[place] ^= 1
             lost = {own[place // size]}
-        else:  # as a disk may have it when the power fails
+        else:  # a disk may contain zeros after a power failure
             before, content[place:] = bytes(content), bytes(len(content) - place)
             starts = range(0, len(before), size)
             same = [before[start:][:size] == content[start:][:size] for start in starts]
@@ -87,8 +87,8 @@ def test_only_whole_blocks_count_and_the_rest_is_done_again(tmp_path_factory, ow
 
 def check(path: Path, bad) -> None:
     latent_set, kept = LatentSet(path), [image for image in range(IMAGES) if image not in bad]
-    for found, expected in zip(latent_set.batch(range(len(latent_set))), codes_of(kept), strict=True):
-        assert torch.equal(found, expected)
+    for grid, expected in zip(latent_set.batch(range(len(latent_set))), codes_of(kept), strict=True):
+        assert torch.equal(grid, expected)
     assert latent_set.labels.equal(LABELS[kept].repeat_interleave(2))
     assert latent_set.held_out.equal(HELD_OUT[kept].repeat_interleave(2))
     sources = SOURCES[kept].tolist()
@@ -110,7 +110,7 @@ def check(path: Path, bad) -> None:
         ({"flips": False}, "flips"),
     ],
 )
-def test_blocks_under_another_key_are_thrown_away(tmp_path, changes, stale):
+def test_blocks_under_another_key_are_deleted(tmp_path, changes, stale):
     path = tmp_path / "latents.h5"
     with Shards(job(path)) as shards:
         shards.claim()
@@ -121,7 +121,7 @@ def test_blocks_under_another_key_are_thrown_away(tmp_path, changes, stale):
         assert bool([*shards.folder.glob("*.s*")]) == (stale is None)
 
 
-def test_a_kill_before_the_key_is_written_leaves_nothing_to_trust(tmp_path):
+def test_blocks_without_a_key_are_not_used(tmp_path):
     path = tmp_path / "latents.h5"
     with Shards(job(path)) as shards:
         shards.claim()
@@ -132,7 +132,7 @@ def test_a_kill_before_the_key_is_written_leaves_nothing_to_trust(tmp_path):
         assert shards.missing() == [0, 1, 2, 3]
 
 
-def test_a_note_cut_short_spoils_no_other(tmp_path):
+def test_truncated_note_damages_no_other(tmp_path):
     path = tmp_path / "latents.h5"
     with Shards(job(path)) as shards:
         shards.claim()
@@ -145,21 +145,21 @@ def test_a_note_cut_short_spoils_no_other(tmp_path):
     assert skipped == {1: "bad 1", 2: "it could not be decoded", 4: "bad 4"}
 
 
-def test_blocks_that_lack_an_image_are_missing_to_who_wants_all(tmp_path):
+def test_blocks_that_lack_an_image_are_missing_on_request(tmp_path):
     path = tmp_path / "latents.h5"
     with Shards(job(path), process=1) as shards:
         shards.folder.mkdir()
         append(shards, range(4), bad={4, 10})
         assert shards.missing() == []
         assert shards.missing(with_bad=True) == [1, 3]
-    with Shards(job(path)) as shards:  # the images are mended; its shard is read before the other
+    with Shards(job(path)) as shards:  # images were repaired; this shard is read before the other
         append(shards, [1], bad={})
         assert shards.missing(with_bad=True) == [3]
         shards.merge(PROVENANCE, **COLUMNS)
     check(path, {10})
 
 
-def test_one_that_failed_stops_the_others_until_the_next_build(tmp_path):
+def test_failed_process_stops_the_others_until_the_next_build(tmp_path):
     first, second = Shards(job(tmp_path / "latents.h5")), Shards(job(tmp_path / "latents.h5"), process=1)
     first.claim()
     assert not second.abandoned
@@ -169,7 +169,7 @@ def test_one_that_failed_stops_the_others_until_the_next_build(tmp_path):
     assert not second.abandoned
 
 
-def test_nothing_but_bad_images_is_refused_and_stays(tmp_path):
+def test_only_bad_images_are_refused_and_their_blocks_stay(tmp_path):
     with Shards(job(tmp_path / "latents.h5")) as shards:
         shards.claim()
         append(shards, range(4), bad=range(IMAGES))
@@ -197,8 +197,8 @@ def test_second_process_with_the_same_number_is_refused(tmp_path):
     Shards(job(tmp_path / "latents.h5")).claim()
 
 
-def test_folder_removed_while_it_was_locked_is_refused(tmp_path, monkeypatch):
-    """The builder before finished and removed it."""
+def test_folder_removed_while_it_is_locked_is_not_used(tmp_path, monkeypatch):
+    """The builder that held the lock before has finished and removed the folder."""
     shards = Shards(job(tmp_path / "latents.h5"))
 
     def flock(*_):
@@ -209,7 +209,7 @@ def test_folder_removed_while_it_was_locked_is_refused(tmp_path, monkeypatch):
         shards.claim()
 
 
-def test_records_take_little_more_than_their_codes(tmp_path):
+def test_records_are_hardly_larger_than_their_codes(tmp_path):
     layout = Layout((Level(8, 8, (512,)),))
     shards = Shards(job(tmp_path / "latents.h5", layout=layout, block_images=128))
     assert shards.record.itemsize < 1.01 * 256 * 128

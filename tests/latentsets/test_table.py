@@ -1,4 +1,4 @@
-"""Latent sets as tables of `datasets` and as Parquet: there and back nothing changes; what is no such table is told."""
+"""Latent sets as tables of `datasets` and Parquet files: the round trip changes nothing; other tables are refused."""
 
 import sys
 
@@ -24,7 +24,7 @@ def latent_set(tmp_path_factory):
     return LatentSet(path)
 
 
-def test_parquet_and_back_is_the_same_set(latent_set, tmp_path):
+def test_parquet_round_trip_keeps_the_set(latent_set, tmp_path):
     to_parquet(latent_set, tmp_path / "x.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
     again = from_parquet(str(tmp_path / "x.parquet"), tmp_path / "again.h5")
@@ -33,7 +33,7 @@ def test_parquet_and_back_is_the_same_set(latent_set, tmp_path):
     again.verify()
 
 
-def test_the_table_says_what_the_set_does(latent_set, tmp_path):
+def test_table_has_the_columns_of_the_set(latent_set, tmp_path):
     table = to_dataset(latent_set, cache=tmp_path)
     row = table.with_format("torch")[7]
     for index, codes in enumerate(latent_set.batch([7])):
@@ -41,15 +41,15 @@ def test_the_table_says_what_the_set_does(latent_set, tmp_path):
     assert table.features["label"].names == ["cat", "dög", "emu", "fox"]
     plain = table[7]
     assert (plain["label"], plain["source_id"], plain["held_out"], plain["flipped"]) == (1, 3, False, True)
-    hub = datasets.Features._from_yaml_list(table.features._to_yaml_list())  # as a data set's card keeps them
+    hub = datasets.Features._from_yaml_list(table.features._to_yaml_list())  # the form in a data set's card
     assert hub == table.features
 
 
-def test_a_selection_of_rows_is_a_set(latent_set, tmp_path):
+def test_selection_of_rows_converts_to_a_set(latent_set, tmp_path):
     rows = [900, 4, 901, 17]
     some = from_dataset(to_dataset(latent_set, cache=tmp_path).select(rows), tmp_path / "some.h5")
-    for found, expected in zip(some.batch(range(4)), latent_set.batch(rows), strict=True):
-        assert torch.equal(found, expected)
+    for grid, expected in zip(some.batch(range(4)), latent_set.batch(rows), strict=True):
+        assert torch.equal(grid, expected)
     assert some.source_ids.tolist() == [0, 1, 0, 2]
     for name in ("labels", "held_out", "flipped"):
         assert torch.equal(getattr(some, name), getattr(latent_set, name)[rows])
@@ -60,7 +60,7 @@ def changed(table, **names):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda table: table.remove_columns(DESCRIPTION), "the table has no column 'latent_set' of one class"),
         (lambda table: table.remove_columns("codes_0"), "the table has no column 'codes_0'"),
@@ -72,10 +72,10 @@ def changed(table, **names):
         (lambda table: table.map(lambda row: {"held_out": row["flipped"]}), "on both sides of the held-out split"),
     ],
 )
-def test_other_tables_are_refused(tmp_path, change, said):
+def test_other_tables_are_refused(tmp_path, change, message):
     small_set(tmp_path / "latents.h5")
     table = change(to_dataset(LatentSet(tmp_path / "latents.h5"), cache=tmp_path / "cache"))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         from_dataset(table, tmp_path / "again.h5")
     assert not (tmp_path / "again.h5").exists()
 
@@ -84,18 +84,18 @@ def convert(monkeypatch, capsys, latents, out):
     monkeypatch.setattr(sys, "argv", ["convert_latents.py", "--latents", str(latents), "--out", str(out)])
     try:
         convert_latents.main()
-    except SystemExit as left:
-        return left.code, capsys.readouterr().err.splitlines()[-1]
+    except SystemExit as error:
+        return error.code, capsys.readouterr().err.splitlines()[-1]
     return 0, capsys.readouterr().out
 
 
-def test_the_command_converts_both_ways(tmp_path, monkeypatch, capsys):
+def test_command_converts_in_both_directions(tmp_path, monkeypatch, capsys):
     small_set(tmp_path / "a.h5")
     digest = LatentSet(tmp_path / "a.h5").content_digest
     for source, out in [("a.h5", "a.parquet"), ("a.parquet", "b.h5")]:
-        status, said = convert(monkeypatch, capsys, tmp_path / source, tmp_path / out)
+        status, output = convert(monkeypatch, capsys, tmp_path / source, tmp_path / out)
         assert status == 0
-        assert f"60 rows, 3×4 of 8·8·8, digest {digest}" in said
+        assert f"60 rows, 3×4 of 8·8·8, digest {digest}" in output
     assert make_columns(60)["labels"].equal(LatentSet(tmp_path / "b.h5").labels)
     assert LatentSet(tmp_path / "b.h5").layout == GRID
     for source, out, expected in [
@@ -103,5 +103,5 @@ def test_the_command_converts_both_ways(tmp_path, monkeypatch, capsys):
         ("none.parquet", "c.h5", "cannot be opened as Parquet"),
         ("none.h5", "c.parquet", "there is no latent set at"),
     ]:
-        status, said = convert(monkeypatch, capsys, tmp_path / source, tmp_path / out)
-        assert (status, expected in said) == (2, True)
+        status, output = convert(monkeypatch, capsys, tmp_path / source, tmp_path / out)
+        assert (status, expected in output) == (2, True)

@@ -1,8 +1,8 @@
-"""The study of HR-VQVAE, tiny: which runs it has, what is measured of them, that it goes on, and what is written."""
+"""The study of HR-VQVAE, tiny: which tokenizers and priors it trains, what is measured of them, and that it resumes."""
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,69 +12,126 @@ from helpers.image_toys import write_patches
 from PIL import Image
 
 from smalti import load
-from smalti.images.decoding import to_float
+from smalti.core.randomness import Stream, choose
+from smalti.evaluation.code_likelihood import count_bits
+from smalti.images.decoding import to_float, to_uint8
+from smalti.images.image_set import ImageRows
+from smalti.latentsets.reader import LatentSet
+from smalti.metrics.extractors import Extractor
+from smalti.metrics.frechet import Moments, frechet_distance
+from smalti.priors.methods.sundae import SundaeSampling
+from smalti.priors.networks.hourglass import Hourglass
 from smalti.scripts import reproduce as command
-from smalti.studies.hr_vqvae import report, study
+from smalti.studies.hr_vqvae import report, samples, samples_report, study
+from smalti.studies.hr_vqvae.samples_report import order
 from smalti.studies.hr_vqvae.study import (
     RESULT_NAME,
-    Cell,
-    Reproduce,
-    cells,
+    ReproduceHRVQVAE,
+    TokenizerSpec,
     features,
-    folder_of,
     model_of,
     open_data,
     result,
+    specs_by_part,
     trained,
+    trial_of,
+    usage_images_of,
 )
 
-FLAGS = "--images img --parts methods depth search size --seeds 2 --steps 2 --size-steps 1 --batch-size 4 --channels 4 "
-FLAGS += "--code-width 3"
-SHARED = "-batch_size4-channels4-code_width3"  # in the folders' names
-PARTS = ("methods", "depth", "search", "size")
+FLAGS = "--images img --seeds 1 --steps 1 --size-steps 1 --batch-size 4 --channels 4 --code-width 3 "
+FLAGS += "--num 8 --reference 1000 --usage-images 8 --prior-steps 2 --prior-batch-size 4 "
+FLAGS += "--pixelcnn-width 8 --hourglass-width 8"
+SHARED = "1steps-seed0-batch_size4-channels4-code_width3"
+SHARED_GRID_8 = "1steps-seed0-grid8-batch_size4-channels4-code_width3"
+BUDGET = "8wide-2steps-batch4"
+
+
+class Means(Extractor):
+    """Mean of each quarter of the image."""
+
+    name, width, size, resampling = "lite0", 4, 2, "mean"
+
+    def features(self, colour):
+        return colour[:, 0].float().unflatten(2, (2, -1)).unflatten(1, (2, -1)).mean((2, 4)).flatten(1)
+
+
+@dataclass(frozen=True)
+class Short(SundaeSampling):
+    """A few denoising steps instead of a hundred."""
+
+    steps: int = 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole study with codebooks of at most 64, in a folder of its own, which is the current one."""
+    """A folder with the whole study, of codebooks of 8 leaves; it is the current folder.
+
+    The parts have the same sizes, so that they share most of their tokenizers.
+    """
     folder = tmp_path_factory.mktemp("study")
-    write_patches(folder / "img", 40)
-    small = {"LEAVES": 8, "DEPTH_LEAVES": 64, "SIZES": (8, 27), "CODES_OF_IMAGES": 8, "SEARCH_BLOCK": 4}
+    write_patches(folder / "img", 120)
+    small = {"LEAVES": 8, "DEPTHS": (1, 3), "DEPTH_LEAVES": 8, "SIZES": (8, 8)}
+    small |= {"CODES_OF_IMAGES": 8, "SEARCH_BLOCK": 4, "SAMPLES_AT_ONCE": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for module in (study, report):
-            for name, value in small.items():
-                patch.setattr(module, name, value, raising=False)
-        run(patch)
+        for module in (study, report, samples, samples_report):
+            for name in small.keys() & vars(module).keys():
+                patch.setattr(module, name, small[name])
+        patch.setattr(Hourglass, "method", replace(Hourglass.method, sampling=Short))
+        patch.setattr(samples, "find_extractor", lambda _name, device: Means(device))
+        run_study(patch)
         yield folder
 
 
-def run(patch):
+def run_study(patch):
     AcceleratorState._reset_state(reset_partial_state=True)
     patch.setattr(sys, "argv", ["reproduce.py", "hr-vqvae", *FLAGS.split()])
     command.main()
 
 
-def config_of(**changes) -> Reproduce:
-    settings = {"study": "hr-vqvae", "images": "img", "parts": PARTS, "seeds": 2, "steps": 2, "size_steps": 1}
-    return Reproduce(**{**settings, "batch_size": 4, "channels": 4, "code_width": 3, **changes})
+def config_of(**changes) -> ReproduceHRVQVAE:
+    settings = {"study": "hr-vqvae", "images": "img", "seeds": 1, "steps": 1, "size_steps": 1, "usage_images": 8}
+    return ReproduceHRVQVAE(**{**settings, "batch_size": 4, "channels": 4, "code_width": 3, **changes})
 
 
-def results(folder):
+def kept_times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()}
+
+
+def generating_folder(folder, kind, depth=1):
+    return folder / "runs/reproductions/mnist" / f"{kind}-8-depth{depth}-best-{SHARED_GRID_8}"
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def images_of_split(split):
+    rows = ImageRows(open_data(config_of()), split=split, flips=False)
+    return rows.__getitems__(range(len(rows)))["images"]
+
+
+def frechet(pixels):
+    extractor = Means(torch.device("cpu"))
+    moments = (Moments(4).update(extractor(each)) for each in (pixels, images_of_split("train")))
+    return frechet_distance(*moments)
+
+
+def report_row(folder, start):
+    text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith(start)]
+    return row
+
+
+def test_every_tokenizer_is_trained_and_its_mse_is_that_of_its_model(folder):
     paths = folder.glob(f"runs/reproductions/mnist/*/{RESULT_NAME}")
-    return {path.parent.name: (path, json.loads(path.read_text())) for path in paths}
-
-
-def test_every_run_is_there_and_its_error_is_that_of_its_model(folder):
-    found = results(folder)
-    expected = {folder_of(run, config_of()).name: run for runs in cells(config_of()).values() for run in runs}
-    assert found.keys() == expected.keys()
-    assert len(found) == 3 * 2 * 2 + 2 * 2 * 4 + 2 * 3
-    images = open_data(config_of())
-    held_out = study.ImageRows(images, split="held_out", flips=False)
-    batch = to_float(held_out.__getitems__(range(len(held_out)))["images"])
-    for name in (f"hrvq-8-depth3-best-2steps-seed1{SHARED}", f"vqvae2-8-depth1-plain-2steps-seed0{SHARED}"):
-        path, measured = found[name]
+    results = {path.parent.name: (path, read(path)) for path in paths}
+    expected = {trial_of(s, config_of()).folder.name: s for specs in specs_by_part(config_of()).values() for s in specs}
+    assert results.keys() == expected.keys()
+    assert len(results) == 3 * 2 + 2 + 3  # methods, which the sizes and depth 3 share; depth 1; those for priors
+    batch = to_float(images_of_split("held_out"))
+    for name in (f"hrvq-8-depth3-best-{SHARED}", f"vqvae2-8-depth1-plain-{SHARED}"):
+        path, measured = results[name]
         assert measured["cell"] == asdict(expected[name])
         tokenizer = load(path.parent, "tokenizer")
         error = ((tokenizer.decode(tokenizer.encode(batch)) - batch) / 2).square().mean().item()
@@ -82,66 +139,132 @@ def test_every_run_is_there_and_its_error_is_that_of_its_model(folder):
         assert len(measured["used"]) == len(tokenizer.layout.levels)
 
 
-def test_plain_and_best_differ_as_the_issue_says(folder):
+def test_plain_training_changes_only_the_codebook_settings():
     for kind in ("hrvq", "vqvae", "vqvae2"):
-        plain, best = (asdict(model_of(Cell(kind, plain, 1, 8), config_of())) for plain in (True, False))
+        plain, best = (asdict(model_of(TokenizerSpec(kind, plain, 1, 8), config_of())) for plain in (True, False))
         changed = {name for name in plain if plain[name] != best[name]}
         assert changed == {"codebook_learning", "revive_below", "kmeans_start"}
-    deep = model_of(Cell("hrvq", False, 1, leaves=64, depth=6), config_of())
+    deep = model_of(TokenizerSpec("hrvq", False, 1, leaves=64, depth=6), config_of())
     assert (deep.depth, deep.branching) == (6, 2)
 
 
-def test_a_finished_study_trains_nothing_again(folder):
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()}
+def test_finished_study_trains_and_measures_nothing_again(folder):
+    before = kept_times(folder)
     with pytest.MonkeyPatch.context() as patch:
-        run(patch)
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()} == before
+        run_study(patch)
+    assert kept_times(folder) == before
 
 
-def test_the_report_says_what_was_measured_beside_the_paper(folder):
-    text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
-    errors = [
-        measured["mse"] for name, (_, measured) in results(folder).items() if name.startswith("hrvq-8-depth3-best-2")
-    ]
-    assert len(errors) == 2
-    (row,) = [line for line in text.splitlines() if line.startswith("| HR-VQVAE | 0.00011 | 0.27 |")]
-    assert f"{np.mean(errors):.5f} ({min(errors):.5f} to {max(errors):.5f})" in row
-    assert text.count("<!-- measured: mnist ") == 5
-    assert "not run" not in text
-    for what in ("layers", "size"):
-        assert f"(hr-vqvae-mnist-{what}.png)" in text
-        assert Image.open(folder / f"docs/reproductions/hr-vqvae-mnist-{what}.png").width > 100
-
-
-def test_what_was_not_run_is_said(folder):
-    config = config_of(work=folder / "none", out=folder / "x.md")
-    found = report.size_table(config, cells(config)["size"])
-    assert found.count("| not run | | |") == 6
-
-
-def test_a_run_is_measured_anew_of_other_images_and_not_trained(folder):
-    """And a result from before the number of images was kept is of the default."""
-    config, (*_, run) = config_of(usage_images=7), cells(config_of())["depth"]
-    path = folder / folder_of(run, config) / RESULT_NAME
-    before, weights = json.loads(path.read_text()), path.with_name("model.safetensors").stat().st_mtime_ns
-    assert result(run, config) is None
-    trained(run, config, open_data(config))
-    assert result(run, config)["train_seconds"] == before["train_seconds"]
-    assert result(run, config_of()) is None
+def test_another_number_of_usage_images_is_measured_again_but_not_trained_again(folder):
+    """A result from before the number was kept counts as one of the default number."""
+    config, (spec, *_) = config_of(usage_images=7), specs_by_part(config_of())["depth"]
+    assert spec.depth == 1
+    path = trial_of(spec, config).folder / RESULT_NAME
+    before, weights = read(path), path.with_name("model.safetensors").stat().st_mtime_ns
+    assert result(spec, config) is None
+    trained(spec, config, open_data(config))
+    assert result(spec, config)["train_seconds"] == before["train_seconds"]
+    assert result(spec, config_of()) is None
     assert path.with_name("model.safetensors").stat().st_mtime_ns == weights
     path.write_text(json.dumps({name: value for name, value in before.items() if name != "usage_images"}))
-    assert result(run, config_of())["perplexity"] == before["perplexity"]
+    default = ReproduceHRVQVAE.usage_images
+    assert result(spec, config_of(usage_images=default))["perplexity"] == before["perplexity"]
+    path.write_text(json.dumps(before))
 
 
-def test_cells_of_the_first_settings_keep_their_names():
-    run = Cell("hrvq", False, 600, 512, 3)
-    assert folder_of(run, Reproduce("hr-vqvae", "img")).name == "hrvq-512-depth3-best-600steps-seed0"
+def test_codes_of_large_flat_codebooks_are_counted_over_fewer_images(folder):
+    flat, linked = (TokenizerSpec("hrvq", False, 1, leaves=64, depth=depth) for depth in (1, 3))
+    assert (usage_images_of(flat, config_of()), usage_images_of(linked, config_of())) == (1, 8)
+
+
+def test_default_settings_are_not_in_folder_names():
+    spec = TokenizerSpec("hrvq", False, 600, 512, 3)
+    name = trial_of(spec, ReproduceHRVQVAE("hr-vqvae", "img")).folder.name
+    assert name == "hrvq-512-depth3-best-600steps-seed0"
 
 
 @torch.no_grad()
-def test_searches_are_for_what_reaches_each_quantizer(folder):
-    """The codes found in it are the tokenizer's."""
-    tokenizer = load(folder / f"runs/reproductions/mnist/vqvae2-8-depth1-best-2steps-seed0{SHARED}", "tokenizer")
+def test_searched_vectors_have_the_codes_of_the_tokenizer(folder):
+    tokenizer = load(folder / f"runs/reproductions/mnist/vqvae2-8-depth1-best-{SHARED}", "tokenizer")
     batch = torch.rand(2, 1, 32, 32) * 2 - 1
-    found = [quantizer.encode(z_e) for quantizer, z_e in features(tokenizer, batch)]
-    assert all(a.equal(b) for a, b in zip(found, tokenizer.encode(batch), strict=True))
+    codes = [quantizer.encode(z_e) for quantizer, z_e in features(tokenizer, batch)]
+    assert all(a.equal(b) for a, b in zip(codes, tokenizer.encode(batch), strict=True))
+
+
+def test_sample_scores_are_those_of_the_kept_samples(folder):
+    assert len(images_of_split("held_out")) > 8
+    for kind, depth in (("vqvae", 1), ("vqvae2", 1), ("hrvq", 3)):
+        for prior in ("pixelcnn", "hourglass"):
+            path = generating_folder(folder, kind, depth) / f"{prior}-{BUDGET}"
+            images = torch.load(path / "samples.pt", weights_only=True)
+            assert images.shape == (8, 1, 32, 32)
+            assert len(images.flatten(1).unique(dim=0)) > 1
+            scores = read(path / "sampled-lite0-8-of-1000.json")
+            assert scores["frechet"] == pytest.approx(frechet(images), rel=1e-5)
+            assert 0 < scores["seconds"] < 60
+            levels = [load(path / f"level-{level}", "prior") for level in range(3 if kind == "vqvae2" else 1)]
+            assert scores["parameters"] == sum(p.numel() for level in levels for p in level.parameters())
+            assert all(level.classes == 0 for level in levels)
+    real = read(folder / "runs/reproductions/mnist/real-lite0-8-of-1000.json")
+    assert real["num"] == 8
+    assert real["frechet"] < scores["frechet"]
+
+
+def test_reconstruction_scores_are_those_of_the_held_out_images_decoded(folder):
+    path = folder / "runs/reproductions/mnist" / f"hrvq-8-depth3-plain-{SHARED}"
+    tokenizer, pixels = load(path, "tokenizer"), images_of_split("held_out")
+    images = to_float(pixels[choose(len(pixels), 8, 0, Stream.EVALUATION_HELD_OUT)])
+    with torch.no_grad():
+        reconstructions = to_uint8(tokenizer.decode(tokenizer.encode(images)))
+    distance = read(path / "reconstructed-lite0-8-of-1000.json")["frechet"]
+    assert distance == pytest.approx(frechet(reconstructions), rel=1e-3)
+    assert f"| {distance:.1f} |" in report_row(folder, "| HR-VQVAE | 6.1 |")
+
+
+def test_bits_of_an_image_are_the_sum_over_its_levels(folder):
+    path = generating_folder(folder, "vqvae2")
+    priors = [load(path / f"pixelcnn-{BUDGET}" / f"level-{level}", "prior") for level in range(3)]
+    assert [(prior.level.height, prior.upper_levels) for prior in priors] == [(2, 0), (4, 1), (8, 2)]
+    expected = count_bits(priors, LatentSet(path / "latents.h5"))
+    bits = read(path / f"pixelcnn-{BUDGET}" / "bits.json")
+    assert bits["per_image"] == pytest.approx(np.dot(expected.per_code, (4, 16, 64)))
+    assert bits["rows"] == expected.rows
+
+
+def test_both_heads_learn_the_same_codes(folder):
+    path = generating_folder(folder, "hrvq", 3)
+    digits, flat = (LatentSet(path / name) for name in ("latents.h5", "latents-flat.h5"))
+    assert [latents.layout.levels[0].radices for latents in (digits, flat)] == [(2, 2, 2), (8,)]
+    rows = torch.arange(len(digits))
+    assert torch.equal(digits.batch(rows)[0], flat.batch(rows)[0])
+    assert torch.equal(digits.held_out, flat.held_out)
+    prior = load(path / f"pixelcnn-flat-{BUDGET}" / "level-0", "prior")
+    bits = [read(path / f"pixelcnn{head}-{BUDGET}" / "bits.json")["per_code"][0] for head in ("", "-flat")]
+    assert bits[1] == pytest.approx(count_bits([prior], flat).per_code[0])
+    assert f"| {bits[1] - bits[0]:+.4f} |" in (folder / "docs/reproductions/hr-vqvae.md").read_text()
+
+
+def test_report_has_every_part_with_measured_numbers(folder):
+    text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
+    assert text.count("<!-- measured: mnist ") == 8
+    assert "not run" not in text
+    tokenizer = read(folder / "runs/reproductions/mnist" / f"hrvq-8-depth3-best-{SHARED}" / RESULT_NAME)
+    assert f"| {tokenizer['mse']:.5f} |" in report_row(folder, "| HR-VQVAE | 0.00011 | 0.27 |")
+    path = generating_folder(folder, "hrvq", 3)
+    row = report_row(folder, "| HR-VQVAE | 1 | 11.75 |")
+    scores = [read(path / f"{prior}-{BUDGET}" / "sampled-lite0-8-of-1000.json") for prior in ("pixelcnn", "hourglass")]
+    assert all(f"| {each['frechet']:.1f} |" in row and f"| {each['parameters']:,} |" in row for each in scores)
+    for name in ("layers", "size", "samples"):
+        assert f"(hr-vqvae-mnist-{name}.png)" in text
+        assert Image.open(folder / f"docs/reproductions/hr-vqvae-mnist-{name}.png").width > 100
+
+
+def test_order_is_compared_with_the_papers_seed_by_seed():
+    verdict = order({"vqvae": [9.0, 9.5], "vqvae2": [5.0, 6.0], "hrvq": [4.0, 5.5]})
+    assert verdict.startswith("HR-VQVAE < VQ-VAE-2 < VQ-VAE, by the means: confirmed")
+    assert "HR-VQVAE is below VQ-VAE-2 in 2 of 2 seed(s), less apart than the seeds are;" in verdict
+    assert verdict.endswith("VQ-VAE-2 is below VQ-VAE in 2 of 2 seed(s).")
+    verdict = order({"vqvae": [5.0, 6.0], "vqvae2": [9.0], "hrvq": [7.0]})
+    assert verdict.startswith("VQ-VAE < HR-VQVAE < VQ-VAE-2, by the means: refuted")
+    assert verdict.endswith("VQ-VAE-2 is below VQ-VAE in 0 of 1 seed(s).")
+    assert order({"vqvae": [1.0], "vqvae2": [], "hrvq": [1.0]}) == "not run."

@@ -1,0 +1,54 @@
+"""The command `reproduce.py`: the study is its first argument, wherever else a study's name appears."""
+
+import sys
+
+import pytest
+
+from smalti.scripts import reproduce
+
+
+def run(monkeypatch, *arguments):
+    """Runs the command without its studies; returns the settings of the study that would have started."""
+    started = []
+    for name, study in reproduce.STUDIES.items():
+        monkeypatch.setitem(reproduce.STUDIES, name, study._replace(command=started.append))
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    reproduce.main()
+    return started
+
+
+def test_first_argument_chooses_the_study(monkeypatch):
+    for name, study in reproduce.STUDIES.items():
+        images = ("--images", "img") if name == "hr-vqvae" else ()
+        (config,) = run(monkeypatch, name, *images, "--seeds" if name != "selfvae" else "--steps", "2")
+        assert type(config) is study.config_class
+
+
+def test_name_of_another_study_as_a_value_does_not_start_it(monkeypatch):
+    (config,) = run(monkeypatch, "hr-vqvae", "--images", "selfvae", "--work", "priors", "--out", "hqa")
+    assert type(config) is reproduce.ReproduceHRVQVAE
+    assert (config.images, str(config.work), str(config.out)) == ("selfvae", "priors", "hqa")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ((), "no study was named"),
+        (("vqgan",), "'vqgan' is not a study"),
+        (("--work", "hqa"), "'--work' is not a study"),
+    ],
+)
+def test_command_line_without_a_study_is_refused_in_one_line(monkeypatch, capsys, arguments, problem):
+    with pytest.raises(SystemExit) as exit_status:
+        run(monkeypatch, *arguments)
+    assert exit_status.value.code == 2
+    advice = "the first argument must be hr-vqvae, hqa, selfvae or priors"
+    assert capsys.readouterr().err == f"error: {problem}; {advice}\n"
+
+
+def test_help_describes_every_study(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        run(monkeypatch, "--help")
+    assert exit_status.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"- {name}: {study.summary}" in text for name, study in reproduce.STUDIES.items())
