@@ -50,9 +50,8 @@ def test_summary_verification_picture_and_plot(workspace, monkeypatch, capsys):
     assert "the digest matches; codes, labels, sources and splits are valid" in out
     assert Image.open("codes.png").width > 12 * 96
     plot = np.asarray(Image.open("plot.png").convert("RGB"))
-    assert {(31, 119, 180), (255, 127, 14)} <= {
-        tuple(colour) for colour in plot.reshape(-1, 3)
-    }  # a line for each digit
+    colours = {tuple(colour) for colour in plot.reshape(-1, 3)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line for each digit
 
 
 @pytest.mark.parametrize("kind", ["pdf", "svg"])

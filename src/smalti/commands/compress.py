@@ -32,7 +32,7 @@ class Compress:
     """Settings of `compress`."""
 
     tokenizer: str = "hqa"
-    """A trained tokenizer of any kind: a kind (read from runs/tokenizers/KIND), a folder, or a hub id."""
+    """Any trained tokenizer: a kind (read from runs/tokenizers/KIND), a folder, or a hub id."""
     layer: int | None = None
     """Layer whose codes are kept, counted from 1 at the image; only for hqa and hams. A lower layer takes more bits and
     has less error [default: the top layer]."""

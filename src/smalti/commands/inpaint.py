@@ -71,7 +71,7 @@ class Inpaint(Generic[S]):
     seed: int = 0
     """Random seed. Fill i depends on the seed and i alone."""
     device: Device = "auto"
-    """Device that computes."""
+    """Device to run on."""
     precision: Precision = "auto"
     """Precision of the prior; `auto` is bf16 where the hardware is fast in it, else fp32."""
     out: Path = RUNS / "inpainted.png"

@@ -54,7 +54,7 @@ class Sample(Generic[S]):
     batch_size: int = 64
     """Images generated at once. Lower it if memory runs out; the images stay the same."""
     device: Device = "auto"
-    """Device that computes."""
+    """Device to run on."""
     precision: Precision = "auto"
     """Precision of the prior; `auto` is bf16 where the hardware is fast in it, else fp32."""
     out: Path = RUNS / "samples.png"

@@ -48,7 +48,7 @@ class SampleMode:
     seed: int = 0
     """Seed of the choice of images and of all sampling."""
     device: Device = "auto"
-    """Device that computes."""
+    """Device to run on."""
     out: Path = RUNS / "mode.png"
     """The sheet to write, a PNG with these settings embedded."""
 
