@@ -1,19 +1,19 @@
-"""A page in the browser; see `smalti.app.server`."""
+"""Serves the web page; see `smalti.app.server`."""
 
 from smalti import cli
 from smalti.app.server import App, app
 
-ABOUT = """A page in the browser, on this machine: paint over a part of an image and watch it filled; draw new images.
+ABOUT = """Opens a web page on this machine to inpaint images and to sample new ones.
 
-$ pip install 'smalti[app]'                        # Gradio; in a checkout: pip install -e '.[app]'
+$ pip install 'smalti[app]'                        # installs Gradio; in a checkout: pip install -e '.[app]'
 $ python scripts/app.py --prior runs/demo/prior    # then open http://127.0.0.1:7860
 $ python scripts/app.py --prior runs/demo/prior --port 8000
 
-It makes what inpaint.py and sample.py make with the same settings; the files it offers say which these were."""
+The results equal those of inpaint.py and sample.py with the same settings, which are stored in each file."""
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     cli.run(app, App, about=ABOUT)
 
 

@@ -1,21 +1,21 @@
-"""Compresses images to codes, and back; see `smalti.commands.compress`."""
+"""Compresses images to codes and decompresses them; see `smalti.commands.compress`."""
 
 from smalti import cli
 from smalti.commands.compress import Compress, Decompress, compress, decompress
 
-ABOUT = """Images to a small file of a trained tokenizer's codes, at a fixed rate, and back.
+ABOUT = """Compresses images to a small file of codes at a fixed rate, and decompresses such a file.
 
 $ python scripts/compress.py --images my/photos --out photos.smalti           # prints rate and distortion
 $ python scripts/compress.py --images one.png --layer 3 --out one.smalti      # more bits, less error
-$ python scripts/compress.py --codes photos.smalti --out back --decodes 4     # and four samples of each
 $ python scripts/compress.py --tokenizer hrvq --images my/photos              # any kind of tokenizer
+$ python scripts/compress.py --codes photos.smalti --out back                 # decompresses
+$ python scripts/compress.py --codes photos.smalti --out back --decodes 4     # with four sampled decodes of each image
 
-Who decompresses needs the same tokenizer; a file of another one is refused. Add --help after --codes FILE for the flags
-of the way back."""
+Decompressing needs the tokenizer that compressed. For its options: --codes FILE --help"""
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     if cli.chosen("--codes", ""):
         cli.run(decompress, Decompress, about=ABOUT)
     else:

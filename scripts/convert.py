@@ -1,4 +1,4 @@
-"""VQ-GANs of other systems as smalti's, and back; see `smalti.tokenizers.vqgan.convert`."""
+"""Converts VQ-GAN checkpoints; see `smalti.tokenizers.vqgan.convert`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,32 +10,37 @@ from smalti.core.errors import UserError
 from smalti.tokenizers.vqgan.convert import from_diffusers, from_taming, to_diffusers
 from smalti.tokenizers.vqgan.vqgan import VQGAN
 
-ABOUT = """Turns a VQ-GAN of another system into one of smalti's, and a smalti VQ-GAN into diffusers' VQModel.
+ABOUT = """Converts VQ-GAN checkpoints from taming-transformers and diffusers, and to diffusers.
 
-$ python scripts/convert.py --source last.ckpt --description model.yaml   # taming-transformers: VQModel or GumbelVQ
-$ python scripts/convert.py --source my/vqmodel --out runs/tokenizers/vqgan   # a folder that diffusers saved
+$ python scripts/convert.py --source last.ckpt --description model.yaml       # taming-transformers: VQModel, GumbelVQ
+$ python scripts/convert.py --source my/vqmodel --out runs/tokenizers/vqgan   # diffusers: a saved VQModel
 $ python scripts/convert.py --source runs/tokenizers/vqgan --to diffusers --out my/vqmodel
 
-What is written is used as any other tokenizer: build_latents.py --tokenizer runs/tokenizers/vqgan.
-A weight without its place is an error; pickles are read without running what is in them."""
+Every weight must match, or the conversion fails. Pickles are read without running code.
+
+Next step: python scripts/build_latents.py --tokenizer runs/tokenizers/vqgan"""
 
 
 @dataclass(frozen=True)
 class Convert:
-    """What to convert into what."""
+    """Settings of `convert`."""
 
     source: Path
-    """A taming-transformers `.ckpt`, or a folder: diffusers' VQModel, or with `--to diffusers` smalti's VQ-GAN."""
+    """A taming-transformers `.ckpt`, or a folder with a diffusers VQModel. With `--to diffusers`, a smalti VQ-GAN."""
     description: Path | None = None
-    """The `.yaml` that came with the `.ckpt` [default: the same name with that suffix]."""
+    """The `.yaml` config of the `.ckpt` [default: the same name with the suffix .yaml]."""
     to: Literal["smalti", "diffusers"] = "smalti"
-    """Whose folder to write."""
+    """Format to write."""
     out: Path = TOKENIZERS / "vqgan"
-    """Where to write it: a folder that is not there yet."""
+    """Folder to write; it must not exist yet."""
 
 
 def convert(config: Convert) -> None:
-    """Converts, and says what was written."""
+    """Converts a checkpoint and prints a summary.
+
+    Raises:
+        UserError: if `out` exists, or the source cannot be converted.
+    """
     if config.out.exists():
         raise UserError(f"{config.out} is there already; remove it, or give another --out")
     if config.to == "diffusers":
@@ -52,7 +57,7 @@ def convert(config: Convert) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     cli.run(convert, Convert, about=ABOUT)
 
 

@@ -1,4 +1,4 @@
-"""A latent set as Parquet, or Parquet as a latent set; see `smalti.latentsets.table`."""
+"""Converts latent sets to and from Parquet; see `smalti.latentsets.table`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,27 +9,32 @@ from smalti.core.errors import UserError
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.table import from_parquet, to_parquet
 
-ABOUT = """Turns a latent set into a Parquet file that `datasets`, pandas and others open, and such a file back.
+ABOUT = """Converts a latent set to Parquet, for `datasets`, pandas and others, and such a Parquet file back.
 
 $ python scripts/convert_latents.py --latents runs/latents/hrvq.h5 --out hrvq.parquet
 $ python scripts/convert_latents.py --latents hrvq.parquet --out again.h5
 
-Everything is kept: both files have one content digest. For the hub, from Python:
-smalti.latentsets.table.to_dataset(LatentSet("my.h5")).push_to_hub("me/my-codes")."""
+Nothing is lost: both files have the same content digest.
+
+To push a latent set to the hub, use `smalti.latentsets.table.to_dataset` in Python."""
 
 
 @dataclass(frozen=True)
 class ConvertLatents:
-    """What to convert into what; the suffixes say the direction."""
+    """Settings of `convert`; the suffixes of the two files decide the direction."""
 
     latents: str = str(LATENTS / "hrvq.h5")
-    """A latent set, or a Parquet file made from one; of several Parquet files, a glob in quotes."""
+    """A latent set, or a Parquet file made from one. For several Parquet files, a glob in quotes."""
     out: Path = LATENTS / "hrvq.parquet"
-    """NAME.parquet for a latent set, anything else for Parquet."""
+    """File to write: NAME.parquet converts a latent set to Parquet, any other name converts Parquet to a latent set."""
 
 
 def convert(config: ConvertLatents) -> None:
-    """Converts, and says what was written."""
+    """Converts a file and prints a summary.
+
+    Raises:
+        UserError: unless exactly one of the two names ends in .parquet, or for an unreadable file.
+    """
     from_table, to_table = config.latents.endswith(".parquet"), config.out.suffix == ".parquet"
     if from_table == to_table:
         raise UserError(f"{config.latents} to {config.out}: exactly one of the two must end in .parquet")
@@ -42,7 +47,7 @@ def convert(config: ConvertLatents) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     cli.run(convert, ConvertLatents, about=ABOUT)
 
 

@@ -1,18 +1,18 @@
-"""The demonstration that `make demo` runs; see `smalti.demo`."""
+"""Runs the demonstration (`make demo`); see `smalti.demo`."""
 
 from smalti import cli
 from smalti.demo import Demo, demo
 
-ABOUT = """The whole path on the embedded emoji, in minutes on two CPU cores: tokenizer, latents, prior, samples, fills.
+ABOUT = """Runs the whole pipeline on the embedded emoji: tokenizer, latent set, prior, samples and fills.
 
-$ python scripts/demo.py                                   # into runs/demo
+$ python scripts/demo.py                                     # into runs/demo, in minutes on two CPU cores
 $ python scripts/demo.py --prior-steps 8000 --out runs/longer
 
-Stopped (Ctrl-C), the same command goes on where it was; finished, it says so."""
+If it is stopped (Ctrl-C), run the same command to resume."""
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     cli.run(demo, Demo, about=ABOUT)
 
 

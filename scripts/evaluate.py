@@ -1,23 +1,24 @@
-"""Judges models; see `smalti.evaluation.report`."""
+"""Evaluates models; see `smalti.evaluation.report`."""
 
 from smalti import cli
 from smalti.evaluation.report import RepeatEvaluation, config_for, evaluate
 
-ABOUT = """Judges a trained tokenizer, a prior or its fills by held-out images; needs the extra `metrics`.
+ABOUT = """Evaluates a trained tokenizer, a prior or its fills on held-out images.
 
-$ python scripts/evaluate.py                                     # samples of runs/priors/hourglass against emoji
+$ python scripts/evaluate.py                                       # samples of runs/priors/hourglass against emoji
 $ python scripts/evaluate.py --of tokenizer --tokenizer my/tokenizer --images my/photos
 $ python scripts/evaluate.py --of inpainting --prior my/prior --images my/photos --num 200
-$ python scripts/evaluate.py --of modes --tokenizer selfvae       # what comes back of how much that is sent
-$ python scripts/evaluate.py --of likelihood --tokenizer selfvae # bits per dimension, by 512 importance samples
-$ python scripts/evaluate.py --again runs/evaluations/prior.json # the same once more
+$ python scripts/evaluate.py --of modes --tokenizer selfvae        # each generation mode, by the bytes it transmits
+$ python scripts/evaluate.py --of likelihood --tokenizer selfvae   # bits per dimension, by importance sampling
+$ python scripts/evaluate.py --again runs/evaluations/prior.json   # repeats an evaluation
 
-Beside each distance is that of real images in place of the model's, the floor; compare numbers only with those of as
-many images and the same extractor. What each score means is in docs/evaluating.md."""
+Needs the extra `metrics`: pip install 'smalti[metrics]'
+
+The meaning of each score, and which scores may be compared: docs/evaluating.md"""
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     of, prior = cli.chosen("--of", "prior"), cli.chosen("--prior", "hourglass")
     cli.run(evaluate, lambda: RepeatEvaluation if cli.chosen("--again", "") else config_for(of, prior), about=ABOUT)
 

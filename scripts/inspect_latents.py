@@ -1,17 +1,17 @@
-"""Says what a latent set holds; see `smalti.commands.inspect_latents`."""
+"""Inspects a latent set; see `smalti.commands.inspect_latents`."""
 
 from smalti import cli
 from smalti.commands.inspect_latents import InspectLatents, inspect_latents
 
-ABOUT = """Says what a latent set holds and what made it.
+ABOUT = """Prints what a latent set holds and how it was made.
 
-$ python scripts/inspect_latents.py                            # runs/latents/hrvq.h5
-$ python scripts/inspect_latents.py --latents my.h5 --verify   # also reads every byte and checks it
-$ python scripts/inspect_latents.py --codes codes.png --plot usage.png"""
+$ python scripts/inspect_latents.py                                     # runs/latents/hrvq.h5
+$ python scripts/inspect_latents.py --latents my.h5 --verify            # also reads and checks every byte
+$ python scripts/inspect_latents.py --codes codes.png --plot usage.png  # also draws codes and their usage"""
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     cli.run(inspect_latents, InspectLatents, about=ABOUT)
 
 

@@ -4,24 +4,31 @@ from smalti import cli
 from smalti.commands.presets import default_config
 from smalti.commands.train_tokenizer import train_tokenizer
 
-ABOUT = """Trains a tokenizer: images to a model that turns them into grids of codes, and back.
+ABOUT = """Trains a tokenizer: a model that turns images into grids of codes, and back.
 
-$ python scripts/train_tokenizer.py                          # the embedded emoji, on two CPU cores in minutes
-$ python scripts/train_tokenizer.py --images my/photos       # your own: height and width divide by 4
-$ python scripts/train_tokenizer.py --tokenizer hqa          # one code of 8 bits an image, at the top of five layers
-$ python scripts/train_tokenizer.py --tokenizer selfvae      # real numbers, and a likelihood of images
+$ python scripts/train_tokenizer.py                          # on the embedded emoji, in minutes on two CPU cores
+$ python scripts/train_tokenizer.py --images my/photos       # on a folder of images
+$ python scripts/train_tokenizer.py --tokenizer hqa          # another kind
 $ accelerate launch scripts/train_tokenizer.py --tokenizer vqvae2 --preset paper64 --images my/photos
 $ accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f16-1024 --images my/photos
 
-Kinds: hrvq (linked codebooks), vqvae (one codebook), vqvae2 (codes at two or three resolutions), vqgan (one grid,
-trained for looks too; convert.py brings those that others trained), hqa and hams (a few bits an image: a stack of
-layers, trained in turn, --steps each), selfvae and vae (likelihoods of images, through a hierarchy of VAEs).
-Stopped (Ctrl-C) or killed, the same command goes on where it was: see --resume.
-More in docs/training.md. Next: build_latents.py."""
+Kinds of tokenizer (for the options of one: --tokenizer KIND --help):
+  hrvq           linked codebooks, refined layer by layer (HR-VQVAE)
+  vqvae          one codebook (VQ-VAE)
+  vqvae2         grids of codes at two or three resolutions (VQ-VAE-2)
+  vqgan          one grid, with perceptual and adversarial losses; convert.py imports published ones
+  hqa, hams      a stack of layers trained one after the other, for a few bits an image
+  vae, selfvae   hierarchical VAEs over real-valued latents, with image likelihoods
+
+If it is stopped (Ctrl-C) or killed, run the same command to resume; see --resume.
+
+More: docs/training.md
+
+Next step: python scripts/build_latents.py"""
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     cli.run(
         train_tokenizer,
         lambda: default_config(cli.chosen("--preset", "small"), cli.chosen("--tokenizer", "hrvq")),

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.commands import model_paths
-from smalti.commands.class_labels import find_classes, that_knows_classes
+from smalti.commands.class_labels import find_classes, first_class_conditional
 from smalti.commands.inpainting import Filling, fills
 from smalti.commands.sample import generate_images
 from smalti.core.devices import Precision
@@ -49,7 +49,7 @@ def load_prior(source: str | Path) -> Prior:
     Raises:
         UserError: if there is no prior, it is damaged, or its weights do not fit its config.
     """
-    return model_paths.load_prior_alone(str(source))
+    return model_paths.load_only_prior(str(source))
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def sample(
         UserError: for an unknown class, a tokenizer that cannot be found, or priors that do not fit together.
     """
     priors, tokenizer = _together(prior, tokenizer)
-    numbers = list(find_classes(that_knows_classes(priors), classes).values())
+    numbers = list(find_classes(first_class_conditional(priors), classes).values())
     images = generate_images(
         priors,
         tokenizer,
@@ -141,7 +141,7 @@ def inpaint(
         raise UserError(f"the mask is {sizes[0]} but the image is {sizes[1]}; resize one to the other")
     if not masked.any() or masked.all():
         raise UserError("the mask must cover a part of the image: True is filled, and something must be left")
-    numbers = list(find_classes(that_knows_classes(priors), classes).values())
+    numbers = list(find_classes(first_class_conditional(priors), classes).values())
     return fills(
         priors,
         tokenizer,
@@ -159,11 +159,7 @@ def inpaint(
 def _together(prior: Prior | Sequence[Prior], tokenizer: Tokenizer | None) -> tuple[list[Prior], Tokenizer]:
     """Returns the priors as a list, and their tokenizer on the same device."""
     priors = [prior] if isinstance(prior, Prior) else list(prior)
-    if tokenizer is None:
-        folder = priors[0].folder
-        if folder is None:
-            raise UserError("this prior was not loaded from a folder; give its tokenizer too")
-        tokenizer = model_paths.tokenizer_beside(folder)
+    tokenizer = tokenizer or model_paths.tokenizer_beside(priors[0])
     model_paths.require_same_codes(priors, tokenizer)
     return priors, tokenizer.to(next(priors[0].parameters()).device)
 

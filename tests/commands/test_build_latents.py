@@ -1,4 +1,4 @@
-"""Building a latent set: the same file from any number of processes, killed anywhere; nothing stale, nothing torn."""
+"""Building a latent set: any number of processes, killed at any point, build the same file from current inputs."""
 
 import json
 import os
@@ -33,8 +33,8 @@ FOLDER = ".latents.h5.building"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder to work in, with a tokenizer, images, and the set that one uninterrupted process builds of them."""
+def workspace(tmp_path_factory):
+    """A working folder with a tokenizer, images, and the latent set of one uninterrupted process."""
     folder = tmp_path_factory.mktemp("build")
     write_images(folder / "img")
     save_tokenizer(folder / "tokenizer")
@@ -49,49 +49,49 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def latents(place):
-    """Where a test builds; nothing is left of other tests."""
-    yield place / "latents.h5"
-    shutil.rmtree(place / FOLDER, ignore_errors=True)
-    (place / "latents.h5").unlink(missing_ok=True)
-    (place / "log").unlink(missing_ok=True)
+def latents(workspace):
+    """The file that a test builds; removed after each test."""
+    yield workspace / "latents.h5"
+    shutil.rmtree(workspace / FOLDER, ignore_errors=True)
+    (workspace / "latents.h5").unlink(missing_ok=True)
+    (workspace / "log").unlink(missing_ok=True)
 
 
 def same(path, other):
-    """Whether all datasets of two files are equal, by plain h5py."""
+    """Returns whether all datasets of two files are equal, read with plain h5py."""
     with h5py.File(path) as one, h5py.File(other) as two:
         names = ("codes/0", "labels", "source_ids", "held_out", "flipped")
         return all(np.array_equal(one[name][:], two[name][:]) for name in names)
 
 
 def finished(folder):
-    """The blocks whose records are whole, of all shards: one number each time it is there."""
+    """Returns the number of every complete record in all shards, duplicates included."""
     job = Job(folder / "latents.h5", HRVQ(CONFIG).layout, IMAGES, BLOCK_IMAGES, flips=True, key={})
     shards = Shards(job)
-    found = []
+    blocks = []
     for shard in shards.folder.glob("*.shard"):
         records = np.fromfile(shard, shards.record, count=shard.stat().st_size // shards.record.itemsize)
-        found += [int(record["block"]) for record in records]
-    return found
+        blocks += [int(record["block"]) for record in records]
+    return blocks
 
 
-def test_ten_kills_change_nothing_and_no_finished_block_is_redone(place, latents):
+def test_ten_killed_builds_give_the_same_file_and_encode_no_block_twice(workspace, latents):
     draw, before = random.Random(0), []
     for turn in range(10):
-        builders = Builders(place, *FLAGS, "--out", "latents.h5", processes=1 + turn % 2)
+        builders = Builders(workspace, *FLAGS, "--out", "latents.h5", processes=1 + turn % 2)
         target = len(before) + draw.randint(1, BLOCKS // 25)
-        wait_for(lambda target=target: len(finished(place)) >= target)
+        wait_for(lambda target=target: len(finished(workspace)) >= target)
         builders.kill()
-        blocks = finished(place)
+        blocks = finished(workspace)
         assert len(set(blocks)) == len(blocks), "a block was encoded again"
-        assert len(blocks) < BLOCKS, "it was done before it was killed"
+        assert len(blocks) < BLOCKS, "the build finished before it was killed"
         assert set(before) <= set(blocks)
         before = blocks
     assert not latents.exists()
-    assert Builders(place, *FLAGS, "--out", "latents.h5").join() == [0]
+    assert Builders(workspace, *FLAGS, "--out", "latents.h5").join() == [0]
     assert same(latents, "whole.h5")
     assert LatentSet(latents).content_digest == LatentSet("whole.h5").content_digest
-    assert [path.name for path in place.iterdir() if "latents" in path.name] == ["latents.h5"]
+    assert [path.name for path in workspace.iterdir() if "latents" in path.name] == ["latents.h5"]
 
 
 @pytest.mark.parametrize(
@@ -103,27 +103,27 @@ def test_ten_kills_change_nothing_and_no_finished_block_is_redone(place, latents
         ("smalti.latentsets.shards", "shutil.rmtree", 1),
     ],
 )
-def test_a_kill_before_between_and_after_the_blocks_changes_nothing(place, latents, dies_at):
-    assert Builders(place, *FLAGS, "--out", "latents.h5", dies_at=dies_at).join() == [-signal.SIGKILL]
-    before = sorted(finished(place))
-    assert Builders(place, *FLAGS, "--out", "latents.h5").join() == [0], (place / "log").read_text()
+def test_a_kill_before_during_or_after_the_merge_changes_nothing(workspace, latents, dies_at):
+    assert Builders(workspace, *FLAGS, "--out", "latents.h5", dies_at=dies_at).join() == [-signal.SIGKILL]
+    before = sorted(finished(workspace))
+    assert Builders(workspace, *FLAGS, "--out", "latents.h5").join() == [0], (workspace / "log").read_text()
     assert before in ([], list(range(BLOCKS)))
     assert same(latents, "whole.h5")
-    assert not (place / FOLDER).exists()
+    assert not (workspace / FOLDER).exists()
 
 
-def test_two_processes_as_typed_build_what_one_does(place, latents):
+def test_two_processes_build_the_same_file_as_one(workspace, latents):
     script = Path(__file__).parents[2] / "scripts" / "build_latents.py"
     flags = [*FLAGS[:-4], "--workers", "1", "--device", "cpu", "--out", "latents.h5"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"{2 * IMAGES}, 2×2 of 4·4") == 1  # one of them speaks
+    assert done.stdout.count(f"{2 * IMAGES}, 2×2 of 4·4") == 1  # only one process prints
     assert same(latents, "whole.h5")
 
 
-def test_the_columns_are_those_of_the_images(place):
+def test_the_columns_are_those_of_the_images(workspace):
     whole = LatentSet("whole.h5")
     images = build_latents.open_images("img", height=8, width=8)
     first = images.source_ids.tolist()
@@ -141,7 +141,7 @@ def test_the_columns_are_those_of_the_images(place):
 
 
 def interrupted(monkeypatch, capfd, *flags, after=9):
-    """A build that Ctrl-C stops after some blocks."""
+    """Runs a build that Ctrl-C stops after some blocks."""
     encode, calls = build_latents.encode_block, iter(range(after))
 
     def stopping(*args, **options):
@@ -153,11 +153,11 @@ def interrupted(monkeypatch, capfd, *flags, after=9):
         patch.setattr(build_latents, "encode_block", stopping)
         status, out, err = run(capfd, *FLAGS, "--out", "latents.h5", *flags)
     assert status == 130
-    assert "the same command goes on from there" in out
+    assert "run the same command to resume" in out
     assert "stopped" in err
 
 
-def test_a_stopped_build_goes_on(place, latents, monkeypatch, capfd):
+def test_a_stopped_build_resumes_at_its_first_missing_block(workspace, latents, monkeypatch, capfd):
     interrupted(monkeypatch, capfd)
     encoded = []
     encode = build_latents.encode_block
@@ -167,81 +167,81 @@ def test_a_stopped_build_goes_on(place, latents, monkeypatch, capfd):
     assert same(latents, "whole.h5")
 
 
-def other_tokenizer(place):
-    save_tokenizer(place / "tokenizer", seed=1)
+def other_tokenizer(workspace):
+    save_tokenizer(workspace / "tokenizer", seed=1)
 
 
-def other_pixels(place):
-    shutil.copy(place / "img" / "0001.png", place / "img" / "0000.png")
+def other_pixels(workspace):
+    shutil.copy(workspace / "img" / "0001.png", workspace / "img" / "0000.png")
 
 
-def other_image(place):
-    (place / "img" / "0020.png").unlink()
+def other_image(workspace):
+    (workspace / "img" / "0020.png").unlink()
 
 
 @pytest.mark.parametrize(
-    ("change", "flags", "said"),
+    ("change", "flags", "message"),
     [
-        (other_tokenizer, [], "of another tokenizer_digest"),
-        (other_pixels, [], "of another image_fingerprint"),
-        (other_image, [], "of another image_fingerprint"),
-        (None, ["--height", "12"], "of another layout"),
-        (None, ["--no-flips"], "of another block_images"),
-        (None, ["--precision", "bf16"], "of another preprocessing"),
-        (None, ["--batch-size", "16"], "of another block_images"),
+        (other_tokenizer, [], "with another tokenizer_digest"),
+        (other_pixels, [], "with another image_fingerprint"),
+        (other_image, [], "with another image_fingerprint"),
+        (None, ["--height", "12"], "with another layout"),
+        (None, ["--no-flips"], "with another block_images"),
+        (None, ["--precision", "bf16"], "with another preprocessing"),
+        (None, ["--batch-size", "16"], "with another block_images"),
     ],
 )
-def test_blocks_of_other_inputs_are_never_used(place, latents, monkeypatch, capfd, tmp_path, change, flags, said):
+def test_blocks_of_other_inputs_are_discarded(workspace, latents, monkeypatch, capfd, tmp_path, change, flags, message):
     write_images(tmp_path / "img", 40)
-    shutil.copytree(place / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(workspace / "tokenizer", tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
     interrupted(monkeypatch, capfd)
     if change:
         change(tmp_path)
     status, out, _ = run(capfd, *FLAGS, *flags, "--out", "latents.h5")
     assert status == 0
-    assert said in out
+    assert message in out
     assert run(capfd, *FLAGS, *flags, "--out", "fresh.h5")[0] == 0
     assert same("latents.h5", "fresh.h5")
 
 
-def test_a_set_that_is_there_stays_unless_its_inputs_change(place, capfd, monkeypatch, tmp_path):
+def test_an_existing_set_is_rebuilt_only_if_its_inputs_change(workspace, capfd, monkeypatch, tmp_path):
     shutil.copy("whole.h5", tmp_path / "latents.h5")
-    shutil.copytree(place / "img", tmp_path / "img")
-    shutil.copytree(place / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(workspace / "img", tmp_path / "img")
+    shutil.copytree(workspace / "tokenizer", tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
     before = Path("latents.h5").stat()
     status, out, _ = run(capfd, *FLAGS, "--out", "latents.h5")
-    assert (status, "holds these codes already" in out) == (0, True)
+    assert (status, "already holds these codes" in out) == (0, True)
     after = Path("latents.h5").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     other_pixels(tmp_path)
     assert run(capfd, *FLAGS, "--out", "latents.h5")[0] == 0
-    assert not same("latents.h5", place / "whole.h5")
+    assert not same("latents.h5", workspace / "whole.h5")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["img", "latents.h5", "tokenizer"]
 
 
-def test_codes_in_bf16_are_others_and_the_set_says_so(capfd, monkeypatch, tmp_path):
+def test_bf16_gives_other_codes_and_the_set_records_it(capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     save_tokenizer(Path("tokenizer"))
     write_images(Path("img"), 60)
     assert run(capfd, *FLAGS, "--no-flips", "--out", "latents.h5")[0] == 0
     exact = LatentSet(Path("latents.h5"))
     status, out, _ = run(capfd, *FLAGS, "--no-flips", "--precision", "bf16", "--out", "latents.h5")
-    assert (status, "holds these codes already" in out, '"precision": "bf16"' in out) == (0, False, True)
+    assert (status, "already holds these codes" in out, '"precision": "bf16"' in out) == (0, False, True)
     images = open_images("img", height=8, width=8, channels=3)
     tokenizer = HRVQ.load("tokenizer")
     expected = []
     with torch.autocast("cpu", torch.bfloat16):
-        for rows in torch.arange(60).split(8):  # as many at once as FLAGS say
+        for rows in torch.arange(60).split(8):  # the batch size in FLAGS
             expected.append(tokenizer.encode(to_float(images.pixels(rows)))[0])
-    (codes,), (before,) = (found.batch(torch.arange(60)) for found in (LatentSet(Path("latents.h5")), exact))
+    (codes,), (before,) = (each.batch(torch.arange(60)) for each in (LatentSet(Path("latents.h5")), exact))
     assert codes.equal(torch.cat(expected))
     assert 0 < (codes != before).float().mean() < 0.1
 
 
-def test_new_bytes_under_an_old_name_are_other_images(tmp_path):
-    """Of tables that name their sources the names are hashed; the images must count all the same."""
+def test_new_content_under_the_same_source_id_changes_the_fingerprint(tmp_path):
+    """Source ids come from the key column if there is one; the fingerprint must include the images too."""
     from helpers.image_toys import png, write_parquet
 
     digests = [
@@ -253,59 +253,59 @@ def test_new_bytes_under_an_old_name_are_other_images(tmp_path):
     assert digests[0] != digests[1]
 
 
-def test_a_second_builder_is_told(place, latents, capfd):
-    first = Builders(place, *FLAGS, "--out", "latents.h5")
-    wait_for(lambda: finished(place))
+def test_a_second_builder_of_the_same_file_is_refused(workspace, latents, capfd):
+    first = Builders(workspace, *FLAGS, "--out", "latents.h5")
+    wait_for(lambda: finished(workspace))
     first.signal(signal.SIGSTOP)
-    before = sorted(finished(place))
+    before = sorted(finished(workspace))
     status, out, err = run(capfd, *FLAGS, "--out", "latents.h5")
     assert (status, out) == (2, "")
     assert [line for line in err.splitlines() if line.startswith("error")] == [
         "error: latents.h5 is being built by another process; wait until it is done, or stop it"
     ]
-    assert sorted(finished(place)) == before
+    assert sorted(finished(workspace)) == before
     first.signal(signal.SIGCONT)
     assert first.join() == [0]
     assert same(latents, "whole.h5")
 
 
-def test_an_orphan_at_its_shard_is_noticed(place, latents):
-    """The main process and the launcher were killed; another process of theirs lives on."""
-    builders = Builders(place, *FLAGS, "--out", "latents.h5", processes=2)
-    wait_for(lambda: (place / FOLDER / "00001.shard").exists())
+def test_an_orphaned_worker_that_holds_its_shard_is_detected(workspace, latents):
+    """The main process and the launcher are killed, and another of their processes survives."""
+    builders = Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2)
+    wait_for(lambda: (workspace / FOLDER / "00001.shard").exists())
     os.kill(builders.processes[1].pid, signal.SIGSTOP)
     builders.processes[0].kill()
     builders.processes[0].join()
-    again = Builders(place, *FLAGS, "--out", "latents.h5", processes=2)
+    again = Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2)
     assert again.join() == [2, 2]
-    assert "error: latents.h5 is being built by another process" in (place / "log").read_text()
+    assert "error: latents.h5 is being built by another process" in (workspace / "log").read_text()
     builders.kill()
-    assert Builders(place, *FLAGS, "--out", "latents.h5", processes=2).join() == [0, 0]
+    assert Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2).join() == [0, 0]
     assert same(latents, "whole.h5")
 
 
-def test_what_fails_on_one_process_stops_all_with_one_line(place, tmp_path):
-    shutil.copytree(place / "tokenizer", tmp_path / "tokenizer")
+def test_an_error_on_one_process_stops_all_with_one_message(workspace, tmp_path):
+    shutil.copytree(workspace / "tokenizer", tmp_path / "tokenizer")
     write_images(tmp_path / "img", 40)
-    (tmp_path / "img" / "0005.png").write_bytes(b"none")  # in block 1: of the second process
+    (tmp_path / "img" / "0005.png").write_bytes(b"none")  # in block 1, which the second process encodes
     assert Builders(tmp_path, *FLAGS, "--out", "latents.h5", processes=2).join() == [2, 2]
-    said = (tmp_path / "log").read_text()
-    assert "Traceback" not in said
-    assert said.count("error: ") == 1
-    assert "0005.png, row 5: these 4 bytes are not an image" in said
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert log.count("error: ") == 1
+    assert "0005.png, row 5: these 4 bytes are not an image" in log
     assert not (tmp_path / "latents.h5").exists()
     shutil.copy(tmp_path / "img" / "0006.png", tmp_path / "img" / "0005.png")
     assert Builders(tmp_path, *FLAGS, "--out", "latents.h5").join() == [0]
 
 
 @pytest.mark.parametrize("limit_bytes", [1000, 5000, 15_000])
-def test_a_full_disk_is_one_line_and_what_is_finished_stays(place, latents, capfd, limit_bytes):
-    """The kernel refuses larger files, as it refuses writes to a full disk. The last limit is met by the merge."""
+def test_a_full_disk_gives_one_message_and_keeps_finished_blocks(workspace, latents, capfd, limit_bytes):
+    """The kernel's limit on file size stands for a full disk. The merge exceeds the last of the limits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     shutil.copy("whole.h5", "latents.h5")
     shutil.rmtree(FOLDER, ignore_errors=True)
     flags = [*FLAGS, "--no-flips", "--out", "latents.h5"]
-    assert run(capfd, *flags[:-1], "fresh.h5")[0] == 0  # and all caches are filled
+    assert run(capfd, *flags[:-1], "fresh.h5")[0] == 0  # also fills all caches
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
         status, _, err = run(capfd, *flags)
@@ -315,21 +315,21 @@ def test_a_full_disk_is_one_line_and_what_is_finished_stays(place, latents, capf
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
     assert "no room for latents.h5" in line
     assert same("latents.h5", "whole.h5")
-    assert len(list((place / FOLDER).glob("*.shard"))) == 1
+    assert len(list((workspace / FOLDER).glob("*.shard"))) == 1
     assert run(capfd, *flags)[0] == 0
     assert same("latents.h5", "fresh.h5")
 
 
-def test_a_disk_too_small_is_told_before_the_work(place, latents, monkeypatch, capfd):
+def test_too_little_disk_space_is_reported_before_encoding(workspace, latents, monkeypatch, capfd):
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 3000))
-    monkeypatch.setattr(build_latents, "encode_block", lambda *_, **__: pytest.fail("worked"))
+    monkeypatch.setattr(build_latents, "encode_block", lambda *_, **__: pytest.fail("encoded"))
     status, _, err = run(capfd, *FLAGS, "--out", "latents.h5")
     assert status == 2
     assert "no room for latents.h5: it takes 0.0 MiB while it is built, but 0.0 MiB are free" in err
 
 
-def test_a_tokenizer_that_emits_other_codes_is_noticed_at_once(tmp_path):
+def test_codes_outside_the_layout_are_refused_at_once(tmp_path):
     job = Job(tmp_path / "x.h5", Layout(HRVQ(CONFIG).layout.levels), 8, 4, flips=False, key={})
     with Shards(job) as shards:
         shards.claim()

@@ -1,4 +1,4 @@
-"""Drawing images with tiny untrained models: a sample is its own, whatever the batch around it."""
+"""Generating codes with tiny untrained models: a sample does not depend on its batch."""
 
 import pytest
 import torch
@@ -17,25 +17,25 @@ def models():
     return untrained_pair()
 
 
-def test_a_sample_is_that_of_its_number_whatever_the_batch(models):
+def test_a_sample_does_not_depend_on_its_batch(models):
     prior, _ = models
     rows = torch.arange(5)
     together = generate_codes(prior, rows, None, seed=3, sampling=SAMPLING)
     assert together.shape == (5, 4, 8)
-    apart = [generate_codes(prior, row.view(1), None, seed=3, sampling=SAMPLING) for row in rows]
-    assert torch.equal(torch.cat(apart), together)
+    separate = [generate_codes(prior, row.view(1), None, seed=3, sampling=SAMPLING) for row in rows]
+    assert torch.equal(torch.cat(separate), together)
     assert len(together.unique(dim=0)) == 5
     assert not torch.equal(together, generate_codes(prior, rows, None, seed=4, sampling=SAMPLING))
 
 
-def test_numbers_that_make_no_sheet_are_refused():
+def test_counts_below_one_are_refused():
     for wrong in ({"num": 0}, {"batch_size": 0}):
         with pytest.raises(UserError, match="--num and --batch-size must be at least 1"):
             sample(Sample(sampling=SAMPLING, **wrong))
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_one_line(name, monkeypatch):
+def test_a_missing_device_is_refused(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match=f"--device {name}: there is none here"):
@@ -44,6 +44,6 @@ def test_a_device_that_is_not_there_is_one_line(name, monkeypatch):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision_is_that_of_matrix_products(precision, dtype):
+def test_autocast_sets_the_precision_of_matrix_products(precision, dtype):
     with autocast(torch.device("cpu"), precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

@@ -1,4 +1,4 @@
-"""The command that fills pictures: files and folders, masks of every kind, canvases that grow."""
+"""The inpainting command: files and folders, all kinds of masks, expanded images."""
 
 import json
 import os
@@ -21,8 +21,8 @@ COMMON = ["--prior", "pair", *QUICK]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory):
-    """A folder to work in, with a prior `pair`, a picture `in.png` of 20x12 and its mask, a box."""
+def workspace(tmp_path_factory):
+    """A working folder with a prior `pair`, an image `in.png` of 20x12 pixels and its mask, a box."""
     folder = tmp_path_factory.mktemp("inpaint")
     save_pair(folder / "pair")
     Image.fromarray(noise(0)).save(folder / "in.png")
@@ -38,16 +38,16 @@ def noise(seed, height=12, width=20):
 
 
 def box(height=12, width=20):
-    hole = np.zeros((height, width), np.uint8)
-    hole[2:7, 3:9] = 255
-    return hole
+    mask = np.zeros((height, width), np.uint8)
+    mask[2:7, 3:9] = 255
+    return mask
 
 
 def read(path):
     return np.array(Image.open(path))
 
 
-def test_several_fills_a_sheet_and_the_settings_in_each(capfd):
+def test_several_fills_and_a_sheet_are_written_with_their_settings(capfd):
     status, out, _ = run(capfd, inpaint.main, *COMMON, "--image", "in.png", "--mask", "mask.png", "--out", "a/out.png")
     assert (status, out) == (0, "a/out.png\n")
     assert sorted(path.name for path in Path("a").iterdir()) == ["out-2.png", "out-3.png", "out-sheet.png", "out.png"]
@@ -61,7 +61,7 @@ def test_several_fills_a_sheet_and_the_settings_in_each(capfd):
     assert (settings["fill"], settings["mask"], settings["candidates"]) == (1, "mask.png", 2)
 
 
-def test_the_command_fills_as_the_function_does(capfd):
+def test_the_command_gives_the_functions_result(capfd):
     assert (
         run(capfd, inpaint.main, *COMMON, "--image", "in.png", "--mask", "mask.png", "--num", "1", "--seed", "4")[0]
         == 0
@@ -77,7 +77,7 @@ def test_the_command_fills_as_the_function_does(capfd):
     assert np.array_equal(read("runs/inpainted.png"), filled[0].permute(1, 2, 0).numpy())
 
 
-def test_a_folder_of_images_with_their_masks_or_one_for_all(capfd):
+def test_a_folder_of_images_takes_a_folder_of_masks_or_one_mask(capfd):
     for name in ("pictures", "masks"):
         Path(name).mkdir()
     for index, (kind, mask_kind) in enumerate([("png", "png"), ("jpg", "png"), ("bmp", "tiff")]):
@@ -89,15 +89,15 @@ def test_a_folder_of_images_with_their_masks_or_one_for_all(capfd):
     assert sorted(path.name for path in Path("many").glob("?.png")) == ["0.png", "1.png", "2.png"]
     for index, kind in enumerate(["png", "jpg", "bmp"]):
         known = np.roll(box(), index) == 0
-        given = np.array(Image.open(f"pictures/{index}.{kind}"))
-        assert np.array_equal(read(f"many/{index}.png")[known], given[known])
+        image = np.array(Image.open(f"pictures/{index}.{kind}"))
+        assert np.array_equal(read(f"many/{index}.png")[known], image[known])
     assert run(capfd, inpaint.main, *common, "--mask", "mask.png", "--out", "alike")[0] == 0
     alone = ["--num", "1", "--image", "pictures/1.jpg", "--mask", "mask.png", "--out", "alone.png"]
     assert run(capfd, inpaint.main, *COMMON, *alone)[0] == 0
-    assert np.array_equal(read("alike/1.png"), read("alone.png"))  # a batch changes nothing
+    assert np.array_equal(read("alike/1.png"), read("alone.png"))  # the folder does not change a fill
 
 
-def test_the_canvas_grows_and_what_was_there_stays(capfd):
+def test_expanding_an_image_keeps_its_pixels(capfd):
     grow = ["--image", "in.png", "--num", "1", "--expand", "3", "0", "5", "2", "--out", "grown.png"]
     assert run(capfd, inpaint.main, *COMMON, *grow)[0] == 0
     grown = read("grown.png")
@@ -110,14 +110,14 @@ def test_the_canvas_grows_and_what_was_there_stays(capfd):
     assert not np.array_equal(both[~known], noise(0)[~known])
 
 
-def test_a_pictures_own_transparent_parts_are_its_holes(capfd):
+def test_transparent_pixels_are_masked(capfd):
     Image.fromarray(np.dstack([noise(0), 255 - box()])).save("erased.png")
-    assert run(capfd, inpaint.main, *COMMON, "--image", "erased.png", "--num", "1", "--out", "healed.png")[0] == 0
+    assert run(capfd, inpaint.main, *COMMON, "--image", "erased.png", "--num", "1", "--out", "filled.png")[0] == 0
     assert run(capfd, inpaint.main, *COMMON, "--image", "in.png", "--mask", "mask.png", "--num", "1")[0] == 0
-    assert np.array_equal(read("healed.png"), read("runs/inpainted.png"))
+    assert np.array_equal(read("filled.png"), read("runs/inpainted.png"))
 
 
-def test_masks_inverted_thresholded_and_resized_are_the_same_hole(capfd):
+def test_inverted_thresholded_and_resized_masks_are_equal(capfd):
     Image.fromarray(255 - box()).save("inverted.png")
     Image.fromarray(box() // 5 + 40).save("faint.png")  # 40 and 91
     Image.fromarray(box().repeat(3, 0).repeat(3, 1)).save("large.png")
@@ -134,33 +134,33 @@ def test_masks_inverted_thresholded_and_resized_are_the_same_hole(capfd):
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
-def test_what_is_done_to_a_picture_that_does_not_fit_is_said(capfd):
+def test_notes_on_resized_images_and_large_masks(capfd):
     Image.fromarray(noise(1, 41, 61)).save("odd.png")
     Image.fromarray(box(41, 61) ^ 255).save("most.png")
     flags = ["--image", "odd.png", "--mask", "most.png", "--num", "1", "--feather", "2", "--out", "odd-out.png"]
     status, _, err = run(capfd, inpaint.main, *COMMON, *flags)
     assert status == 0
-    assert "odd.png is worked on at 28x20, as this model's codes are 2 pixels wide and it was trained at 16x8" in err
-    assert "99% of odd.png is filled; --invert if that is the wrong way round" in err
+    assert "odd.png is filled at 28x20, as this model's codes are 2 pixels wide and it was trained at 16x8" in err
+    assert "the mask covers 99% of odd.png; use --invert if it is the wrong way round" in err
     assert read("odd-out.png").shape == (41, 61, 3)
     Image.fromarray(box(41, 61)).save("few.png")
     flags[3] = "few.png"
     assert run(capfd, inpaint.main, *COMMON, *flags, "--largest", "40")[0] == 0
     changed = (read("odd-out.png") != noise(1, 41, 61)).any(2)
     near = np.zeros_like(changed)
-    near[0:9, 1:11] = True  # two pixels around the box
+    near[0:9, 1:11] = True  # the box and two pixels around it
     assert not changed[~near].any()
     assert changed[0:2, 1:11].any()
 
 
-def test_a_class_is_filled_in_and_guided_to(capfd):
+def test_fills_depend_on_classes_and_guidance(capfd):
     results = []
     for flags in (["--classes", "1"], ["--classes", "1", "--guidance", "4"], ["--classes", "0", "1"], []):
         arguments = ["--image", "in.png", "--mask", "mask.png", *flags, "--num", "2", "--out", "class.png"]
         assert run(capfd, inpaint.main, *COMMON, *arguments)[0] == 0
         results.append((read("class.png"), read("class-2.png")))
     one, guided, both, any_class = results
-    assert np.array_equal(one[1], both[1])  # in turn
+    assert np.array_equal(one[1], both[1])  # classes take turns
     assert not np.array_equal(one[0], both[0])
     assert not np.array_equal(one[0], guided[0])
     assert not np.array_equal(one[0], any_class[0])

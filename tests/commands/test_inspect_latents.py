@@ -1,4 +1,4 @@
-"""What `inspect_latents` shows: words, verification, pictures of codes, a plot."""
+"""`inspect_latents`: the summary, verification, pictures of codes, and plots."""
 
 import sys
 
@@ -20,15 +20,15 @@ from smalti.tokenizers.vq.hrvq import HRVQ
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A tokenizer and a set of its codes, in which code c occurs more often than c + 1, and the last two never."""
+def workspace(tmp_path, monkeypatch):
+    """A tokenizer and a set of its codes: code c occurs more often than c + 1, the last two codes never."""
     torch.manual_seed(0)
     tokenizer = HRVQ(CONFIG)
     tokenizer.save(tmp_path / "tokenizer")
     (level,) = tokenizer.layout.levels
     codes = torch.arange(14).repeat_interleave(torch.arange(30, 2, -2))[:236].view(-1, level.height, level.width)
-    made_by = {"tokenizer_digest": tokenizer.digest(), "tokenizer_source": "tokenizer"}
-    write(tmp_path / "latents.h5", tokenizer.layout, (codes,), [0], Provenance(**{**vars(PROVENANCE), **made_by}))
+    origin = {"tokenizer_digest": tokenizer.digest(), "tokenizer_source": "tokenizer"}
+    write(tmp_path / "latents.h5", tokenizer.layout, (codes,), [0], Provenance(**{**vars(PROVENANCE), **origin}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -42,35 +42,36 @@ def run(monkeypatch, capsys, *flags):
     return 0, capsys.readouterr().out
 
 
-def test_it_says_draws_and_plots(place, monkeypatch, capsys):
+def test_summary_verification_picture_and_plot(workspace, monkeypatch, capsys):
     status, out = run(monkeypatch, capsys, "--verify", "--codes", "codes.png", "--plot", "plot.png")
     assert status == 0
     assert "first digit     4 of 4 used" in out
     assert "first 2 digits  14 of 16 used (87.5%)" in out
-    assert "every byte is as it was written" in out
+    assert "the digest matches; codes, labels, sources and splits are valid" in out
     assert Image.open("codes.png").width > 12 * 96
     plot = np.asarray(Image.open("plot.png").convert("RGB"))
-    assert {(31, 119, 180), (255, 127, 14)} <= {tuple(colour) for colour in plot.reshape(-1, 3)}  # a line a digit
+    colours = {tuple(colour) for colour in plot.reshape(-1, 3)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line for each digit
 
 
 @pytest.mark.parametrize("kind", ["pdf", "svg"])
-def test_plots_of_other_kinds(place, monkeypatch, capsys, kind):
+def test_plots_of_other_kinds(workspace, monkeypatch, capsys, kind):
     assert run(monkeypatch, capsys, "--plot", f"plot.{kind}")[0] == 0
-    assert (place / f"plot.{kind}").read_bytes()[:5] == {"pdf": b"%PDF-", "svg": b"<?xml"}[kind]
+    assert (workspace / f"plot.{kind}").read_bytes()[:5] == {"pdf": b"%PDF-", "svg": b"<?xml"}[kind]
 
 
-def test_a_plot_of_no_kind_is_one_line(place, monkeypatch, capsys):
+def test_an_unknown_plot_format_is_refused(workspace, monkeypatch, capsys):
     status, err = run(monkeypatch, capsys, "--plot", "plot.xyz")
     assert status == 2
     assert "plot.xyz cannot be drawn; give a name that ends in .png, .pdf or .svg" in err
-    assert not (place / "plot.xyz").exists()
+    assert not (workspace / "plot.xyz").exists()
 
 
-def test_the_most_and_the_least_used_codes_are_decoded(place, monkeypatch):
+def test_the_most_and_the_least_used_codes_are_decoded(workspace, monkeypatch):
     rows = {}
     monkeypatch.setattr(inspecting, "save_sheet", lambda _, sheet: rows.update(sheet))
     latent_set, tokenizer = LatentSet("latents.h5"), HRVQ.load("tokenizer")
-    save_codes(place / "x.png", latent_set, tokenizer, shown=3)
+    save_codes(workspace / "x.png", latent_set, tokenizer, shown=3)
     most, least = rows.values()
     assert most.equal(tokenizer.decode((torch.tensor([0, 1, 2]).view(3, 1, 1).expand(3, 2, 2),)).detach())
     assert least.equal(tokenizer.decode((torch.tensor([11, 12, 13]).view(3, 1, 1).expand(3, 2, 2),)).detach())
@@ -85,7 +86,7 @@ def test_other_levels_hold_their_most_used_code(tmp_path):
     codes = make_codes(layout, 40)
     codes[0][:], codes[0][:9] = 4, 1
     write(tmp_path / "latents.h5", layout, codes, [0])
-    coarse, reals, fine = inspecting._everywhere(LatentSet(tmp_path / "latents.h5"), 2, torch.tensor([2, 0]))
+    coarse, reals, fine = inspecting._uniform_codes(LatentSet(tmp_path / "latents.h5"), 2, torch.tensor([2, 0]))
     assert coarse.tolist() == [[[4]], [[4]]]
     assert (reals.shape, reals.dtype, reals.any()) == ((2, 2, 1, 2), torch.float32, False)
     assert fine.tolist() == [[[2, 2], [2, 2]], [[0, 0], [0, 0]]]
@@ -93,9 +94,9 @@ def test_other_levels_hold_their_most_used_code(tmp_path):
     assert (ranked.tolist(), shares.tolist()) == ([4, 1], pytest.approx([31 / 40, 9 / 40]))
 
 
-def test_a_corrupted_byte_and_another_tokenizer_are_one_line(place, monkeypatch, capsys):
+def test_a_corrupted_byte_and_another_tokenizer_are_refused(workspace, monkeypatch, capsys):
     torch.manual_seed(1)
-    HRVQ(CONFIG).save(place / "other")
+    HRVQ(CONFIG).save(workspace / "other")
     status, err = run(monkeypatch, capsys, "--codes", "codes.png", "--tokenizer", "other")
     assert status == 2
     assert "was made by the tokenizer" in err

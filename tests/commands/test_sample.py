@@ -1,4 +1,4 @@
-"""The command that draws images: sheets, single files, and how they came about."""
+"""The sampling command: sheets, single files and animations."""
 
 import json
 import os
@@ -21,7 +21,7 @@ FLAGS = ["--prior", "pair", "--num", "11", "--batch-size", "4", "--steps", "3", 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
     save_pair(folder / "pair")
     before = Path.cwd()
@@ -31,18 +31,18 @@ def place(tmp_path_factory):
 
 
 def pictures(sheet, count, height=8, width=16):
-    """The images on a grid, at their own size."""
+    """Returns the images on a sheet at their own size."""
     factor = -(-SMALLEST_SHOWN // max(height, width))
     down, across = height * factor + 2 * GAP, width * factor + 2 * GAP
     columns = sheet.size[0] // across
-    found = []
+    images = []
     for index in range(count):
         top, left = index // columns * down + GAP, index % columns * across + GAP
-        found.append(np.array(sheet)[top : top + height * factor : factor, left : left + width * factor : factor])
-    return np.stack(found)
+        images.append(np.array(sheet)[top : top + height * factor : factor, left : left + width * factor : factor])
+    return np.stack(images)
 
 
-def test_each_image_is_a_file_with_its_number_and_all_that_made_it(capfd):
+def test_single_files_hold_their_number_and_settings(capfd):
     assert run(capfd, sample.main, *FLAGS, "--files", "--seed", "3", "--out", "many.png")[:2] == (0, "many.png\n")
     names = sorted(path.name for path in Path("many").iterdir())
     assert names == [f"{number:02}.png" for number in range(11)]
@@ -59,7 +59,7 @@ def test_each_image_is_a_file_with_its_number_and_all_that_made_it(capfd):
 
 
 @torch.no_grad()
-def test_an_animation_shows_every_step_and_ends_at_the_sheet(capfd):
+def test_an_animation_shows_every_sampling_step(capfd):
     assert run(capfd, sample.main, *FLAGS, "--classes", "1", "--animate", "--out", "moving.png")[0] == 0
     with Image.open("moving-steps.png") as moving:
         assert moving.n_frames == 3
@@ -79,7 +79,7 @@ def test_an_animation_shows_every_step_and_ends_at_the_sheet(capfd):
     assert not np.array_equal(frames[0], frames[-1])
 
 
-def test_nothing_is_written_but_the_sheet_unless_asked(capfd, place):
-    before = set(place.rglob("*"))
+def test_only_the_sheet_is_written_by_default(capfd, workspace):
+    before = set(workspace.rglob("*"))
     assert run(capfd, sample.main, *FLAGS, "--out", "only.png")[0] == 0
-    assert set(place.rglob("*")) - before == {place / "only.png"}
+    assert set(workspace.rglob("*")) - before == {workspace / "only.png"}

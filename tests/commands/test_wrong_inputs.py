@@ -1,4 +1,4 @@
-"""Wrong files, masks, sizes and flags: each is one line that says what is wrong, and exit status 2."""
+"""Wrong files, masks, sizes and flags: each gives one line with the problem, and exit status 2."""
 
 import os
 from pathlib import Path
@@ -14,25 +14,25 @@ FILL = ["--prior", "pair", "--image", "in.png", "--mask", "mask.png"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(tmp_path_factory):
-    """A folder with a prior, pictures, masks, and things that are none."""
+def workspace(tmp_path_factory):
+    """A folder with a prior, images, masks, and files that are neither."""
     folder = tmp_path_factory.mktemp("wrong")
     save_pair(folder / "pair")
     picture = np.random.default_rng(0).integers(0, 256, (8, 16, 3)).astype(np.uint8)
-    hole = np.zeros((8, 16), np.uint8)
-    hole[2:5, 3:8] = 255
-    masks = {"mask": hole, "black": hole * 0, "white": hole * 0 + 255, "small": hole[:4], "grey": hole // 4}
-    for name, mask in masks.items():
-        Image.fromarray(mask).save(folder / f"{name}.png")
+    mask = np.zeros((8, 16), np.uint8)
+    mask[2:5, 3:8] = 255
+    masks = {"mask": mask, "black": mask * 0, "white": mask * 0 + 255, "small": mask[:4], "grey": mask // 4}
+    for name, values in masks.items():
+        Image.fromarray(values).save(folder / f"{name}.png")
     Image.fromarray(picture).save(folder / "in.png")
     (folder / "cut.png").write_bytes((folder / "in.png").read_bytes()[:200])
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("not an image")
-    for name in ("nothing", "pictures", "twins", "holes"):
+    for name in ("nothing", "pictures", "twins", "masks"):
         (folder / name).mkdir()
     for name in ("pictures/a.png", "pictures/b.png", "twins/a.png", "twins/a.jpg"):
         Image.fromarray(picture).save(folder / name)
-    Image.fromarray(hole).save(folder / "holes/a.png")
+    Image.fromarray(mask).save(folder / "masks/a.png")
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -40,7 +40,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments", "said"),
+    ("main", "arguments", "message"),
     [
         # files
         (inpaint.main, [*FILL, "--image", "missing.png"], "missing.png cannot be read (No such file or directory)"),
@@ -51,28 +51,32 @@ def place(tmp_path_factory):
         (inpaint.main, [*FILL, "--image", "twins"], "twins has several images called a"),
         (inpaint.main, [*FILL, "--prior", "missing"], "no checkpoint at missing"),
         (inpaint.main, [*FILL, "--prior", "pair/tokenizer"], "holds a tokenizer (hrvq), but a prior is needed here"),
-        (inpaint.main, [*FILL, "--prior", "hourglass"], "runs/priors/hourglass is not there: train it first"),
-        (inpaint.main, [*FILL, "--tokenizer", "hrvq"], "runs/tokenizers/hrvq is not there: train it first"),
+        (inpaint.main, [*FILL, "--prior", "hourglass"], "runs/priors/hourglass does not exist: train it first"),
+        (inpaint.main, [*FILL, "--tokenizer", "hrvq"], "runs/tokenizers/hrvq does not exist: train it first"),
         (inpaint.main, [*FILL, "--out", "out.jpg"], "--out out.jpg is not the name of a PNG"),
-        (inpaint.main, [*FILL, "--out", "in.png"], "--out in.png would overwrite what was given"),
-        (inpaint.main, [*FILL, "--image", "pictures", "--out", "x.png"], "is a folder, so --out must be one too"),
-        (inpaint.main, [*FILL, "--image", "pictures", "--out", "pictures"], "would overwrite what was given"),
+        (inpaint.main, [*FILL, "--out", "in.png"], "--out in.png would overwrite an input"),
+        (inpaint.main, [*FILL, "--image", "pictures", "--out", "x.png"], "is a folder, so --out must be a folder"),
+        (inpaint.main, [*FILL, "--image", "pictures", "--out", "pictures"], "would overwrite an input"),
         (sample.main, ["--prior", "pair", "--out", "samples.gif"], "--out samples.gif is not the name of a PNG"),
         # masks
         (inpaint.main, [*FILL, "--mask", "missing.png"], "missing.png cannot be read"),
         (inpaint.main, [*FILL, "--mask", "text.png"], "text.png: these 12 bytes are not an image"),
-        (inpaint.main, [*FILL, "--mask", "black.png"], "black.png has no hole: no pixel is light; paint what to fill"),
-        (inpaint.main, [*FILL, "--mask", "white.png"], "white.png is all hole: every pixel is light"),
-        (inpaint.main, [*FILL, "--mask", "white.png", "--invert"], "white.png has no hole: no pixel is dark"),
-        (inpaint.main, [*FILL, "--mask", "grey.png"], "grey.png has no hole"),
-        (inpaint.main, [*FILL, "--mask", "holes"], "--mask holes is a folder but --image in.png is not"),
-        (inpaint.main, [*FILL, "--image", "pictures", "--mask", "holes"], "holes has no mask called b"),
+        (
+            inpaint.main,
+            [*FILL, "--mask", "black.png"],
+            "black.png masks nothing: no pixel is light; paint what to fill",
+        ),
+        (inpaint.main, [*FILL, "--mask", "white.png"], "white.png masks the whole image: every pixel is light"),
+        (inpaint.main, [*FILL, "--mask", "white.png", "--invert"], "white.png masks nothing: no pixel is dark"),
+        (inpaint.main, [*FILL, "--mask", "grey.png"], "grey.png masks nothing"),
+        (inpaint.main, [*FILL, "--mask", "masks"], "--mask masks is a folder but --image in.png is not"),
+        (inpaint.main, [*FILL, "--image", "pictures", "--mask", "masks"], "masks has no mask called b"),
         (
             inpaint.main,
             ["--prior", "pair", "--image", "in.png"],
-            "in.png has no transparent parts to fill",
+            "in.png has no transparent pixels to fill",
         ),
-        (inpaint.main, ["--prior", "pair", "--image", "mask.png", "--mask", "in.png"], "seem to have changed places"),
+        (inpaint.main, ["--prior", "pair", "--image", "mask.png", "--mask", "in.png"], "seem to be swapped"),
         # sizes
         (inpaint.main, [*FILL, "--mask", "small.png"], "small.png is 16x4 but the image is 16x8; pass --resize-mask"),
         (inpaint.main, [*FILL, "--expand", "-1", "0", "0", "0"], "--expand takes pixels to add"),
@@ -102,11 +106,11 @@ def place(tmp_path_factory):
         (evaluate.main, ["--prior", "pair", "--num", "3"], "--num and --reference must be at least 4, not 3 and 5000"),
     ],
 )
-def test_what_is_wrong_is_one_line(place, capfd, main, arguments, said):
-    before = sorted(place.rglob("*"))
+def test_wrong_input_gives_one_line(workspace, capfd, main, arguments, message):
+    before = sorted(workspace.rglob("*"))
     status, out, err = run(capfd, main, *arguments)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1, err
     assert err.startswith("error: ")
-    assert said in err
-    assert sorted(place.rglob("*")) == before
+    assert message in err
+    assert sorted(workspace.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""Odd and bad images in one folder, from the command's side: converted, named with file and row, or skipped."""
+"""Unusual and bad images in one folder, through `build_latents`: converted, reported with file and row, or skipped."""
 
 import io
 import json
@@ -58,8 +58,8 @@ def write(folder, name, content):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with a tokenizer and the good images."""
+def workspace(tmp_path, monkeypatch):
+    """A working folder with a tokenizer and the good images."""
     (tmp_path / "img").mkdir()
     for name, content in GOOD.items():
         write(tmp_path / "img", name, content)
@@ -71,42 +71,42 @@ def place(tmp_path, monkeypatch):
     torch.set_num_threads(before)
 
 
-def expected_codes(place, names):
-    """Each image encoded alone, and mirrored."""
-    tokenizer, found = HRVQ.load(place / "tokenizer"), []
+def expected_codes(workspace, names):
+    """Encodes each image alone, followed by its mirror image."""
+    tokenizer, codes = HRVQ.load(workspace / "tokenizer"), []
     for name in names:
-        pixels = to_float(load_image(place / "img" / name, channels=3, height=8, width=8))
-        found += [tokenizer.encode(image[None])[0] for image in (pixels, pixels.flip(-1))]
-    return torch.cat(found)
+        pixels = to_float(load_image(workspace / "img" / name, channels=3, height=8, width=8))
+        codes += [tokenizer.encode(image[None])[0] for image in (pixels, pixels.flip(-1))]
+    return torch.cat(codes)
 
 
-def test_odd_images_are_converted(place, capfd):
+def test_unusual_images_are_converted(workspace, capfd):
     assert run(capfd, *FLAGS, "--out", "latents.h5")[0] == 0
     latents = LatentSet("latents.h5")
-    assert latents.batch(range(len(latents)))[0].equal(expected_codes(place, sorted(GOOD)))
+    assert latents.batch(range(len(latents)))[0].equal(expected_codes(workspace, sorted(GOOD)))
     assert latents.provenance.skipped == ()
 
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_bad_image_is_named_with_file_and_row(place, capfd, name, workers):
+def test_a_bad_image_is_named_with_file_and_row(workspace, capfd, name, workers):
     content, reason = BAD[name]
-    write(place / "img", name, content)
+    write(workspace / "img", name, content)
     row = sorted([*GOOD, name]).index(name)
     status, out, err = run(capfd, *FLAGS, "--workers", workers, "--out", "latents.h5")
     assert (status, out) == (2, "")
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
     assert f"img/{name}, row {row}: {reason}" in line
     assert line.endswith("or leave out such images with --on-bad-image skip")
-    assert not (place / "latents.h5").exists()
+    assert not (workspace / "latents.h5").exists()
 
 
-def test_skipped_images_are_recorded_and_counted(place, capfd):
+def test_skipped_images_are_recorded_and_counted(workspace, capfd):
     for name, (content, _) in BAD.items():
-        write(place / "img", name, content)
+        write(workspace / "img", name, content)
     flags = [*FLAGS, "--workers", "1", "--batch-size", "4", "--out", "latents.h5", "--on-bad-image"]
     assert run(capfd, *flags, "raise")[0] == 2
-    status, out, _ = run(capfd, *flags, "skip")  # goes on from the blocks before the first bad one
+    status, out, _ = run(capfd, *flags, "skip")  # resumes after the blocks before the first bad image
     assert status == 0
     assert "4 images that could not be decoded: " in out
     latents = LatentSet("latents.h5")
@@ -114,25 +114,25 @@ def test_skipped_images_are_recorded_and_counted(place, capfd):
     skipped = {image["row"]: image["reason"] for image in latents.provenance.skipped}
     assert list(skipped) == [row for row, name in enumerate(names) if name in BAD]
     assert all(f"{names[row]}, row {row}: {BAD[names[row]][1]}" in reason for row, reason in skipped.items())
-    assert latents.batch(range(len(latents)))[0].equal(expected_codes(place, sorted(GOOD)))
+    assert latents.batch(range(len(latents)))[0].equal(expected_codes(workspace, sorted(GOOD)))
     assert latents.source_ids.tolist() == [row // 2 for row in range(20)]
     latents.verify()
     with h5py.File("latents.h5") as file:
         assert json.loads(file.attrs["skipped"]) == list(latents.provenance.skipped)
     before = latents.path.read_bytes()
     assert run(capfd, *flags, "skip")[0] == 0
-    assert run(capfd, *flags, "raise")[0] == 2  # there are bad images still
+    assert run(capfd, *flags, "raise")[0] == 2  # the bad images are still in the folder
     assert latents.path.read_bytes() == before
 
 
-def test_what_one_build_skipped_the_next_names(place, capfd, monkeypatch):
-    write(place / "img", "empty.png", b"")
+def test_a_later_build_reports_the_images_that_an_earlier_one_skipped(workspace, capfd, monkeypatch):
+    write(workspace / "img", "empty.png", b"")
     flags = [*FLAGS, "--out", "latents.h5", "--on-bad-image"]
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:  # when all blocks are there
+    with monkeypatch.context() as patch:  # interrupts after all blocks are finished
         patch.setattr("smalti.latentsets.shards.Shards.merge", interrupted)
         assert run(capfd, *flags, "skip")[0] == 130
     status, _, err = run(capfd, *flags, "raise")
@@ -142,11 +142,11 @@ def test_what_one_build_skipped_the_next_names(place, capfd, monkeypatch):
     assert [image["row"] for image in LatentSet("latents.h5").provenance.skipped] == [5]
 
 
-def test_a_folder_of_bad_images_only_is_refused(place, capfd):
-    shutil.rmtree(place / "img")
-    (place / "img").mkdir()
+def test_a_folder_of_bad_images_only_is_refused(workspace, capfd):
+    shutil.rmtree(workspace / "img")
+    (workspace / "img").mkdir()
     for name, (content, _) in BAD.items():
-        write(place / "img", name, content)
+        write(workspace / "img", name, content)
     status, _, err = run(capfd, *FLAGS, "--on-bad-image", "skip", "--out", "latents.h5")
     assert status == 2
     assert "error: latents.h5 was not written: none of the 4 images can be decoded" in err

@@ -1,4 +1,4 @@
-"""Pixels: every odd kind of image against what it must become, resampling against plain numpy, damage as one line."""
+"""Decoding: unusual kinds of images, resampling against plain numpy, and damaged files."""
 
 import io
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_an_image_of_the_right_size_keeps_its_pixels(pixels):
     assert decode(encoded, channels=3).equal(expected)
 
 
-def test_grey_becomes_three_equal_channels_and_comes_back():
+def test_grey_becomes_three_equal_channels():
     encoded = encode(Image.fromarray(GREY))
     assert (pixels_of(encoded) == GREY[..., None]).all()
     assert (pixels_of(encoded, channels=1)[..., 0] == GREY).all()
@@ -126,7 +126,7 @@ def test_a_declared_transparent_colour_is_white():
     assert (np.delete(grey.ravel(), 6) == 20).all()
 
 
-def test_cmyk_one_bit_and_first_frame():
+def test_cmyk_one_bit_and_animated_images():
     cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     assert np.abs(pixels_of(encode(cmyk, "JPEG")) - [255.0, 0, 0]).max() <= 6
     bits = GREY > 128
@@ -136,7 +136,7 @@ def test_cmyk_one_bit_and_first_frame():
     assert (pixels_of(animated) == [255, 0, 0]).all()
 
 
-# Where EXIF says that row 0 and column 0 of the stored pixels belong (EXIF 2.32, 4.6.4), undone with numpy.
+# Undoes, with numpy, the position of row 0 and column 0 that EXIF declares (EXIF 2.32, 4.6.4).
 UPRIGHT = {
     1: lambda x: x,
     2: np.fliplr,
@@ -160,12 +160,12 @@ def test_exif_rotation_is_applied(orientation):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_a_broken_exif_block_does_not_spoil_the_image():
+def test_a_damaged_exif_block_is_ignored():
     assert (pixels_of(encode(Image.fromarray(RGB), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")) == RGB).all()
 
 
 def lanczos(size: int, new_size: int, start: float, end: float) -> np.ndarray:
-    """Weights of the antialiased Lanczos filter (a = 3) from [start, end) of `size` pixels to `new_size` pixels."""
+    """Returns the weights of an antialiased Lanczos filter (a = 3) from pixels [start, end) of `size` to `new_size`."""
     scale = max((end - start) / new_size, 1)
     centres = start + (np.arange(new_size) + 0.5) * (end - start) / new_size
     distance = (np.arange(size) + 0.5 - centres[:, None]) / scale
@@ -176,7 +176,7 @@ def lanczos(size: int, new_size: int, start: float, end: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("shape", "size"), [((64, 64), (32, 32)), ((50, 90), (20, 20)), ((90, 50), (16, 32)), ((7, 7), (21, 21))]
 )
-def test_resizing_cuts_the_centre_and_filters_as_lanczos_does(shape, size):
+def test_resizing_crops_the_centre_and_filters_by_lanczos(shape, size):
     values = RNG.integers(60, 190, shape, dtype=np.uint8)  # no clipping at 0 and 255 between the two passes
     scale = min(shape[0] / size[0], shape[1] / size[1])
     kept = [((n - scale * m) / 2, (n + scale * m) / 2) for n, m in zip(shape, size, strict=True)]
@@ -197,8 +197,8 @@ def test_extreme_shapes(height, width):
 def test_the_middle_of_a_long_image_is_kept():
     thirds = np.repeat(np.eye(3, dtype=np.uint8) * 255, 20, axis=0)[None].repeat(20, axis=0)  # red, green, blue squares
     pixels = decode(encode(Image.fromarray(thirds)), channels=3, height=10, width=10)
-    within = pixels[:, :, 3:-3]  # the filter is 3 pixels wide: the outer ones see the neighbours that were cut off
-    assert (within == torch.tensor([0, 255, 0]).view(3, 1, 1)).all()
+    inner = pixels[:, :, 3:-3]  # the filter is 3 pixels wide, so outer pixels mix with the cropped squares
+    assert (inner == torch.tensor([0, 255, 0]).view(3, 1, 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -233,10 +233,10 @@ WHOLE = [encode(image, kind) for kind in sorted(KINDS) for image in (Image.froma
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @given(data=st.data())
-def test_damage_gives_pixels_or_one_clear_error(data):
+def test_damaged_files_give_pixels_or_a_one_line_error(data):
     encoded = bytearray(data.draw(st.sampled_from(WHOLE)))
-    for place in data.draw(st.lists(st.integers(0, min(len(encoded), 300) - 1), max_size=5)):
-        encoded[place] = data.draw(st.integers(0, 255))
+    for position in data.draw(st.lists(st.integers(0, min(len(encoded), 300) - 1), max_size=5)):
+        encoded[position] = data.draw(st.integers(0, 255))
     try:
         outcome = decode(bytes(encoded[: data.draw(st.integers(1, len(encoded)))]), channels=3, height=8, width=8)
     except BadImageError as error:
@@ -253,7 +253,7 @@ def test_floats_and_bytes_are_exact_inverses():
     assert to_uint8(torch.tensor([-1.0, 1.0], dtype=torch.bfloat16)).tolist() == [0, 255]
 
 
-def test_a_single_file_keeps_its_size_unless_told(tmp_path: Path):
+def test_a_single_file_keeps_its_size_by_default(tmp_path: Path):
     path = tmp_path / "one.png"
     path.write_bytes(encode(Image.fromarray(RGB)))
     assert (load_image(path, channels=3).permute(1, 2, 0).numpy() == RGB).all()

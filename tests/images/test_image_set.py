@@ -1,4 +1,4 @@
-"""Image sets: pixels of odd and bad files, source ids and splits that never change, rows as training reads them."""
+"""Image sets: unusual and bad files, stable source ids and splits, and the rows of a split."""
 
 import io
 import json
@@ -28,10 +28,10 @@ def emoji() -> ImageSet:
     return open_images()
 
 
-# Odd and bad images, as a folder has them.
+# Unusual and bad images in a folder.
 
 
-def test_a_folder_of_odd_images_becomes_pixels_of_one_size(tmp_path):
+def test_a_folder_of_unusual_images_becomes_pixels_of_one_size(tmp_path):
     noise = Image.effect_noise((40, 30), 60)
     noise.save(tmp_path / "grey.png")
     Image.fromarray(np.asarray(noise).astype(np.uint16) * 257).save(tmp_path / "grey16.png")
@@ -58,7 +58,7 @@ def test_a_folder_of_odd_images_becomes_pixels_of_one_size(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "reason"), [(b"", "0 bytes"), (b"hello", "not an image"), (png("red", (99, 99), "JPEG")[:-99], "truncated")]
 )
-def test_a_bad_image_is_named_with_its_row(bad, reason, tmp_path):
+def test_a_bad_image_is_reported_with_its_row(bad, reason, tmp_path):
     write_folder(tmp_path, ["a.png", "b.png", "c.png"])
     (tmp_path / "b.png").write_bytes(bad)
     image_set = open_images(str(tmp_path))
@@ -69,7 +69,7 @@ def test_a_bad_image_is_named_with_its_row(bad, reason, tmp_path):
         ImageRows(image_set, split="all", flips=False)
 
 
-def test_missing_images_are_named_with_their_row(tmp_path):
+def test_missing_images_are_reported_with_their_row(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(BadImageError, match=r"gone\.png, row 0: the file cannot be read \(No such file"):
         open_images(str(tmp_path)).pixels([0])
@@ -91,21 +91,23 @@ def test_the_emoji_never_change(emoji):
     assert {"height": 32, "width": 32, "channels": 3}.items() <= emoji.preprocessing.items()
 
 
-def test_emoji_pixels_are_those_of_the_file(emoji):
-    stored = pq.read_table(str(files("smalti") / "data" / "emoji32.parquet"), columns=["image"])["image"].to_pylist()
+def test_emoji_pixels_equal_the_files(emoji):
+    stored = pq.read_table(str(files("smalti.images") / "data" / "emoji32.parquet"), columns=["image"])[
+        "image"
+    ].to_pylist()
     for index in (0, 1234, 3785):
         expected = np.asarray(Image.open(io.BytesIO(stored[index]["bytes"])))
         assert (emoji.pixels([index])[0].permute(1, 2, 0).numpy() == expected).all()
 
 
-def test_skin_tones_stay_together(emoji):
-    codepoints = pq.read_table(str(files("smalti") / "data" / "emoji32.parquet"))["codepoints"].to_pylist()
+def test_skin_tones_share_a_source_and_a_split(emoji):
+    codepoints = pq.read_table(str(files("smalti.images") / "data" / "emoji32.parquet"))["codepoints"].to_pylist()
     families = defaultdict(list)
     for index, points in enumerate(codepoints):
         families[re.sub(r"(^|-)(1F3F[B-F]|FE0F)(?=-|$)", "", points).strip("-")].append(index)
     assert max(map(len, families.values())) >= 25  # couples: five tones each
     ids = [emoji.source_ids[members].unique() for members in families.values()]
-    assert all(len(of_family) == 1 for of_family in ids)
+    assert all(len(family_ids) == 1 for family_ids in ids)
     assert torch.cat(ids).unique().numel() == len(families)
     out = held_out(emoji.source_ids)
     assert all(out[members].unique().numel() == 1 for members in families.values())
@@ -117,7 +119,7 @@ def test_the_split_never_changes(emoji):
 
 
 @given(ids=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=50), seed=st.integers(0, 99))
-def test_the_split_is_a_function_of_the_id_alone_and_grows_with_the_percentage(ids, seed):
+def test_the_split_depends_on_the_id_alone_and_grows_with_the_percentage(ids, seed):
     ids = torch.tensor(ids)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     assert held_out(ids)[order].equal(held_out(ids[order]))
@@ -127,7 +129,7 @@ def test_the_split_is_a_function_of_the_id_alone_and_grows_with_the_percentage(i
     assert held_out(ids, 100).all()
 
 
-def test_the_split_takes_its_share_of_any_ids():
+def test_the_split_has_its_share_of_any_ids():
     numbers = torch.arange(20_000)
     for ids in (numbers, numbers * 1000 + 7, numbers << 40):
         assert held_out(ids, 10).float().mean().item() == pytest.approx(0.1, abs=0.01)
@@ -139,7 +141,7 @@ def test_impossible_percentages_are_refused(percent):
         held_out(torch.arange(3), percent)
 
 
-# Rows, as training reads them.
+# The rows of a split.
 
 
 def identity(batch):
@@ -161,7 +163,7 @@ def test_flips_are_rows_of_one_source(emoji):
     assert not unflipped["flipped"].any()
 
 
-def test_the_splits_share_no_source_and_together_are_all(emoji):
+def test_the_splits_share_no_source_and_cover_all(emoji):
     train, out, both = (ImageRows(emoji, split=split, flips=True) for split in ("train", "held_out", "all"))
     sources_of = [set(rows.__getitems__(range(len(rows)))["source_ids"].tolist()) for rows in (train, out, both)]
     assert sources_of[0].isdisjoint(sources_of[1])
@@ -169,7 +171,7 @@ def test_the_splits_share_no_source_and_together_are_all(emoji):
     assert len(train) + len(out) == len(both) == 2 * len(emoji)
 
 
-def test_nothing_to_train_on_is_said(tmp_path):
+def test_an_empty_train_split_is_refused(tmp_path):
     names = list(range(100))  # not the images themselves, whose bytes depend on the machine's zlib
     some = open_images(str(write_parquet(tmp_path / "some.parquet", image=[png("red")] * 100, source_id=names)))
     name = int(held_out(some.source_ids).nonzero()[0])
@@ -192,7 +194,7 @@ def test_workers_and_pickles_read_the_same_rows(cache_bytes, tmp_path):
         assert torch.cat([batch[name] for batch in batches]).equal(expected)
 
 
-def test_the_cache_is_filled_once_by_rows_and_only_where_it_fits(tmp_path, monkeypatch):
+def test_the_cache_is_filled_once_and_only_if_it_fits(tmp_path, monkeypatch):
     write_folder(tmp_path, ["a.png", "b.png"])
     decoded = []
     decode = ImageSet._decode

@@ -1,4 +1,4 @@
-"""Masks against brute force, and that nothing under a hole can be seen."""
+"""Masks against brute force; masked pixels have no influence on blanked images."""
 
 import numpy as np
 import pytest
@@ -20,39 +20,39 @@ def draw(seed, *shape):
 
 
 @given(**SIZES, dilation=st.integers(0, 2), share=st.floats(0, 0.4))
-def test_known_codes_are_those_with_no_hole_near_them(rows, columns, side, seed, dilation, share):
-    hole = draw(seed, 2, rows * side, columns * side) < share
-    known = known_codes(hole, side, dilation=dilation)
+def test_known_codes_have_no_masked_pixel_near_them(rows, columns, side, seed, dilation, share):
+    mask = draw(seed, 2, rows * side, columns * side) < share
+    known = known_codes(mask, side, dilation=dilation)
     assert known.shape == (2, rows, columns)
     for image in range(2):
         for y in range(rows):
             for x in range(columns):
                 top, left = max(0, y - dilation) * side, max(0, x - dilation) * side
-                near = hole[image, top : (y + dilation + 1) * side, left : (x + dilation + 1) * side]
+                near = mask[image, top : (y + dilation + 1) * side, left : (x + dilation + 1) * side]
                 assert bool(known[image, y, x]) == (not near.any())
 
 
-def test_codes_beside_a_hole_are_drawn_anew_by_default():
-    hole = torch.zeros(1, 20, 20, dtype=torch.bool)
-    hole[0, 9, 9] = True  # within code (2, 2) of 5 x 5
-    known = known_codes(hole, 4)
+def test_codes_beside_a_mask_are_unknown_by_default():
+    mask = torch.zeros(1, 20, 20, dtype=torch.bool)
+    mask[0, 9, 9] = True  # within code (2, 2) of 5 x 5
+    known = known_codes(mask, 4)
     assert (~known).nonzero()[:, 1:].tolist() == [[y, x] for y in (1, 2, 3) for x in (1, 2, 3)]
 
 
 @given(**SIZES, channels=st.sampled_from([1, 3]), share=st.floats(0, 1))
-def test_blanked_images_that_differ_under_the_hole_only_are_equal(rows, columns, side, seed, channels, share):
+def test_blanked_images_do_not_depend_on_masked_pixels(rows, columns, side, seed, channels, share):
     height, width = rows * side, columns * side
-    hole = draw(seed, 2, height, width) < share
+    mask = draw(seed, 2, height, width) < share
     images, others = (draw(seed + i, 2, channels, height, width) * 2 - 1 for i in (1, 2))
-    others = torch.where(hole.unsqueeze(1), others, images)
-    blanked = blank(images, hole)
-    assert torch.equal(blanked, blank(others, hole))
-    assert torch.equal(blanked.where(~hole.unsqueeze(1), images), images)  # what is known stays as it is
+    others = torch.where(mask.unsqueeze(1), others, images)
+    blanked = blank(images, mask)
+    assert torch.equal(blanked, blank(others, mask))
+    assert torch.equal(blanked.where(~mask.unsqueeze(1), images), images)  # known pixels stay exact
     for image in range(2):
         for channel in range(channels):
-            known = images[image, channel][~hole[image]]
-            paint = blanked[image, channel][hole[image]]
-            torch.testing.assert_close(paint, (known.mean() if len(known) else torch.tensor(0.0)).expand_as(paint))
+            known = images[image, channel][~mask[image]]
+            filled = blanked[image, channel][mask[image]]
+            torch.testing.assert_close(filled, (known.mean() if len(known) else torch.tensor(0.0)).expand_as(filled))
 
 
 def save(path, grey):
@@ -60,108 +60,108 @@ def save(path, grey):
     return path
 
 
-def test_a_mask_is_a_hole_where_it_is_light(tmp_path):
+def test_light_pixels_are_masked(tmp_path):
     path = save(tmp_path / "mask.png", [[0, 127, 128], [255, 10, 200]])
     light = torch.tensor([[False, False, True], [True, False, True]])
     assert torch.equal(load_mask(path, height=2, width=3), light)
     assert torch.equal(load_mask(path, height=2, width=3, invert=True), ~light)
 
 
-def test_a_mask_in_colour_or_of_one_bit_will_do(tmp_path):
-    hole = torch.tensor([[True, False]])
+def test_masks_may_be_in_colour_or_one_bit(tmp_path):
+    mask = torch.tensor([[True, False]])
     Image.fromarray(np.array([[[250, 250, 250], [5, 5, 5]]], dtype=np.uint8)).save(tmp_path / "colour.png")
-    Image.fromarray(hole.numpy()).save(tmp_path / "bits.png")
+    Image.fromarray(mask.numpy()).save(tmp_path / "bits.png")
     for name in ("colour.png", "bits.png"):
-        assert torch.equal(load_mask(tmp_path / name, height=1, width=2), hole)
+        assert torch.equal(load_mask(tmp_path / name, height=1, width=2), mask)
 
 
-def test_masks_that_will_not_do_are_refused_in_one_line(tmp_path):
+def test_unusable_masks_are_refused_in_one_line(tmp_path):
     black, white = save(tmp_path / "black.png", [[0, 0, 0]]), save(tmp_path / "white.png", [[255, 255, 255]])
     (tmp_path / "text.png").write_text("not an image")
-    for path, size, invert, said in [
-        (black, (1, 3), False, "no hole: no pixel is light; paint what to fill white"),
-        (white, (1, 3), True, "no hole: no pixel is dark; paint what to fill black"),
-        (white, (1, 3), False, "is all hole: every pixel is light, and nothing is left to go by"),
-        (black, (1, 3), True, "is all hole: every pixel is dark"),
+    for path, size, invert, message in [
+        (black, (1, 3), False, "masks nothing: no pixel is light; paint what to fill white"),
+        (white, (1, 3), True, "masks nothing: no pixel is dark; paint what to fill black"),
+        (white, (1, 3), False, "masks the whole image: every pixel is light, so no pixel is known"),
+        (black, (1, 3), True, "masks the whole image: every pixel is dark"),
         (white, (3, 1), False, "is 3x1 but the image is 1x3; pass --resize-mask"),
         (tmp_path / "missing.png", (1, 3), False, "cannot be read"),
         (tmp_path / "text.png", (1, 3), False, "not an image"),
     ]:
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             load_mask(path, height=size[0], width=size[1], invert=invert)
         assert "\n" not in str(caught.value)
         assert str(path) in str(caught.value)
 
 
-def test_the_threshold_is_of_lightness(tmp_path):
+def test_the_threshold_applies_to_lightness(tmp_path):
     path = save(tmp_path / "mask.png", [[0, 9, 10, 11, 255]])
     assert load_mask(path, height=1, width=5, threshold=10).tolist() == [[False, False, False, True, True]]
     assert load_mask(path, height=1, width=5, threshold=0).tolist() == [[False, True, True, True, True]]
 
 
-def test_of_a_mask_with_transparent_parts_only_these_count(tmp_path):
-    """Whatever their colours are, and those of the rest; turned as its EXIF block says."""
+def test_a_mask_with_transparency_ignores_colours(tmp_path):
+    """EXIF rotation is applied; an opaque alpha channel does not count as transparency."""
     rgba = np.zeros((2, 3, 4), np.uint8)
     rgba[..., 3] = [[255, 200, 0], [255, 255, 100]]
     rgba[0, 0, :3] = 255
-    hole = torch.tensor([[False, False, True], [False, False, True]])
+    mask = torch.tensor([[False, False, True], [False, False, True]])
     Image.fromarray(rgba).save(tmp_path / "alpha.png")
-    assert torch.equal(load_mask(tmp_path / "alpha.png", height=2, width=3), hole)
-    assert torch.equal(load_mask(tmp_path / "alpha.png", height=2, width=3, invert=True), ~hole)
+    assert torch.equal(load_mask(tmp_path / "alpha.png", height=2, width=3), mask)
+    assert torch.equal(load_mask(tmp_path / "alpha.png", height=2, width=3, invert=True), ~mask)
     turned = Image.Exif()
-    turned[274] = 6  # to be shown turned right
+    turned[274] = 6  # rotated to the right
     Image.fromarray(rgba).save(tmp_path / "turned.png", exif=turned)
-    assert torch.equal(load_mask(tmp_path / "turned.png", height=3, width=2), hole.rot90(-1))
-    rgba[..., 3] = 255  # an opaque alpha channel says nothing
+    assert torch.equal(load_mask(tmp_path / "turned.png", height=3, width=2), mask.rot90(-1))
+    rgba[..., 3] = 255
     Image.fromarray(rgba).save(tmp_path / "opaque.png")
     assert load_mask(tmp_path / "opaque.png", height=2, width=3).nonzero().tolist() == [[0, 0]]
 
 
-OF_ANY = [
+FORMATS = [
     *(("png", mode) for mode in ("1", "L", "P", "LA", "RGB", "I;16")),
     *(("jpg", mode) for mode in ("1", "L", "RGB", "CMYK")),
     ("tiff", "CMYK"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "mode"), OF_ANY)
-def test_a_mask_may_be_of_any_mode_and_format(tmp_path, mode, kind):
+@pytest.mark.parametrize(("kind", "mode"), FORMATS)
+def test_masks_may_have_any_mode_and_format(tmp_path, mode, kind):
     square = Image.new("L", (24, 16))
     square.paste(255, (8, 8, 16, 16))
     image = Image.fromarray(np.array(square).astype(np.uint16) * 257) if mode == "I;16" else square.convert(mode)
     image.save(tmp_path / f"mask.{kind}", **({"quality": 60} if kind == "jpg" else {}))
-    hole = load_mask(tmp_path / f"mask.{kind}", height=16, width=24)
-    assert torch.equal(hole, torch.from_numpy(np.array(square)) > 0)
+    mask = load_mask(tmp_path / f"mask.{kind}", height=16, width=24)
+    assert torch.equal(mask, torch.from_numpy(np.array(square)) > 0)
 
 
-def test_a_mask_of_another_size_is_fitted_when_asked(tmp_path):
+def test_a_mask_of_another_size_is_resized_on_request(tmp_path):
     path = save(tmp_path / "mask.png", np.kron(np.eye(2), np.ones((4, 6))) * 255)
-    hole = load_mask(path, height=2, width=2, resize=True)
-    assert hole.tolist() == [[True, False], [False, True]]
+    mask = load_mask(path, height=2, width=2, resize=True)
+    assert mask.tolist() == [[True, False], [False, True]]
 
 
 @given(st.integers(0, 999), st.integers(4, 40), st.integers(4, 40))
-def test_strokes_are_a_seeds_own_and_leave_something_known(seed, height, width):
-    holes = strokes(row_seeds(seed, torch.arange(3)), height, width)
-    assert holes.shape == (3, height, width)
-    assert torch.equal(strokes(row_seeds(seed, torch.arange(1, 2)), height, width), holes[1:2])
-    assert holes.flatten(1).any(1).all()
-    assert not holes.flatten(1).all(1).any()
+def test_strokes_depend_on_their_seed_and_leave_known_pixels(seed, height, width):
+    masks = strokes(row_seeds(seed, torch.arange(3)), height, width)
+    assert masks.shape == (3, height, width)
+    assert torch.equal(strokes(row_seeds(seed, torch.arange(1, 2)), height, width), masks[1:2])
+    assert masks.flatten(1).any(1).all()
+    assert not masks.flatten(1).all(1).any()
 
 
 def test_strokes_differ_and_cover_about_a_quarter():
-    holes = strokes(row_seeds(0, torch.arange(300)), 32, 32)
-    assert len(holes.flatten(1).unique(dim=0)) == 300
-    assert 0.2 < float(holes.float().mean()) < 0.3
+    masks = strokes(row_seeds(0, torch.arange(300)), 32, 32)
+    assert len(masks.flatten(1).unique(dim=0)) == 300
+    assert 0.2 < float(masks.float().mean()) < 0.3
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (32, 32), (32, 48), (256, 256)])
-def test_example_holes_leave_something_known_and_differ(height, width):
-    holes = examples(height, width)
-    assert list(holes) == ["box", "half", "stroke", "letter"]
-    assert all(hole.shape == (height, width) for hole in holes.values())
-    shares = {name: float(hole.float().mean()) for name, hole in holes.items()}
+def test_example_masks_leave_known_pixels_and_differ(height, width):
+    masks = examples(height, width)
+    assert list(masks) == ["box", "half", "stroke", "letter"]
+    assert all(mask.shape == (height, width) for mask in masks.values())
+    shares = {name: float(mask.float().mean()) for name, mask in masks.items()}
     assert all(0.05 < share < 0.6 for share in shares.values()), shares
-    assert len({hole.numpy().tobytes() for hole in holes.values()}) == 4
+    assert len({mask.numpy().tobytes() for mask in masks.values()}) == 4
     assert shares["half"] == 0.5
-    assert holes["half"][:, width // 2 :].all()
+    assert masks["half"][:, width // 2 :].all()

@@ -1,4 +1,4 @@
-"""Sheets: every pixel of every picture is on them, in its place, with the settings that made it."""
+"""Sheets: they hold every pixel of every picture at the right position, and the settings."""
 
 import json
 
@@ -20,7 +20,7 @@ def pictures(count, channels, height, width, seed=0):
 
 
 def crop(sheet, top, left, image, factor):
-    """The part of a sheet where an image should be, at its own size, as (c, h, w)."""
+    """Returns the part of a sheet that should hold an image, at its own size, as (c, h, w)."""
     _, height, width = image.shape
     box = np.array(sheet)[top : top + height * factor : factor, left : left + width * factor : factor]
     return torch.from_numpy(box.transpose(2, 0, 1).copy())
@@ -58,13 +58,13 @@ def test_a_sheet_has_a_caption_above_every_row(tmp_path):
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_an_image_reads_back_exactly_with_its_settings(tmp_path, channels, mode):
+def test_a_png_holds_the_exact_image_and_its_settings(tmp_path, channels, mode):
     (image,) = pictures(1, channels, 5, 7)
-    made_by = {"seed": 3, "prior": "größe", "path": tmp_path}
-    save_png(tmp_path / "image.png", to_image(image), made_by)
+    settings = {"seed": 3, "prior": "größe", "path": tmp_path}
+    save_png(tmp_path / "image.png", to_image(image), settings)
     read = Image.open(tmp_path / "image.png")
     assert read.mode == mode
     expected = image[0] if channels == 1 else image.permute(1, 2, 0)
     assert np.array_equal(np.array(read), expected.numpy())
-    assert json.loads(read.text["smalti"]) == {**made_by, "path": str(tmp_path)}
+    assert json.loads(read.text["smalti"]) == {**settings, "path": str(tmp_path)}
     assert np.array_equal(np.array(to_image(to_float(image))), expected.numpy())

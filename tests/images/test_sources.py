@@ -1,4 +1,4 @@
-"""Sources of images: what opens, what is refused, and how images are named, labelled and identified."""
+"""Sources of images: formats, errors, labels and source ids."""
 
 import os
 import re
@@ -32,10 +32,10 @@ def test_a_flat_folder_has_no_labels_and_one_file_is_a_set(tmp_path):
     assert len(open_images(str(tmp_path / "[ab].*"))) == 2
 
 
-def test_linked_folders_are_read_and_circles_are_not(tmp_path):
-    write_folder(tmp_path / "elsewhere", ["x.png"])
+def test_linked_folders_are_read_unless_circular(tmp_path):
+    write_folder(tmp_path / "other", ["x.png"])
     write_folder(tmp_path / "images", ["y.png"])
-    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "other")
     (tmp_path / "images" / "circle").symlink_to(tmp_path / "images")
     assert open_images(str(tmp_path / "images")).label_names == ("linked",)
 
@@ -51,13 +51,13 @@ def test_the_order_of_the_folder_listing_does_not_matter(tmp_path, monkeypatch):
             yield parent, folders, sorted(found, reverse=True)
 
     monkeypatch.setattr(os, "walk", reversed_walk)
-    for name in names:  # another place, made in another order
+    for name in names:  # another folder, written in another order
         (tmp_path / "two" / name).parent.mkdir(parents=True, exist_ok=True)
     for name in reversed(names):
         (tmp_path / "two" / name).write_bytes((tmp_path / "one" / name).read_bytes())
-    found = open_images(str(tmp_path / "two"))
-    assert found.source_ids.equal(expected.source_ids)
-    assert found.fingerprint == expected.fingerprint
+    reordered = open_images(str(tmp_path / "two"))
+    assert reordered.source_ids.equal(expected.source_ids)
+    assert reordered.fingerprint == expected.fingerprint
 
 
 def test_renaming_keeps_source_ids_and_new_content_changes_them(tmp_path):
@@ -86,7 +86,7 @@ def test_source_ids_are_computed_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["marked", "struct", "bytes", "large bytes"])
-def test_parquet_in_every_form_images_are_stored_in(form, tmp_path):
+def test_parquet_columns_of_every_form_are_read(form, tmp_path):
     path = tmp_path / "images.parquet"
     encoded = [png("red"), png("lime")]
     if form == "marked":
@@ -102,14 +102,16 @@ def test_parquet_in_every_form_images_are_stored_in(form, tmp_path):
 
 def test_parquet_folders_and_globs_are_read_in_sorted_order(tmp_path):
     for number, colour in [(2, "blue"), (0, "red"), (1, "lime")]:
-        write_parquet(tmp_path / "da[t]a" / f"part-{number}.parquet", image=[png(colour)])  # brackets are no pattern
+        write_parquet(
+            tmp_path / "da[t]a" / f"part-{number}.parquet", image=[png(colour)]
+        )  # these brackets are not a glob
     write_parquet(tmp_path / "da[t]a" / "part-.parquet", image=pa.array([], pa.binary()))
     for source in (tmp_path / "da[t]a", tmp_path / "da*" / "part-*.parquet"):
         image_set = open_images(str(source))
         assert [colour_of(image_set, index) for index in range(3)] == ["red", "lime", "blue"]
 
 
-def test_images_within_archives_are_read(tmp_path):
+def test_images_in_archives_are_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("inner/teal.png", png("teal"))
     image = {"bytes": None, "path": f"zip://inner/teal.png::{tmp_path / 'x.zip'}"}
@@ -144,15 +146,15 @@ def test_declared_classes_keep_their_names_and_the_label_column_can_be_chosen(tm
     assert image_set.label_names == ("x", "y", "z")
     assert image_set.labels.tolist() == [2, -1, 0]
     table.cast_column("shade", datasets.ClassLabel(names=["dark", "light"])).to_parquet(tmp_path / "two.parquet")
-    with pytest.raises(UserError, match=r"2 columns of classes .'kind', 'shade'.; choose one with --label-column"):
+    with pytest.raises(UserError, match=r"2 columns of classes .'kind', 'shade'.; choose one with label_column"):
         open_images(str(tmp_path / "two.parquet"))
     assert open_images(str(tmp_path / "two.parquet"), label_column="shade").label_names == ("dark", "light")
 
 
-def test_two_columns_of_images_need_a_choice(tmp_path):
+def test_several_columns_of_images_are_refused(tmp_path):
     table = marked(["red"]).add_column("other", [{"bytes": png("blue"), "path": None}])
     table.cast_column("other", datasets.Image()).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"2 columns of images .'image', 'other'.; choose one with --image-column"):
+    with pytest.raises(UserError, match=r"2 columns of images .'image', 'other'.; choose one with image_column"):
         open_images(str(tmp_path / "x.parquet"))
     assert colour_of(open_images(str(tmp_path / "x.parquet"), image_column="other"), 0) == "blue"
 
@@ -166,8 +168,8 @@ def test_a_source_id_column_names_the_sources(tmp_path):
     assert (ids >= 0).all()
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what is mapped")
-def test_hashing_leaves_nothing_of_the_images_in_memory(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux lists the mapped files")
+def test_hashing_frees_the_memory_of_the_images(tmp_path):
     size = 4 << 20
     pq.write_table(pa.table({"image": [os.urandom(size) for _ in range(3)]}), tmp_path / "large.parquet")
     table = sources.open_table(str(tmp_path / "large.parquet"))
@@ -179,7 +181,7 @@ def test_hashing_leaves_nothing_of_the_images_in_memory(tmp_path):
 
 
 def a_table(*images: str, **columns):
-    """What makes a Parquet file, and images beside it."""
+    """Returns a function that writes a Parquet file, and images beside it."""
 
     def make(root: Path) -> None:
         write_folder(root, list(images))
@@ -208,7 +210,7 @@ def a_table(*images: str, **columns):
         (None, ".", {"height": 0}, "0x32 pixels are empty"),
     ],
 )
-def test_what_cannot_be_opened_is_refused_in_one_line(make, source, options, message, tmp_path):
+def test_unusable_sources_are_refused_in_one_line(make, source, options, message, tmp_path):
     if make is not None:
         make(tmp_path)
     with pytest.raises(UserError, match=message) as refused:
@@ -216,7 +218,7 @@ def test_what_cannot_be_opened_is_refused_in_one_line(make, source, options, mes
     assert "\n" not in str(refused.value)
 
 
-def test_unreadable_folders_are_named(tmp_path, monkeypatch):
+def test_unreadable_folders_are_reported(tmp_path, monkeypatch):
     def scandir(path):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -234,21 +236,21 @@ def test_a_label_without_a_name_is_refused(tmp_path):
         open_images(str(tmp_path / "x.parquet"))
 
 
-def test_the_hub_offline_is_one_line():
+def test_an_offline_hub_gives_one_line():
     with pytest.raises(UserError, match="no folder nobody/nothing, and as a hub data set it cannot") as refused:
         open_images("nobody/nothing")
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("source", "asked"),
+    ("source", "call"),
     [
         ("someone/things", ("someone/things", None, "train")),
         ("things:test", ("things", None, "test")),
         ("someone/things@small:train[:50%]", ("someone/things", "small", "train[:50%]")),
     ],
 )
-def test_a_hub_id_says_config_and_split(source, asked, monkeypatch):
+def test_a_hub_id_may_name_config_and_split(source, call, monkeypatch):
     calls = []
 
     def load_dataset(path, name, *, split):
@@ -257,7 +259,7 @@ def test_a_hub_id_says_config_and_split(source, asked, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert colour_of(open_images(source), 1) == "blue"
-    assert calls == [asked]
+    assert calls == [call]
 
 
 def test_a_hub_split_without_rows_is_refused(monkeypatch):

@@ -1,7 +1,7 @@
-"""The boundary: a tokenizer's codes of every image, stored as a latent set, by any number of processes.
+"""Builds a latent set: encodes every image with a tokenizer, on any number of processes.
 
-Images are decoded and encoded here, a block at a time; what finished blocks are kept in until the file is whole is
-`latentsets/shards.py`.
+Images are decoded and encoded here, one block at a time. Finished blocks wait in
+`latentsets/shards.py` until the file is complete.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from smalti.commands.model_paths import LATENTS, layer_name, load_tokenizer, of_layer
+from smalti.commands.model_paths import LATENTS, layer_name, layer_source, load_tokenizer
 from smalti.core.codes import Codes
 from smalti.core.devices import Device, autocast, device
 from smalti.core.errors import UserError
@@ -37,10 +37,10 @@ from smalti.training.batches import leave_interrupts
 T = TypeVar("T")
 OnBadImage: TypeAlias = Literal["raise", "skip"]
 Block: TypeAlias = tuple[int, Tensor, dict[int, str]]
-"""Its number, its images (uint8), and what is wrong with those that could not be decoded, by their row."""
+"""A block's number, its images (uint8), and the error of each image that cannot be decoded, by row."""
 
-MOST_WORKERS = 4  # unless more are asked for: each holds a few blocks of images
-LONGEST_WAIT = timedelta(days=30)  # for a slower process; the libraries' own, minutes, is for hung communication
+MOST_WORKERS = 4  # default limit: each worker holds a few blocks of images in memory
+LONGEST_WAIT = timedelta(days=30)  # processes wait for slower ones; the libraries' timeout of minutes is too short
 
 
 def _cores() -> int:
@@ -49,47 +49,51 @@ def _cores() -> int:
 
 @dataclass(frozen=True)
 class BuildLatents:
-    """How to build a latent set."""
+    """Settings of `build_latents`."""
 
     tokenizer: str = "hrvq"
-    """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
+    """A trained tokenizer: a kind (read from runs/tokenizers/KIND), a folder, or a hub id."""
     layer: int | None = None
-    """Of hqa and hams, the layer whose codes are stored [default: the top]."""
+    """Layer whose codes are stored, counted from 1 at the image; only for hqa and hams [default: the top layer]."""
     images: str | None = None
-    """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: what the tokenizer was
-    trained on]."""
+    """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: the images that the
+    tokenizer was trained on]."""
     height: int | None = None
-    """Height of the images in pixels, if not the tokenizer's own."""
+    """Height of the images in pixels [default: as trained]."""
     width: int | None = None
-    """Width of the images in pixels, if not the tokenizer's own."""
+    """Width of the images in pixels [default: as trained]."""
     flips: bool = True
-    """Store the mirror images too, as rows of their own."""
+    """Also store the mirror image of every image, as a row of its own."""
     on_bad_image: OnBadImage = "raise"
-    """What to do about an image that cannot be decoded: stop and name it, or leave it out and record it in the file."""
+    """What to do with an image that cannot be decoded: `raise` stops and names it, `skip` leaves it out and records it
+    in the latent set."""
     batch_size: int = 256
-    """Rows encoded at once by each process, mirror images included: the block that a stopped build redoes."""
+    """Rows that each process encodes at once, mirror images included. Lower it if memory runs out. A stopped build
+    repeats at most one batch for each process."""
     workers: int = field(default_factory=lambda: min(MOST_WORKERS, _cores()))
-    """Processes that decode images beside each encoding process; 0 decodes in between [default: as many as cores, but
-    no more than 4]."""
+    """Processes that decode images for each encoding process; 0 decodes in the encoding process itself [default: one
+    for each core, at most 4]."""
     device: Device = "auto"
-    """Where to encode."""
+    """Device that encodes the images."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the networks; the search of codebooks stays in fp32. bf16 is for hardware that is fast in it; it
-    gives some codes other than those of fp32, so the set says so."""
+    """Precision of the networks; the codebook search is always fp32. Choose bf16 for speed on recent GPUs: a few codes
+    then differ from those of fp32, and the latent set records it."""
     out: Path | None = None
-    """The file [default: runs/latents/KIND.h5, and of a layer KIND-layer-N.h5]."""
+    """The file to write [default: runs/latents/KIND.h5, or KIND-layer-N.h5 with --layer N]."""
 
 
 def build_latents(config: BuildLatents) -> Path:
-    """Encodes every image and stores the codes; returns the file. One that already holds exactly this is left as it is.
+    """Encodes every image and stores the codes; returns the file.
 
-    The processes are those of `accelerate launch` or `torchrun`. Finished blocks survive anything, `kill -9` included:
-    the same call, by any number of processes, goes on from them. Codes are computed in float32 unless bf16 is asked
-    for, so that they do not depend on what precision a device is fast in.
+    A file that already holds exactly these codes is left as it is. Several processes share the work
+    under `accelerate launch` or `torchrun`. Finished blocks survive every kind of stop, `kill -9`
+    included: the same call resumes from them, with any number of processes. Codes are computed in
+    float32 unless the config sets bf16, so that they do not depend on the device's preferred
+    precision.
 
     Raises:
-        UserError: for a tokenizer or images that will not do, another builder of the same file, or a full disk. The
-            file is then as it was.
+        UserError: for an unsuitable tokenizer or unsuitable images, if another process builds the
+            same file, or if the disk is full. The file is then unchanged.
     """
     if config.batch_size < 1 or config.workers < 0:
         raise UserError(
@@ -97,11 +101,11 @@ def build_latents(config: BuildLatents) -> Path:
         )
     wanted = device(config.device)
     process = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
-    of_process = process.device  # of several GPUs, its own
-    where = of_process if of_process is not None and of_process.type == wanted.type else wanted
-    tokenizer_source = of_layer(config.tokenizer, config.layer)
-    tokenizer = load_tokenizer(tokenizer_source).to(where)
-    with process.main_process_first():  # which fills the cache of hashes that the others read
+    own_device = process.device  # with several GPUs, each process has its own
+    encoding_device = own_device if own_device is not None and own_device.type == wanted.type else wanted
+    tokenizer_source = layer_source(config.tokenizer, config.layer)
+    tokenizer = load_tokenizer(tokenizer_source).to(encoding_device)
+    with process.main_process_first():  # it fills the cache of hashes, which the others then read
         images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
     name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
     path = config.out or LATENTS / f"{name}.h5"
@@ -131,44 +135,46 @@ def encode(
     config: BuildLatents,
     process: PartialState,
 ) -> None:
-    """The work itself, from opened images and a tokenizer on its device to the finished file."""
+    """Encodes opened images with a tokenizer that is on its device, and writes the finished file."""
     with Shards(job, process=process.process_index) as shards:
         main = process.is_main_process
-        stale = _in_step(process, lambda: shards.claim() if main else None)
-        finished = _is_of(job.path, provenance, config.on_bad_image)
-        with_bad = config.on_bad_image == "raise"  # what an earlier build skipped, this one names
-        missing = _in_step(process, lambda: shards.missing(with_bad=with_bad), shards)  # all look before any writes
+        stale = _on_all_processes(process, lambda: shards.claim() if main else None)
+        finished = _holds_codes_of(job.path, provenance, config.on_bad_image)
+        with_bad = config.on_bad_image == "raise"  # this build names the images that an earlier one skipped
+        # every process lists the missing blocks before any process writes one
+        missing = _on_all_processes(process, lambda: shards.missing(with_bad=with_bad), shards)
         if finished:
-            process.print(f"{job.path} holds these codes already.")
+            process.print(f"{job.path} already holds these codes.")
             if main:
                 shards.discard()
             return
         if stale:
-            process.print(f"Blocks of an earlier build are thrown away: they are of another {stale}.")
-        _in_step(process, lambda: shards.require_room(len(missing)) if main else None, shards)
+            process.print(f"Discarding the blocks of an earlier build with another {stale}.")
+        _on_all_processes(process, lambda: shards.require_room(len(missing)) if main else None, shards)
         share = missing[process.process_index :: process.num_processes]
         try:
-            _in_step(process, lambda: _encode(tokenizer, images, shards, share, config, process), shards)
+            _on_all_processes(process, lambda: _encode(tokenizer, images, shards, share, config, process), shards)
         except KeyboardInterrupt:
-            process.print("\nWhat is finished is kept: the same command goes on from there.")
+            process.print("\nFinished blocks are kept: run the same command to resume.")
             raise
         out = held_out(images.source_ids)
         columns = {"labels": images.labels, "source_ids": images.source_ids, "held_out": out}
-        _in_step(process, lambda: shards.merge(provenance, **columns) if main else None, shards)
+        _on_all_processes(process, lambda: shards.merge(provenance, **columns) if main else None, shards)
 
 
 def job_of(tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Provenance, config: BuildLatents) -> Job:
-    """What is to be done, in blocks.
+    """Divides the images into blocks, with a key of everything that decides their codes.
 
     Raises:
         UserError: if the tokenizer cannot encode images of this size.
     """
-    size, where = images.preprocessing, _device_of(tokenizer)
+    size, encoding_device = images.preprocessing, _device_of(tokenizer)
+    blank = torch.zeros(1, size["channels"], size["height"], size["width"], device=encoding_device)
     with torch.no_grad():
-        blank = tokenizer.encode(torch.zeros(1, size["channels"], size["height"], size["width"], device=where))
+        codes = tokenizer.encode(blank)
     return Job(
         path,
-        tokenizer.layout.resized([(grid.shape[-2], grid.shape[-1]) for grid in blank]),
+        tokenizer.layout.resized([(grid.shape[-2], grid.shape[-1]) for grid in codes]),
         images=len(images),
         block_images=max(1, config.batch_size // (1 + config.flips)),
         flips=config.flips,
@@ -176,7 +182,7 @@ def job_of(tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Prove
             "tokenizer_digest": provenance.tokenizer_digest,
             "image_fingerprint": provenance.image_fingerprint,
             "preprocessing": provenance.preprocessing,
-            "device": where.type,
+            "device": encoding_device.type,
             "software": versions(),
         },
     )
@@ -187,14 +193,15 @@ def _device_of(tokenizer: Tokenizer) -> torch.device:
 
 
 def images_for(tokenizer: Tokenizer, name: str, source: str | None, height: int | None, width: int | None) -> ImageSet:
-    """Images as a tokenizer sees them: unless others are named, those that it was trained on, at its own size.
+    """Opens images at a tokenizer's size: those of `source`, or else those it was trained on.
 
     Raises:
-        UserError: if there are none, or the tokenizer, by its `name`, does not say on which it was trained.
+        UserError: if there are no images, or no `source` while the tokenizer does not record the
+            images it was trained on; `name` is the tokenizer's name in that message.
     """
     source = source or tokenizer.provenance.get("image_source")
     if source is None:
-        raise UserError(f"{name} does not say what images it was trained on; give --images")
+        raise UserError(f"{name} does not record what images it was trained on; give --images")
     return open_images(
         source,
         height=height or tokenizer.config.height,
@@ -203,10 +210,11 @@ def images_for(tokenizer: Tokenizer, name: str, source: str | None, height: int 
     )
 
 
-def _in_step(process: PartialState, work: Callable[[], T], claimed: Shards | None = None) -> T:
-    """Does the same on all processes and waits for all; what failed on one, all raise, so that they leave together.
+def _on_all_processes(process: PartialState, work: Callable[[], T], claimed: Shards | None = None) -> T:
+    """Runs `work` on every process and waits for all; an error on one process is raised on all.
 
-    Those that work on a folder claimed before stop at their next block.
+    So all processes stop together. After an error, `claimed` is abandoned: other processes that
+    encode into its folder stop at their next block.
     """
     result, failure = None, None
     try:
@@ -215,10 +223,10 @@ def _in_step(process: PartialState, work: Callable[[], T], claimed: Shards | Non
         failure = error
         if claimed:
             claimed.abandon()
-    failures = [found for found in gather_object([failure]) if found]
+    failures = [each for each in gather_object([failure]) if each]
     if failures:
         raise failures[0]
-    return result  # pyright: ignore[reportReturnType] - None only where `work` gave None
+    return result  # pyright: ignore[reportReturnType] - None only if `work` returned None
 
 
 @torch.no_grad()
@@ -230,19 +238,19 @@ def _encode(
     config: BuildLatents,
     process: PartialState,
 ) -> None:
-    """Encodes this process's share of the blocks that are missing."""
+    """Encodes this process's `share` of the missing blocks."""
     job = shards.job
-    of = f" (process 1 of {process.num_processes})" if process.num_processes > 1 else ""
+    several = process.num_processes > 1  # the bar then counts the first process's share alone
     progress = bar(
-        what=f"encoding{of}",
-        total=len(share) if of else job.blocks,
-        initial=0 if of else job.blocks - len(share),
+        what=f"encoding (process 1 of {process.num_processes})" if several else "encoding",
+        total=len(share) if several else job.blocks,
+        initial=0 if several else job.blocks - len(share),
         unit="block",
         shown=process.is_main_process,
     )
-    where = _device_of(tokenizer)
-    with progress, autocast(where, config.precision):
-        for block, pixels, bad in decoded(images, job, share, config, where):
+    encoding_device = _device_of(tokenizer)
+    with progress, autocast(encoding_device, config.precision):
+        for block, pixels, bad in decoded(images, job, share, config, encoding_device):
             if shards.abandoned:
                 return
             if bad and config.on_bad_image == "raise":
@@ -252,7 +260,7 @@ def _encode(
 
 
 def encode_block(tokenizer: Tokenizer, pixels: Tensor, *, flips: bool) -> Codes:
-    """The codes of images, uint8; with flips each is followed by its mirror image."""
+    """Returns the codes of uint8 images; with `flips`, each image is followed by its mirror image."""
     batch = to_float(pixels)
     return tokenizer.encode(torch.stack([batch, batch.flip(-1)], 1).flatten(0, 1) if flips else batch)
 
@@ -260,7 +268,7 @@ def encode_block(tokenizer: Tokenizer, pixels: Tensor, *, flips: bool) -> Codes:
 def decoded(
     images: ImageSet, job: Job, blocks: list[int], config: BuildLatents, device: torch.device
 ) -> Iterator[Block]:
-    """Blocks of images in the order asked for, decoded by workers, on their way to the device."""
+    """Yields the blocks in the given order, decoded by worker processes and moved to the device."""
     loader = DataLoader(
         _Blocks(images, job),
         batch_size=None,
@@ -274,7 +282,7 @@ def decoded(
 
 
 class _Blocks(Dataset):
-    """Errors come as text: what a worker raises arrives wrapped in its traceback."""
+    """Decoded blocks of images. Errors are returned as text: an exception of a worker would arrive as a traceback."""
 
     def __init__(self, images: ImageSet, job: Job) -> None:
         self.images, self.job = images, job
@@ -284,13 +292,13 @@ class _Blocks(Dataset):
         return block, self.images.pixels(self.job.images_of(block), bad=bad), bad
 
 
-def _is_of(path: Path, provenance: Provenance, on_bad_image: OnBadImage) -> bool:
-    """Whether the set at `path` was made by the same tokenizer from the same images in the same way."""
+def _holds_codes_of(path: Path, provenance: Provenance, on_bad_image: OnBadImage) -> bool:
+    """Returns whether the set at `path` was made by the same tokenizer from the same images in the same way."""
     try:
-        found = LatentSet(path).provenance
+        existing = LatentSet(path).provenance
     except UserError:
         return False
     same = ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
-    return all(getattr(found, name) == getattr(provenance, name) for name in same) and (
-        on_bad_image == "skip" or not found.skipped
+    return all(getattr(existing, name) == getattr(provenance, name) for name in same) and (
+        on_bad_image == "skip" or not existing.skipped
     )

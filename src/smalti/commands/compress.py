@@ -1,4 +1,7 @@
-"""Images to a small file of codes at a fixed rate, and back. How the file is written is in `packing.py`."""
+"""Compresses images to a small file of codes at a fixed rate, and decompresses such a file.
+
+The file format is in `latentsets/packed_file.py`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smalti.commands.build_latents import images_for
-from smalti.commands.model_paths import RUNS, load_tokenizer, of_layer
+from smalti.commands.model_paths import RUNS, layer_source, load_tokenizer
 from smalti.core.codes import Codes
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
@@ -21,46 +24,47 @@ from smalti.metrics.image_errors import mse, psnr
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.hqa.hqa import HQA
 
-_ROWS_AT_ONCE = 64
+_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Compress:
-    """How to compress images."""
+    """Settings of `compress`."""
 
     tokenizer: str = "hqa"
-    """A trained tokenizer, of any kind: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
+    """Any trained tokenizer: a kind (read from runs/tokenizers/KIND), a folder, or a hub id."""
     layer: int | None = None
-    """Of hqa and hams, the layer whose codes are kept: the lower, the more bits and the less error [default: the top].
-    """
+    """Layer whose codes are kept, counted from 1 at the image; only for hqa and hams. A lower layer takes more bits and
+    has less error [default: the top layer]."""
     images: str | None = None
-    """An image, a folder of images, Parquet files or a hub id [default: what the tokenizer was trained on]."""
+    """An image, a folder of images, Parquet files or a hub id [default: the images that the tokenizer was trained
+    on]."""
     height: int | None = None
-    """Height of the images in pixels, if not the tokenizer's own."""
+    """Height of the images in pixels [default: as trained]."""
     width: int | None = None
-    """Width of the images in pixels, if not the tokenizer's own."""
+    """Width of the images in pixels [default: as trained]."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device that encodes the images."""
     out: Path = RUNS / "images.smalti"
-    """The file."""
+    """The file to write."""
 
 
 @dataclass(frozen=True)
 class Decompress:
-    """How to turn a compressed file back into images."""
+    """Settings of `decompress`."""
 
     codes: Path
-    """The file, from compress.py."""
+    """A file that compress.py wrote."""
     tokenizer: str = "hqa"
-    """The tokenizer that made it: a kind, a folder or a hub id. Its layer is the file's."""
+    """The tokenizer that made the file: a kind, a folder or a hub id. The file records the layer."""
     decodes: int = 0
-    """Decodes to sample of each image, beside the most probable one; of hqa and hams alone."""
+    """Sampled decodes of each image, besides the most probable one; only for hqa and hams."""
     seed: int = 0
-    """Decides the samples; that of an image and its number hangs on nothing else."""
+    """Seed of the sampled decodes. Each sample depends on the seed, its image's row and its number alone."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device that decodes the images."""
     out: Path = RUNS / "decompressed"
-    """Folder of the PNGs: 00000.png, 00000-sample-1.png, ..."""
+    """Folder for the PNGs: 00000.png, 00000-sample-1.png, ..."""
 
     def __post_init__(self) -> None:
         if self.decodes < 0:
@@ -68,24 +72,24 @@ class Decompress:
 
 
 def compress(config: Compress) -> Path:
-    """Writes the codes of images, and prints the rate, and the error of what they decode to; returns the file.
+    """Writes the codes of images to a file and prints rate and distortion; returns the file.
 
     Raises:
-        UserError: for a tokenizer or images that will not do.
+        UserError: for an unsuitable tokenizer or unsuitable images.
     """
-    source = of_layer(config.tokenizer, config.layer)
-    where = device(config.device)
-    tokenizer = load_tokenizer(source).to(where)
+    encoding_device = device(config.device)
+    tokenizer = load_tokenizer(layer_source(config.tokenizer, config.layer)).to(encoding_device)
     images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
-    parts, errors = [], []
+    batches, errors = [], []
     progress = bar(what="compressing", total=len(images), unit="image", delay_seconds=SLOW_SECONDS)
     with progress:
-        for rows in torch.arange(len(images)).split(_ROWS_AT_ONCE):
-            batch = to_float(images.pixels(rows)).to(where)
-            parts.append(tokenizer.encode(batch))
-            errors.append(mse(decode(tokenizer, parts[-1]), batch).cpu())
+        for rows in torch.arange(len(images)).split(_BATCH_SIZE):
+            batch = to_float(images.pixels(rows)).to(encoding_device)
+            batches.append(tokenizer.encode(batch))
+            with torch.no_grad():
+                errors.append(mse(tokenizer.decode(batches[-1]), batch).cpu())
             progress.update(len(rows))
-    codes = tuple(torch.cat(grids) for grids in zip(*parts, strict=True))
+    codes = tuple(torch.cat(grids) for grids in zip(*batches, strict=True))
     layout = tokenizer.layout.resized([(grid.shape[1], grid.shape[2]) for grid in codes])
     header = {"tokenizer_kind": tokenizer.kind, "tokenizer_digest": tokenizer.digest(), "layer": config.layer}
     size, bits, error = write_codes(config.out, codes, layout, header), bits_per_image(layout), torch.cat(errors).mean()
@@ -95,42 +99,43 @@ def compress(config: Compress) -> Path:
         f"{config.out}: {len(images)} image(s), {layout}\n"
         f"rate: {bits} bits an image, {bits / pixels:.4g} a pixel; {payload} bytes of codes, "
         f"{size - payload} of header\n"
-        f"distortion: MSE {float(error):.4g}, PSNR {float(psnr(error)):.2f} dB, of the most probable decodes"
+        f"distortion: MSE {float(error):.4g}, PSNR {float(psnr(error)):.2f} dB, for the most probable decodes"
     )
     return config.out
 
 
 def decompress(config: Decompress) -> Path:
-    """Writes the images that a file decodes to, and prints its rate; returns their folder.
+    """Decodes a file to PNG images and prints its rate; returns their folder.
 
     Raises:
-        UserError: for a file that is damaged or of another tokenizer, or samples of a tokenizer that has one decode.
+        UserError: for a damaged file or one of another tokenizer, and for sampled decodes with a
+            tokenizer whose decoding is deterministic.
     """
     loaded: list[Tokenizer] = []
 
-    def expected(header: dict[str, Any]) -> None:
-        tokenizer = load_tokenizer(of_layer(config.tokenizer, header.get("layer")))
+    def load_matching(header: dict[str, Any]) -> None:
+        tokenizer = load_tokenizer(layer_source(config.tokenizer, header.get("layer")))
         if header.get("tokenizer_digest") != tokenizer.digest():
             raise UserError(
-                f"{config.codes} holds codes of {header.get('tokenizer_kind')} "
+                f"{config.codes} was made by {header.get('tokenizer_kind')} "
                 f"{str(header.get('tokenizer_digest'))[:12]}, but {config.tokenizer} is {tokenizer.digest()[:12]}; "
                 "give --tokenizer the one that made it"
             )
         loaded.append(tokenizer)
 
-    packed = read_codes(config.codes, expected)
-    where = device(config.device)
-    tokenizer = loaded[0].to(where)
+    packed = read_codes(config.codes, load_matching)
+    decoding_device = device(config.device)
+    tokenizer = loaded[0].to(decoding_device)
     if config.decodes and not isinstance(tokenizer, HQA):
-        raise UserError(f"{tokenizer.kind} has one decode of each code; leave --decodes out")
+        raise UserError(f"{tokenizer.kind} decodes each code to one image; leave --decodes out")
     config.out.mkdir(parents=True, exist_ok=True)
     images = len(packed.codes[0])
-    for rows in torch.arange(images).split(_ROWS_AT_ONCE):
-        codes = tuple(grid[rows].to(where) for grid in packed.codes)
+    for rows in torch.arange(images).split(_BATCH_SIZE):
+        codes = tuple(grid[rows].to(decoding_device) for grid in packed.codes)
         for number in range(config.decodes + 1):
-            seeds = derive(row_seeds(config.seed, rows), number).to(where) if number else None
+            seeds = derive(row_seeds(config.seed, rows), number).to(decoding_device) if number else None
             suffix = f"-sample-{number}" if number else ""
-            for row, image in zip(rows.tolist(), decode(tokenizer, codes, seeds), strict=True):
+            for row, image in zip(rows.tolist(), _decode(tokenizer, codes, seeds), strict=True):
                 save_png(config.out / f"{row:05d}{suffix}.png", to_image(image))
     bits = bits_per_image(packed.layout)
     print(f"{config.out}: {images} image(s) of {bits} bits each, {packed.layout}, from {packed.size_bytes} bytes")
@@ -138,6 +143,6 @@ def decompress(config: Decompress) -> Path:
 
 
 @torch.no_grad()
-def decode(tokenizer: Tokenizer, codes: Codes, seeds: Tensor | None = None) -> Tensor:
-    """Images of codes: the most probable, or with seeds, which kinds with one decode never see, samples."""
+def _decode(tokenizer: Tokenizer, codes: Codes, seeds: Tensor | None) -> Tensor:
+    """Returns the most probable decodes of codes, or sampled decodes for seeds, which only HQA takes."""
     return tokenizer.decode(codes, seeds=seeds) if isinstance(tokenizer, HQA) else tokenizer.decode(codes)

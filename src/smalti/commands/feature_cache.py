@@ -1,6 +1,11 @@
-"""What frozen layers make of the images that the layer on top of them trains on: computed once, not at every step."""
+"""The feature cache of tokenizers that are trained layer by layer.
+
+The layers below the one in training are frozen, so their features of each image are computed once
+instead of at every step.
+"""
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -11,48 +16,59 @@ from torch.utils.data import Dataset
 from smalti.core.progress import bar
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
-from smalti.tokenizers.hqa.hqa import HQA
+from smalti.tokenizers.base import Tokenizer
 from smalti.training.batches import Batch
 
 MOST_BYTES = 2**30
-"""Features that take more memory are computed at every step."""
-_AT_ONCE = 256
+"""Features that take more memory than this are computed at every step."""
+_BATCH_SIZE = 256
 
 
-class GivenRows(Dataset):
-    """Rows of images, and in their batches `given`, the features of each."""
+@runtime_checkable
+class HasFeatures(Protocol):
+    """A tokenizer whose top layer's continuous features the next layer trains on, such as HQA."""
 
-    def __init__(self, rows: ImageRows, given: Float[Tensor, "n c h w"]) -> None:
-        self._rows, self._given = rows, given
+    def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        """Returns the output of the top layer's encoder before it is quantized."""
+        ...
+
+
+class RowsWithFeatures(Dataset):
+    """Rows of images whose batches also hold `given`, the cached features of each image."""
+
+    def __init__(self, rows: ImageRows, features: Float[Tensor, "n c h w"]) -> None:
+        self._rows, self._features = rows, features
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
-        """See `ImageRows`."""
+        """Returns a batch; see `ImageRows`."""
         batch = self._rows.__getitems__(rows)
-        return {**batch, "given": self._given[batch["rows"]]}
+        return {**batch, "given": self._features[batch["rows"]]}
 
 
 @torch.no_grad()
-def with_given(below: HQA, rows: ImageRows, process: Accelerator) -> ImageRows | GivenRows:
-    """The rows with what the layers below make of them, in the arithmetic of the training; as they are, if that takes
-    more than `MOST_BYTES`.
+def with_feature_cache(lower: Tokenizer, rows: ImageRows, process: Accelerator) -> ImageRows | RowsWithFeatures:
+    """Adds the features of the frozen `lower` layers to `rows`, in the training's precision.
+
+    Returns `rows` unchanged if the features would take more than `MOST_BYTES`.
 
     Args:
-        below: the layers below.
-        rows: what the layer on top trains on; nothing changes them from step to step.
-        process: whose arithmetic that is, and whose device.
+        lower: the frozen layers.
+        rows: the training images; they must not change from step to step.
+        process: sets precision and device.
     """
-    (level,) = below.layout.levels
-    shape = (len(rows), below.config.code_width, level.height, level.width)
+    assert isinstance(lower, HasFeatures), f"{lower.kind} is trained in stages but has no features"
+    first_image = to_float(rows.__getitems__([0])["images"]).to(next(lower.parameters()).device)
+    shape = (len(rows), *lower.eval().features(first_image).shape[1:])
     if torch.Size(shape).numel() * 4 > MOST_BYTES:
         return rows
-    given, network = torch.empty(shape), below.to(process.device).eval()
+    features, network = torch.empty(shape), lower.to(process.device)
     with bar(what="features", total=len(rows), unit="image", shown=process.is_main_process) as progress:
-        for chosen in torch.arange(len(rows)).split(_AT_ONCE):
-            images = to_float(rows.__getitems__(chosen.tolist())["images"]).to(process.device)
+        for indices in torch.arange(len(rows)).split(_BATCH_SIZE):
+            images = to_float(rows.__getitems__(indices.tolist())["images"]).to(process.device)
             with process.autocast():
-                given[chosen] = network.features(images).cpu()
-            progress.update(len(chosen))
-    return GivenRows(rows, given)
+                features[indices] = network.features(images).cpu()
+            progress.update(len(indices))
+    return RowsWithFeatures(rows, features)

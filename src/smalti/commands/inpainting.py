@@ -1,6 +1,7 @@
-"""Filling the holes of images: from pixels to codes, through the prior, and back into the images, at any size.
+"""Inpainting: from masked pixels to codes, through the prior, and back to pixels, at any image size.
 
-The command, with its files and masks, is `inpaint.py`; how a fill meets its image, `smalti.images.blending`.
+The command, with its files and masks, is in `inpaint.py`; blending a fill into its image is in
+`images/blending.py`.
 
 Legend: b batch, k candidates, c channels, h w pixels, y x codes.
 """
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from smalti.commands.class_labels import draw_labels, that_knows_classes
+from smalti.commands.class_labels import draw_labels, first_class_conditional
 from smalti.core.devices import Precision, autocast
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, row_seeds
@@ -28,23 +29,25 @@ from smalti.tokenizers.base import Tokenizer
 
 @dataclass(frozen=True)
 class Filling:
-    """How a hole is filled, beside the sampling of its codes.
+    """How a fill is made from sampled codes.
 
     Raises:
         UserError: for values outside their ranges.
     """
 
     candidates: int = 16
-    """How many are drawn for each fill that is kept: the one that goes best with the pixels beside the hole."""
+    """Candidates sampled for each fill; the one that best matches the known pixels beside the mask is kept. Fewer are
+    faster, more fit better."""
     dilation: int = DILATION_CODES
-    """How many codes around the hole are drawn anew too, as the encoder saw the blanked hole through them."""
+    """Width, in codes, of the ring around the mask that is sampled too, since the encoder saw masked pixels there."""
     feather: int = 0
-    """Pixels outside the hole's edge over which the fill fades into the image; all others come back exactly."""
+    """Width, in pixels outside the mask, of the band where the fill fades into the image. All other known pixels stay
+    exact."""
     match_colour: bool = True
-    """Shift the fill's colours by what they are off at the hole's rim."""
+    """Shift the fill's colours to match the image at the mask's edge."""
     largest: float = 4.0
-    """An image of more than this many times the area the model was trained at is worked on shrunk to that, and its
-    fills are enlarged; what is known stays at full size."""
+    """Largest area that the model fills directly, as a multiple of the area it was trained at. Larger images are filled
+    at reduced size and the fill is enlarged; their known pixels stay exact."""
 
     def __post_init__(self) -> None:
         if self.candidates < 1 or self.largest <= 0:
@@ -56,7 +59,7 @@ class Filling:
 
 
 class WorkingSize(NamedTuple):
-    """At what size an image is worked on: first resized to `height` x `width`, then its edges repeated to the rest."""
+    """The size an image is filled at: resized to `height` x `width`, then padded by repeating its edges."""
 
     height: int
     width: int
@@ -65,12 +68,15 @@ class WorkingSize(NamedTuple):
 
 
 def working_size(tokenizer: Tokenizer, height: int, width: int, largest: float) -> WorkingSize:
-    """The size itself where the tokenizer takes it and it is not too large; see `Filling.largest`."""
-    most = largest * tokenizer.config.height * tokenizer.config.width
-    shrink = min(1.0, math.sqrt(most / (height * width)))
-    height, width = max(1, round(height * shrink)), max(1, round(width * shrink))
-    step = tokenizer.downsampling
-    return WorkingSize(height, width, math.ceil(height / step) * step, math.ceil(width / step) * step)
+    """Returns the size to fill an image at: its own, if the tokenizer supports that and `largest` allows it.
+
+    See `Filling.largest`.
+    """
+    largest_area = largest * tokenizer.config.height * tokenizer.config.width
+    scale = min(1.0, math.sqrt(largest_area / (height * width)))
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    factor = tokenizer.downsampling
+    return WorkingSize(height, width, math.ceil(height / factor) * factor, math.ceil(width / factor) * factor)
 
 
 @torch.no_grad()
@@ -86,67 +92,99 @@ def fill(
     filling: Filling = Filling(),
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> UInt8[Tensor, "b c h w"]:
-    """The images with their holes filled; pixels outside hole and feather band are those given.
+    """Fills the masked pixels of images; pixels outside the mask and its feather band stay exact.
 
-    What the holes hide is painted over before anything else, so the fill cannot depend on it, and the codes beside a
-    hole, whose pixels saw the paint, are drawn anew. The pixels there that are known then judge: of several candidates
-    the one is kept whose decoding comes nearest to them. Of several levels, each is filled given those above it, with
-    its own codes around the hole drawn anew.
+    The masked pixels are blanked before anything else, so the fill cannot depend on them. The codes
+    beside the mask, whose receptive field includes blanked pixels, are sampled as well. The known
+    pixels under those codes select the best candidate: the one whose decoding is nearest to them.
+    Each level is filled conditioned on the coarser levels, with its own ring of codes around the mask.
 
     Args:
-        priors: of each level, coarsest first, on the device to compute on.
-        tokenizer: on the same device.
-        pixels: of any size, which stays.
-        hole: True = to fill; not all of an image.
+        priors: one for each level, coarsest first, on the device that computes.
+        tokenizer: decodes the priors' codes, on the same device.
+        pixels: images of any size; the result has the same size.
+        mask: True = fill; not all of an image.
         seeds: one for each image.
-        sampling: how codes are drawn, by priors of whose kind it is; the others keep their defaults for filling.
-        labels: the class of each, -1 for any; None is any for all.
-        filling: the rest.
-        callback: as that of a sampler, with the candidates of an image after each other.
+        sampling: settings for priors of its kind; the others use their defaults for filling.
+        labels: the class of each image, -1 for any; None is any for all.
+        filling: the other settings.
+        callback: a sampler's callback; it receives the candidates of each image in sequence.
 
     Raises:
-        UserError: for a prior over real numbers, which cannot be told a part of them.
+        UserError: for a prior over real-valued latents, which cannot be conditioned on a part of them.
     """
     for prior in priors:
         if not isinstance(prior, CodePrior):
-            raise UserError(f"a {prior.kind} draws whole images and cannot fill in parts; fill with a prior of codes")
-    where, (height, width), k = next(priors[0].parameters()).device, pixels.shape[2:], filling.candidates
-    work = working_size(tokenizer, height, width, filling.largest)
-    painted, work_mask = _at_working_size(blank(to_float(pixels), mask), mask, work)
-    painted, work_mask = painted.to(where), work_mask.to(where)
-    with torch.autocast(where.type, enabled=False):
-        encoded = tokenizer.encode(painted)
-    of_candidates = derive(seeds.to(where).repeat_interleave(k), torch.arange(k, device=where).repeat(len(pixels)))
+            raise UserError(f"a {prior.kind} samples whole images and cannot fill in parts; use a prior of codes")
+    device, (height, width) = next(priors[0].parameters()).device, pixels.shape[2:]
+    size = working_size(tokenizer, height, width, filling.largest)
+    blanked, resized_mask = _to_working_size(blank(to_float(pixels), mask), mask, size)
+    blanked, resized_mask = blanked.to(device), resized_mask.to(device)
+    codes, scored = _sample_levels(
+        priors,
+        tokenizer,
+        blanked,
+        resized_mask,
+        seeds=seeds.to(device),
+        sampling=sampling,
+        labels=labels.to(device) if labels is not None else None,
+        filling=filling,
+        callback=callback,
+    )
+    with torch.autocast(device.type, enabled=False):
+        decoded: Float[Tensor, "bk c h w"] = tokenizer.decode(codes)
+    best = _nearest(decoded.unflatten(0, (len(pixels), filling.candidates)), blanked, scored)
+    best = best[:, :, : size.height, : size.width].cpu()
+    if (size.height, size.width) != (height, width):
+        best = F.interpolate(best, (height, width), mode="bicubic").clamp(-1, 1)
+    return compose(pixels, best, mask, feather_pixels=filling.feather, match_colour=filling.match_colour)
+
+
+def _sample_levels(
+    priors: Sequence[Prior],
+    tokenizer: Tokenizer,
+    blanked: Float[Tensor, "b c h w"],
+    mask: Bool[Tensor, "b h w"],
+    *,
+    seeds: Int64[Tensor, " b"],
+    sampling: Any,
+    labels: Int64[Tensor, " b"] | None,
+    filling: Filling,
+    callback: Callable[[int, Tensor], None] | None,
+) -> tuple[tuple[Int64[Tensor, "bk _y _x"], ...], Bool[Tensor, "b h w"]]:
+    """Samples the unknown codes of all levels, `candidates` times for each image.
+
+    Returns:
+        The codes of all levels, and the known pixels under sampled codes, which score the candidates.
+    """
+    device, k = blanked.device, filling.candidates
+    with torch.autocast(device.type, enabled=False):
+        encoded = tokenizer.encode(blanked)
+    candidate_seeds = derive(seeds.repeat_interleave(k), torch.arange(k, device=device).repeat(len(blanked)))
     codes: tuple[Tensor, ...] = ()
-    settings = torch.zeros_like(work_mask)
+    scored = torch.zeros_like(mask)
     for prior, known in zip(priors, encoded, strict=True):
-        pixels_a_code = work.padded_height // known.shape[1]
-        known_mask = known_codes(work_mask, pixels_a_code, dilation=filling.dilation)
-        settings |= ~work_mask & ~_patches(known_mask, pixels_a_code)
+        pixels_per_code = blanked.shape[2] // known.shape[1]
+        known_mask = known_codes(mask, pixels_per_code, dilation=filling.dilation)
+        scored |= ~mask & ~_to_pixels(known_mask, pixels_per_code)
         codes += (
             prior.method.sampler(
                 prior,
                 known=known.repeat_interleave(k, 0),
                 known_mask=known_mask.repeat_interleave(k, 0),
-                seeds=derive(of_candidates, Stream.LEVEL, len(codes)) if codes else of_candidates,
-                labels=labels.to(where).repeat_interleave(k) if labels is not None and prior.classes else None,
+                seeds=derive(candidate_seeds, Stream.LEVEL, len(codes)) if codes else candidate_seeds,
+                labels=labels.repeat_interleave(k) if labels is not None and prior.classes else None,
                 upper=codes,
-                sampling=filling_of(prior, sampling),
+                sampling=filling_for(prior, sampling),
                 callback=callback,
             ),
         )
-    with torch.autocast(where.type, enabled=False):
-        decoded: Float[Tensor, "bk c h w"] = tokenizer.decode(codes)
-    kept = _nearest(decoded.unflatten(0, (len(pixels), k)), painted, settings)
-    kept = kept[:, :, : work.height, : work.width].cpu()
-    if (work.height, work.width) != (height, width):
-        kept = F.interpolate(kept, (height, width), mode="bicubic").clamp(-1, 1)
-    return compose(pixels, kept, mask, feather_pixels=filling.feather, match_colour=filling.match_colour)
+    return codes, scored
 
 
-def filling_of(prior: Prior, given: Any) -> Any:
-    """How a prior fills: as given, if that is for its kind; else by its kind's defaults."""
-    return given if isinstance(given, prior.method.sampling) else prior.method.filling()
+def filling_for(prior: Prior, requested: Any) -> Any:
+    """Returns the requested sampling settings if they are for the prior's kind, else that kind's filling defaults."""
+    return requested if isinstance(requested, prior.method.sampling) else prior.method.filling()
 
 
 def fills(
@@ -163,9 +201,9 @@ def fills(
     precision: Precision,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> UInt8[Tensor, "n c h w"]:
-    """`num` fills of one image, of these classes in turn, or of any; fill i depends on the seed and on i alone.
+    """Makes `num` fills of one image, of `classes` in turn or of any class; see `fill`.
 
-    The rest is as in `fill`; `precision` is that of the priors.
+    Fill i depends on the seed and on i alone. `precision` is the priors' precision.
     """
     numbers = torch.arange(num)
     with autocast(next(priors[0].parameters()).device, precision):
@@ -175,18 +213,18 @@ def fills(
             pixels.expand(num, -1, -1, -1),
             mask.expand(num, -1, -1),
             seeds=row_seeds(seed, numbers),
-            labels=draw_labels(that_knows_classes(priors), classes, numbers, seed) if classes else None,
+            labels=draw_labels(first_class_conditional(priors), classes, numbers, seed) if classes else None,
             sampling=sampling,
             filling=filling,
             callback=callback,
         )
 
 
-def calls_of(priors: Sequence[Prior], tokenizer: Tokenizer, sampling: Any, size: WorkingSize) -> int:
-    """How often a callback hears of one image's progress, at most."""
+def callback_calls(priors: Sequence[Prior], tokenizer: Tokenizer, sampling: Any, size: WorkingSize) -> int:
+    """Returns the largest number of callback calls for one image, to scale a progress bar."""
     trained = tokenizer.config
     return sum(
-        filling_of(prior, sampling).calls(
+        filling_for(prior, sampling).calls(
             prior.level.height * size.padded_height // trained.height,
             prior.level.width * size.padded_width // trained.width,
         )
@@ -194,27 +232,27 @@ def calls_of(priors: Sequence[Prior], tokenizer: Tokenizer, sampling: Any, size:
     )
 
 
-def _at_working_size(
-    images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b h w"], work: WorkingSize
+def _to_working_size(
+    images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b h w"], size: WorkingSize
 ) -> tuple[Float[Tensor, "b c h2 w2"], Bool[Tensor, "b h2 w2"]]:
-    """A pixel made from any of the hole's is of the hole."""
-    size, masks = (work.height, work.width), mask.unsqueeze(1).float()
-    if size != tuple(images.shape[2:]):
-        images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
-        masks = F.adaptive_max_pool2d(masks, size)
-    padding = (0, work.padded_width - work.width, 0, work.padded_height - work.height)
+    """Resizes and pads images and masks; a pixel made from any masked pixel is masked."""
+    resized, masks = (size.height, size.width), mask.unsqueeze(1).float()
+    if resized != tuple(images.shape[2:]):
+        images = F.interpolate(images, resized, mode="bicubic", antialias=True).clamp(-1, 1)
+        masks = F.adaptive_max_pool2d(masks, resized)
+    padding = (0, size.padded_width - size.width, 0, size.padded_height - size.height)
     images, masks = (F.pad(each, padding, mode="replicate") for each in (images, masks))
     return images, masks.squeeze(1) > 0
 
 
-def _patches(of_codes: Bool[Tensor, "b y x"], downsampling: int) -> Bool[Tensor, "b h w"]:
-    """For each pixel what holds for its code."""
-    return of_codes.repeat_interleave(downsampling, 1).repeat_interleave(downsampling, 2)
+def _to_pixels(code_mask: Bool[Tensor, "b y x"], pixels_per_code: int) -> Bool[Tensor, "b h w"]:
+    """Returns, for each pixel, the value of its code."""
+    return code_mask.repeat_interleave(pixels_per_code, 1).repeat_interleave(pixels_per_code, 2)
 
 
 def _nearest(
-    candidates: Float[Tensor, "b k c h w"], given: Float[Tensor, "b c h w"], settings: Bool[Tensor, "b h w"]
+    candidates: Float[Tensor, "b k c h w"], images: Float[Tensor, "b c h w"], scored: Bool[Tensor, "b h w"]
 ) -> Float[Tensor, "b c h w"]:
-    """Of each image's candidates the one nearest to what is given at the judging pixels."""
-    errors = ((candidates - given.unsqueeze(1)).square().sum(2) * settings.unsqueeze(1)).sum((2, 3))
-    return candidates[torch.arange(len(given), device=given.device), errors.argmin(1)]
+    """Returns, for each image, the candidate with the least squared error at the scored pixels."""
+    errors = ((candidates - images.unsqueeze(1)).square().sum(2) * scored.unsqueeze(1)).sum((2, 3))
+    return candidates[torch.arange(len(images), device=images.device), errors.argmin(1)]

@@ -1,4 +1,7 @@
-"""What a latent set holds: in words, as pictures of its codes, as a plot of their use. The words are the wing's."""
+"""Inspects a latent set: a summary, a picture of its codes, and a plot of codebook usage.
+
+The text of the summary is in `latentsets/summary.py`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,31 +26,34 @@ PLOT_KINDS = ("png", "pdf", "svg")
 
 @dataclass(frozen=True)
 class InspectLatents:
-    """What to look at."""
+    """Settings of `inspect_latents`."""
 
     latents: Path = LATENTS / "hrvq.h5"
     """The latent set."""
     verify: bool = False
-    """Read every byte: check it against the digest written with it, and codes, labels, sources and splits for sense."""
+    """Read the whole file and check it: its digest, and that codes, labels, sources and splits are valid."""
     codes: Path | None = None
-    """Write a picture here: the most and the least used codes of each level, decoded by the tokenizer."""
+    """Write a picture to this PNG: the most and least used codes of each level, decoded by the tokenizer [default: no
+    picture]."""
     tokenizer: str | None = None
-    """The tokenizer that made the set, for --codes: a kind, a folder or a hub id [default: where the set says]."""
+    """The tokenizer that made the set, for --codes: a kind, a folder or a hub id [default: the path recorded in the
+    set]."""
     plot: Path | None = None
-    """Write a plot here (PNG, PDF or SVG): the share of each code, most used first, for every level and digit."""
+    """Write a plot to this PNG, PDF or SVG: the share of each code, most used first, for every level and digit
+    [default: no plot]."""
 
 
 def inspect_latents(config: InspectLatents) -> None:
-    """Prints the summary, and does what else the config asks for.
+    """Prints the summary; verifies, draws and plots if the config says so.
 
     Raises:
-        UserError: for a set that cannot be read or, verified, is not as it was written; for another tokenizer.
+        UserError: for a set that cannot be read, fails verification, or was made by another tokenizer.
     """
     latent_set = LatentSet(config.latents)
     print(describe(latent_set))
     if config.verify:
         latent_set.verify()
-        print("  verified      every byte is as it was written; codes, labels, sources and splits make sense")
+        print("  verified      the digest matches; codes, labels, sources and splits are valid")
     if config.codes:
         tokenizer = load_tokenizer(config.tokenizer or latent_set.provenance.tokenizer_source)
         require_tokenizer(latent_set, tokenizer.digest())
@@ -60,26 +66,27 @@ def inspect_latents(config: InspectLatents) -> None:
 
 @torch.no_grad()
 def save_codes(path: Path, latent_set: LatentSet, tokenizer: Tokenizer, shown: int = CODES_SHOWN) -> None:
-    """A sheet of the most and the least used codes of each level, unused ones aside.
+    """Saves a sheet of the most and the least used codes of each level, without unused ones.
 
-    Each is shown as the image all of whose positions hold it; every other level then holds its own most used code.
+    Each code is shown as the decoded image that has it at all positions of its level; every other
+    level then has its own most used code everywhere.
     """
     rows: dict[str, Tensor] = {}
     for index, level in enumerate(latent_set.layout.levels):
         if level.radices:
             ranked, shares = ranking(latent_set, index)
-            for what, chosen in (("most", slice(0, shown)), ("least", slice(max(0, len(ranked) - shown), None))):
-                first, last = (f"{100 * float(share):.2g} %" for share in shares[chosen][[0, -1]])
-                caption = f"level {index}: the {what} used codes ({first} to {last})"
-                rows[caption] = tokenizer.decode(_everywhere(latent_set, index, ranked[chosen]))
+            for end, part in (("most", slice(0, shown)), ("least", slice(max(0, len(ranked) - shown), None))):
+                first, last = (f"{100 * float(share):.2g} %" for share in shares[part][[0, -1]])
+                caption = f"level {index}: the {end} used codes ({first} to {last})"
+                rows[caption] = tokenizer.decode(_uniform_codes(latent_set, index, ranked[part]))
     save_sheet(path, rows)
 
 
 def save_plot(path: Path, latent_set: LatentSet) -> None:
-    """A line for each level and number of first digits: the share of each code in use, from the most used down.
+    """Plots the share of each code in use, most used first: a line for each level and number of first digits.
 
     Raises:
-        UserError: for a suffix that is none of `PLOT_KINDS`.
+        UserError: for a suffix that is not in `PLOT_KINDS`.
     """
     kind = path.suffix.removeprefix(".")
     if kind not in PLOT_KINDS:
@@ -102,14 +109,14 @@ def save_plot(path: Path, latent_set: LatentSet) -> None:
 def ranking(
     latent_set: LatentSet, level: int, digits: int | None = None
 ) -> tuple[Int64[Tensor, " used"], Float[Tensor, " used"]]:
-    """The codes in use, most used first, and the share of each; of equally used ones the smaller number comes first."""
+    """Returns the codes in use, most used first (ties by number), and the share of each."""
     counts = latent_set.usage(level, digits)
     ranked = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     return ranked, counts[ranked] / counts.sum()
 
 
-def _everywhere(latent_set: LatentSet, level: int, codes: Int64[Tensor, " b"]) -> Codes:
-    """For each code, the codes of an image that holds it at every position of its level."""
+def _uniform_codes(latent_set: LatentSet, level: int, codes: Int64[Tensor, " b"]) -> Codes:
+    """Returns, for each of `codes`, the codes of an image that has it at every position of its level."""
     grids = []
     for index, other in enumerate(latent_set.layout.levels):
         value = torch.zeros(1)

@@ -1,4 +1,4 @@
-"""Where things are unless the person says otherwise: the working folder, and names that stand for folders in it."""
+"""The default folders of models and latent sets, and loading models by kind, folder or hub id."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +17,17 @@ TOKENIZERS, LATENTS, PRIORS = RUNS / "tokenizers", RUNS / "latents", RUNS / "pri
 
 
 def load_tokenizer(source: str) -> Tokenizer:
-    """A trained tokenizer: a kind stands for `runs/tokenizers/KIND`, anything else is a folder or a hub id.
+    """Loads a trained tokenizer: a kind stands for `runs/tokenizers/KIND`; else a folder or a hub id.
 
     Raises:
-        UserError: as `smalti.core.models.load` does; for a kind not trained yet, with the command that trains it.
+        UserError: as `smalti.core.models.load` does; for a kind that is not trained yet, with the
+            command that trains it.
     """
     if source in models.kinds("tokenizer"):
         folder = TOKENIZERS / source
         if not (folder / CONFIG_NAME).exists():
             raise UserError(
-                f"{folder} is not there: train it first (python scripts/train_tokenizer.py --tokenizer {source}), "
+                f"{folder} does not exist: train it first (python scripts/train_tokenizer.py --tokenizer {source}), "
                 "or give a folder or hub id"
             )
         return load(folder, "tokenizer")
@@ -34,12 +35,12 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 
 def layer_name(number: int) -> str:
-    """Of the folder, within a tokenizer's, of the tokenizer of its first layers; of kinds trained layer by layer."""
+    """Returns the subfolder with the first `number` layers of a tokenizer that is trained layer by layer."""
     return f"layer-{number}"
 
 
-def of_layer(source: str, layer: int | None) -> str:
-    """Where the tokenizer is that has a trained tokenizer's first layers: itself, without a layer.
+def layer_source(source: str, layer: int | None) -> str:
+    """Returns the source of the tokenizer with the first `layer` layers of `source`; `source` if None.
 
     Raises:
         UserError: if there is no such layer, or `source` is no tokenizer.
@@ -47,31 +48,31 @@ def of_layer(source: str, layer: int | None) -> str:
     if layer is None:
         return source
     folder = TOKENIZERS / source if source in models.kinds("tokenizer") else locate(source)
-    described, cls = read_config(folder), cast(type[Tokenizer], class_of_checkpoint(folder, "tokenizer"))
-    stages = cls.stages(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
+    checkpoint, cls = read_config(folder), cast(type[Tokenizer], class_of_checkpoint(folder, "tokenizer"))
+    stages = cls.stages(config_from_json(cls.config_class, checkpoint["config"], str(folder / CONFIG_NAME)))
     if not 1 <= layer <= len(stages):
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
     return str(folder if layer == len(stages) else folder / layer_name(layer))
 
 
 def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
-    """A trained prior, with the tokenizer that made its codes: the copy in its folder, or another copy of the same one.
+    """Loads a trained prior and the tokenizer of its codes, by default the copy in the prior's folder.
 
     Raises:
-        UserError: as `smalti.core.models.load` does, if the tokenizer is not the one that made the prior's codes, or if
-            it has several levels.
+        UserError: as `smalti.core.models.load` does; if the tokenizer did not make the prior's
+            codes, or has several levels.
     """
     (prior,), decoder = _load((source,), tokenizer)
     if len(decoder.layout.levels) > 1:
         raise UserError(
-            f"{source} draws one of several levels; the page shows one, but sample.py and inpaint.py take the priors "
-            "of them all"
+            f"{source} draws one of several levels; the page shows one level only: use sample.py or inpaint.py with a "
+            "prior for each level"
         )
     return prior, decoder
 
 
 def load_priors(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:
-    """The trained priors of all levels of a tokenizer, coarsest first whatever the order given; see `load_prior`.
+    """Loads the priors of all levels of a tokenizer, in any order; returns them coarsest first, and the tokenizer.
 
     Raises:
         UserError: as `load_prior` does, or if there is not one prior for each level.
@@ -89,7 +90,7 @@ def load_priors(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Pri
 
 
 def prior_class(source: str) -> type[Prior]:
-    """The class of a prior given by its kind, folder or hub id, without loading it.
+    """Returns the class of a prior, given by kind, folder or hub id, without loading its weights.
 
     Raises:
         UserError: as `smalti.core.models.load` does.
@@ -99,26 +100,66 @@ def prior_class(source: str) -> type[Prior]:
 
 
 def _load(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:
-    """The priors, as many and in the order given, and the one tokenizer that made the codes of all of them."""
-    folders = [_prior_folder(source) for source in sources]
-    priors: list[Prior] = [load(folder, "prior") for folder in folders]
-    decoder = load_tokenizer(tokenizer if tokenizer is not None else str(_run_folder(folders[0]) / "tokenizer"))
-    found = decoder.digest()
-    for source, prior in zip(sources, priors, strict=True):
-        expected = prior.provenance.get("tokenizer_digest")
-        if found != expected:
-            raise UserError(
-                f"the prior {source} speaks the codes of tokenizer {str(expected)[:12]}, but "
-                f"{tokenizer or f'the copy beside {sources[0]}'} is {found[:12]}; give the one it was trained with"
-            )
+    """Loads the priors in the given order, and the tokenizer that made the codes of all of them."""
+    priors = [load_only_prior(source) for source in sources]
+    decoder = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_beside(priors[0])
+    require_same_codes(priors, decoder, names=sources, decoder_name=tokenizer or f"the copy in {sources[0]}")
     return priors, decoder
+
+
+def load_only_prior(source: str) -> Prior:
+    """Loads a trained prior by kind, folder or hub id, without its tokenizer.
+
+    Raises:
+        UserError: as `smalti.core.models.load` does.
+    """
+    return load(_prior_folder(source), "prior")
+
+
+def tokenizer_beside(prior: Prior) -> Tokenizer:
+    """Loads the copy of the tokenizer in the folder that a prior was loaded from.
+
+    Raises:
+        UserError: if the prior was not loaded from a folder, or as `smalti.core.models.load` does.
+    """
+    if prior.folder is None:
+        raise UserError("this prior was not loaded from a folder; give its tokenizer too")
+    return load_tokenizer(str(_run_folder(prior.folder) / "tokenizer"))
+
+
+def require_same_codes(
+    priors: Sequence[Prior],
+    tokenizer: Tokenizer,
+    *,
+    names: Sequence[str] = (),
+    decoder_name: str = "the tokenizer given",
+) -> None:
+    """Refuses a tokenizer that did not make the codes of the priors.
+
+    Args:
+        priors: trained priors.
+        tokenizer: to decode their codes with.
+        names: of the priors, for the error.
+        decoder_name: of the tokenizer, for the error.
+
+    Raises:
+        UserError: naming the first prior that was trained on other codes.
+    """
+    digest = tokenizer.digest()
+    for number, prior in enumerate(priors):
+        expected = prior.provenance.get("tokenizer_digest")
+        if digest != expected:
+            raise UserError(
+                f"the prior {names[number] if names else prior.kind} was trained on codes of the tokenizer "
+                f"{str(expected)[:12]}, but {decoder_name} is {digest[:12]}; give the one it was trained with"
+            )
 
 
 def _prior_folder(source: str) -> Path:
     if source in models.kinds("prior"):
         if not (PRIORS / source / CONFIG_NAME).exists():
             raise UserError(
-                f"{PRIORS / source} is not there: train it first (accelerate launch scripts/train_prior.py "
+                f"{PRIORS / source} does not exist: train it first (accelerate launch scripts/train_prior.py "
                 f"--prior {source}), or give --prior a folder or hub id"
             )
         return PRIORS / source
@@ -126,7 +167,7 @@ def _prior_folder(source: str) -> Path:
 
 
 def _run_folder(folder: Path) -> Path:
-    """The folder of the run, in which the tokenizer is, of a prior or of one of the states of its training."""
+    """Returns the run's folder, which holds the tokenizer, for a prior or a snapshot of its training."""
     return folder.parents[1] if folder.parent.name == STATES_NAME else folder
 
 

@@ -1,9 +1,11 @@
-"""Settings to start `train_tokenizer` from; flags override them.
+"""Presets of `train_tokenizer`: default settings by name; flags override them.
 
-`small` is for every kind. By image size, for the kinds of the VQ-VAE family: the HR-VQVAE paper's grids of codes; what
-the paper does not give is VQ-VAE-2's (arXiv 1906.00446): networks 128 channels wide, 2 residual blocks, codewords of
-64, 512 codes, batches of 128 at a rate of 3e-4. For `vqgan`: the networks of the checkpoints that exist, and one for a
-megapixel; they learn at 4.5e-6 times the batch, without a k-means start, which takes long for so many codes.
+`small` is for every kind. `paperN` is for the VQ-VAE family and images of N pixels: the code grids
+of the HR-VQVAE paper; the rest is VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open:
+networks 128 channels wide, 2 residual blocks, codewords of 64, 512 codes, batches of 128 at a
+learning rate of 3e-4. The others are for `vqgan`: the networks of the published checkpoints, and
+one for a megapixel. Their learning rate is 4.5e-6 times the batch size, and they have no k-means
+start, which is slow for so many codes.
 """
 
 from dataclasses import replace
@@ -15,13 +17,13 @@ from smalti.core.errors import UserError
 from smalti.tokenizers.vqgan.vqgan import VQGANConfig
 from smalti.training.config import FitConfig
 
-LEVELS = 3  # of VQ-VAE-2, in the HR-VQVAE paper
+VQVAE2_LEVELS = 3  # in the HR-VQVAE paper
 LONG: dict[str, Any] = {"codebook_decay": 0.99, "revive_below": 0.01}
-"""How codebooks learn in hundreds of thousands of steps: by the papers' decay, slower than the defaults."""
+"""Codebook learning for hundreds of thousands of steps: the papers' decay, slower than the defaults."""
 LIKELIHOOD_FIT = FitConfig(
     steps=4_000, batch_size=32, learning_rate=2e-3, optimizer="adamax", clip_norm=100.0, ema_decay=0.995
 )
-"""AdaMax at 2e-3, as selfVAE's predecessor (arXiv 2006.05218)."""
+"""For `vae` and `selfvae`: AdaMax at 2e-3, as for selfVAE's predecessor (arXiv 2006.05218)."""
 F16: dict[str, Any] = {
     "widths": (128, 128, 256, 256, 512),
     "residual_blocks": 2,
@@ -32,11 +34,10 @@ F16: dict[str, Any] = {
 
 
 def small(kind: str) -> TrainTokenizer[Any]:
-    """The defaults: 8x8 codes of 32x32 images.
+    """Defaults: 8x8 codes of 32x32 images, for two CPU cores; also the tokenizer of the demonstration.
 
-    `python scripts/train_tokenizer.py`: the embedded emoji on two CPU cores, 2000 steps in some minutes. The
-    demonstration's tokenizer, whose report states its held-out MSE. With `--tokenizer vqgan`, whose discriminator comes
-    half way, most of an hour; these settings of it have not been tuned.
+    `python scripts/train_tokenizer.py` trains it on the embedded emoji. The settings for `vqgan`,
+    whose discriminator starts halfway, are not tuned.
     """
     model = models.class_of_kind("tokenizer", kind).config_class()
     fits = {
@@ -44,24 +45,24 @@ def small(kind: str) -> TrainTokenizer[Any]:
         "vae": LIKELIHOOD_FIT,
         "selfvae": LIKELIHOOD_FIT,
     }
-    made = TrainTokenizer(model=model, tokenizer=kind)
-    return replace(made, fit=fits.get(kind, made.fit))
+    config = TrainTokenizer(model=model, tokenizer=kind)
+    return replace(config, fit=fits.get(kind, config.fit))
 
 
 def paper32(kind: str) -> TrainTokenizer[Any]:
     """16x16 codes of 32x32 images, as for CIFAR10 and MNIST (28x28, enlarged; add `--image-channels 1`).
 
-    `python scripts/train_tokenizer.py --preset paper32 --images cifar10.parquet`: for a GPU; a smaller network's study
-    on two CPU cores is in docs/reproductions/hr-vqvae.md. The paper's held-out MSE of `hrvq`: 0.00041 on CIFAR10,
-    0.00011 on MNIST.
+    For a GPU: `python scripts/train_tokenizer.py --preset paper32 --images cifar10.parquet`. The
+    paper's held-out MSE of `hrvq` is 0.00041 on CIFAR10 and 0.00011 on MNIST;
+    docs/reproductions/hr-vqvae.md has a study of a smaller network.
     """
     return _paper(kind, size=32, stages=1)
 
 
 def paper64(kind: str) -> TrainTokenizer[Any]:
-    """16x16 codes of 64x64 images, which the paper does not have: between its grids for 32 and for 128.
+    """16x16 codes of 64x64 images, between the paper's grids for 32 and for 128; the paper has no such result.
 
-    `python scripts/train_tokenizer.py --preset paper64 --images my/photos`: for a GPU. No result to compare with.
+    For a GPU: `python scripts/train_tokenizer.py --preset paper64 --images my/photos`.
     """
     return _paper(kind, size=64, stages=2)
 
@@ -69,8 +70,8 @@ def paper64(kind: str) -> TrainTokenizer[Any]:
 def paper128(kind: str) -> TrainTokenizer[Any]:
     """32x32 codes of 128x128 images, as for ImageNet.
 
-    `python scripts/train_tokenizer.py --preset paper128 --images imagenet --workers 8`: for a GPU. The paper's held-out
-    MSE of `hrvq`: 0.00027.
+    For a GPU: `python scripts/train_tokenizer.py --preset paper128 --images imagenet --workers 8`.
+    The paper's held-out MSE of `hrvq` is 0.00027.
     """
     return _paper(kind, size=128, stages=2)
 
@@ -78,35 +79,35 @@ def paper128(kind: str) -> TrainTokenizer[Any]:
 def paper256(kind: str) -> TrainTokenizer[Any]:
     """32x32 codes of 256x256 images, as for FFHQ.
 
-    `python scripts/train_tokenizer.py --preset paper256 --images ffhq --workers 8`: for a GPU. The paper's held-out MSE
-    of `hrvq`: 0.00163.
+    For a GPU: `python scripts/train_tokenizer.py --preset paper256 --images ffhq --workers 8`. The
+    paper's held-out MSE of `hrvq` is 0.00163.
     """
     return _paper(kind, size=256, stages=3)
 
 
 def f16_1024(kind: str) -> TrainTokenizer[Any]:
-    """VQ-GAN's 16x16 codes of 256x256 images, 1024 of them (arXiv 2012.09841).
+    """16x16 codes of 256x256 images from a codebook of 1024, as in VQ-GAN (arXiv 2012.09841).
 
-    `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f16-1024 --images ffhq --workers 8`: for
-    GPUs, days.
+    Several days on GPUs: `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan
+    --preset f16-1024 --images ffhq --workers 8`.
     """
     return _vqgan(kind, "f16-1024", size=256, **F16, branching=1024)
 
 
 def f16_16384(kind: str) -> TrainTokenizer[Any]:
-    """The same with 16384 codes.
+    """16x16 codes of 256x256 images from a codebook of 16384, as in VQ-GAN.
 
-    `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f16-16384 --images imagenet --workers 8
-    --discriminator-start 250001`: for GPUs, days.
+    Several days on GPUs: `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan
+    --preset f16-16384 --images imagenet --workers 8 --discriminator-start 250001`.
     """
     return _vqgan(kind, "f16-16384", size=256, **F16, branching=16384)
 
 
 def f8_gumbel_8192(kind: str) -> TrainTokenizer[Any]:
-    """VQ-GAN's 32x32 drawn codes of 256x256 images, 8192 of them.
+    """32x32 codes of 256x256 images from a codebook of 8192, by Gumbel-softmax, as in VQ-GAN.
 
-    `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f8-gumbel-8192 --images imagenet --workers
-    8`: for GPUs, days.
+    Several days on GPUs: `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan
+    --preset f8-gumbel-8192 --images imagenet --workers 8`.
     """
     return _vqgan(
         kind,
@@ -119,10 +120,11 @@ def f8_gumbel_8192(kind: str) -> TrainTokenizer[Any]:
 
 
 def f32_megapixel(kind: str) -> TrainTokenizer[Any]:
-    """32x32 codes of 1024x1024 images, 8192 of them, as for FFHQ at its full size (arXiv 2206.12351).
+    """32x32 codes of 1024x1024 images from a codebook of 8192, as for FFHQ at full size (arXiv 2206.12351).
 
-    `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f32-megapixel --images ffhq --workers 8
-    --gradient-checkpointing`: for GPUs, days. No result to compare with. Attention is at 64x64.
+    Several days on GPUs: `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan
+    --preset f32-megapixel --images ffhq --workers 8 --gradient-checkpointing`. There is no published
+    result to compare with. Attention is at 64x64.
     """
     return _vqgan(
         kind,
@@ -151,10 +153,12 @@ PRESETS = {
 
 
 def default_config(name: str, kind: str) -> tuple[Any, TrainTokenizer[Any]]:
-    """For the command line: `TrainTokenizer` of a kind's network, an alias and no `type`, and its preset of that name.
+    """Returns the config class for a kind of tokenizer, and an instance with the preset's defaults.
+
+    The class is a generic alias of `TrainTokenizer`, not a `type`, hence `Any`.
 
     Raises:
-        UserError: if there is no such kind, no preset of that name, or it is not for this kind.
+        UserError: if there is no such kind, no such preset, or the preset is not for this kind.
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}; presets: {', '.join(PRESETS)}")
@@ -165,10 +169,10 @@ def _paper(kind: str, *, size: int, stages: int) -> TrainTokenizer[Any]:
     config_class = models.class_of_kind("tokenizer", kind).config_class
     if kind not in ("vqvae", "vqvae2", "hrvq"):
         raise UserError(f"the paper presets are for vqvae, vqvae2 and hrvq, not for {kind}; leave --preset out")
-    levels: dict[str, Any] = {"levels": LEVELS} if kind == "vqvae2" else {}
+    levels: dict[str, Any] = {"levels": VQVAE2_LEVELS} if kind == "vqvae2" else {}
     model = config_class(height=size, width=size, widths=(128,) * stages, **levels, **LONG)
     fit = FitConfig(steps=250_000, batch_size=128, learning_rate=3e-4, report_steps=5_000, save_steps=2_000)
-    name: Preset = f"paper{size}"  # pyright: ignore[reportAssignmentType] - one of its words
+    name: Preset = f"paper{size}"  # pyright: ignore[reportAssignmentType] - one of the literals
     return TrainTokenizer(model=model, fit=fit, tokenizer=kind, preset=name)
 
 

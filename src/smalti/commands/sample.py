@@ -1,4 +1,4 @@
-"""What a trained pair of tokenizer and prior is for: new images. Filling holes in given ones is in `fill.py`."""
+"""Generates new images with a trained prior and tokenizer. Filling parts of given images is in `inpainting.py`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smalti.commands.class_labels import draw_labels, find_classes, that_knows_classes
+from smalti.commands.class_labels import draw_labels, find_classes, first_class_conditional
 from smalti.commands.model_paths import RUNS, load_priors, prior_class
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
@@ -30,39 +30,40 @@ MOST_FRAMES = 100
 
 @dataclass(frozen=True)
 class Sample(Generic[S]):
-    """How to generate images."""
+    """Settings of `sample`."""
 
     sampling: S
-    """How codes are drawn; of priors of several kinds, by those of the last one's. The others keep their defaults."""
+    """How the prior samples codes. Among priors of several kinds, these settings apply to those of the last one's kind;
+    the others use their defaults."""
     prior: tuple[str, ...] = ("hourglass",)
-    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Of a tokenizer of several levels,
-    one for each."""
+    """A trained prior: a kind (read from runs/priors/KIND), a folder, or a hub id. Give one for each level if the
+    tokenizer has several levels."""
     tokenizer: str | None = None
-    """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
+    """The tokenizer of the prior's codes: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     num: int = 64
-    """How many images."""
+    """Number of images."""
     height: int | None = None
-    """Pixels from top to bottom [default: as trained]. Larger canvases are painted through overlapping windows."""
+    """Height in pixels [default: as trained]. Larger images are sampled through overlapping windows."""
     width: int | None = None
-    """Pixels from left to right [default: as trained]."""
+    """Width in pixels [default: as trained]."""
     classes: tuple[str, ...] = ()
-    """Draw these in turn, each a row of the sheet: names or how they begin, or `all` [default: every image of a class
-    drawn as often as the training set has it]."""
+    """Classes to generate in turn, a row of the sheet each: names, beginnings of names, or `all` [default: each class
+    as often as in the training set]."""
     seed: int = 0
-    """Image i depends on the seed and i alone: --num 8 gives the first 8 of --num 64."""
+    """Random seed. Image i depends on the seed and i alone: --num 8 gives the first 8 images of --num 64."""
     batch_size: int = 64
-    """Images generated at once."""
+    """Images generated at once. Lower it if memory runs out; the images stay the same."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device to run on."""
     precision: Precision = "auto"
-    """Arithmetic of the prior; auto is bf16 where the hardware is fast in it."""
+    """Precision of the prior; `auto` is bf16 where the hardware is fast in it, else fp32."""
     out: Path = RUNS / "samples.png"
-    """The sheet, a PNG with the settings embedded."""
+    """The sheet to write, a PNG with these settings embedded."""
     files: bool = False
-    """Also write each image by itself, with its number among the settings, into a folder named as the sheet."""
+    """Also write each image to a file of its own, in a folder named after the sheet."""
     animate: bool = False
-    """Also write how the images came about, step by step, as an animated PNG with -steps after its name; of several
-    levels, the last one's steps."""
+    """Also write an animated PNG of the sampling steps, with -steps after its name. With several levels it shows the
+    steps of the last one."""
 
 
 @torch.no_grad()
@@ -70,16 +71,16 @@ def sample(config: Sample[Any]) -> Path:
     """Writes a sheet of new images; returns its path.
 
     Raises:
-        UserError: for a prior, tokenizer or number that will not do.
+        UserError: for an unsuitable prior, tokenizer, size or number.
     """
     if config.num < 1 or config.batch_size < 1:
         raise UserError(f"--num and --batch-size must be at least 1, not {config.num} and {config.batch_size}")
     require_png(config.out)
-    where = device(config.device)
+    sampling_device = device(config.device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
-    priors, tokenizer = [prior.to(where) for prior in priors], tokenizer.to(where)
-    classes = find_classes(that_knows_classes(priors), config.classes)
-    seen: dict[int, list[Codes]] = {}  # of each batch, by its first row: the codes after every step
+    priors, tokenizer = [prior.to(sampling_device) for prior in priors], tokenizer.to(sampling_device)
+    classes = find_classes(first_class_conditional(priors), config.classes)
+    steps_by_batch: dict[int, list[Codes]] = {}  # the codes after every step, by the batch's first row
     images = generate_images(
         priors,
         tokenizer,
@@ -90,13 +91,13 @@ def sample(config: Sample[Any]) -> Path:
         classes=list(classes.values()),
         batch_size=config.batch_size,
         precision=config.precision,
-        watch=lambda first, codes: seen.setdefault(first, []).append(codes) if config.animate else None,
+        watch=lambda first, codes: steps_by_batch.setdefault(first, []).append(codes) if config.animate else None,
     )
     digests = [prior.digest() for prior in priors]
     settings = {**flatten(config), "prior_digests": digests, "versions": versions()}
     if classes:
-        of_class = {name: images[i :: len(classes)] for i, name in enumerate(classes) if i < config.num}
-        save_sheet(config.out, of_class, settings=settings)
+        images_by_class = {name: images[i :: len(classes)] for i, name in enumerate(classes) if i < config.num}
+        save_sheet(config.out, images_by_class, settings=settings)
     else:
         save_grid(config.out, images, settings=settings)
     if config.files:
@@ -104,7 +105,7 @@ def sample(config: Sample[Any]) -> Path:
             name = config.out.with_suffix("") / f"{number:0{len(str(config.num - 1))}}.png"
             save_png(name, to_image(image), {**settings, "number": number})
     if config.animate:
-        frames = _frames(tokenizer, list(seen.values()))
+        frames = _frames(tokenizer, list(steps_by_batch.values()))
         save_animation(config.out.with_stem(f"{config.out.stem}-steps"), frames, settings=settings)
     return config.out
 
@@ -123,23 +124,23 @@ def generate_images(
     precision: Precision = "auto",
     watch: Callable[[int, Codes], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """The first `num` samples of a seed in [-1, 1], on the CPU, with a progress bar.
+    """Generates the first `num` images of a seed, in [-1, 1] on the CPU, with a progress bar.
 
     Args:
-        priors: of each level, coarsest first.
-        tokenizer: of their codes, on the same device.
-        num: how many.
+        priors: one for each level, coarsest first.
+        tokenizer: decodes the priors' codes, on the same device.
+        num: the number of images.
         seed: image i depends on it and on i alone.
-        sampling: how codes are drawn, for priors of its kind; see `sampling_of`.
-        grids: rows and columns of each level, where other than those trained on.
+        sampling: settings for priors of its kind; the others use their defaults.
+        grids: rows and columns of each level, if not those of training.
         classes: see `draw_labels`.
-        batch_size: images at once.
-        precision: of the priors.
-        watch: called after each step of the last level with the number of the batch's first image and the codes of all
-            levels as they are.
+        batch_size: images generated at once.
+        precision: the priors' precision.
+        watch: called after each step of the last level, with the number of the batch's first image
+            and the current codes of all levels.
     """
     grids = grids or [(prior.level.height, prior.level.width) for prior in priors]
-    samplings = [sampling_of(prior, sampling) for prior in priors]
+    samplings = [sampling_for(prior, sampling) for prior in priors]
     images, batches = [], range(0, num, batch_size)
     calls = sum(each.calls(*grid) for each, grid in zip(samplings, grids, strict=True))
     with bar(what="sampling", total=len(batches) * calls, unit="step") as progress:
@@ -149,7 +150,7 @@ def generate_images(
                 codes = generate_levels(
                     priors,
                     rows,
-                    draw_labels(that_knows_classes(priors), classes, rows, seed),
+                    draw_labels(first_class_conditional(priors), classes, rows, seed),
                     grids=grids,
                     seed=seed,
                     samplings=samplings,
@@ -158,7 +159,7 @@ def generate_images(
                 )
             seeds = derive(row_seeds(seed, rows), Stream.IMAGE_DETAILS).to(codes[0].device)
             images.append(tokenizer.draw(codes, seeds).cpu())
-            progress.update((index + 1) * calls - progress.n)  # steps that stopping early saved
+            progress.update((index + 1) * calls - progress.n)  # counts the steps saved by stopping early
     return torch.cat(images)
 
 
@@ -174,21 +175,22 @@ def generate_levels(
     callback: Callable[[int, Tensor], None] | None = None,
     watch: Callable[[Codes], None] | None = None,
 ) -> Codes:
-    """Codes of all levels, coarsest first, on these grids, each drawn given those above it; see `generate_codes`.
+    """Generates the codes of all levels, coarsest first, each conditioned on the coarser levels' codes.
 
-    `watch` is called after each step of the last level, with the codes of all as they are.
+    See `generate_codes`. `watch` is called after each step of the last level with the current codes
+    of all levels.
     """
     codes: tuple[Tensor, ...] = ()
     for prior, grid, sampling in zip(priors, grids, samplings, strict=True):
 
-        def stepped(step: int, drawn: Tensor, above: Codes = codes) -> None:
+        def after_step(step: int, sampled: Tensor, upper: Codes = codes) -> None:
             if callback is not None:
-                callback(step, drawn)
-            if watch is not None and len(above) == len(priors) - 1:
-                watch((*above, drawn.clone()))  # samplers may go on in place
+                callback(step, sampled)
+            if watch is not None and len(upper) == len(priors) - 1:
+                watch((*upper, sampled.clone()))  # samplers may change their tensor in place
 
-        here = {"grid": grid, "sampling": sampling, "upper": codes, "callback": stepped}
-        codes += (generate_codes(prior, rows, labels, seed=seed, **here),)
+        options = {"grid": grid, "sampling": sampling, "upper": codes, "callback": after_step}
+        codes += (generate_codes(prior, rows, labels, seed=seed, **options),)
     return codes
 
 
@@ -204,23 +206,23 @@ def generate_codes(
     grid: tuple[int, int] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Int64[Tensor, "b h w"] | Float[Tensor, "b _c h w"]:
-    """Codes, or real numbers, of the samples of a seed that have these numbers, each of its class and below the codes
-    of its upper levels: inpainting with nothing known.
+    """Generates codes, or real-valued latents, of one level for the samples `rows` of a seed.
 
-    `grid` is rows and columns, where other than those trained on.
+    Each sample is conditioned on its label and on the codes of its coarser levels. This is
+    inpainting with nothing known. `grid` is the number of rows and columns, if not that of training.
     """
-    where = next(prior.parameters()).device
+    prior_device = next(prior.parameters()).device
     height, width = grid or (prior.level.height, prior.level.width)
     level = replace(prior.level, height=height, width=width)
     dtype = torch.int64 if level.radices else torch.float32
-    known = torch.zeros(len(rows), *level.shape, dtype=dtype, device=where)
-    seeds = row_seeds(seed, rows.to(where))
+    known = torch.zeros(len(rows), *level.shape, dtype=dtype, device=prior_device)
+    seeds = row_seeds(seed, rows.to(prior_device))
     return prior.method.sampler(
         prior,
         known=known,
-        known_mask=torch.zeros(len(rows), height, width, dtype=torch.bool, device=where),
+        known_mask=torch.zeros(len(rows), height, width, dtype=torch.bool, device=prior_device),
         seeds=derive(seeds, Stream.LEVEL, len(upper)) if upper else seeds,
-        labels=labels.to(where) if labels is not None and prior.classes else None,
+        labels=labels.to(prior_device) if labels is not None and prior.classes else None,
         upper=upper,
         sampling=sampling,
         callback=callback,
@@ -228,16 +230,21 @@ def generate_codes(
 
 
 @torch.no_grad()
-def _frames(tokenizer: Tokenizer, seen: Sequence[Sequence[tuple[Tensor, ...]]]) -> list[Tensor]:
-    """Images of the codes of every batch after each step, of so many that one can watch them; a batch that was finished
-    sooner than another waits."""
-    steps = max(map(len, seen))
-    chosen = torch.linspace(0, steps - 1, min(steps, MOST_FRAMES)).round().long().tolist()
-    return [torch.cat([tokenizer.decode(of[min(step, len(of) - 1)]).cpu() for of in seen]) for step in chosen]
+def _frames(tokenizer: Tokenizer, steps_by_batch: Sequence[Sequence[tuple[Tensor, ...]]]) -> list[Tensor]:
+    """Decodes the codes of all batches after each step, at most `MOST_FRAMES` evenly spaced steps.
+
+    A batch that finished early repeats its last step.
+    """
+    steps = max(map(len, steps_by_batch))
+    shown = torch.linspace(0, steps - 1, min(steps, MOST_FRAMES)).round().long().tolist()
+    return [
+        torch.cat([tokenizer.decode(batch[min(step, len(batch) - 1)]).cpu() for batch in steps_by_batch])
+        for step in shown
+    ]
 
 
 def _grids(config: Sample[Any], priors: Sequence[Prior], tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Rows and columns of codes of each level, of images of the size asked for."""
+    """Returns the rows and columns of codes of each level for the requested image size."""
     trained = tokenizer.config
     for name, pixels in (("height", config.height), ("width", config.width)):
         if pixels is not None and (pixels < 1 or pixels % tokenizer.downsampling):
@@ -247,11 +254,11 @@ def _grids(config: Sample[Any], priors: Sequence[Prior], tokenizer: Tokenizer) -
     return [(level.height * height // trained.height, level.width * width // trained.width) for level in levels]
 
 
-def sampling_of(prior: Prior, given: Any) -> Any:
-    """How a prior is drawn from: as given, if that is for its kind; else by its kind's defaults."""
-    return given if isinstance(given, prior.method.sampling) else prior.method.sampling()
+def sampling_for(prior: Prior, requested: Any) -> Any:
+    """Returns the requested sampling settings if they are for the prior's kind, else that kind's defaults."""
+    return requested if isinstance(requested, prior.method.sampling) else prior.method.sampling()
 
 
 def default_config(source: str) -> Any:
-    """The config class for a prior, for the command line: `Sample` of its kind's sampling, an alias and no `type`."""
+    """Returns the config class for a prior's kind: a generic alias of `Sample`, not a `type`."""
     return Sample[prior_class(source).method.sampling]

@@ -1,4 +1,4 @@
-"""The ways of selfVAE to make images: new ones, or again from more or less of what given ones were (Section 3.3)."""
+"""selfVAE's generation modes: new images, or reconstructions from more or fewer transmitted latents (Section 3.3)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,34 +22,35 @@ from smalti.tokenizers.selfvae.hierarchical_vae import Hierarchy, Pixels, Way
 
 
 @dataclass(frozen=True)
-class SampleWay:
-    """How to make images by one of selfVAE's ways.
+class SampleMode:
+    """Settings of `sample_mode`.
 
     Raises:
         UserError: for a number below 1.
     """
 
     mode: Way
-    """What is sent: for `generation` nothing; for `conditional-generation` the smallest representation, and the rest is
-    drawn; for `conditional-reconstruction` the latents z too; for `reconstruction-1` the latents u; for
-    `reconstruction-2` u and z."""
+    """Generation mode, by what is transmitted of an image: `generation` nothing; `conditional-generation` the smallest
+    representation; `conditional-reconstruction` also the latents z; `reconstruction-1` the latents u;
+    `reconstruction-2` u and z. The model samples the rest."""
     tokenizer: str = "selfvae"
-    """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
+    """A trained selfvae or vae: a kind (read from runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None
-    """Images, of which held-out ones are sent: emoji, a folder, Parquet files or a hub id [default: what the tokenizer
-    was trained on]."""
+    """Images to transmit, from their held-out split: `emoji`, a folder, Parquet files or a hub id [default: the images
+    that the tokenizer was trained on]."""
     num: int = 16
-    """How many images."""
+    """Number of images."""
     draws: int = 3
-    """How often what was not sent is drawn anew, where anything is: a row of the sheet each."""
+    """Samples of each image, each a row of the sheet, if the mode samples anything."""
     pixels: Pixels = "mean"
-    """What is taken of the pixels' likelihoods: the `mean`, or a `sample`, with the noise that the model expects."""
+    """Value taken from each pixel's likelihood: its `mean`, or a `sample`, which adds the noise that the model
+    expects."""
     seed: int = 0
-    """Decides which images, and all that is drawn."""
+    """Seed of the choice of images and of all sampling."""
     device: Device = "auto"
-    """Where to compute."""
-    out: Path = RUNS / "way.png"
-    """The sheet, a PNG with the settings embedded."""
+    """Device to run on."""
+    out: Path = RUNS / "mode.png"
+    """The sheet to write, a PNG with these settings embedded."""
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.draws < 1:
@@ -57,48 +58,48 @@ class SampleWay:
 
 
 def load_hierarchy(source: str) -> Hierarchy:
-    """A trained selfvae or vae; see `load_tokenizer`.
+    """Loads a trained selfvae or vae; see `load_tokenizer`.
 
     Raises:
-        UserError: also if it is of another kind.
+        UserError: as `load_tokenizer` does, and for any other kind.
     """
     tokenizer = load_tokenizer(source)
     if not isinstance(tokenizer, Hierarchy):
-        raise UserError(f"{source} holds a {tokenizer.kind}; only selfvae and vae have a likelihood of images and ways")
+        raise UserError(f"{source} holds a {tokenizer.kind}; only selfvae and vae have image likelihoods and modes")
     return tokenizer
 
 
 @torch.no_grad()
-def sample_way(config: SampleWay) -> Path:
-    """Writes a sheet, prints what was sent of an image, and returns the sheet's path.
+def sample_mode(config: SampleMode) -> Path:
+    """Writes a sheet of images and prints how much was transmitted; returns the sheet's path.
 
     Raises:
-        UserError: for a tokenizer, way or images that will not do.
+        UserError: for an unsuitable tokenizer, mode or images.
     """
     require_png(config.out)
     model = load_hierarchy(config.tokenizer).to(device(config.device))
-    where, rows = next(model.parameters()).device, torch.arange(config.num)
-    seeds = row_seeds(config.seed, rows).to(where)
+    model_device, rows = next(model.parameters()).device, torch.arange(config.num)
+    seeds = row_seeds(config.seed, rows).to(model_device)
     settings = {**flatten(config), "tokenizer_digest": model.digest(), "versions": versions()}
     if config.mode == "generation":
         save_grid(config.out, model.generation(seeds, config.pixels).cpu(), settings=settings)
         return config.out
-    images = to_float(_held_out(model, config)).to(where)
-    sent = model.transmit(images, config.mode, seeds[: len(images)])
-    ratio = model.compression_ratio(sent, images)
-    print(f"{config.mode}: {model.bits_sent(sent) / 8:.0f} bytes an image, {ratio:.3g}:1")
+    images = to_float(_held_out_images(model, config)).to(model_device)
+    transmitted = model.transmit(images, config.mode, seeds[: len(images)])
+    ratio = model.compression_ratio(transmitted, images)
+    print(f"{config.mode}: {model.bits_sent(transmitted) / 8:.0f} bytes an image, {ratio:.3g}:1")
     sheet: dict[str, Float[Tensor, "_b _c _h _w"]] = {"original": images.cpu()}
-    if sent.y is not None:
-        sheet["representation"] = _enlarged(sent.y, images).cpu()
-    for number in range(1 if model.says_all(sent) and config.pixels == "mean" else config.draws):
-        drawn = model.decode_from(sent, derive(seeds[: len(images)], number), config.pixels)
-        sheet[f"{config.mode}, draw {number + 1}"] = drawn.cpu()
+    if transmitted.y is not None:
+        sheet["representation"] = _enlarged(transmitted.y, images).cpu()
+    for number in range(1 if model.says_all(transmitted) and config.pixels == "mean" else config.draws):
+        decoded = model.decode_from(transmitted, derive(seeds[: len(images)], number), config.pixels)
+        sheet[f"{config.mode}, draw {number + 1}"] = decoded.cpu()
     save_sheet(config.out, sheet, settings=settings)
     return config.out
 
 
-def _held_out(model: Tokenizer, config: SampleWay) -> Tensor:
-    """Evenly taken held-out images, uint8."""
+def _held_out_images(model: Tokenizer, config: SampleMode) -> Tensor:
+    """Returns evenly spaced held-out images, uint8."""
     images = images_for(model, config.tokenizer, config.images, None, None)
     rows = ImageRows(images, split="held_out", flips=False)
     if not len(rows):
@@ -107,7 +108,7 @@ def _held_out(model: Tokenizer, config: SampleWay) -> Tensor:
 
 
 def _enlarged(y: Tensor, images: Tensor) -> Tensor:
-    """Pixels repeated to the images' size, and grey ones in their channels, so that both fit on one sheet."""
+    """Repeats pixels up to the images' size, and grey channels up to theirs, so that both fit on one sheet."""
     factor = images.shape[-1] // y.shape[-1]
-    grown = y.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    return grown.expand(-1, images.shape[1], -1, -1)
+    enlarged = y.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return enlarged.expand(-1, images.shape[1], -1, -1)

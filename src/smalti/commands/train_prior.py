@@ -1,4 +1,7 @@
-"""Stage two: a latent set to a trained prior, in a folder with its tokenizer: all that generating needs."""
+"""Stage two: trains a prior on a latent set.
+
+The run's folder also holds a copy of the tokenizer, so it has everything that generation needs.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,38 +36,38 @@ Objective = TypeVar("Objective")
 
 @dataclass(frozen=True)
 class TrainPrior(Generic[C, Objective]):
-    """How to train a prior.
+    """Settings of `train_prior`.
 
     Raises:
         UserError: for a negative number of samples.
     """
 
     model: C
-    """The network; its grid and what is at each position are those of the latent set."""
+    """The network. The latent set decides its grid and its codes."""
     objective: Objective
-    """What it learns by."""
+    """The training objective."""
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(
             steps=3_000, batch_size=32, learning_rate=3e-3, optimizer="muon", decay_fraction=0.75, ema_decay=0.998
         )
     )
     prior: str = "hourglass"
-    """Kind of prior; its own settings are listed with it (`--prior KIND --help`)."""
+    """Kind of prior. Each kind has its own options: see `--prior KIND --help`."""
     latents: Path = LATENTS / "hrvq.h5"
-    """The latent set, from build_latents.py."""
+    """The latent set to train on, from build_latents.py."""
     level: int = 0
-    """Which of the latent set's levels to learn, 0 being the coarsest; the prior is told the codes of those above."""
+    """Level of the latent set to learn, 0 being the coarsest. The prior is conditioned on the coarser levels' codes."""
     tokenizer: str | None = None
-    """The tokenizer that made it: a kind, a folder or a hub id [default: where the latent set says]."""
+    """The tokenizer that made the latent set: a kind, a folder or a hub id [default: the path recorded in the set]."""
     precision: Precision = "auto"
-    """Arithmetic of the network; auto is bf16 where the hardware is fast in it."""
+    """Precision of the network (mixed precision); `auto` is bf16 where the hardware is fast in it, else fp32."""
     sheet_samples: int = 32
-    """Samples in `samples.png`, drawn at every report; 0 draws none, where drawing is slow."""
+    """Samples in `samples.png`, redrawn at every report. Use 0 to draw none if sampling is slow."""
     out: Path | None = None
-    """Folder of the run [default: runs/priors/KIND, and of a latent set of several levels runs/priors/KIND-LEVEL]."""
+    """Folder of the run [default: runs/priors/KIND, or KIND-LEVEL if the latent set has several levels]."""
     resume: Resume = "auto"
-    """`auto` goes on from the newest whole state, if there is one; `never` throws a run that is there away; a number
-    goes back to the state of that step and forgets what came after."""
+    """`auto` resumes from the newest snapshot, if there is one; `never` deletes an existing run and starts over; a step
+    number rolls back to the snapshot of that step and discards everything after it."""
 
     def __post_init__(self) -> None:
         if self.sheet_samples < 0:
@@ -72,14 +75,14 @@ class TrainPrior(Generic[C, Objective]):
 
 
 def train_prior(config: TrainPrior[Any, Any]) -> Path:
-    """Trains a prior, or goes on with a run that was stopped; returns its folder.
+    """Trains a prior, or resumes a stopped run; returns its folder.
 
-    Leaves `model.safetensors` and `config.json`, `tokenizer/`, `run.json`, `metrics.jsonl` and, of the finest level,
-    `samples.png`.
+    The folder holds `model.safetensors` and `config.json`, `tokenizer/`, `run.json`, `metrics.jsonl`
+    and, for the finest level, `samples.png`.
 
     Raises:
-        UserError: for a latent set, tokenizer, settings or folder that will not do or do not belong together.
-        Interrupted: if a signal stopped it.
+        UserError: for an unsuitable latent set, tokenizer, setting or folder, or if they do not match.
+        Interrupted: if a signal stopped the run.
     """
     latents = LatentSet(config.latents)
     levels = latents.layout.levels
@@ -88,31 +91,14 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
     require_tokenizer(latents, tokenizer.digest())
     torch.manual_seed(config.fit.seed)
-    cls = cast(type[Prior], models.class_of_kind("prior", config.prior))
-    of_codes = issubclass(cls, CodePrior)
-    names, labels = latents.provenance.label_names, latents.labels
-    if not of_codes or config.objective.label_dropout == 1:
-        names, labels = (), torch.full_like(labels, -1)
-    classes = max(len(names), int(labels.max()) + 1)
-    known = {**grids(levels, config.level), "classes": classes} if of_codes else grid_of_numbers(levels, config.level)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
-    prior = cls(config.model)
+    config, prior = _new_prior(config, latents)
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
-    with process.main_process_first():  # which may throw an earlier run away
+    with process.main_process_first():  # it may delete an earlier run
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
     if run.step >= config.fit.steps:
         process.print(f"{folder} is finished: {run.step} steps. Give --steps to train on, or --resume never.")
         return folder
-    prior.provenance = {
-        "tokenizer_digest": latents.provenance.tokenizer_digest,
-        "latents_digest": latents.content_digest,
-        "level": config.level,
-        "image_source": latents.provenance.image_source,
-        "preprocessing": latents.provenance.preprocessing,
-        "label_names": names,
-        "label_counts": torch.bincount(labels + 1, minlength=classes + 1).tolist(),  # of none, then of each class
-    }
     if process.is_main_process:
         tokenizer.save(folder / "tokenizer")
     tokenizer.to(process.device)
@@ -122,7 +108,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     train, workers = rows.for_training(process.device, config.fit.workers)
 
     def report(_step: int, trained: Prior) -> None:
-        if config.sheet_samples and config.level == len(levels) - 1:  # of the others there is nothing to decode
+        if config.sheet_samples and config.level == len(levels) - 1:  # only the finest level completes an image
             with process.autocast():
                 shown, path = held_out or rows, folder / "samples.png"
                 save_samples(trained, tokenizer, shown, path, config.sheet_samples, config.fit.seed)
@@ -142,25 +128,52 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     return folder
 
 
+def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainPrior[Any, Any], Prior]:
+    """Creates an untrained prior for a level of the latent set; returns it with the completed config."""
+    cls = cast(type[Prior], models.class_of_kind("prior", config.prior))
+    levels, names, labels = latents.layout.levels, latents.provenance.label_names, latents.labels
+    learns_codes = issubclass(cls, CodePrior)
+    if not learns_codes or config.objective.label_dropout == 1:
+        names, labels = (), torch.full_like(labels, -1)
+    classes = max(len(names), int(labels.max()) + 1)
+    if learns_codes:
+        shape = {**grids(levels, config.level), "classes": classes}
+    else:
+        shape = continuous_grid(levels, config.level)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
+    prior = cls(config.model)
+    prior.provenance = {
+        "tokenizer_digest": latents.provenance.tokenizer_digest,
+        "latents_digest": latents.content_digest,
+        "level": config.level,
+        "image_source": latents.provenance.image_source,
+        "preprocessing": latents.provenance.preprocessing,
+        "label_names": names,
+        "label_counts": torch.bincount(labels + 1, minlength=classes + 1).tolist(),  # unlabelled rows first
+    }
+    return config, prior
+
+
 def grids(levels: Sequence[Level], number: int) -> dict[str, Any]:
-    """What a prior's config says of the levels of its codes.
+    """Returns the fields of a prior's config that describe its level and the coarser levels.
 
     Raises:
-        UserError: if there is no such level, it or one above it has no codes, or their grids do not fit together.
+        UserError: if there is no such level, if it or a coarser one has no codes, or if a grid is
+            not a whole multiple of a coarser one.
     """
     if not 0 <= number < len(levels):
         raise UserError(f"the latent set has levels 0 to {len(levels) - 1}; --level {number} is not one of them")
     *upper, level = levels[: number + 1]
     if not all(one.radices for one in (*upper, level)):
         raise UserError(
-            f"level {number} or one above it holds real numbers, not codes, which --prior realnvp learns alone"
+            f"level {number} or a coarser one holds real-valued latents, not codes; only --prior realnvp learns these"
         )
     for one in upper:
         if (level.height % one.height, level.width % one.width) != (0, 0) or (
             level.height * one.width != level.width * one.height
         ):
-            grids = f"{one.height}x{one.width} and {level.height}x{level.width}"
-            raise UserError(f"the grids of the levels, {grids}, are not one a whole multiple of the other")
+            sizes = f"{one.height}x{one.width} and {level.height}x{level.width}"
+            raise UserError(f"the grids of the levels, {sizes}, are not one a whole multiple of the other")
     return {
         "height": level.height,
         "width": level.width,
@@ -170,31 +183,32 @@ def grids(levels: Sequence[Level], number: int) -> dict[str, Any]:
     }
 
 
-def grid_of_numbers(levels: Sequence[Level], number: int) -> dict[str, Any]:
-    """What the config of a prior over real numbers says of them.
+def continuous_grid(levels: Sequence[Level], number: int) -> dict[str, Any]:
+    """Returns the fields of a prior's config that describe its real-valued latents.
 
     Raises:
         UserError: if the level holds codes, or is not the only one.
     """
     if len(levels) > 1 or number or not levels[0].channels:
         raise UserError(
-            "realnvp learns latent sets of one level of real numbers, such as selfvae's; this one's are codes, which "
-            "--prior hourglass, maskgit and pixelcnn learn"
+            "--prior realnvp learns latent sets with one level of real-valued latents, such as selfvae's; this one "
+            "holds codes, which --prior hourglass, maskgit and pixelcnn learn"
         )
     return {"height": levels[0].height, "width": levels[0].width, "channels": levels[0].channels}
 
 
 def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Path, number: int, seed: int) -> None:
-    """A sheet of so many samples as the prior is now, of each class in turn; the same seeds every time, to be compared.
+    """Saves a sheet of `number` samples of the prior, of each class in turn.
 
-    Below upper levels, the codes there and the classes are those of the first rows in `shown`.
+    The seeds are the same every time, so that sheets can be compared. A prior of a finer level is
+    conditioned on the coarser levels' codes and the classes of the first rows in `shown`.
     """
     rows, upper = torch.arange(number), ()
     if prior.upper_levels:
         rows = rows[: len(shown)]
         batch = shown.__getitems__(rows.tolist())
-        where = next(prior.parameters()).device
-        upper = tuple(batch[f"upper_{level}"].to(where) for level in range(prior.upper_levels))
+        prior_device = next(prior.parameters()).device
+        upper = tuple(batch[f"upper_{level}"].to(prior_device) for level in range(prior.upper_levels))
         labels = batch["labels"]
     else:
         labels = draw_labels(prior, range(prior.classes), rows, seed)
@@ -204,7 +218,7 @@ def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Pa
 
 
 def _held_out(latents: LatentSet, level: int) -> LatentRows | None:
-    """The held-out rows; None if a small set has none."""
+    """Returns the held-out rows, or None if a small set has none."""
     try:
         return LatentRows(latents, split="held_out", level=level)
     except UserError:
@@ -212,6 +226,6 @@ def _held_out(latents: LatentSet, level: int) -> LatentRows | None:
 
 
 def default_config(kind: str) -> Any:
-    """The config class of a kind, for the command line: `TrainPrior` of its own, an alias and no `type`."""
+    """Returns the config class for a kind of prior: a generic alias of `TrainPrior`, not a `type`."""
     prior = prior_class(kind)
     return TrainPrior[prior.config_class, prior.method.objective_config]

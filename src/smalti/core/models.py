@@ -46,6 +46,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         config: an instance of that dataclass.
         provenance: how this model was made (JSON values: sources, digests, settings). It is stored with the model, but
             not needed to rebuild it.
+        folder: the folder that `load` read it from; None for a model that was not loaded.
     """
 
     family: ClassVar[Family]
@@ -56,6 +57,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         super().__init__()
         self.config = config
         self.provenance: dict[str, Any] = {}
+        self.folder: Path | None = None
 
     def recomputable(self) -> list[nn.Module]:
         """Returns the blocks that gradient checkpointing recomputes in the backward pass; by default none."""
@@ -183,6 +185,7 @@ def load(source: str | Path, family: Family) -> Any:
             "fetch it again, or run the same training command again"
         )
     model.load_state_dict(weights)
+    model.folder = folder
     return model.eval()
 
 

@@ -1,6 +1,6 @@
-"""From encoded bytes to pixels: whatever Pillow opens becomes a uint8 tensor of one size.
+"""Decodes encoded images: every format that Pillow reads becomes a uint8 tensor of one size.
 
-Not here: where the bytes come from (`sources`), or sets of images (`images`).
+Where the bytes come from is in `sources.py`; sets of images are in `image_set.py`.
 
 Legend: c channels (1 grey or 3 RGB), h w pixels.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 
-# What Pillow's decoders raise on damaged bytes, found by cutting files of every format and flipping their bits.
+# What Pillow's decoders raise on damaged bytes, determined by truncating files of every format and flipping bits.
 _DAMAGED = (
     OSError,
     ValueError,
@@ -37,21 +37,21 @@ _DEEP_GREY_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BadImageError(UserError):
-    """Bytes that are no image, or a damaged one: what a caller that skips bad images catches."""
+    """Raised for bytes that are not an image, or a damaged one; a caller that skips bad images catches it."""
 
 
 def decode(
     encoded: bytes, *, channels: int, height: int | None = None, width: int | None = None
 ) -> UInt8[Tensor, "c h w"]:
-    """An encoded image as pixels: upright, on white, 8 bits deep, grey or RGB, and of one size.
+    """Decodes an image to pixels: upright, on white, 8 bits deep, grey or RGB, and of one size.
 
-    EXIF rotation is applied; transparency is composed on white; deeper grey is scaled to 8 bits; of an animation the
-    first frame is taken. Then the shorter side is fitted to `height` x `width`, the rest is cropped evenly, and the
-    result is resampled (Lanczos, antialiased). An image that has the right size already keeps its pixels exactly.
-    Without `height` and `width` every image does.
+    EXIF rotation is applied, transparency is composed on white, deeper grey is scaled to 8 bits, and
+    an animation gives its first frame. Then the shorter side is fitted to `height` x `width`, the
+    rest is cropped evenly, and the result is resampled (Lanczos, antialiased). An image that already
+    has the right size keeps its pixels exactly; without `height` and `width` every image does.
 
     Args:
-        encoded: the bytes of a file in any format that Pillow opens.
+        encoded: the bytes of a file in any format Pillow reads.
         channels: 1 for grey, 3 for RGB.
         height: in pixels; given together with `width` or not at all.
         width: in pixels.
@@ -73,17 +73,17 @@ def decode(
 def load_image(
     path: str | Path, *, channels: int, height: int | None = None, width: int | None = None
 ) -> UInt8[Tensor, "c h w"]:
-    """`decode` for one file; without `height` and `width` it keeps its size.
+    """Reads and decodes one file; see `decode`.
 
     Raises:
-        UserError: naming the file, if it cannot be read or `decode` refuses it.
+        UserError: with the file's name, if it cannot be read or decoded.
     """
     with _named(path):
         return decode(Path(path).read_bytes(), channels=channels, height=height, width=width)
 
 
 def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
-    """How far one sees through each pixel of a file's image, 255 = wholly; None if it is opaque everywhere.
+    """Returns the transparency of each pixel, 255 = fully transparent; None for an opaque image.
 
     Raises:
         UserError: as `load_image` does.
@@ -96,7 +96,7 @@ def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
 
 
 def describe(*, height: int, width: int, channels: int) -> dict[str, Any]:
-    """What `decode` does to every image, as JSON. Latent sets record it; whoever changes `decode` changes it too."""
+    """Describes what `decode` does to every image, as JSON for latent sets; keep it in step with `decode`."""
     return {
         "height": height,
         "width": width,
@@ -108,18 +108,18 @@ def describe(*, height: int, width: int, channels: int) -> dict[str, Any]:
 
 
 def to_float(pixels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """From 0..255 to float32 in [-1, 1], on the tensor's own device."""
+    """Maps 0..255 to float32 in [-1, 1], on the tensor's own device."""
     return pixels.float() / 127.5 - 1
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """From [-1, 1] to 0..255, rounded; what lies outside is clamped. The exact inverse of `to_float`."""
+    """Maps [-1, 1] to 0..255, rounded and clamped. The exact inverse of `to_float`."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @contextmanager
 def _named(path: str | Path) -> Iterator[None]:
-    """Tells of which file an error is."""
+    """Adds the file's name to errors."""
     try:
         yield
     except OSError as error:
@@ -130,7 +130,7 @@ def _named(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(encoded: bytes) -> Iterator[Image.Image]:
-    """The image, upright and loaded; what goes wrong within, with its damaged bytes, is a `BadImageError`."""
+    """Opens an image, upright and loaded; errors of its bytes, here or in the `with` block, become `BadImageError`."""
     if not encoded:
         raise BadImageError("the image is empty (0 bytes); repair or remove it")
     try:
@@ -150,7 +150,7 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF rotation, in place. Pixels load first: damage there counts, that of an EXIF block does not."""
+    """Applies the EXIF rotation in place. Damaged pixels are an error; a damaged EXIF block is ignored."""
     image.load()
     with suppress(*_DAMAGED):
         ImageOps.exif_transpose(image, in_place=True)
@@ -161,7 +161,7 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     """Composes transparency on white and converts to `mode`, "L" or "RGB"."""
     if image.mode in _DEEP_GREY_MODES:
         image = _to_8_bits(image)
-    if image.mode == "P" or image.has_transparency_data:  # asked second: it fails where Pillow left a palette unread
+    if image.mode == "P" or image.has_transparency_data:  # checked last: it fails on palettes that Pillow left unread
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if image.mode != mode:
@@ -170,11 +170,11 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as "L". Pillow's own conversion clips at 255, which turns most 16-bit images white.
+    """Converts grey of more than 8 bits to "L". Pillow's own conversion clips at 255, so most 16-bit images turn white.
 
-    Integers are read on the scale of 16 bits, or of 31 where they exceed it. Floats have no scale of their own: it is
-    the smallest of 1, 255 and 65535 that holds all of the image. Negative values, infinities and NaN become black; the
-    one grey that a 16-bit PNG may declare transparent becomes white.
+    Integers are scaled from 16 bits, or from 31 bits if they exceed 16. Floats are scaled from the
+    smallest of 1, 255 and 65535 that is not below their maximum. Negative values, infinities and NaN
+    become black; the one grey that a 16-bit PNG may declare transparent becomes white.
     """
     values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
     peak = float(values.max())
@@ -187,9 +187,9 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _fit(image: Image.Image, *, height: int, width: int) -> Image.Image:
-    """Cuts the largest centred box of the wanted proportions and resamples it, in one step.
+    """Crops the largest centred box of the right proportions and resamples it, in one step.
 
-    Fitting first and cutting after would make a 3x5000 image huge in between.
+    Resizing before cropping would make an intermediate image of 3x5000 pixels huge.
     """
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2

@@ -1,6 +1,7 @@
-"""Image sets: pixels, labels and source ids, and the rows of a split that training and latent sets read from them.
+"""Image sets: pixels, labels and source ids, and the rows of a split for training.
 
-Not here: how bytes become pixels (`preprocess`), where they come from (`sources`), which are held out (`splits`).
+Decoding is in `decoding.py`, the sources of images in `sources.py`, the rule of the split in
+`splits.py`.
 
 Legend: n images in a set, b rows of a batch, c channels, h w pixels.
 """
@@ -23,20 +24,21 @@ from smalti.images.decoding import BadImageError, decode, describe
 from smalti.images.splits import held_out
 
 CACHE_BYTES = 2**30
-_DECODED_AT_ONCE = 64  # images; bounds the encoded bytes in memory while the cache fills
-_DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes outside Python's lock, but small images hardly
+_DECODED_AT_ONCE = 64  # images; limits the encoded bytes in memory while the cache fills
+_DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow releases the GIL, but small images gain little
 
 
 class ImageSet:
-    """Images of one size, in a fixed order, decoded when they are asked for.
+    """Images of one size, in a fixed order, decoded on access.
 
     Attributes:
-        source: what `open_images` was given.
-        label_names: of the labels 0, 1, ...; empty if the images have none.
-        labels: one for each image, -1 where there is none.
-        source_ids: one for each image, in [0, 2**63); images of one original (an emoji in its skin tones) share it.
+        source: the argument of `open_images`.
+        label_names: names of the labels 0, 1, ...; empty if the images have none.
+        labels: one for each image, -1 if it has none.
+        source_ids: one for each image, in [0, 2**63). Images of one original, such as an emoji in
+            several skin tones, share one.
         fingerprint: SHA-256 over source ids, labels and encoded images in order; the same on every machine.
-        preprocessing: what was done to the pixels, as JSON.
+        preprocessing: the description of the preprocessing, as JSON; see `decoding.describe`.
     """
 
     def __init__(
@@ -64,33 +66,33 @@ class ImageSet:
     def pixels(
         self, indices: Sequence[int] | Int64[Tensor, " b"], *, bad: dict[int, str] | None = None
     ) -> UInt8[Tensor, "b c h w"]:
-        """The images at `indices`, from the cache if `fill_cache` filled it, else decoded now.
+        """Returns the images at `indices`, from the cache if it is filled, else decoded now.
 
         Args:
-            indices: in [0, len), any order, repeated or not.
-            bad: where to put what is wrong with an image that cannot be decoded, by its index; such an image is black.
-                Without it the first one is an error.
+            indices: in [0, len), in any order, repeated or not.
+            bad: receives the error of each image that cannot be decoded, by its index; that image is
+                black. Without it, the first such image is an error.
 
         Raises:
-            BadImageError: a `UserError` that names the file and the row, for an image that cannot be decoded.
+            BadImageError: with file and row, for an image that cannot be decoded.
         """
         if self._cache is not None:
             return self._cache[torch.as_tensor(indices, dtype=torch.int64)]
         indices = list(map(int, indices))
         pixels = torch.empty((len(indices), *self._shape), dtype=torch.uint8)
-        for place, (index, image) in enumerate(zip(indices, self._encoded[indices][self._column], strict=True)):
+        for position, (index, image) in enumerate(zip(indices, self._encoded[indices][self._column], strict=True)):
             try:
-                pixels[place] = self._decode(index, image)
+                pixels[position] = self._decode(index, image)
             except BadImageError as error:
                 if bad is None:
                     raise
-                pixels[place], bad[index] = 0, str(error)
+                pixels[position], bad[index] = 0, str(error)
         return pixels
 
     def fill_cache(self) -> None:
-        """Decodes every image once, on threads, unless that was done before or the set is larger than `cache_bytes`.
+        """Decodes all images into memory, on threads, unless they are there or exceed `cache_bytes`.
 
-        `ImageRows` calls it, in the process that workers are started from, so that they share one copy.
+        `ImageRows` calls it in the process that starts the workers, so that they share one copy.
 
         Raises:
             BadImageError: as `pixels` does.
@@ -127,22 +129,23 @@ def open_images(
     label_column: str | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> ImageSet:
-    """Opens images for training; nothing is decoded yet.
+    """Opens a set of images, without decoding them yet.
 
     Args:
-        source: `emoji` (3 786 Noto emoji of 32x32 pixels, within the package); a folder, searched through and in the
-            order of the sorted names, whose subfolders' names are labels; one image; a Parquet file, or a folder or
-            glob of them; or a hub id, optionally `id@config:split` (split `train` unless given).
+        source: `emoji` (3 786 Noto emoji of 32x32 pixels in the package); a folder, read recursively
+            in the order of sorted names, with the subfolders' names as labels; one image; a Parquet
+            file, or a folder or glob of them; or a hub id, optionally as `id@config:split` (the
+            default split is `train`).
         height: in pixels.
         width: in pixels.
         channels: 1 for grey, 3 for RGB.
-        image_column: needed where a table has several columns of images.
-        label_column: unless given, `label` or the only column of classes.
-        cache_bytes: sets that take less than this decoded (uint8) are kept in memory once rows are read from them.
+        image_column: the column of images, if a table has several.
+        label_column: the column of labels; by default `label` or the only column of classes.
+        cache_bytes: limit of the decoded size (uint8) up to which `ImageRows` keeps a set in memory.
 
     Raises:
-        UserError: if there is nothing at `source`, it cannot be read or holds no images, a column is missing or
-            ambiguous, or the size or number of channels is not possible.
+        UserError: if there is nothing at `source`, it cannot be read or holds no images; if a column
+            is missing or ambiguous; or if the size or the number of channels is invalid.
     """
     if height < 1 or width < 1:
         raise UserError(f"images of {height}x{width} pixels are empty; give a height and width of at least 1")
@@ -153,45 +156,46 @@ def open_images(
 
 
 class ImageRows(Dataset):
-    """The rows of one split, for a `DataLoader` with an identity `collate_fn`: whole batches come from `__getitems__`.
+    """The rows of one split. `__getitems__` returns whole batches, for a `DataLoader` with an identity `collate_fn`.
 
-    With `flips` every image is two rows, 2i as it is and 2i + 1 mirrored left to right, which share one source id and
-    so never part. Which images belong to the split is decided by `held_out` on their source ids, before any flip.
+    With `flips` every image is two rows: 2i is the image, 2i + 1 its mirror image. Both share one
+    source id, and `held_out` splits by source id, so both are in the same split.
 
-    Making one decodes the set into memory, if it fits (`open_images`), so that forked and spawned workers need not.
+    The constructor decodes the set into memory if it fits (see `open_images`), so that workers need
+    not do so.
 
     Raises:
-        UserError: if nothing is left to train on. The held-out split of a small set may be empty.
+        UserError: if the train split is empty. The held-out split of a small set may be empty.
     """
 
     def __init__(self, image_set: ImageSet, *, split: Literal["train", "held_out", "all"], flips: bool) -> None:
         out = held_out(image_set.source_ids)
-        chosen = {"train": ~out, "held_out": out, "all": torch.ones_like(out)}[split]
-        if split == "train" and not chosen.any():
+        selected = {"train": ~out, "held_out": out, "all": torch.ones_like(out)}[split]
+        if split == "train" and not selected.any():
             raise UserError(
                 f"all {len(image_set)} image(s) of {image_set.source} fall into the held-out split; give more images"
             )
         image_set.fill_cache()
         self._image_set = image_set
-        self._images: Int64[Tensor, " n"] = chosen.nonzero().squeeze(1)
+        self._images: Int64[Tensor, " n"] = selected.nonzero().squeeze(1)
         self._rows_per_image = 2 if flips else 1
 
     def __len__(self) -> int:
         return len(self._images) * self._rows_per_image
 
     def spread(self, count: int) -> UInt8[Tensor, "b c h w"]:
-        """The images of so many rows, evenly spread over all of them, to be shown; of few rows, some again."""
+        """Returns the images of `count` evenly spaced rows; with fewer rows than that, some repeat."""
         return self.__getitems__([i * len(self) // count for i in range(count)])["images"]
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """A batch.
+        """Returns a batch.
 
         Args:
-            rows: numbers in [0, len), any order, repeated or not.
+            rows: numbers in [0, len), in any order, repeated or not.
 
         Returns:
-            `images` uint8 `(b, c, h, w)`; and, one for each row, `labels` int64 (-1 if none), `source_ids` int64,
-            `flipped` bool and `rows` int64.
+            `images` uint8 `(b, c, h, w)` and, for each row, `labels` int64 (-1 if none), `source_ids`
+            int64, `flipped` bool and `rows` int64.
         """
         numbers = torch.as_tensor(rows, dtype=torch.int64)
         indices = self._images[numbers // self._rows_per_image]

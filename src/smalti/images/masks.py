@@ -1,6 +1,7 @@
-"""Masks: which pixels are a hole, which codes that makes unknown, and a few shapes to try. Filling is a sampler's work.
+"""Masks: loading them, the codes that a mask leaves known, blanking, and random or example shapes.
 
-Everywhere True = hole for pixels, and True = keep for codes (`known_mask`).
+A pixel mask is True = fill. A `known_mask` of codes is True = keep. Filling is in
+`commands/inpainting.py`.
 """
 
 import math
@@ -19,7 +20,7 @@ from smalti.core.randomness import uniform
 from smalti.images.decoding import load_image, load_transparency
 
 DILATION_CODES = 1
-"""How far around a hole codes are filled anew too: they saw the blank through the encoder's receptive field."""
+"""Width of the ring of codes around a mask that is sampled too: their receptive field includes blanked pixels."""
 MID_GREY = 127
 MOST_STROKES, STROKE_POINTS = 3, 3
 
@@ -33,39 +34,39 @@ def load_mask(
     threshold: int = MID_GREY,
     resize: bool = False,
 ) -> Bool[Tensor, "h w"]:
-    """A mask image as a hole: where it is lighter than the threshold or, if it has transparent parts, where they are.
+    """Loads a mask image: its light pixels or, if it has transparency, its transparent pixels are masked.
 
-    Any format, depth and mode that Pillow opens. Of an image with transparency its colours do not matter: erasing what
-    is to be filled makes a mask.
+    It may have any format, depth and mode that Pillow reads. An image with transparency is masked by
+    its transparency alone, so erasing a part of an image makes a mask.
 
     Args:
-        path: of the file.
-        height: of the image to fill, pixels.
-        width: of the same.
-        invert: the hole is where it would not be.
-        threshold: in [0, 254], of lightness or transparency.
-        resize: fit a mask of another size to the image's.
+        path: the mask file.
+        height: height of the image to fill, in pixels.
+        width: width of the image to fill, in pixels.
+        invert: swap masked and known pixels.
+        threshold: lightness or transparency, in [0, 254], above which a pixel is masked.
+        resize: resize a mask of another size to the image's size.
 
     Raises:
-        UserError: if it cannot be read, is of another size, or has no hole or nothing else.
+        UserError: if the file cannot be read, has another size, or masks no pixel or every pixel.
     """
-    see_through = load_transparency(path)
-    light = load_image(path, channels=1)[0] if see_through is None else see_through
-    if tuple(light.shape) != (height, width):
+    transparency = load_transparency(path)
+    values = load_image(path, channels=1)[0] if transparency is None else transparency
+    if tuple(values.shape) != (height, width):
         if not resize:
             raise UserError(
-                f"{path} is {light.shape[1]}x{light.shape[0]} but the image is {width}x{height}; "
+                f"{path} is {values.shape[1]}x{values.shape[0]} but the image is {width}x{height}; "
                 "pass --resize-mask, or give a mask of the image's size"
             )
-        light = torch.from_numpy(np.array(Image.fromarray(light.numpy()).resize((width, height))))
-    mask = (light > threshold) ^ invert
-    kind = ("dark" if invert else "light") if see_through is None else ("opaque" if invert else "transparent")
+        values = torch.from_numpy(np.array(Image.fromarray(values.numpy()).resize((width, height))))
+    mask = (values > threshold) ^ invert
+    kind = ("dark" if invert else "light") if transparency is None else ("opaque" if invert else "transparent")
     if not mask.any():
-        paint = {"light": "paint what to fill white", "dark": "paint what to fill black"}
-        raise UserError(f"{path} has no hole: no pixel is {kind}; {paint.get(kind, 'erase what to fill')}")
+        remedy = {"light": "paint what to fill white", "dark": "paint what to fill black"}
+        raise UserError(f"{path} masks nothing: no pixel is {kind}; {remedy.get(kind, 'erase what to fill')}")
     if mask.all():
         raise UserError(
-            f"{path} is all hole: every pixel is {kind}, and nothing is left to go by; mark less, or use --invert"
+            f"{path} masks the whole image: every pixel is {kind}, so no pixel is known; mask less, or use --invert"
         )
     return mask
 
@@ -73,21 +74,21 @@ def load_mask(
 def known_codes(
     mask: Bool[Tensor, "b h w"], downsampling: int, *, dilation: int = DILATION_CODES
 ) -> Bool[Tensor, "b y x"]:
-    """Which codes to keep: those whose every pixel is known, and whose every neighbour within `dilation` codes is."""
+    """Returns which codes to keep: those without masked pixels in themselves or any code within `dilation`."""
     unknown = rearrange(mask, "b (y s1) (x s2) -> b y x s1 s2", s1=downsampling, s2=downsampling).any(-1).any(-1)
     spread = F.max_pool2d(unknown.float().unsqueeze(1), 2 * dilation + 1, stride=1, padding=dilation).squeeze(1)
     return spread == 0
 
 
 def blank(images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b h w"]) -> Float[Tensor, "b c h w"]:
-    """The images with each hole in the mean colour of what is known, so that nothing hidden reaches an encoder."""
+    """Replaces masked pixels by the mean colour of the known ones, so that none reaches an encoder."""
     known = ~mask.unsqueeze(1)
     mean = (images * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp_min(1)
     return torch.where(known, images, mean)
 
 
 def examples(height: int, width: int) -> dict[str, Bool[Tensor, "h w"]]:
-    """Holes to try on an image of this size: a box, a half, a free stroke and a letter."""
+    """Returns example masks for an image of this size: a box, a half, a free stroke and a letter."""
     shapes: dict[str, Image.Image] = {
         name: Image.new("L", (width, height)) for name in ("box", "half", "stroke", "letter")
     }
@@ -104,16 +105,17 @@ def examples(height: int, width: int) -> dict[str, Bool[Tensor, "h w"]]:
 
 
 def strokes(seeds: Int64[Tensor, " b"], height: int, width: int) -> Bool[Tensor, "b h w"]:
-    """A free-hand hole for each seed: one to three bent strokes, each a tenth to a fifth of the shorter side wide.
+    """Returns a free-form mask for each seed: one to three bent strokes, as in arXiv 1806.03589.
 
-    In the manner of the free-form masks of arXiv 1806.03589; about a quarter of an image on average.
+    A stroke is a tenth to a fifth of the shorter side wide; a mask covers about a quarter of the
+    image on average.
     """
     masks = []
     for numbers in uniform(seeds, MOST_STROKES, 2 + 2 * STROKE_POINTS).tolist():
         shape = Image.new("L", (width, height))
         draw = ImageDraw.Draw(shape)
-        for _, thickness, *places in numbers[: 1 + int(numbers[0][0] * MOST_STROKES)]:
-            points = [(x * width, y * height) for x, y in zip(places[::2], places[1::2], strict=True)]
+        for _, thickness, *coordinates in numbers[: 1 + int(numbers[0][0] * MOST_STROKES)]:
+            points = [(x * width, y * height) for x, y in zip(coordinates[::2], coordinates[1::2], strict=True)]
             draw.line(
                 points, fill=255, width=max(1, round((0.1 + 0.1 * thickness) * min(height, width))), joint="curve"
             )

@@ -1,4 +1,4 @@
-"""Sheets of pictures for people to look at: rows with a caption, or a plain grid."""
+"""Writes PNG files: sheets of captioned rows, plain grids, animations and single images."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from smalti.core.files import whole_file
 from smalti.images.decoding import to_uint8
 
 GAP = 4  # pixels between pictures
-SMALLEST_SHOWN = 96  # pixels: smaller pictures are enlarged by a whole factor, so that one sees their pixels
+SMALLEST_SHOWN = 96  # pixels; smaller pictures are enlarged by a whole factor, so that their pixels stay visible
 CAPTION_SIZE = 16
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
 
@@ -26,7 +26,7 @@ FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
 def save_sheet(
     path: Path, rows: Mapping[str, Float[Tensor, "_b _c _h _w"]], *, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Rows of images in [-1, 1] under each other, each with its caption."""
+    """Saves rows of images in [-1, 1] below each other, each with its caption."""
     strips = [(caption, _strip(images)) for caption, images in rows.items()]
     width = max(strip.width for _, strip in strips)
     band = CAPTION_SIZE + 2 * GAP
@@ -40,14 +40,14 @@ def save_sheet(
 
 
 def save_grid(path: Path, images: Float[Tensor, "b _c _h _w"], *, settings: Mapping[str, Any] | None = None) -> None:
-    """Images in [-1, 1] in a grid about twice as wide as high."""
+    """Saves images in [-1, 1] as a grid about twice as wide as high."""
     save_png(path, _grid(images), settings)
 
 
 def save_animation(
     path: Path, frames: Sequence[Float[Tensor, "b _c _h _w"]], *, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Grids of the same images, step by step, as an animated PNG that shows the last one longest and begins anew."""
+    """Saves grids of the same images, step by step, as an animated PNG that holds the last frame and loops."""
     sheets = [_grid(images) for images in frames]
     shown = [FRAME_MILLISECONDS] * (len(sheets) - 1) + [LAST_FRAME_MILLISECONDS]
     save_png(path, sheets[0], settings, save_all=True, append_images=sheets[1:], duration=shown, loop=0)
@@ -63,17 +63,17 @@ def _grid(images: Tensor) -> Image.Image:
 
 
 def require_png(path: Path) -> None:
-    """Refuses a name that would lie about what is in the file.
+    """Checks that a file's name ends in .png.
 
     Raises:
-        UserError: if it does not end in .png.
+        UserError: if it does not.
     """
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {path} is not the name of a PNG; pictures are written as PNGs, give one ending in .png")
 
 
 def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None = None, **options: Any) -> None:
-    """Writes a PNG whole, or not at all, with the settings that made it as JSON in its text chunk `smalti`.
+    """Writes a PNG atomically, with its settings as JSON in the text chunk `smalti`.
 
     The options are those of Pillow's PNG writer.
     """
@@ -85,7 +85,7 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None 
 
 
 def to_image(image: Float[Tensor, "c h w"] | UInt8[Tensor, "c h w"]) -> Image.Image:
-    """One image, float in [-1, 1] or uint8, grey or colour, for Pillow."""
+    """Converts an image, float in [-1, 1] or uint8, grey or colour, to a Pillow image."""
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
     pixels = pixels.cpu()
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else rearrange(pixels, "c h w -> h w c").numpy())

@@ -1,7 +1,7 @@
-"""Where images come from: the embedded emoji, folders, Parquet files and the hub, each opened as a `datasets` table.
+"""Sources of images: the embedded emoji, folders, Parquet files and the hub, each opened as a `datasets` table.
 
-Also what such a table says of its rows: labels and source ids. Not here: pixels (`preprocess`), splits and batches
-(`images`).
+A table also gives its rows' labels and source ids. Decoding is in `decoding.py`; splits and batches
+are in `splits.py` and `image_set.py`.
 """
 
 import hashlib
@@ -32,23 +32,21 @@ from smalti.images.decoding import BadImageError
 
 EMOJI = "emoji"
 _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
-# Part of every source id: whoever changes how keys are made changes this, so that no cached id of the old kind is used.
-_KEY_RECIPE = "smalti 1"
-# Formats that Pillow recognises but does not decode by itself.
-_UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-_ROWS_AT_ONCE = 64  # in memory, encoded; `datasets`' own choice, the first file's row group, fails where that is empty
+_KEY_RECIPE = "smalti 1"  # part of every source id: change it whenever the keys change, so that no cached id is reused
+_UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow recognises but does not decode these
+_ROWS_AT_ONCE = 64  # encoded rows in memory; the `datasets` default fails if the first row group is empty
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\-\[\]%:]+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Encoded images, not yet decoded.
+    """A table of encoded images.
 
     Attributes:
-        rows: a `datasets` table.
-        image_column: holds bytes, or a dict of `bytes` and `path`, of which one may be None.
-        label_column: None if unlabelled.
-        key_column: whose values name the sources; None if the images' bytes do.
+        rows: the `datasets` table.
+        image_column: the column of images: bytes, or a dict of `bytes` and `path`, one of which may be None.
+        label_column: the column of labels; None if there are none.
+        key_column: the column that identifies the sources; None if the images' bytes do.
     """
 
     rows: datasets.Dataset
@@ -58,11 +56,11 @@ class Table:
 
 
 def open_table(source: str, *, image_column: str | None = None, label_column: str | None = None) -> Table:
-    """Finds the images of `source` and the columns that describe them; see `smalti.images.image_set.open_images`.
+    """Opens `source` as a table and finds its columns; see `smalti.images.image_set.open_images`.
 
     Raises:
-        UserError: if there is nothing at `source`, it cannot be read, is empty, or does not say which columns are
-            meant.
+        UserError: if there is nothing at `source`, it cannot be read or is empty, or a column is
+            missing or ambiguous.
     """
     if source == EMOJI:
         with as_file(files("smalti.images") / "data" / "emoji32.parquet") as path:
@@ -85,10 +83,10 @@ def open_table(source: str, *, image_column: str | None = None, label_column: st
 
 
 def encoded(image: bytes | dict[str, Any] | None) -> bytes:
-    """The bytes of a table's image, fetched if the table holds only their path.
+    """Returns the bytes of a table's image, read from its path if the table holds only that.
 
     Raises:
-        BadImageError: if the table holds no image there, or its file cannot be read.
+        BadImageError: if the row holds no image, or its file cannot be read.
     """
     if isinstance(image, bytes):
         return image
@@ -97,19 +95,21 @@ def encoded(image: bytes | dict[str, Any] | None) -> bytes:
     if image["bytes"] is not None:
         return image["bytes"]
     try:
-        if "://" in image["path"]:  # within an archive that `datasets` fetched
+        if "://" in image["path"]:  # inside an archive that `datasets` downloaded
             filesystem, inner = url_to_fs(image["path"])
             return filesystem.cat_file(inner)
         return Path(image["path"]).read_bytes()
     except OSError as error:
-        raise BadImageError(f"the file cannot be read ({error.strerror or error}); mend or remove it") from error
+        raise BadImageError(f"the file cannot be read ({error.strerror or error}); repair or remove it") from error
 
 
 def read_labels(table: Table) -> tuple[Int64[Tensor, " n"], tuple[str, ...]]:
-    """Labels (-1 where there is none) and their names; for values without names, these are the distinct values, sorted.
+    """Returns the labels, -1 for none, and their names.
+
+    If the table declares no names, they are the distinct values, sorted.
 
     Raises:
-        UserError: if a label is not one of the names that the table declares.
+        UserError: if a label is beyond the names that the table declares.
     """
     if table.label_column is None:
         return torch.full((len(table.rows),), -1), ()
@@ -119,7 +119,7 @@ def read_labels(table: Table) -> tuple[Int64[Tensor, " n"], tuple[str, ...]]:
         names = tuple(feature.names)
         labels = [-1 if value is None else value for value in values]
         if max(labels) >= len(names):
-            raise UserError(f"column {table.label_column!r} has label {max(labels)} but {len(names)} names; mend it")
+            raise UserError(f"column {table.label_column!r} has label {max(labels)} but {len(names)} names; fix it")
         return torch.tensor(labels).clamp(min=-1), names
     missing = {value for value in values if value is None or (isinstance(value, int) and value < 0)}
     distinct = sorted(set(values) - missing)
@@ -128,22 +128,23 @@ def read_labels(table: Table) -> tuple[Int64[Tensor, " n"], tuple[str, ...]]:
 
 
 def read_source_ids(table: Table) -> Int64[Tensor, " n"]:
-    """A number in [0, 2**63) for each row, the same for all rows of one source. `datasets` caches them.
+    """Returns a source id in [0, 2**63) for each row, the same for all rows of one source; `datasets` caches them.
 
-    Hashed is the key column where there is one; emoji that differ in skin tone or style only are one source. Otherwise
-    the encoded image is: renaming or reordering files changes nothing, and exact duplicates stay together.
+    It is a hash of the key column if there is one; emoji that differ only in skin tone or style are
+    one source. Otherwise it is a hash of the encoded image, so it does not depend on names or order,
+    and exact duplicates stay together.
     """
     kind = "image" if table.key_column is None else "emoji" if table.key_column == "codepoints" else "value"
     return _hashes(table, table.key_column or table.image_column, kind)
 
 
 def read_contents(table: Table) -> Int64[Tensor, " n"]:
-    """A number for each row that changes when its encoded image does, whatever names the source. Cached as well."""
+    """Returns a hash of each row's encoded image, even if a key column identifies the sources; cached as well."""
     return _hashes(table, table.image_column, "image")
 
 
 def _hashes(table: Table, column: str, kind: str) -> Int64[Tensor, " n"]:
-    # a copy maps the file anew, and what was read of it leaves the memory with it
+    # a copy maps the file again, and the pages it read are freed with it
     rows = pickle.loads(pickle.dumps(table.rows.select_columns(column)))
     ids = rows.map(
         _hash_keys,
@@ -171,48 +172,48 @@ def _key_bytes(key: Any, kind: str) -> bytes:
     try:
         return encoded(key)
     except BadImageError:
-        return b""  # whoever decodes it says so, with its name
+        return b""  # decoding it will raise the error with its name
 
 
 def _list_files(source: str) -> tuple[Path, list[Path]]:
-    """The root and the images or Parquet files at a path or glob, sorted by name; none if it can only be a hub id."""
+    """Returns the root and the images or Parquet files at a path or glob, sorted by name; no files for a hub id."""
     path = Path(source).expanduser()
     if path.is_dir():
-        root, found = path, list(_walk(path))
+        root, paths = path, list(_walk(path))
     elif path.exists():
-        root, found = path.parent, [path]
+        root, paths = path.parent, [path]
     elif has_magic(source) and not _HUB_ID.fullmatch(source):
         root = Path(*takewhile(lambda part: not has_magic(part), path.parts))
-        found = [match for match in map(Path, glob(str(path), recursive=True)) if match.is_file()]
+        paths = [match for match in map(Path, glob(str(path), recursive=True)) if match.is_file()]
     elif _HUB_ID.fullmatch(source) and not _is_data_file(path):
         return path, []
     else:
         raise UserError(f"there is nothing at {source}; give a folder of images, Parquet files, a hub id, or {EMOJI!r}")
-    found = sorted(filter(_is_data_file, found), key=Path.as_posix)
-    parquet = [file for file in found if file.suffix.lower() == ".parquet"]
-    if not found:
+    data_files = sorted(filter(_is_data_file, paths), key=Path.as_posix)
+    parquet = [file for file in data_files if file.suffix.lower() == ".parquet"]
+    if not data_files:
         raise UserError(f"{source} holds no images and no Parquet files; give a folder, file or glob that does")
-    if parquet and len(parquet) < len(found):
-        raise UserError(f"{source} holds images and Parquet files; give a glob of those meant, as '{source}/*.parquet'")
-    return root, found
+    if parquet and len(parquet) < len(data_files):
+        raise UserError(f"{source} holds images and Parquet files; give a glob of either, such as '{source}/*.parquet'")
+    return root, data_files
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder but the hidden ones. Links to folders are followed, unless they lead in a circle."""
+    """Yields all files below a folder except hidden ones. Follows links to folders, unless they form a circle."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}); make it readable") from error
 
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        here = Path(parent)
-        shown = (name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in shown if not here.resolve().is_relative_to((here / name).resolve())]
-        yield from (here / name for name in names if not name.startswith("."))
+        root = Path(parent)
+        visible = (name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in visible if not root.resolve().is_relative_to((root / name).resolve())]
+        yield from (root / name for name in names if not name.startswith("."))
 
 
 @cache
 def _suffixes() -> frozenset[str]:
-    """Of all files that count as data: Parquet, and every format that this Pillow decodes."""
+    """Returns the suffixes of data files: Parquet, and every format that this Pillow decodes."""
     decoded = (
         suffix
         for suffix, kind in Image.registered_extensions().items()
@@ -226,7 +227,7 @@ def _is_data_file(path: Path) -> bool:
 
 
 def _read_files(paths: list[Path], root: Path) -> datasets.Dataset:
-    """One row for each image file; the name of the subfolder that holds it, if any, is its label."""
+    """Opens image files as a table, one row each; the name of a file's subfolder, if any, is its label."""
     described = {
         "paths": [str(path.absolute()) for path in paths],
         "labels": [path.parent.name if path.parent != root else None for path in paths],
@@ -235,7 +236,7 @@ def _read_files(paths: list[Path], root: Path) -> datasets.Dataset:
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.Value("string"), "stamp": datasets.Value("string")}
     )
-    # A generator rather than a table in memory: source ids are cached only for tables that are backed by a file.
+    # A generator instead of a table in memory: source ids are cached only for tables that are backed by a file.
 
     def open_rows() -> Any:
         return datasets.Dataset.from_generator(_describe_files, features, gen_kwargs={"described": described})
@@ -246,10 +247,10 @@ def _read_files(paths: list[Path], root: Path) -> datasets.Dataset:
 
 
 def _stamp(path: Path) -> str:
-    """What changes when a file's content or permissions do, so that its cached source id is no longer used."""
+    """Returns a stamp that changes with a file's content or permissions, so that its cached source id is not reused."""
     try:
         stat = path.stat()
-    except OSError:  # a broken link; decoding names it
+    except OSError:  # a broken link; decoding reports it
         return ""
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
@@ -260,7 +261,7 @@ def _describe_files(described: dict[str, list[Any]]) -> Iterator[dict[str, Any]]
 
 
 def _read_parquet(paths: list[Path], source: str) -> datasets.Dataset:
-    names = [escape(str(path.absolute())) for path in paths]  # `datasets` takes every name for a glob
+    names = [escape(str(path.absolute())) for path in paths]  # `datasets` treats every name as a glob
     open_rows = partial(datasets.load_dataset, "parquet", data_files=names, split="train", batch_size=_ROWS_AT_ONCE)
     return _opened(open_rows, source, "give whole Parquet files that have the same columns")
 
@@ -277,60 +278,59 @@ def _read_hub(source: str) -> datasets.Dataset:
 
 
 def _opened(open_rows: Callable[[], Any], what: str, remedy: str) -> datasets.Dataset:
-    """Calls into `datasets`, whose errors here are about files, the network, or names that do not exist."""
+    """Opens rows with `datasets`, whose errors are about files, the network, or names that do not exist."""
     try:
         rows = open_rows()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{what} cannot be opened ({reason}); {remedy}") from error
-    # what a Parquet file's row groups took; some 50 MiB would stay with Arrow, and 30 with the C library
+    # frees the row groups of a Parquet file: Arrow would keep some 50 MiB, and the C library 30
     pa.default_memory_pool().release_unused()
     give_back_freed_memory()
     return rows
 
 
-def _find_image_column(features: datasets.Features, source: str, asked: str | None) -> str:
-    """The column asked for, or the only one of images; failing that, the only one of bytes."""
-    if asked is not None and asked not in features:
-        raise UserError(f"{source} has no column {asked!r}; its columns are {_listed(features)}")
-    of_bytes = [name for name, feature in features.items() if _holds_bytes(feature)]
-    of_images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if asked is not None and asked not in of_images + of_bytes:
-        raise UserError(
-            f"column {asked!r} of {source} holds {features[asked]}, not images; its columns are {_listed(features)}"
-        )
-    found = [asked] if asked is not None else of_images or of_bytes
-    if not found:
+def _find_image_column(features: datasets.Features, source: str, requested: str | None) -> str:
+    """Returns the requested column, or the only column of images, or else the only column of bytes."""
+    _require_column(features, source, requested)
+    byte_columns = [name for name, feature in features.items() if _holds_bytes(feature)]
+    image_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if requested is not None and requested not in image_columns + byte_columns:
+        kind, names = features[requested], _listed(features)
+        raise UserError(f"column {requested!r} of {source} holds {kind}, not images; its columns are {names}")
+    candidates = [requested] if requested is not None else image_columns or byte_columns
+    if not candidates:
         raise UserError(f"{source} has no column of images; its columns are {_listed(features)}")
-    if len(found) > 1:
-        raise UserError(
-            f"{source} has {len(found)} columns of images ({_listed(found)}); choose one with --image-column"
-        )
-    return found[0]
+    if len(candidates) > 1:
+        count, names = len(candidates), _listed(candidates)
+        raise UserError(f"{source} has {count} columns of images ({names}); choose one with image_column")
+    return candidates[0]
 
 
-def _find_label_column(features: datasets.Features, source: str, asked: str | None) -> str | None:
-    """The column asked for, or `label`, or the only one of classes, if any."""
-    if asked is not None and asked not in features:
-        raise UserError(f"{source} has no column {asked!r}; its columns are {_listed(features)}")
-    if asked is not None and not _holds_labels(features[asked]):
-        raise UserError(
-            f"column {asked!r} of {source} holds {features[asked]}; labels are classes, integers or strings"
-        )
-    of_classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if asked is not None:
-        return asked
+def _find_label_column(features: datasets.Features, source: str, requested: str | None) -> str | None:
+    """Returns the requested column, or `label`, or the only column of classes, or None."""
+    _require_column(features, source, requested)
+    if requested is not None:
+        if not _holds_labels(features[requested]):
+            kind = features[requested]
+            raise UserError(f"column {requested!r} of {source} holds {kind}; labels are classes, integers or strings")
+        return requested
+    class_columns = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if "label" in features and _holds_labels(features["label"]):
         return "label"
-    if len(of_classes) > 1:
-        raise UserError(
-            f"{source} has {len(of_classes)} columns of classes ({_listed(of_classes)}); choose one with --label-column"
-        )
-    return of_classes[0] if of_classes else None
+    if len(class_columns) > 1:
+        count, names = len(class_columns), _listed(class_columns)
+        raise UserError(f"{source} has {count} columns of classes ({names}); choose one with label_column")
+    return class_columns[0] if class_columns else None
+
+
+def _require_column(features: datasets.Features, source: str, requested: str | None) -> None:
+    if requested is not None and requested not in features:
+        raise UserError(f"{source} has no column {requested!r}; its columns are {_listed(features)}")
 
 
 def _holds_bytes(feature: Any) -> bool:
-    """True of a Parquet column written without the marks of `datasets`: bare bytes, or a struct that has them."""
+    """Returns whether a Parquet column without `datasets` metadata holds bytes, bare or in a struct."""
     if isinstance(feature, dict):
         return "bytes" in feature and _holds_bytes(feature["bytes"])
     return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")

@@ -1,4 +1,4 @@
-"""Which source images are held out: the rule of image sets, whose outcome latent sets store, so that both agree."""
+"""The held-out split, by source id. Latent sets store its result, so that they agree with image sets."""
 
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -10,14 +10,14 @@ HELD_OUT_PERCENT = 10
 
 
 def held_out(source_ids: Int64[Tensor, " n"], percent: int = HELD_OUT_PERCENT) -> Bool[Tensor, " n"]:
-    """Marks the rows that training never sees, by a hash of the source id alone.
+    """Marks the held-out rows, which training never uses, by a hash of the source id alone.
 
-    So all rows of one source fall on the same side whatever their order, number or machine, and a larger percentage
-    only adds sources.
+    All rows of one source are therefore in the same split, in any order and number and on any
+    machine, and a larger percentage only adds sources.
 
     Args:
-        source_ids: one for each row; rows made from one image share it.
-        percent: the expected share of the sources held out, from 0 (none) to 100 (all).
+        source_ids: one for each row; rows made from one image share one.
+        percent: the expected share of held-out sources, from 0 (none) to 100 (all).
 
     Raises:
         UserError: if `percent` is outside [0, 100].
