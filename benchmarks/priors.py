@@ -30,7 +30,7 @@ from smalti.training.config import FitConfig
 from smalti.training.optimizers import MUON_TIMES, Together
 
 CACHED_TARGET = 100.0
-"""How many times faster than the naive sampler cached ancestral sampling must be, at 32x32 and 16 samples."""
+"""Factor by which cached ancestral sampling must be faster than the naive sampler, at 32x32 and 16 samples."""
 
 DEMONSTRATION = HourglassConfig()
 
@@ -43,7 +43,7 @@ SMALLEST_SHARE = 1 / 1.05
 """Share of a sampling step's time that the bare forward pass must take, for a large network."""
 
 SHORTER_TARGET = 2.0
-"""How many times as long as the hourglass a flat transformer of as many parameters must take, at 32x32."""
+"""Factor by which a flat transformer of as many parameters must be slower than the hourglass, at 32x32."""
 
 
 def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterator[Comparison]:
@@ -180,10 +180,10 @@ def head(
         readable=in_mebibytes,
         varies=False,
     )
-    yield pixelcnn_heads(batch, replace(config, height=side, width=side, radices=radices))
+    yield head_of_pixelcnn(batch, replace(config, height=side, width=side, radices=radices))
 
 
-def pixelcnn_heads(batch: int, config: PixelCNNConfig) -> Comparison:
+def head_of_pixelcnn(batch: int, config: PixelCNNConfig) -> Comparison:
     """Compares training steps of a PixelCNN, optimizer included, with the factorized head and with one softmax."""
     device = best_device()
     flat = replace(config, radices=(math.prod(config.radices),))

@@ -132,8 +132,9 @@ class CodePrior(Prior, ABC):
 
     Attributes:
         head: embeds codes, computes likelihoods and samples codes.
-        of_class: embeds class labels; None if `classes` is 0.
-        of_upper: embeds the codes of the coarser levels; None if there are none.
+        of_class: embeds class labels, `of_class(labels, b)` -> `(b, d)`; None if `classes` is 0.
+        of_upper: embeds the codes of the coarser levels, `of_upper(upper, h, w)` -> `(b, h, w, d)`; None if
+            there are none. Conditioning has an effect only if `features` uses these two.
     """
 
     def __init__(self, config: Any) -> None:
@@ -154,7 +155,7 @@ class CodePrior(Prior, ABC):
     ) -> Float[Tensor, "b n d"]:
         """Computes the features of every position, from which alone the head predicts its code.
 
-        Promises that objectives and samplers rely on:
+        Objectives and samplers rely on these promises:
 
         - Positions are in raster order (n = h w), and d is `config.model_width`.
         - Rows are independent: no row's features depend on another row of the batch.
@@ -192,7 +193,8 @@ class CausalPrior(CodePrior):
     """An autoregressive prior: features of a position depend only on the codes before it in raster order.
 
     The product of the head's probabilities over all positions is then the exact likelihood of a grid
-    (chain rule), and ancestral sampling draws one code after the other.
+    (chain rule), and ancestral sampling draws one code after the other. Canvases are not split into windows:
+    grids of any size must work.
     """
 
     @abstractmethod
@@ -261,7 +263,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """How priors of a kind are trained and sampled; commands read it and need no case for each kind.
+    """The training objective and the sampler of a kind of prior; commands read it and need no case for each kind.
 
     Attributes:
         objective: maps (prior, objective config) to a module whose `forward(batch)` returns the loss and

@@ -88,7 +88,7 @@ class MaskedSampling(Sampling):
     steps: int = 16
     """Decoding steps. Each reveals more codes than the one before (MaskGIT's cosine schedule)."""
     order: Order = "halton"
-    """Which codes are revealed first. halton: evenly spread over the grid (arXiv 2503.17076). confidence: the most
+    """Selects the codes to reveal first. halton: evenly spread over the grid (arXiv 2503.17076). confidence: the most
     confident ones (MaskGIT). random: any."""
     temperature: tuple[float, float] = (1.0, 1.0)
     """Divides the logits, at the first and at the last step. Lower values give likelier codes and less variety."""

@@ -112,9 +112,9 @@ class SundaeSampling(Sampling):
     proportion: tuple[float, float] = (0.3, 0.1)
     """Share of positions updated at a step, at the first and at the last step, in (0, 1]."""
     order: Order = "random"
-    """Which positions are updated. random: each position independently, as in SUNDAE. confidence: those whose codes are
-    least likely, drawn without replacement with weights 1 / p. halton: all positions in turn, in the order of a Halton
-    sequence, which is evenly spread at every step."""
+    """Selects the positions to update. random: each position independently, as in SUNDAE. confidence: those whose codes
+    are least likely, drawn without replacement with weights 1 / p. halton: all positions in turn, in the order of a
+    Halton sequence, which is evenly spread at every step."""
     min_steps: int = 10
     """A sample is finished after a step that changes nothing, but not before this many steps."""
     guidance: float = 1.5

@@ -72,7 +72,7 @@ def resampling_table(part: Part, config: ReproducePriors, losses: dict[str, list
     setup = SETUPS[part]
     depth = "-".join(map(str, setup.models["patches"].changes["depth"]))
     pairs = zip(losses["patches"], losses["runs"], strict=False)  # the last seed's second run may be missing
-    more = ", ".join(f"{runs - patches:+.4f}" for patches, runs in pairs)
+    differences = ", ".join(f"{runs - patches:+.4f}" for patches, runs in pairs)
     return "\n".join(
         [
             f"{config.data}, {setup.grid}, hourglass {depth}, {config.steps} steps: held-out loss of "
@@ -81,7 +81,7 @@ def resampling_table(part: Part, config: ReproducePriors, losses: dict[str, list
             "",
             "| patches of 2×2 | runs of 4 | runs less patches, by seed |",
             "|---:|---:|---|",
-            f"| {in_spread(losses['patches'], '.4f')} | {in_spread(losses['runs'], '.4f')} | {more or NONE} |",
+            f"| {in_spread(losses['patches'], '.4f')} | {in_spread(losses['runs'], '.4f')} | {differences or NONE} |",
         ]
     )
 

@@ -28,7 +28,7 @@ class RunsStage(Stage):
     def forward(
         self, x: Float[Tensor, "b n d"], grid: tuple[int, int], angles: Float[Tensor, "1 n a"]
     ) -> Float[Tensor, "b n d"]:
-        """See `Stage.forward`; the grid is read as a single row."""
+        """Maps features to features like `Stage.forward`; the grid is read as a single row."""
         return super().forward(x, (1, math.prod(grid)), angles)
 
 
@@ -63,7 +63,7 @@ class MeanStage(Stage):
     def downsample(
         self, x: Float[Tensor, "b n d"], grid: tuple[int, int], angles: Float[Tensor, "1 n a"]
     ) -> Float[Tensor, "b m d"]:
-        """See `Stage.downsample`."""
+        """Returns one vector for each patch."""
         assert self.patch is not None
         return self.down(to_patches(x, grid, self.patch), valid_positions(angles, grid, self.patch))
 
@@ -114,7 +114,7 @@ class AttentionStage(Stage):
     def downsample(
         self, x: Float[Tensor, "b n d"], grid: tuple[int, int], angles: Float[Tensor, "1 n a"]
     ) -> Float[Tensor, "b m d"]:
-        """See `Stage.downsample`."""
+        """Returns one vector for each patch."""
         assert self.patch is not None
         patches, pooled = to_patches(x, grid, self.patch), super().downsample(x, grid, angles)
         patch_angles = to_patches(angles, grid, self.patch)[0]  # m s a

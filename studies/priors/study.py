@@ -61,7 +61,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a part of the study trains.
+    """The models that a part of the study trains, and their budget.
 
     Attributes:
         grid: the codes.
@@ -123,7 +123,7 @@ SETUPS: dict[Part, Setup] = {
 
 @dataclass(frozen=True)
 class ReproducePriors:
-    """What to measure of priors, and with which budget.
+    """Settings of the study: the parts to measure and their budget.
 
     Raises:
         UserError: for a number below 1, fewer than 4 images to evaluate on, or a negative guidance.
@@ -136,7 +136,7 @@ class ReproducePriors:
     data: DataName = "emoji"
     """Name of the data set that these images are."""
     parts: tuple[Part, ...] = ("resampling", "samplers", "head", "depth", "canvas", *tuple(RESAMPLING)[1:])
-    """What to compare. resampling: downsampling of patches against runs of codes, in an hourglass whose blocks are all
+    """Parts to run. resampling: downsampling of patches against runs of codes, in an hourglass whose blocks are all
     at the lower resolution. samplers: SUNDAE, masked codes and PixelCNN, by sampling steps. head: the factorized head
     against one softmax. depth: the hourglass against a flat transformer. canvas: seams on a wide canvas.
     resampling-outer: patches against runs with blocks at the full resolution too; -16: both on 16x16 codes."""

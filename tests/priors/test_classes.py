@@ -95,8 +95,8 @@ def test_guidance_is_applied_digit_by_digit():
     expected = (guided_first[..., None] * guided_second).flatten(1)
     uniforms = torch.rand(40_000, 4, 2, generator=torch.Generator().manual_seed(0))
     many = [features.expand(40_000, -1, -1) for features in (conditional, unconditional)]
-    drawn = prior.head.sample(many[0], uniforms, unconditional=many[1], guidance=2.0)
-    frequencies = F.one_hot(drawn, 4).float().mean(0)
+    samples = prior.head.sample(many[0], uniforms, unconditional=many[1], guidance=2.0)
+    frequencies = F.one_hot(samples, 4).float().mean(0)
     assert torch.allclose(frequencies, expected, atol=0.015)
     assert not torch.allclose(expected, prior.head.log_probs(conditional).exp()[0], atol=0.03)
 

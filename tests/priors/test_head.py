@@ -115,11 +115,11 @@ def test_samples_follow_the_probabilities(radices, temperature):
     spacing = [40_000] if len(radices) == 1 else [900, 40] if len(radices) == 2 else [60, 40, 60]
     axes = [(torch.arange(n) + 0.5) / n for n in spacing]
     lattice = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)[None]
-    drawn = head.sample(feature.expand(1, lattice.shape[1], -1), lattice, temperature)
+    samples = head.sample(feature.expand(1, lattice.shape[1], -1), lattice, temperature)
     with torch.no_grad():  # a head with scaled logits is the head at that temperature
         head.weight /= temperature
         head.bias /= temperature
-    shares = torch.bincount(drawn[0], minlength=head.codebook_size) / lattice.shape[1]
+    shares = torch.bincount(samples[0], minlength=head.codebook_size) / lattice.shape[1]
     expected = head.log_probs(feature)[0, 0].exp()
     assert (shares - expected).abs().sum() / 2 < sum(r / n for r, n in zip(radices, spacing, strict=True)) / 2
     assert (shares - expected.roll(1)).abs().sum() / 2 > 0.2  # the bound distinguishes distributions
@@ -134,12 +134,12 @@ def test_samples_follow_the_probabilities(radices, temperature):
 def test_inverse_cdf_never_returns_an_impossible_index(weights, grains):
     probabilities = torch.tensor(weights) / sum(weights)
     uniforms = torch.tensor([0, 2**24 - 1, *grains], dtype=torch.float64).mul(2.0**-24).float()
-    drawn = inverse_cdf(probabilities.expand(len(uniforms), -1), uniforms)
-    assert (probabilities[drawn] > 0).all()
+    samples = inverse_cdf(probabilities.expand(len(uniforms), -1), uniforms)
+    assert (probabilities[samples] > 0).all()
     exact = probabilities.double().cumsum(0)
-    below = torch.where(drawn > 0, exact[(drawn - 1).clamp(min=0)], 0.0)
+    below = torch.where(samples > 0, exact[(samples - 1).clamp(min=0)], 0.0)
     assert (below - 1e-6 <= uniforms).all()
-    assert (uniforms <= exact[drawn] + 1e-6).all()
+    assert (uniforms <= exact[samples] + 1e-6).all()
 
 
 def test_hits_are_those_of_greedy_decoding():
@@ -162,10 +162,10 @@ def test_losses_and_samples_are_float32_under_autocast(radices):
     features, codes = features_and_codes(head, n=40)
     uniforms = uniform(row_seeds(0, torch.arange(2)), 40, len(radices))
     with torch.autocast("cpu", torch.bfloat16):
-        nll, drawn = head.nll(features, codes), head.sample(features, uniforms)
+        nll, samples = head.nll(features, codes), head.sample(features, uniforms)
     assert nll.dtype == torch.float32
     assert torch.allclose(nll, head.nll(features, codes), atol=0.1)
-    assert (drawn == head.sample(features, uniforms)).float().mean() > 0.9
+    assert (samples == head.sample(features, uniforms)).float().mean() > 0.9
 
 
 def test_untrained_head_predicts_nearly_uniformly():

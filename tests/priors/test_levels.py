@@ -273,9 +273,9 @@ def test_hourglass_is_conditioned_on_coarser_levels_with_and_without_guidance():
         changed = (prior.features(codes, upper=(other,)) - features).abs().amax(-1).view(4, 4) > 1e-4
         assert changed[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].all()
     prior.head.weight.mul_(30)
-    drawn = {}
+    samples = {}
     for guidance, coarser in itertools.product((1.0, 3.0), (upper, (upper + 1) % 5)):
-        drawn[guidance, coarser] = prior.method.sampler(
+        samples[guidance, coarser] = prior.method.sampler(
             prior,
             known=codes.repeat(3, 1, 1),
             known_mask=torch.zeros(3, 4, 4, dtype=torch.bool),
@@ -284,7 +284,7 @@ def test_hourglass_is_conditioned_on_coarser_levels_with_and_without_guidance():
             upper=(coarser.repeat(3, 1, 1),),
             sampling=SundaeSampling(steps=3, guidance=guidance),
         )
-    plain, plain_with_other_codes, guided, guided_with_other_codes = drawn.values()
+    plain, plain_with_other_codes, guided, guided_with_other_codes = samples.values()
     assert torch.equal(plain, guided)
     assert torch.equal(plain_with_other_codes, guided_with_other_codes)
     assert not torch.equal(plain, plain_with_other_codes)

@@ -118,11 +118,11 @@ def test_each_row_depends_on_its_own_seed_only():
 
 def test_callback_is_called_for_every_position_in_order():
     prior, seeds, calls = prior_of(), row_seeds(0, torch.arange(2)), []
-    drawn = draw(prior, seeds, callback=lambda position, codes: calls.append((position, codes)))
+    samples = draw(prior, seeds, callback=lambda position, codes: calls.append((position, codes)))
     assert [position for position, _ in calls] == list(range(AncestralSampling().calls(4, 8)))
-    assert torch.equal(calls[-1][1], drawn)
+    assert torch.equal(calls[-1][1], samples)
     for position, codes in calls:
-        assert torch.equal(codes.flatten(1)[:, : position + 1], drawn.flatten(1)[:, : position + 1])
+        assert torch.equal(codes.flatten(1)[:, : position + 1], samples.flatten(1)[:, : position + 1])
 
 
 def test_sampling_is_float32_under_autocast():

@@ -62,12 +62,12 @@ def test_codes_follow_the_average_of_the_windows(h, w):
     expected = total / weights
 
     seeds = row_seeds(3, torch.arange(rows))
-    drawn = torch.zeros(rows, h * w, dtype=torch.int64)
+    samples = torch.zeros(rows, h * w, dtype=torch.int64)
     for part in torch.arange(rows).split(2000):
         features = canvas_features(prior, canvas.expand(len(part), -1, -1), labels.expand(len(part)), (), seeds[part])
         uniforms = torch.rand(len(part), h * w, 1, generator=torch.Generator().manual_seed(int(part[0])))
-        drawn[part] = prior.head.sample(features, uniforms)
-    frequencies = F.one_hot(drawn, 3).float().mean(0).view(h, w, 3)
+        samples[part] = prior.head.sample(features, uniforms)
+    frequencies = F.one_hot(samples, 3).float().mean(0).view(h, w, 3)
     assert (frequencies - expected).abs().max() < 0.02
     one_window = prior.head.log_probs(prior.features(canvas, labels)).exp().view(h, w, 3)
     assert (one_window - expected).abs().max() > 0.05  # otherwise the windows would not matter

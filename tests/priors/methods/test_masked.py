@@ -106,7 +106,7 @@ def test_one_decoding_step_samples_every_code_given_the_known_ones():
 @pytest.mark.parametrize("order", ["halton", "random"])
 @torch.no_grad()
 def test_two_decoding_steps_follow_the_enumerated_distribution(order):
-    """Of four codes floor(cos(pi / 4) 4) = 2 are sampled again in the second step, given the two revealed ones."""
+    """The second step samples floor(cos(pi / 4) 4) = 2 of the four codes again, given the two revealed ones."""
     prior = prior_of()
     grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
     first = prior.head.log_probs(prior.features(torch.full((1, 2, 2), MASK_TOKEN)))[0].exp().double()  # 4 3
@@ -204,9 +204,9 @@ def test_trained_prior_samples_like_its_training_data():
         loss.backward()
         optimizer.step()
     prior.eval()
-    drawn = generate(prior, 60, MaskedSampling(steps=6)).flatten(1)
-    assert ((drawn == drawn[:, :1]).all(1)).float().mean() > 0.9
-    assert len(drawn[:, 0].unique()) == 3
+    samples = generate(prior, 60, MaskedSampling(steps=6)).flatten(1)
+    assert ((samples == samples[:, :1]).all(1)).float().mean() > 0.9
+    assert len(samples[:, 0].unique()) == 3
     known = torch.full((30, 2, 3), 2)
     mask = torch.zeros_like(known, dtype=torch.bool)
     mask[:, 1, 2] = True

@@ -96,16 +96,16 @@ def test_stripes_are_learned_and_sampled():
     assert losses[0] > 1.3  # log 4 is 1.39
     assert sum(losses[-10:]) / 10 < 0.95
     blank = torch.zeros(64, 2, 6, dtype=torch.int64)
-    drawn = sample_sundae(
+    samples = sample_sundae(
         prior.eval(),
         known=blank,
         known_mask=blank.bool(),
         seeds=row_seeds(6, torch.arange(64)),
         sampling=SundaeSampling(steps=30, temperature=(1.0, 0.7), proportion=(0.5, 0.5)),
     )
-    striped = (drawn == drawn[..., :1]).all(-1)
+    striped = (samples == samples[..., :1]).all(-1)
     assert striped.float().mean() > 0.5  # one in a thousand rows of uniform codes
-    assert len(drawn[striped][:, 0].unique()) == 4
+    assert len(samples[striped][:, 0].unique()) == 4
 
 
 def test_loss_is_one_graph_of_the_compiler():
