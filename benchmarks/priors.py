@@ -1,4 +1,7 @@
-"""What the benchmark compares of priors: their training, their parts, and drawing from them; the rest is elsewhere."""
+"""Benchmarks of priors: training steps, the factorized head, the hourglass, and the samplers.
+
+Each function yields comparisons; measuring and the report are in `comparison.py` and `run.py`.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,25 +30,27 @@ from smalti.training.config import FitConfig
 from smalti.training.optimizers import MUON_RATE_FACTOR, CombinedOptimizer
 
 CACHED_TARGET = 100.0
-"""How many times faster than the naive way drawing codes one by one is to be, at 32x32 and 16 samples."""
+"""Factor by which cached ancestral sampling must be faster than the naive sampler, at 32x32 and 16 samples."""
 
 DEMONSTRATION = HourglassConfig()
 
-DEMONSTRATION_ONE_BY_ONE = PixelCNNConfig()
+DEMONSTRATION_PIXELCNN = PixelCNNConfig()
 
 LARGE = tuple((16, HourglassConfig(side, side, model_width=512, heads=8, depth=(2, 8, 2))) for side in (16, 32))
-"""Samples drawn at once, and networks of a size to wait for."""
+"""Batch sizes and configs of large networks."""
 
 SMALLEST_SHARE = 1 / 1.05
-"""Of a large network's step of the sampler, what the bare pass must take."""
+"""Share of a sampling step's time that the bare forward pass must take, for a large network."""
 
 SHORTER_TARGET = 2.0
-"""How many times as long as the hourglass a flat transformer of as many parameters is to take, at 32x32."""
+"""Factor by which a flat transformer of as many parameters must be slower than the hourglass, at 32x32."""
 
 
 def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterator[Comparison]:
-    """Loss and gradients of the demonstration's prior beside those of its body alone, as often as SUNDAE unrolls; and
-    its optimiser's steps."""
+    """Compares SUNDAE's loss and gradients with those of its unrolled forward passes alone; then the optimizers.
+
+    The network is that of the demonstration.
+    """
     device = best_device()
     network, unrolled = Hourglass(config).to(device), SundaeConfig().unrolled_steps
     objective, codes = Sundae(network, SundaeConfig()), random_codes(network, batch)
@@ -77,7 +82,7 @@ def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterat
 
 
 def optimizers(network: Hourglass) -> Comparison:
-    """Muon's steps, ours and torch's, on the same matrices, beside AdamW's on all that there is."""
+    """Compares steps of our Muon and torch's on the same matrices with a step of AdamW on all parameters."""
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
     muon, adamw = (FitConfig(optimizer=name).optimizer_of(network) for name in ("muon", "adamw"))
@@ -98,9 +103,9 @@ def optimizers(network: Hourglass) -> Comparison:
 
 
 def hourglass(*, batch: int = 4, side: int = 32, width: int = 256, blocks: int = 8) -> Iterator[Comparison]:
-    """Loss and gradients of an hourglass beside those of flat transformers, a block smaller and larger than it.
+    """Compares loss and gradients of an hourglass with those of flat transformers, one smaller and one larger than it.
 
-    Resampling has the parameters of two thirds of a block: no flat transformer has as many.
+    Down- and upsampling have the parameters of two thirds of a block, so no flat transformer has exactly as many.
     """
     device = best_device()
     shape = HourglassConfig(side, side, model_width=width, heads=width // 32, depth=(1, blocks - 2, 1))
@@ -134,12 +139,15 @@ def head(
     radices: tuple[int, ...] = (32, 32, 32),
     batch: int = 2,
     side: int = 32,
-    config: PixelCNNConfig = DEMONSTRATION_ONE_BY_ONE,
+    config: PixelCNNConfig = DEMONSTRATION_PIXELCNN,
 ) -> Iterator[Comparison]:
-    """The factorised head beside a softmax over all leaves: loss and gradients, time and what is kept for them; and a
-    whole training step of a PixelCNN that has the one or the other."""
+    """Compares the factorized head with one softmax over all leaves.
+
+    Measured are loss and gradients, the memory of the saved activations, and a training step of a PixelCNN with
+    either head.
+    """
     device = best_device()
-    ours, flat = (FactorizedHead(of, width).to(device) for of in (radices, (math.prod(radices),)))
+    ours, flat = (FactorizedHead(tree, width).to(device) for tree in (radices, (math.prod(radices),)))
     codes = torch.randint(ours.codebook_size, (1, positions), device=device)
     features = torch.randn(1, positions, width, device=device, requires_grad=True)
 
@@ -151,7 +159,7 @@ def head(
         head.zero_grad()
         loss(head).backward()
 
-    def kept(head: FactorizedHead) -> Measured:
+    def saved(head: FactorizedHead) -> Measured:
         storages: dict[int, int] = {}
         known = {parameter.untyped_storage().data_ptr() for parameter in head.parameters()}
 
@@ -165,12 +173,12 @@ def head(
             loss(head)
         return Measured(sum(storages.values()))
 
-    of = f"head of {'·'.join(map(str, radices))} leaves, {positions} positions of width {width}"
-    names = {"smalti, digit by digit": ours, "one softmax over all": flat}
-    yield Comparison(f"{of}, loss and gradients", [Variant(name, partial(work, of)) for name, of in names.items()])
+    title = f"head of {'·'.join(map(str, radices))} leaves, {positions} positions of width {width}"
+    heads = {"smalti, digit by digit": ours, "one softmax over all": flat}
+    yield Comparison(f"{title}, loss and gradients", [Variant(name, partial(work, one)) for name, one in heads.items()])
     yield Comparison(
-        f"{of}, kept for the gradients",
-        [Variant(name, partial(kept, of)) for name, of in names.items()],
+        f"{title}, kept for the gradients",
+        [Variant(name, partial(saved, one)) for name, one in heads.items()],
         readable=in_mebibytes,
         varies=False,
     )
@@ -178,7 +186,7 @@ def head(
 
 
 def head_of_pixelcnn(batch: int, config: PixelCNNConfig) -> Comparison:
-    """A training step, optimiser and all, with the factorised head and with a softmax over all leaves."""
+    """Compares training steps of a PixelCNN, optimizer included, with the factorized head and with one softmax."""
     device = best_device()
     flat = replace(config, radices=(math.prod(config.radices),))
 
@@ -212,11 +220,13 @@ def sampler(
     large: Sequence[tuple[int, HourglassConfig]] = LARGE,
     compiled: bool = True,
 ) -> Iterator[Comparison]:
-    """A step of the sampler beside a bare forward pass and, unless `compiled` leaves it out, itself as one program: of
-    the demonstration's network, and of large ones."""
+    """Compares a step of SUNDAE's sampler with a bare forward pass and, if `compiled`, with the compiled step.
+
+    Networks are that of the demonstration and large ones.
+    """
     device = best_device()
-    timed = [(batch, config, steps, None), *((number, shape, 2, SMALLEST_SHARE) for number, shape in large)]
-    for number, shape, steps_timed, target in timed:
+    networks = [(batch, config, steps, None), *((number, shape, 2, SMALLEST_SHARE) for number, shape in large)]
+    for number, shape, steps_timed, target in networks:
         network = Hourglass(shape).to(device).eval()
         yield Comparison(
             f"sampler, one step of {number} samples of {shape.height}×{shape.width}, {shape_of(shape)}",
@@ -225,14 +235,17 @@ def sampler(
 
 
 def shape_of(config: HourglassConfig) -> str:
-    """For the names of comparisons."""
+    """Describes a network in the name of a comparison."""
     return f"width {config.model_width}, depth {'-'.join(map(str, config.depth))}"
 
 
 def ways_to_draw(
     network: Hourglass, batch: int, steps: int, *, units: int, target: float | None = None, compiled: bool
 ) -> list[Variant]:
-    """So many steps of SUNDAE's sampler, beside as many bare passes and, if `compiled`, itself as one program."""
+    """Returns the variants that sample `batch` grids in `steps` steps of SUNDAE's sampler, and its limit.
+
+    The limit is as many bare forward passes. If `compiled`, the compiled step is a variant too.
+    """
     device = network.head.weight.device
     codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
     nothing, chain = torch.zeros_like(codes, dtype=torch.bool), SundaeSampling(steps=steps, min_steps=steps)
@@ -247,9 +260,11 @@ def ways_to_draw(
             for _ in range(steps):
                 F.linear(network.features(codes), network.head.weight, network.head.bias)
 
-    program = [Variant("smalti, --compile", partial(ours, replace(chain, compile=True)), units)] if compiled else []
+    compiled_variant = (
+        [Variant("smalti, --compile", partial(ours, replace(chain, compile=True)), units)] if compiled else []
+    )
     limit = Variant("limit: features and the logits of every node", forward, units, target=target)
-    return [Variant("smalti", partial(ours, chain), units), limit, *program]
+    return [Variant("smalti", partial(ours, chain), units), limit, *compiled_variant]
 
 
 def ancestral(
@@ -257,11 +272,11 @@ def ancestral(
     batches: Sequence[int] = (16, 1, 64),
     side: int = 32,
     positions: int = 1,
-    config: PixelCNNConfig = DEMONSTRATION_ONE_BY_ONE,
+    config: PixelCNNConfig = DEMONSTRATION_PIXELCNN,
 ) -> Iterator[Comparison]:
-    """Codes drawn one by one, what was computed before kept, beside computing the whole grid for each.
+    """Compares cached ancestral sampling with recomputing the whole grid for each position.
 
-    The naive way takes as long for every position, so it draws the first `positions` only.
+    The naive sampler takes equally long for every position, so it samples only the first `positions`.
     """
     device = best_device()
     network = PixelCNN(replace(config, height=side, width=side)).to(device).eval()
@@ -297,26 +312,28 @@ def sample_naively(
     labels: Tensor | None = None,
     upper: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """Drawing as one writes it: at each position the features of the whole grid. The same draws as ours.
+    """Ancestral sampling without caches: it recomputes the features of the whole grid at each position.
 
-    Positions known in every row cost nothing.
+    It returns the codes of `sample_ancestral`. Positions known in every row cost nothing.
     """
     head, (b, h, w) = prior.head, known.shape
     codes = torch.where(known_mask, known, 0)
     first = derive(derive(seeds, Stream.PARTICLE, torch.zeros_like(seeds)), Stream.AUTOREGRESSIVE_DRAW)
     draws = uniform(first, h * w, len(head.radices))
     for position in (~known_mask).flatten(1).any(0).nonzero().flatten().tolist():
-        features, without = prior.features(codes, labels, upper), None
+        features, unconditional = prior.features(codes, labels, upper), None
         if labels is not None and sampling.guidance != 1:
-            without = prior.features(codes, torch.full_like(labels, -1), upper)
-        drawn = head.sample(features, draws, sampling.temperature, without_class=without, guidance=sampling.guidance)
-        here = torch.zeros_like(known_mask).view(b, -1)
-        here[:, position] = True
-        codes = torch.where(here.view_as(known_mask) & ~known_mask, drawn.view_as(codes), codes)
+            unconditional = prior.features(codes, torch.full_like(labels, -1), upper)
+        sampled = head.sample(
+            features, draws, sampling.temperature, unconditional=unconditional, guidance=sampling.guidance
+        )
+        current = torch.zeros_like(known_mask).view(b, -1)
+        current[:, position] = True
+        codes = torch.where(current.view_as(known_mask) & ~known_mask, sampled.view_as(codes), codes)
     return codes
 
 
 def random_codes(network: CodePrior, batch: int) -> Tensor:
-    """Codes for a network of one level, on its device."""
+    """Returns random codes on a network's grid, on its device."""
     level, device = network.level, network.head.weight.device
     return torch.randint(level.codebook_size, (batch, level.height, level.width), device=device)

@@ -1,5 +1,12 @@
-"""What commands ask of a prior; and, of one over codes, what objectives and samplers do, whatever its body: features of
-codes, and a head that turns them into probabilities. Which of them belong to a kind, its `Method` says."""
+"""The contract of priors: what a new kind of prior implements, and how it is trained and sampled.
+
+`Prior` is what the commands need of any prior. `CodePrior` is a prior over discrete codes: a
+network, and a `FactorizedHead` that turns its features into probabilities. `CausalPrior` can also
+decode code by code. Each kind names a `Method`, which pairs a training objective with its sampler.
+The networks are in `smalti.priors.networks`, the methods in `smalti.priors.methods`.
+
+Legend: b batch, c channels, h w grid, y x grid of a coarser level, n positions (n = h w), d width.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
@@ -19,7 +26,7 @@ from smalti.priors.head import FactorizedHead
 
 
 class Conditioning(TypedDict):
-    """What `CodePrior.features` takes beside codes."""
+    """The arguments of `CodePrior.features` besides the codes."""
 
     labels: Int64[Tensor, " b"] | None
     upper: tuple[Int64[Tensor, "b _y _x"], ...]
@@ -27,25 +34,29 @@ class Conditioning(TypedDict):
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """What a prior's config says of the codes it learns: from a latent set, and no flags. Kinds add their own, among it
-    `model_width`, the numbers at each position.
+    """The settings that every prior over codes has.
+
+    The command fills them in from the latent set, so they are no flags. A kind's config extends
+    this class with the settings of its network; `model_width`, the width of the features, must be
+    among them.
 
     Raises:
         UserError: for a negative number of classes.
     """
 
     height: tyro.conf.Suppress[int] = 8
-    """Rows of the grid of codes trained on; other grids run too."""
+    """Rows of the grid of codes in training; other grids can be sampled too."""
     width: tyro.conf.Suppress[int] = 8
-    """Columns of the grid of codes trained on."""
+    """Columns of the grid of codes in training."""
     radices: tyro.conf.Suppress[tuple[int, ...]] = (8, 8, 8)
-    """Digits of a code, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat codebook."""
+    """Radices of a code's digits, most significant first: 8 8 8 for three linked layers of 8, 512 for a flat
+    codebook."""
     classes: tyro.conf.Suppress[int] = 0
-    """Classes of images; 0 for a prior that knows none."""
+    """Number of image classes; 0 for a prior without class conditioning."""
     upper_radices: tyro.conf.Suppress[tuple[tuple[int, ...], ...]] = ()
-    """Digits of the codes of each level above, coarsest first."""
+    """Radices of the codes of each coarser level, coarsest first."""
     upper_factors: tyro.conf.Suppress[tuple[int, ...]] = ()
-    """How many times finer this level's grid is than that of each level above."""
+    """For each coarser level, positions of this level's grid per position of that grid, along one axis."""
 
     def __post_init__(self) -> None:
         if self.classes < 0:
@@ -54,15 +65,15 @@ class PriorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What every objective can be told.
+    """The settings that every objective over codes has.
 
     Raises:
-        UserError: for a share that is none.
+        UserError: for a label dropout outside [0, 1].
     """
 
     label_dropout: float = 0.1
-    """Share of rows whose class the prior is not told, so that it can draw without one, and be guided; 1 for a prior
-    without classes."""
+    """Share of training rows whose class label is dropped, so that the prior also learns to sample without a class and
+    classifier-free guidance works. 1 trains a prior without classes."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
@@ -70,13 +81,16 @@ class ObjectiveConfig:
 
 
 class Prior(Checkpointed):
-    """A distribution over one level's grids, of codes or of real numbers.
+    """A trainable distribution over one level's grids: of discrete codes, or of real-valued latents.
+
+    Derive from it only for real-valued latents (as `RealNVP` does); for codes, derive from
+    `CodePrior`. A subclass sets `kind`, `config_class` and `method`, and `level` in its constructor.
 
     Attributes:
-        level: the grid it is trained on, and the radices of its codes or the channels of its numbers.
-        classes: how many classes of images it tells apart; 0 for none.
-        upper_levels: how many levels its own has above it, whose codes it is told.
-        method: how it is trained and drawn from.
+        level: the grid in training, with the radices of its codes or the channels of its latents.
+        method: the objective and the sampler of this kind.
+        classes: number of image classes it is conditioned on; 0 for none.
+        upper_levels: number of coarser levels whose codes it is conditioned on.
     """
 
     family: ClassVar[Family] = "prior"
@@ -87,11 +101,40 @@ class Prior(Checkpointed):
 
 
 class CodePrior(Prior, ABC):
-    """A prior over codes: a body, and the head that reads codes for it and predicts them from it.
+    """A prior over discrete codes: p(code | features) at every position of a grid.
+
+    The network computes the features; the head reads codes for the network and predicts codes from
+    its features. Only the head handles radices. Objectives and samplers use nothing but `features`,
+    `conditioning`, `head` and the attributes of `Prior`.
+
+    A new kind is one class and its config:
+
+        @dataclass(frozen=True)
+        class MyConfig(PriorConfig):
+            model_width: int = 128
+
+        @register
+        class MyPrior(CodePrior):
+            kind = "my-prior"  # the name in `--prior my-prior` and in config.json
+            config_class = MyConfig
+            method = SUNDAE  # or MASKED, AUTOREGRESSIVE (a CausalPrior only), or a Method of its own
+
+            def __init__(self, config: MyConfig) -> None:
+                super().__init__(config)  # sets everything listed under Attributes
+                ...
+
+            def features(self, codes, labels=None, upper=()): ...
+
+    To save memory by gradient checkpointing, it also overrides `recomputable`.
+
+    Args:
+        config: an instance of the kind's `config_class`, which extends `PriorConfig`.
 
     Attributes:
-        head: embedding, likelihood and draws.
-        of_class, of_upper: vectors that say the class and the upper levels; None where there are none.
+        head: embeds codes, computes likelihoods and samples codes.
+        of_class: embeds class labels, `of_class(labels, b)` -> `(b, d)`; None if `classes` is 0.
+        of_upper: embeds the codes of the coarser levels, `of_upper(upper, h, w)` -> `(b, h, w, d)`; None if
+            there are none. Conditioning has an effect only if `features` uses these two.
     """
 
     def __init__(self, config: Any) -> None:
@@ -110,25 +153,35 @@ class CodePrior(Prior, ABC):
         labels: Int64[Tensor, " b"] | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Float[Tensor, "b n d"]:
-        """What the body knows of each position, in raster order (n = h w); the head's probabilities follow from it
-        alone.
+        """Computes the features of every position, from which alone the head predicts its code.
+
+        Objectives and samplers rely on these promises:
+
+        - Positions are in raster order (n = h w), and d is `config.model_width`.
+        - Rows are independent: no row's features depend on another row of the batch.
+        - Grids of at least 1x1 and at most the size in training work, so that windows of a canvas do.
+        - In evaluation mode the result is deterministic.
+        - Which codes the features of a position may depend on is up to the method: all of them for
+          SUNDAE; all of them, some replaced by `MASK_TOKEN`, for masked codes; those before it in raster
+          order for a `CausalPrior`.
 
         Args:
-            codes: grids to read.
-            labels: the class of each, from 0; -1, or None for all, where it is not to be known. Without `classes` no
-                label changes anything.
-            upper: the same images' codes of the levels above, coarsest first.
+            codes: the grids that the network reads.
+            labels: the class of each row, from 0; -1 for no class. None is -1 for all rows. A prior
+                without classes ignores it.
+            upper: the codes of the coarser levels of the same images, coarsest first.
 
         Raises:
-            UserError: for upper levels that do not go with the codes.
+            UserError: if the number of coarser levels or their grids do not fit.
         """
 
     def conditioning(self, batch: dict[str, Any], label_dropout: float = 0.0) -> Conditioning:
-        """What a batch says beside its codes: `labels`, for a prior with classes, and `upper_0`, `upper_1`, ....
+        """Returns the arguments of `features` besides the codes, with label dropout for classifier-free guidance.
 
         Args:
-            batch: as `LatentRows` makes it; for the dropout with `seeds`.
-            label_dropout: share of rows whose class the prior is not told.
+            batch: a batch of `LatentRows`. Read are `labels` int64 `(b,)` if the prior has classes, the
+                coarser codes `upper_0`, `upper_1`, ..., and for dropout `seeds` int64 `(b,)`.
+            label_dropout: probability that a row's label is replaced by -1.
         """
         labels = batch["labels"] if self.classes else None
         if labels is not None and label_dropout:
@@ -137,10 +190,11 @@ class CodePrior(Prior, ABC):
 
 
 class CausalPrior(CodePrior):
-    """A prior whose features at a position hang on the codes before it in raster order only.
+    """An autoregressive prior: features of a position depend only on the codes before it in raster order.
 
-    So the head's probabilities of all positions multiply to that of the grid: its likelihood is exact, and codes are
-    drawn one after the other.
+    The product of the head's probabilities over all positions is then the exact likelihood of a grid
+    (chain rule), and ancestral sampling draws one code after the other. Canvases are not split into windows:
+    grids of any size must work.
     """
 
     @abstractmethod
@@ -152,13 +206,28 @@ class CausalPrior(CodePrior):
         labels: Int64[Tensor, " b"] | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
-        """`features`, a position at a time: a generator that gives those of the first, and of each next when it is sent
-        the codes of the one before. What it has computed once it keeps."""
+        """Computes `features` one position at a time, reusing the work of earlier positions from caches.
+
+        Returns a generator. `next` yields the features of the first position; each `send` of the codes at
+        a position yields the features of the next one. They equal those of `features` up to rounding.
+
+        Args:
+            b: rows.
+            h: rows of the grid.
+            w: columns of the grid.
+            labels: as for `features`.
+            upper: as for `features`.
+        """
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What a sampler is called like."""
+    """The signature that all samplers share: `sample_sundae`, `sample_masked`, `sample_ancestral`, `sample_flow`.
+
+    A sampler fills in the unknown positions of grids. Generation is inpainting with nothing known, so
+    there is no second code path for it. A row's result is a function of its own seed, known codes,
+    label and coarser codes: another batch around it changes nothing but the rounding of sums.
+    """
 
     def __call__(
         self,
@@ -172,21 +241,39 @@ class Sampler(Protocol):
         sampling: Any,
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> Int64[Tensor, "b h w"] | Float[Tensor, "b _c h w"]:
-        """Grids whose unknown codes are drawn; see `sample_sundae` and `sample_ancestral`."""
+        """Returns grids that agree with `known` where `known_mask` is True and are sampled elsewhere.
+
+        Args:
+            prior: in evaluation mode, on the device of the other tensors.
+            known: known codes, each from 0 to the codebook size - 1. Values where the mask is False are
+                ignored. Its shape is that of the result; grids larger than those in training are allowed.
+            known_mask: True where a code is known and kept.
+            seeds: one random seed per row; they decide every draw.
+            labels: the class of each row, -1 for no class. None is -1 for all rows.
+            upper: the codes of the coarser levels, coarsest first; empty if the prior has none.
+            sampling: the settings, an instance of the method's `sampling` or `filling` config.
+            callback: called after each step with the step's number, from 0, and the codes after it.
+
+        Raises:
+            UserError: for a known code outside the codebook, a label that the prior has no class for, or
+                coarser levels that do not fit.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Method:
-    """How priors of a kind are trained and drawn from: what belongs together, by name, so that no command need ask.
+    """The training objective and the sampler of a kind of prior; commands read it and need no case for each kind.
 
     Attributes:
-        objective: (prior, its config) -> a module whose `forward(batch)` is the loss.
-        objective_config: a frozen dataclass, which for priors over codes has a `label_dropout` whatever else.
-        sampler: draws codes.
-        sampling: the sampler's config, a frozen dataclass; its `calls(h, w)` is how often the callback is called at
-            most for a grid.
-        filling: the same, with defaults for the missing part of given codes.
+        objective: maps (prior, objective config) to a module whose `forward(batch)` returns the loss and
+            a dictionary of detached metrics.
+        objective_config: the objective's config, a frozen dataclass; for priors over codes it extends
+            `ObjectiveConfig`.
+        sampler: samples grids.
+        sampling: the sampler's config for generation, a frozen dataclass. Its `calls(h, w)` is the most
+            calls of the callback for a grid.
+        filling: the sampler's config for inpainting: a subclass of `sampling` with other defaults.
     """
 
     objective: Callable[[Any, Any], nn.Module]

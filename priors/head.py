@@ -1,7 +1,8 @@
-"""The tree head: how a prior reads codes and how it predicts them. Bodies and samplers know nothing of radices; this
-file does.
+"""The factorized head: embeds mixed-radix codes and predicts them digit by digit along the tree of prefixes.
 
-Legend: b batch, n positions, d width, r radix, k digits.
+It is the only part of a prior that handles radices: networks and samplers see codes and features.
+
+Legend: b batch, n positions, d width, r radix of a digit, k digits of a code.
 """
 
 from collections.abc import Callable
@@ -17,38 +18,40 @@ from smalti.core.codes import Level
 from smalti.core.randomness import uniform
 
 DENSE_NODES = 128
-"""The most nodes a digit may start from for which the logits of all of them are computed, and those of the reached one
-picked out.
+"""Digits with at most this many parent nodes are predicted by one matrix product over all their nodes.
 
-That product costs nodes x radix; picking the reached node's weights first costs memory traffic of radix x width
-instead. Forward and backward at 4096 positions of width 192 on one core, milliseconds in float32: 64 nodes of 16, 98
-against 123; 128 nodes, 192 against 135; 256 nodes, 403 against 114. In bfloat16, which helps the product only: 64
-nodes, 40 against 151; 128, 104 against 190; 256, 253 against 105.
+The logits of the reached node are then gathered. Above it, the reached node's weights are gathered
+first and multiplied after that. The product costs nodes x radix; gathering weights costs memory traffic of
+radix x width. On a CPU core with width 192 both take equally long between 64 and 256 nodes.
 """
 
 INITIAL_LOGIT_STD = 0.1
 
 
 class TreeEmbedding(nn.Module):
-    """Reads mixed-radix codes along the tree that their prefixes form: each prefix of one digit or more is a node.
+    """Embeds mixed-radix codes along the tree of their prefixes.
 
-    A node has an embedding, and a code is read as the sum of those on its path. The table holds the nodes by depth,
-    then by prefix: siblings lie together.
+    Each prefix of one or more digits is a node with an embedding; a code's embedding is the sum of
+    those on its path. The table holds the nodes by depth, then by prefix, so siblings are adjacent.
+
+    Args:
+        radices: radices of a code's digits, most significant first.
+        width: width of the embeddings.
 
     Raises:
-        UserError: for radices that are no codebook (see `Level`).
+        UserError: for radices that make no codebook (see `Level`).
     """
 
     def __init__(self, radices: tuple[int, ...], width: int) -> None:
         super().__init__()
         self.radices = radices
-        self.tree = Level(1, 1, radices)  # for its arithmetic of prefixes and digits; it has no grid here
+        self.tree = Level(1, 1, radices)  # computes prefixes and digits; its grid is not used
         self.rows = [Level(1, 1, radices[: i + 1]).codebook_size for i in range(len(radices))]  # nodes at each depth
         # a path sums to unit variance
         self.embedding = nn.Parameter(torch.randn(sum(self.rows), width) * len(radices) ** -0.5)
 
     def embed(self, codes: Int64[Tensor, "b *grid"]) -> Float[Tensor, "b n d"]:
-        """What a body reads: at each position, in raster order, the sum of the embeddings on its code's path."""
+        """Returns the network's input: the embedding of each position's code, in raster order."""
         b = len(codes)
         codes = codes.flatten()
         paths = [self.tree.prefix(codes, i + 1) + sum(self.rows[:i]) for i in range(len(self.radices))]
@@ -57,13 +60,13 @@ class TreeEmbedding(nn.Module):
 
 
 class FactorizedHead(TreeEmbedding):
-    """Reads and predicts mixed-radix codes digit by digit, along the tree that their prefixes form.
+    """Embeds mixed-radix codes and predicts them digit by digit, along the tree of their prefixes.
 
-    Beside its embedding each node has the weights and bias of its own logit among its siblings, and digit i is
-    predicted among the children of the node that the digits before it lead to. So features and prefix interact, and
-    32**3 leaves cost 96 logits. With one radix this is an ordinary embedding and softmax.
+    Each node also has weights and a bias for its own logit, and digit i is a softmax over the children of
+    the node that the digits before it lead to. So features and prefix interact, and 32**3 leaves
+    cost 96 logits. With one radix this is an ordinary embedding and softmax.
 
-    Softmax, losses and draws are float32 under autocast.
+    Softmax, losses and draws are computed in float32 under autocast.
     """
 
     def __init__(self, radices: tuple[int, ...], width: int) -> None:
@@ -81,12 +84,15 @@ class FactorizedHead(TreeEmbedding):
         codes: Int64[Tensor, "b n"],
         temperature: float | Tensor = 1.0,
         *,
-        without_class: Float[Tensor, "b n d"] | None = None,
+        unconditional: Float[Tensor, "b n d"] | None = None,
         guidance: float = 1.0,
     ) -> tuple[Float[Tensor, "b n k"], Bool[Tensor, "b n"]]:
-        """`digit_nll`, and where the likeliest digit at every turn leads to the very code; of the distribution that
-        `sample` draws from with the same temperature and guidance."""
-        child_logits = self._logits(features, temperature, without_class, guidance)
+        """Returns each digit's negative log-likelihood, in nats, and whether greedy decoding gives the very code.
+
+        Digit i is scored given the true digits before it (teacher forcing). The distribution is the one that
+        `sample` draws from with the same temperature and guidance.
+        """
+        child_logits = self._guided_logits(features, temperature, unconditional, guidance)
         nll, hits = [], []
         for i in range(len(self.radices)):
             digit = self.tree.digit(codes, i)
@@ -96,12 +102,14 @@ class FactorizedHead(TreeEmbedding):
         return torch.stack(nll, dim=-1).view(*codes.shape, -1), torch.stack(hits).all(0)
 
     def digit_nll(self, features: Float[Tensor, "b n d"], codes: Int64[Tensor, "b n"]) -> Float[Tensor, "b n k"]:
-        """-log p(digit | features, the digits before it), nats."""
+        """Returns -log p(digit | features, the digits before it), nats."""
         return self.score(features, codes)[0]
 
-    def nll(self, features: Float[Tensor, "b n d"], codes: Int64[Tensor, "b n"], **how: Any) -> Float[Tensor, "b n"]:
-        """-log p(code | features), nats; `how` is for `score`."""
-        return self.score(features, codes, **how)[0].sum(-1)
+    def nll(
+        self, features: Float[Tensor, "b n d"], codes: Int64[Tensor, "b n"], **options: Any
+    ) -> Float[Tensor, "b n"]:
+        """Returns -log p(code | features), nats; `options` are those of `score`."""
+        return self.score(features, codes, **options)[0].sum(-1)
 
     @torch.no_grad()
     def sample(
@@ -110,19 +118,23 @@ class FactorizedHead(TreeEmbedding):
         uniforms: Float[Tensor, "b n k"],
         temperature: float | Tensor = 1.0,
         *,
-        without_class: Float[Tensor, "b n d"] | None = None,
+        unconditional: Float[Tensor, "b n d"] | None = None,
         guidance: float = 1.0,
         top_p: float = 1.0,
     ) -> Int64[Tensor, "b n"]:
-        """Draws a code at each position, digit after digit from softmax(logits / temperature); `uniforms` in [0, 1)
-        decide.
+        """Samples a code at each position, digit after digit, from softmax(logits / temperature).
 
-        With the features of the same codes `without_class`, by classifier-free guidance (arXiv 2207.12598, Eq. 6, whose
-        1 + w is `guidance`), digit by digit: logits = without + guidance (with - without).
-
-        With `top_p` below 1 each digit is one of the fewest values that have that share together (arXiv 1904.09751).
+        Args:
+            features: of the positions.
+            uniforms: uniform numbers in [0, 1), which decide the draws.
+            temperature: divides the logits.
+            unconditional: the features of the same codes without their class, for classifier-free guidance
+                (arXiv 2207.12598, Eq. 6, whose 1 + w is `guidance`): for every digit, logits =
+                unconditional + guidance (conditional - unconditional).
+            guidance: the guidance scale.
+            top_p: below 1, nucleus sampling (arXiv 1904.09751) of every digit.
         """
-        child_logits = self._logits(features, temperature, without_class, guidance)
+        child_logits = self._guided_logits(features, temperature, unconditional, guidance)
         codes = torch.zeros(uniforms.shape[:2], dtype=torch.int64, device=uniforms.device)
         for i, radix in enumerate(self.radices):
             probabilities = child_logits(i, codes).softmax(-1)
@@ -132,7 +144,10 @@ class FactorizedHead(TreeEmbedding):
         return codes
 
     def log_probs(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n leaves"]:
-        """log p(code | features) of every code, nats: for enumeration, as it costs what the tree saves."""
+        """Returns log p(code | features) of every code, nats.
+
+        For enumeration in tests and for tiny codebooks: it computes all the logits that the tree avoids.
+        """
         depths = F.linear(features, self.weight, self.bias).float().split(self.rows, dim=-1)
         total = features.new_zeros(*features.shape[:2], 1, dtype=torch.float32)
         for logits, radix in zip(depths, self.radices, strict=True):
@@ -141,29 +156,33 @@ class FactorizedHead(TreeEmbedding):
         return total
 
     def random_codes(self, seeds: Int64[Tensor, " b"], *grid: int) -> Int64[Tensor, "b *grid"]:
-        """Codes uniform over all leaves, decided by each row's seed."""
+        """Returns codes drawn uniformly from the codebook, decided by each row's seed."""
         return (uniform(seeds, *grid) * self.codebook_size).long()
 
-    def _logits(
-        self, features: Tensor, temperature: float | Tensor, without_class: Tensor | None, guidance: float
+    def _guided_logits(
+        self, features: Tensor, temperature: float | Tensor, unconditional: Tensor | None, guidance: float
     ) -> Callable[[int, Tensor], Tensor]:
-        """What `_reader` gives, guided, and divided by the temperature."""
-        child_logits = self._reader(features)
-        if without_class is None:
+        """Returns the function of `_child_logits` with classifier-free guidance and temperature applied."""
+        child_logits = self._child_logits(features)
+        if unconditional is None:
             if not isinstance(temperature, Tensor) and temperature == 1:
                 return child_logits
             return lambda digit, parents: child_logits(digit, parents) / temperature
-        other_logits = self._reader(without_class)
-        return lambda i, parents: torch.lerp(other_logits(i, parents), child_logits(i, parents), guidance) / temperature
+        without_class = self._child_logits(unconditional)
+        return lambda i, parents: (
+            torch.lerp(without_class(i, parents), child_logits(i, parents), guidance) / temperature
+        )
 
-    def _reader(self, features: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """A function (digit, parents `(b, n)`) -> `(b, n, r)`: float32 logits of the parents' children. See
-        `DENSE_NODES`."""
+    def _child_logits(self, features: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Returns a function (digit, parents `(b, n)`) -> `(b, n, r)`: float32 logits of the parents' children.
+
+        See `DENSE_NODES` for the two ways it computes them.
+        """
         split = [sum(self.rows[: self.dense_digits]), *self.rows[self.dense_digits :]]
         weights, biases = self.weight.split(split), self.bias.split(split)
         dense = F.linear(features, weights[0], biases[0]).split(self.rows[: self.dense_digits], dim=-1)
 
-        @no_type_check  # made anew at every step of a sampler: shape checks under pytest would be made anew as well
+        @no_type_check  # defined anew at every sampling step; under pytest, so would be its shape checks
         def child_logits(digit: int, parents: Tensor) -> Tensor:
             radix = self.radices[digit]
             if digit == 0:
@@ -173,7 +192,7 @@ class FactorizedHead(TreeEmbedding):
                 return dense[digit].gather(-1, children).float()
             table = 1 + digit - self.dense_digits
             picked = F.embedding(parents, rearrange(weights[table], "(p r) d -> p (r d)", r=radix))
-            # not in half precision: it would not be faster, and would sum the gradients of a much used node in it
+            # half precision is no faster here, and would also accumulate the gradients of a frequent node
             with torch.autocast(features.device.type, enabled=False):
                 logits = einsum(
                     rearrange(picked, "b n (r d) -> b n r d", r=radix), features.float(), "b n r d, b n d -> b n r"
@@ -184,20 +203,22 @@ class FactorizedHead(TreeEmbedding):
 
 
 def nucleus(probabilities: Float[Tensor, "*n r"], top_p: float) -> Float[Tensor, "*n r"]:
-    """The fewest likeliest values that reach `top_p` together; the others become 0 (arXiv 1904.09751)."""
+    """Keeps the fewest likeliest values whose probabilities sum to at least `top_p`, and sets the others to 0.
+
+    This is the nucleus of top-p sampling (arXiv 1904.09751). The result is not normalized.
+    """
     sorted_, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    above = sorted_.cumsum(-1) - sorted_  # what the likelier ones have
-    return probabilities.masked_fill((above >= top_p).gather(-1, order.argsort(-1)), 0.0)
+    likelier = sorted_.cumsum(-1) - sorted_  # the total of the likelier values
+    return probabilities.masked_fill((likelier >= top_p).gather(-1, order.argsort(-1)), 0.0)
 
 
 def inverse_cdf(probabilities: Float[Tensor, "*n r"], uniforms: Float[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
-    """The index whose share of [0, 1) holds the uniform number; shares that sum to less than 1 are enlarged alike.
+    """Samples an index from unnormalized probabilities by inverting their cumulative distribution at `uniforms`.
 
-    The shares are summed as integers of 2**-38: float sums need not grow on devices that add in parallel. So the index
-    is always below r, and never one whose probability is zero (or below 2**-38).
+    Probabilities are summed as integers of 2**-38, since float sums need not be monotonic on devices that
+    add in parallel. So the index is always below r, and never one whose probability is 0 (or below 2**-38).
     """
     cumulative = (probabilities * 2.0**38).long().cumsum(-1)
-    threshold = (uniforms * 2.0**24).long() * cumulative[
-        ..., -1
-    ] >> 24  # below the last, since uniforms are at most 1 - 2**-24
+    # below the last sum, since uniforms are at most 1 - 2**-24
+    threshold = (uniforms * 2.0**24).long() * cumulative[..., -1] >> 24
     return (cumulative <= threshold[..., None]).sum(-1)

@@ -1,6 +1,11 @@
-"""Drawing codes one after the other, in raster order, from a prior that knows each from those before it.
+"""Autoregressive priors: maximum likelihood with teacher forcing, and ancestral sampling.
 
-What is computed once and kept is the prior's (`CausalPrior.decode_stepwise`). Legend: b batch, h w grid, n positions, k digits.
+A causal prior (`CausalPrior`, such as the PixelCNN) predicts each code from those before it in raster order.
+Training sees all true codes at once (teacher forcing) and minimizes the exact negative log-likelihood. Ancestral
+sampling draws one code after the other; the prior caches what it computed for earlier positions
+(`CausalPrior.decode_stepwise`). For inpainting, several particles account for known codes that come later.
+
+Legend: b batch, h w grid, n positions (n = h w), k digits of a code, p particles.
 """
 
 import math
@@ -18,24 +23,61 @@ from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.base import CausalPrior, Method, ObjectiveConfig
 from smalti.priors.head import inverse_cdf
-from smalti.priors.methods.sampling import Sampling, check_given
+from smalti.priors.methods.sampling import Sampling, check_inputs
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig(ObjectiveConfig):
+    """Settings of the maximum-likelihood loss."""
+
+
+class Likelihood(nn.Module):
+    """The negative log-likelihood of the codes, exact, computed with teacher forcing.
+
+    Every position is predicted from the true codes before it, all in one pass.
+    """
+
+    def __init__(self, prior: CausalPrior, config: LikelihoodConfig) -> None:
+        super().__init__()
+        self.prior = prior
+        self.config = config
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Returns the loss, in nats per code, and its metrics.
+
+        Args:
+            batch: `codes` int64 `(b, h, w)`, `seeds` int64 `(b,)`, and what `CodePrior.conditioning` reads.
+
+        Returns:
+            The loss, and detached metrics: `bits_per_code`, the loss in bits; `nll_1`, `nll_2`, ... of the digits,
+            which sum to the loss; `accuracy`, the share of codes that greedy decoding predicts.
+        """
+        codes = batch["codes"]
+        conditioning = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
+        features = self.prior.features(codes, **conditioning)
+        nll, hits = self.prior.head.score(features, codes.flatten(1))  # b n k, b n
+        digits = nll.mean((0, 1))
+        loss = digits.sum()
+        metrics = {f"nll_{i + 1}": value for i, value in enumerate(digits.detach())}
+        accuracy = hits.float().mean()
+        return loss, {"bits_per_code": loss.detach() / math.log(2), **metrics, "accuracy": accuracy}
 
 
 @dataclass(frozen=True)
 class AncestralSampling(Sampling):
-    """How codes are drawn one after the other.
+    """Settings of ancestral sampling for generation.
 
     Raises:
         UserError: for values outside their ranges.
     """
 
     temperature: float = 1.0
-    """Divides the logits; below 1 draws likelier codes, with less variety. 1 draws from the prior itself."""
+    """Divides the logits. 1 samples from the prior itself; lower values give likelier codes and less variety."""
     guidance: float = 1.0
-    """How far to go from what is likely in any class (0) past what is likely in the given one (1); other values than 1
-    take twice the time, and change nothing for images of no class."""
+    """Scale of classifier-free guidance: 0 samples without the class, 1 conditionally, above 1 codes more typical of
+    the class with less variety. Values other than 1 take twice the time. No effect without classes."""
     particles: tyro.conf.Suppress[int] = 1
-    """Grids drawn for each one kept, where some codes are given; see `AncestralFilling`."""
+    """Particles per sample when codes are known; see `AncestralFilling`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,17 +89,17 @@ class AncestralSampling(Sampling):
             raise UserError(f"particles must be at least 1, got {self.particles}")
 
     def calls(self, h: int, w: int) -> int:
-        """How often a callback hears of progress."""
+        """Returns the calls of a sampler's callback: one per position."""
         return h * w
 
 
 @dataclass(frozen=True)
 class AncestralFilling(AncestralSampling):
-    """The same for the missing part of given codes, of which those that come after it are to count too."""
+    """Settings of ancestral sampling for inpainting, where several particles account for later known codes."""
 
     particles: int = 8
-    """Grids drawn for each one kept, which is chosen by how likely it makes the given codes that come after its own:
-    one grid sees only those that come before."""
+    """Particles per fill: grids that are sampled, of which one is kept, chosen by how likely it makes the known codes
+    that come after its own. More particles fit these codes better and take longer."""
 
 
 @torch.no_grad()
@@ -72,51 +114,41 @@ def sample_ancestral(
     sampling: AncestralSampling = AncestralSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Int64[Tensor, "b h w"]:
-    """Draws the unknown codes in raster order, each given all before it, known or drawn.
+    """Samples unknown codes in raster order (ancestral sampling), each given all codes before it, known or sampled.
 
-    With nothing known these are draws from the prior. With known codes each draw has seen those before it only: the
-    grids are drawn from q = product over unknown codes of p(code | before), not from p(unknown | known). Of several
-    `particles`, one is kept with a probability in proportion to p / q, which is the product of p(code | before) over
-    the known codes (sampling-importance-resampling, Rubin 1987); as they grow in number, draws become those from
-    p(unknown | known). `temperature` and `guidance` are part of p; `top_p` is of q's draws only.
+    With nothing known these are samples of the prior. With known codes, each draw has seen only those before
+    it: grids are sampled from q = product over unknown codes of p(code | codes before), not from
+    p(unknown | known). Of several `particles`, one is kept with a probability proportional to p / q, the
+    product over known codes of p(code | codes before) (sampling-importance-resampling, Rubin 1987). With more
+    particles the result approaches p(unknown | known). `temperature` and `guidance` are part of p; `top_p`
+    affects only q.
 
-    In float32 whatever the autocast, so that with the same seeds the codes are those that drawing from the features of
-    the whole grid gives, at each position anew: but for a draw within the rounding of sums of a border between codes.
+    Runs in float32 whatever the autocast dtype, so that the codes equal those sampled from the features of the
+    whole grid, recomputed at each position, up to draws within rounding error of a border between codes.
 
-    Args:
-        prior: in evaluation mode, on the device of the codes.
-        known: codes to keep; what stands where the mask is False does not matter.
-        known_mask: True = keep.
-        seeds: one for each row.
-        labels: the class of each row, -1 for any; None is any for all.
-        upper: the codes of the levels above, where the prior has any.
-        sampling: temperature, guidance and particles.
-        callback: called after each position with its number, from 0, and the codes as they are: of all particles.
-
-    Raises:
-        UserError: for a known code outside the codebook, a label that the prior has no class for, or upper levels that
-            do not go with it.
+    Arguments and errors are those of `smalti.priors.base.Sampler`. `callback` is called once per position,
+    with the codes of all particles, `(b p, h, w)`.
     """
-    check_given(prior, known, known_mask, labels)
-    b, particles, where = len(known), sampling.particles, known.device
-    numbers = torch.arange(particles, device=where).repeat(b)
-    with torch.autocast(where.type, enabled=False):
-        codes, log_weights = _draw(
+    check_inputs(prior, known, known_mask, labels)
+    b, particles, device = len(known), sampling.particles, known.device
+    numbers = torch.arange(particles, device=device).repeat(b)
+    with torch.autocast(device.type, enabled=False):
+        codes, log_weights = _sample_particles(
             prior,
             torch.where(known_mask, known, 0).repeat_interleave(particles, 0),
             known_mask.repeat_interleave(particles, 0),
             derive(seeds.repeat_interleave(particles), Stream.PARTICLE, numbers),
             None if labels is None else labels.repeat_interleave(particles),
-            tuple(of_level.repeat_interleave(particles, 0) for of_level in upper),
+            tuple(coarser.repeat_interleave(particles, 0) for coarser in upper),
             sampling,
             callback,
         )
     weights = rearrange(log_weights, "(b p) -> b p", b=b).softmax(-1)
     chosen = inverse_cdf(weights, uniform(derive(seeds, Stream.PARTICLE_CHOICE)))
-    return rearrange(codes, "(b p) h w -> b p h w", b=b)[torch.arange(b, device=where), chosen]
+    return rearrange(codes, "(b p) h w -> b p h w", b=b)[torch.arange(b, device=device), chosen]
 
 
-def _draw(
+def _sample_particles(
     prior: CausalPrior,
     codes: Tensor,
     known_mask: Tensor,
@@ -126,67 +158,31 @@ def _draw(
     sampling: AncestralSampling,
     callback: Callable[[int, Tensor], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Whole grids, and the log-probability `(b,)` of what was known of them, each code given those before it, nats."""
+    """Returns sampled grids and their log-weights `(b,)`: the log-likelihood of their known codes, nats."""
     head, (b, h, w) = prior.head, codes.shape
-    answers = 1
+    passes = 1  # through the network: with guidance one with and one without the class, in one batch
     if labels is not None and prior.classes and sampling.guidance != 1:
-        answers, labels = 2, torch.cat([labels, torch.full_like(labels, -1)])
-    decode_stepwise = prior.decode_stepwise(
-        answers * b, h, w, labels, tuple(of_level.repeat(answers, 1, 1) for of_level in upper)
-    )
+        passes, labels = 2, torch.cat([labels, torch.full_like(labels, -1)])
+    steps = prior.decode_stepwise(passes * b, h, w, labels, tuple(coarser.repeat(passes, 1, 1) for coarser in upper))
     draws = uniform(derive(seeds, Stream.AUTOREGRESSIVE_DRAW), h * w, len(head.radices))
     codes, known_mask = codes.flatten(1), known_mask.flatten(1)  # b n
-    given = known_mask.any(0).tolist()  # looked at once, not at each position: a device is waited for
-    weigh = sampling.particles > 1
+    any_known = known_mask.any(0).tolist()  # read once: reading at each position would wait for the device
     log_weights, code = draws.new_zeros(b, 1), None
     for position in range(h * w):
-        here = slice(position, position + 1)
-        features = next(decode_stepwise) if code is None else decode_stepwise.send(code.repeat(answers, 1))
-        features, *without = features.chunk(answers)
-        how: dict[str, Any] = {"temperature": sampling.temperature, "guidance": sampling.guidance}
-        how["without_class"] = without[0] if without else None
-        code = head.sample(features, draws[:, here], top_p=sampling.top_p, **how)
-        if given[position]:
-            code = torch.where(known_mask[:, here], codes[:, here], code)
-            if weigh:
-                log_weights = log_weights - head.nll(features, code, **how) * known_mask[:, here]
-        codes[:, here] = code
+        now = slice(position, position + 1)
+        features = next(steps) if code is None else steps.send(code.repeat(passes, 1))
+        features, *unconditional = features.chunk(passes)
+        options: dict[str, Any] = {"temperature": sampling.temperature, "guidance": sampling.guidance}
+        options["unconditional"] = unconditional[0] if unconditional else None
+        code = head.sample(features, draws[:, now], top_p=sampling.top_p, **options)
+        if any_known[position]:
+            code = torch.where(known_mask[:, now], codes[:, now], code)
+            if sampling.particles > 1:
+                log_weights = log_weights - head.nll(features, code, **options) * known_mask[:, now]
+        codes[:, now] = code
         if callback is not None:
             callback(position, rearrange(codes.clone(), "b (h w) -> b h w", h=h))
     return rearrange(codes, "b (h w) -> b h w", h=h), log_weights[:, 0]
-
-
-@dataclass(frozen=True)
-class LikelihoodConfig(ObjectiveConfig):
-    """Maximum likelihood."""
-
-
-class Likelihood(nn.Module):
-    """-log p(codes), exactly: every position predicted from those before it."""
-
-    def __init__(self, prior: CausalPrior, config: LikelihoodConfig) -> None:
-        super().__init__()
-        self.prior = prior
-        self.config = config
-
-    def forward(self, batch: dict[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss, in nats per code, and its parts.
-
-        Args:
-            batch: `codes` int64 `(b, h, w)`, what `CodePrior.told` reads, and `seeds` int64 `(b,)`.
-
-        Returns:
-            The loss, and detached: `bits_per_code`, the same in bits; `nll_1`, `nll_2`, ... of each digit, which sum to
-            the loss; `accuracy`, the share of codes that the likeliest digits hit.
-        """
-        codes = batch["codes"]
-        more = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
-        nll, hits = self.prior.head.score(self.prior.features(codes, **more), codes.flatten(1))  # b n k, b n
-        digits = nll.mean((0, 1))
-        loss = digits.sum()
-        metrics = {f"nll_{i + 1}": value for i, value in enumerate(digits.detach())}
-        accuracy = hits.float().mean()
-        return loss, {"bits_per_code": loss.detach() / math.log(2), **metrics, "accuracy": accuracy}
 
 
 AUTOREGRESSIVE = Method(
@@ -196,4 +192,4 @@ AUTOREGRESSIVE = Method(
     sampling=AncestralSampling,
     filling=AncestralFilling,
 )
-"""Learns each code from those before it, and draws them in that order: for causal bodies."""
+"""Maximum likelihood and ancestral sampling, for causal networks."""

@@ -1,5 +1,7 @@
-"""Grids larger than those a prior was trained on, through overlapping windows of the trained size. Which codes change,
-and when, is the samplers'.
+"""Features on canvases larger than the grids in training, through overlapping windows of the trained size.
+
+Samplers of non-causal priors read every grid through `canvas_features`. Which codes change at a step,
+and when, is up to the samplers.
 
 Legend: b batch, h w canvas, y x window, n positions (n = h w), d width.
 """
@@ -22,25 +24,26 @@ def canvas_features(
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
     seeds: Int64[Tensor, " b"],
 ) -> Float[Tensor, "b n d"]:
-    """`prior.features` on a canvas of any size: for each position, those of one window that covers it.
+    """Computes `prior.features` on a canvas of any size: each position's features come from one window that covers it.
 
-    Windows begin at most half a window apart. Which one of a position's is taken is drawn anew at each call, so that a
-    code drawn from the features follows the average of the windows' probabilities: the same distribution as if they
-    were computed and averaged, at the cost of one. A window weighs the less in it, the nearer the position is to the
-    window's edge, where the window knows least; so no seam is left. A canvas that one window covers is read as it is.
+    Windows start at most half a window apart. At each call every position draws one of its windows at
+    random. A code sampled from the features therefore follows the average of the windows' distributions,
+    at the cost of sampling from one. A window's weight falls with the distance of the position from the
+    window's centre, where its context is largest, so no seams appear. A canvas of at most the trained
+    size is a single window.
 
     Args:
         prior: trained on grids of `prior.level`.
-        codes: the canvas.
-        labels: see `CodePrior.features`.
-        upper: likewise; windows begin where the codes there do.
-        seeds: of each row, others at each step; they decide the choice of windows.
+        codes: the codes on the canvas.
+        labels: as for `CodePrior.features`.
+        upper: as for `CodePrior.features`. Windows start where a code of every coarser level starts.
+        seeds: one per row and step; they decide the choice of windows.
     """
     b, h, w = codes.shape
     y, x = min(h, prior.level.height), min(w, prior.level.width)
     if (h, w) == (y, x):
         return prior.features(codes, labels, upper)
-    factors = [h // of_level.shape[1] for of_level in upper]
+    factors = [h // coarser.shape[1] for coarser in upper]
     step = math.lcm(*factors)
     tops, lefts = (
         window_starts(size // step, window // step).to(codes.device) * step for size, window in ((h, y), (w, x))
@@ -53,9 +56,9 @@ def canvas_features(
         cropped = [grids[:, top : top + size_y, left : left + size_x] for top, left in starts]
         return torch.stack(cropped, 1).flatten(0, 1)  # (b windows) y x
 
-    told = None if labels is None else labels.repeat_interleave(windows)
-    above = tuple(crops(of_level, factor) for of_level, factor in zip(upper, factors, strict=True))
-    features = prior.features(crops(codes, 1), told, above)  # (b windows) (y x) d
+    window_labels = None if labels is None else labels.repeat_interleave(windows)
+    window_upper = tuple(crops(coarser, factor) for coarser, factor in zip(upper, factors, strict=True))
+    features = prior.features(crops(codes, 1), window_labels, window_upper)  # (b windows) (y x) d
     draws = uniform(seeds, h, w, 2)
     row = inverse_cdf(window_shares(tops, h, y)[:, None].expand(b, h, w, -1), draws[..., 0])  # b h w
     column = inverse_cdf(window_shares(lefts, w, x).expand(b, h, w, -1), draws[..., 1])
@@ -67,13 +70,16 @@ def canvas_features(
 
 
 def window_starts(size: int, window: int) -> Int64[Tensor, " windows"]:
-    """Where windows begin along an axis: evenly, at most half a window apart, the last one flush with the end."""
+    """Returns the first positions of windows along an axis: evenly spaced, at most half a window apart.
+
+    The last window ends at the end of the axis.
+    """
     gaps = -(-(size - window) // max(1, window // 2))
     return torch.arange(gaps + 1) * (size - window) // max(1, gaps)
 
 
 def window_shares(starts: Int64[Tensor, " windows"], size: int, window: int) -> Float[Tensor, "size windows"]:
-    """How often each window is taken at each position: in proportion to the distance to its nearer end."""
-    into = torch.arange(size, device=starts.device)[:, None] - starts  # positions before this one in the window
-    weights = torch.minimum(into + 1, window - into).clamp(min=0).float()
+    """Returns each window's probability at each position: proportional to the distance to its nearer end."""
+    offset = torch.arange(size, device=starts.device)[:, None] - starts  # of the position in the window
+    weights = torch.minimum(offset + 1, window - offset).clamp(min=0).float()
     return weights / weights.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A sampler's step as one compiled program. What a step does is the samplers'."""
+"""Compiles a sampler's step with `torch.compile`, on a GPU as a CUDA graph. The steps are in the samplers' files."""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 
 
-def fused(step: Callable[..., tuple[Tensor, ...]], device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
-    """`step` as one program, on a GPU one CUDA graph: the network, the draws and what becomes of them.
+def compiled(step: Callable[..., tuple[Tensor, ...]], device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """Returns `step` as one compiled program that covers the network, the draws and the update of the codes.
 
-    Sums may be rounded otherwise than without. It takes floats as tensors, or there would be a program for every
-    temperature.
+    Results may differ from the eager step in the rounding of sums. Float arguments are passed as
+    tensors, since the program would otherwise be compiled anew for each temperature.
     """
     program = _program(step, device.type)
 
-    def run(*given: object) -> tuple[Tensor, ...]:
+    def run(*arguments: object) -> tuple[Tensor, ...]:
         torch.compiler.cudagraph_mark_step_begin()
-        as_tensors = [torch.full((), one, device=device) if isinstance(one, float) else one for one in given]
-        return tuple(tensor.clone() for tensor in program(*as_tensors))  # a graph writes to the same memory next time
+        tensors = [torch.full((), value, device=device) if isinstance(value, float) else value for value in arguments]
+        return tuple(tensor.clone() for tensor in program(*tensors))  # a CUDA graph overwrites its outputs
 
     return run
 
 
 @cache
-def _program(step: Callable[..., tuple[Tensor, ...]], device: str) -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(step, dynamic=False, mode="reduce-overhead" if device == "cuda" else None)
+def _program(step: Callable[..., tuple[Tensor, ...]], device_type: str) -> Callable[..., tuple[Tensor, ...]]:
+    return torch.compile(step, dynamic=False, mode="reduce-overhead" if device_type == "cuda" else None)

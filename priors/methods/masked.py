@@ -1,7 +1,11 @@
-"""Masked codes: learning to name the hidden codes of a grid, and drawing grids in rounds that each show some more of
-them. The strongest neighbour of step-unrolled denoising, on the same network and head.
+"""Masked codes (MaskGIT): the loss and the sampler.
 
-Legend: b batch, h w grid, n positions, k digits.
+MaskGIT (arXiv 2202.04200) trains a network to predict masked codes from the others, with masking ratios that
+follow a cosine schedule. Sampling starts from a fully masked grid; each decoding step reveals more codes, by
+the same cosine schedule. It needs a network in which every position sees the whole grid and that accepts
+`MASK_TOKEN`, such as `MaskGIT`. Unlike SUNDAE's denoising, a revealed code is never changed again.
+
+Legend: b batch, h w grid, n positions (n = h w), k digits of a code.
 """
 
 import math
@@ -17,27 +21,27 @@ from torch import Tensor, nn
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, gumbel, uniform
 from smalti.priors.base import CodePrior, Method, ObjectiveConfig
-from smalti.priors.methods.compiled_step import fused
+from smalti.priors.methods.compiled_step import compiled
 from smalti.priors.methods.orders import Order, halton_ranks, ranks
-from smalti.priors.methods.sampling import Sampling, between, check_given, guided_features
+from smalti.priors.methods.sampling import Sampling, check_inputs, guided_features, linear_schedule
 
-HIDDEN = -1
-"""Stands in a grid for a code that is not shown."""
+MASK_TOKEN = -1
+"""Replaces a masked code in the grids that a network reads."""
 
 
 @dataclass(frozen=True)
 class MaskedConfig(ObjectiveConfig):
-    """Masked codes."""
+    """Settings of the masked-code loss."""
 
 
 class MaskedCodes(nn.Module):
-    """Naming hidden codes from shown ones (MaskGIT, arXiv 2202.04200, Eq. 1 and section 3.1).
+    """The MaskGIT loss: cross-entropy of masked codes (arXiv 2202.04200, Eq. 1 and section 3.1).
 
-    In each row ceil(gamma(r) n) positions are hidden, r uniform on [0, 1), gamma(r) = cos(pi r / 2): most of them
-    mostly. The loss is the mean over rows of the mean cross-entropy of their hidden codes.
+    In each row ceil(gamma(r) n) positions are masked, with r uniform on [0, 1) and the cosine schedule
+    gamma(r) = cos(pi r / 2). The loss is the mean over rows of the mean cross-entropy of a row's masked codes.
 
-    Deviation: Eq. 1 sums over the hidden codes. A row's mean makes a row with few of them, which has seen the most,
-    count as much as one with many, and keeps the loss the same in whatever slices a batch is cut.
+    Deviation: Eq. 1 sums over the masked codes. The mean weights rows equally, whether few or many of their
+    codes are masked, and makes the loss independent of how a batch is split into micro-batches.
     """
 
     def __init__(self, prior: CodePrior, config: MaskedConfig) -> None:
@@ -46,55 +50,58 @@ class MaskedCodes(nn.Module):
         self.config = config
 
     def forward(self, batch: dict[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss, in nats per hidden code, and its parts.
+        """Returns the loss, in nats per masked code, and its metrics.
 
         Args:
-            batch: `codes` int64 `(b, h, w)`, what `CodePrior.told` reads, and `seeds` int64 `(b,)`.
+            batch: `codes` int64 `(b, h, w)`; `seeds` int64 `(b,)`, different for each row and training step; and
+                what `CodePrior.conditioning` reads.
 
         Returns:
-            The loss, and detached: `nll_1`, `nll_2`, ... of each digit, which sum to the loss; `accuracy`, the mean
-            share of hidden codes that the likeliest digits hit; `hidden`, the share of codes that were.
+            The loss, and detached metrics: `nll_1`, `nll_2`, ... of the digits, which sum to the loss; `accuracy`,
+            the mean share of masked codes that greedy decoding predicts; `hidden`, the share of masked codes.
         """
         codes, seeds = batch["codes"], batch["seeds"]
-        more = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
-        hidden = hide(seeds, codes[0].numel())  # b n
-        features = self.prior.features(codes.masked_fill(hidden.view_as(codes), HIDDEN), **more)
+        conditioning = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
+        masked = random_mask(seeds, codes[0].numel())  # b n
+        features = self.prior.features(codes.masked_fill(masked.view_as(codes), MASK_TOKEN), **conditioning)
         nll, hits = self.prior.head.score(features, codes.flatten(1))  # b n k, b n
-        weight = hidden / hidden.sum(1, keepdim=True) / len(codes)  # b n, in all 1
+        weight = masked / masked.sum(1, keepdim=True) / len(codes)  # b n, sums to 1
         digits = (nll * weight[..., None]).sum((0, 1))
         metrics = {f"nll_{i + 1}": value for i, value in enumerate(digits.detach())}
-        return digits.sum(), {**metrics, "accuracy": (hits * weight).sum(), "hidden": hidden.float().mean()}
+        return digits.sum(), {**metrics, "accuracy": (hits * weight).sum(), "hidden": masked.float().mean()}
 
 
-def hide(seeds: Int64[Tensor, " b"], positions: int) -> Bool[Tensor, "b n"]:
-    """Which positions are hidden in training; at least one in each row."""
+def random_mask(seeds: Int64[Tensor, " b"], positions: int) -> Bool[Tensor, "b n"]:
+    """Draws which positions are masked in training, by the cosine masking schedule; at least one in each row."""
     count = (torch.cos(uniform(derive(seeds, Stream.MASKED_RATE), 1) * math.pi / 2) * positions).ceil()  # b 1
     return ranks(uniform(derive(seeds, Stream.MASKED_POSITIONS), positions)) < count
 
 
 @dataclass(frozen=True)
 class MaskedSampling(Sampling):
-    """How hidden codes are shown. Temperature goes linearly from the first round's value to the last's.
+    """Settings of the MaskGIT sampler for generation. The temperature is interpolated linearly over the steps.
 
     Raises:
         UserError: for values outside their ranges.
     """
 
     steps: int = 16
-    """Rounds; each shows more codes than the one before (MaskGIT's cosine schedule)."""
+    """Decoding steps. Each reveals more codes than the one before (MaskGIT's cosine schedule)."""
     order: Order = "halton"
-    """Which codes are shown first: those spread evenly over the grid (arXiv 2503.17076), those the prior is surest of
-    (MaskGIT), or any."""
+    """Selects the codes to reveal first. halton: evenly spread over the grid (arXiv 2503.17076). confidence: the most
+    confident ones (MaskGIT). random: any."""
     temperature: tuple[float, float] = (1.0, 1.0)
-    """Divides the logits, from first round to last; below 1 draws likelier codes, with less variety."""
+    """Divides the logits, at the first and at the last step. Lower values give likelier codes and less variety."""
     choice_temperature: float = 4.5
-    """Noise in the order by confidence, falling to none at the end; without it the surest places all look alike."""
+    """Scale of the Gumbel noise added to the confidence, falling linearly to 0 at the last step; used with order
+    confidence only. Without noise samples lose variety."""
     guidance: float = 1.5
-    """How far to go from what is likely in any class (0) past what is likely in the given one (1), at the cost of
-    variety; other values than 1 take twice the time. Without classes it is nothing."""
+    """Scale of classifier-free guidance: 0 samples without the class, 1 conditionally, above 1 codes more typical of
+    the class with less variety. Values other than 1 take twice the time. No effect without classes."""
 
     compile: bool = False
-    """Make one program of all that a round does, on a GPU a CUDA graph: a minute to start with, then faster rounds."""
+    """Compile each step with torch.compile, on a GPU as a CUDA graph. Takes a minute at the start; worth it for many
+    samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,14 +116,16 @@ class MaskedSampling(Sampling):
             )
 
     def calls(self, _h: int, _w: int) -> int:
-        """How often a callback hears of progress."""
+        """Returns the calls of a sampler's callback: one per decoding step."""
         return self.steps
 
 
 @dataclass(frozen=True)
 class MaskedFilling(MaskedSampling):
-    """The same for the missing part of given codes: cooler, as it is to agree with what surrounds it before it is to be
-    one of many."""
+    """Settings of the MaskGIT sampler for inpainting.
+
+    Cooler than generation, since a fill must agree with its surroundings rather than vary.
+    """
 
     temperature: tuple[float, float] = (0.7, 0.3)
 
@@ -133,92 +142,79 @@ def sample_masked(
     sampling: MaskedSampling = MaskedSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Int64[Tensor, "b h w"]:
-    """Fills in the unknown codes in rounds (MaskGIT, arXiv 2202.04200, section 3.2).
+    """Samples unknown codes by iterative decoding (MaskGIT, arXiv 2202.04200, section 3.2).
 
-    All unknown codes begin hidden. In round t of T one is drawn for each that still is, and all but
-    floor(cos(pi t / 2T) times the unknown ones) of them are shown from then on: the others are hidden again and drawn
-    anew. A row's result is a function of its own codes, mask and seed.
+    All unknown codes start masked. Decoding step t of T samples every masked code, then masks
+    floor(cos(pi t / 2T) times the number of unknown codes) of them again; the others stay as sampled.
+    Canvases larger than the grids in training are read through windows (see `canvas_features`).
 
-    Args:
-        prior: in evaluation mode, on the device of the codes; one that knows hidden codes.
-        known: codes to keep; what stands where the mask is False does not matter.
-        known_mask: True = keep.
-        seeds: one for each row.
-        labels: the class of each row, -1 for any; None is any for all.
-        upper: the codes of the levels above, where the prior has any.
-        sampling: rounds, their order, temperatures and guidance.
-        callback: called after each round with its number, from 0, and the codes as they are, hidden ones as drawn.
-
-    Raises:
-        UserError: for a known code outside the codebook, a label that the prior has no class for, or upper levels that
-            do not go with it.
+    Arguments and errors are those of `smalti.priors.base.Sampler`; the prior must accept `MASK_TOKEN`.
+    `callback` is called once per decoding step; masked codes are shown as sampled.
     """
-    check_given(prior, known, known_mask, labels)
+    check_inputs(prior, known, known_mask, labels)
     b, h, w = known.shape
-    hidden, codes = ~known_mask.flatten(1), known.flatten(1)  # b n
-    unknown = hidden.sum(1, keepdim=True)  # b 1
-    show = fused(_show, codes.device) if sampling.compile else _show
+    masked, codes = ~known_mask.flatten(1), known.flatten(1)  # b n
+    unknown = masked.sum(1, keepdim=True)  # b 1
+    decode = compiled(_decoding_step, codes.device) if sampling.compile else _decoding_step
     for step in range(sampling.steps):
         done = (step + 1) / sampling.steps
-        temperature = between(sampling.temperature, step, sampling.steps)
-        ranked = (
-            derive(seeds, Stream.MASKED_RANK) if sampling.order == "random" else derive(seeds, step, Stream.MASKED_RANK)
-        )
-        given = (temperature, done, math.cos(math.pi / 2 * done), labels, upper, derive(seeds, step), ranked, sampling)
-        codes, hidden = show(prior, codes.view(b, h, w), hidden, unknown, *given)
+        temperature = linear_schedule(sampling.temperature, step, sampling.steps)
+        order_step = () if sampling.order == "random" else (step,)  # a random order is drawn once for all steps
+        rank_seeds = derive(seeds, *order_step, Stream.MASKED_RANK)
+        schedule = (temperature, done, math.cos(math.pi / 2 * done))
+        settings = (*schedule, labels, upper, derive(seeds, step), rank_seeds, sampling)
+        codes, masked = decode(prior, codes.view(b, h, w), masked, unknown, *settings)
         if callback is not None:
             callback(step, codes.view(b, h, w))
     return rearrange(codes, "b (h w) -> b h w", h=h)
 
 
-def _show(
+def _decoding_step(
     prior: CodePrior,
     codes: Int64[Tensor, "b h w"],
-    hidden: Bool[Tensor, "b n"],
+    masked: Bool[Tensor, "b n"],
     unknown: Int64[Tensor, "b 1"],
     temperature: float | Tensor,
     done: float | Tensor,
-    left: float | Tensor,
+    ratio: float | Tensor,
     labels: Int64[Tensor, " b"] | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
     seeds: Int64[Tensor, " b"],
-    ranked: Int64[Tensor, " b"],
+    rank_seeds: Int64[Tensor, " b"],
     sampling: MaskedSampling,
 ) -> tuple[Int64[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """One round: the codes after it, and which of them are hidden again.
+    """Returns the codes after one step, and which of them are masked again.
 
     Args:
-        prior: see `sample_masked`, as labels, upper and sampling.
-        codes: before it; what stands where they are hidden does not matter.
-        hidden: which are.
-        unknown: how many are not known.
+        prior: as for `sample_masked`, like labels, upper and sampling.
+        codes: the codes before the step; values at masked positions are ignored.
+        masked: the masked positions.
+        unknown: number of unknown codes in each row.
         temperature: divides the logits.
-        done: the share of the rounds that is over with this one.
-        left: the share of the unknown codes to hide again.
-        labels: of the rows.
-        upper: the levels above.
-        seeds: for what is drawn.
-        ranked: for the order.
-        sampling: how.
+        done: share of the decoding steps that are finished with this one.
+        ratio: share of the unknown codes to mask again (the cosine schedule).
+        labels: the class of each row.
+        upper: the codes of the coarser levels.
+        seeds: for the sampled codes and the windows.
+        rank_seeds: for the order in which codes are revealed.
+        sampling: the settings.
     """
     head, (b, h, w) = prior.head, codes.shape
-    shown = codes.masked_fill(hidden.view_as(codes), HIDDEN)
-    how = guided_features(
-        prior, shown, labels, upper, derive(seeds, Stream.MASKED_WINDOW), temperature, sampling.guidance
-    )
+    inputs = codes.masked_fill(masked.view_as(codes), MASK_TOKEN)
+    window_seeds = derive(seeds, Stream.MASKED_WINDOW)
+    guided = guided_features(prior, inputs, labels, upper, window_seeds, temperature, sampling.guidance)
     draws = uniform(derive(seeds, Stream.MASKED_DRAW), h * w, len(head.radices))
-    drawn = head.sample(uniforms=draws, top_p=sampling.top_p, **how)
-    flat = torch.where(hidden, drawn, codes.flatten(1))
-    match sampling.order:
+    sampled = head.sample(uniforms=draws, top_p=sampling.top_p, **guided)
+    flat = torch.where(masked, sampled, codes.flatten(1))
+    match sampling.order:  # the smallest keys are masked again
         case "halton":
             keys = -halton_ranks(h, w).to(codes.device, torch.float32).expand(b, -1)
         case "random":
-            keys = uniform(ranked, h * w)
+            keys = uniform(rank_seeds, h * w)
         case "confidence":
             noise = sampling.choice_temperature * (1 - done)
-            keys = -head.nll(codes=drawn, **how) + noise * gumbel(ranked, h * w)
-    # the last to be shown come first
-    return flat, hidden & (ranks(keys.masked_fill(~hidden, torch.inf)) < (unknown * left).floor())
+            keys = -head.nll(codes=sampled, **guided) + noise * gumbel(rank_seeds, h * w)
+    return flat, masked & (ranks(keys.masked_fill(~masked, torch.inf)) < (unknown * ratio).floor())
 
 
 MASKED = Method(
@@ -228,4 +224,4 @@ MASKED = Method(
     sampling=MaskedSampling,
     filling=MaskedFilling,
 )
-"""Learns to name hidden codes, and shows more of them round by round: for bodies that see the whole grid."""
+"""Masked-code prediction (MaskGIT), for non-causal networks that accept `MASK_TOKEN`."""

@@ -1,6 +1,10 @@
-"""Drawing grids of codes from a prior. Generation is inpainting with nothing known: there is one path.
+"""Helpers that the samplers of codes share: settings, schedules, guidance and the choice of positions.
 
-Legend: b batch, h w grid, n positions, k digits.
+The samplers are in `sundae.py`, `masked.py` and `autoregressive.py`. All have the signature of
+`smalti.priors.base.Sampler`, where its arguments are described; generation is inpainting with
+nothing known.
+
+Legend: b batch, h w grid, n positions (n = h w), d width.
 """
 
 from dataclasses import dataclass
@@ -17,45 +21,49 @@ from smalti.priors.methods.canvas import canvas_features
 from smalti.priors.methods.orders import halton_ranks, ranks
 
 
-def between(ends: tuple[float, float], step: int, steps: int) -> float:
-    """The value at a step, counted from 0, on the straight way from the first of `steps` to the last."""
-    first, last = ends
-    return first + step / max(steps - 1, 1) * (last - first)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What every way of drawing codes can be told.
+    """The settings that every sampler of codes has.
 
     Raises:
-        UserError: for a share that is none.
+        UserError: for a top-p outside (0, 1].
     """
 
     top_p: float = 1.0
-    """Each digit of a code is drawn from the fewest values that have this share of the probability together; below 1
-    leaves unlikely ones out."""
+    """Nucleus (top-p) sampling: each digit of a code is sampled from the fewest values that hold this share of the
+    probability together. Values below 1 exclude unlikely digits."""
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}; 1 leaves nothing out")
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}; 1 excludes nothing")
+
+
+def linear_schedule(ends: tuple[float, float], step: int, steps: int) -> float:
+    """Returns the value at a step, counted from 0, interpolated from the first of `steps` to the last."""
+    first, last = ends
+    return first + step / max(steps - 1, 1) * (last - first)
 
 
 def select_positions(
     unknown: Bool[Tensor, "b h w"],
     proportion: float | Tensor,
-    had_turn: Int64[Tensor, "b 1"],
+    selected_before: Int64[Tensor, "b 1"],
     nll: Float[Tensor, "b n"] | None,
     seeds: Int64[Tensor, " b"],
 ) -> tuple[Bool[Tensor, "b h w"], Int64[Tensor, "b 1"]]:
-    """Whose turn it is, that share of a row's unknown positions, rounded up; and how many turns there were by then.
+    """Selects a share of each row's unknown positions, by confidence or in Halton order.
 
     Args:
-        unknown: the positions that have turns at all.
-        proportion: the share, in (0, 1].
-        had_turn: how many turns each row has had.
-        surprise: -log p of the codes as they are: they are drawn with weights 1 / p, without replacement (Gumbel's top
-            k). None lets positions follow each other in the order of a Halton sequence.
+        unknown: the positions that may be selected.
+        proportion: the share of them to select, in (0, 1], rounded up to whole positions.
+        selected_before: how many positions of each row earlier steps selected.
+        nll: -log p of the current codes. Positions are drawn without replacement with weights 1 / p (Gumbel
+            top-k), so unconfident ones come first. None selects in the order of a Halton sequence, from
+            where the last step stopped.
         seeds: for these draws.
+
+    Returns:
+        The selected positions, and the count of selected positions up to now.
     """
     (b, h, w), number = unknown.shape, unknown.sum((1, 2))[:, None]  # b 1
     count = (proportion * number).ceil().long()
@@ -63,10 +71,10 @@ def select_positions(
         keys = halton_ranks(h, w).to(unknown.device, torch.float32).expand(b, -1)
     else:
         keys = -nll - gumbel(seeds, h * w)
-    place = ranks(keys.masked_fill(~unknown.flatten(1), torch.inf))  # b n
+    rank = ranks(keys.masked_fill(~unknown.flatten(1), torch.inf))  # b n
     if nll is None:
-        place = (place - had_turn) % number.clamp_min(1)
-    return (place < count).view(b, h, w) & unknown, had_turn + count
+        rank = (rank - selected_before) % number.clamp_min(1)
+    return (rank < count).view(b, h, w) & unknown, selected_before + count
 
 
 def guided_features(
@@ -78,24 +86,32 @@ def guided_features(
     temperature: float | Tensor,
     guidance: float,
 ) -> dict[str, Any]:
-    """What the head takes to draw codes from and to weigh them by, beside draws and codes; guided, both answers of the
-    network come from one pass. `seeds` choose windows, see `canvas_features`."""
+    """Returns the arguments of `FactorizedHead.sample` and `score` for a step with classifier-free guidance.
+
+    With guidance, the features with and without the class are computed in one batched pass. `seeds`
+    choose the windows of a canvas (see `canvas_features`).
+    """
     if labels is None or not prior.classes or guidance == 1:
         return {"features": canvas_features(prior, codes, labels, upper, seeds), "temperature": temperature}
-    told = torch.cat([labels, torch.full_like(labels, -1)])
-    above = tuple(torch.cat([of_level, of_level]) for of_level in upper)
-    both = canvas_features(prior, torch.cat([codes, codes]), told, above, torch.cat([seeds, seeds]))
-    features, without = both.chunk(2)
-    return {"features": features, "temperature": temperature, "without_class": without, "guidance": guidance}
+    both_labels = torch.cat([labels, torch.full_like(labels, -1)])
+    both_upper = tuple(torch.cat([coarser, coarser]) for coarser in upper)
+    both = canvas_features(prior, torch.cat([codes, codes]), both_labels, both_upper, torch.cat([seeds, seeds]))
+    conditional, unconditional = both.chunk(2)
+    return {
+        "features": conditional,
+        "temperature": temperature,
+        "unconditional": unconditional,
+        "guidance": guidance,
+    }
 
 
-def check_given(
+def check_inputs(
     prior: CodePrior,
     known: Int64[Tensor, "b h w"],
     known_mask: Bool[Tensor, "b h w"],
     labels: Int64[Tensor, " b"] | None,
 ) -> None:
-    """Refuses what the prior does not know.
+    """Checks the known codes and labels that a sampler receives.
 
     Raises:
         UserError: for a known code outside the codebook, or a label that the prior has no class for.

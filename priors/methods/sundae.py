@@ -1,7 +1,11 @@
-"""The SUNDAE objective: learning to repair corrupted codes, and what one's own repairs left wrong. Networks and
-samplers are elsewhere.
+"""SUNDAE: step-unrolled denoising autoencoders over discrete codes, the loss and the sampler.
 
-Legend: b batch, h w grid, n positions, k digits.
+SUNDAE (arXiv 2112.06749; on image codes arXiv 2206.12351) trains a network to denoise corrupted codes. The
+loss is unrolled: the network's own sample is the corrupted input of the next denoising step. Sampling
+starts from uniformly random codes and applies denoising steps until nothing changes. It needs a network in
+which every position sees the whole grid, such as the hourglass.
+
+Legend: b batch, h w grid, n positions (n = h w), k digits of a code.
 """
 
 from collections.abc import Callable
@@ -16,22 +20,22 @@ from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.base import CodePrior, Method, ObjectiveConfig
 from smalti.priors.head import FactorizedHead
-from smalti.priors.methods.compiled_step import fused
+from smalti.priors.methods.compiled_step import compiled
 from smalti.priors.methods.orders import Order
-from smalti.priors.methods.sampling import Sampling, between, check_given, guided_features, select_positions
+from smalti.priors.methods.sampling import Sampling, check_inputs, guided_features, linear_schedule, select_positions
 
 
 @dataclass(frozen=True)
 class SundaeConfig(ObjectiveConfig):
-    """Step-unrolled denoising.
+    """Settings of the SUNDAE loss (step-unrolled denoising).
 
     Raises:
-        UserError: for fewer than one unrolled step, or a share that is none.
+        UserError: for fewer than one unrolled step, or a label dropout outside [0, 1].
     """
 
     unrolled_steps: int = 2
-    """Repairs in a row that are trained together: the first of corrupted codes, each next of what the one before
-    drew."""
+    """Denoising steps per training step. The first denoises corrupted codes, each further one denoises a sample of the
+    step before."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,12 +44,11 @@ class SundaeConfig(ObjectiveConfig):
 
 
 class Sundae(nn.Module):
-    """Step-unrolled denoising autoencoder (arXiv 2112.06749, Eq. 7; on image codes arXiv 2206.12351).
+    """The SUNDAE loss: step-unrolled denoising (arXiv 2112.06749, Eq. 7; on image codes arXiv 2206.12351).
 
-    The codes are corrupted, at a rate uniform on [0, 1) for each row, by codes uniform over the codebook. The prior
-    predicts the codes from them; a draw from the prediction, at temperature 1 and without gradient, is what the next
-    unrolled step starts from. The loss is the mean cross-entropy of all unrolled steps over all positions, corrupted or
-    not.
+    The codes are corrupted (see `corrupt`) and the prior predicts the original codes. A sample of the
+    prediction, at temperature 1 and without gradient, is the input of the next unrolled step. The loss is the
+    mean cross-entropy over all unrolled steps and all positions, corrupted or not.
     """
 
     def __init__(self, prior: CodePrior, config: SundaeConfig) -> None:
@@ -54,28 +57,29 @@ class Sundae(nn.Module):
         self.config = config
 
     def forward(self, batch: dict[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss, in nats per code, and its parts.
+        """Returns the loss, in nats per code, and its metrics.
 
         Args:
-            batch: `codes` int64 `(b, h, w)`, and `seeds` int64 `(b,)`, another for each row and step of training: they
-            decide all draws; and what `CodePrior.told` reads.
+            batch: `codes` int64 `(b, h, w)`; `seeds` int64 `(b,)`, different for each row and training step,
+                which decide all draws; and what `CodePrior.conditioning` reads.
 
         Returns:
-            The loss, and detached: `loss_1`, `loss_2`, ... of each unrolled step; `nll_1`, `nll_2`, ... of each digit,
-            which sum to the loss; `accuracy`, the share of codes that the first step's likeliest digits repair or keep.
+            The loss, and detached metrics: `loss_1`, `loss_2`, ... of the unrolled steps; `nll_1`, `nll_2`, ...
+            of the digits, which sum to the loss; `accuracy`, the share of codes for which greedy decoding of the
+            first step gives the original code.
         """
         codes, seeds = batch["codes"], batch["seeds"]
         head, (_, h, w) = self.prior.head, codes.shape
         target = codes.flatten(1)  # b n
-        more = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
-        features = self.prior.features(corrupt(head, codes, seeds), **more)  # b n d
+        conditioning = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
+        features = self.prior.features(corrupt(head, codes, seeds), **conditioning)  # b n d
         scores = [head.score(features, target)]
         for step in range(1, self.config.unrolled_steps):
             draws = uniform(derive(seeds, Stream.SUNDAE_UNROLL, step), h * w, len(head.radices))
-            features = self.prior.features(head.sample(features, draws).view_as(codes), **more)
+            features = self.prior.features(head.sample(features, draws).view_as(codes), **conditioning)
             scores.append(head.score(features, target))
         nll, hits = zip(*scores, strict=True)  # b n k and b n, of each step
-        table = torch.stack([of_step.mean((0, 1)) for of_step in nll])  # steps k
+        table = torch.stack([step_nll.mean((0, 1)) for step_nll in nll])  # steps k
         loss = table.sum(1).mean()
         metrics = {f"loss_{i + 1}": value for i, value in enumerate(table.detach().sum(1))}
         metrics |= {f"nll_{i + 1}": value for i, value in enumerate(table.detach().mean(0))}
@@ -83,7 +87,7 @@ class Sundae(nn.Module):
 
 
 def corrupt(head: FactorizedHead, codes: Int64[Tensor, "b h w"], seeds: Int64[Tensor, " b"]) -> Int64[Tensor, "b h w"]:
-    """Replaces each code by one drawn uniformly from the codebook, with a probability drawn uniformly for its row."""
+    """Replaces codes by uniformly random ones, each with a probability drawn uniformly from [0, 1) for its row."""
     _, h, w = codes.shape
     rate = uniform(derive(seeds, Stream.SUNDAE_RATE), 1, 1)  # b 1 1
     corrupted = uniform(derive(seeds, Stream.SUNDAE_POSITIONS), h, w) < rate
@@ -92,32 +96,34 @@ def corrupt(head: FactorizedHead, codes: Int64[Tensor, "b h w"], seeds: Int64[Te
 
 @dataclass(frozen=True)
 class SundaeSampling(Sampling):
-    """How a chain of repairs runs. Temperature and proportion go linearly from the first step's value to the last's.
+    """Settings of the SUNDAE sampler for generation.
 
-    The small, falling proportion is for young priors, whose chains drift to plain areas at a constant half.
+    Temperature and proportion are interpolated linearly from the first step to the last. The proportion is small and
+    falls, since with a constant one half the samples of little-trained priors drift to plain areas.
 
     Raises:
         UserError: for values outside their ranges.
     """
 
     steps: int = 100
-    """Most steps of the chain."""
+    """Denoising steps at most. With fewer, raise the proportion, so that each code is updated as often."""
     temperature: tuple[float, float] = (1.0, 0.6)
-    """Divides the logits, from first step to last; below 1 draws likelier codes, with less variety."""
+    """Divides the logits, at the first and at the last step. Lower values give likelier codes and less variety."""
     proportion: tuple[float, float] = (0.3, 0.1)
-    """Share of positions that take their newly drawn code, from first step to last, in (0, 1]."""
+    """Share of positions updated at a step, at the first and at the last step, in (0, 1]."""
     order: Order = "random"
-    """Which positions these are: any, each by itself, as SUNDAE has it; those whose code the prior has least confidence
-    in, drawn without replacement, one that is half as likely twice as readily; or all in turn, in the order of a Halton
-    sequence, which is spread evenly at every step."""
+    """Selects the positions to update. random: each position independently, as in SUNDAE. confidence: those whose codes
+    are least likely, drawn without replacement with weights 1 / p. halton: all positions in turn, in the order of a
+    Halton sequence, which is evenly spread at every step."""
     min_steps: int = 10
-    """A sample is finished once a step changes nothing, but not before this many steps."""
+    """A sample is finished after a step that changes nothing, but not before this many steps."""
     guidance: float = 1.5
-    """How far to go from what is likely in any class (0) past what is likely in the given one (1), at the cost of
-    variety; other values than 1 take twice the time. Without classes it is nothing."""
+    """Scale of classifier-free guidance: 0 samples without the class, 1 conditionally, above 1 codes more typical of
+    the class with less variety. Values other than 1 take twice the time. No effect without classes."""
 
     compile: bool = False
-    """Make one program of all that a step does, on a GPU a CUDA graph: a minute to start with, then faster steps."""
+    """Compile each step with torch.compile, on a GPU as a CUDA graph. Takes a minute at the start; worth it for many
+    samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,18 +137,21 @@ class SundaeSampling(Sampling):
             raise UserError(f"proportion must be above 0 and at most 1 from first step to last, got {self.proportion}")
 
     def calls(self, _h: int, _w: int) -> int:
-        """How often a callback hears of progress, at most."""
+        """Returns the most calls of a sampler's callback: one per denoising step."""
         return self.steps
 
     def at(self, step: int) -> tuple[float, float]:
-        """Temperature and proportion of a step, counted from 0."""
-        return between(self.temperature, step, self.steps), between(self.proportion, step, self.steps)
+        """Returns temperature and proportion of a step, counted from 0."""
+        return linear_schedule(self.temperature, step, self.steps), linear_schedule(self.proportion, step, self.steps)
 
 
 @dataclass(frozen=True)
 class SundaeFilling(SundaeSampling):
-    """The same for the missing part of given codes: cooler, and in less time, as it is to agree with what surrounds it
-    before it is to be one of many, and has that to start from."""
+    """Settings of the SUNDAE sampler for inpainting.
+
+    Cooler than generation, since a fill must agree with its surroundings rather than vary, and with fewer
+    steps, since it starts from known codes.
+    """
 
     steps: int = 60
     temperature: tuple[float, float] = (0.7, 0.3)
@@ -161,42 +170,24 @@ def sample_sundae(
     sampling: SundaeSampling = SundaeSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Int64[Tensor, "b h w"]:
-    """Fills in the unknown codes by a chain of repairs (arXiv 2112.06749, section 2.3; for inpainting arXiv
-    2206.12351).
+    """Samples unknown codes by denoising steps (arXiv 2112.06749, section 2.3; for inpainting arXiv 2206.12351).
 
-    Unknown positions start uniform over the codebook. At each step a code is drawn for every position given all of
-    them, and every unknown position takes its new code with probability `proportion`, or by another `order` that share
-    of them do. A row is finished, and stays,
-    once a step changes nothing in it. The loop ends with the last unfinished row.
+    Unknown positions start uniform over the codebook. Each denoising step samples a code for every position
+    given all of them, and updates the unknown positions that `sampling.order` selects. A row is finished,
+    and no longer changes, after a step that changes nothing in it; the loop ends with the last unfinished row.
+    Canvases larger than the grids in training are read through windows (see `canvas_features`).
 
-    On a canvas larger than the prior was trained on, through windows: see `canvas_features`.
-
-    A row's result is a function of its own codes, mask and seed: another batch around it changes nothing but the
-    rounding of sums.
-
-    Args:
-        prior: in evaluation mode, on the device of the codes.
-        known: codes to keep; what stands where the mask is False does not matter.
-        known_mask: True = keep.
-        seeds: one for each row.
-        labels: the class of each row, -1 for any; None is any for all.
-        upper: the codes of the levels above, where the prior has any.
-        sampling: the chain.
-        callback: called after each step with its number, from 0, and the codes as they are.
-
-    Raises:
-        UserError: for a known code outside the codebook, a label that the prior has no class for, or upper levels that
-            do not go with it.
+    Arguments and errors are those of `smalti.priors.base.Sampler`. `callback` is called once per denoising step.
     """
     b, h, w = known.shape
-    check_given(prior, known, known_mask, labels)
+    check_inputs(prior, known, known_mask, labels)
     codes = torch.where(known_mask, known, prior.head.random_codes(derive(seeds, Stream.SUNDAE_START), h, w))
     unfinished = torch.ones(b, 1, 1, dtype=torch.bool, device=known.device)
-    had_turn = torch.zeros(b, 1, dtype=torch.int64, device=known.device)
-    repair = fused(_repair, codes.device) if sampling.compile else _repair
+    selected_before = torch.zeros(b, 1, dtype=torch.int64, device=known.device)
+    denoise = compiled(_denoising_step, codes.device) if sampling.compile else _denoising_step
     for step in range(sampling.steps):
-        given = (*sampling.at(step), labels, upper, derive(seeds, Stream.SUNDAE_STEP, step), sampling)
-        codes, had_turn, changed = repair(prior, codes, ~known_mask, unfinished, had_turn, *given)
+        settings = (*sampling.at(step), labels, upper, derive(seeds, Stream.SUNDAE_STEP, step), sampling)
+        codes, selected_before, changed = denoise(prior, codes, ~known_mask, unfinished, selected_before, *settings)
         if callback is not None:
             callback(step, codes)
         if step + 1 >= sampling.min_steps:
@@ -206,12 +197,12 @@ def sample_sundae(
     return codes
 
 
-def _repair(
+def _denoising_step(
     prior: CodePrior,
     codes: Int64[Tensor, "b h w"],
     unknown: Bool[Tensor, "b h w"],
     unfinished: Bool[Tensor, "b 1 1"],
-    had_turn: Int64[Tensor, "b 1"],
+    selected_before: Int64[Tensor, "b 1"],
     temperature: float | Tensor,
     proportion: float | Tensor,
     labels: Int64[Tensor, " b"] | None,
@@ -219,21 +210,25 @@ def _repair(
     seeds: Int64[Tensor, " b"],
     sampling: SundaeSampling,
 ) -> tuple[Int64[Tensor, "b h w"], Int64[Tensor, "b 1"], Bool[Tensor, "b 1 1"]]:
-    """One step: the codes after it, how many turns there were by then, and whether anything in a row changed."""
+    """Returns the codes after one step, the positions selected up to now, and whether each row changed.
+
+    See `select_positions` for `selected_before`. `seeds` differ at every step.
+    """
     head, (_, h, w) = prior.head, codes.shape
     draws = uniform(derive(seeds, Stream.SUNDAE_PROPOSAL), h * w, len(head.radices))
-    seen = guided_features(
-        prior, codes, labels, upper, derive(seeds, Stream.SUNDAE_WINDOW), temperature, sampling.guidance
-    )
-    proposal = head.sample(uniforms=draws, top_p=sampling.top_p, **seen).view_as(codes)
+    window_seeds = derive(seeds, Stream.SUNDAE_WINDOW)
+    guided = guided_features(prior, codes, labels, upper, window_seeds, temperature, sampling.guidance)
+    proposal = head.sample(uniforms=draws, top_p=sampling.top_p, **guided).view_as(codes)
     if sampling.order == "random":
-        turn = uniform(derive(seeds, Stream.SUNDAE_UPDATE), h, w) < proportion
+        selected = uniform(derive(seeds, Stream.SUNDAE_UPDATE), h, w) < proportion
     else:
-        nll = head.nll(codes=codes.flatten(1), **seen) if sampling.order == "confidence" else None
-        turn, had_turn = select_positions(unknown, proportion, had_turn, nll, derive(seeds, Stream.SUNDAE_UPDATE))
-    update = turn & unknown & unfinished
+        nll = head.nll(codes=codes.flatten(1), **guided) if sampling.order == "confidence" else None
+        selected, selected_before = select_positions(
+            unknown, proportion, selected_before, nll, derive(seeds, Stream.SUNDAE_UPDATE)
+        )
+    update = selected & unknown & unfinished
     changed = update & (proposal != codes)
-    return torch.where(update, proposal, codes), had_turn, changed.any(dim=(1, 2), keepdim=True)
+    return torch.where(update, proposal, codes), selected_before, changed.any(dim=(1, 2), keepdim=True)
 
 
 SUNDAE = Method(
@@ -243,4 +238,4 @@ SUNDAE = Method(
     sampling=SundaeSampling,
     filling=SundaeFilling,
 )
-"""Learns to repair corrupted codes, and draws by a chain of repairs: for bodies that see the whole grid."""
+"""Step-unrolled denoising, for non-causal networks."""

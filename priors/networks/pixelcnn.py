@@ -1,9 +1,10 @@
-"""The gated PixelCNN: a body in which each position sees only those before it. Objectives and samplers are elsewhere.
+"""The gated PixelCNN: causal convolutions, and optionally causal attention.
 
-A causal convolution is written as a linear layer over what lies at fixed offsets, so that drawing codes one by one
-(`decode_stepwise`) runs the very weights that training runs over the whole grid (`features`).
+Its loss and sampler are in `smalti.priors.methods.autoregressive`. A causal convolution is a linear layer over
+the vectors at fixed offsets, so training over the whole grid (`features`) and decoding code by code with
+convolution and KV caches (`decode_stepwise`) use the same weights.
 
-Legend: b batch, h w grid, n positions (n = h w), d width, r rows and c columns of a kernel, l layers.
+Legend: b batch, h w grid, n positions (n = h w), d width, r rows and c columns of a causal kernel.
 """
 
 from collections.abc import Generator
@@ -25,23 +26,23 @@ from smalti.priors.networks.causal_attention import CausalAttention
 
 @dataclass(frozen=True)
 class PixelCNNConfig(PriorConfig):
-    """A gated PixelCNN over one level of codes, small enough by default to learn in minutes on two cores.
+    """A gated PixelCNN over one level of codes; the defaults train in minutes on two CPU cores.
 
     Raises:
         UserError: for values that make no network, naming them.
     """
 
     model_width: int = 128
-    """Numbers at each position, in either stack."""
+    """Channels of a position, in each of the two stacks."""
     layers: int = 8
-    """Gated layers; each lets a position see kernel // 2 further on every side."""
+    """Gated layers. Each extends the receptive field by kernel // 2 on every side."""
     kernel: int = 3
-    """Side of the convolutions whose causal part each layer computes, odd."""
+    """Side of the convolutions, odd; only the causal part is computed."""
     attention_every: int = 0
-    """A layer of causal attention follows each so many gated ones, so that a position sees all before it; 0 for
-    none."""
+    """Add a causal attention layer after every so many gated layers, which extends the receptive field to all earlier
+    positions; 0 for none."""
     heads: int = 4
-    """Heads of such attention; each has model_width / heads numbers, a multiple of 4."""
+    """Heads of the attention layers; each has model_width / heads channels, which must be a multiple of 4."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,22 +54,107 @@ class PixelCNNConfig(PriorConfig):
             raise UserError(f"attention_every must be from 0 to layers ({self.layers}), got {self.attention_every}")
         if self.attention_every and (self.heads < 1 or self.model_width % (4 * self.heads)):
             raise UserError(
-                f"with attention model_width must be a multiple of 4 x heads (pairs of numbers turn, on two axes), "
-                f"got {self.model_width} for {self.heads} heads"
+                f"with attention model_width must be a multiple of 4 x heads (rotary embeddings rotate pairs of "
+                f"channels on two axes), got {self.model_width} for {self.heads} heads"
             )
+
+
+def gate(x: Float[Tensor, "*n d2"]) -> Float[Tensor, "*n d"]:
+    """Returns tanh of the first half times the sigmoid of the second half (Eq. 2)."""
+    value, opening = x.chunk(2, dim=-1)
+    return value.tanh() * opening.sigmoid()
+
+
+def windows(x: Float[Tensor, "b y x d"], rows: int, columns: int) -> Float[Tensor, "b h w rcd"]:
+    """Concatenates the vectors in each window of `rows` x `columns` that lies within the grid.
+
+    A linear layer over the result is a convolution without padding.
+    """
+    h, w = x.shape[1] - rows + 1, x.shape[2] - columns + 1
+    return torch.cat([x[:, r : r + h, c : c + w] for r in range(rows) for c in range(columns)], dim=-1)
+
+
+class GatedLayer(nn.Module):
+    """One layer of both stacks: over the whole grid or, with the same weights, row by row and position by position.
+
+    Args:
+        width: channels of a position, in each stack.
+        kernel: side of the convolutions, odd.
+        conditional: whether it has weights for a conditioning vector.
+        heads: heads of the attention that follows; 0 for none.
+    """
+
+    def __init__(self, width: int, kernel: int, conditional: bool, heads: int) -> None:
+        super().__init__()
+        self.kernel, self.reach = kernel, kernel // 2 + 1  # reach: rows or columns of the causal part, its own included
+        self.vertical = nn.Linear(self.reach * kernel * width, 2 * width)
+        self.horizontal = nn.Linear(self.reach * width, 2 * width)
+        self.down = nn.Linear(2 * width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.condition = nn.Linear(width, 4 * width, bias=False) if conditional else None
+        self.attention = CausalAttention(width, heads) if heads else None
+
+    def forward(
+        self,
+        vertical: Float[Tensor, "b h w d"],
+        horizontal: Float[Tensor, "b h w d"],
+        condition: Float[Tensor, "b _h _w d"] | None,
+    ) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d"]]:
+        """Applies the layer to both stacks over the whole grid.
+
+        `condition` has the conditioning vector of each position, or a single one for all positions.
+        """
+        above = F.pad(vertical, (0, 0, 0, 0, self.reach - 1, 0))
+        vertical, from_vertical = self.vertical_step(above, condition)
+        left = F.pad(horizontal, (0, 0, self.reach - 1, 0))
+        gates = F.linear(windows(left, 1, self.reach), self.horizontal.weight) + from_vertical
+        horizontal = horizontal + self.out(gate(gates))
+        return vertical, self.attention(horizontal) if self.attention else horizontal
+
+    def vertical_step(
+        self, rows: Float[Tensor, "b y w d"], condition: Float[Tensor, "b _h _w d"] | None
+    ) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d2"]]:
+        """Computes rows of the vertical stack, and their contribution to the horizontal stack's gates.
+
+        The contribution includes the conditioning and the bias.
+
+        Args:
+            rows: input of the vertical stack, with `self.reach - 1` more rows above the first.
+            condition: the conditioning vectors of the rows without these.
+        """
+        side = self.kernel // 2
+        gates = self.vertical(windows(F.pad(rows, (0, 0, side, side)), self.reach, self.kernel))
+        from_vertical = F.linear(gates, self.down.weight, self.horizontal.bias)
+        if self.condition is not None:
+            to_vertical, to_horizontal = self.condition(condition).chunk(2, dim=-1)
+            gates, from_vertical = gates + to_vertical, from_vertical + to_horizontal
+        return rows[:, self.reach - 1 :] + gate(gates), from_vertical
+
+    def horizontal_step(
+        self, x: Float[Tensor, "b d"], left: Float[Tensor, "b cd"], from_vertical: Float[Tensor, "b d2"]
+    ) -> Float[Tensor, "b d"]:
+        """Computes one position of the horizontal stack, without attention.
+
+        Args:
+            x: input at the position.
+            left: inputs at the positions that the convolution covers, `x` last.
+            from_vertical: contribution of the vertical stack (see `vertical_step`).
+        """
+        gates = torch.addmm(from_vertical, left, self.horizontal.weight.T)
+        return torch.addmm(x, gate(gates), self.out.weight.T)
 
 
 @register
 class PixelCNN(CausalPrior):
-    """Gated PixelCNN (arXiv 1606.05328, Fig. 2), with the attention of arXiv 1712.09763 on request.
+    """Gated PixelCNN (arXiv 1606.05328, Fig. 2), optionally with the attention of arXiv 1712.09763.
 
-    A vertical stack sees all rows above, a horizontal one what is left in the row, and is told by the vertical one: so
-    there is no blind spot. Classes and upper levels enter every gate (Eq. 4). The one reads codes that are moved on
-    by a row, the other by a position (from the end of a row to the start of the next, or else attention would not find
-    the last column); then every layer is the same, and none must hide its middle.
+    A vertical stack covers all rows above a position, a horizontal stack the positions left of it in its row. The
+    vertical stack feeds the horizontal one, so there is no blind spot. Class and coarser levels enter every gate
+    (Eq. 4). The vertical stack's input is shifted down by one row, the horizontal stack's by one position in raster
+    order (so that attention reaches the last column of the row above). No layer then needs a mask.
 
-    Deviations: the vertical stack has residual connections as well, without which deep ones begin with next to nothing
-    at their end; a LayerNorm ends the body in place of two layers, as the head's weights expect.
+    Deviations: the vertical stack has residual connections too, without which deep stacks start with vanishing
+    signals; a LayerNorm ends the network instead of two layers, as the head's initial weights expect.
     """
 
     kind = "pixelcnn"
@@ -88,7 +174,7 @@ class PixelCNN(CausalPrior):
         self.norm = nn.LayerNorm(d)
 
     def recomputable(self) -> list[nn.Module]:
-        """Every layer."""
+        """Returns every layer, for gradient checkpointing."""
         return [*self.layers]
 
     def features(
@@ -97,12 +183,12 @@ class PixelCNN(CausalPrior):
         labels: Int64[Tensor, " b"] | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Float[Tensor, "b n d"]:
-        """See `CodePrior.features`; those of a position hang on the codes before it only."""
+        """Computes features; see `CodePrior.features`. Those of a position depend only on the codes before it."""
         b, h, w = codes.shape
         x = self.head.embed(codes)  # b n d
         condition = self._condition(b, h, w, labels, upper)  # b h w d, b 1 1 d or None
         vertical, horizontal = (
-            rearrange(F.pad(x[:, :-moved], (0, 0, moved, 0)), "b (h w) d -> b h w d", h=h) for moved in (w, 1)
+            rearrange(F.pad(x[:, :-shift], (0, 0, shift, 0)), "b (h w) d -> b h w d", h=h) for shift in (w, 1)
         )
         for layer in self.layers:
             vertical, horizontal = layer(vertical, horizontal, condition)
@@ -116,114 +202,41 @@ class PixelCNN(CausalPrior):
         labels: Int64[Tensor, " b"] | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
-        """See `CausalPrior.decode_stepwise`.
+        """Decodes code by code with convolution and KV caches; see `CausalPrior.decode_stepwise`.
 
-        A row of the vertical stack is computed once, when the row above is whole, and with it all that the horizontal
-        stack will hear of it. A position then costs two products a layer, with what its layers read at the positions
-        left of it.
+        A row of the vertical stack is computed once, when the row above is complete, together with its contribution
+        to the horizontal stack. A position then costs two matrix products per layer.
         """
         condition = self._condition(b, h, w, labels, upper)
         layers, d, c = cast(list[GatedLayer], list(self.layers)), self.config.model_width, self.config.kernel // 2 + 1
-        new = self.norm.weight.new_zeros
-        memories = [new(b, c - 1, w, d) for _ in layers]  # the rows above that each layer reads
-        recalls = [layer.attention.kv_cached(b, h, w) if layer.attention else None for layer in layers]
-        embedded, x = new(b, w, d), new(b, d)
+        zeros = self.norm.weight.new_zeros
+        row_caches = [zeros(b, c - 1, w, d) for _ in layers]  # convolution cache: the rows above that each layer reads
+        attends = [layer.attention.kv_cached(b, h, w) if layer.attention else None for layer in layers]
+        embedded, x = zeros(b, w, d), zeros(b, d)
         for y in range(h):
-            here = condition if condition is None or condition.shape[1] == 1 else condition[:, y : y + 1]
-            vertical, heard = embedded[:, None], []
+            row_condition = condition if condition is None or condition.shape[1] == 1 else condition[:, y : y + 1]
+            vertical, contributions = embedded[:, None], []
             for number, layer in enumerate(layers):
-                rows = torch.cat([memories[number], vertical], dim=1)
-                memories[number] = rows[:, 1:]
-                vertical, told = layer.downwards(rows, here)
-                heard.append(rearrange(told, "b 1 w d -> w b d").contiguous())
-            embedded = new(b, w, d)
-            read = [new(b, (w + c - 1) * d) for _ in layers]  # what each layer read in this row, after its padding
+                rows = torch.cat([row_caches[number], vertical], dim=1)
+                row_caches[number] = rows[:, 1:]
+                vertical, from_vertical = layer.vertical_step(rows, row_condition)
+                contributions.append(rearrange(from_vertical, "b 1 w d -> w b d").contiguous())
+            embedded = zeros(b, w, d)
+            inputs = [zeros(b, (w + c - 1) * d) for _ in layers]  # convolution cache: each layer's inputs in this row
             for column in range(w):
-                for layer, seen, told, kv_cached in zip(layers, read, heard, recalls, strict=True):
-                    seen[:, (column + c - 1) * d : (column + c) * d] = x
-                    x = layer.onwards(x, seen[:, column * d : (column + c) * d], told[column])
-                    if kv_cached:
-                        x = kv_cached(x, y * w + column)
+                for layer, cache, from_vertical, attend in zip(layers, inputs, contributions, attends, strict=True):
+                    cache[:, (column + c - 1) * d : (column + c) * d] = x
+                    x = layer.horizontal_step(x, cache[:, column * d : (column + c) * d], from_vertical[column])
+                    if attend:
+                        x = attend(x, y * w + column)
                 codes = yield self.norm(x)[:, None]
                 x = self.head.embed(codes)[:, 0]
                 embedded[:, column] = x
 
     def _condition(self, b: int, h: int, w: int, labels: Tensor | None, upper: tuple[Tensor, ...]) -> Tensor | None:
-        """What classes and upper levels say to every position; None without either."""
-        said = self.of_upper(upper, h, w) if self.of_upper else None
+        """Returns the conditioning vectors of all positions, `(b, h, w, d)` or `(b, 1, 1, d)`; None without any."""
+        vectors = self.of_upper(upper, h, w) if self.of_upper else None
         if self.of_class:
-            of_class = rearrange(self.of_class(labels, b), "b d -> b 1 1 d")
-            said = of_class if said is None else said + of_class
-        return said
-
-
-def gate(x: Float[Tensor, "*n d2"]) -> Float[Tensor, "*n d"]:
-    """tanh of one half, by the sigmoid of the other (Eq. 2)."""
-    value, opening = x.chunk(2, dim=-1)
-    return value.tanh() * opening.sigmoid()
-
-
-def windows(x: Float[Tensor, "b y x d"], rows: int, columns: int) -> Float[Tensor, "b h w rcd"]:
-    """Side by side, all that lies in each window of `rows` by `columns` that fits into a grid."""
-    h, w = x.shape[1] - rows + 1, x.shape[2] - columns + 1
-    return torch.cat([x[:, r : r + h, c : c + w] for r in range(rows) for c in range(columns)], dim=-1)
-
-
-class GatedLayer(nn.Module):
-    """One layer of both stacks, over the whole grid or, with the same weights, a row and a position at a time.
-
-    Args:
-        width: numbers at each position, in either stack.
-        kernel: side of the convolutions.
-        conditional: whether it is told a condition.
-        heads: of the attention that follows; 0 for none.
-    """
-
-    def __init__(self, width: int, kernel: int, conditional: bool, heads: int) -> None:
-        super().__init__()
-        self.kernel, self.reach = kernel, kernel // 2 + 1  # rows and columns of the causal part, the position's own in
-        self.vertical = nn.Linear(self.reach * kernel * width, 2 * width)
-        self.horizontal = nn.Linear(self.reach * width, 2 * width)
-        self.down = nn.Linear(2 * width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.condition = nn.Linear(width, 4 * width, bias=False) if conditional else None
-        self.attention = CausalAttention(width, heads) if heads else None
-
-    def forward(
-        self,
-        vertical: Float[Tensor, "b h w d"],
-        horizontal: Float[Tensor, "b h w d"],
-        condition: Float[Tensor, "b _h _w d"] | None,  # one position alone is every position's
-    ) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d"]]:
-        """Both stacks, a layer on."""
-        above = F.pad(vertical, (0, 0, 0, 0, self.reach - 1, 0))
-        vertical, told = self.downwards(above, condition)
-        left = F.pad(horizontal, (0, 0, self.reach - 1, 0))
-        gates = F.linear(windows(left, 1, self.reach), self.horizontal.weight) + told
-        horizontal = horizontal + self.out(gate(gates))
-        return vertical, self.attention(horizontal) if self.attention else horizontal
-
-    def downwards(
-        self, rows: Float[Tensor, "b y w d"], condition: Float[Tensor, "b _h _w d"] | None
-    ) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b h w d2"]]:
-        """The vertical stack, and all that it, condition and bias tell the gates of the horizontal one.
-
-        Args:
-            rows: of the vertical stack, the `self.reach - 1` above the first included.
-            condition: of the rows without these.
-        """
-        side = self.kernel // 2
-        seen = self.vertical(windows(F.pad(rows, (0, 0, side, side)), self.reach, self.kernel))
-        told = F.linear(seen, self.down.weight, self.horizontal.bias)
-        if self.condition is not None:
-            to_vertical, to_horizontal = self.condition(condition).chunk(2, dim=-1)
-            seen, told = seen + to_vertical, told + to_horizontal
-        return rows[:, self.reach - 1 :] + gate(seen), told
-
-    def onwards(
-        self, x: Float[Tensor, "b d"], left: Float[Tensor, "b cd"], told: Float[Tensor, "b d2"]
-    ) -> Float[Tensor, "b d"]:
-        """The horizontal stack at one position, without attention: what it is there, what the layer reads there and
-        left of it, and what it is told."""
-        gates = torch.addmm(told, left, self.horizontal.weight.T)
-        return torch.addmm(x, gate(gates), self.out.weight.T)
+            class_vector = rearrange(self.of_class(labels, b), "b d -> b 1 1 d")
+            vectors = class_vector if vectors is None else vectors + class_vector
+        return vectors

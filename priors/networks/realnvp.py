@@ -1,4 +1,6 @@
-"""The prior of latents that are real numbers: a RealNVP, alone on a latent set. The bijection is in `smalti.core.realnvp_flow`.
+"""The prior over real-valued latents: a RealNVP normalizing flow, with its loss and its sampler.
+
+The bijection itself is in `smalti.core.realnvp_flow`.
 
 Legend: b batch, c channels, h w grid.
 """
@@ -22,18 +24,23 @@ from smalti.priors.base import Method, Prior
 
 @dataclass(frozen=True)
 class RealNVPConfig:
-    """Settings of a RealNVP; the grid and its channels are the latent set's."""
+    """Settings of a RealNVP. The command fills in the grid and its channels from the latent set.
+
+    Raises:
+        UserError: for fewer than one layer or channel.
+    """
 
     height: tyro.conf.Suppress[int] = 8
-    """Rows of the grid trained on; other grids run too."""
+    """Rows of the grid in training; other grids can be sampled too."""
     width: tyro.conf.Suppress[int] = 8
-    """Columns of the grid trained on."""
+    """Columns of the grid in training."""
     channels: tyro.conf.Suppress[int] = 16
-    """Real numbers at each position."""
+    """Channels of the latents."""
     layers: int = 12
-    """Couplings (F in selfVAE's Eq. 13); four in turn let every number decide once."""
+    """Coupling layers (F in selfVAE's Eq. 13). Four in a row transform both halves of the channels and of the
+    positions."""
     model_width: int = 64
-    """Channels of the couplings' networks."""
+    """Hidden channels of the coupling layers' networks."""
 
     def __post_init__(self) -> None:
         if self.layers < 1 or self.model_width < 1:
@@ -42,18 +49,18 @@ class RealNVPConfig:
 
 @dataclass(frozen=True)
 class DensityConfig:
-    """Maximum likelihood, of real numbers."""
+    """Settings of the maximum-likelihood loss over real-valued latents."""
 
 
 class Density(nn.Module):
-    """-ln p of grids of real numbers, exactly."""
+    """The negative log-likelihood of real-valued latents, exact."""
 
     def __init__(self, prior: "RealNVP", _config: DensityConfig) -> None:
         super().__init__()
         self.prior = prior
 
     def forward(self, batch: dict[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """The loss, in nats for each number, and the same in bits.
+        """Returns the loss in nats per dimension, and as a detached metric in bits.
 
         Args:
             batch: `codes` float32 `(b, c, h, w)`.
@@ -65,21 +72,21 @@ class Density(nn.Module):
 
 @dataclass(frozen=True)
 class FlowSampling:
-    """How grids of real numbers are drawn.
+    """Settings of sampling from the flow.
 
     Raises:
-        UserError: for a temperature that is none.
+        UserError: for a negative temperature.
     """
 
     temperature: float = 1.0
-    """Multiplies the normal numbers that the flow starts from; below 1 draws likelier latents, with less variety."""
+    """Scales the Gaussian noise that the flow maps to latents. Lower values give likelier latents and less variety."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise UserError(f"temperature must not be negative, got {self.temperature}")
 
     def calls(self, _h: int, _w: int) -> int:
-        """See `Method.sampling`: a grid is drawn at once."""
+        """Returns the calls of a sampler's callback: a grid is sampled in one step."""
         return 1
 
 
@@ -94,24 +101,25 @@ def sample_flow(
     sampling: FlowSampling = FlowSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Grids of real numbers, whole: f of normal numbers (Eq. 3), one for each seed.
+    """Samples whole grids of real-valued latents: f of Gaussian noise (selfVAE, Eq. 3).
 
-    Labels and upper levels are those of other kinds: there are none. Nothing is known: a flow cannot be told a part.
+    Arguments are those of `smalti.priors.base.Sampler`, but nothing may be known and there is no
+    conditioning: a flow cannot be conditioned on a part of its output.
     """
     assert labels is None
     assert not upper
     assert not known_mask.any()
-    drawn = prior.flow.from_base(sampling.temperature * normal(seeds, *known.shape[1:]))
+    latents = prior.flow.from_base(sampling.temperature * normal(seeds, *known.shape[1:]))
     if callback is not None:
-        callback(0, drawn)
-    return drawn
+        callback(0, latents)
+    return latents
 
 
 @register
 class RealNVP(Prior):
     """A RealNVP (arXiv 1605.08803; selfVAE, Eqs. 3, 5, 12 and 13) over one continuous level, such as selfVAE's u.
 
-    It knows no classes, and no levels above its own.
+    It is conditioned neither on classes nor on coarser levels.
     """
 
     kind: ClassVar[str] = "realnvp"
@@ -130,5 +138,5 @@ class RealNVP(Prior):
         self.flow = Flow(config.channels, layers=config.layers, width=config.model_width)
 
     def recomputable(self) -> list[nn.Module]:
-        """The couplings' networks."""
+        """Returns the coupling layers' networks, for gradient checkpointing."""
         return self.flow.networks()

@@ -1,6 +1,6 @@
-"""Axial rotary frequencies: how attention over a grid knows where its positions lie. What attends is elsewhere.
+"""Axial rotary embeddings (RoPE) of grid positions, for attention in the hourglass and the PixelCNN.
 
-Legend: h w grid, n positions (n = h w), a rotated numbers of a head.
+Legend: h w grid, n positions (n = h w), a rotated channels of a head.
 """
 
 import torch
@@ -10,26 +10,26 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 ROTARY_THETA = 100
-"""Wavelengths run from 6 to some 400 positions, the range of code grids; language models' 10 000 would leave most of a
-head unturned."""
+"""Base of the rotary frequencies. Wavelengths run from 6 to some 400 positions, the range of code grids. With the
+10 000 of language models most channels of a head would hardly rotate."""
 
 
 class AxialRotary(nn.Module):
-    """Rotations of the numbers of one head, half of them by the row, half by the column, in units of codes.
+    """Rotary embeddings on two axes: half of a head's channels rotate with the row, half with the column.
 
-    Attention sees differences only, so any grid runs.
+    Attention depends on offsets only, so grids of any size work. The unit is one code.
 
     Args:
-        head_width: numbers of a head, a multiple of 4.
+        head_width: channels of a head, a multiple of 4.
     """
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
-        # without its cache, which forgets the positions it was asked for
+        # without the library's cache, which ignores which positions are asked for
         self.rotary = RotaryEmbedding(head_width // 2, theta=ROTARY_THETA, cache_if_possible=False, cache_max_seq_len=1)
 
     def forward(self, h: int, w: int) -> Float[Tensor, "1 n a"]:
-        """The rotation of each position of a grid, in raster order."""
+        """Returns the rotation angles of each position of a grid, in raster order."""
         device = self.rotary.freqs.device
         row, column = (self.rotary(torch.arange(size, device=device)) for size in (h, w))
         return torch.cat([repeat(row, "h a -> 1 (h w) a", w=w), repeat(column, "w a -> 1 (h w) a", h=h)], dim=-1)

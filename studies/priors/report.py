@@ -1,6 +1,6 @@
-"""What is written of the study of priors: tables, a plot of distance by steps of sampling, and pictures.
+"""The report of the study of priors: tables, a plot of distance by sampling steps, and pictures.
 
-Which runs there are: `reproduce_priors.py`; what is measured of samples: `reproduce_priors_samples.py`.
+Which runs there are is in `study.py`, what is measured of samples in `samples.py`.
 """
 
 import json
@@ -17,20 +17,28 @@ from smalti.core.devices import resolve
 from smalti.core.files import whole_file
 from smalti.core.provenance import machine
 from smalti.images.sheets import save_sheet
-from smalti.studies.priors.samples import Draw, Judge, canvases, drawn, draws, loaded, steps_across
+from smalti.studies.priors.samples import (
+    Draw,
+    Evaluator,
+    canvases,
+    differences_across,
+    draws,
+    loaded,
+    sample_images,
+)
 from smalti.studies.priors.study import RESAMPLING, SETUPS, Cell, Part, ReproducePriors
-from smalti.studies.priors.training import RESULT_NAME, equal_time_steps, given_steps, step_seconds, trained
+from smalti.studies.priors.training import RESULT_NAME, equal_time_steps, first_model_steps, step_seconds, trained
 
 NONE = "not run"
-SHOWN, SHOWN_STEPS, SHOWN_CANVASES = 10, (4, 16, 100), 3  # samples in a row, and of how many steps there are rows
+SHOWN, SHOWN_STEPS, SHOWN_CANVASES = 10, (4, 16, 100), 3  # samples in a row, step counts with a row, canvases
 
 
 def reproduce_priors(config: ReproducePriors) -> None:
-    """Trains and measures what is missing, part by part, and writes each part of the report as soon as it is there.
+    """Trains and measures what is missing, and writes each part of the report as soon as it is measured.
 
     Raises:
-        UserError: for images that will not do.
-        Interrupted: if a signal stopped a run; the same command goes on with it.
+        UserError: for images that cannot be used.
+        Interrupted: if a signal stopped a run; the same command resumes it.
     """
     parts: dict[Part, Callable[[ReproducePriors], None]] = {
         "samplers": samplers,
@@ -44,62 +52,62 @@ def reproduce_priors(config: ReproducePriors) -> None:
 
 
 def write(config: ReproducePriors, part: Part, text: str) -> None:
-    """Puts a part into the report, with what it was measured on."""
-    of = "samplers" if part == "canvas" else part
-    budget = f"tokenizer {config.tokenizer_steps} steps, priors in batches of {SETUPS[of].batch * config.factor}"
+    """Inserts a part into the report, with the machine and the budget."""
+    batch = SETUPS["samplers" if part == "canvas" else part].batch * config.factor
+    budget = f"tokenizer {config.tokenizer_steps} steps, priors in batches of {batch}"
     insert(config.out, f"{config.data} {part}", f"{text}\n\n{machine()}; {budget}, {resolve(config.precision)}.")
 
 
 def resampling(part: Part, config: ReproducePriors) -> None:
-    """Seed by seed, so that a study that is stopped has pairs."""
-    found: dict[str, list[float]] = {name: [] for name in SETUPS[part].models}
+    """Compares patches with runs, seed by seed, so that a stopped study has complete pairs."""
+    losses: dict[str, list[float]] = {name: [] for name in SETUPS[part].models}
     for seed in range(config.seeds):
-        for name, losses in found.items():
-            losses.append(result(trained(Cell(part, name, config.steps, seed), config))["held_out_loss"])
-            write(config, part, resampling_table(part, config, found))
+        for name, model_losses in losses.items():
+            model_losses.append(result(trained(Cell(part, name, config.steps, seed), config))["held_out_loss"])
+            write(config, part, resampling_table(part, config, losses))
 
 
-def resampling_table(part: Part, config: ReproducePriors, found: dict[str, list[float]]) -> str:
-    """Means over seeds, and what each seed gains by patches."""
+def resampling_table(part: Part, config: ReproducePriors, losses: dict[str, list[float]]) -> str:
+    """Returns the table of mean losses over seeds, and of each seed's difference."""
     setup = SETUPS[part]
     depth = "-".join(map(str, setup.models["patches"].changes["depth"]))
-    pairs = zip(found["patches"], found["runs"], strict=False)  # the last seed's second run may be to come
-    more = ", ".join(f"{runs - patches:+.4f}" for patches, runs in pairs)
+    pairs = zip(losses["patches"], losses["runs"], strict=False)  # the last seed's second run may be missing
+    differences = ", ".join(f"{runs - patches:+.4f}" for patches, runs in pairs)
     return "\n".join(
         [
             f"{config.data}, {setup.grid}, hourglass {depth}, {config.steps} steps: held-out loss of "
-            f"SUNDAE's objective, nats a code; the mean of {len(found['patches'])} seed(s), from the least to the "
+            f"SUNDAE's objective, nats a code; the mean of {len(losses['patches'])} seed(s), from the least to the "
             "most. A seed's two runs share rows and draws.",
             "",
             "| patches of 2×2 | runs of 4 | runs less patches, by seed |",
             "|---:|---:|---|",
-            f"| {in_spread(found['patches'], '.4f')} | {in_spread(found['runs'], '.4f')} | {more or NONE} |",
+            f"| {in_spread(losses['patches'], '.4f')} | {in_spread(losses['runs'], '.4f')} | {differences or NONE} |",
         ]
     )
 
 
 def race(part: Part, config: ReproducePriors) -> None:
-    """Each model at the first one's steps and at its time."""
-    equal_time, given = equal_time_steps(part, config), given_steps(part, config)
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    """Compares the models after as many steps as the first one has, and after the same time."""
+    equal_time, first_steps = equal_time_steps(part, config), first_model_steps(part, config)
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
     for name in SETUPS[part].models:
-        for steps in dict.fromkeys((given, equal_time[name])):
-            found[name, steps] = result(trained(Cell(part, name, steps), config))
-            write(config, part, race_table(part, config, found))
+        for steps in dict.fromkeys((first_steps, equal_time[name])):
+            runs[name, steps] = result(trained(Cell(part, name, steps), config))
+            write(config, part, race_table(part, config, runs))
 
 
-def race_table(part: Part, config: ReproducePriors, found: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """A row of each model."""
-    seconds, given = step_seconds(part, config), given_steps(part, config)
+def race_table(part: Part, config: ReproducePriors, runs: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """Returns a table with a row for each model; `runs` maps (model, steps) to results."""
+    seconds, first_steps = step_seconds(part, config), first_model_steps(part, config)
     equal_time, (first, *_) = equal_time_steps(part, config), seconds
     lines = [
         f"{config.data}, {SETUPS[part].grid}: held-out loss of SUNDAE's objective, nats a code, one seed.",
         "",
-        f"| | parameters | a step's time | after {given} steps | steps in the same time | after these |",
+        f"| | parameters | a step's time | after {first_steps} steps | steps in the same time | after these |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in SETUPS[part].models:
-        results = [found.get((name, steps)) for steps in (given, equal_time[name])]
+        results = [runs.get((name, steps)) for steps in (first_steps, equal_time[name])]
         losses = [f"{each['held_out_loss']:.4f}" if each else NONE for each in results]
         parameters = next((f"{each['parameters']:,}" for each in results if each), NONE)
         ratio = f"{seconds[name] / seconds[first]:.3f}"
@@ -108,31 +116,31 @@ def race_table(part: Part, config: ReproducePriors, found: dict[tuple[str, int],
 
 
 def samplers(config: ReproducePriors) -> None:
-    """Trains the three, then judges the ways to draw from each, one by one."""
+    """Trains the three priors, then evaluates each sampler at each number of steps."""
     steps = equal_time_steps("samplers", config)
     folders = {name: trained(Cell("samplers", name, steps[name]), config) for name in steps}
-    judge, found, variants = Judge(config), {}, draws(config)
+    evaluator, scores, variants = Evaluator(config), {}, draws(config)
     for draw in variants:
-        found[draw] = judge.of_draw(draw, folders[draw.model])
-        write(config, "samplers", samplers_table(config, found, judge.floors(), steps))
-    plot(config, found, judge.floors())
+        scores[draw] = evaluator.evaluate(draw, folders[draw.model])
+        write(config, "samplers", samplers_table(config, scores, evaluator.floors(), steps))
+    plot(config, scores, evaluator.floors())
     best = [draw for draw in variants if draw.variant == draw.model and draw.steps in (*SHOWN_STEPS, None)]
-    rows = {caption(draw): drawn(draw, loaded(folders[draw.model]), SHOWN, config) for draw in best}
-    save_sheet(beside(config, "samples"), rows)
-    table = samplers_table(config, found, judge.floors(), steps)
-    beneath = {"steps": "Distance by steps and by time", "samples": "Samples, none of them picked"}
-    shown = [f"![{what}]({beside(config, name).name})" for name, what in beneath.items()]
-    write(config, "samplers", "\n\n".join([table, *shown]))
+    rows = {caption(draw): sample_images(draw, loaded(folders[draw.model]), SHOWN, config) for draw in best}
+    save_sheet(picture(config, "samples"), rows)
+    table = samplers_table(config, scores, evaluator.floors(), steps)
+    captions = {"steps": "Distance by steps and by time", "samples": "Samples, none of them picked"}
+    pictures = [f"![{text}]({picture(config, name).name})" for name, text in captions.items()]
+    write(config, "samplers", "\n\n".join([table, *pictures]))
 
 
 def samplers_table(
     config: ReproducePriors,
-    found: dict[Draw, dict[str, float]],
+    scores: dict[Draw, dict[str, float]],
     floors: dict[str, float],
     trained_steps: dict[str, int],
 ) -> str:
-    """Distances by steps, with seconds an image."""
-    images = next(iter(found.values()))["images"]
+    """Returns the table of distances and seconds per image, by sampling steps."""
+    images = next(iter(scores.values()))["images"]
     lines = [
         f"{config.data}, {SETUPS['samplers'].grid}: Fréchet distance of {images:.0f} samples to at most "
         f"{config.reference} training images, and seconds an image, decoding among them. Trained in equal time: "
@@ -141,26 +149,26 @@ def samplers_table(
         f"| steps | {' | '.join(map(str, config.step_counts))} | one a code |",
         f"|---|{'---:|' * (len(config.step_counts) + 1)}",
     ]
-    for variant in dict.fromkeys(draw.variant for draw in found):
-        at = {
-            draw.steps: f"{r['frechet']:.0f}, {r['seconds']:.3f} s"
-            for draw, r in found.items()
+    for variant in dict.fromkeys(draw.variant for draw in scores):
+        cells = {
+            draw.steps: f"{score['frechet']:.0f}, {score['seconds']:.3f} s"
+            for draw, score in scores.items()
             if draw.variant == variant
         }
-        lines.append(f"| {variant} | {' | '.join(at.get(steps, '') for steps in (*config.step_counts, None))} |")
-    return "\n".join([*lines, "", f"The floor: {', '.join(f'{who} {value:.0f}' for who, value in floors.items())}."])
+        lines.append(f"| {variant} | {' | '.join(cells.get(steps, '') for steps in (*config.step_counts, None))} |")
+    return "\n".join([*lines, "", f"The floor: {', '.join(f'{name} {value:.0f}' for name, value in floors.items())}."])
 
 
-def plot(config: ReproducePriors, found: dict[Draw, dict[str, float]], floors: dict[str, float]) -> None:
-    """Distance by steps and by seconds an image."""
+def plot(config: ReproducePriors, scores: dict[Draw, dict[str, float]], floors: dict[str, float]) -> None:
+    """Plots the distance by sampling steps and by seconds per image."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left = figure.add_subplot(1, 2, 1, xlabel="steps", ylabel="Fréchet distance", xscale="log")
     right = figure.add_subplot(1, 2, 2, xlabel="seconds an image", xscale="log", sharey=left)
-    for variant in dict.fromkeys(draw.variant for draw in found):
-        of = [(draw.steps, r["seconds"], r["frechet"]) for draw, r in found.items() if draw.variant == variant]
-        steps, seconds, distances = zip(*of, strict=True)
-        (drawn_line,) = right.plot(seconds, distances, marker="o")
-        colour = drawn_line.get_color()
+    for variant in dict.fromkeys(draw.variant for draw in scores):
+        points = [(draw.steps, s["seconds"], s["frechet"]) for draw, s in scores.items() if draw.variant == variant]
+        steps, seconds, distances = zip(*points, strict=True)
+        (line,) = right.plot(seconds, distances, marker="o")
+        colour = line.get_color()
         if None in steps:
             left.axhline(distances[0], linestyle=":", color=colour, label=f"{variant}, one step a code")
         else:
@@ -168,16 +176,17 @@ def plot(config: ReproducePriors, found: dict[Draw, dict[str, float]], floors: d
     for axes in (left, right):
         axes.axhline(floors["their reconstructions"], linestyle="--", color="#999999", label="reconstructions")
     left.legend()
-    with whole_file(beside(config, "steps")) as unfinished:
+    with whole_file(picture(config, "steps")) as unfinished:
         figure.savefig(unfinished, format="png", dpi=100)
 
 
 def canvas(config: ReproducePriors) -> None:
-    """Wide canvases of the SUNDAE of `samplers`: a picture, and steps across the borders of windows and of tiles."""
+    """Measures wide canvases of the SUNDAE of `samplers`: differences across window borders and across tile borders."""
     folder = trained(Cell("samplers", "SUNDAE", equal_time_steps("samplers", config)["SUNDAE"]), config)
-    made = canvases(folder, config)
+    wide = canvases(folder, config)
+    by_name = {"overlapping windows": wide.windows, "samples side by side": wide.tiles}
     lines = [
-        f"{config.data}: {config.canvases} canvases, {made.windows.shape[-2]}×{made.windows.shape[-1]} pixels of "
+        f"{config.data}: {config.canvases} canvases, {wide.windows.shape[-2]}×{wide.windows.shape[-1]} pixels of "
         f"{config.canvas_codes} codes in a row, of a prior of {config.sampler_steps} steps on 8×8; mean absolute "
         "difference of neighbouring pixels across borders, in units of [0, 1], and from the least to the most of the "
         "canvases.",
@@ -185,28 +194,29 @@ def canvas(config: ReproducePriors) -> None:
         "| | across borders of windows | of tiles | of other codes |",
         "|---|---:|---:|---:|",
     ]
-    for who, images in {"overlapping windows": made.windows, "samples side by side": made.tiles}.items():
-        kinds = [steps_across(images, where) for where in (made.borders, made.tile_borders, made.code_borders)]
-        lines.append(f"| {who} | {' | '.join(in_spread(of.tolist(), '.4f') for of in kinds)} |")
+    for name, images in by_name.items():
+        borders = (wide.borders, wide.tile_borders, wide.code_borders)
+        cells = [in_spread(differences_across(images, columns).tolist(), ".4f") for columns in borders]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     sheet = {
-        f"{who}, {number}": images[number - 1 : number]
-        for who, images in {"overlapping windows": made.windows, "samples side by side": made.tiles}.items()
+        f"{name}, {number}": images[number - 1 : number]
+        for name, images in by_name.items()
         for number in range(1, min(SHOWN_CANVASES, config.canvases) + 1)
     }
-    save_sheet(beside(config, "canvas"), sheet)
-    write(config, "canvas", "\n".join([*lines, "", f"![Canvases]({beside(config, 'canvas').name})"]))
+    save_sheet(picture(config, "canvas"), sheet)
+    write(config, "canvas", "\n".join([*lines, "", f"![Canvases]({picture(config, 'canvas').name})"]))
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """Of a run that is trained."""
+    """Returns the result of a finished run."""
     return json.loads((folder / RESULT_NAME).read_text())
 
 
 def caption(draw: Draw) -> str:
-    """Of a row of samples."""
+    """Returns the caption of a row of samples."""
     return f"{draw.variant}, {draw.steps} steps" if draw.steps else f"{draw.variant}, one step a code"
 
 
-def beside(config: ReproducePriors, what: str) -> Path:
-    """A picture's place."""
-    return config.out.with_name(f"{config.out.stem}-{config.data}-{what}.png")
+def picture(config: ReproducePriors, name: str) -> Path:
+    """Returns the path of a picture of the report."""
+    return config.out.with_name(f"{config.out.stem}-{config.data}-{name}.png")

@@ -1,6 +1,6 @@
-"""What is measured of samples in the study of priors: distance and time by steps of sampling, and seams of canvases.
+"""Measurements of samples in the study of priors: Fréchet distance and time by sampling steps, and seams of canvases.
 
-Which priors there are: `reproduce_priors.py`; what is written: `reproduce_priors_report.py`.
+Which priors there are is in `study.py`, the written report in `report.py`.
 
 Legend: b canvases, c channels, h w pixels, t tiles.
 """
@@ -40,12 +40,12 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Draw:
-    """One way to draw.
+    """A model and the settings of its sampler.
 
     Attributes:
-        model: whose samples, by its name in the part.
-        way: for the table.
-        steps: of the network; None where it is one for each code.
+        model: the model's name in the part.
+        variant: the name of the sampler's variant in the table.
+        steps: sampling steps; None for one step per code.
         sampling: the sampler's config.
     """
 
@@ -56,38 +56,41 @@ class Draw:
 
 
 def draws(config: ReproducePriors) -> list[Draw]:
-    """All that are compared, by steps; SUNDAE's in two ways where there are fewer than its default has."""
-    found, default = [], SundaeSampling()
+    """Returns all settings that are compared. SUNDAE with fewer steps than its default also keeps its proportions."""
+    result, default = [], SundaeSampling()
     for steps in config.step_counts:
-        of_default = SundaeSampling(steps=steps, guidance=config.guidance)
-        found.append(Draw("SUNDAE", "SUNDAE", steps, replace(of_default, proportion=proportion(steps))))
+        sundae = SundaeSampling(steps=steps, guidance=config.guidance)
+        result.append(Draw("SUNDAE", "SUNDAE", steps, replace(sundae, proportion=proportion(steps))))
         if steps < default.steps:
-            found.append(Draw("SUNDAE", "SUNDAE, proportions of 100 steps", steps, of_default))
-        found.append(Draw("masked codes", "masked codes", steps, MaskedSampling(steps=steps, guidance=config.guidance)))
-    found.append(Draw("PixelCNN", "PixelCNN", None, AncestralSampling(guidance=config.guidance)))
-    return found
+            result.append(Draw("SUNDAE", "SUNDAE, proportions of 100 steps", steps, sundae))
+        masked = MaskedSampling(steps=steps, guidance=config.guidance)
+        result.append(Draw("masked codes", "masked codes", steps, masked))
+    result.append(Draw("PixelCNN", "PixelCNN", None, AncestralSampling(guidance=config.guidance)))
+    return result
 
 
 def proportion(steps: int) -> tuple[float, float]:
-    """Of SUNDAE's repairs, that gives each code as many turns as the default does in its own steps; all codes at every
-    step, where there are too few for that."""
+    """Returns the proportions for which SUNDAE updates each code as often in `steps` as by default in its own steps.
+
+    They are at most 1: with too few steps, all codes are updated at every step.
+    """
     default = SundaeSampling()
     first, last = (min(1.0, share * default.steps / steps) for share in default.proportion)
     return first, last
 
 
-class Judge:
-    """Real images, and how far others are from them; what is measured is kept in a folder."""
+class Evaluator:
+    """Measures Fréchet distances to real images; results are cached in the runs' folders."""
 
     def __init__(self, config: ReproducePriors) -> None:
-        self._config, self._where = config, best_device()
+        self._config, self._device = config, best_device()
         folder = tokenizer_of(SETUPS["samplers"].grid, config).out
         assert folder is not None
         self._folder: Path = folder
 
     @cached_property
     def _extractor(self) -> Any:
-        return find_extractor("lite0", self._where)
+        return find_extractor("lite0", self._device)
 
     @cached_property
     def _real(self) -> Real:
@@ -97,56 +100,60 @@ class Judge:
 
     @torch.no_grad()
     def floors(self) -> dict[str, float]:
-        """Distances of held-out images, and of what the tokenizer makes of them."""
-        path = self._folder / f"{keyed('floors', self._decides())}.json"
+        """Returns the distances of held-out images and of their reconstructions by the tokenizer."""
+        path = self._folder / f"{keyed('floors', self._settings())}.json"
         if not path.exists():
-            tokenizer = load_tokenizer(str(self._folder)).to(self._where)
-            batches = to_float(self._real.judged).split(ROWS_AT_ONCE)
-            made = torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(of.to(self._where)))).cpu() for of in batches])
+            tokenizer = load_tokenizer(str(self._folder)).to(self._device)
+            batches = [batch.to(self._device) for batch in to_float(self._real.judged).split(ROWS_AT_ONCE)]
+            decoded = torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(batch))).cpu() for batch in batches])
             held_out = self._real.distance(self._real.judged)
-            write_json(path, {"held-out images": held_out, "their reconstructions": self._real.distance(made)})
+            write_json(path, {"held-out images": held_out, "their reconstructions": self._real.distance(decoded)})
         return json.loads(path.read_text())
 
-    def of_draw(self, draw: Draw, folder: Path) -> dict[str, float]:
-        """Fréchet distance of what a prior draws, and seconds an image: without a GPU those of the processor, as other
-        work on the machine would else count."""
-        path = folder / f"{keyed('samples', {**self._decides(), 'sampling': repr(draw.sampling)})}.json"
+    def evaluate(self, draw: Draw, folder: Path) -> dict[str, float]:
+        """Returns the Fréchet distance of a prior's samples, and the seconds per image.
+
+        Without a GPU the seconds are CPU time, so that other work on the machine does not count.
+        """
+        path = folder / f"{keyed('samples', {**self._settings(), 'sampling': repr(draw.sampling)})}.json"
         if not path.exists():
-            clock = time.perf_counter if self._where.type == "cuda" else time.process_time
+            clock = time.perf_counter if self._device.type == "cuda" else time.process_time
             pair, count = loaded(folder), len(self._real.judged)
             start = clock()
-            images = to_uint8(drawn(draw, pair, count, self._config))
+            images = to_uint8(sample_images(draw, pair, count, self._config))
             seconds = (clock() - start) / count
             write_json(path, {"frechet": self._real.distance(images), "seconds": seconds, "images": count})
         return json.loads(path.read_text())
 
-    def _decides(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return {name: getattr(self._config, name) for name in ("images", "num", "reference", "precision")}
 
 
 def loaded(folder: Path) -> tuple[Prior, Tokenizer]:
-    """A trained prior and its tokenizer, on the best device."""
+    """Returns a trained prior and its tokenizer, on the best device."""
     prior, tokenizer = load_prior(str(folder), None)
     return prior.to(best_device()), tokenizer.to(best_device())
 
 
 @torch.no_grad()
-def drawn(draw: Draw, pair: tuple[Prior, Tokenizer], count: int, config: ReproducePriors) -> Float[Tensor, "b c h w"]:
-    """The first `count` images of seed 0, on the CPU."""
+def sample_images(
+    draw: Draw, pair: tuple[Prior, Tokenizer], count: int, config: ReproducePriors
+) -> Float[Tensor, "b c h w"]:
+    """Returns the first `count` samples of seed 0, on the CPU."""
     prior, tokenizer = pair
     return generate_images([prior], tokenizer, num=count, seed=0, sampling=draw.sampling, precision=config.precision)
 
 
 @dataclass(frozen=True)
 class Canvases:
-    """Wide images of one prior.
+    """Wide images of one prior, and masks over their columns of pixels but the last.
 
     Attributes:
-        windows: painted through overlapping windows.
+        windows: sampled through overlapping windows.
         tiles: samples side by side, decoded as one image.
-        borders: of their columns of pixels but the last, whether a window begins or ends after it.
+        borders: whether a window starts or ends after the column.
         tile_borders: whether a tile does.
-        code_borders: whether a code does, and neither window nor tile.
+        code_borders: whether a code does, but no window and no tile.
     """
 
     windows: Float[Tensor, "b c h w"]
@@ -158,43 +165,48 @@ class Canvases:
 
 @torch.no_grad()
 def canvases(folder: Path, config: ReproducePriors) -> Canvases:
-    """As high as the prior was trained on, and `canvas_codes` wide, of seed 0."""
+    """Samples canvases of the trained height and a width of `canvas_codes`, with seed 0."""
     prior, tokenizer = loaded(folder)
-    level, wide = prior.level, config.canvas_codes
-    tiles = -(-wide // level.width)
-    painted = _codes(prior, config.canvases, (level.height, wide), config)
+    level, width = prior.level, config.canvas_codes
+    tiles = -(-width // level.width)
+    windowed = _codes(prior, config.canvases, (level.height, width), config)
     tiled = _codes(prior, config.canvases * tiles, (level.height, level.width), config)
-    tiled = rearrange(tiled, "(b t) h w -> b h (t w)", t=tiles)[..., :wide]
-    starts = window_starts(wide, level.width)
+    tiled = rearrange(tiled, "(b t) h w -> b h (t w)", t=tiles)[..., :width]
+    starts = window_starts(width, level.width)
     edges = (torch.cat([starts, starts + level.width]), torch.arange(tiles) * level.width)
-    borders, tile_borders = (columns(of, wide, tokenizer.downsampling) for of in edges)
+    borders, tile_borders = (columns(positions, width, tokenizer.downsampling) for positions in edges)
     return Canvases(
-        windows=tokenizer.decode((painted,)).cpu(),
+        windows=tokenizer.decode((windowed,)).cpu(),
         tiles=tokenizer.decode((tiled,)).cpu(),
         borders=borders,
         tile_borders=tile_borders,
-        code_borders=columns(torch.arange(wide), wide, tokenizer.downsampling) & ~borders & ~tile_borders,
+        code_borders=columns(torch.arange(width), width, tokenizer.downsampling) & ~borders & ~tile_borders,
     )
 
 
 def _codes(prior: Prior, count: int, grid: tuple[int, int], config: ReproducePriors) -> Int64[Tensor, "b h w"]:
-    found, sampling = [], SundaeSampling(steps=config.canvas_steps, guidance=config.guidance)
+    batches, sampling = [], SundaeSampling(steps=config.canvas_steps, guidance=config.guidance)
     for rows in torch.arange(count).split(ROWS_AT_ONCE):
         with autocast(best_device(), config.precision):
             labels = draw_labels(prior, (), rows, 0)
-            found.append(generate_codes(prior, rows, labels, seed=0, sampling=sampling, grid=grid))
-    return torch.cat(found)
+            batches.append(generate_codes(prior, rows, labels, seed=0, sampling=sampling, grid=grid))
+    return torch.cat(batches)
 
 
-def columns(edges: Int64[Tensor, " n"], wide: int, downsampling: int) -> Bool[Tensor, " w1"]:
-    """Whether one of these edges of codes, counted from the left, comes right after each column of pixels but the
-    last."""
-    found = torch.zeros(wide * downsampling - 1, dtype=torch.bool)
-    found[edges[(edges > 0) & (edges < wide)] * downsampling - 1] = True
-    return found
+def columns(edges: Int64[Tensor, " n"], width: int, downsampling: int) -> Bool[Tensor, " w1"]:
+    """Returns for each column of pixels but the last whether one of the edges lies right after it.
+
+    `edges` are counted in codes from the left, `width` is the width of the canvas in codes.
+    """
+    result = torch.zeros(width * downsampling - 1, dtype=torch.bool)
+    result[edges[(edges > 0) & (edges < width)] * downsampling - 1] = True
+    return result
 
 
-def steps_across(images: Float[Tensor, "b c h w"], where: Bool[Tensor, " w1"]) -> Float[Tensor, " b"]:
-    """Of each image, the mean absolute difference of pixels across these columns' right edges, in units of [0, 1]."""
-    steps = (images[..., 1:] - images[..., :-1]).abs() / 2
-    return steps[..., where].mean((1, 2, 3))
+def differences_across(images: Float[Tensor, "b c h w"], selected: Bool[Tensor, " w1"]) -> Float[Tensor, " b"]:
+    """Returns each image's mean absolute difference of pixels across the right edges of the selected columns.
+
+    The unit is that of pixels in [0, 1].
+    """
+    differences = (images[..., 1:] - images[..., :-1]).abs() / 2
+    return differences[..., selected].mean((1, 2, 3))

@@ -1,7 +1,6 @@
-"""The study of what the priors' parts are worth: what is compared with what, and at which budget.
+"""The study of the priors' parts: which models are compared, on which codes and with which budget.
 
-How it is trained is in `reproduce_priors_training.py`, what is measured of samples in `reproduce_priors_samples.py`,
-and what is written in `reproduce_priors_report.py`.
+Training is in `training.py`, what is measured of samples in `samples.py`, the written report in `report.py`.
 """
 
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from smalti.core.devices import Precision
 from smalti.core.errors import require_at_least_one
 from smalti.evaluation.config import EvaluationSettings
 from smalti.priors.methods.sundae import SundaeSampling
+from smalti.studies.priors.resampling_variants import RunsHourglass
 
 ResamplingPart: TypeAlias = Literal["resampling", "resampling-outer", "resampling-16", "resampling-outer-16"]
 Part: TypeAlias = ResamplingPart | Literal["samplers", "head", "depth", "canvas"]
@@ -23,12 +23,12 @@ DataName: TypeAlias = Literal["mnist", "cifar10", "emoji"]
 
 @dataclass(frozen=True)
 class Grid:
-    """Codes of a kind.
+    """A grid of codes, and the tokenizer that makes it.
 
     Attributes:
         pixels: side of the images, which are resized to it.
-        stages: of the tokenizer; each halves the size.
-        branching: codewords of each of three linked codebooks.
+        stages: downsampling stages of the tokenizer; each halves the size.
+        branching: branching of each of the tokenizer's three linked codebooks.
     """
 
     pixels: int
@@ -37,7 +37,7 @@ class Grid:
 
     @property
     def side(self) -> int:
-        """Of the grid of codes."""
+        """Returns the side of the grid of codes."""
         return self.pixels >> self.stages
 
     def __str__(self) -> str:
@@ -49,9 +49,9 @@ class Model:
     """A prior in a comparison.
 
     Attributes:
-        kind: of prior.
-        changes: of its kind's defaults.
-        flat: learns the codes as numbers of one digit.
+        kind: kind of the prior.
+        changes: settings of its network that differ from the kind's defaults.
+        flat: whether it learns the codes as single digits, so that its head is one softmax.
     """
 
     kind: str
@@ -61,14 +61,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a part trains.
+    """The models that a part of the study trains, and their budget.
 
     Attributes:
         grid: the codes.
-        batch: grids a step.
-        steps: which field of the config has those of the first model; the others have as many, or as many as take the
-            same time.
-        models: by name.
+        batch: batch size.
+        steps: the field of `ReproducePriors` that holds the training steps of the first model. The others train for
+            as many steps, or for as many as take the same time.
+        models: the models by name.
     """
 
     grid: Grid
@@ -82,7 +82,7 @@ _SMALL, _MEDIUM = {"model_width": 96, "heads": 3}, {"model_width": 128, "heads":
 
 def _resampling(grid: Grid, depth: tuple[int, ...]) -> Setup:
     shape = {**_MEDIUM, "depth": depth}
-    models = {"patches": Model("hourglass", shape), "runs": Model("hourglass", {**shape, "buckets": "runs"})}
+    models = {"patches": Model("hourglass", shape), "runs": Model(RunsHourglass.kind, shape)}
     return Setup(grid, 16, "steps", models)
 
 
@@ -118,63 +118,66 @@ SETUPS: dict[Part, Setup] = {
         },
     ),
 }
-"""Of every part but `canvas`, which draws from the first of `samplers`."""
+"""The setups of all parts but `canvas`, which samples from the first model of `samplers`."""
 
 
 @dataclass(frozen=True)
 class ReproducePriors:
-    """What to measure of priors, and at which budget.
+    """Settings of the study: the parts to measure and their budget.
 
     Raises:
-        UserError: for a number below 1, fewer than 4 images to judge by, or a negative guidance.
+        UserError: for a number below 1, fewer than 4 images to evaluate on, or a negative guidance.
     """
 
     study: Positional[Literal["priors"]]
-    """Whose numbers: smalti's own study of its priors."""
+    """The study: smalti's own study of its priors."""
     images: str = "emoji"
-    """Images to learn the codes of, whatever `--images` of train_tokenizer takes."""
+    """Images to train on; any source that `--images` of train_tokenizer takes."""
     data: DataName = "emoji"
-    """Which data set these are."""
+    """Name of the data set that these images are."""
     parts: tuple[Part, ...] = ("resampling", "samplers", "head", "depth", "canvas", *tuple(RESAMPLING)[1:])
-    """Patches against runs of codes, in an hourglass all of whose blocks are in its valley; SUNDAE, masked codes and
-    PixelCNN by steps of sampling; the factorised head against one softmax; the hourglass against a flat transformer; a
-    wide canvas; patches against runs where there are blocks outside the valley too; both on 16x16 codes."""
+    """Parts to run. resampling: downsampling of patches against runs of codes, in an hourglass whose blocks are all
+    at the lower resolution. samplers: SUNDAE, masked codes and PixelCNN, by sampling steps. head: the factorized head
+    against one softmax. depth: the hourglass against a flat transformer. canvas: seams on a wide canvas.
+    resampling-outer: patches against runs with blocks at the full resolution too; -16: both on 16x16 codes."""
     seeds: int = 3
-    """Runs of each model of the parts called `resampling`; the rest has one."""
+    """Seeds, and so runs, of each model in the resampling parts; other parts have one."""
     steps: int = 400
-    """Optimiser steps of each of these runs."""
+    """Training steps of each run in the resampling parts."""
     sampler_steps: int = 1_000
-    """Of SUNDAE's, whose time masked codes and PixelCNN are given."""
+    """Training steps of SUNDAE in the part samplers; masked codes and PixelCNN train for the same time."""
     head_steps: int = 120
-    """Of the run with one softmax; digit by digit has as many, and as many as take its time."""
+    """Training steps with one softmax in the part head; the factorized head trains for as many, and for the same
+    time."""
     depth_steps: int = 200
-    """Of the flat transformer's; the hourglass has as many, and as many as take its time."""
+    """Training steps of the flat transformer in the part depth; the hourglass trains for as many, and for the same
+    time."""
     tokenizer_steps: int = 400
-    """Of every tokenizer."""
+    """Training steps of every tokenizer."""
     channels: int = 32
-    """Width of the tokenizers' first stage; the second has twice as many."""
+    """Width of the tokenizers' first stage; the second has twice as many channels."""
     factor: int = 1
-    """Times the priors' widths and batches, for a GPU."""
+    """Multiplies the priors' widths and batch sizes; raise it on a GPU."""
     precision: Precision = "auto"
-    """Arithmetic of the networks."""
+    """Precision of the networks; auto is bf16 where the hardware is fast in it."""
     step_counts: tuple[int, ...] = (4, 8, 16, 32, 64, 100)
-    """Steps of sampling, of `samplers`."""
+    """Sampling steps that the part samplers compares."""
     num: int = 300
-    """Samples that are judged, and held-out images beside them."""
+    """Samples to evaluate, and held-out images to compare with."""
     reference: int = 2_000
-    """Most training images that distances are taken to."""
+    """Training images at most that distances are measured to."""
     guidance: float = 1.0
-    """Of all samplers; at 1 each draws from what it has learned."""
+    """Scale of classifier-free guidance of all samplers; at 1 each samples from what it has learned."""
     canvases: int = 4
-    """How many, of `canvas`."""
+    """Canvases of the part canvas."""
     canvas_codes: int = 256
-    """Codes from left to right of a canvas."""
+    """Width of a canvas, in codes."""
     canvas_steps: int = 100
-    """Steps of sampling, of `canvas`."""
+    """Sampling steps of the part canvas."""
     work: Path = RUNS / "reproductions" / "priors"
-    """Where runs are kept."""
+    """Folder of the runs."""
     out: Path = Path("docs/reproductions/priors.md")
-    """The Markdown file whose measured parts are replaced, with its pictures beside it."""
+    """Markdown file whose measured parts are replaced; its pictures are written beside it."""
 
     def __post_init__(self) -> None:
         counted = ("seeds", "steps", "sampler_steps", "head_steps", "depth_steps", "tokenizer_steps", "channels")
@@ -186,10 +189,13 @@ class ReproducePriors:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run.
+    """One training run.
 
     Attributes:
-        model: its name in the part.
+        part: the part of the study.
+        model: the model's name in the part.
+        steps: training steps.
+        seed: of weights, rows and draws.
     """
 
     part: Part

@@ -1,7 +1,7 @@
-"""How the runs of the study of priors are trained: a tokenizer and a latent set for each kind of grid, then priors.
+"""Training in the study of priors: a tokenizer and a latent set for each grid, then the priors.
 
-A run is kept under a name with a digest of all that decides it, so that a study that is stopped goes on. Which runs
-there are: `reproduce_priors.py`.
+A run's folder carries a digest of all settings that affect it, so that a study that was stopped resumes
+with the runs that are missing. Which models there are is in `study.py`.
 """
 
 import hashlib
@@ -36,17 +36,17 @@ from smalti.training.run_folder import last_metrics
 RESULT_NAME = "result.json"
 DIGEST_LETTERS = 10
 REPETITIONS = 5
-"""Steps of each model that are timed."""
+"""Training steps of each model that are timed."""
 
 
-def keyed(name: str, decides: dict[str, Any]) -> str:
-    """A name for what is kept, with a digest of all that decides it."""
-    text = json.dumps(decides, sort_keys=True, default=str)
+def keyed(name: str, settings: dict[str, Any]) -> str:
+    """Returns the name with a digest of the settings that affect a result."""
+    text = json.dumps(settings, sort_keys=True, default=str)
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LETTERS]}"
 
 
 def tokenizer_of(grid: Grid, config: ReproducePriors) -> TrainTokenizer[HRVQConfig]:
-    """How the HR-VQVAE with codes of this kind is trained, into which folder."""
+    """Returns the training command of the HR-VQVAE for a grid, with its folder."""
     settings = TrainTokenizer(
         model=HRVQConfig(
             height=grid.pixels,
@@ -57,21 +57,23 @@ def tokenizer_of(grid: Grid, config: ReproducePriors) -> TrainTokenizer[HRVQConf
         ),
         fit=FitConfig(steps=config.tokenizer_steps, batch_size=32, report_steps=config.tokenizer_steps, save_steps=100),
         images=config.images,
-        flips=config.data != "mnist",  # mirrored digits are no digits
+        flips=config.data != "mnist",  # a mirrored digit is no digit
         precision=config.precision,
     )
-    name = keyed(f"tokenizer-{config.data}-{grid.side}x{grid.side}-{grid.branching}cubed", decided_by(settings))
+    name = keyed(f"tokenizer-{config.data}-{grid.side}x{grid.side}-{grid.branching}cubed", flat_settings(settings))
     return replace(settings, out=config.work / name)
 
 
-def decided_by(settings: Any) -> dict[str, Any]:
-    """The settings of a training, flat, with the arithmetic as it will be."""
+def flat_settings(settings: Any) -> dict[str, Any]:
+    """Returns the settings of a training as a flat dictionary, with `auto` precision resolved."""
     return {**flatten(settings), "precision": resolve(settings.precision)}
 
 
 def latents_of(grid: Grid, config: ReproducePriors, *, flat: bool = False) -> Path:
-    """The latent set of such codes, its tokenizer trained and it built if they were not yet; `flat`, each code as a
-    number of one digit."""
+    """Returns the latent set of a grid; trains the tokenizer and builds the set where missing.
+
+    With `flat` every code is a single digit.
+    """
     tokenizer = tokenizer_of(grid, config)
     assert tokenizer.out is not None
     path = config.work / f"{tokenizer.out.name.replace('tokenizer', 'latents')}.h5"
@@ -79,15 +81,17 @@ def latents_of(grid: Grid, config: ReproducePriors, *, flat: bool = False) -> Pa
         build_latents(BuildLatents(tokenizer=str(train_tokenizer(tokenizer)), flips=False, out=path))
     if not flat:
         return path
-    of_one_digit = path.with_stem(f"{path.stem}-flat")
-    if not of_one_digit.exists():
-        flatten_codes(LatentSet(path), of_one_digit)
-    return of_one_digit
+    flat_path = path.with_stem(f"{path.stem}-flat")
+    if not flat_path.exists():
+        flatten_codes(LatentSet(path), flat_path)
+    return flat_path
 
 
 def trained(cell: Cell, config: ReproducePriors) -> Path:
-    """The folder of a run, trained as far as it was not yet; with its result: held-out loss at its end, nats per code
-    by its own objective, and parameters."""
+    """Returns the folder of a run, trained to the end.
+
+    Its result file has the number of parameters and the final held-out loss by its own objective, nats per code.
+    """
     setup = SETUPS[cell.part]
     model = setup.models[cell.model]
     latents = latents_of(setup.grid, config, flat=model.flat)
@@ -101,24 +105,24 @@ def trained(cell: Cell, config: ReproducePriors) -> Path:
         sheet_samples=0,
     )
     name = f"{cell.part}-{config.data}-{cell.model.replace(' ', '-')}-{cell.steps}steps-seed{cell.seed}"
-    folder = config.work / keyed(name, decided_by(settings))
+    folder = config.work / keyed(name, flat_settings(settings))
     if not (folder / RESULT_NAME).exists():
         train_prior(replace(settings, latents=latents, out=folder))
         parameters = sum(parameter.numel() for parameter in load(folder, "prior").parameters())
-        found = {"held_out_loss": last_metrics(folder)["held_out_loss"], "parameters": parameters}
-        write_json(folder / RESULT_NAME, found)
+        measured = {"held_out_loss": last_metrics(folder)["held_out_loss"], "parameters": parameters}
+        write_json(folder / RESULT_NAME, measured)
     return folder
 
 
 def network(model: Model, config: ReproducePriors) -> Any:
-    """The config of its network, but for what the latent set says."""
-    made = prior_class(model.kind).config_class(**model.changes)
-    more = {"model_width": made.model_width * config.factor, "heads": made.heads * config.factor}
-    return replace(made, **more)
+    """Returns the config of a model's network, without the fields that depend on the latent set."""
+    network_config = prior_class(model.kind).config_class(**model.changes)
+    width, heads = network_config.model_width, network_config.heads
+    return replace(network_config, model_width=width * config.factor, heads=heads * config.factor)
 
 
 def fit_of(cell: Cell, config: ReproducePriors) -> FitConfig:
-    """`train_prior`'s default training, in so many steps."""
+    """Returns the defaults of `train_prior` with the run's steps, batch size and seed."""
     return replace(
         TrainPrior(model=None, objective=None).fit,
         steps=cell.steps,
@@ -130,34 +134,39 @@ def fit_of(cell: Cell, config: ReproducePriors) -> FitConfig:
 
 
 def step_seconds(part: Part, config: ReproducePriors) -> dict[str, float]:
-    """What a training step of each model takes, by name: measured once, in turns, with untrained networks."""
-    setup, networks = SETUPS[part], {}
+    """Returns the seconds of a training step of each model, by name.
+
+    They are measured once, with untrained networks and steps of the models in turn.
+    """
+    setup = SETUPS[part]
+    networks: dict[str, tuple[str, Any]] = {}
     for name, model in setup.models.items():
         levels = LatentSet(latents_of(setup.grid, config, flat=model.flat)).layout.levels
         networks[name] = (model.kind, replace(network(model, config), **grids(levels, 0)))
-    batch, shown = setup.batch * config.factor, {name: (kind, flatten(made)) for name, (kind, made) in networks.items()}
-    decides = {"models": shown, "batch": batch, "precision": resolve(config.precision), "device": best_device()}
-    path = config.work / f"{keyed(f'seconds-{part}', decides)}.json"
+    batch = setup.batch * config.factor
+    models = {name: (kind, flatten(settings)) for name, (kind, settings) in networks.items()}
+    affecting = {"models": models, "batch": batch, "precision": resolve(config.precision), "device": best_device()}
+    path = config.work / f"{keyed(f'seconds-{part}', affecting)}.json"
     if not path.exists():
-        variants = [Variant(name, training_step(kind, made, batch, config)) for name, (kind, made) in networks.items()]
+        variants = [Variant(name, training_step(*model, batch, config)) for name, model in networks.items()]
         write_json(path, dict(zip(networks, medians(Comparison(part, variants), REPETITIONS), strict=True)))
     return json.loads(path.read_text())
 
 
-def training_step(kind: str, made: Any, batch: int, config: ReproducePriors) -> Callable[[], None]:
-    """A step on random codes: loss, gradients, optimiser."""
-    where, cls = best_device(), prior_class(kind)
-    prior = cls(made).to(where)
+def training_step(kind: str, network_config: Any, batch: int, config: ReproducePriors) -> Callable[[], None]:
+    """Returns a function that trains one step on random codes: loss, gradients, optimizer."""
+    device, cls = best_device(), prior_class(kind)
+    prior = cls(network_config).to(device)
     assert isinstance(prior, CodePrior)
     objective = cls.method.objective(prior, cls.method.objective_config())
     optimizer = TrainPrior(model=None, objective=None).fit.optimizer_of(objective)
     shape, size = (batch, prior.level.height, prior.level.width), prior.level.codebook_size
-    codes = torch.randint(size, shape, generator=generator_for(0)).to(where)
-    rows = {"codes": codes, "seeds": row_seeds(0, torch.arange(batch, device=where))}
+    codes = torch.randint(size, shape, generator=generator_for(0)).to(device)
+    rows = {"codes": codes, "seeds": row_seeds(0, torch.arange(batch, device=device))}
 
     def step() -> None:
         prior.zero_grad()
-        with autocast(where, config.precision):
+        with autocast(device, config.precision):
             loss, _ = objective(rows)
         loss.backward()
         optimizer.step()
@@ -165,13 +174,13 @@ def training_step(kind: str, made: Any, batch: int, config: ReproducePriors) -> 
     return step
 
 
-def given_steps(part: Part, config: ReproducePriors) -> int:
-    """Of the first model of a part."""
+def first_model_steps(part: Part, config: ReproducePriors) -> int:
+    """Returns the training steps of a part's first model."""
     return getattr(config, SETUPS[part].steps)
 
 
 def equal_time_steps(part: Part, config: ReproducePriors) -> dict[str, int]:
-    """Steps that take each model of a part as long as the first one's take it."""
-    given, seconds = given_steps(part, config), step_seconds(part, config)
+    """Returns the training steps of each model that take as long as those of the first model."""
+    steps, seconds = first_model_steps(part, config), step_seconds(part, config)
     first, *_ = seconds.values()
-    return {name: max(1, math.floor(given * first / each)) for name, each in seconds.items()}
+    return {name: max(1, math.floor(steps * first / each)) for name, each in seconds.items()}

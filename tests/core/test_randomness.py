@@ -1,13 +1,16 @@
 """Counter-based draws: against SplitMix64 in plain Python, and what they promise: uniform, unrelated, batch-free."""
 
+import itertools
 import math
+from enum import IntEnum
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalti.core.randomness import derive, generator_for, row_seeds, uniform
+from smalti.core.randomness import Stream, derive, generator_for, row_seeds, uniform
 
 MASK, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -128,3 +131,37 @@ def test_generators_depend_on_every_stream_and_leave_the_global_one_alone():
     assert not torch.equal(orders[0], orders[2])
     assert not torch.equal(orders[0], orders[3])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def stream_collisions(streams: Any) -> list[tuple[str, str]]:
+    """Returns the pairs of streams with equal integers whose scopes are equal or contain one another."""
+
+    def contains(outer: str, inner: str) -> bool:
+        return f"{inner}/".startswith(f"{outer}/")
+
+    pairs = itertools.combinations(streams, 2)
+    scoped = [(a, b, a.value[0], b.value[0]) for a, b in pairs if int(a) == int(b)]
+    return [(a.name, b.name) for a, b, first, second in scoped if contains(first, second) or contains(second, first)]
+
+
+def test_random_streams_do_not_collide():
+    assert stream_collisions(Stream) == []
+
+
+def test_planted_stream_collisions_are_found():
+    class Planted(IntEnum):
+        def __new__(cls, scope, number):
+            member = int.__new__(cls, number)
+            member._value_ = (scope, number)
+            return member
+
+        LABEL = "row", 4
+        OTHER = "other row", 4
+        DEPTH = "row/SUNDAE", 4
+        RATE = "row/SUNDAE", 0
+        MASK = "row/masked", 0
+        PREFIX = "row/SUNDAE steps", 0
+        TWIN = "row/masked", 1
+        TWIN_AGAIN = "row/masked/step", 1
+
+    assert stream_collisions(Planted) == [("LABEL", "DEPTH"), ("TWIN", "TWIN_AGAIN")]

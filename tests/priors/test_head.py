@@ -1,4 +1,4 @@
-"""The tree head against its definition written out in loops, and its draws against its probabilities."""
+"""The factorized head against its definition in loops, and its samples against its probabilities."""
 
 import itertools
 import math
@@ -15,17 +15,11 @@ from smalti.core.randomness import row_seeds, uniform
 from smalti.priors.head import DENSE_NODES, FactorizedHead, inverse_cdf, nucleus
 
 WIDTH = 6
-TREES = [
-    (5,),
-    (2, 3),
-    (3, 2, 4),
-    (DENSE_NODES + 2, 2),
-    (2, DENSE_NODES, 3),
-]  # the last two are not all dense
+TREES = [(5,), (2, 3), (3, 2, 4), (DENSE_NODES + 2, 2), (2, DENSE_NODES, 3)]  # the last two are not all dense
 
 
 def head_of(radices: tuple[int, ...], seed: int = 0) -> FactorizedHead:
-    """A head whose probabilities are far from uniform."""
+    """Returns a head whose probabilities are far from uniform."""
     torch.manual_seed(seed)
     head = FactorizedHead(radices, WIDTH)
     with torch.no_grad():
@@ -40,7 +34,7 @@ def features_and_codes(head: FactorizedHead, b: int = 2, n: int = 7) -> tuple[Te
 
 
 def rows_of(radices: tuple[int, ...], code: int) -> list[int]:
-    """The table rows on a code's path: one for each digit, counted through the tree node by node."""
+    """Returns the table rows on a code's path, one for each digit, by numbering the tree node by node."""
     numbered = {}
     for depth in range(1, len(radices) + 1):
         for prefix in itertools.product(*map(range, radices[:depth])):
@@ -50,7 +44,7 @@ def rows_of(radices: tuple[int, ...], code: int) -> list[int]:
 
 
 def log_prob_by_definition(head: FactorizedHead, feature: Tensor, code: int) -> Tensor:
-    """Log softmax among siblings, summed over the path; `digit` siblings lie before a row."""
+    """Sums the log softmax among siblings over the path; `digit` siblings precede a row."""
     total = torch.zeros(())
     for depth, row in enumerate(rows_of(head.radices, code)):
         radix = head.radices[depth]
@@ -70,7 +64,7 @@ def test_probabilities_of_all_codes_sum_to_one(radices):
 
 
 @pytest.mark.parametrize("radices", TREES)
-def test_nll_is_what_the_tree_says(radices):
+def test_nll_is_that_of_the_definition(radices):
     head = head_of(radices)
     features, codes = features_and_codes(head)
     nll = head.nll(features, codes)
@@ -86,15 +80,15 @@ def test_nll_is_what_the_tree_says(radices):
 def test_gradients_are_those_of_the_enumerated_probabilities(radices):
     head = head_of(radices)
     features, codes = features_and_codes(head)
-    wanted = [features, head.weight, head.bias]
-    found = torch.autograd.grad(head.nll(features, codes).sum(), wanted)
-    expected = torch.autograd.grad(-head.log_probs(features).gather(-1, codes[..., None]).sum(), wanted)
-    for ours, theirs in zip(found, expected, strict=True):
+    inputs = [features, head.weight, head.bias]
+    gradients = torch.autograd.grad(head.nll(features, codes).sum(), inputs)
+    expected = torch.autograd.grad(-head.log_probs(features).gather(-1, codes[..., None]).sum(), inputs)
+    for ours, theirs in zip(gradients, expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("radices", TREES)
-def test_a_code_is_read_as_the_sum_over_its_path(radices):
+def test_embedding_of_a_code_is_the_sum_over_its_path(radices):
     head = head_of(radices)
     codes = torch.randint(head.codebook_size, (2, 2, 3))
     embedded = head.embed(codes)
@@ -104,7 +98,7 @@ def test_a_code_is_read_as_the_sum_over_its_path(radices):
         assert torch.allclose(embedded[row, position], head.embedding[path].sum(0), atol=1e-6)
 
 
-def test_one_radix_is_an_embedding_a_linear_layer_and_cross_entropy():
+def test_one_radix_is_an_ordinary_embedding_and_softmax():
     head = head_of((11,))
     features, codes = features_and_codes(head)
     logits = F.linear(features, head.weight, head.bias)
@@ -114,21 +108,21 @@ def test_one_radix_is_an_embedding_a_linear_layer_and_cross_entropy():
 
 @pytest.mark.parametrize("radices", [(5,), (3, 2, 4), (DENSE_NODES + 2, 2)])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_draws_have_the_probabilities(radices, temperature):
-    """A regular lattice of uniforms gives each code its probability times the lattice, to within its spacing."""
+def test_samples_follow_the_probabilities(radices, temperature):
+    """On a regular lattice of uniforms each code has its share of the points, up to the lattice's spacing."""
     head = head_of(radices)
     feature = torch.randn(1, 1, WIDTH)
     spacing = [40_000] if len(radices) == 1 else [900, 40] if len(radices) == 2 else [60, 40, 60]
     axes = [(torch.arange(n) + 0.5) / n for n in spacing]
     lattice = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)[None]
-    drawn = head.sample(feature.expand(1, lattice.shape[1], -1), lattice, temperature)
-    with torch.no_grad():  # the same head with everything divided is the head at that temperature
+    samples = head.sample(feature.expand(1, lattice.shape[1], -1), lattice, temperature)
+    with torch.no_grad():  # a head with scaled logits is the head at that temperature
         head.weight /= temperature
         head.bias /= temperature
-    found = torch.bincount(drawn[0], minlength=head.codebook_size) / lattice.shape[1]
+    shares = torch.bincount(samples[0], minlength=head.codebook_size) / lattice.shape[1]
     expected = head.log_probs(feature)[0, 0].exp()
-    assert (found - expected).abs().sum() / 2 < sum(r / n for r, n in zip(radices, spacing, strict=True)) / 2
-    assert (found - expected.roll(1)).abs().sum() / 2 > 0.2  # the bound tells distributions apart
+    assert (shares - expected).abs().sum() / 2 < sum(r / n for r, n in zip(radices, spacing, strict=True)) / 2
+    assert (shares - expected.roll(1)).abs().sum() / 2 > 0.2  # the bound distinguishes distributions
 
 
 @given(
@@ -137,18 +131,18 @@ def test_draws_have_the_probabilities(radices, temperature):
     ),
     grains=st.lists(st.integers(0, 2**24 - 1), max_size=20),
 )
-def test_inverse_cdf_never_leaves_the_possible(weights, grains):
+def test_inverse_cdf_never_returns_an_impossible_index(weights, grains):
     probabilities = torch.tensor(weights) / sum(weights)
     uniforms = torch.tensor([0, 2**24 - 1, *grains], dtype=torch.float64).mul(2.0**-24).float()
-    drawn = inverse_cdf(probabilities.expand(len(uniforms), -1), uniforms)
-    assert (probabilities[drawn] > 0).all()
+    samples = inverse_cdf(probabilities.expand(len(uniforms), -1), uniforms)
+    assert (probabilities[samples] > 0).all()
     exact = probabilities.double().cumsum(0)
-    below = torch.where(drawn > 0, exact[(drawn - 1).clamp(min=0)], 0.0)
+    below = torch.where(samples > 0, exact[(samples - 1).clamp(min=0)], 0.0)
     assert (below - 1e-6 <= uniforms).all()
-    assert (uniforms <= exact[drawn] + 1e-6).all()
+    assert (uniforms <= exact[samples] + 1e-6).all()
 
 
-def test_hits_are_where_the_likeliest_digits_lead():
+def test_hits_are_those_of_greedy_decoding():
     head = head_of((3, 2, 4))
     features, _ = features_and_codes(head, n=50)
     every = head.log_probs(features).exp().view(2, 50, 3, 2, 4)
@@ -163,24 +157,24 @@ def test_hits_are_where_the_likeliest_digits_lead():
 
 
 @pytest.mark.parametrize("radices", [(3, 2, 4), (DENSE_NODES + 2, 2)])
-def test_autocast_leaves_losses_and_draws_in_float32(radices):
+def test_losses_and_samples_are_float32_under_autocast(radices):
     head = head_of(radices)
     features, codes = features_and_codes(head, n=40)
     uniforms = uniform(row_seeds(0, torch.arange(2)), 40, len(radices))
     with torch.autocast("cpu", torch.bfloat16):
-        nll, drawn = head.nll(features, codes), head.sample(features, uniforms)
+        nll, samples = head.nll(features, codes), head.sample(features, uniforms)
     assert nll.dtype == torch.float32
     assert torch.allclose(nll, head.nll(features, codes), atol=0.1)
-    assert (drawn == head.sample(features, uniforms)).float().mean() > 0.9
+    assert (samples == head.sample(features, uniforms)).float().mean() > 0.9
 
 
-def test_a_new_head_knows_nothing():
+def test_untrained_head_predicts_nearly_uniformly():
     head = FactorizedHead((8, 8, 8), 64)
     features, codes = torch.randn(4, 100, 64), torch.randint(512, (4, 100))
     assert abs(head.nll(features, codes).mean() - math.log(512)) < 0.1
 
 
-def test_random_codes_are_uniform_and_the_rows_own():
+def test_random_codes_are_uniform_and_depend_on_each_rows_seed():
     head = head_of((3, 2))
     seeds = row_seeds(5, torch.arange(2000))
     codes = head.random_codes(seeds, 3, 4)
@@ -199,8 +193,7 @@ def test_radices_that_make_no_codebook_are_refused():
     st.lists(st.integers(1, 50), min_size=2, max_size=9).map(lambda counts: torch.tensor(counts) / sum(counts)),
     st.floats(0.01, 0.999),
 )
-def test_the_nucleus_is_the_smallest_likely_set(probabilities, top_p):
-    """By trying every number of the likeliest values."""
+def test_nucleus_is_the_smallest_likeliest_set(probabilities, top_p):
     kept = nucleus(probabilities, top_p)
     count = int((kept > 0).sum())
     ordered = probabilities.sort(descending=True).values

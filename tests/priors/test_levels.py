@@ -1,4 +1,4 @@
-"""Several levels, each with a prior of another kind: trained, drawn and decoded as one model, their bits counted."""
+"""Several levels, each with a prior of another kind: trained, sampled and evaluated as one model."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ class TwoLevelsConfig:
 
 
 class TwoLevels(Tokenizer):
-    """Paints the codes: the upper level in red, the lower one in green and blue."""
+    """Stores the codes as colours: the coarser level in red, the finer one in green and blue."""
 
     kind, config_class = "two-levels", TwoLevelsConfig
     image_channels, downsampling = 3, 1
@@ -72,15 +72,15 @@ class TwoLevels(Tokenizer):
 
 
 def codes_of_rows():
-    """Below each upper code four that hang on it: its first digit says whether it is 2, its second digit repeats it."""
+    """Returns codes of two levels: each coarse code x decides the four finer ones, whose digits are (x == 2, x)."""
     upper = torch.randint(3, (ROWS, 2, 2), generator=torch.Generator().manual_seed(0))
-    above = upper.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    return upper, (above == 2).long() * 3 + above
+    coarse = upper.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return upper, (coarse == 2).long() * 3 + coarse
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with the tokenizer, its latent set, a prior of either level, each of another kind."""
+    """A folder with the tokenizer, its latent set, and a prior of each level, of different kinds."""
     folder, patch = tmp_path_factory.mktemp("levels"), pytest.MonkeyPatch()
     patch.setitem(models._CLASSES, ("tokenizer", "two-levels"), TwoLevels)
     patch.chdir(folder)
@@ -107,23 +107,23 @@ def run(main, *arguments):
     try:
         main()
         return 0
-    except SystemExit as left:
-        return left.code
+    except SystemExit as error:
+        return error.code
     finally:
         sys.argv = before
 
 
-def test_each_level_is_trained_below_those_above_it(place):
+def test_each_level_is_trained_conditioned_on_the_coarser_ones(place):
     config = json.loads((place / "bottom" / "config.json").read_text())["config"]
     assert (config["upper_radices"], config["upper_factors"], config["radices"]) == ([[3]], [2], [2, 3])
     lines = [json.loads(line) for line in (place / "bottom" / METRICS_NAME).read_text().splitlines()]
-    assert lines[-1]["held_out_bits_per_code"] < 0.3  # without the upper level it would be more than log2(3) / 4
-    assert not (place / "top" / "samples.png").exists()  # there is nothing to decode
+    assert lines[-1]["held_out_bits_per_code"] < 0.3  # without the coarser level it would be more than log2(3) / 4
+    assert not (place / "top" / "samples.png").exists()  # a coarser level alone cannot be decoded
     assert (place / "bottom" / "samples.png").exists()
 
 
-def test_levels_are_drawn_as_one_model(place, capfd):
-    """Of two kinds, in any order; and the lower codes hang on the upper ones as in training."""
+def test_levels_are_sampled_as_one_model(place, capfd):
+    """Priors of two kinds, given in any order; finer codes depend on the coarser ones as in training."""
     for sources, out in ((("top", "bottom"), "a.png"), (("bottom", "top"), "b.png")):
         assert run(sample.main, "--prior", *sources, "--num", 6, "--out", out) == 0
     a, b = (Image.open(place / name) for name in ("a.png", "b.png"))
@@ -132,42 +132,43 @@ def test_levels_are_drawn_as_one_model(place, capfd):
     priors, _ = load_priors(("top", "bottom"), None)
     samplings = [SundaeSampling(steps=10), AncestralSampling()]
     upper, lower = generate_levels(priors, torch.arange(64), None, grids=[(2, 2), (4, 4)], seed=0, samplings=samplings)
-    above = upper.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert (lower == (above == 2).long() * 3 + above).float().mean() > 0.7  # one in six by chance
+    coarse = upper.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert (lower == (coarse == 2).long() * 3 + coarse).float().mean() > 0.7  # one in six by chance
     assert len(upper.flatten(1).unique(dim=0)) > 10
 
 
-def test_flags_are_those_of_the_last_priors_kind(place, capfd):
+def test_flags_are_those_of_the_last_prior(place, capfd):
     assert run(sample.main, "--prior", "top", "bottom", "--num", 2, "--temperature", "0.5", "--out", "c.png") == 0
     assert run(sample.main, "--prior", "bottom", "top", "--num", 2, "--steps", "3", "--out", "d.png") == 0
     assert run(sample.main, "--prior", "top", "bottom", "--steps", "3", "--out", "e.png") == 2
     assert "--steps" in capfd.readouterr().err
 
 
-def test_all_levels_fill_a_hole_as_one_model(place, capfd):
-    """Each keeps what it knows; what is drawn below hangs on what is drawn above; and the command does it too."""
+def test_all_levels_inpaint_as_one_model(place, capfd):
+    """Known pixels are kept, and finer codes depend on the sampled coarser ones; the command does the same."""
     priors, tokenizer = load_priors(("top", "bottom"), None)
     codes = tuple(level[:32] for level in codes_of_rows())
     pixels = to_uint8(tokenizer.decode(codes))
     assert all(map(torch.equal, tokenizer.encode(to_float(pixels)), codes))
-    hole = torch.zeros(32, 4, 4, dtype=torch.bool)
-    hole[:, :2, 2:] = True
+    mask = torch.zeros(32, 4, 4, dtype=torch.bool)
+    mask[:, :2, 2:] = True
     filled = fill(
         priors,
         tokenizer,
         pixels,
-        hole,
+        mask,
         seeds=row_seeds(0, torch.arange(32)),
         sampling=AncestralFilling(),
         filling=Filling(candidates=2, dilation=0, match_colour=False),
     )
     upper, lower = tokenizer.encode(to_float(filled))
-    assert torch.equal(filled[~hole.unsqueeze(1).expand_as(filled)], pixels[~hole.unsqueeze(1).expand_as(pixels)])
+    known = ~mask.unsqueeze(1).expand_as(pixels)
+    assert torch.equal(filled[known], pixels[known])
     inside = lower[:, :2, 2:]
     assert (inside == ((upper == 2).long() * 3 + upper)[:, :1, 1:]).float().mean() > 0.7
     assert (upper[:, 0, 1] != codes[0][:, 0, 1]).any()
     save_png(place / "in.png", to_image(pixels[0]))
-    save_png(place / "mask.png", Image.fromarray(hole[0].numpy()))
+    save_png(place / "mask.png", Image.fromarray(mask[0].numpy()))
     for order in ("top bottom", "bottom top"):
         flags = f"--prior {order} --image in.png --mask mask.png --num 1 --dilation 0 --out {order[0]}.png"
         assert run(inpaint.main, *flags.split()) == 0
@@ -178,7 +179,7 @@ def test_all_levels_fill_a_hole_as_one_model(place, capfd):
 
 
 @pytest.mark.parametrize(
-    ("main", "flags", "said"),
+    ("main", "flags", "message"),
     [
         (
             sample.main,
@@ -191,37 +192,37 @@ def test_all_levels_fill_a_hole_as_one_model(place, capfd):
         (train_prior.main, f"{TRAIN} --level 2 --out never", "has levels 0 to 1; --level 2 is not one of them"),
     ],
 )
-def test_what_does_not_make_one_model_is_one_line(place, capfd, main, flags, said):
+def test_priors_that_make_no_model_are_refused_in_one_line(place, capfd, main, flags, message):
     assert run(main, *flags.split()) == 2
     err = capfd.readouterr().err
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
-    ("levels", "said"),
+    ("levels", "message"),
     [
         ((Level(2, 2, channels=3), Level(4, 4, (3,))), "holds real numbers"),
         ((Level(2, 2, (3,)), Level(4, 6, (3,))), "2x2 and 4x6, are not one a whole multiple"),
         ((Level(3, 3, (3,)), Level(4, 4, (3,))), "3x3 and 4x4, are not"),
     ],
 )
-def test_levels_that_no_prior_learns_are_refused(levels, said):
-    with pytest.raises(UserError, match=said):
+def test_levels_that_no_prior_learns_are_refused(levels, message):
+    with pytest.raises(UserError, match=message):
         grids(levels, 1)
 
 
 def enumerated_bits(prior, upper=()):
-    """-log2 p of every grid, as the product over positions of the head's own table."""
+    """Returns -log2 p of every grid, as the product over positions of the head's enumerated probabilities."""
     level, size = prior.level, prior.level.codebook_size
-    every = torch.tensor(list(itertools.product(range(size), repeat=level.positions)))
-    given = tuple(codes.expand(len(every), -1, -1) for codes in upper)
-    table = prior.head.log_probs(prior.features(every.view(-1, level.height, level.width), upper=given))
-    return -table.gather(-1, every[..., None])[..., 0].double().sum(-1) / math.log(2)
+    grids = torch.tensor(list(itertools.product(range(size), repeat=level.positions)))
+    coarser = tuple(codes.expand(len(grids), -1, -1) for codes in upper)
+    table = prior.head.log_probs(prior.features(grids.view(-1, level.height, level.width), upper=coarser))
+    return -table.gather(-1, grids[..., None])[..., 0].double().sum(-1) / math.log(2)
 
 
 @torch.no_grad()
-def test_bits_are_those_of_the_enumerated_probabilities(tmp_path):
+def test_bits_per_code_are_those_of_enumerated_probabilities(tmp_path):
     torch.manual_seed(0)
     layout = Layout((Level(1, 2, (3,)), Level(2, 4, (2,))))
     upper, lower = torch.randint(3, (10, 1, 2)), torch.randint(2, (10, 2, 4))
@@ -233,35 +234,35 @@ def test_bits_are_those_of_the_enumerated_probabilities(tmp_path):
     sizes = {"model_width": 8, "layers": 2}
     top = PixelCNN(PixelCNNConfig(1, 2, (3,), **sizes)).eval()
     bottom = PixelCNN(PixelCNNConfig(2, 4, (2,), upper_radices=((3,),), upper_factors=(2,), **sizes)).eval()
-    found = count_bits([top, bottom], LatentSet(tmp_path / "set.h5"), batch_size=3)
+    bits = count_bits([top, bottom], LatentSet(tmp_path / "set.h5"), batch_size=3)
     rows = numbers[numbers % 3 == 0].tolist()
     powers = 2 ** torch.arange(7, -1, -1)
-    of_top = torch.stack([enumerated_bits(top)[upper[row].flatten() @ torch.tensor([3, 1])] for row in rows])
-    of_bottom = torch.stack([enumerated_bits(bottom, (upper[row],))[lower[row].flatten() @ powers] for row in rows])
-    assert found.rows == 4
-    assert found.per_code == pytest.approx((float(of_top.mean()) / 2, float(of_bottom.mean()) / 8), abs=1e-5)
-    errors = (float(of_top.std()) / 2 / 2, float(of_bottom.std()) / 2 / 8)
-    assert found.standard_errors == pytest.approx(errors, abs=1e-5)
-    assert found.per_dimension == pytest.approx(float((of_top + of_bottom).mean()) / 96, abs=1e-6)
+    top_bits = torch.stack([enumerated_bits(top)[upper[row].flatten() @ torch.tensor([3, 1])] for row in rows])
+    bottom_bits = torch.stack([enumerated_bits(bottom, (upper[row],))[lower[row].flatten() @ powers] for row in rows])
+    assert bits.rows == 4
+    assert bits.per_code == pytest.approx((float(top_bits.mean()) / 2, float(bottom_bits.mean()) / 8), abs=1e-5)
+    errors = (float(top_bits.std()) / 2 / 2, float(bottom_bits.std()) / 2 / 8)
+    assert bits.standard_errors == pytest.approx(errors, abs=1e-5)
+    assert bits.per_dimension == pytest.approx(float((top_bits + bottom_bits).mean()) / 96, abs=1e-6)
     other = count_bits([top, bottom], LatentSet(tmp_path / "set.h5"), split="train", batch_size=100)
     assert other.rows == 6
-    assert other.per_code != found.per_code
+    assert other.per_code != bits.per_code
     sundae = Hourglass(HourglassConfig(1, 2, (3,), model_width=8, heads=1, depth=(1,), shorten=()))
-    for wrong, said in (
+    for priors, message in (
         ([sundae, bottom], "a hourglass has no exact likelihood of codes"),
         ([top], r"has 2 level\(s\), but 1 priors are given"),
         ([top, top], r"not for codes of \(2,\)"),
     ):
-        with pytest.raises(UserError, match=said):
-            count_bits(wrong, LatentSet(tmp_path / "set.h5"))
+        with pytest.raises(UserError, match=message):
+            count_bits(priors, LatentSet(tmp_path / "set.h5"))
 
 
-def test_the_saved_prior_says_its_level(place):
+def test_saved_prior_has_its_level(place):
     assert load("bottom", "prior").provenance["level"] == 1
 
 
 @torch.no_grad()
-def test_the_hourglass_is_told_what_is_above_it_whether_guided_or_not():
+def test_hourglass_is_conditioned_on_coarser_levels_with_and_without_guidance():
     torch.manual_seed(0)
     config = HourglassConfig(4, 4, (3,), classes=2, upper_radices=((5,),), upper_factors=(2,), model_width=16, heads=2)
     prior, codes, upper = Hourglass(config).eval(), torch.randint(3, (1, 4, 4)), torch.randint(5, (1, 2, 2))
@@ -272,18 +273,18 @@ def test_the_hourglass_is_told_what_is_above_it_whether_guided_or_not():
         changed = (prior.features(codes, upper=(other,)) - features).abs().amax(-1).view(4, 4) > 1e-4
         assert changed[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].all()
     prior.head.weight.mul_(30)
-    drawn = {}
-    for guidance, above in itertools.product((1.0, 3.0), (upper, (upper + 1) % 5)):
-        drawn[guidance, above] = prior.method.sampler(
+    samples = {}
+    for guidance, coarser in itertools.product((1.0, 3.0), (upper, (upper + 1) % 5)):
+        samples[guidance, coarser] = prior.method.sampler(
             prior,
             known=codes.repeat(3, 1, 1),
             known_mask=torch.zeros(3, 4, 4, dtype=torch.bool),
             seeds=row_seeds(0, torch.arange(3)),
-            labels=torch.full((3,), -1),  # so that guidance leads from where it is to where it is
-            upper=(above.repeat(3, 1, 1),),
+            labels=torch.full((3,), -1),  # without a class both branches of guidance are equal
+            upper=(coarser.repeat(3, 1, 1),),
             sampling=SundaeSampling(steps=3, guidance=guidance),
         )
-    plain, plain_above_others, guided, guided_above_others = drawn.values()
+    plain, plain_with_other_codes, guided, guided_with_other_codes = samples.values()
     assert torch.equal(plain, guided)
-    assert torch.equal(plain_above_others, guided_above_others)
-    assert not torch.equal(plain, plain_above_others)
+    assert torch.equal(plain_with_other_codes, guided_with_other_codes)
+    assert not torch.equal(plain, plain_with_other_codes)

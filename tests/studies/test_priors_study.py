@@ -1,5 +1,4 @@
-"""The study of the priors' parts, tiny: what is trained at which budget, what is measured, that it goes on, and what is
-written."""
+"""The study of the priors' parts, tiny: budgets of the runs, measurements, resuming, and the report."""
 
 import json
 import shutil
@@ -27,9 +26,10 @@ from smalti.metrics.extractors import Extractor
 from smalti.priors.methods.canvas import window_starts
 from smalti.priors.methods.sundae import Sundae, SundaeSampling
 from smalti.scripts import reproduce as command
-from smalti.studies.priors import training
+from smalti.studies.priors import samples, training
 from smalti.studies.priors.report import resampling_table
-from smalti.studies.priors.samples import Judge, canvases, columns, draws, proportion, steps_across
+from smalti.studies.priors.resampling_variants import RunsHourglass
+from smalti.studies.priors.samples import Evaluator, canvases, columns, differences_across, draws, proportion
 from smalti.studies.priors.study import RESAMPLING, SETUPS, Cell, Grid, ReproducePriors, ResamplingPart
 from smalti.studies.priors.training import (
     RESULT_NAME,
@@ -66,7 +66,7 @@ CONFIG = ReproducePriors(
 
 
 class Quarters(Extractor):
-    """Mean colours of an image's quarters, in place of a network that sees much and takes long."""
+    """Features for tests: the mean colours of an image's quarters."""
 
     name, width, size, resampling = "lite0", 12, 2, "none"
 
@@ -76,7 +76,7 @@ class Quarters(Extractor):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole study of 4x4 codes, with networks of width 16, in a folder of its own, which is the current one."""
+    """A whole study of 4x4 codes, with networks of width 16, in a temporary working directory."""
     folder = tmp_path_factory.mktemp("study")
     write_images(folder / "img", count=80)
     small = {"model_width": 16, "heads": 2}
@@ -99,8 +99,8 @@ def study(patch):
 
 
 def results(folder):
-    found = folder.glob(f"runs/reproductions/priors/*/{RESULT_NAME}")
-    return {path.parent.name: json.loads(path.read_text()) for path in found}
+    paths = folder.glob(f"runs/reproductions/priors/*/{RESULT_NAME}")
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
 def report(folder):
@@ -108,12 +108,12 @@ def report(folder):
 
 
 def row_of(text, part, first):
-    """The cells of a table's row."""
-    of_part = text.split(f"<!-- measured: emoji {part} -->")[1]
-    return next(line for line in of_part.splitlines() if line.startswith(f"| {first}")).strip("| ").split(" | ")
+    """Returns the cells of a table's row."""
+    section = text.split(f"<!-- measured: emoji {part} -->")[1]
+    return next(line for line in section.splitlines() if line.startswith(f"| {first}")).strip("| ").split(" | ")
 
 
-def test_runs_are_of_the_steps_that_were_given_or_take_the_same_time(folder):
+def test_runs_have_the_configured_steps_or_take_the_same_time(folder):
     expected = {f"resampling-emoji-{name}-2steps-seed{seed}" for name in ("patches", "runs") for seed in (0, 1)}
     for part, first_steps in {"samplers": 2, "head": 1, "depth": 1}.items():
         seconds = step_seconds(part, CONFIG)
@@ -125,28 +125,28 @@ def test_runs_are_of_the_steps_that_were_given_or_take_the_same_time(folder):
             expected |= {f"{part}-emoji-{name.replace(' ', '-')}-{count}steps-seed0" for count in counts}
     assert {name.rsplit("-", 1)[0] for name in results(folder)} == expected
     assert equal_time_steps("depth", replace(CONFIG, depth_steps=7))["flat, 6 blocks"] == 7
-    assert not list(folder.glob("runs/**/samples.png"))  # drawing would take longer than training
+    assert not list(folder.glob("runs/**/samples.png"))  # sampling would take longer than training
 
 
 @torch.no_grad()
-def test_a_held_out_loss_is_that_of_all_held_out_codes(folder):
-    """SUNDAE's, of the model that is kept, with the draws of the run's seed."""
+def test_held_out_loss_is_that_of_all_held_out_codes(folder):
+    """It is the SUNDAE loss of the saved model, with the draws of the run's seed."""
     run = trained(Cell("resampling", "runs", 2, seed=1), CONFIG)
     prior = load(run, "prior")
     rows = LatentRows(LatentSet(latents_of(SETUPS["resampling"].grid, CONFIG)), split="held_out")
     batch = rows.__getitems__(range(len(rows)))
     losses = []
     for start in range(0, len(rows), SETUPS["resampling"].batch):
-        some = {name: column[start : start + SETUPS["resampling"].batch] for name, column in batch.items()}
-        loss, _ = Sundae(prior, prior.method.objective_config()).eval()({**some, "seeds": row_seeds(1, some["rows"])})
-        losses += [float(loss)] * len(some["rows"])
-    found = json.loads((run / RESULT_NAME).read_text())
-    assert found["held_out_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-    assert found["parameters"] == sum(parameter.numel() for parameter in prior.parameters())
-    assert prior.config.buckets == "runs"
+        part = {name: column[start : start + SETUPS["resampling"].batch] for name, column in batch.items()}
+        loss, _ = Sundae(prior, prior.method.objective_config()).eval()({**part, "seeds": row_seeds(1, part["rows"])})
+        losses += [float(loss)] * len(part["rows"])
+    result = json.loads((run / RESULT_NAME).read_text())
+    assert result["held_out_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert result["parameters"] == sum(parameter.numel() for parameter in prior.parameters())
+    assert isinstance(prior, RunsHourglass)
 
 
-def test_flat_codes_are_the_same_numbers_of_one_digit(folder):
+def test_flat_codes_are_the_same_codes_with_one_digit(folder):
     paths = [latents_of(SETUPS["head"].grid, CONFIG, flat=flat) for flat in (False, True)]
     tree, flat = map(LatentSet, paths)
     assert (tree.layout.levels[0].radices, flat.layout.levels[0].radices) == ((2, 2, 2), (8,))
@@ -159,63 +159,63 @@ def test_flat_codes_are_the_same_numbers_of_one_digit(folder):
     assert (one.head.radices, digits.head.radices) == ((8,), (2, 2, 2))
 
 
-def test_distances_are_what_evaluate_finds(folder):
-    steps, judge = equal_time_steps("samplers", CONFIG), Judge(CONFIG)
+def test_distances_equal_those_of_the_evaluate_command(folder):
+    steps, evaluator = equal_time_steps("samplers", CONFIG), Evaluator(CONFIG)
     settings = EvaluationSettings(images="img", num=4, reference=8, precision="fp32")
     for draw in draws(CONFIG):
         run = trained(Cell("samplers", draw.model, steps[draw.model]), CONFIG)
         scores, _ = evaluate_prior(
             PriorEvaluation(draw.sampling, prior=(str(run),), protocol=settings, out=folder / "x.json")
         )
-        found = judge.of_draw(draw, run)
-        assert found["frechet"] == pytest.approx(scores["frechet"]["model"])
-        shown = row_of(report(folder), "samplers", draw.way)[1 if draw.steps else 2]
-        assert shown == f"{found['frechet']:.0f}, {found['seconds']:.3f} s"
-        assert judge.floors()["held-out images"] == pytest.approx(scores["frechet"]["real"])
+        measured = evaluator.evaluate(draw, run)
+        assert measured["frechet"] == pytest.approx(scores["frechet"]["model"])
+        cell = row_of(report(folder), "samplers", draw.variant)[1 if draw.steps else 2]
+        assert cell == f"{measured['frechet']:.0f}, {measured['seconds']:.3f} s"
+        assert evaluator.floors()["held-out images"] == pytest.approx(scores["frechet"]["real"])
 
 
 @given(st.integers(1, 400))
-def test_few_steps_give_each_code_as_many_turns_as_many_do(steps):
+def test_proportion_updates_each_code_as_often_with_fewer_steps(steps):
     first, last = proportion(steps)
     assert 0 < last <= first <= 1
     default = SundaeSampling()
-    turns, of_default = steps * (first + last) / 2, default.steps * sum(default.proportion) / 2
-    assert turns == pytest.approx(of_default) or (turns < of_default and first == 1)
+    updates, by_default = steps * (first + last) / 2, default.steps * sum(default.proportion) / 2
+    assert updates == pytest.approx(by_default) or (updates < by_default and first == 1)
     assert proportion(default.steps) == pytest.approx(default.proportion)
     assert proportion(1) == (1, 1)
 
 
 @given(st.integers(2, 12), st.integers(1, 4), st.data())
-def test_steps_are_counted_across_the_right_columns(wide, pixels, data):
-    """An image that steps by 1 at some edges of codes and nowhere else."""
+def test_differences_are_measured_across_the_right_columns(wide, pixels, data):
+    """The image changes at some edges of codes and nowhere else."""
     edges = data.draw(st.sets(st.integers(1, wide - 1), min_size=1))
     image = torch.zeros(1, 3, 2, wide * pixels)
     for edge in edges:
         image[..., edge * pixels :] += 2 / len(edges)
-    where = columns(torch.tensor([0, *edges, wide]), wide, pixels)
-    assert where.sum() == len(edges)
-    assert steps_across(image, where).item() == pytest.approx(1 / len(edges), rel=1e-4)
-    if len(edges) < len(where):
-        assert steps_across(image, ~where).item() == 0
+    selected = columns(torch.tensor([0, *edges, wide]), wide, pixels)
+    assert selected.sum() == len(edges)
+    assert differences_across(image, selected).item() == pytest.approx(1 / len(edges), rel=1e-4)
+    if len(edges) < len(selected):
+        assert differences_across(image, ~selected).item() == 0
 
 
-def test_a_canvas_has_the_borders_of_its_windows_and_tiles(folder):
+def test_canvas_has_the_borders_of_its_windows_and_tiles(folder):
     run = trained(Cell("samplers", "SUNDAE", equal_time_steps("samplers", CONFIG)["SUNDAE"]), CONFIG)
-    made = canvases(run, CONFIG)
-    assert made.windows.shape == made.tiles.shape == (2, 3, 8, 20)
+    wide = canvases(run, CONFIG)
+    assert wide.windows.shape == wide.tiles.shape == (2, 3, 8, 20)
     starts = window_starts(10, 4).tolist()
     inner = sorted({*starts, *(start + 4 for start in starts)} - {0, 10})
-    assert [int(column) for column in made.borders.nonzero()] == [2 * edge - 1 for edge in inner]
-    assert [int(column) for column in made.tile_borders.nonzero()] == [7, 15]
+    assert [int(column) for column in wide.borders.nonzero()] == [2 * edge - 1 for edge in inner]
+    assert [int(column) for column in wide.tile_borders.nonzero()] == [7, 15]
     others = [2 * edge - 1 for edge in range(1, 10) if edge not in (*inner, 4, 8)]
-    assert [int(column) for column in made.code_borders.nonzero()] == others
+    assert [int(column) for column in wide.code_borders.nonzero()] == others
     prior, alone = load(run, "prior"), load(run / "tokenizer", "tokenizer")
-    (codes,) = alone.encode(made.tiles)
+    (codes,) = alone.encode(wide.tiles)
     assert codes.shape == (2, prior.level.height, 10)
 
 
-def test_a_study_goes_on_cell_by_cell(folder):
-    """A run that is missing is trained anew, to the same result, and nothing else is touched."""
+def test_study_resumes_with_missing_runs_only(folder):
+    """A run that is missing is trained again, to the same result, and no other file changes."""
     lost = trained(Cell("depth", "hourglass 0-5-0", 1), CONFIG)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/**/*") if path.is_file()}
     result = (lost / RESULT_NAME).read_bytes()
@@ -227,7 +227,7 @@ def test_a_study_goes_on_cell_by_cell(folder):
     assert (lost / RESULT_NAME).read_bytes() == result
 
 
-def test_another_budget_is_another_run(folder):
+def test_different_budgets_are_different_runs(folder):
     cell = Cell("resampling", "runs", 2)
     names = [
         trained(cell, replace(CONFIG, work=folder / "other", **changes)).name
@@ -237,7 +237,7 @@ def test_another_budget_is_another_run(folder):
     assert names[0] == trained(cell, CONFIG).name
 
 
-def test_the_report_says_what_was_measured(folder):
+def test_report_has_the_measurements(folder):
     text = report(folder)
     assert "not run" not in text
     assert text.count("<!-- measured: emoji ") == 5
@@ -252,9 +252,9 @@ def test_the_report_says_what_was_measured(folder):
     )
     depth = row_of(text, "depth", "flat, 6 blocks")
     assert depth[2:] == ["1.000", depth[5], "1", depth[5]]
-    for what in ("steps", "samples", "canvas"):
-        assert f"(priors-emoji-{what}.png)" in text
-        with Image.open(folder / f"docs/reproductions/priors-emoji-{what}.png") as picture:
+    for name in ("steps", "samples", "canvas"):
+        assert f"(priors-emoji-{name}.png)" in text
+        with Image.open(folder / f"docs/reproductions/priors-emoji-{name}.png") as picture:
             assert picture.width > 100
             assert str(folder) not in str(picture.info)
 
@@ -268,27 +268,27 @@ def test_the_report_says_what_was_measured(folder):
         ({"guidance": -1.0}, "guidance must not be negative"),
     ],
 )
-def test_what_would_be_refused_after_training_is_refused_before(changes, message):
+def test_invalid_settings_are_refused_before_training(changes, message):
     with pytest.raises(UserError, match=message):
         ReproducePriors("priors", **changes)
 
 
-def test_a_number_of_samples_below_none_is_refused():
+def test_negative_number_of_samples_is_refused():
     with pytest.raises(UserError, match="--sheet-samples must not be negative, not -1"):
         TrainPrior(model=None, objective=None, sheet_samples=-1)
 
 
-def test_what_was_not_run_is_said():
-    found = resampling_table("resampling", CONFIG, {"patches": [1.5], "runs": []})
-    assert "| 1.5000 | not run | not run |" in found
+def test_missing_runs_are_marked_in_the_table():
+    table = resampling_table("resampling", CONFIG, {"patches": [1.5], "runs": []})
+    assert "| 1.5000 | not run | not run |" in table
 
 
-@pytest.mark.parametrize(("part", "what"), [("resampling-outer", "8×8 codes"), ("resampling-outer-16", "16×16 codes")])
-def test_patches_and_runs_are_compared_on_the_grid_that_the_table_names(part: ResamplingPart, what: str, monkeypatch):
+@pytest.mark.parametrize(("part", "codes"), [("resampling-outer", "8×8 codes"), ("resampling-outer-16", "16×16 codes")])
+def test_table_names_the_grid_of_the_comparison(part: ResamplingPart, codes: str, monkeypatch):
     monkeypatch.setitem(SETUPS, part, RESAMPLING[part])  # the fixture's are smaller
-    found = resampling_table(part, CONFIG, {"patches": [1.5], "runs": [1.25]})
-    assert f"emoji, {what} of 8³, hourglass 1-2-1" in found
-    assert "| -0.2500 |" in found
+    table = resampling_table(part, CONFIG, {"patches": [1.5], "runs": [1.25]})
+    assert f"emoji, {codes} of 8³, hourglass 1-2-1" in table
+    assert "| -0.2500 |" in table
     tokenizer = tokenizer_of(SETUPS[part].grid, CONFIG).model
     (level,) = HRVQ(tokenizer).layout.levels
-    assert what.startswith(f"{level.height}×{level.width} ")
+    assert codes.startswith(f"{level.height}×{level.width} ")

@@ -1,4 +1,4 @@
-"""Drawing one by one: the very draws of the naive sampler, known codes kept, and distributions enumerated."""
+"""Ancestral sampling: equal to the naive sampler, and to enumerated distributions; known codes are kept."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from smalti.core.randomness import row_seeds
 from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling, sample_ancestral
 
 PLAIN = AncestralSampling()
-HOWS = [PLAIN, AncestralSampling(temperature=0.7), AncestralSampling(guidance=2.5)]
+SAMPLINGS = [PLAIN, AncestralSampling(temperature=0.7), AncestralSampling(guidance=2.5)]
 
 
 def draw(prior, seeds, h=4, w=8, known=None, mask=None, sampling=PLAIN, **more):
@@ -24,19 +24,19 @@ def draw(prior, seeds, h=4, w=8, known=None, mask=None, sampling=PLAIN, **more):
 
 
 @of_every_option
-@pytest.mark.parametrize("sampling", HOWS)
-def test_cached_and_naive_samples_are_identical(options, sampling):
-    """Some codes given, too. Features of the whole grid, computed anew at each position, decide the naive ones."""
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_cached_sampler_equals_naive_sampler(options, sampling):
+    """Also with known codes. The naive sampler recomputes the features of the whole grid at each position."""
     prior, seeds = prior_of(**options), row_seeds(3, torch.arange(6))
-    told = told_of(prior, 6, 4, 8)
+    conditioning = told_of(prior, 6, 4, 8)
     known, shares = torch.randint(6, (6, 4, 8)), torch.tensor([0.0, 0.0, 0.1, 0.3, 0.6, 1.0])
     mask = torch.rand(6, 4, 8) < shares[:, None, None]
-    cached = draw(prior, seeds, known=known, mask=mask, sampling=sampling, **told)
-    assert torch.equal(cached, sample_naively(prior, known, mask, seeds, sampling, **told))
+    cached = draw(prior, seeds, known=known, mask=mask, sampling=sampling, **conditioning)
+    assert torch.equal(cached, sample_naively(prior, known, mask, seeds, sampling, **conditioning))
     assert len(cached[:2].unique()) > 1
 
 
-def test_a_larger_grid_is_drawn_identically():
+def test_cached_sampler_equals_naive_sampler_on_a_larger_grid():
     prior, seeds = prior_of(12, 12, kernel=5, radices=(8, 8)), row_seeds(4, torch.arange(3))
     blank = torch.zeros(3, 12, 12, dtype=torch.int64)
     naive = sample_naively(prior, blank, blank.bool(), seeds, AncestralSampling())
@@ -44,7 +44,7 @@ def test_a_larger_grid_is_drawn_identically():
 
 
 def grids_and_probabilities(prior, temperature=1.0):
-    """All 2x2 grids of 3 codes `(81, 4)` and their probabilities, from the head's own enumeration."""
+    """Returns all 2x2 grids of 3 codes `(81, 4)` and log-probabilities of their codes, as the head enumerates them."""
     grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
     log_probs = (prior.head.log_probs(prior.features(grids.view(81, 2, 2))) / temperature).log_softmax(-1)
     return grids, log_probs.gather(-1, grids[..., None])[..., 0].double()
@@ -63,7 +63,7 @@ def counts_of(codes):
 
 
 @torch.no_grad()
-def test_draws_follow_the_enumerated_distribution():
+def test_samples_follow_the_enumerated_distribution():
     prior = prior_of(2, 2, radices=(3,), layers=2)
     seeds = row_seeds(7, torch.arange(20_000))
     for temperature in (1.0, 0.5):
@@ -73,8 +73,8 @@ def test_draws_follow_the_enumerated_distribution():
 
 
 @torch.no_grad()
-def test_particles_lead_from_what_comes_before_to_all_that_is_known():
-    """With the last code given: one grid is drawn from the codes before it alone; of many, one from the posterior."""
+def test_many_particles_sample_the_posterior():
+    """The last code is known: one particle ignores it, of many particles one from the posterior is kept."""
     prior = prior_of(2, 2, radices=(3,), layers=2)
     grids, log_p = grids_and_probabilities(prior, 0.8)
     consistent = grids[:, 3] == 2
@@ -89,25 +89,25 @@ def test_particles_lead_from_what_comes_before_to_all_that_is_known():
         counts[particles] = counts_of(draw(prior, seeds, 2, 2, known, mask, sampling))
     assert chi_square_fits(counts[1], before)
     assert chi_square_fits(counts[40], posterior)
-    assert not chi_square_fits(counts[1], posterior)  # or the two would not tell one from the other
+    assert not chi_square_fits(counts[1], posterior)  # otherwise the test could not distinguish the two
 
 
 @settings(max_examples=12)
 @given(data=st.data(), options=st.sampled_from(list(OPTIONS.values())), particles=st.integers(1, 3))
-def test_known_codes_never_change_and_hidden_ones_never_matter(data, options, particles):
+def test_known_codes_are_kept_and_unknown_values_ignored(data, options, particles):
     prior, cells = prior_of(**options), 2 * 4 * 4
-    told = told_of(prior, 2, 4, 4)
+    conditioning = told_of(prior, 2, 4, 4)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=cells, max_size=cells))).view(2, 4, 4)
     codes = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=cells, max_size=cells))).view(2, 4, 4)
     seeds, sampling = row_seeds(0, torch.arange(2)), AncestralSampling(particles=particles)
-    filled = draw(prior, seeds, known=codes, mask=mask, sampling=sampling, **told)
+    filled = draw(prior, seeds, known=codes, mask=mask, sampling=sampling, **conditioning)
     assert torch.equal(filled[mask], codes[mask])
     assert ((filled >= 0) & (filled < 6)).all()
     hidden = torch.where(mask, codes, -1)
-    assert torch.equal(draw(prior, seeds, known=hidden, mask=mask, sampling=sampling, **told), filled)
+    assert torch.equal(draw(prior, seeds, known=hidden, mask=mask, sampling=sampling, **conditioning), filled)
 
 
-def test_a_rows_codes_depend_on_its_seed_only():
+def test_each_row_depends_on_its_own_seed_only():
     prior, seeds = prior_of(), row_seeds(8, torch.arange(5))
     together = draw(prior, seeds)
     assert torch.equal(draw(prior, seeds.flip(0)).flip(0), together)
@@ -116,16 +116,16 @@ def test_a_rows_codes_depend_on_its_seed_only():
     assert not torch.equal(draw(prior, seeds + 1), together)
 
 
-def test_the_callback_hears_of_every_position_in_order():
-    prior, seeds, heard = prior_of(), row_seeds(0, torch.arange(2)), []
-    drawn = draw(prior, seeds, callback=lambda position, codes: heard.append((position, codes)))
-    assert [position for position, _ in heard] == list(range(AncestralSampling().calls(4, 8)))
-    assert torch.equal(heard[-1][1], drawn)
-    for position, codes in heard:
-        assert torch.equal(codes.flatten(1)[:, : position + 1], drawn.flatten(1)[:, : position + 1])
+def test_callback_is_called_for_every_position_in_order():
+    prior, seeds, calls = prior_of(), row_seeds(0, torch.arange(2)), []
+    samples = draw(prior, seeds, callback=lambda position, codes: calls.append((position, codes)))
+    assert [position for position, _ in calls] == list(range(AncestralSampling().calls(4, 8)))
+    assert torch.equal(calls[-1][1], samples)
+    for position, codes in calls:
+        assert torch.equal(codes.flatten(1)[:, : position + 1], samples.flatten(1)[:, : position + 1])
 
 
-def test_drawing_is_float32_under_autocast():
+def test_sampling_is_float32_under_autocast():
     prior, seeds = prior_of(), row_seeds(0, torch.arange(4))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(draw(prior, seeds), draw(prior, seeds))
@@ -141,12 +141,12 @@ def test_drawing_is_float32_under_autocast():
         ({"particles": 0}, "particles must be at least 1"),
     ],
 )
-def test_draws_that_cannot_be_are_refused(changes, message):
+def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         AncestralSampling(**changes)
 
 
-def test_codes_and_labels_that_the_prior_does_not_know_are_refused():
+def test_codes_outside_the_codebook_and_unknown_labels_are_refused():
     prior, seeds, everything = prior_of(), row_seeds(0, torch.arange(1)), torch.ones(1, 4, 8, dtype=torch.bool)
     with pytest.raises(UserError, match="from 0 to 5, got 6 to 6"):
         draw(prior, seeds, known=torch.full((1, 4, 8), 6), mask=everything)

@@ -1,5 +1,5 @@
-"""Canvases larger than a prior was trained on: windows that cover them, and codes that follow the average of what the
-windows say, written out."""
+"""Canvases larger than the grids in training: windows cover them, and codes follow the average of the windows'
+distributions, computed by hand."""
 
 import itertools
 
@@ -25,14 +25,14 @@ def prior_of(height: int = 2, width: int = 3, **changes) -> Hourglass:
     with torch.no_grad():
         prior.head.weight.mul_(3 / prior.head.weight.norm(dim=1, keepdim=True))
         for matrix in (parameter for parameter in prior.body.parameters() if parameter.ndim == 2):
-            matrix.mul_(4)  # or attention, and with it what else is in the window, would hardly matter
+            matrix.mul_(4)  # otherwise attention to the rest of the window would hardly matter
         if prior.of_class:
             prior.of_class.vectors.weight.normal_()
     return prior
 
 
 @given(st.integers(1, 20), st.integers(0, 90))
-def test_windows_cover_the_canvas_overlap_by_half_and_end_with_it(window, more):
+def test_windows_cover_the_canvas_and_overlap_by_half(window, more):
     size = window + more
     starts = window_starts(size, window).tolist()
     assert (starts[0], starts[-1]) == (0, size - window)
@@ -46,33 +46,35 @@ def test_windows_cover_the_canvas_overlap_by_half_and_end_with_it(window, more):
 
 @pytest.mark.parametrize(("h", "w"), [(2, 4), (3, 3), (4, 7)])
 @torch.no_grad()
-def test_a_code_follows_the_average_of_the_windows(h, w):
-    """Every window's probabilities one by one, weighted by hand."""
+def test_codes_follow_the_average_of_the_windows(h, w):
+    """The expected distribution is summed window by window, with weights by hand."""
     prior, rows = prior_of(), 20_000
     canvas, labels = torch.randint(3, (1, h, w)), torch.tensor([1])
     total, weights = torch.zeros(h, w, 3), torch.zeros(h, w, 1)
     for top in window_starts(h, 2).tolist():
         for left in window_starts(w, 3).tolist():
-            says = prior.head.log_probs(prior.features(canvas[:, top : top + 2, left : left + 3], labels)).exp()
-            near = torch.tensor([1.0, 1.0])[:, None] * torch.tensor([1.0, 2.0, 1.0])  # to the nearer edge, each way
-            total[top : top + 2, left : left + 3] += near[..., None] * says.view(2, 3, 3)
-            weights[top : top + 2, left : left + 3] += near[..., None]
+            probabilities = prior.head.log_probs(
+                prior.features(canvas[:, top : top + 2, left : left + 3], labels)
+            ).exp()
+            share = torch.tensor([1.0, 1.0])[:, None] * torch.tensor([1.0, 2.0, 1.0])  # distances to the nearer edges
+            total[top : top + 2, left : left + 3] += share[..., None] * probabilities.view(2, 3, 3)
+            weights[top : top + 2, left : left + 3] += share[..., None]
     expected = total / weights
 
     seeds = row_seeds(3, torch.arange(rows))
-    drawn = torch.zeros(rows, h * w, dtype=torch.int64)
+    samples = torch.zeros(rows, h * w, dtype=torch.int64)
     for part in torch.arange(rows).split(2000):
         features = canvas_features(prior, canvas.expand(len(part), -1, -1), labels.expand(len(part)), (), seeds[part])
         uniforms = torch.rand(len(part), h * w, 1, generator=torch.Generator().manual_seed(int(part[0])))
-        drawn[part] = prior.head.sample(features, uniforms)
-    found = F.one_hot(drawn, 3).float().mean(0).view(h, w, 3)
-    assert (found - expected).abs().max() < 0.02
+        samples[part] = prior.head.sample(features, uniforms)
+    frequencies = F.one_hot(samples, 3).float().mean(0).view(h, w, 3)
+    assert (frequencies - expected).abs().max() < 0.02
     one_window = prior.head.log_probs(prior.features(canvas, labels)).exp().view(h, w, 3)
-    assert (one_window - expected).abs().max() > 0.05  # or the windows would not matter
+    assert (one_window - expected).abs().max() > 0.05  # otherwise the windows would not matter
 
 
 @torch.no_grad()
-def test_what_one_window_covers_is_read_as_it_is():
+def test_small_canvas_is_a_single_window():
     prior, codes = prior_of(), torch.randint(3, (4, 2, 2))
     seeds = row_seeds(0, torch.arange(4))
     assert torch.equal(canvas_features(prior, codes, None, (), seeds), prior.features(codes))
@@ -80,10 +82,11 @@ def test_what_one_window_covers_is_read_as_it_is():
 
 @settings(max_examples=10)
 @given(st.integers(1, 5), st.integers(1, 7), st.integers(0, 99))
-def test_any_rectangle_keeps_what_is_known_and_rows_are_their_own(h, w, seed):
+def test_known_codes_are_kept_and_rows_are_independent_on_any_rectangle(h, w, seed):
     prior = prior_of()
-    draw = torch.Generator().manual_seed(seed)
-    known, mask = torch.randint(3, (3, h, w), generator=draw), torch.rand(3, h, w, generator=draw) < 0.4
+    generator = torch.Generator().manual_seed(seed)
+    known = torch.randint(3, (3, h, w), generator=generator)
+    mask = torch.rand(3, h, w, generator=generator) < 0.4
     seeds, labels = row_seeds(seed, torch.arange(3)), torch.tensor([0, 1, -1])
     sampling = SundaeSampling(steps=3, min_steps=2, guidance=2.0)
     both = sample_sundae(prior, known=known, known_mask=mask, seeds=seeds, labels=labels, sampling=sampling)
@@ -94,7 +97,7 @@ def test_any_rectangle_keeps_what_is_known_and_rows_are_their_own(h, w, seed):
     assert torch.equal(alone, both[1:2])
 
 
-def test_the_size_asked_for_is_in_pixels():
+def test_sample_size_is_in_pixels():
     prior = prior_of()
     tokenizer = HRVQ(HRVQConfig(4, 6, widths=(6,), residual_blocks=1, code_width=5, depth=1, branching=3))
     assert _grids(Sample(None), [prior], tokenizer) == [(2, 3)]
@@ -107,16 +110,16 @@ def test_the_size_asked_for_is_in_pixels():
 
 
 @torch.no_grad()
-def test_windows_below_upper_levels_begin_where_their_codes_do():
-    """Each position has the features of one of the windows that cover it, read with what is above that window."""
+def test_windows_align_with_codes_of_coarser_levels():
+    """Each position has the features of one of its windows, computed with the coarser codes of that window."""
     prior = prior_of(height=4, width=4, upper_radices=((5,),), upper_factors=(2,))
     codes, upper = torch.randint(3, (1, 8, 6)), torch.randint(5, (1, 4, 3))
     features = canvas_features(prior, codes, None, (upper,), row_seeds(0, torch.arange(1))).view(8, 6, -1)
-    found = torch.zeros(8, 6, dtype=torch.bool)
+    matched = torch.zeros(8, 6, dtype=torch.bool)
     for top, left in itertools.product((0, 2, 4), (0, 2)):
-        above = upper[:, top // 2 : top // 2 + 2, left // 2 : left // 2 + 2]
-        window = prior.features(codes[:, top : top + 4, left : left + 4], upper=(above,)).view(4, 4, -1)
-        found[top : top + 4, left : left + 4] |= torch.isclose(
+        coarser = upper[:, top // 2 : top // 2 + 2, left // 2 : left // 2 + 2]
+        window = prior.features(codes[:, top : top + 4, left : left + 4], upper=(coarser,)).view(4, 4, -1)
+        matched[top : top + 4, left : left + 4] |= torch.isclose(
             features[top : top + 4, left : left + 4], window, atol=1e-5
         ).all(-1)
-    assert found.all()
+    assert matched.all()

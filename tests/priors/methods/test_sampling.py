@@ -1,4 +1,4 @@
-"""The sampler against its chain enumerated on a 2x2 grid, and known codes stay, rows are their own."""
+"""SUNDAE's sampler against its Markov chain enumerated on a 2x2 grid; known codes, seeds, orders and stopping."""
 
 import itertools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 
 
 def prior_of(sharpness: float = 4.0, **changes) -> Hourglass:
-    """A prior whose opinions are strong and depend on all positions, without training."""
+    """Returns an untrained prior with far from uniform predictions that depend on all positions."""
     torch.manual_seed(1)
     config = dict(height=4, width=6, radices=(3, 2), model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,))
     prior = Hourglass(HourglassConfig(**{**config, **changes})).eval()
@@ -41,23 +41,23 @@ def generate(
     return sample_sundae(prior, known=blank, known_mask=blank.bool(), seeds=seeds, sampling=sampling, callback=callback)
 
 
-def transitions(prior: Hourglass, temperature: float, proportion: float, free: Tensor) -> tuple[Tensor, Tensor]:
-    """All 2x2 grids of 3 codes `(81, 4)`, and their probabilities to follow each other when only `free` may change."""
+def transitions(prior: Hourglass, temperature: float, proportion: float, unknown: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns all 2x2 grids of 3 codes `(81, 4)`, and the transition matrix if only `unknown` positions may change."""
     grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
     log_probs = prior.head.log_probs(prior.features(grids.view(81, 2, 2)))
     new = (log_probs / temperature).softmax(-1).double()  # from, position, code
     stay = torch.nn.functional.one_hot(grids, 3).double()
-    each = torch.where(free[:, None], proportion * new + (1 - proportion) * stay, stay)
+    each = torch.where(unknown[:, None], proportion * new + (1 - proportion) * stay, stay)
     columns = [each[:, i, grids[:, i]] for i in range(4)]  # from, to
     return grids, columns[0] * columns[1] * columns[2] * columns[3]
 
 
 @pytest.mark.parametrize(("known", "min_steps"), [(None, 2), (None, 1), (3, 1)])
 @torch.no_grad()
-def test_the_chain_is_the_enumerated_one(known, min_steps):
-    """Two steps of other temperature and proportion; with `min_steps=1`, rows that the first left as they were stay so.
+def test_samples_follow_the_enumerated_chain(known, min_steps):
+    """Two steps with different temperature and proportion, optionally with position `known` fixed to code 2.
 
-    `known` pins that position to code 2.
+    With `min_steps=1`, rows that the first step did not change are finished.
     """
     prior = prior_of(1.5, height=2, width=2, radices=(3,), depth=(1,), shorten=())
     mask = torch.zeros(4, dtype=torch.bool)
@@ -93,13 +93,13 @@ def test_the_chain_is_the_enumerated_one(known, min_steps):
 
 @given(data=st.data())
 @settings(max_examples=15)
-def test_known_codes_never_change_and_hidden_ones_never_matter(data):
+def test_known_codes_are_kept_and_unknown_values_ignored(data):
     prior = prior_of()
     h, w = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     cells = 2 * h * w
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=cells, max_size=cells))).view(2, h, w)
     codes = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=cells, max_size=cells))).view(2, h, w)
-    seen = []
+    calls = []
 
     def fill(known: Tensor) -> Tensor:
         return sample_sundae(
@@ -108,55 +108,54 @@ def test_known_codes_never_change_and_hidden_ones_never_matter(data):
             known_mask=mask,
             seeds=row_seeds(0, torch.arange(2)),
             sampling=SundaeSampling(steps=4),
-            callback=lambda step, now: seen.append((step, now)),
+            callback=lambda step, now: calls.append((step, now)),
         )
 
     filled = fill(codes)
-    assert [step for step, _ in seen] == [0, 1, 2, 3]
-    assert torch.equal(seen[-1][1], filled)
-    assert all(torch.equal(now[mask], codes[mask]) for _, now in seen)
-    assert all(((now >= 0) & (now < 6)).all() for _, now in seen)
+    assert [step for step, _ in calls] == [0, 1, 2, 3]
+    assert torch.equal(calls[-1][1], filled)
+    assert all(torch.equal(now[mask], codes[mask]) for _, now in calls)
+    assert all(((now >= 0) & (now < 6)).all() for _, now in calls)
     assert torch.equal(fill(torch.where(mask, codes, -1)), filled)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.floats(0.05, 1.0), st.integers(0, 2**20))
 @settings(max_examples=30)
-def test_in_halton_order_all_have_their_turn_as_often(h, w, proportion, seed):
-    """Of the unknown positions only, and no two steps differ in how many by more than rows do."""
+def test_halton_order_selects_unknown_positions_equally_often(h, w, proportion, seed):
     unknown = torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed)) < 0.7
-    had, seen = torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, h, w, dtype=torch.int64)
+    before, times = torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, h, w, dtype=torch.int64)
     for _ in range(7):
-        turn, after = select_positions(unknown, proportion, had, None, torch.zeros(3, dtype=torch.int64))
-        assert (after - had)[:, 0].tolist() == turn.sum((1, 2)).tolist()
-        assert not (turn & ~unknown).any()
-        had, seen = after, seen + turn
-        for row, mask in zip(seen, unknown, strict=True):
+        selected, after = select_positions(unknown, proportion, before, None, torch.zeros(3, dtype=torch.int64))
+        assert (after - before)[:, 0].tolist() == selected.sum((1, 2)).tolist()
+        assert not (selected & ~unknown).any()
+        before, times = after, times + selected
+        for row, mask in zip(times, unknown, strict=True):
             assert not mask.any() or row[mask].max() - row[mask].min() <= 1
 
 
-def test_the_least_likely_codes_have_their_turn_first_in_proportion():
-    """One of two positions: drawn with weights 1 / p, as Gumbel noise does; and the surest at last."""
+def test_confidence_order_selects_positions_with_weights_of_inverse_probability():
+    """One of three unknown positions is selected, with weights 1 / p; the known one never."""
     rows = 20_000
     nll = torch.tensor([[0.0, 1.0, 2.0, 9.0]]).expand(rows, -1)
     unknown = torch.tensor([True, True, True, False]).view(1, 2, 2).expand(rows, -1, -1)
-    turn, _ = select_positions(
+    selected, _ = select_positions(
         unknown, 0.3, torch.zeros(rows, 1, dtype=torch.int64), nll, row_seeds(0, torch.arange(rows))
     )
-    shares = turn.flatten(1).double().mean(0)
+    shares = selected.flatten(1).double().mean(0)
     assert torch.allclose(shares[:3], nll[0, :3].double().softmax(0), atol=0.015)
     assert shares[3] == 0
 
 
 @pytest.mark.parametrize("order", ["confidence", "halton"])
-def test_orders_leave_known_codes_and_depend_on_the_seed_only(order):
+def test_orders_keep_known_codes_and_depend_on_the_seed_only(order):
     prior, seeds = prior_of(), row_seeds(12, torch.arange(3))
     known = prior.head.random_codes(seeds, 4, 6)
     mask = known % 2 == 0
     sampling = SundaeSampling(steps=6, order=order)
 
     def fill(rows: slice, **more) -> Tensor:
-        of_rows = {"known": known[rows], "known_mask": mask[rows], "seeds": seeds[rows]}
-        return sample_sundae(prior, **of_rows, sampling=replace(sampling, **more))
+        inputs = {"known": known[rows], "known_mask": mask[rows], "seeds": seeds[rows]}
+        return sample_sundae(prior, **inputs, sampling=replace(sampling, **more))
 
     filled = fill(slice(None))
     assert torch.equal(filled[mask], known[mask])
@@ -164,8 +163,8 @@ def test_orders_leave_known_codes_and_depend_on_the_seed_only(order):
     assert not torch.equal(fill(slice(None), order="random"), filled)
 
 
-def test_a_rows_codes_depend_on_its_seed_only():
-    """Alone, in a batch, and in another order: the same; although alone they take different numbers of steps."""
+def test_each_row_depends_on_its_own_seed_only():
+    """A row is the same alone, in a batch and in another order, although rows need different numbers of steps."""
     prior = prior_of(12.0)
     seeds = row_seeds(8, torch.arange(5))
     sampling = SundaeSampling(steps=60, min_steps=2, proportion=(0.3, 0.3), temperature=(0.7, 0.7))
@@ -181,7 +180,7 @@ def test_a_rows_codes_depend_on_its_seed_only():
     assert len(together.flatten(1).unique(dim=0)) > 3
 
 
-def test_a_row_stops_at_its_first_step_without_change_and_not_before_the_least():
+def test_row_is_finished_after_its_first_step_without_change():
     prior = prior_of(12.0)
     seeds = row_seeds(9, torch.arange(16))
     sampling = SundaeSampling(steps=200, min_steps=3, proportion=(0.3, 0.3), temperature=(0.7, 0.7))
@@ -196,12 +195,12 @@ def test_a_row_stops_at_its_first_step_without_change_and_not_before_the_least()
     stops = (~unchanged).sum(0)
     assert len(stops.unique()) > 2
     assert len(path) == int(max(step for step in range(len(path) - 1) if not unchanged[step].all())) + 3
-    # a chain that must not stop goes on from there: stopping was a choice of the sampler, not the end of change
+    # with a larger min_steps the same chain continues to change: the sampler stopped it
     running = generate(prior, seeds, 3, 4, replace(sampling, steps=len(path), min_steps=200))
     assert not torch.equal(running, path[-1])
 
 
-def test_seeds_and_schedules_matter():
+def test_seeds_and_schedules_change_the_samples():
     prior = prior_of()
     seeds = row_seeds(10, torch.arange(4))
     sampling = SundaeSampling(steps=6)
@@ -212,7 +211,7 @@ def test_seeds_and_schedules_matter():
         assert not torch.equal(generate(prior, seeds, 4, 6, replace(sampling, **change)), codes)
 
 
-def test_schedules_are_linear_from_first_to_last():
+def test_schedules_are_linear_from_first_to_last_step():
     sampling = SundaeSampling(steps=5, temperature=(1.0, 0.6), proportion=(0.2, 1.0))
     assert [sampling.at(step) for step in range(5)] == [
         pytest.approx(pair) for pair in [(1.0, 0.2), (0.9, 0.4), (0.8, 0.6), (0.7, 0.8), (0.6, 1.0)]
@@ -230,7 +229,7 @@ def test_schedules_are_linear_from_first_to_last():
         ({"proportion": (0.5, 1.1)}, "at most 1"),
     ],
 )
-def test_chains_that_cannot_run_are_refused(changes, message):
+def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         SundaeSampling(**changes)
 
@@ -243,8 +242,8 @@ def test_known_codes_outside_the_codebook_are_refused(bad):
 
 
 @pytest.mark.parametrize("kind", ["hourglass", "maskgit", "pixelcnn"])
-def test_a_small_nucleus_is_the_likeliest_code(kind):
-    """As a low temperature is, whatever the draws; and 1 leaves nothing out."""
+def test_small_top_p_samples_the_likeliest_code(kind):
+    """It equals a low temperature; a top-p of 1 does not."""
     torch.manual_seed(0)
     config = toys.TINY[kind]
     prior = models.class_of_kind("prior", kind)(config).eval()
@@ -255,7 +254,7 @@ def test_a_small_nucleus_is_the_likeliest_code(kind):
     start = {"known": known, "known_mask": known.bool(), "seeds": row_seeds(5, torch.arange(3)), "upper": upper}
     sampling = prior.method.sampling
     cold = 1e-4 if isinstance(sampling().temperature, float) else (1e-4, 1e-4)
-    codes = [prior.method.sampler(prior, **start, sampling=sampling(**how)) for how in ({}, {"top_p": 1e-6})]
+    codes = [prior.method.sampler(prior, **start, sampling=sampling(**options)) for options in ({}, {"top_p": 1e-6})]
     likeliest = prior.method.sampler(prior, **start, sampling=sampling(temperature=cold))
     assert codes[1].equal(likeliest)
     assert not codes[0].equal(likeliest)

@@ -1,4 +1,4 @@
-"""The SUNDAE objective against its loss computed by hand, and on stripes that it has to learn."""
+"""The SUNDAE loss against one computed by hand, and a prior that learns stripes with it."""
 
 import subprocess
 import sys
@@ -26,20 +26,20 @@ def tiny(**changes) -> Hourglass:
     return Hourglass(HourglassConfig(**{**config, **changes}))
 
 
-def nll_by_enumeration(prior: Hourglass, given: Tensor, codes: Tensor) -> Tensor:
-    return -prior.head.log_probs(prior.features(given)).gather(-1, codes.flatten(1)[..., None])[..., 0]
+def nll_by_enumeration(prior: Hourglass, inputs: Tensor, codes: Tensor) -> Tensor:
+    return -prior.head.log_probs(prior.features(inputs)).gather(-1, codes.flatten(1)[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("unrolled_steps", [1, 2, 3])
-def test_loss_and_gradient_are_those_of_the_steps_taken_apart(unrolled_steps):
-    """Each step's input is fixed first: a gradient through the draws, or a step weighted amiss, would show."""
+def test_loss_and_gradient_equal_those_of_separate_steps(unrolled_steps):
+    """Each step's input is computed first, so a gradient through the samples or a wrong weight of a step would show."""
     prior = tiny()
     codes, seeds = torch.randint(6, (4, 2, 3)), row_seeds(1, torch.arange(4))
-    given = [corrupt(prior.head, codes, seeds)]
+    inputs = [corrupt(prior.head, codes, seeds)]
     for step in range(1, unrolled_steps):
         draws = uniform(derive(seeds, Stream.SUNDAE_UNROLL, step), 6, 2)
-        given.append(prior.head.sample(prior.features(given[-1]), draws).view_as(codes))
-    steps = torch.stack([nll_by_enumeration(prior, noisy, codes).mean() for noisy in given])
+        inputs.append(prior.head.sample(prior.features(inputs[-1]), draws).view_as(codes))
+    steps = torch.stack([nll_by_enumeration(prior, noisy, codes).mean() for noisy in inputs])
 
     loss, metrics = Sundae(prior, SundaeConfig(unrolled_steps))({"codes": codes, "seeds": seeds})
 
@@ -48,50 +48,25 @@ def test_loss_and_gradient_are_those_of_the_steps_taken_apart(unrolled_steps):
     assert torch.allclose(metrics["nll_1"] + metrics["nll_2"], loss, atol=1e-5)
     assert not any(value.requires_grad for value in metrics.values())
     trained = [parameter for parameter in prior.parameters() if parameter.requires_grad]
-    found, expected = torch.autograd.grad(loss, trained), torch.autograd.grad(steps.mean(), trained)
-    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(found, expected, strict=True))
+    gradients, expected = torch.autograd.grad(loss, trained), torch.autograd.grad(steps.mean(), trained)
+    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(gradients, expected, strict=True))
 
 
-def test_corruption_has_a_uniform_rate_for_each_row_and_uniform_codes():
+def test_corruption_has_a_uniform_rate_per_row_and_uniform_codes():
     head = FactorizedHead((50, 20), 4)
     codes = torch.full((3000, 8, 8), 123)
     noisy = corrupt(head, codes, row_seeds(2, torch.arange(3000)))
     replaced = noisy != 123
     rates = replaced.float().mean((1, 2)).sort().values
-    assert (
-        rates - torch.linspace(0, 1, 3000)
-    ).abs().max() < 0.04  # the rates' distribution function, uniform on [0, 1]
+    assert (rates - torch.linspace(0, 1, 3000)).abs().max() < 0.04  # uniform on [0, 1]
     counts = torch.bincount(noisy[replaced], minlength=1000)
     expected = int(replaced.sum()) / 999
     assert ((counts[torch.arange(1000) != 123] - expected) ** 2 / expected).sum() < 999 + 5 * (2 * 999) ** 0.5
-    places = replaced.float().mean(0)
-    assert (places - 0.5).abs().max() < 0.05  # no position is spared
+    shares = replaced.float().mean(0)
+    assert (shares - 0.5).abs().max() < 0.05  # all positions are corrupted equally often
 
 
-def test_finer_digits_keep_any_number_of_those_before_them():
-    """At corrupted positions each depth is as likely, and below it every code: by the digit that differs first."""
-    head = FactorizedHead((5, 4, 3), 4)
-    seeds = row_seeds(2, torch.arange(2000))
-    noisy = corrupt(head, torch.full((2000, 8, 8), 34), seeds, "finer-digits")  # 34 is 2, 3, 1
-    where = uniform(derive(seeds, Stream.SUNDAE_POSITIONS), 8, 8) < uniform(derive(seeds, Stream.SUNDAE_RATE), 1, 1)
-    assert torch.equal(noisy[~where], torch.full_like(noisy[~where], 34))
-    counts = torch.bincount(noisy[where], minlength=60)
-    expected = torch.full((60,), 1 / 3 / 60)
-    expected[24:36] += 1 / 3 / 12
-    expected[33:36] += 1 / 3 / 3
-    expected = expected * int(where.sum())
-    assert ((counts - expected) ** 2 / expected).sum() < 59 + 5 * (2 * 59) ** 0.5
-
-
-def test_finer_digits_are_what_training_corrupts_if_told():
-    prior = tiny()
-    batch = {"codes": torch.randint(6, (4, 2, 3)), "seeds": row_seeds(1, torch.arange(4))}
-    noisy = corrupt(prior.head, batch["codes"], batch["seeds"], "finer-digits")
-    loss, _ = Sundae(prior, SundaeConfig(1, corruption="finer-digits"))(batch)
-    assert torch.allclose(loss, nll_by_enumeration(prior, noisy, batch["codes"]).mean(), atol=1e-5)
-
-
-def test_a_rows_corruption_is_its_own():
+def test_corruption_of_a_row_depends_on_its_own_seed_only():
     head = FactorizedHead((7,), 4)
     codes, seeds = torch.randint(7, (20, 4, 5)), row_seeds(3, torch.arange(20))
     noisy = corrupt(head, codes, seeds)
@@ -99,13 +74,13 @@ def test_a_rows_corruption_is_its_own():
     assert not torch.equal(noisy, corrupt(head, codes, derive(seeds, 1)))
 
 
-def test_fewer_than_one_step_is_refused():
+def test_fewer_than_one_unrolled_step_is_refused():
     with pytest.raises(UserError, match="at least 1, got 0"):
         SundaeConfig(unrolled_steps=0)
 
 
-def test_stripes_are_learnt_and_drawn():
-    """Grids with one random code along each row: the loss finds out, and what is sampled has stripes of all codes."""
+def test_stripes_are_learned_and_sampled():
+    """Training grids have one random code along each row: the loss falls, and samples have stripes of all codes."""
     prior = tiny(height=2, width=6, radices=(2, 2), model_width=32)
     objective = Sundae(prior, SundaeConfig())
     optimizer = torch.optim.AdamW([p for p in prior.parameters() if p.requires_grad], 1e-2)
@@ -121,20 +96,20 @@ def test_stripes_are_learnt_and_drawn():
     assert losses[0] > 1.3  # log 4 is 1.39
     assert sum(losses[-10:]) / 10 < 0.95
     blank = torch.zeros(64, 2, 6, dtype=torch.int64)
-    drawn = sample_sundae(
+    samples = sample_sundae(
         prior.eval(),
         known=blank,
         known_mask=blank.bool(),
         seeds=row_seeds(6, torch.arange(64)),
         sampling=SundaeSampling(steps=30, temperature=(1.0, 0.7), proportion=(0.5, 0.5)),
     )
-    striped = (drawn == drawn[..., :1]).all(-1)
-    assert striped.float().mean() > 0.5  # of uniform codes, one row in a thousand is
-    assert len(drawn[striped][:, 0].unique()) == 4
+    striped = (samples == samples[..., :1]).all(-1)
+    assert striped.float().mean() > 0.5  # one in a thousand rows of uniform codes
+    assert len(samples[striped][:, 0].unique()) == 4
 
 
-def test_the_whole_loss_is_one_graph_to_the_compiler():
-    """Traced only, as compiling takes minutes. In a process of its own, without the shape checks of the tests."""
+def test_loss_is_one_graph_of_the_compiler():
+    """It is traced only, as compiling takes minutes, in a process without the shape checks of the tests."""
     script = """
 import torch
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig

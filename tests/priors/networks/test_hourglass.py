@@ -1,63 +1,33 @@
-"""The hourglass against a block written by hand, and against mistakes made elsewhere.
+"""The hourglass against a block and patches computed by hand, and against known mistakes.
 
-Those are: heads without positions, buckets that are not patches, squares only.
+Those are: heads without positions, patches that are not square, grids that must be square.
 """
 
 import itertools
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.hourglass import (
+    SHAPES,
+    codes_of,
+    every_position_sees_every_other,
+    model_of,
+    positions_share_patches,
+    resampling_of,
+    stage_of,
+)
 from torch import Tensor, nn
 
 from smalti.core import models
 from smalti.core.errors import UserError
-from smalti.priors.networks.hourglass import Blocks, Hourglass, HourglassConfig, Stage
-from smalti.priors.networks.resampling import Buckets, Resampling
-from smalti.priors.networks.rotary import ROTARY_THETA, AxialRotary
-
-TINY = HourglassConfig(height=4, width=6, radices=(3, 4), model_width=32, heads=2, depth=(1, 1, 1), shorten=(2,))
-
-
-def model_of(seed: int = 0, **changes) -> Hourglass:
-    torch.manual_seed(seed)
-    return Hourglass(HourglassConfig(**{**vars(TINY), **changes})).eval()
-
-
-def codes_of(model: Hourglass, *shape: int) -> Tensor:
-    return torch.randint(model.head.codebook_size, shape)
-
-
-class PassOn(nn.Module):
-    """Stands in for blocks: what is left of a stage is its resampling."""
-
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        return x
-
-
-def resampling_of(stage: Stage, h: int, w: int) -> Callable[[Tensor], Tensor]:
-    """What a stage does between its blocks, on a grid."""
-    for part in ("before", "valley", "after"):
-        stage.set_submodule(part, PassOn())
-    return lambda x: stage(x, (h, w), AxialRotary(16)(h, w))
-
-
-def stage_of(shorten: int = 2, **changes: Any) -> Stage:
-    torch.manual_seed(0)
-    return Stage(replace(TINY, **changes), (1, 1, 1), (shorten,))
-
-
-def jacobian_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    jacobian = torch.autograd.functional.jacobian(function, x)
-    assert isinstance(jacobian, Tensor)
-    return jacobian
+from smalti.priors.networks.hourglass import Blocks, Hourglass, from_patches, to_patches
+from smalti.priors.networks.rotary import ROTARY_THETA
 
 
 def by_hand(model: Hourglass, codes: Tensor) -> Tensor:
-    """One block and the output norm, with rotations as complex numbers."""
+    """Computes one block and the output norm, with rotations as complex numbers."""
     b, h, w = codes.shape
     d, heads = model.config.model_width, model.config.heads
     layers: Any = model.body.before.encoder.layers
@@ -72,11 +42,11 @@ def by_hand(model: Hourglass, codes: Tensor) -> Tensor:
     def split(projection: nn.Linear) -> Tensor:
         return projection(F.layer_norm(x, (d,)) * attention_gain).view(b, h * w, heads, -1).transpose(1, 2)
 
-    def turned(t: Tensor) -> Tensor:
+    def rotated(t: Tensor) -> Tensor:
         pairs = torch.view_as_complex(t.reshape(*t.shape[:-1], -1, 2).contiguous())
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
-    scores = turned(split(attention.to_q)) @ turned(split(attention.to_k)).mT / (d // heads) ** 0.5
+    scores = rotated(split(attention.to_q)) @ rotated(split(attention.to_k)).mT / (d // heads) ** 0.5
     x = x + attention.to_out((scores.softmax(-1) @ split(attention.to_v)).transpose(1, 2).flatten(2))
     first, last = (layer for layer in feedforward.modules() if isinstance(layer, nn.Linear))
     x = x + last(F.gelu(first(F.layer_norm(x, (d,)) * feedforward_gain)))
@@ -94,8 +64,8 @@ def test_one_block_is_pre_norm_attention_with_axial_rotations():
 
 
 @pytest.mark.parametrize("part", ["before", "valley.before"])
-def test_every_head_gets_rows_and_columns_and_only_their_offsets(part):
-    """The same content everywhere: what differs between scores is position, as each head sees it."""
+def test_attention_scores_of_every_head_depend_on_offsets_in_both_axes(part):
+    """All codes are equal, so that only positions make scores differ."""
     model = model_of(heads=4)
     h = w = 8
     scores = []
@@ -116,135 +86,66 @@ def test_every_head_gets_rows_and_columns_and_only_their_offsets(part):
             assert torch.allclose(head[row, column, row + down, column + right], head[0, 0, down, right], rtol=1e-4)
 
 
-@pytest.mark.parametrize("buckets", get_args(Buckets))
-def test_a_bucket_lies_where_its_first_code_does_and_a_canvas_changes_nothing(buckets):
-    model, seen = model_of(depth=(1, 1, 1, 1, 1), shorten=(2, 3), buckets=buckets), []
+def test_patch_has_the_rotary_embedding_of_its_first_code():
+    """On a larger grid the embeddings are the same."""
+    model, inputs = model_of(depth=(1, 1, 1, 1, 1), shorten=(2, 3)), []
     for part in ("before", "valley.before", "valley.valley.before"):
-        model.body.get_submodule(part).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+        model.body.get_submodule(part).register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[1]))
     model.features(codes_of(model, 1, 8, 10))
-    codes, patches, outer = seen
+    codes, patches, outer = inputs
     assert torch.equal(codes.view(8, 10, -1)[:4, :6].flatten(0, 1)[None], model.rotary(4, 6))
-    if buckets == "patches":
-        assert torch.equal(patches, codes.view(8, 10, -1)[::2, ::2].flatten(0, 1)[None])
-        assert torch.equal(outer, codes.view(8, 10, -1)[::6, ::6].flatten(0, 1)[None])
-    else:
-        assert torch.equal(patches, codes[:, ::4])
-        assert torch.equal(outer, codes[:, ::36])
+    assert torch.equal(patches, codes.view(8, 10, -1)[::2, ::2].flatten(0, 1)[None])
+    assert torch.equal(outer, codes.view(8, 10, -1)[::6, ::6].flatten(0, 1)[None])
 
 
-@pytest.mark.parametrize("how", get_args(Resampling))
 @pytest.mark.parametrize(("shorten", "h", "w"), [(2, 4, 6), (2, 5, 9), (3, 4, 7), (4, 3, 3)])
-def test_buckets_are_patches_also_where_the_last_are_partial(shorten, h, w, how):
-    """Between blocks, a position hears of exactly those in its patch."""
-    stage = resampling_of(stage_of(shorten, resampling=how), h, w)
-    jacobian = jacobian_of(lambda x: (stage(x) ** 2).sum((0, 2)), torch.randn(1, h * w, 32))
-    hears = jacobian[:, 0].abs().sum(-1) > 1e-6
-    places = [(i // w // shorten, i % w // shorten) for i in range(h * w)]
-    assert torch.equal(hears, torch.tensor([[ours == theirs for theirs in places] for ours in places]))
+def test_resampling_mixes_exactly_the_positions_of_a_patch(shorten, h, w):
+    assert positions_share_patches(stage_of(shorten=shorten), shorten, h, w)
 
 
-@pytest.mark.parametrize("how", get_args(Resampling))
-def test_buckets_are_runs_where_a_grid_is_read_as_text(how):
-    """Through the whole model, whose only block is beyond the valley's resampling."""
-    model = model_of(resampling=how, buckets="runs")
-    for part in ("before", "valley", "after"):
-        model.body.set_submodule(part, PassOn())
-    codes = codes_of(model, 1, 3, 5)
-    for place in range(15):
-        other = codes.clone().flatten()
-        other[place] = (other[place] + 1) % 12
-        differs = (model.features(other.view_as(codes)) - model.features(codes)).abs().sum((0, 2)) > 1e-6
-        assert differs.tolist() == [at // 4 == place // 4 for at in range(15)]
+@pytest.mark.parametrize("patch", [(2, 2), (1, 4), (3, 2)])
+def test_patches_are_split_and_joined(patch):
+    x = torch.randn(2, 15, 4)
+    patches = to_patches(x, (3, 5), patch)
+    assert torch.equal(from_patches(patches, (3, 5), patch), x)
+    assert torch.equal(patches[:, 0, 0], x[:, 0])
+    assert float(patches.abs().sum()) == pytest.approx(float(x.abs().sum()), rel=1e-5)  # the padding is zero
 
 
-def test_means_are_torch_s_and_of_what_is_there():
-    x = torch.randn(1, 15, 32)
-    grid = x.mT.reshape(1, 32, 3, 5)
-    pooled = F.avg_pool2d(grid, 2, ceil_mode=True).flatten(2).mT  # divides by the cells that exist
-    stage = stage_of(resampling="mean")
-    back = stage.norm(pooled).mT.reshape(1, 32, 2, 3).repeat_interleave(2, 2).repeat_interleave(2, 3)[..., :3, :5]
-    assert torch.allclose(resampling_of(stage, 3, 5)(x), x + back.flatten(2).mT, atol=1e-5)
-
-
-def test_attention_to_a_bucket_is_attention_to_all_under_a_mask():
-    """On a 3x5 grid in patches of 2x2: torch's attention, with the rest masked out, and a hand-made rotation."""
-    stage, x = stage_of(resampling="attention"), torch.randn(1, 15, 32)
-    down, linear = stage.down, stage_of()
-    linear.down.map.load_state_dict(down.map.state_dict())
-    where = [(0, 0), (0, 2), (0, 4), (2, 0), (2, 2), (2, 4)]
-    places = list(itertools.product(range(3), range(5)))
-    mask = torch.tensor([[(i // 2, j // 2) == (y // 2, x // 2) for i, j in places] for y, x in where])
-
-    def at(vectors: Tensor, positions: list[tuple[int, int]]) -> Tensor:
-        frequencies = ROTARY_THETA ** -(torch.arange(0, 8, 2) / 8)
-        angles = torch.cat([torch.tensor(positions)[:, i : i + 1] * frequencies for i in (0, 1)], -1)
-        pairs = torch.view_as_complex(vectors.view(1, -1, 2, 8, 2).transpose(1, 2).contiguous())
-        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
-
-    inputs = []
-    for module in (linear, stage):
-        module.norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-        resampling_of(module, 3, 5)(x)
-    pooled, found = inputs
-    keys, values = down.to_keys_and_values(down.of_positions(x)).chunk(2, -1)
-    values = values.view(1, 15, 2, 16).transpose(1, 2)
-    queries = at(down.to_query(down.of_bucket(pooled)), where)
-    expected = F.scaled_dot_product_attention(queries, at(keys, places), values, attn_mask=mask)
-    assert torch.allclose(found, pooled + down.to_out(expected.transpose(1, 2).flatten(2)), atol=1e-5)
-
-
-def test_partial_patches_count_what_is_there():
-    """A 3x3 grid in patches of 2x2, summed in loops over the positions that exist."""
+def test_partial_patches_use_the_positions_that_exist():
+    """A 3x3 grid in patches of 2x2, computed by loops over the positions that exist."""
     stage = stage_of()
     x = torch.randn(1, 9, 32)
-    found = resampling_of(stage, 3, 3)(x).view(3, 3, 32)
+    resampled = resampling_of(stage, 3, 3)(x).view(3, 3, 32)
     down, up = stage.down.map.weight.view(32, 2, 2, 32), stage.up.map.weight.view(2, 2, 32, 32)
     for row, column in itertools.product(range(3), range(3)):
-        there = [(i, j) for i in (0, 1) for j in (0, 1) if row // 2 * 2 + i < 3 and column // 2 * 2 + j < 3]
+        valid = [(i, j) for i in (0, 1) for j in (0, 1) if row // 2 * 2 + i < 3 and column // 2 * 2 + j < 3]
         patch = stage.down.map.bias + sum(
-            down[:, i, j] @ x[0, (row // 2 * 2 + i) * 3 + column // 2 * 2 + j] for i, j in there
+            down[:, i, j] @ x[0, (row // 2 * 2 + i) * 3 + column // 2 * 2 + j] for i, j in valid
         )
-        back = up[row % 2, column % 2] @ stage.norm(patch) + stage.up.map.bias.view(2, 2, 32)[row % 2, column % 2]
-        assert torch.allclose(found[row, column], x[0, row * 3 + column] + back, atol=1e-5)
+        upsampled = up[row % 2, column % 2] @ stage.norm(patch) + stage.up.map.bias.view(2, 2, 32)[row % 2, column % 2]
+        assert torch.allclose(resampled[row, column], x[0, row * 3 + column] + upsampled, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("depth", "shorten"),
-    [
-        ((2,), ()),
-        ((1, 1, 1), (2,)),
-        ((1, 1, 1), (3,)),
-        ((1, 1, 2, 1, 1), (2, 2)),
-        ((0, 1, 0), (2,)),
-        ((0, 0, 1, 1, 0), (2, 2)),
-    ],
-)
+@pytest.mark.parametrize(("depth", "shorten"), SHAPES)
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (5, 9), (1, 3)])
-@pytest.mark.parametrize("buckets", get_args(Buckets))
-def test_every_position_hears_every_other_on_any_grid(depth, shorten, h, w, buckets):
-    model = model_of(depth=depth, shorten=shorten, buckets=buckets)
-    embedded = model.head.embed(codes_of(model, 1, h, w)).detach()
-    probe = torch.randn(32)
-    some = [0, h * w // 2, h * w - 1]
-    grid = (1, h * w) if buckets == "runs" else (h, w)
-    jacobian = jacobian_of(lambda x: model.body(x, grid, model.rotary(h, w))[0, some] @ probe, embedded)
-    assert (jacobian[:, 0].abs().sum(-1) > 0).all()
+def test_every_position_sees_every_other_on_any_grid(depth, shorten, h, w):
+    assert every_position_sees_every_other(model_of(depth=depth, shorten=shorten), h, w)
 
 
 def test_depth_counts_blocks_from_the_outside_in():
     body = model_of(depth=(1, 2, 3, 1, 2), shorten=(2, 3)).body
-    found = [len(part.attends) for part in (body.before, body.valley.before, body.valley.valley.before)]
-    found += [len(part.attends) for part in (body.valley.after, body.after)]
-    assert found == [1, 2, 3, 1, 2]
+    stages = (body.before, body.valley.before, body.valley.valley.before, body.valley.after, body.after)
+    assert [len(blocks.attends) for blocks in stages] == [1, 2, 3, 1, 2]
 
 
-def test_rows_do_not_see_each_other():
+def test_rows_are_independent():
     model = model_of()
     codes = codes_of(model, 3, 4, 6)
     assert torch.allclose(model.features(codes)[1:2], model.features(codes[1:2]), atol=1e-5)
 
 
-def test_half_precision_is_close_whether_attention_is_fused_or_not():
+def test_half_precision_is_close_with_and_without_fused_attention():
     model = model_of()
     codes = codes_of(model, 2, 4, 6)
     exact = model.features(codes)
@@ -259,7 +160,7 @@ def test_half_precision_is_close_whether_attention_is_fused_or_not():
         assert (half - exact).square().mean().sqrt() < 0.02
 
 
-def test_a_saved_model_is_the_same_model(tmp_path):
+def test_saved_model_computes_the_same(tmp_path):
     model = model_of()
     model.save(tmp_path / "prior")
     loaded = models.load(tmp_path / "prior", "prior")
@@ -276,9 +177,9 @@ def test_a_saved_model_is_the_same_model(tmp_path):
         ({"heads": 0}, "multiple of 4"),
         ({"depth": (2, 4)}, "needs 3 numbers"),
         ({"depth": (2, 4, 2), "shorten": ()}, "needs 1 numbers"),
-        ({"depth": (2, 0, 2)}, "innermost valley's depth must be at least 1"),
-        ({"depth": (-1, 2, 2)}, "other depths 0"),
-        ({"shorten": (1,)}, "and shorten 2"),
+        ({"depth": (2, 0, 2)}, "the innermost depth must be at least 1"),
+        ({"depth": (-1, 2, 2)}, "other depths at least 0"),
+        ({"shorten": (1,)}, "and shorten at least 2"),
         ({"feedforward_mult": 0}, "must be at least 1"),
         ({"height": 0}, "empty"),
     ],
