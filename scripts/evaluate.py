@@ -14,7 +14,7 @@ $ python scripts/evaluate.py --again runs/evaluations/prior.json   # repeats an 
 
 Needs the extra `metrics`: pip install 'smalti[metrics]'
 
-The meaning of each score, and which scores may be compared: docs/evaluating.md"""
+The meaning of each score, and which scores may be compared: docs/guide/evaluate.md"""
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ $ python scripts/inpaint.py --prior my/top my/bottom --image erased.png  # one p
 
 It also writes a sheet with the image, the masked image and all fills.
 
-More: docs/inpainting.md"""
+More: docs/guide/inpaint.md"""
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ Kinds of tokenizer (for the options of one: --tokenizer KIND --help):
 
 If it is stopped (Ctrl-C) or killed, run the same command to resume; see --resume.
 
-More: docs/training.md
+More: docs/guide/many-gpus-and-resuming.md
 
 Next step: python scripts/build_latents.py"""
 

@@ -128,7 +128,7 @@ def test_of_several_processes_one_speaks_unless_only_another_has_something_to_sa
 
 
 def test_help_that_nobody_reads_to_the_end_is_no_bug():
-    """As of `--help | head -1`."""
+    """The reader of a pipe ends first, as in `--help | head -1`."""
     read, write = os.pipe()
     os.close(read)
     script = Path(train_prior.__file__).resolve()

@@ -180,7 +180,7 @@ def test_architecture_names_existing_paths():
 
 
 def test_architecture_names_existing_symbols():
-    """As in "`Class.method` in `file`", the last two words of a table's cell."""
+    """Reads the last two words of a table's cell, such as "`Class.method` in `file`"."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
     pairs = re.findall(r"`(?:\w+\.)?(\w+)`(?: and `\w+\.\w+`)? (?:in |\()`([\w/]+\.py)`", text)
     sources = {file: (ROOT / file).read_text() for _, file in pairs}

@@ -1,4 +1,4 @@
-"""What leaves the repository (the wheel and its commands), what sets it up (pins, make), and what it must not hide.
+"""The wheel and its commands, the set-up (pins, make), and names that the repository must not hide.
 
 What the commands do is for other tests.
 """
@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def run(*command: str | Path, folder: Path, **variables: str | Path) -> str:
-    """What a command prints in `folder`, without our PYTHONPATH and what a `make test` around us tells other makes."""
+    """Returns the output of a command in `folder`, without our PYTHONPATH and the variables of a `make` around us."""
     hidden = ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in hidden} | variables
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

@@ -27,8 +27,10 @@ COMMANDS = {
     "benchmark": "Measure the speed of the hot paths (from a checkout)",
     "reproduce": "Repeat a paper's experiments and compare (from a checkout)",
 }
-"""What each command does, in the order in which a person meets them. A new command is one line here and one file,
-`scripts/NAME.py` with a function `main`."""
+"""Maps each command to a line of help, in the order in which a person meets them.
+
+A new command is one line here and one file, `scripts/NAME.py`, with a function `main`.
+"""
 
 CHECKOUT_ONLY = {"benchmark": "smalti.benchmarks", "reproduce": "smalti.studies"}
 """Commands whose code is not part of an installed wheel, and the package that they need."""

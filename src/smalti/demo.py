@@ -40,7 +40,7 @@ REPORT_NAME, DONE_NAME = "report.md", "demo.json"
 
 TOKENIZER = HRVQConfig(codebook_learning="gradient", revive_below=0.0)
 """The codebooks are trained as in the paper, after a k-means start. The default (running means and codebook revival)
-reconstructs better, but in this short demonstration a prior of its codes is worse; see docs/tokenizers.md."""
+reconstructs better, but in this short demonstration a prior of its codes is worse; see docs/notebook/tokenizers.md."""
 
 IMAGES_PER_MASK, FILLS_PER_IMAGE = 2, 3
 

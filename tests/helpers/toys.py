@@ -77,7 +77,7 @@ TINY = {
         classes=2,
     ),
 }
-KINDS = [(family, kind) for family in ("tokenizer", "prior") for kind in models.kinds(family)]
+KINDS = sorted(models._MODULES, key=lambda key: (key[0] == "prior", key[1]))
 ROWS = 22  # not a multiple of the batch size, so that batches span epochs
 CONFIG = FitConfig(
     steps=12,

@@ -65,7 +65,7 @@ class BuildLatents:
     flips: bool = True
     """Also store the mirror image of every image, as a row of its own."""
     on_bad_image: OnBadImage = "raise"
-    """What to do with an image that cannot be decoded: `raise` stops and names it, `skip` leaves it out and records it
+    """Handling of an image that cannot be decoded: `raise` stops and names it, `skip` leaves it out and records it
     in the latent set."""
     batch_size: int = 256
     """Rows that each process encodes at once, mirror images included. Lower it if memory runs out. A stopped build

@@ -43,7 +43,7 @@ class Inpaint(Generic[S]):
     """Settings of `inpaint`."""
 
     sampling: S
-    """How the prior samples codes. Among priors of several kinds, these settings apply to those of the last one's kind;
+    """Settings of the sampler. Among priors of several kinds, these settings apply to those of the last one's kind;
     the others use their defaults."""
     image: Path
     """Image to inpaint, or a folder of images. Any size, any format Pillow reads."""

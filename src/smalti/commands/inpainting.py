@@ -29,7 +29,7 @@ from smalti.tokenizers.base import Tokenizer
 
 @dataclass(frozen=True)
 class Filling:
-    """How a fill is made from sampled codes.
+    """Settings of a fill besides the sampling of its codes.
 
     Raises:
         UserError: for values outside their ranges.

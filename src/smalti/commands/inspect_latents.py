@@ -44,7 +44,7 @@ class InspectLatents:
 
 
 def inspect_latents(config: InspectLatents) -> None:
-    """Prints the summary; verifies, draws and plots if the config says so.
+    """Prints the summary; verifies, draws and plots as the config asks.
 
     Raises:
         UserError: for a set that cannot be read, fails verification, or was made by another tokenizer.

@@ -33,7 +33,7 @@ class Sample(Generic[S]):
     """Settings of `sample`."""
 
     sampling: S
-    """How the prior samples codes. Among priors of several kinds, these settings apply to those of the last one's kind;
+    """Settings of the sampler. Among priors of several kinds, these settings apply to those of the last one's kind;
     the others use their defaults."""
     prior: tuple[str, ...] = ("hourglass",)
     """A trained prior: a kind (read from runs/priors/KIND), a folder, or a hub id. Give one for each level if the

@@ -30,8 +30,10 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """Returns the command line as typed, without the path of the program."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Returns the command line without the program's path: `train_prior.py ...` or `smalti train-prior ...`."""
+    program = Path(sys.argv[0]).name
+    words = program.split() if program.startswith("smalti ") else [program]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def git_commit() -> str | None:
