@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Annotated, Any, NoReturn, TypeVar, cast, get_origin
 
 from smalti.core.errors import OneProcessError, UserError
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
@@ -25,6 +25,7 @@ C = TypeVar("C")
 PROGRAM = "smalti"
 _SCRIPT = re.compile(r"(?:(?P<launch>accelerate launch(?: --?\w+(?: \d+)?)*) |python )scripts/(?P<name>\w+)\.py")
 
+_DESCRIBED_DEFAULT = re.compile(r"\s*\[default: ([^\]]*)\]")
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; make room or give another --out",
     errno.EFBIG: "it is larger than a file may be here; give another --out",
@@ -109,8 +110,15 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
 
     output = io.StringIO()
     try:
-        with redirect_stderr(output), _unwrapped_docstrings():
-            return tyro.cli(cls, prog=_name(), description=about, config=(tyro.conf.OmitArgPrefixes,), **defaults)
+        with redirect_stderr(output):
+            return tyro.cli(
+                cls,
+                prog=_name(),
+                description=about,
+                config=(tyro.conf.OmitArgPrefixes,),
+                registry=_help_registry(),
+                **defaults,
+            )
     except SystemExit as exit_:
         if not exit_.code:  # --help
             sys.stdout.flush()
@@ -123,29 +131,46 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
         raise UserError(f"{message or output.getvalue()}; {advice}") from exit_
 
 
-@contextmanager
-def _unwrapped_docstrings() -> Iterator[None]:
-    """Joins the lines of fields' docstrings before tyro wraps them again.
+def _help_registry() -> Any:
+    """Returns tyro's rule for our help texts: each field's docstring as one paragraph, each default once.
 
-    tyro (1.0) keeps the line breaks of continuation lines that are indented, as they are in source code, so that help
-    texts break in the middle of a line.
+    tyro (1.0) keeps the line breaks of docstrings that are indented in the source. `[default: ...]` in a docstring
+    replaces tyro's `(default: None)`.
     """
-    import docstring_parser
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-    parse = docstring_parser.parse_from_object
+    registry, running = ConstructorRegistry(), []
 
-    def unwrapped(obj: Any) -> Any:
-        docstring = parse(obj)
-        for parameter in docstring.params:
-            if parameter.description is not None:
-                parameter.description = " ".join(parameter.description.split())
-        return docstring
+    @registry.struct_rule
+    def whole_paragraphs(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if running or not dataclasses.is_dataclass(info.type):
+            return None  # the call from below, so that tyro's own rule for dataclasses is next
+        running.append(info)
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            running.pop()
+        assert isinstance(spec, StructConstructorSpec)
+        return dataclasses.replace(spec, fields=tuple(_one_paragraph(field) for field in spec.fields))
 
-    docstring_parser.parse_from_object = unwrapped
-    try:
-        yield
-    finally:
-        docstring_parser.parse_from_object = parse
+    return registry
+
+
+def _one_paragraph(field: Any) -> Any:
+    """Returns a tyro field whose help is one paragraph, read from the source only when `--help` asks for it."""
+    from tyro.conf import arg
+
+    def text() -> str:
+        docstring = field.helptext() if callable(field.helptext) else field.helptext
+        return " ".join(str(docstring or "").split())
+
+    def default_hint(default: str) -> str:
+        described = _DESCRIBED_DEFAULT.search(text())
+        return f"(default: {described[1] if described else default or 'none'})"
+
+    nested = dataclasses.is_dataclass(get_origin(field.type) or field.type)
+    kind = field.type if nested else Annotated[field.type, arg(help_behavior_hint=default_hint)]
+    return dataclasses.replace(field, type=kind, helptext=lambda: _DESCRIBED_DEFAULT.sub("", text()) or None)
 
 
 def _name() -> str:

@@ -166,7 +166,7 @@ def test_classes_are_found_by_name_in_the_order_of_the_names(names, expected):
 def test_unknown_and_ambiguous_names_are_refused(name, message):
     with pytest.raises(UserError, match=message):
         find_classes(prior_of(), [name])
-    with pytest.raises(UserError, match="knows no classes"):
+    with pytest.raises(UserError, match="has no classes"):
         find_classes(prior_of(classes=0), [name])
 
 

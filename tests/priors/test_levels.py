@@ -202,7 +202,7 @@ def test_priors_that_make_no_model_are_refused_in_one_line(place, capfd, main, f
 @pytest.mark.parametrize(
     ("levels", "message"),
     [
-        ((Level(2, 2, channels=3), Level(4, 4, (3,))), "holds real numbers"),
+        ((Level(2, 2, channels=3), Level(4, 4, (3,))), "holds real-valued latents"),
         ((Level(2, 2, (3,)), Level(4, 6, (3,))), "2x2 and 4x6, are not one a whole multiple"),
         ((Level(3, 3, (3,)), Level(4, 4, (3,))), "3x3 and 4x4, are not"),
     ],
