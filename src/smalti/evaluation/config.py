@@ -57,8 +57,9 @@ class TokenizerEvaluation:
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path | None = None
-    """JSON file for the scores and all settings needed to repeat the evaluation [default: runs/evaluations/tokenizer-
-    NAME.json, with the name of the tokenizer's folder; numbered if another result is there]."""
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/tokenizer-NAME.json, with the name of the tokenizer's folder; numbered if another result is
+    there]."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class PriorEvaluation(Generic[S]):
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path | None = None
-    """JSON file for the scores and all settings needed to repeat the evaluation [default: runs/evaluations/prior-
-    NAME.json, with the name of the prior's folder; numbered if another result is there]. A sheet of samples and
-    their nearest neighbours among the training images is written beside it."""
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/prior-NAME.json, with the name of the prior's folder; numbered if another result is there]. A
+    sheet of samples and their nearest neighbours among the training images is written beside it."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class InpaintingEvaluation(Generic[S]):
     filling: Filling = field(default_factory=Filling)
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path | None = None
-    """JSON file for the scores and all settings needed to repeat the evaluation [default: runs/evaluations/inpainting-
-    NAME.json, with the name of the prior's folder; numbered if another result is there]."""
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/inpainting-NAME.json, with the name of the prior's folder; numbered if another result is there]."""
 
     def __post_init__(self) -> None:
         if self.fills < 1:
@@ -123,8 +124,8 @@ class ModesEvaluation:
     """Pixels of the decoded images: the `mean` of the decoder's likelihood, or a `sample` from it."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
     out: Path | None = None
-    """JSON file for the scores and all settings needed to repeat the evaluation [default: runs/evaluations/modes-
-    NAME.json, with the name of the tokenizer's folder; numbered if another result is there]."""
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/modes-NAME.json, with the name of the tokenizer's folder; numbered if another result is there]."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,9 @@ class LikelihoodEvaluation:
     device: Device = "auto"
     """Device to compute on, in fp32."""
     out: Path | None = None
-    """JSON file for the scores and all settings needed to repeat the evaluation [default: runs/evaluations/likelihood-
-    NAME.json, with the name of the tokenizer's folder; numbered if another result is there]."""
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/likelihood-NAME.json, with the name of the tokenizer's folder; numbered if another result is
+    there]."""
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.samples < 1:
