@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from smalti.images.sheets import save_png
 
 MAX_UPLOAD_MEGABYTES = 20
 _LARGEST_PORT = 65535
-_SECONDS_TO_STOP = 5
+_SECONDS_TO_STOP = 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,8 @@ def serve(config: App) -> Iterator[str]:
     Raises:
         UserError: if Gradio is not installed, the port is in use, or a model cannot be loaded.
     """
-    with _reserved(config.port) as listening, _temporary_folder() as folder:
+    port = _free_port(config.port)  # before models are loaded
+    with _temporary_folder() as folder:
         try:
             from smalti.app.page import page
         except ModuleNotFoundError as error:
@@ -87,23 +87,25 @@ def serve(config: App) -> Iterator[str]:
         blocks = page(session, partial(_save, folder, provenance))
         blocks.queue(default_concurrency_limit=1)  # requests that run at the same time slow each other down
         try:
-            with _running(blocks, listening):
-                yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            with _running(blocks, port):
+                yield f"http://127.0.0.1:{port}"
         finally:
             session.close()
 
 
-@contextmanager
-def _reserved(port: int) -> Iterator[socket.socket]:
-    """Listens on a port of this machine, before models are loaded."""
+def _free_port(port: int) -> int:
+    """Returns a port that is free now: the one asked for, or any for 0.
+
+    Raises:
+        UserError: if the port is in use, or the system reserves it.
+    """
     try:
-        listening = socket.create_server(("127.0.0.1", port))
+        with socket.create_server(("127.0.0.1", port)) as server:
+            return server.getsockname()[1]
     except PermissionError as error:
         raise UserError(f"port {port} is reserved by the system; give --port a number above 1023") from error
     except OSError as error:
         raise UserError(f"port {port} is in use; give another --port") from error
-    with listening:
-        yield listening
 
 
 @contextmanager
@@ -128,29 +130,36 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _running(blocks: Any, listening: socket.socket) -> Iterator[None]:
-    """Runs the web server in a thread, instead of by Gradio, so that `LocalOnly` receives every request first."""
-    import uvicorn
-    from fastapi import FastAPI
-    from gradio import mount_gradio_app
+def _running(blocks: Any, port: int) -> Iterator[None]:
+    """Runs Gradio's web server in a thread.
+
+    `mount_gradio_app` would do for the middleware too, but Gradio checks only in apps that it launched itself that the
+    files which a request names were uploaded; a test holds that.
+    """
+    from starlette.middleware import Middleware
 
     from smalti.app.page import CSS, THEME
 
-    site = FastAPI(openapi_url=None)
-    site.add_middleware(LocalOnly)
-    limit = MAX_UPLOAD_MEGABYTES * 1024**2
-    mount_gradio_app(site, blocks, path="/", max_file_size=limit, theme=THEME, css=CSS, footer_links=[])
-    server = uvicorn.Server(uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
     try:
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
+        blocks.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            max_file_size=MAX_UPLOAD_MEGABYTES * 1024**2,
+            app_kwargs={"middleware": [Middleware(LocalOnly)]},
+            theme=THEME,
+            css=CSS,
+            footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"port {port} is in use; give another --port") from error
+    try:
         yield
     finally:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # open streams are cut off, which it reports
-        server.should_exit = True
-        thread.join(_SECONDS_TO_STOP)
+        blocks.server.config.timeout_graceful_shutdown = _SECONDS_TO_STOP
+        blocks.close(verbose=False)
 
 
 @contextmanager
