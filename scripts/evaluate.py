@@ -10,7 +10,7 @@ $ python scripts/evaluate.py --of tokenizer --tokenizer my/tokenizer --images my
 $ python scripts/evaluate.py --of inpainting --prior my/prior --images my/photos --num 200
 $ python scripts/evaluate.py --of modes --tokenizer selfvae       # what comes back of how much that is sent
 $ python scripts/evaluate.py --of likelihood --tokenizer selfvae # bits per dimension, by 512 importance samples
-$ python scripts/evaluate.py --again runs/evaluations/prior.json # the same once more
+$ python scripts/evaluate.py --again runs/evaluations/prior-hourglass.json # the same once more
 
 Beside each distance is that of real images in place of the model's, the floor; compare numbers only with those of as
 many images and the same extractor. What each score means is in docs/evaluating.md."""
