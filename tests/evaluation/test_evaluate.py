@@ -15,10 +15,7 @@ from skimage.metrics import structural_similarity
 from skimage.restoration import inpaint_biharmonic
 
 from smalti.commands.model_paths import load_prior, load_tokenizer
-from smalti.evaluation import config as evaluation_config
 from smalti.evaluation import report
-from smalti.evaluation.result_files import result_path
-from smalti.evaluation.sample_size import too_few_images
 from smalti.evaluation.scores import SPEEDS
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
@@ -176,13 +173,6 @@ def test_too_few_images_are_warned_about_with_the_number_needed(results, capfd):
     ]
 
 
-@pytest.mark.parametrize(("images", "references", "warned"), [(1280, 1280, 0), (1279, 5000, 1), (1280, 999, 2)])
-def test_enough_images_are_not_warned_about(images, references, warned):
-    scores = {name: {"model": 1.0} for name in ("frechet", "precision", "recall", "mse")}
-    conditions = {"images": images, "reference_images": references, "feature_dimensions": 1280}
-    assert len(too_few_images(scores, conditions)) == warned
-
-
 def trained_on(folder, **provenance):
     """Saves the pair with a record of its training images."""
     save_pair(folder)
@@ -251,25 +241,6 @@ def test_out_that_holds_something_else_is_refused(results, folder, capfd):
         assert status == 2
         assert err.splitlines()[-1].startswith(f"error: {path} holds something else than a result of this evaluation")
         assert Path(path).read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("hourglass", "hourglass"),
-        ("someone/photos-prior", "photos-prior"),
-        ("a/my run", "my-run"),
-        ("a/demo/prior", "demo"),
-        ("a/demo/prior/states/step_00000250", "demo-step_00000250"),
-        ("a/hqa/layer-2", "hqa-layer-2"),
-    ],
-)
-def test_default_name_is_that_of_the_run(tmp_path, monkeypatch, source, name):
-    monkeypatch.chdir(tmp_path)
-    if source.startswith("a/"):
-        Path(source).mkdir(parents=True)
-    config = evaluation_config.TokenizerEvaluation(tokenizer=source)
-    assert result_path(config, {}) == Path(f"runs/evaluations/tokenizer-{name}.json")
 
 
 def corrupted(kind, strength, images):
