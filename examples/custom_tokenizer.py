@@ -43,7 +43,7 @@ class FSQ(Tokenizer):
         k = len(config.levels)
         self.encoder = nn.Sequential(nn.Conv2d(3, 64, 4, 4), nn.GELU(), nn.Conv2d(64, k, 1))
         self.decoder = nn.Sequential(nn.Conv2d(k, 64, 3, 1, 1), nn.GELU(), nn.ConvTranspose2d(64, 3, 4, 4))
-        self.register_buffer("half", torch.tensor([(n - 1) / 2 for n in config.levels]).view(1, k, 1, 1))
+        self.register_buffer("middle", torch.tensor([(n - 1) / 2 for n in config.levels]).view(1, k, 1, 1))
 
     @property
     def layout(self) -> Layout:
@@ -52,14 +52,14 @@ class FSQ(Tokenizer):
 
     def rounded(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k y x"]:
         """Levels of images, centred on zero; gradients pass straight through the rounding."""
-        bounded = torch.tanh(self.encoder(images)) * self.half
+        bounded = torch.tanh(self.encoder(images)) * self.middle
         return bounded + (bounded.round() - bounded).detach()
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:  # noqa: D102 - as in Tokenizer
-        return (self.layout.levels[0].join((self.rounded(images) + self.half).round().long().movedim(1, -1)),)
+        return (self.layout.levels[0].join((self.rounded(images) + self.middle).round().long().movedim(1, -1)),)
 
     def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:  # noqa: D102
-        values = self.layout.levels[0].split(codes[0]).movedim(-1, 1) - self.half
+        values = self.layout.levels[0].split(codes[0]).movedim(-1, 1) - self.middle
         kept = torch.arange(values.shape[1]).view(-1, 1, 1) < (digits or values.shape[1])
         return self.decoder(values * kept).clamp(-1, 1)
 

@@ -10,7 +10,7 @@ $ python scripts/evaluate.py --of tokenizer --tokenizer my/tokenizer --images my
 $ python scripts/evaluate.py --of inpainting --prior my/prior --images my/photos --num 200
 $ python scripts/evaluate.py --of modes --tokenizer selfvae        # each generation mode, by the bytes it transmits
 $ python scripts/evaluate.py --of likelihood --tokenizer selfvae   # bits per dimension, by importance sampling
-$ python scripts/evaluate.py --again runs/evaluations/prior.json   # repeats an evaluation
+$ python scripts/evaluate.py --again runs/evaluations/prior-hourglass.json # repeats an evaluation
 
 Needs the extra `metrics`: pip install 'smalti[metrics]'
 

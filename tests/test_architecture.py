@@ -29,8 +29,8 @@ RANKS = {
     **dict.fromkeys(["tokenizers.vq", "tokenizers.hqa", "tokenizers.selfvae", "priors.networks"], 3),
     "tokenizers.vqgan": 4,
     **dict.fromkeys(["commands", "cli"], 5),
-    **dict.fromkeys(["evaluation", "app", "demo", "benchmarks", "smalti"], 6),
-    "studies": 7,
+    **dict.fromkeys(["api", "evaluation", "app", "demo", "benchmarks"], 6),
+    **dict.fromkeys(["smalti", "studies"], 7),
     "scripts": 8,
     "__main__": 9,
 }
@@ -54,7 +54,7 @@ def folder_of(name: str) -> str:
     parts = name.split(".")[1:]
     for length in range(len(parts), 0, -1):
         folder = ".".join(parts[:length])
-        if folder in RANKS and (length > 1 or len(parts) > 1 or folder in ("cli", "demo", "__main__")):
+        if folder in RANKS and (length > 1 or len(parts) > 1 or folder in ("api", "cli", "demo", "__main__")):
             return folder
         if f"smalti.{folder}" in MODULES and length == 1 and folder not in RANKS:
             raise AssertionError(f"smalti.{folder} has no rank; give it one in RANKS")

@@ -103,7 +103,7 @@ def sample(
 def inpaint(
     prior: Prior | Sequence[Prior],
     image: Image.Image | UInt8[Tensor, "c h w"],
-    mask: Image.Image | Bool[Tensor, "h w"],
+    mask: Image.Image | Bool[Tensor, "y x"],
     tokenizer: Tokenizer | None = None,
     *,
     num: int = 3,

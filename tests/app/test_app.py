@@ -1,21 +1,11 @@
-"""The page in the browser: its pictures equal those of the commands, and a real browser can use it."""
+"""The session and the page's functions: pictures equal those of the commands. Requests are in `test_server.py`."""
 
-import base64
-import io
-import json
-import shutil
-import socket
-import sys
-
-import numpy as np
 import pytest
 import torch
-from helpers.command_toys import save_pair
 from PIL import Image
 
 from smalti.app import session as session_file
-from smalti.app.server import App, serve
-from smalti.app.session import Session
+from smalti.app.session import Frame, Session
 from smalti.commands.inpaint import Inpaint, inpaint
 from smalti.commands.inpainting import Filling
 from smalti.commands.sample import Sample, sample
@@ -24,12 +14,12 @@ from smalti.images.masks import examples
 from smalti.images.sheets import to_image
 
 pytest.importorskip("gradio", reason="the page needs Gradio (the extra `app`)")
-from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
+import gradio
+from helpers.command_toys import save_pair
+from helpers.page import picture
 
-from smalti.app.page import CANVAS_SIZE, canvas_image, painted_mask
+from smalti.app.page import CANVAS_SIZE, _Handlers, canvas_image, painted_mask, progress_text
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SETTINGS = {"steps": 6, "temperature": (0.9, 0.5), "guidance": 2.0}
 
 
@@ -45,11 +35,6 @@ def prior(tmp_path_factory):
 def session(prior, monkeypatch):
     monkeypatch.setattr(session_file, "SECONDS_BETWEEN_FRAMES", 0)
     return Session(str(prior), None, "cpu", "fp32")
-
-
-def picture():
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=generator)
 
 
 def test_fills_equal_those_of_the_command(session, prior, tmp_path):
@@ -72,8 +57,8 @@ def test_fills_equal_those_of_the_command(session, prior, tmp_path):
     inpaint(config)
     for image, name in zip(frames[-1].images, ("out.png", "out-2.png"), strict=True):
         assert Image.open(tmp_path / name).tobytes() == image.tobytes()
-    assert [frame.step for frame in frames] == [1, 2, 3, 4, 5, 6, 6]
-    assert frames[0].images[0].tobytes() != frames[-1].images[0].tobytes()
+    assert [frame.step for frame in frames] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert frames[1].images[0].tobytes() != frames[-1].images[0].tobytes()
 
 
 def test_samples_equal_those_of_the_command(session, prior, tmp_path):
@@ -93,13 +78,48 @@ def test_samples_equal_those_of_the_command(session, prior, tmp_path):
     )
     for number, image in enumerate(frames[-1].images):
         assert Image.open(tmp_path / "all" / f"{number}.png").tobytes() == image.tobytes()
-    assert [frame.step for frame in frames] == [1, 2, 3, 4, 5, 6, 6]
+    assert [frame.step for frame in frames] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert {frame.steps for frame in frames} == {6}
+    assert (frames[0].images, frames[0].seconds_left, frames[-1].seconds_left) == (None, None, 0)
+    assert all(frame.seconds_left > 0 for frame in frames[1:6])
 
 
 def test_closing_the_frames_ends_the_work(session):
     frames = session.sample(num=1, seed=0, steps=100_000)
     next(frames)
     frames.close()  # joins the thread, which would otherwise run for an hour
+
+
+def test_closing_the_session_ends_the_work(session):
+    frames = session.sample(num=1, seed=0, steps=100_000)
+    next(frames)
+    session.close()
+    assert not [frame for frame in frames if frame.step == frame.steps]
+
+
+def test_unfinished_fills_of_a_large_photo_are_small_and_finished_ones_are_not(session):
+    """A portrait photo is shrunk as a whole; previews are at most 512 pixels high."""
+    pixels, mask = torch.full((3, 1200, 900), 90, dtype=torch.uint8), torch.zeros(1200, 900).bool()
+    mask[600:630, 400:440] = True
+    frames = list(session.inpaint(pixels, mask, num=1, seed=0, filling=Filling(candidates=1), steps=2))
+    size = session.working_size(1200, 900)
+    assert (size.height, size.width) == (26, 20)  # four times the area of 8x16 pixels
+    assert frames[1].images[0].size == (384, 512)
+    assert frames[-1].images[0].size == (900, 1200)
+
+
+@pytest.mark.parametrize(
+    ("step", "seconds_left", "text"),
+    [
+        (0, None, "step 0 of 60"),
+        (1, 0.2, "step 1 of 60, about 1 s left"),
+        (2, 89.7, "step 2 of 60, about 90 s left"),
+        (3, 200.0, "step 3 of 60, about 3 min left"),
+        (60, 0.0, "step 60 of 60, almost finished"),
+    ],
+)
+def test_progress_is_steps_and_time_left(step, seconds_left, text):
+    assert progress_text(Frame(step, 60, None, seconds_left)) == text
 
 
 def test_wrong_masks_and_settings_are_user_errors(session):
@@ -126,133 +146,8 @@ def test_painted_area_becomes_the_mask(height, width):
     assert not painted_mask([Image.new("RGBA", canvas.size)], height, width).any()
 
 
-def test_missing_gradio_is_a_user_error(prior, monkeypatch):
-    monkeypatch.setitem(sys.modules, "smalti.app.page", None)
-    with pytest.raises(UserError, match=r"pip install 'smalti\[app\]'"), serve(App(prior=str(prior))):
-        pass
-
-
-def test_port_in_use_is_a_user_error(prior):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        page = serve(App(prior=str(prior), port=server.getsockname()[1]))
-        with pytest.raises(UserError, match="is in use; give another"), page:
-            pass
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A headless Chromium, driven by Selenium."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("chromium and chromedriver are not installed, so the page is not tested in a browser")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
-    for flag in [*flags.split(), "disable-component-update", "window-size=1300,1100"]:
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def until(condition, seconds=60):
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    return WebDriverWait(None, seconds).until(lambda _: condition())
-
-
-def shown(browser, selector):
-    return browser.find_elements("css selector", selector)
-
-
-def press(browser, selector):
-    """Clicks an element even if a message covers it."""
-    browser.execute_script("arguments[0].click()", until(lambda: shown(browser, selector))[0])
-
-
-def status(browser, element):
-    return shown(browser, f"#{element}")[0].text if shown(browser, f"#{element}") else ""
-
-
-def test_page_opens_fills_and_generates_over_http(prior, tmp_path):
-    """Gradio's client calls the functions of the page's controls, as a browser does."""
-    to_image(picture()).save(tmp_path / "in.png")
-    for name, opacity in (("empty", 0), ("painted", 255)):
-        layer = Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))
-        layer.paste((255, 0, 0, opacity), (0, 0, CANVAS_SIZE // 2, CANVAS_SIZE // 2))
-        layer.save(tmp_path / f"{name}.png")
-    empty, painted = (
-        {"background": None, "layers": [handle_file(tmp_path / f"{name}.png")], "composite": None}
-        for name in ("empty", "painted")
-    )
-    numbers = [2, 4, "any", 2, 0.9, 0.5]  # number of images, seed, class, steps, temperature
-    with serve(App(prior=str(prior), port=free_port(), device="cpu", precision="fp32")) as blocks:
-        client = Client(blocks.local_url, verbose=False)
-        with pytest.raises(AppError, match="open an image first"):
-            client.predict(painted, *numbers, api_name="/inpaint")
-        client.predict(handle_file(tmp_path / "in.png"), api_name="/open")
-        with pytest.raises(AppError, match="nothing is masked yet"):
-            client.predict(empty, *numbers, api_name="/inpaint")
-        fills, status = client.predict(painted, *numbers, api_name="/inpaint")
-        assert (len(fills), status) == (2, "finished after 2 steps")
-        fill = Image.open(fills[1]["image"])
-        settings = json.loads(fill.info["smalti"])
-        assert (settings["number"], settings["seed"], settings["num"]) == (1, 4, 2)
-        assert (settings["steps"], settings["temperature"]) == (2, [0.9, 0.5])
-        changed = (np.array(fill) != np.array(to_image(picture()))).any(2)
-        assert changed[:8, :8].any()
-        assert not changed[8:].any()
-        assert not changed[:, 8:].any()
-        images, status = client.predict(*numbers, api_name="/generate")
-        assert (len(images), status) == (2, "finished after 2 steps")
-
-
-def test_browser_opens_paints_fills_and_generates(prior, browser, tmp_path):
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    to_image(picture()).save(tmp_path / "in.png")
-    (tmp_path / "no.png").write_text("no image")
-    with serve(App(prior=str(prior), port=free_port(), device="cpu", precision="fp32")) as blocks:
-        browser.get(blocks.local_url)
-        upload = until(lambda: shown(browser, "#open input, input[data-testid^='Open an image']"))[0]
-        upload.send_keys(str(tmp_path / "no.png"))
-        assert until(lambda: "no.png" in shown(browser, "body")[0].text)
-        upload.send_keys(str(tmp_path / "in.png"))
-        canvas = until(lambda: shown(browser, "#editor canvas"))[0]
-        until(lambda: canvas.size["height"] > 50)
-        press(browser, "#fill")
-        assert until(lambda: "nothing is masked yet" in shown(browser, "body")[0].text)
-        ActionChains(browser).move_to_element(canvas).click_and_hold().move_by_offset(40, 20).release().perform()
-        press(browser, "#fill")
-        until(lambda: status(browser, "fill-status").startswith("finished"))
-        assert len(shown(browser, "#fills img")) == 3
-        browser.save_screenshot(str(tmp_path / "page.png"))
-        source = shown(browser, "#fills img")[0].get_attribute("src")
-        encoded = browser.execute_async_script(FETCH, source)
-        fill = Image.open(io.BytesIO(base64.b64decode(encoded)))
-        settings = json.loads(fill.info["smalti"])
-        assert (settings["number"], settings["seed"], settings["num"]) == (0, 0, 3)
-        changed = (np.array(fill) != np.array(to_image(picture()))).any(2)
-        assert 0 < changed.sum() < 200  # of 256: only painted pixels change
-        press(browser, "[role=tab]:nth-of-type(2)")
-        press(browser, "#generate")
-        until(lambda: status(browser, "generate-status").startswith("finished"))
-        assert len(shown(browser, "#images img")) == 8
-        press(browser, "#images img")
-        assert until(lambda: not browser.find_element("id", "generate").is_displayed())  # the other tab opened
-
-
-FETCH = """
-const done = arguments[1];
-fetch(arguments[0]).then(r => r.blob()).then(b => {
-  const reader = new FileReader();
-  reader.onload = () => done(reader.result.split(",")[1]);
-  reader.readAsDataURL(b);
-});
-"""
+def test_a_bad_upload_is_named_and_leaves_the_photo_and_the_painting(prior):
+    handlers = _Handlers(Session(str(prior), None, "cpu", "fp32"), lambda *_: [])
+    outputs = handlers.open({"path": __file__, "orig_name": "my *photo* <1>.png"})
+    assert outputs[:2] == (gradio.skip(), gradio.skip())
+    assert outputs[2].startswith('<p class="message problem" role="alert">my *photo* &lt;1&gt;.png was not opened')

@@ -99,7 +99,7 @@ def test_ten_killed_builds_give_the_same_file_and_encode_no_block_twice(workspac
     [
         ("smalti.latentsets.shards", "write_json", 1),
         ("smalti.latentsets.shards", "LatentSetWriter.write", 40),
-        ("smalti.latentsets.writer", "complete", 1),
+        ("smalti.latentsets.writer", "add_digest", 1),
         ("smalti.latentsets.shards", "shutil.rmtree", 1),
     ],
 )
@@ -333,6 +333,6 @@ def test_codes_outside_the_layout_are_refused_at_once(tmp_path):
     job = Job(tmp_path / "x.h5", Layout(HRVQ(CONFIG).layout.levels), 8, 4, flips=False, key={})
     with Shards(job) as shards:
         shards.claim()
-        with pytest.raises(UserError, match="level 0 holds codes from 0 to 15 but 0 to 16"):
+        with pytest.raises(UserError, match="level 0 has codes from 0 to 15, not from 0 to 16"):
             shards.append(0, (torch.arange(16).view(4, 2, 2) + torch.arange(16).view(4, 2, 2) // 15,), {})
     assert json.loads((shards.folder / "key.json").read_text())["block_images"] == 4

@@ -12,11 +12,11 @@ from helpers.build_toys import trained_in
 from helpers.command_toys import run
 from PIL import Image
 
-from smalti import load
 from smalti.commands import feature_cache
 from smalti.commands.feature_cache import with_feature_cache
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
+from smalti.core.models import load
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images

@@ -13,10 +13,11 @@ from helpers.command_toys import run
 from PIL import Image
 from torch import nn
 
-from smalti import LatentSet, load
+from smalti import LatentSet
 from smalti.commands.sample import generate_codes
 from smalti.commands.train_prior import continuous_grid
 from smalti.core.errors import UserError
+from smalti.core.models import load
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.evaluation import modes
 from smalti.evaluation import prior as prior_evaluation

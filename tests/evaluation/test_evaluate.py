@@ -15,6 +15,7 @@ from skimage.metrics import structural_similarity
 from skimage.restoration import inpaint_biharmonic
 
 from smalti.commands.model_paths import load_prior, load_tokenizer
+from smalti.evaluation import report
 from smalti.evaluation.scores import SPEEDS
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
@@ -127,10 +128,10 @@ def test_fills_are_compared_with_originals_and_baselines(results):
 
 @pytest.mark.parametrize("of", ["tokenizer", "prior", "inpainting"])
 def test_repeated_evaluation_gives_the_same_scores(results, capfd, of):
-    status, out, _ = run(capfd, evaluate.main, "--again", f"{of}.json", "--out", "again.json")
+    status, out, _ = run(capfd, evaluate.main, "--again", f"{of}.json", "--out", f"again-{of}.json")
     assert status == 0
     assert f"the same as {of}.json, except for speeds" in out
-    again = json.loads(Path("again.json").read_text())
+    again = json.loads(Path(f"again-{of}.json").read_text())
     assert {k: v for k, v in again["scores"].items() if k not in SPEEDS} == {
         k: v for k, v in results[of]["scores"].items() if k not in SPEEDS
     }
@@ -153,6 +154,93 @@ def test_repeated_evaluation_lists_what_changed(results, capfd):
     assert "tokenizer_digest was another, is" in out
     assert "mse of model was 0.5, is 0." in out
     assert "the same as" not in out
+
+
+def test_too_few_images_are_warned_about_with_the_number_needed(results, capfd):
+    """The 80 images of this file are far too few for every score that has a minimum."""
+    for of, names in (("tokenizer", "frechet_to_originals, frechet"), ("prior", "frechet"), ("inpainting", "frechet")):
+        warnings, images = results[of]["warnings"], results[of]["conditions"]["images"]
+        assert warnings[0] == (
+            f"{names} of {images} images and 12 reference images {'are' if ',' in names else 'is'} unreliable; at "
+            "least 1280 are needed (--num and --reference, or more --images)"
+        )
+    assert results["prior"]["warnings"][1].startswith("precision, recall of")
+    assert "at least 1000 are needed" in results["prior"]["warnings"][1]
+    assert results["prior"]["warnings"][2].startswith("share_too_near of")
+    shown = report.table(results["prior"]["scores"], results["prior"]["conditions"])
+    assert [line for line in shown.splitlines() if line.startswith("warning: ")] == [
+        f"warning: {warning}" for warning in results["prior"]["warnings"]
+    ]
+
+
+def trained_on(folder, **provenance):
+    """Saves the pair with a record of its training images."""
+    save_pair(folder)
+    for part in (folder, folder / "tokenizer"):
+        config = json.loads((part / "config.json").read_text())
+        config["provenance"] |= provenance
+        (part / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("of", ["tokenizer", "prior", "inpainting"])
+def test_images_default_to_those_of_training(results, capfd, of):
+    """The scores are those with `--images img`; the images are printed and recorded."""
+    trained_on(Path("known"), image_source="img")
+    model = "known/tokenizer" if of == "tokenizer" else "known"
+    flags = ["--tokenizer" if of == "tokenizer" else "--prior", model]
+    steps = [] if of == "tokenizer" else ["--steps", "2"]
+    fills = ["--candidates", "2", "--fills", "2"] if of == "inpainting" else []
+    status, _, err = run(capfd, evaluate.main, "--of", of, *flags, *steps, *fills, *QUICK[2:])
+    assert status == 0
+    result = json.loads(Path(f"runs/evaluations/{of}-known.json").read_text())
+    assert result["settings"]["protocol"]["images"] is None
+    assert result["conditions"]["image_source"] == "img"
+    assert result["conditions"]["images_fingerprint"] == results[of]["conditions"]["images_fingerprint"]
+    assert result["scores"]["frechet"] == results[of]["scores"]["frechet"]
+    assert f"evaluating on {result['conditions']['images']} held-out images and 12 training images of img" in err
+
+
+def test_unknown_and_changed_training_images_are_user_errors(folder, capfd):
+    trained_on(Path("changed"), image_source="img", image_fingerprint="of other images")
+    for tokenizer, message in (
+        ("pair/tokenizer", "does not record which images it was trained on; give --images"),
+        ("changed/tokenizer", "img does not hold the images that the model was trained on"),
+    ):
+        status, _, err = run(capfd, evaluate.main, "--of", "tokenizer", "--tokenizer", tokenizer)
+        assert status == 2
+        assert message in err.splitlines()[-1]
+
+
+def test_results_are_replaced_by_the_same_evaluation_only(results, folder, capfd):
+    """Default names follow from the model; other settings or other weights get another number."""
+
+    def names(model, *flags):
+        status, out, _ = run(capfd, evaluate.main, "--of", "tokenizer", "--tokenizer", model, *QUICK, *flags)
+        assert status == 0
+        return out.splitlines()[-1].replace("\\", "/")
+
+    assert names("pair/tokenizer") == "runs/evaluations/tokenizer-pair.json"
+    before = Path("runs/evaluations/tokenizer-pair.json").read_bytes()
+    assert names("pair/tokenizer") == "runs/evaluations/tokenizer-pair.json"
+    assert names("pair/tokenizer", "--seed", "1") == "runs/evaluations/tokenizer-pair-2.json"
+    assert names("pair/tokenizer", "--seed", "1") == "runs/evaluations/tokenizer-pair-2.json"
+    result = json.loads(before)
+    result["conditions"]["tokenizer_digest"] = "of other weights"
+    Path("runs/evaluations/tokenizer-pair.json").write_text(json.dumps(result))
+    assert names("pair/tokenizer") == "runs/evaluations/tokenizer-pair-3.json"
+    assert json.loads(Path("runs/evaluations/tokenizer-pair.json").read_text()) == result
+
+
+def test_out_that_holds_something_else_is_refused(results, folder, capfd):
+    Path("notes.json").write_text("{}")
+    for path in ("prior.json", "notes.json", "img/0.png"):
+        before = Path(path).read_bytes()
+        status, _, err = run(
+            capfd, evaluate.main, "--of", "tokenizer", "--tokenizer", "pair/tokenizer", *QUICK, "--out", path
+        )
+        assert status == 2
+        assert err.splitlines()[-1].startswith(f"error: {path} holds something else than a result of this evaluation")
+        assert Path(path).read_bytes() == before
 
 
 def corrupted(kind, strength, images):

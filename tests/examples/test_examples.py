@@ -51,9 +51,11 @@ def test_training_and_sampling_from_python(folder):
 
 def test_folder_is_inpainted(folder):
     save_pair(folder / "pair")
+    for file in sorted((folder / "img").glob("*.png"))[2:]:
+        file.unlink()
     example("inpaint_folder").main("pair", "img", "filled")
-    assert len(list((folder / "filled").glob("*.png"))) == 3 * 40
-    before, after = (Image.open(path).convert("RGB") for path in ("img/3.png", "filled/3-0.png"))
+    assert len(list((folder / "filled").glob("*.png"))) == 3 * 2
+    before, after = (Image.open(path).convert("RGB") for path in ("img/0.png", "filled/0-0.png"))
     assert after.size == before.size == (28, 28)
     assert after.getpixel((0, 0)) == before.getpixel((0, 0))  # outside the ellipse
 

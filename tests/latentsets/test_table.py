@@ -68,7 +68,10 @@ def changed(table, **names):
         (lambda table: changed(table), "the table's 'latent_set' is damaged"),
         (lambda table: changed(table, text="none"), "the table's 'latent_set' is damaged"),
         (lambda table: table.select([]), "the table has 0 rows"),
-        (lambda table: table.map(lambda row: {"codes_0": [[999] * 4] * 3}), "level 0 holds codes from 0 to 511"),
+        (
+            lambda table: table.map(lambda row: {"codes_0": [[999] * 4] * 3}),
+            "level 0 has codes from 0 to 511, not from",
+        ),
         (lambda table: table.map(lambda row: {"held_out": row["flipped"]}), "on both sides of the held-out split"),
     ],
 )

@@ -48,9 +48,9 @@ def test_blocks_written_in_any_order_are_read_back(tmp_path_factory, levels, row
 @pytest.mark.parametrize(
     ("start", "codes", "message"),
     [
-        (0, [512], "level 0 holds codes from 0 to 511"),
-        (0, [65536], "level 0 holds codes from 0 to 511"),
-        (0, [-1], "level 0 holds codes from 0 to 511"),
+        (0, [512], "level 0 has codes from 0 to 511, not from"),
+        (0, [65536], "level 0 has codes from 0 to 511, not from"),
+        (0, [-1], "level 0 has codes from 0 to 511, not from"),
         (3, [0], "row 3 was already written"),
         (59, [0, 0], "rows 59 to 60 do not fit a latent set of 60"),
         (-1, [0], "rows -1 to -1 do not fit a latent set of 60"),

@@ -10,9 +10,9 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from smalti import load
 from smalti.core import models
 from smalti.core.errors import UserError
+from smalti.core.models import load
 from smalti.metrics.frechet import Moments, frechet_distance
 from smalti.scripts import reproduce as command
 from smalti.studies.hqa import report, study

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from helpers.image_toys import write_patches
 from PIL import Image
 
-from smalti import load
+from smalti.core.models import load
 from smalti.core.randomness import Stream, choose
 from smalti.evaluation.code_likelihood import count_bits
 from smalti.images.decoding import to_float, to_uint8

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from smalti import HRVQ, LatentSet, load
+from smalti import HRVQ, LatentSet
 from smalti.commands.train_prior import TrainPrior
 from smalti.core.errors import UserError
+from smalti.core.models import load
 from smalti.core.randomness import row_seeds
 from smalti.evaluation import prior as prior_evaluation
 from smalti.evaluation.config import EvaluationSettings, PriorEvaluation

@@ -37,7 +37,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_variant_computes_the_same(kind, tmp_path):
-    assert models.find("prior", kind) is KINDS[kind]
+    assert models.class_of_kind("prior", kind) is KINDS[kind]
     model = model_of(KINDS[kind])
     model.save(tmp_path / "prior")
     loaded = models.load(tmp_path / "prior", "prior")

@@ -1,8 +1,10 @@
 """The page in the browser: its controls, and the functions they call. The models' work is in `session.py`."""
 
 import dataclasses
+import html
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast, no_type_check
 
 import gradio
@@ -15,14 +17,19 @@ from torch import Tensor
 from smalti.app.session import Frame, Session
 from smalti.commands.inpainting import Filling
 from smalti.core.errors import UserError
-from smalti.images.decoding import load_image
+from smalti.images.decoding import decode
 from smalti.images.sheets import to_image
 
 CANVAS_SIZE = 512
 """Pixels of the longer side of the canvas that a mask is painted on. Small images are enlarged to it."""
 MAX_IMAGES = 16
 ANY_CLASS = "any"
-CSS = "#fills img, #images img { image-rendering: pixelated }"
+CSS = """
+#fills img, #images img { image-rendering: pixelated }
+.toast-wrap { position: static !important; order: -1; width: 100% !important }  /* above the page, over no button */
+.message { margin: 0; min-height: 1.5em }
+.message.problem { color: var(--error-text-color); font-weight: 600 }
+"""
 THEME = themes.Default(font="system-ui", font_mono="monospace")  # Gradio downloads fonts of other names
 _SLIDER_RANGES = {  # minimum, maximum, step
     "steps": (1, 200, 1),
@@ -59,10 +66,10 @@ def page(session: Session, save: Callable[..., list[str]]) -> gradio.Blocks:
     handlers = _Handlers(session, save)
     with gradio.Blocks(title="smalti", analytics_enabled=False) as blocks, gradio.Tabs() as tabs:
         with gradio.Tab("Inpaint", id="inpaint"), gradio.Row():
-            opened, editor = _inpaint_tab(session, handlers)
+            opened, editor, file_status = _inpaint_tab(session, handlers)
         with gradio.Tab("Generate", id="generate"), gradio.Row():
             images = _generate_tab(session, handlers)
-        images.select(handlers.edit, images, [opened, editor, tabs])
+        images.select(handlers.edit, images, [opened, editor, file_status, tabs])
     return blocks
 
 
@@ -76,52 +83,107 @@ class _Handlers:
     def __init__(self, session: Session, save: Callable[..., list[str]]) -> None:
         self._session, self._save = session, save
 
-    def open(self, path: str | None) -> tuple[Any, Any]:
-        """Opens an image file; returns its pixels and its canvas."""
-        if path is None:
-            return None, None
-        with _shown_errors():
-            pixels = load_image(path, channels=self._session.channels)
-        return pixels.numpy(), canvas_image(pixels)
+    def open(self, upload: dict[str, Any] | None) -> tuple[Any, Any, Any]:
+        """Opens an uploaded image; returns its pixels, its canvas and a message.
 
-    def edit(self, event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, Any, Any]:
+        If it is no image, the opened image and what is painted on it stay as they are.
+
+        Args:
+            upload: Gradio's description of the file, with its name as the person knows it in `orig_name`.
+        """
+        if upload is None:
+            return gradio.skip(), gradio.skip(), gradio.skip()
+        name = upload.get("orig_name") or Path(upload["path"]).name
+        try:
+            pixels = decode(Path(upload["path"]).read_bytes(), channels=self._session.channels)
+        except UserError as error:
+            return gradio.skip(), gradio.skip(), _message(f"{name} was not opened: {error}", problem=True)
+        return pixels.numpy(), canvas_image(pixels), _message(f"{name} will be {self._sizes(pixels)}")
+
+    def edit(self, event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, Any, Any, Any]:
         """Opens a generated image that was clicked, on the other tab."""
-        return *self.open(images[event.index][0]), gradio.Tabs(selected="inpaint")
+        path = images[event.index][0]
+        return *self.open({"path": path, "orig_name": "the generated image"}), gradio.Tabs(selected="inpaint")
 
     @no_type_check
-    def inpaint(self, opened: Any, painted: Any, *values: Any) -> Iterator[tuple[Any, str]]:
+    def inpaint(self, opened: Any, painted: Any, *values: Any) -> Iterator[tuple[Any, Any]]:
         """Fills the painted part of the opened image and yields pictures and status."""
         if opened is None:
-            raise gradio.Error("open an image first, or generate one and click it", print_exception=False)
+            yield gradio.skip(), _message("open an image first, or generate one and click it", problem=True)
+            return
         pixels = torch.from_numpy(opened)
         settings = _settings(self._session.prior.method.filling, values)
-        with _shown_errors():
+        try:
             mask = painted_mask(painted["layers"], *pixels.shape[1:])
             frames = self._session.inpaint(pixels, mask, filling=Filling(), **settings)
-            yield from self._outputs(frames, "fill", settings)
+            yield from self._outputs(frames, "fill", settings, note=f"; {self._sizes(pixels)}")
+        except UserError as error:
+            yield gradio.skip(), _message(str(error), problem=True)
 
     @no_type_check
-    def generate(self, *values: Any) -> Iterator[tuple[Any, str]]:
+    def generate(self, *values: Any) -> Iterator[tuple[Any, Any]]:
         """Generates new images and yields pictures and status."""
         settings = _settings(self._session.prior.method.sampling, values)
-        with _shown_errors():
+        try:
             yield from self._outputs(self._session.sample(**settings), "sample", settings)
+        except UserError as error:
+            yield gradio.skip(), _message(str(error), problem=True)
+
+    def _sizes(self, pixels: Tensor) -> str:
+        """Describes the size of an image, width first, and the size at which its fills are computed."""
+        _, height, width = pixels.shape
+        work = self._session.working_size(height, width)
+        if (work.height, work.width) == (height, width):
+            return f"filled at its own size, {width}x{height}"
+        return (
+            f"filled at {work.width}x{work.height}, enlarged to {width}x{height}; "
+            "what is not painted over keeps its full size"
+        )
 
     @no_type_check
-    def _outputs(self, frames: Iterator[Frame], prefix: str, settings: dict[str, Any]) -> Iterator[tuple[Any, str]]:
-        """Yields the pictures of every frame with its step, then the saved pictures of the last one."""
-        last = None
+    def _outputs(
+        self, frames: Iterator[Frame], prefix: str, settings: dict[str, Any], note: str = ""
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yields the pictures and the step of every frame, then the saved pictures of the last one.
+
+        `note` is the end of the last message.
+        """
+        last, start = None, time.monotonic()
         for last in frames:
-            yield last.images, f"step {last.step}"
-        if last is not None:
-            yield self._save(prefix, last.images, **settings), f"finished after {last.step} steps"
+            yield gradio.skip() if last.images is None else last.images, _message(progress_text(last))
+        if last is not None and last.images is not None:
+            seconds = time.monotonic() - start
+            text = f"finished after {last.step} of {last.steps} steps, {_duration(seconds)}{note}"
+            yield self._save(prefix, last.images, **settings), _message(text)
 
 
-def _inpaint_tab(session: Session, handlers: _Handlers) -> tuple[gradio.State, gradio.ImageEditor]:
-    """Lays out the tab that inpaints; returns the opened image and the editor."""
+def progress_text(frame: Frame) -> str:
+    """Returns `step i of n` and the time left."""
+    step = f"step {frame.step} of {frame.steps}"
+    if frame.seconds_left is None:
+        return step
+    if frame.step >= frame.steps:
+        return f"{step}, almost finished"
+    return f"{step}, about {_duration(frame.seconds_left)} left"
+
+
+def _duration(seconds: float) -> str:
+    """Returns a duration in seconds, or in minutes if it is longer than 90 seconds."""
+    return f"{max(1, round(seconds))} s" if seconds <= 90 else f"{round(seconds / 60)} min"
+
+
+def _message(text: str, *, problem: bool = False) -> str:
+    """Returns a line of HTML that shows the text exactly as it is."""
+    kind = "alert" if problem else "status"
+    return f'<p class="message{" problem" if problem else ""}" role="{kind}">{html.escape(text)}</p>'
+
+
+def _inpaint_tab(session: Session, handlers: _Handlers) -> tuple[gradio.State, gradio.ImageEditor, gradio.HTML]:
+    """Lays out the tab that inpaints; returns the opened image, the editor and the line of messages on files."""
     with gradio.Column():
         opened = gradio.State()
-        upload = gradio.UploadButton("Open an image", file_types=["image"], elem_id="open")
+        upload = gradio.UploadButton("Open an image", elem_id="open")  # any file, so that others get a message
+        file_status = gradio.HTML(elem_id="open-status")
         editor = gradio.ImageEditor(
             label="Paint over the part to fill",
             elem_id="editor",
@@ -137,12 +199,12 @@ def _inpaint_tab(session: Session, handlers: _Handlers) -> tuple[gradio.State, g
     with gradio.Column():
         button = gradio.Button("Fill", variant="primary", elem_id="fill")
         stop = gradio.Button("Stop")
-        status = gradio.Markdown(elem_id="fill-status")
-        gallery = gradio.Gallery(label="Fills", elem_id="fills", format="png", columns=3)
-    upload.upload(handlers.open, upload, [opened, editor])
-    running = button.click(handlers.inpaint, [opened, editor, *controls], [gallery, status])
-    stop.click(None, cancels=[running])
-    return opened, editor
+        status = gradio.HTML(elem_id="fill-status")
+        gallery = gradio.Gallery(label="Fills", elem_id="fills", format="png", columns=3, object_fit="contain")
+    upload.upload(handlers.open, upload, [opened, editor, file_status], preprocess=False)
+    running = button.click(handlers.inpaint, [opened, editor, *controls], [gallery, status], show_progress="hidden")
+    stop.click(_stopped, None, status, cancels=[running], queue=False)
+    return opened, editor, file_status
 
 
 def _generate_tab(session: Session, handlers: _Handlers) -> gradio.Gallery:
@@ -152,22 +214,18 @@ def _generate_tab(session: Session, handlers: _Handlers) -> gradio.Gallery:
     with gradio.Column():
         button = gradio.Button("Generate", variant="primary", elem_id="generate")
         stop = gradio.Button("Stop")
-        status = gradio.Markdown("Click an image to inpaint it.", elem_id="generate-status")
+        status = gradio.HTML(_message("Click an image to inpaint it."), elem_id="generate-status")
         images = gradio.Gallery(
             label="Images", elem_id="images", format="png", columns=4, allow_preview=False, interactive=False
         )
-    running = button.click(handlers.generate, controls, [images, status])
-    stop.click(None, cancels=[running])
+    running = button.click(handlers.generate, controls, [images, status], show_progress="hidden")
+    stop.click(_stopped, None, status, cancels=[running], queue=False)
     return images
 
 
-@contextmanager
-def _shown_errors() -> Iterator[None]:
-    """Shows user errors as messages on the page."""
-    try:
-        yield
-    except UserError as error:
-        raise gradio.Error(str(error), print_exception=False) from error
+def _stopped() -> str:
+    """Returns the message after a click on Stop."""
+    return _message("stopped")
 
 
 def _controls(session: Session, sampling: type, num: int) -> list[Any]:

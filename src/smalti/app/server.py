@@ -1,16 +1,27 @@
-"""The command that serves the page in a browser on this machine. The page itself is in `page.py`."""
+"""The command that serves the page in a browser on this machine. The page itself is in `page.py`.
 
+Uploads, fills and Gradio's cache are in one temporary folder, which is removed when the server stops.
+"""
+
+import atexit
+import logging
 import os
+import shutil
+import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
+from smalti.app.local_only import LocalOnly
 from smalti.app.session import Session
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
@@ -19,69 +30,152 @@ from smalti.core.provenance import versions
 from smalti.images.sheets import save_png
 
 MAX_UPLOAD_MEGABYTES = 20
+_LARGEST_PORT = 65535
+_SECONDS_TO_STOP = 1
 
 
 @dataclass(frozen=True)
 class App:
-    """Settings of the page: its models and its port."""
+    """Settings of the page: its models and its port.
+
+    Raises:
+        UserError: if the port is out of range.
+    """
 
     prior: str = "hourglass"
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id."""
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     port: int = 7860
-    """Port of the page. Only this machine can reach it."""
+    """Port of the page, or 0 for any free one. Only this machine can reach it."""
     device: Device = "auto"
     """Device to compute on."""
     precision: Precision = "auto"
     """Precision of the prior; auto is bf16 on hardware that is fast in it, otherwise fp32."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= _LARGEST_PORT:
+            raise UserError(f"--port must be from 0 to {_LARGEST_PORT}, not {self.port}")
+
 
 def app(config: App) -> None:
-    """Serves the page until Ctrl-C.
+    """Serves the page until Ctrl-C, or until a signal ends the process. Uploads and fills are removed in either case.
 
     Raises:
         UserError: if Gradio is not installed, the port is in use, or a model cannot be loaded.
     """
-    with serve(config) as blocks:
-        print(f"http://127.0.0.1:{config.port}  (press Ctrl-C to stop)")
-        blocks.block_thread()
+    with _unwound_by_signals(), serve(config) as url:
+        print(f"{url}  (press Ctrl-C to stop)", flush=True)
+        threading.Event().wait()
 
 
 @contextmanager
-def serve(config: App) -> Iterator[Any]:
-    """Serves the page as long as the context is open, and yields its `gradio.Blocks`.
+def serve(config: App) -> Iterator[str]:
+    """Serves the page as long as the context is open, and yields its address.
 
     Raises:
         UserError: if Gradio is not installed, the port is in use, or a model cannot be loaded.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # set before the import, so that nothing is sent over the network
-    try:
-        from smalti.app.page import CSS, THEME, page
-    except ModuleNotFoundError as error:
-        raise UserError("the page needs Gradio: pip install 'smalti[app]'") from error
-    session = Session(config.prior, config.tokenizer, config.device, config.precision)
-    with TemporaryDirectory(prefix="smalti-app-") as folder:
+    port = _free_port(config.port)  # before models are loaded
+    with _temporary_folder() as folder:
+        try:
+            from smalti.app.page import page
+        except ModuleNotFoundError as error:
+            raise UserError("the page needs Gradio: pip install 'smalti[app]'") from error
+        session = Session(config.prior, config.tokenizer, config.device, config.precision)
         provenance = {**flatten(config), "prior_digest": session.prior.digest(), "versions": versions()}
-        blocks = page(session, partial(_save, Path(folder), provenance))
+        blocks = page(session, partial(_save, folder, provenance))
+        blocks.queue(default_concurrency_limit=1)  # requests that run at the same time slow each other down
         try:
-            blocks.queue(default_concurrency_limit=1)  # requests that run at the same time slow each other down
-            blocks.launch(
-                server_name="127.0.0.1",
-                server_port=config.port,
-                max_file_size=MAX_UPLOAD_MEGABYTES * 1024**2,
-                theme=THEME,
-                css=CSS,
-                footer_links=[],
-                quiet=True,
-                prevent_thread_lock=True,
-            )
-        except OSError as error:
-            raise UserError(f"port {config.port} is in use; give another --port") from error
-        try:
-            yield blocks
+            with _running(blocks, port):
+                yield f"http://127.0.0.1:{port}"
         finally:
-            blocks.close(verbose=False)
+            session.close()
+
+
+def _free_port(port: int) -> int:
+    """Returns a port that is free now: the one asked for, or any for 0.
+
+    Raises:
+        UserError: if the port is in use, or the system reserves it.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", port)) as server:
+            return server.getsockname()[1]
+    except PermissionError as error:
+        raise UserError(f"port {port} is reserved by the system; give --port a number above 1023") from error
+    except OSError as error:
+        raise UserError(f"port {port} is in use; give another --port") from error
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Yields a folder for all files of the page, Gradio's cache included, and removes it at the end.
+
+    It is removed a second time when the process exits, because a fill that is being finished may create it again.
+    """
+    settings = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # nothing is sent or kept elsewhere
+    before = {name: os.environ.get(name) for name in (*settings, "GRADIO_TEMP_DIR")}
+    with TemporaryDirectory(prefix="smalti-app-", ignore_cleanup_errors=True) as name:
+        atexit.register(shutil.rmtree, name, ignore_errors=True)
+        os.environ.update(settings, GRADIO_TEMP_DIR=str(Path(name).resolve() / "gradio"))
+        try:
+            yield Path(name)
+        finally:
+            for variable, value in before.items():
+                if value is None:
+                    del os.environ[variable]
+                else:
+                    os.environ[variable] = value
+
+
+@contextmanager
+def _running(blocks: Any, port: int) -> Iterator[None]:
+    """Runs Gradio's web server in a thread.
+
+    `mount_gradio_app` would do for the middleware too, but Gradio checks only in apps that it launched itself that the
+    files which a request names were uploaded; a test holds that.
+    """
+    from starlette.middleware import Middleware
+
+    from smalti.app.page import CSS, THEME
+
+    try:
+        blocks.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            max_file_size=MAX_UPLOAD_MEGABYTES * 1024**2,
+            app_kwargs={"middleware": [Middleware(LocalOnly)]},
+            theme=THEME,
+            css=CSS,
+            footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"port {port} is in use; give another --port") from error
+    try:
+        yield
+    finally:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # open streams are cut off, which it reports
+        blocks.server.config.timeout_graceful_shutdown = _SECONDS_TO_STOP
+        blocks.close(verbose=False)
+
+
+@contextmanager
+def _unwound_by_signals() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP (a closed terminal) into an exception, as Ctrl-C is, so that files are removed."""
+
+    def leave(number: int, _frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _save(

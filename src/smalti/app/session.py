@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.commands.class_labels import find_classes
-from smalti.commands.inpainting import Filling, fills, working_size
+from smalti.commands.inpainting import Filling, WorkingSize, callback_calls, fills, working_size
 from smalti.commands.model_paths import load_prior
 from smalti.commands.sample import generate_images
 from smalti.core.codes import Codes
@@ -30,17 +30,28 @@ from smalti.images.sheets import to_image
 
 SECONDS_BETWEEN_FRAMES = 0.2
 """Shortest time between two unfinished frames. Each one is decoded, which costs about as much as a sampling step."""
-
+PREVIEW_SIZE = 512
+"""Largest height and width of unfinished fills, in pixels. Fills of a phone's photo take seconds to render in full."""
 
 Report: TypeAlias = Callable[[int, Callable[[], list[Image.Image]]], None]
 """Receives the number of a step and a function that renders the pictures after it."""
 
 
 class Frame(NamedTuple):
-    """The pictures after a sampling step; in the last frame they are finished."""
+    """The state of the work after a sampling step.
+
+    Attributes:
+        step: number of steps done; fewer than `steps` in the last frame if the sampler stopped early.
+        steps: the largest number of steps that this work takes.
+        images: the pictures as they are, at most `PREVIEW_SIZE` pixels high and wide; None if they were not rendered.
+            In the last frame they are finished, in full size.
+        seconds_left: an estimate from the steps done so far, None before the first.
+    """
 
     step: int
-    images: list[Image.Image]
+    steps: int
+    images: list[Image.Image] | None
+    seconds_left: float | None
 
 
 class Session:
@@ -62,11 +73,20 @@ class Session:
         loaded_prior, loaded_tokenizer = load_prior(prior, tokenizer)
         self.prior, self.tokenizer = loaded_prior.to(self.device), loaded_tokenizer.to(self.device)
         self.classes = list(find_classes(self.prior, ("all",) if self.prior.classes else ()))
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Ends all work at its next step."""
+        self._closed.set()
 
     @property
     def channels(self) -> int:
         """1 for grey images, 3 for colour."""
         return self.tokenizer.image_channels
+
+    def working_size(self, height: int, width: int, filling: Filling | None = None) -> WorkingSize:
+        """Returns the size at which an image is filled; a larger image is shrunk to it as a whole."""
+        return working_size(self.tokenizer, height, width, (filling or Filling()).largest)
 
     def inpaint(
         self,
@@ -100,12 +120,13 @@ class Session:
         sampling = replace(self.prior.method.filling(), **settings)
         class_numbers = list(find_classes(self.prior, classes).values())
         height, width = mask.shape
-        size = working_size(self.tokenizer, height, width, filling.largest)
+        size = self.working_size(height, width, filling)
+        preview_pixels, preview_mask = _preview(pixels, mask)
 
         def render(codes: Tensor) -> list[Image.Image]:
             decoded = self._decode((codes[:: filling.candidates],))[:, :, : size.height, : size.width]
-            resized = F.interpolate(decoded, (height, width), mode="bilinear")
-            return [to_image(image) for image in torch.where(mask, to_uint8(resized), pixels)]
+            resized = F.interpolate(decoded, preview_mask.shape, mode="bilinear")
+            return [to_image(image) for image in torch.where(preview_mask, to_uint8(resized), preview_pixels)]
 
         def work(report: Report) -> list[Image.Image]:
             filled = fills(
@@ -123,7 +144,7 @@ class Session:
             )
             return [to_image(image) for image in filled]
 
-        return _frames(work)
+        return _frames(work, callback_calls([self.prior], self.tokenizer, sampling, size), self._closed)
 
     def sample(self, *, num: int, seed: int, classes: Sequence[str] = (), **settings: Any) -> Iterator[Frame]:
         """Generates new images, as `sample.py` does with the same settings.
@@ -155,7 +176,8 @@ class Session:
             )
             return [to_image(image) for image in images]
 
-        return _frames(work)
+        steps = sampling.calls(self.prior.level.height, self.prior.level.width)
+        return _frames(work, steps, self._closed)
 
     @torch.no_grad()
     def _decode(self, codes: Codes) -> Tensor:
@@ -168,31 +190,51 @@ class _CancelledError(Exception):
     """Ends the work of a thread whose frames are no longer read."""
 
 
-def _frames(work: Callable[[Report], list[Image.Image]]) -> Iterator[Frame]:
+def _preview(
+    pixels: UInt8[Tensor, "c h w"], mask: Bool[Tensor, "h w"]
+) -> tuple[UInt8[Tensor, "c h2 w2"], Bool[Tensor, "h2 w2"]]:
+    """Shrinks an image and its mask to at most `PREVIEW_SIZE` pixels a side; smaller ones keep their size."""
+    scale = PREVIEW_SIZE / max(mask.shape)
+    if scale >= 1:
+        return pixels, mask
+    size = [max(1, round(side * scale)) for side in mask.shape]
+    shrunk = F.interpolate(pixels.unsqueeze(0), size, mode="bilinear", antialias=True)[0]
+    return shrunk, F.adaptive_max_pool2d(mask[None].float(), size)[0] > 0
+
+
+def _frames(work: Callable[[Report], list[Image.Image]], steps: int, closed: threading.Event) -> Iterator[Frame]:
     """Runs `work` in a thread and yields the frames it reports, then its result as the last frame.
 
-    At most one frame per `SECONDS_BETWEEN_FRAMES` is rendered. Closing the iterator ends the work at its next step.
+    At most one frame per `SECONDS_BETWEEN_FRAMES` is rendered. The first frame comes before the first step. Closing
+    the iterator, or setting `closed`, ends the work at its next step.
     """
     frames: Queue[Frame | None] = Queue()
     cancelled = threading.Event()
-    last_step, last_time = -1, time.monotonic()
+    start = last_time = time.monotonic()
+    last_step = -1
 
     def report(step: int, render: Callable[[], list[Image.Image]]) -> None:
         nonlocal last_step, last_time
-        if cancelled.is_set():
+        if cancelled.is_set() or closed.is_set():
             raise _CancelledError
-        last_step = step
-        if time.monotonic() - last_time >= SECONDS_BETWEEN_FRAMES:
-            frames.put(Frame(step + 1, render()))
+        last_step, done = step, step + 1
+        now = time.monotonic()
+        if (is_due := now - last_time >= SECONDS_BETWEEN_FRAMES) or done == steps:
+            seconds_left = (now - start) / done * max(0, steps - done)
+            frames.put(Frame(done, steps, render() if is_due else None, seconds_left))
             last_time = time.monotonic()
 
     with ThreadPoolExecutor(1) as thread:
         working = thread.submit(work, report)
         working.add_done_callback(lambda _: frames.put(None))
         try:
+            yield Frame(0, steps, None, None)
             while (frame := frames.get()) is not None:
                 yield frame
-            finished = working.result()  # an error of the thread is raised here
-            yield Frame(last_step + 1, finished)
+            try:
+                finished = working.result()  # an error of the thread is raised here
+            except _CancelledError:
+                return
+            yield Frame(last_step + 1, steps, finished, 0.0)
         finally:
             cancelled.set()

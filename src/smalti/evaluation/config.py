@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from smalti.commands.inpainting import Filling
-from smalti.commands.model_paths import RUNS
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.metrics.extractors import ExtractorName
 from smalti.tokenizers.selfvae.hierarchical_vae import Pixels
 
 S = TypeVar("S")
-
-EVALUATIONS = RUNS / "evaluations"
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,8 @@ class EvaluationSettings:
         UserError: if there are too few images for a Fréchet distance.
     """
 
-    images: str = "emoji"
-    """Real images, usually those that the model was trained on: emoji, a folder, Parquet files or a hub id. The split
+    images: str | None = None
+    """Real images: emoji, a folder, Parquet files or a hub id [default: those that the model was trained on]. The split
     is that of training: the model is compared with held-out images, and training images are the reference set."""
     num: int = 1000
     """Number of held-out images; all of them if there are fewer. Fréchet distances depend on it, so compare only
@@ -59,8 +56,10 @@ class TokenizerEvaluation:
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
-    out: Path = EVALUATIONS / "tokenizer.json"
-    """JSON file for the scores and all settings needed to repeat the evaluation."""
+    out: Path | None = None
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/tokenizer-NAME.json, with the name of the tokenizer's folder; numbered if another result is
+    there]."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,10 @@ class PriorEvaluation(Generic[S]):
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
-    out: Path = EVALUATIONS / "prior.json"
-    """JSON file for the scores and all settings needed to repeat the evaluation. A sheet of samples and their nearest
-    neighbours among the training images is written beside it."""
+    out: Path | None = None
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/prior-NAME.json, with the name of the prior's folder; numbered if another result is there]. A
+    sheet of samples and their nearest neighbours among the training images is written beside it."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,9 @@ class InpaintingEvaluation(Generic[S]):
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     filling: Filling = field(default_factory=Filling)
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
-    out: Path = EVALUATIONS / "inpainting.json"
-    """JSON file for the scores and all settings needed to repeat the evaluation."""
+    out: Path | None = None
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/inpainting-NAME.json, with the name of the prior's folder; numbered if another result is there]."""
 
     def __post_init__(self) -> None:
         if self.fills < 1:
@@ -122,8 +123,9 @@ class ModesEvaluation:
     pixels: Pixels = "mean"
     """Pixels of the decoded images: the `mean` of the decoder's likelihood, or a `sample` from it."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
-    out: Path = EVALUATIONS / "modes.json"
-    """JSON file for the scores and all settings needed to repeat the evaluation."""
+    out: Path | None = None
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/modes-NAME.json, with the name of the tokenizer's folder; numbered if another result is there]."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,10 @@ class LikelihoodEvaluation:
     """Seed of the choice of images and of the importance samples."""
     device: Device = "auto"
     """Device to compute on, in fp32."""
-    out: Path = EVALUATIONS / "likelihood.json"
-    """JSON file for the scores and all settings needed to repeat the evaluation."""
+    out: Path | None = None
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/likelihood-NAME.json, with the name of the tokenizer's folder; numbered if another result is
+    there]."""
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.samples < 1:

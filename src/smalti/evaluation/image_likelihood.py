@@ -20,6 +20,7 @@ from smalti.core.errors import UserError
 from smalti.core.progress import bar
 from smalti.core.randomness import choose, derive, row_seeds
 from smalti.evaluation.config import LikelihoodEvaluation
+from smalti.evaluation.real_images import require_unchanged, show_images
 from smalti.evaluation.scores import Conditions, Scores
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
@@ -101,14 +102,18 @@ def evaluate_likelihood(config: LikelihoodEvaluation) -> tuple[Scores, Condition
     """Scores held-out images in bits per dimension: the ELBO (`bound_bits_per_dim`) and the importance-weighted bound.
 
     Raises:
-        UserError: if the tokenizer has no likelihood of images, or no images are held out.
+        UserError: if the tokenizer has no likelihood of images, its training images are not recorded or have changed,
+            or no images are held out.
     """
     model = load_hierarchy(config.tokenizer).to(device(config.device))
     source = images_for(model, config.tokenizer, config.images, None, None)
     rows = ImageRows(source, split="held_out", flips=False)
     if not len(rows):
         raise UserError(f"{source.source} has no held-out images; give more --images")
+    if config.images is None:
+        require_unchanged(source.source, source.fingerprint, model.provenance)
     images = rows.__getitems__(choose(len(rows), config.num, config.seed))["images"]
+    show_images(source.source, held_out=len(images))
     weights = log_weights(model, images, samples=config.samples, seed=config.seed)
     scores: Scores = {}
     for name, bound in (("bits_per_dim", bits(weights, images)), ("bound_bits_per_dim", bits(weights, images, 1))):
@@ -116,6 +121,7 @@ def evaluate_likelihood(config: LikelihoodEvaluation) -> tuple[Scores, Condition
         scores[f"{name}_standard_error"] = {"model": bound.standard_error}
         scores[f"{name}_sampling_error"] = {"model": bound.sampling_error}
     return scores, {
+        "image_source": source.source,
         "images": len(images),
         "samples": config.samples,
         "images_fingerprint": source.fingerprint,

@@ -40,7 +40,7 @@ def evaluate_inpainting(config: InpaintingEvaluation[Any]) -> tuple[Scores, Cond
     extractor = find_extractor(protocol.extractor, torch_device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(torch_device) for prior in priors], tokenizer.to(torch_device)
-    real = real_for(protocol, tokenizer, extractor)
+    real = real_for(protocol, tokenizer, extractor, priors[-1])
     originals, seeds = to_float(real.judged), row_seeds(protocol.seed, torch.arange(len(real.judged)))
     mask = strokes(derive(seeds, Stream.EVALUATION_HOLES), *originals.shape[2:])
     filled = _fill(config, priors, tokenizer, real.judged, mask, derive(seeds, Stream.EVALUATION_FILLS), torch_device)

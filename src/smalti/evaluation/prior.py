@@ -17,6 +17,7 @@ from smalti.commands.sample import generate_images
 from smalti.core.devices import device
 from smalti.evaluation.config import PriorEvaluation
 from smalti.evaluation.real_images import BATCH_SIZE, real_for
+from smalti.evaluation.result_files import result_path
 from smalti.evaluation.scores import Conditions, Scores, level_score
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.sheets import save_sheet
@@ -32,8 +33,8 @@ COPY_QUANTILE = 0.05
 samples below it; a prior that memorizes nothing has about the same share."""
 
 
-def evaluate_prior(config: PriorEvaluation[Any]) -> tuple[Scores, Conditions]:
-    """Scores as many samples as there are held-out images, and writes a sheet of the nearest neighbours.
+def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple[Scores, Conditions]:
+    """Scores as many samples as there are held-out images, and with `sheet` writes one of the nearest neighbours.
 
     Raises:
         UserError: if the priors, the tokenizer, the images or the extractor cannot be loaded.
@@ -43,7 +44,7 @@ def evaluate_prior(config: PriorEvaluation[Any]) -> tuple[Scores, Conditions]:
     extractor = find_extractor(protocol.extractor, torch_device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(torch_device) for prior in priors], tokenizer.to(torch_device)
-    real = real_for(protocol, tokenizer, extractor)
+    real = real_for(protocol, tokenizer, extractor, priors[-1])
     start = time.perf_counter()
     generated = generate_images(
         priors,
@@ -76,8 +77,11 @@ def evaluate_prior(config: PriorEvaluation[Any]) -> tuple[Scores, Conditions]:
         "samples nearest to a training image": to_float(samples[nearest_first]),
         "their nearest training images": to_float(real.training(indices[nearest_first])),
     }
-    save_sheet(config.out.with_name(f"{config.out.stem}-neighbours.png"), rows)
-    return scores, {**real.conditions, "prior_digests": [prior.digest() for prior in priors]}
+    conditions = {**real.conditions, "prior_digests": [prior.digest() for prior in priors]}
+    if sheet:
+        path = result_path(config, conditions)
+        save_sheet(path.with_name(f"{path.stem}-neighbours.png"), rows)
+    return scores, conditions
 
 
 @torch.no_grad()

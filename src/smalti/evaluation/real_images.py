@@ -3,7 +3,10 @@
 The distance of held-out images to the reference set is the floor: a perfect model would score about the same.
 """
 
+import sys
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -17,6 +20,7 @@ from smalti.evaluation.scores import Conditions
 from smalti.images.image_set import ImageRows, open_images
 from smalti.metrics.extractors import Extractor, moments
 from smalti.metrics.frechet import Moments, frechet_distance
+from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
 
 BATCH_SIZE = 64
@@ -27,7 +31,7 @@ class Real:
     """Held-out images to compare a model with, and training images as the reference set of distances.
 
     Args:
-        settings: the source of the images, their numbers and the seed of their choice.
+        settings: the source of the images (not None), their numbers and the seed of their choice.
         extractor: computes the features of all distances.
         height: of the images, pixels.
         width: of the images, pixels.
@@ -45,6 +49,8 @@ class Real:
     def __init__(
         self, settings: EvaluationSettings, extractor: Extractor, *, height: int, width: int, channels: int
     ) -> None:
+        if settings.images is None:
+            raise UserError("the images to evaluate on are not known; give --images")
         images = open_images(settings.images, height=height, width=width, channels=channels)
         held_out, training = (ImageRows(images, split=split, flips=False) for split in ("held_out", "train"))
         if len(held_out) < 4:
@@ -59,11 +65,13 @@ class Real:
         )["images"]
         self.features = extractor(self.judged)
         self.conditions: Conditions = {
+            "image_source": settings.images,
             "images": len(self.judged),
             "reference_images": len(self._chosen),
             "images_fingerprint": images.fingerprint,
             "preprocessing": images.preprocessing,
             **extractor.describe(),
+            "feature_dimensions": extractor.width,
         }
 
     def training(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
@@ -86,9 +94,46 @@ class Real:
         return Moments.of(self.reference())
 
 
-def real_for(settings: EvaluationSettings, tokenizer: Tokenizer, extractor: Extractor) -> Real:
-    """Opens real images in the size of a tokenizer's images, and adds the tokenizer's digest to the conditions."""
+def real_for(
+    settings: EvaluationSettings, tokenizer: Tokenizer, extractor: Extractor, prior: Prior | None = None
+) -> Real:
+    """Opens real images in the size of a tokenizer's images, and adds the tokenizer's digest to the conditions.
+
+    Without `settings.images` they are those that the prior was trained on, or the tokenizer if there is no prior.
+
+    Raises:
+        UserError: as `Real` does, or if the model does not record its training images or they have changed since.
+    """
+    provenance = (
+        prior.provenance if prior is not None and prior.provenance.get("image_source") else tokenizer.provenance
+    )
+    source = settings.images or provenance.get("image_source")
+    if source is None:
+        raise UserError("the model does not record which images it was trained on; give --images")
     size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
-    real = Real(settings, extractor, **size, channels=tokenizer.image_channels)
-    real.conditions["tokenizer_digest"] = tokenizer.digest()
+    real = Real(replace(settings, images=source), extractor, **size, channels=tokenizer.image_channels)
+    conditions = real.conditions
+    if settings.images is None:
+        require_unchanged(source, conditions["images_fingerprint"], provenance)
+    show_images(source, held_out=conditions["images"], reference=conditions["reference_images"])
+    conditions["tokenizer_digest"] = tokenizer.digest()
     return real
+
+
+def require_unchanged(source: str, fingerprint: str, provenance: dict[str, Any]) -> None:
+    """Refuses images that are not the recorded training images, such as those of another folder of the same name.
+
+    Raises:
+        UserError: if a fingerprint is recorded and differs.
+    """
+    if provenance.get("image_fingerprint", fingerprint) != fingerprint:
+        raise UserError(
+            f"{source} does not hold the images that the model was trained on: files have changed, or it is another "
+            f"folder of that name; give --images {source} to evaluate on them as they are, or the path of the others"
+        )
+
+
+def show_images(source: str, *, held_out: int, reference: int | None = None) -> None:
+    """Prints which images an evaluation uses, on standard error."""
+    references = "" if reference is None else f" and {reference} training images"
+    print(f"evaluating on {held_out} held-out images{references} of {source}", file=sys.stderr)

@@ -3,7 +3,6 @@
 The scores are computed in the files named for what they evaluate.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ from smalti.evaluation.image_likelihood import evaluate_likelihood
 from smalti.evaluation.inpainting import evaluate_inpainting
 from smalti.evaluation.modes import evaluate_modes
 from smalti.evaluation.prior import evaluate_prior
+from smalti.evaluation.result_files import require_free, result_path, settings_of
+from smalti.evaluation.sample_size import too_few_images
 from smalti.evaluation.scores import SPEEDS, Conditions, Scores
 from smalti.evaluation.tokenizer import evaluate_tokenizer
 
@@ -61,21 +62,24 @@ def evaluate(config: Evaluation | RepeatEvaluation) -> Scores:
     """Evaluates a model, prints a table and writes the result; or repeats an evaluation and prints what differs.
 
     Raises:
-        UserError: if a model, images or the extractor cannot be loaded, or the file to repeat is not a result.
+        UserError: if a model, images or the extractor cannot be loaded, the file to repeat is not a result, or `out`
+            is a file that is not a result of the same evaluation.
     """
     if isinstance(config, RepeatEvaluation):
         return _repeat(config)
+    require_free(config.out, config)
     scores, conditions = _evaluate(config)
-    _write(config.out, config, scores, conditions)
+    path = result_path(config, conditions)
+    _write(path, config, scores, conditions)
     print(table(scores, conditions))
-    print(f"\n{config.out}")
+    print(f"\n{path}")
     return scores
 
 
 def table(scores: Scores, conditions: Conditions) -> str:
     """Formats scores as a Markdown table, a row per score and a column per kind of images, with the conditions below.
 
-    Digests and fingerprints are left out.
+    Digests and fingerprints are left out. Warnings follow if there are too few images for a score.
     """
     columns = list(dict.fromkeys(column for values in scores.values() for column in values))
     lines = [["score", *columns]]
@@ -87,10 +91,11 @@ def table(scores: Scores, conditions: Conditions) -> str:
     rows = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
     rows.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
     shown = {name: value for name, value in conditions.items() if not name.endswith(("digest", "fingerprint"))}
-    return "\n".join([*rows, "", ", ".join(f"{name} {value}" for name, value in shown.items())])
+    warnings = [f"warning: {warning}" for warning in too_few_images(scores, conditions)]
+    return "\n".join([*rows, "", ", ".join(f"{name} {value}" for name, value in shown.items()), *warnings])
 
 
-def _evaluate(config: Evaluation) -> tuple[Scores, Conditions]:
+def _evaluate(config: Evaluation, *, sheet: bool = True) -> tuple[Scores, Conditions]:
     if isinstance(config, TokenizerEvaluation):
         return evaluate_tokenizer(config)
     if isinstance(config, ModesEvaluation):
@@ -98,13 +103,19 @@ def _evaluate(config: Evaluation) -> tuple[Scores, Conditions]:
     if isinstance(config, LikelihoodEvaluation):
         return evaluate_likelihood(config)
     if isinstance(config, PriorEvaluation):
-        return evaluate_prior(config)
+        return evaluate_prior(config, sheet=sheet)
     return evaluate_inpainting(config)
 
 
 def _write(path: Path, config: Evaluation, scores: Scores, conditions: Conditions) -> None:
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    write_json(path, {"scores": scores, "conditions": conditions, "settings": settings, "versions": versions()})
+    result = {
+        "scores": scores,
+        "conditions": conditions,
+        "warnings": too_few_images(scores, conditions),
+        "settings": settings_of(config),
+        "versions": versions(),
+    }
+    write_json(path, result)
 
 
 def _repeat(config: RepeatEvaluation) -> Scores:
@@ -119,7 +130,8 @@ def _repeat(config: RepeatEvaluation) -> Scores:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{config.again} is not a result of evaluate.py; give a JSON file that it wrote") from error
-    scores, conditions = _evaluate(evaluation)
+    require_free(config.out, evaluation)
+    scores, conditions = _evaluate(evaluation, sheet=False)
     if config.out:
         _write(config.out, evaluation, scores, conditions)
     print(table(scores, conditions))
@@ -129,11 +141,11 @@ def _repeat(config: RepeatEvaluation) -> Scores:
 
 
 def _changes(old_scores: Scores, scores: Scores, old_conditions: Conditions, conditions: Conditions) -> list[str]:
-    """Describes every condition and every score, except speeds, whose value differs."""
+    """Describes every recorded condition and every score, except speeds, whose value differs."""
     changes = [
-        f"{name} was {old_conditions.get(name)}, is {value}"
+        f"{name} was {old_conditions[name]}, is {value}"
         for name, value in conditions.items()
-        if value != old_conditions.get(name)
+        if value != old_conditions.get(name, value)
     ]
     changes += [
         f"{name} of {column} was {old_scores.get(name, {}).get(column)}, is {value}"
