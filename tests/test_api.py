@@ -80,7 +80,7 @@ def test_mistakes_are_one_line(pair, image, mask):
     for useless in (mask & False, mask | True):
         with pytest.raises(UserError, match="must cover a part of the image"):
             inpaint(prior, image, useless)
-    with pytest.raises(UserError, match="has no classes"):
+    with pytest.raises(UserError, match="no class is called 'faces'"):
         sample(prior, classes=["faces"])
     unsaved, _ = untrained_pair()
     with pytest.raises(UserError, match="was not loaded from a folder; give its tokenizer too"):

@@ -228,5 +228,5 @@ def test_packed_codes_take_whole_bits_and_read_back_exactly(tmp_path, radices):
     assert all(a.equal(b) for a, b in zip(packed.codes, codes, strict=True))
     assert (packed.layout, packed.header["by"], packed.size_bytes) == (layout, "a test", size)
     assert headers == [packed.header]
-    with pytest.raises(UserError, match="real numbers"):
+    with pytest.raises(UserError, match="real-valued latents, which have no fixed rate"):
         bits_per_image(Layout((Level(1, 1, channels=3),)))
