@@ -146,7 +146,7 @@ def test_declared_classes_keep_their_names_and_the_label_column_can_be_chosen(tm
     assert image_set.label_names == ("x", "y", "z")
     assert image_set.labels.tolist() == [2, -1, 0]
     table.cast_column("shade", datasets.ClassLabel(names=["dark", "light"])).to_parquet(tmp_path / "two.parquet")
-    with pytest.raises(UserError, match=r"2 columns of classes .'kind', 'shade'.; choose one with label_column"):
+    with pytest.raises(UserError, match=r"2 columns of classes .'kind', 'shade'.; choose one with --label-column NAME"):
         open_images(str(tmp_path / "two.parquet"))
     assert open_images(str(tmp_path / "two.parquet"), label_column="shade").label_names == ("dark", "light")
 
@@ -154,7 +154,7 @@ def test_declared_classes_keep_their_names_and_the_label_column_can_be_chosen(tm
 def test_several_columns_of_images_are_refused(tmp_path):
     table = marked(["red"]).add_column("other", [{"bytes": png("blue"), "path": None}])
     table.cast_column("other", datasets.Image()).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"2 columns of images .'image', 'other'.; choose one with image_column"):
+    with pytest.raises(UserError, match=r"2 columns of images .'image', 'other'.; choose one with --image-column NAME"):
         open_images(str(tmp_path / "x.parquet"))
     assert colour_of(open_images(str(tmp_path / "x.parquet"), image_column="other"), 0) == "blue"
 

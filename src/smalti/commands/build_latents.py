@@ -25,7 +25,7 @@ from smalti.core.errors import UserError
 from smalti.core.progress import bar
 from smalti.core.provenance import command, versions
 from smalti.images.decoding import BadImageError, to_float
-from smalti.images.image_set import ImageSet, open_images
+from smalti.images.image_set import ImageSet, open_images, print_summary
 from smalti.images.splits import held_out
 from smalti.latentsets.format import Provenance
 from smalti.latentsets.reader import LatentSet
@@ -58,6 +58,10 @@ class BuildLatents:
     images: str | None = None
     """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: the images that the
     tokenizer was trained on]."""
+    image_column: str | None = None
+    """Column of the images, if a table has several [default: as trained, without --images]."""
+    label_column: str | None = None
+    """Column of the labels [default: as trained, without --images; else `label`, or the only column of classes]."""
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""
     width: int | None = None
@@ -106,7 +110,16 @@ def build_latents(config: BuildLatents) -> Path:
     tokenizer_source = layer_source(config.tokenizer, config.layer)
     tokenizer = load_tokenizer(tokenizer_source).to(encoding_device)
     with process.main_process_first():  # it fills the cache of hashes, which the others then read
-        images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
+        images = images_for(
+            tokenizer,
+            config.tokenizer,
+            config.images,
+            config.height,
+            config.width,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            main=process.is_main_process,
+        )
     name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
     path = config.out or LATENTS / f"{name}.h5"
     precision = {} if config.precision == "fp32" else {"precision": config.precision}
@@ -192,22 +205,48 @@ def _device_of(tokenizer: Tokenizer) -> torch.device:
     return next(tokenizer.parameters()).device
 
 
-def images_for(tokenizer: Tokenizer, name: str, source: str | None, height: int | None, width: int | None) -> ImageSet:
-    """Opens images at a tokenizer's size: those of `source`, or else those it was trained on.
+def images_for(
+    tokenizer: Tokenizer,
+    name: str,
+    source: str | None,
+    height: int | None,
+    width: int | None,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    main: bool = True,
+) -> ImageSet:
+    """Opens images at a tokenizer's size: those of `source`, or else those it was trained on; prints their summary.
+
+    A tokenizer records the path of its images as it was typed, which may name other images in another
+    folder. Their fingerprint, which it records too, is therefore compared.
 
     Raises:
         UserError: if there are no images, or no `source` while the tokenizer does not record the
-            images it was trained on; `name` is the tokenizer's name in that message.
+            images it was trained on, or those have another fingerprint; `name` is the tokenizer's
+            name in these messages.
     """
-    source = source or tokenizer.provenance.get("image_source")
+    trained = tokenizer.provenance if source is None else {}
+    source = source or trained.get("image_source")
     if source is None:
         raise UserError(f"{name} does not record what images it was trained on; give --images")
-    return open_images(
+    images = open_images(
         source,
         height=height or tokenizer.config.height,
         width=width or tokenizer.config.width,
         channels=tokenizer.image_channels,
+        image_column=image_column or trained.get("image_column"),
+        label_column=label_column or trained.get("label_column"),
     )
+    expected = trained.get("image_fingerprint", images.fingerprint)
+    if images.fingerprint != expected:
+        raise UserError(
+            f"{source} does not hold the images that {name} was trained on (fingerprint {images.fingerprint[:12]}, "
+            f"not {expected[:12]}): run the command in the folder of the training, or give --images PATH; "
+            f"--images {source} uses the images that are there now"
+        )
+    print_summary(images, main=main)
+    return images
 
 
 def _on_all_processes(process: PartialState, work: Callable[[], T], claimed: Shards | None = None) -> T:

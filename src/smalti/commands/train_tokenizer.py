@@ -15,7 +15,7 @@ from smalti.core.config import flatten
 from smalti.core.devices import Precision
 from smalti.core.errors import UserError
 from smalti.images.decoding import to_float
-from smalti.images.image_set import ImageRows, ImageSet, open_images
+from smalti.images.image_set import ImageRows, ImageSet, open_images, print_summary
 from smalti.images.sheets import save_sheet
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.reconstruction import Reconstruction
@@ -57,6 +57,10 @@ class TrainTokenizer(Generic[C]):
     for the VQ-VAE family and images of N pixels, `fN-...` for vqgan."""
     images: str = "emoji"
     """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
+    image_column: str | None = None
+    """Column of the images, if a table has several."""
+    label_column: str | None = None
+    """Column of the labels [default: `label`, or the only column of classes]."""
     flips: bool = True
     """Also train on the mirror images."""
     layer_steps: tuple[int, ...] = ()
@@ -128,7 +132,10 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
     if images is None:
         size = {"height": config.model.height, "width": config.model.width, "channels": tokenizer.image_channels}
         with process.main_process_first():  # it fills the cache of hashes, which the others then read
-            images = open_images(config.images, **size)
+            images = open_images(
+                config.images, **size, image_column=config.image_column, label_column=config.label_column
+            )
+        print_summary(images, main=process.is_main_process)
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
     lower = load_tokenizer(str(lower_folder)) if lower_folder else None
     if lower:
@@ -147,6 +154,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         "image_fingerprint": images.fingerprint,
         "preprocessing": images.preprocessing,
         "flips": config.flips,
+        **({"image_column": config.image_column} if config.image_column else {}),
+        **({"label_column": config.label_column} if config.label_column else {}),
     }
     if not run.step:
         _init_codebooks(tokenizer, train, config.model.height * config.model.width)

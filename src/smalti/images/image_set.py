@@ -8,6 +8,7 @@ Legend: n images in a set, b rows of a batch, c channels, h w pixels.
 
 import hashlib
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from smalti.images.decoding import BadImageError, decode, describe
 from smalti.images.splits import held_out
 
 CACHE_BYTES = 2**30
+_SHOWN_CLASSES = 10  # the largest ones, in a summary
 _DECODED_AT_ONCE = 64  # images; limits the encoded bytes in memory while the cache fills
 _DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow releases the GIL, but small images gain little
 
@@ -39,12 +41,14 @@ class ImageSet:
             several skin tones, share one.
         fingerprint: SHA-256 over source ids, labels and encoded images in order; the same on every machine.
         preprocessing: the description of the preprocessing, as JSON; see `decoding.describe`.
+        notes: what of the source was left out and why, a sentence each.
     """
 
     def __init__(
         self, source: str, table: sources.Table, *, height: int, width: int, channels: int, cache_bytes: int
     ) -> None:
         self.source = source
+        self.notes = table.notes
         self.preprocessing: dict[str, Any] = describe(height=height, width=width, channels=channels)
         self.labels, self.label_names = sources.read_labels(table)
         self.source_ids: Int64[Tensor, " n"] = sources.read_source_ids(table)
@@ -62,6 +66,20 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.source_ids)
+
+    def summary(self) -> list[str]:
+        """Returns lines for a person: how many images of which classes were found, and what was left out and why."""
+        counts = torch.bincount(self.labels + 1, minlength=len(self.label_names) + 1).tolist()
+        classes = sorted(zip(counts[1:], self.label_names, strict=True), key=lambda each: -each[0])
+        shown = [f"{name} {count}" for count, name in classes[:_SHOWN_CLASSES]]
+        if len(classes) > len(shown):
+            shown.append(f"and {len(classes) - len(shown)} more")
+        if classes and counts[0]:
+            shown.append(f"without a class {counts[0]}")
+        plural = "es" * (len(classes) != 1)
+        kinds = f"in {len(classes)} class{plural}: {', '.join(shown)}" if classes else "without classes"
+        lines = [f"{len(self)} image{'s' * (len(self) != 1)} from {self.source}, {kinds}", *self.notes]
+        return [_printable(line) for line in lines]
 
     def pixels(
         self, indices: Sequence[int] | Int64[Tensor, " b"], *, bad: dict[int, str] | None = None
@@ -153,6 +171,17 @@ def open_images(
         raise UserError(f"images cannot have {channels} channels; give 1 for grey or 3 for RGB")
     table = sources.open_table(source, image_column=image_column, label_column=label_column)
     return ImageSet(source, table, height=height, width=width, channels=channels, cache_bytes=cache_bytes)
+
+
+def print_summary(image_set: ImageSet, *, main: bool = True) -> None:
+    """Prints the summary of a set on standard error, on the main process; commands that read images begin with it."""
+    if main:
+        print(*(f"images: {line}" for line in image_set.summary()), sep="\n", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """Escapes control characters and bytes that are not UTF-8: names of files and classes may hold any."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 class ImageRows(Dataset):

@@ -1,19 +1,18 @@
 """Sources of images: the embedded emoji, folders, Parquet files and the hub, each opened as a `datasets` table.
 
-A table also gives its rows' labels and source ids. Decoding is in `decoding.py`; splits and batches
-are in `splits.py` and `image_set.py`.
+A table also gives its rows' labels and source ids. Files are listed in `listing.py`, and columns are
+found in `columns.py`. Decoding is in `decoding.py`; splits and batches are in `splits.py` and
+`image_set.py`.
 """
 
 import hashlib
-import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from glob import escape, glob, has_magic
+from functools import partial
+from glob import escape
 from importlib.resources import as_file, files
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,17 @@ import torch
 from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
 from jaxtyping import Int64
-from PIL import Image
 from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.malloc import give_back_freed_memory
+from smalti.images.columns import describe_unread_labels, find_image_column, find_label_column
 from smalti.images.decoding import BadImageError
+from smalti.images.listing import Listing, is_data_file, list_files
 
 EMOJI = "emoji"
 _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
 _KEY_RECIPE = "smalti 1"  # part of every source id: change it whenever the keys change, so that no cached id is reused
-_UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow recognises but does not decode these
 _ROWS_AT_ONCE = 64  # encoded rows in memory; the `datasets` default fails if the first row group is empty
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\-\[\]%:]+))?", re.ASCII)
 
@@ -47,12 +46,14 @@ class Table:
         image_column: the column of images: bytes, or a dict of `bytes` and `path`, one of which may be None.
         label_column: the column of labels; None if there are none.
         key_column: the column that identifies the sources; None if the images' bytes do.
+        notes: what was left out and why, a sentence each.
     """
 
     rows: datasets.Dataset
     image_column: str
     label_column: str | None
     key_column: str | None
+    notes: tuple[str, ...] = ()
 
 
 def open_table(source: str, *, image_column: str | None = None, label_column: str | None = None) -> Table:
@@ -66,20 +67,24 @@ def open_table(source: str, *, image_column: str | None = None, label_column: st
         with as_file(files("smalti.images") / "data" / "emoji32.parquet") as path:
             rows = _read_parquet([path], source).cast_column("image", datasets.Image(decode=False))
             return Table(rows, image_column="image", label_column="label", key_column="codepoints")
-    root, paths = _list_files(source)
-    if not paths:
+    listing = _list_files(source)
+    if listing is None:
         rows = _read_hub(source)
-    elif paths[0].suffix.lower() == ".parquet":
-        rows = _read_parquet(paths, source)
+    elif listing.paths[0].suffix.lower() == ".parquet":
+        rows = _read_parquet(listing.paths, source)
     else:
-        rows = _read_files(paths, root)
+        rows = _read_files(listing)
     if not len(rows):
         raise UserError(f"{source} has no rows; give a data set with images")
-    image_column = _find_image_column(rows.features, source, image_column)
+    image_column = find_image_column(rows.features, source, image_column)
     if isinstance(rows.features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    label_column = _find_label_column(rows.features, source, label_column)
-    return Table(rows, image_column, label_column, key_column="source_id" if "source_id" in rows.features else None)
+    label_column = find_label_column(rows.features, source, label_column)
+    key_column = "source_id" if "source_id" in rows.features else None
+    notes = listing.notes if listing is not None else ()
+    if label_column is None:
+        notes += describe_unread_labels(rows.features)
+    return Table(rows, image_column, label_column, key_column, notes)
 
 
 def encoded(image: bytes | dict[str, Any] | None) -> bytes:
@@ -175,63 +180,25 @@ def _key_bytes(key: Any, kind: str) -> bytes:
         return b""  # decoding it will raise the error with its name
 
 
-def _list_files(source: str) -> tuple[Path, list[Path]]:
-    """Returns the root and the images or Parquet files at a path or glob, sorted by name; no files for a hub id."""
+def _list_files(source: str) -> Listing | None:
+    """Returns the files of a source, or None for a hub id.
+
+    A name that is both a glob and a hub id, such as `id:train[:50%]`, is a hub id.
+    """
     path = Path(source).expanduser()
-    if path.is_dir():
-        root, paths = path, list(_walk(path))
-    elif path.exists():
-        root, paths = path.parent, [path]
-    elif has_magic(source) and not _HUB_ID.fullmatch(source):
-        root = Path(*takewhile(lambda part: not has_magic(part), path.parts))
-        paths = [match for match in map(Path, glob(str(path), recursive=True)) if match.is_file()]
-    elif _HUB_ID.fullmatch(source) and not _is_data_file(path):
-        return path, []
-    else:
+    hub_id = _HUB_ID.fullmatch(source) and not is_data_file(path)
+    listing = list_files(source) if path.exists() or not _HUB_ID.fullmatch(source) else None
+    if listing is None and not hub_id:
         raise UserError(f"there is nothing at {source}; give a folder of images, Parquet files, a hub id, or {EMOJI!r}")
-    data_files = sorted(filter(_is_data_file, paths), key=Path.as_posix)
-    parquet = [file for file in data_files if file.suffix.lower() == ".parquet"]
-    if not data_files:
-        raise UserError(f"{source} holds no images and no Parquet files; give a folder, file or glob that does")
-    if parquet and len(parquet) < len(data_files):
-        raise UserError(f"{source} holds images and Parquet files; give a glob of either, such as '{source}/*.parquet'")
-    return root, data_files
+    return listing
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yields all files below a folder except hidden ones. Follows links to folders, unless they form a circle."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); make it readable") from error
-
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        root = Path(parent)
-        visible = (name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in visible if not root.resolve().is_relative_to((root / name).resolve())]
-        yield from (root / name for name in names if not name.startswith("."))
-
-
-@cache
-def _suffixes() -> frozenset[str]:
-    """Returns the suffixes of data files: Parquet, and every format that this Pillow decodes."""
-    decoded = (
-        suffix
-        for suffix, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in _UNDECODED_FORMATS
-    )
-    return frozenset((".parquet", *decoded))
-
-
-def _is_data_file(path: Path) -> bool:
-    return path.suffix.lower() in _suffixes()
-
-
-def _read_files(paths: list[Path], root: Path) -> datasets.Dataset:
-    """Opens image files as a table, one row each; the name of a file's subfolder, if any, is its label."""
+def _read_files(listing: Listing) -> datasets.Dataset:
+    """Opens image files as a table, one row each."""
     described = {
-        "paths": [str(path.absolute()) for path in paths],
-        "labels": [path.parent.name if path.parent != root else None for path in paths],
-        "stamps": [_stamp(path) for path in paths],
+        "paths": [str(path.absolute()) for path in listing.paths],
+        "labels": list(listing.labels),
+        "stamps": [_stamp(path) for path in listing.paths],
     }
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.Value("string"), "stamp": datasets.Value("string")}
@@ -241,9 +208,9 @@ def _read_files(paths: list[Path], root: Path) -> datasets.Dataset:
     def open_rows() -> Any:
         return datasets.Dataset.from_generator(_describe_files, features, gen_kwargs={"described": described})
 
-    return _opened(open_rows, f"the listing of {root}", "see that HF_DATASETS_CACHE can be written").select_columns(
-        ["image", "label"]
-    )
+    return _opened(
+        open_rows, f"the listing of {listing.root}", "see that HF_DATASETS_CACHE can be written"
+    ).select_columns(["image", "label"])
 
 
 def _stamp(path: Path) -> str:
@@ -260,7 +227,7 @@ def _describe_files(described: dict[str, list[Any]]) -> Iterator[dict[str, Any]]
         yield {"image": path, "label": label, "stamp": stamp}
 
 
-def _read_parquet(paths: list[Path], source: str) -> datasets.Dataset:
+def _read_parquet(paths: Sequence[Path], source: str) -> datasets.Dataset:
     names = [escape(str(path.absolute())) for path in paths]  # `datasets` treats every name as a glob
     open_rows = partial(datasets.load_dataset, "parquet", data_files=names, split="train", batch_size=_ROWS_AT_ONCE)
     return _opened(open_rows, source, "give whole Parquet files that have the same columns")
@@ -288,61 +255,3 @@ def _opened(open_rows: Callable[[], Any], what: str, remedy: str) -> datasets.Da
     pa.default_memory_pool().release_unused()
     give_back_freed_memory()
     return rows
-
-
-def _find_image_column(features: datasets.Features, source: str, requested: str | None) -> str:
-    """Returns the requested column, or the only column of images, or else the only column of bytes."""
-    _require_column(features, source, requested)
-    byte_columns = [name for name, feature in features.items() if _holds_bytes(feature)]
-    image_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if requested is not None and requested not in image_columns + byte_columns:
-        kind, names = features[requested], _listed(features)
-        raise UserError(f"column {requested!r} of {source} holds {kind}, not images; its columns are {names}")
-    candidates = [requested] if requested is not None else image_columns or byte_columns
-    if not candidates:
-        raise UserError(f"{source} has no column of images; its columns are {_listed(features)}")
-    if len(candidates) > 1:
-        count, names = len(candidates), _listed(candidates)
-        raise UserError(f"{source} has {count} columns of images ({names}); choose one with image_column")
-    return candidates[0]
-
-
-def _find_label_column(features: datasets.Features, source: str, requested: str | None) -> str | None:
-    """Returns the requested column, or `label`, or the only column of classes, or None."""
-    _require_column(features, source, requested)
-    if requested is not None:
-        if not _holds_labels(features[requested]):
-            kind = features[requested]
-            raise UserError(f"column {requested!r} of {source} holds {kind}; labels are classes, integers or strings")
-        return requested
-    class_columns = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if "label" in features and _holds_labels(features["label"]):
-        return "label"
-    if len(class_columns) > 1:
-        count, names = len(class_columns), _listed(class_columns)
-        raise UserError(f"{source} has {count} columns of classes ({names}); choose one with label_column")
-    return class_columns[0] if class_columns else None
-
-
-def _require_column(features: datasets.Features, source: str, requested: str | None) -> None:
-    if requested is not None and requested not in features:
-        raise UserError(f"{source} has no column {requested!r}; its columns are {_listed(features)}")
-
-
-def _holds_bytes(feature: Any) -> bool:
-    """Returns whether a Parquet column without `datasets` metadata holds bytes, bare or in a struct."""
-    if isinstance(feature, dict):
-        return "bytes" in feature and _holds_bytes(feature["bytes"])
-    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-
-
-def _holds_labels(feature: Any) -> bool:
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(
-        ("int", "uint", "string", "large_string", "bool")
-    )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))

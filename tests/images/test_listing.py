@@ -1,0 +1,124 @@
+"""Listing of files: splits that are no classes, class folders, and notes of everything that is left out."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+from helpers.image_toys import COLOURS, png, write_folder, write_parquet
+
+from smalti.core.errors import UserError
+from smalti.images.image_set import open_images, print_summary
+from smalti.images.listing import list_files, refuse_output_inside
+
+
+def listed(root: Path) -> tuple[list[str], list[str | None], tuple[str, ...]]:
+    listing = list_files(str(root))
+    assert listing is not None
+    return [str(path.relative_to(root)) for path in listing.paths], list(listing.labels), listing.notes
+
+
+@pytest.mark.parametrize(
+    ("names", "kept", "left_out"),
+    [
+        (["train/1.png", "test/2.png", "val/3.png"], ["train/1.png"], "test (1 image), val (1 image)"),
+        (["Training/a/1.png", "Valid/a/2.png", "Valid/b/3.png"], ["Training/a/1.png"], "Valid (2 images)"),
+        (["images/train/1.png", "images/test/2.png"], ["images/train/1.png"], "test (1 image)"),
+        (["a/train/1.png", "a/test/2.png", "0.png"], ["a/train/1.png"], "beside them (1 image), test (1 image)"),
+        (["train-0.parquet", "test-0.parquet"], ["train-0.parquet"], "test (1 file)"),
+        (["data/train.parquet", "data/validation.parquet"], ["data/train.parquet"], "validation (1 file)"),
+    ],
+)
+def test_only_the_training_split_is_read(names, kept, left_out, tmp_path):
+    paths, labels, notes = listed(write_folder(tmp_path, names))
+    assert paths == kept
+    assert labels == [{"Training/a/1.png": "a", "a/train/1.png": "a", "data/train.parquet": "data"}.get(kept[0])]
+    split = "Training" if "Training" in kept[0] else "train"
+    assert notes == (f"{tmp_path} is divided: only {split} is read; left out: {left_out}",)
+
+
+def test_a_folder_of_evaluation_splits_is_read_whole_without_making_them_classes(tmp_path):
+    paths, labels, notes = listed(write_folder(tmp_path, ["test/1.png", "val/2.png"]))
+    assert (len(paths), labels) == (2, [None, None])
+    assert notes == (
+        f"{tmp_path} is divided into test (1 image), val (1 image), but not into train: all of it is read",
+    )
+
+
+def test_train_among_other_classes_is_a_class(tmp_path):
+    assert listed(write_folder(tmp_path, ["car/1.png", "train/2.png"]))[1:] == (["car", "train"], ())
+
+
+def test_a_folder_train_alone_is_no_class(tmp_path):
+    assert listed(write_folder(tmp_path, ["train/1.png", "train/cat/2.png"]))[1:] == ([None, "cat"], ())
+
+
+def test_folders_with_generic_names_keep_the_class_above_them(tmp_path):
+    names = ["cat/images/1.png", "dog/IMG/2.png", "dog/puppy/jpg/3.png"]
+    assert listed(write_folder(tmp_path, names))[1] == ["cat", "dog", "puppy"]
+
+
+def test_files_that_are_passed_over_are_counted_by_suffix(tmp_path):
+    write_folder(tmp_path, ["a.png", "1.HEIC", "2.heic", "noext", "notes.txt", ".hidden", "metadata.csv"])
+    passed_over, metadata = listed(tmp_path)[2]
+    assert "passed over" in passed_over
+    for counted in (".heic (2 files)", "no suffix (1 file)", ".txt (1 file)", "save photographs as JPEG or PNG"):
+        assert counted in passed_over
+    assert ".csv" not in passed_over
+    assert metadata.startswith("metadata.csv is not read: labels are the names of folders")
+
+
+def test_a_folder_without_images_names_what_it_holds(tmp_path):
+    write_folder(tmp_path, ["1.HEIC", "2.HEIC"])
+    with pytest.raises(UserError, match=r"holds no images and no Parquet files \(passed over, .*: \.heic \(2 files\)"):
+        list_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["labels", "cls", "class", "category"])
+def test_a_column_that_looks_like_labels_is_named(name, tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", image=[png("red")], **{name: [1]})
+    (note,) = open_images(str(path)).notes
+    assert note.startswith(f"found a column '{name}', which is not read; labels are read from 'label': rename it")
+    assert open_images(str(path), label_column=name).notes == ()
+
+
+def test_a_column_of_float_labels_is_named(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", image=[png("red")] * 2, label=[1.0, None])
+    (note,) = open_images(str(path)).notes
+    assert note == "column 'label' is not read: it holds float64; labels are integers or strings: convert it"
+
+
+def test_the_summary_counts_images_and_classes(tmp_path, capsys):
+    write_folder(tmp_path, ["b/1.png", "b/2.png", "a/3.png", "4.png", "x.txt"])
+    print_summary(open_images(str(tmp_path)))
+    first, second = [line for line in capsys.readouterr().err.splitlines() if line.startswith("images: ")]
+    assert first == f"images: 4 images from {tmp_path}, in 2 classes: b 2, a 1, without a class 1"
+    assert "passed over" in second
+    assert (
+        open_images(str(write_folder(tmp_path / "flat", ["1.png"])))
+        .summary()[0]
+        .endswith(f"1 image from {tmp_path / 'flat'}, without classes")
+    )
+
+
+def test_the_summary_of_many_classes_is_short_and_escapes_control_characters(tmp_path):
+    write_folder(tmp_path, [f"\x1b[31m{index}/x.png" for index in range(len(COLOURS))])
+    (line,) = open_images(str(tmp_path)).summary()
+    assert "in 12 classes: " in line
+    assert line.endswith("and 2 more")
+    assert not any(unicodedata.category(each) == "Cc" for each in line)
+
+
+def test_outputs_inside_the_folder_of_images_are_refused(tmp_path, monkeypatch):
+    write_folder(tmp_path / "photos", ["1.png"])
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    for out, source in (("photos/run", "photos"), ("link/run", "photos"), ("photos", "link"), ("runs/x", ".")):
+        with pytest.raises(UserError, match="is inside the folder of images"):
+            refuse_output_inside(Path(out), source)
+    for out, source in (
+        ("run", "photos"),
+        ("photos-2", "photos"),
+        ("photos/run", "photos/*.png"),
+        ("emoji/x", "emoji"),
+    ):
+        refuse_output_inside(Path(out), source)
