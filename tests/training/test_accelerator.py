@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from accelerate import tracking
+from accelerate import Accelerator, tracking
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from helpers import toys
@@ -93,3 +93,27 @@ def test_subnormal_numbers_are_zero_during_training_only(tmp_path):
         with subnormals_flushed():
             assert not (subnormal * 1.0).any()
         assert not (subnormal * 1.0).any()
+
+
+@pytest.mark.parametrize("steps", ["4", "auto"])
+def test_gradient_accumulation_of_accelerate_is_refused(steps, monkeypatch):
+    """Accelerate would divide every gradient by the steps that its environment names."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+    with pytest.raises(UserError, match=rf"STEPS={steps} would divide every gradient; set it to 1, .* --accumulation"):
+        accelerator("fp32")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert accelerator("fp32").gradient_accumulation_steps == 1
+
+
+def test_an_accelerator_that_accumulates_is_refused_by_the_loop(tmp_path):
+    process = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    with pytest.raises(UserError, match="gradient_accumulation_steps=4 would divide every gradient"):
+        toys.train(tmp_path, process=process)
+
+
+def test_the_device_can_be_chosen():
+    assert accelerator("fp32", device_name="cpu").device.type == "cpu"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(UserError, match="--device mps: there is none here"):
+            accelerator("fp32", device_name="mps")

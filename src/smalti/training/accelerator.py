@@ -1,5 +1,6 @@
 """Sets up a training process: Accelerate with mixed precision and trackers, layer seeds, subnormal numbers."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,16 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from smalti.core.devices import Precision, best_device, resolve
+from smalti.core.devices import Device, Precision, device, resolve
 from smalti.core.errors import UserError
 from smalti.training.fsdp import refuse_engines
 
+ACCUMULATION_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
-def accelerator(precision: Precision, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+
+def accelerator(
+    precision: Precision, trackers: Sequence[str] = (), folder: Path | None = None, device_name: Device = "auto"
+) -> Accelerator:
     """Returns this process's `Accelerator`. The processes are those of `accelerate launch` or `torchrun`.
 
     With fp16, Accelerate's `GradScaler` scales the loss in `accelerator.backward`; the loop does the rest (`loop.py`).
@@ -24,24 +29,43 @@ def accelerator(precision: Precision, trackers: Sequence[str] = (), folder: Path
         precision: of the networks (mixed precision: parameters stay float32).
         trackers: names of further loggers, as Accelerate has them.
         folder: where trackers write their files.
+        device_name: the device to train on; with several GPUs, each process has its own.
 
     Raises:
-        UserError: for a tracker that is unknown or not installed, for fp16 on a CPU, or as `refuse_engines` does.
+        UserError: for a tracker that is unknown or not installed, for fp16 on a CPU, for a device that is not there,
+            for gradient accumulation in Accelerate's environment, or as `refuse_engines` does.
     """
     refuse_engines()
+    if (steps := os.environ.get(ACCUMULATION_VARIABLE, "1")) != "1":
+        raise _accumulation_error(f"{ACCUMULATION_VARIABLE}={steps}")
+    chosen = device(device_name)
     installed = [kind.value for kind in get_available_trackers()]
     for name in trackers:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(f"there is no tracker {name!r}; Accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}")
         if name in LoggerType.list() and name not in installed:  # names not in the list are registered by the user
             raise UserError(f"the tracker {name} is not installed; install it (pip install {name}) or leave it out")
-    resolved = resolve(precision)
+    resolved = resolve(precision, chosen)
     return Accelerator(
-        cpu=best_device().type == "cpu",  # otherwise several processes on CPUs would not form a group
+        cpu=chosen.type == "cpu",  # otherwise several processes on CPUs would not form a group
         mixed_precision="no" if resolved == "fp32" else resolved,
         log_with=list(trackers) or None,
         project_dir=folder,
     )
+
+
+def refuse_accumulation(process: Accelerator) -> None:
+    """Refuses an `Accelerator` with gradient accumulation of its own, which would divide every gradient.
+
+    Raises:
+        UserError: if it accumulates more than one step; recommends `--accumulation`.
+    """
+    if process.gradient_accumulation_steps != 1:
+        raise _accumulation_error(f"Accelerate's gradient_accumulation_steps={process.gradient_accumulation_steps}")
+
+
+def _accumulation_error(setting: str) -> UserError:
+    return UserError(f"{setting} would divide every gradient; set it to 1, and use --accumulation for micro-batches")
 
 
 @contextmanager

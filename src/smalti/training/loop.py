@@ -24,7 +24,7 @@ from smalti.core.errors import UserError
 from smalti.core.models import Checkpointed
 from smalti.core.progress import bar
 from smalti.core.randomness import derive, row_seeds
-from smalti.training.accelerator import seed_layers, subnormals_flushed
+from smalti.training.accelerator import refuse_accumulation, seed_layers, subnormals_flushed
 from smalti.training.batches import Batch, RowData, StepRows, batches
 from smalti.training.checkpoints_and_logs import CheckpointsAndLogs, OnReport
 from smalti.training.config import FitConfig, LearnsAfterSteps, Phase
@@ -121,6 +121,7 @@ def _check(accelerator: Accelerator, config: FitConfig) -> None:
             + (" or --accumulation" if micro_batches > 1 else "")
         )
     refuse_engines()
+    refuse_accumulation(accelerator)
 
 
 def _shard(accelerator: Accelerator, phases: Sequence[Phase], model: Checkpointed) -> Checkpointed:
