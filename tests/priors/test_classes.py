@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from smalti.commands.class_labels import draw_labels, find_classes
+from smalti.commands.class_labels import draw_labels, find_classes, label_counts, trained_classes
 from smalti.commands.sample import generate_codes
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
@@ -25,7 +25,7 @@ def prior_of(sharpness: float = 1.5, **changes) -> Hourglass:
         prior.head.weight.mul_(sharpness / prior.head.weight.norm(dim=1, keepdim=True))
         if prior.of_class:
             prior.of_class.vectors.weight.normal_()
-    prior.provenance = {"label_names": NAMES, "label_counts": [1, 6, 0, 3]}
+    prior.provenance = {"label_names": NAMES, "label_counts": [1, 6, 1, 3]}
     return prior
 
 
@@ -166,8 +166,39 @@ def test_classes_are_found_by_name_in_the_order_of_the_names(names, expected):
 def test_unknown_and_ambiguous_names_are_refused(name, message):
     with pytest.raises(UserError, match=message):
         find_classes(prior_of(), [name])
-    with pytest.raises(UserError, match="has no classes"):
+    with pytest.raises(UserError, match="this prior has no classes"):
         find_classes(prior_of(classes=0), [name])
+
+
+@pytest.mark.parametrize(
+    ("names", "requested", "expected"),
+    [
+        (["a", "A", "b"], "A", 1),
+        (["a", "A", "b"], "a", 0),
+        (["a", "A", "b"], "B", 2),
+        (["cafe\u0301", "b", "c"], "caf\u00e9", 0),
+        (["caf\u00e9", "b", "c"], "CAFE\u0301", 0),
+        (["cafe\u0301s", "b", "c"], "caf\u00e9", 0),
+        (["cafe\u0301", "caf\u00e9", "c"], "caf\u00e9", 1),
+        (["Stra\u00dfe", "b", "c"], "STRASSE", 0),
+    ],
+)
+def test_names_that_differ_in_case_or_unicode_form_are_told_apart(names, requested, expected):
+    prior = prior_of()
+    prior.provenance["label_names"] = names
+    assert find_classes(prior, [requested]) == {names[expected]: expected}
+
+
+def test_classes_without_training_images_are_refused_and_left_out_of_all():
+    prior = prior_of()
+    labels, held_out = torch.tensor([0, 1, 1, 2, -1, 0]), torch.tensor([False, True, True, False, False, True])
+    prior.provenance["label_counts"] = label_counts(labels, held_out, 3).tolist()
+    assert prior.provenance["label_counts"] == [1, 2, 0, 1]
+    with pytest.raises(UserError, match="the prior was trained on no image of the class 'Camels'; choose another one"):
+        find_classes(prior, ["cam"])
+    assert find_classes(prior, ["all"]) == {"Cats": 0, "dogs & wolves": 2}
+    assert trained_classes(prior) == [0, 2]
+    assert 1 not in draw_labels(prior, [], torch.arange(1000), seed=0)
 
 
 def test_classes_without_names_are_numbered():
@@ -178,10 +209,12 @@ def test_classes_without_names_are_numbered():
 
 
 def test_labels_are_drawn_by_frequency_and_row_number():
-    labels = draw_labels(prior_of(), [], torch.arange(5000), seed=4)
+    prior = prior_of()
+    prior.provenance["label_counts"] = [1, 6, 0, 3]
+    labels = draw_labels(prior, [], torch.arange(5000), seed=4)
     shares = torch.bincount(labels + 1, minlength=4) / 5000
     assert torch.allclose(shares, torch.tensor([0.1, 0.6, 0.0, 0.3]), atol=0.03)
-    assert torch.equal(draw_labels(prior_of(), [], torch.arange(100, 110), seed=4), labels[100:110])
+    assert torch.equal(draw_labels(prior, [], torch.arange(100, 110), seed=4), labels[100:110])
     assert draw_labels(prior_of(), [2, 0], torch.arange(1, 6), seed=4).tolist() == [0, 2, 0, 2, 0]
 
 

@@ -4,6 +4,7 @@ The run's folder also holds a copy of the tokenizer, so it has everything that g
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from smalti.commands.class_labels import draw_labels
+from smalti.commands.class_labels import draw_labels, label_counts, trained_classes
 from smalti.commands.model_paths import LATENTS, PRIORS, load_tokenizer, prior_class
 from smalti.commands.sample import generate_codes
 from smalti.core import models
@@ -32,6 +33,9 @@ from smalti.training.run_folder import Resume, Run
 
 C = TypeVar("C")
 Objective = TypeVar("Objective")
+
+MOST_NAMES = 20
+"""Names of classes in a warning."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
         process.print(f"{folder} is finished: {run.step} steps. Give --steps to train on, or --resume never.")
         return folder
     if process.is_main_process:
+        _warn_of_untrained_classes(prior)
         tokenizer.save(folder / "tokenizer")
     tokenizer.to(process.device)
     objective = prior.method.objective(prior, config.objective)
@@ -149,9 +154,22 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
         "image_source": latents.provenance.image_source,
         "preprocessing": latents.provenance.preprocessing,
         "label_names": names,
-        "label_counts": torch.bincount(labels + 1, minlength=classes + 1).tolist(),  # unlabelled rows first
+        "label_counts": label_counts(labels, latents.held_out, classes).tolist(),  # unlabelled rows first
     }
     return config, prior
+
+
+def _warn_of_untrained_classes(prior: Prior) -> None:
+    """Names the classes without training images on standard error."""
+    trained, names = trained_classes(prior), prior.provenance["label_names"]
+    untrained = [names[number] if names else str(number) for number in range(prior.classes) if number not in trained]
+    if untrained:
+        shown = ", ".join(untrained[:MOST_NAMES]) + (" ..." if len(untrained) > MOST_NAMES else "")
+        print(
+            f"warning: {len(untrained)} of {prior.classes} classes have no training images, since all of theirs are "
+            f"held out or there are none; they cannot be sampled: {shown}",
+            file=sys.stderr,
+        )
 
 
 def grids(levels: Sequence[Level], number: int) -> dict[str, Any]:
@@ -211,7 +229,7 @@ def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Pa
         upper = tuple(batch[f"upper_{level}"].to(prior_device) for level in range(prior.upper_levels))
         labels = batch["labels"]
     else:
-        labels = draw_labels(prior, range(prior.classes), rows, seed)
+        labels = draw_labels(prior, trained_classes(prior), rows, seed)
     codes = generate_codes(prior, rows, labels, seed=seed, sampling=prior.method.sampling(), upper=upper)
     seeds = derive(row_seeds(seed, rows), Stream.IMAGE_DETAILS).to(codes.device)
     save_grid(path, tokenizer.draw((*upper, codes), seeds).cpu())
