@@ -16,6 +16,7 @@ from smalti.core.devices import Precision
 from smalti.core.errors import UserError
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet, open_images, print_summary
+from smalti.images.listing import refuse_output_inside
 from smalti.images.sheets import save_sheet
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.reconstruction import Reconstruction
@@ -95,6 +96,7 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         Interrupted: if a signal stopped the run.
     """
     folder = config.out or TOKENIZERS / config.tokenizer
+    refuse_output_inside(folder, config.images)
     kind = cast(type[Tokenizer], models.class_of_kind("tokenizer", config.tokenizer))
     *lower_models, top_model = kind.stages(config.model)
     *lower_fits, top_fit = _layer_fits(config, len(lower_models) + 1)
