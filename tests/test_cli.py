@@ -12,6 +12,7 @@ import pytest
 
 from smalti import __main__, cli
 from smalti.core.errors import OneProcessError, UserError
+from smalti.core.invocation import as_invoked
 from smalti.scripts import sample, train_prior, train_tokenizer
 from smalti.training.signals import Interrupted, received_signals
 
@@ -204,10 +205,10 @@ def test_unknown_command_suggests_the_nearest(monkeypatch, capsys):
 def test_texts_name_commands_as_they_were_typed(monkeypatch):
     text = "python scripts/sample.py; accelerate launch --num_processes 8 scripts/train_prior.py --level 1"
     monkeypatch.setattr(sys, "argv", ["scripts/sample.py"])
-    assert cli.as_invoked(text) == text
+    assert as_invoked(text) == text
     monkeypatch.setattr(sys, "argv", ["smalti sample"])
     expected = "smalti sample; accelerate launch --num_processes 8 -m smalti train-prior --level 1"
-    assert cli.as_invoked(text) == expected
+    assert as_invoked(text) == expected
 
 
 def test_help_texts_are_wrapped_once(monkeypatch, capsys):

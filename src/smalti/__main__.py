@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 
-from smalti import cli
+from smalti.core.invocation import PROGRAM
 
 COMMANDS = {
     "demo": "Train on the embedded images, sample and inpaint, in minutes",
@@ -72,7 +72,7 @@ def main() -> None:
     elif name == "--version":
         print(f"smalti {version('smalti')}")
     elif name in available():
-        sys.argv = [f"{cli.PROGRAM} {name}", *rest]
+        sys.argv = [f"{PROGRAM} {name}", *rest]
         import_module(f"smalti.scripts.{name.replace('-', '_')}").main()
     else:
         nearest = difflib.get_close_matches(name.replace("_", "-"), available(), n=1)

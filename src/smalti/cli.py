@@ -10,20 +10,17 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from itertools import takewhile
-from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, NoReturn, TypeVar, cast, get_origin
 
 from smalti.core.errors import OneProcessError, UserError
+from smalti.core.invocation import as_invoked, program_name
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
 from smalti.training.signals import Interrupted
 
 wait_without_spinning()  # here, because commands import this file before anything that imports torch
 
 C = TypeVar("C")
-
-PROGRAM = "smalti"
-_SCRIPT = re.compile(r"(?:(?P<launch>accelerate launch(?: --?\w+(?: \d+)?)*) |python )scripts/(?P<name>\w+)\.py")
 
 _DESCRIBED_DEFAULT = re.compile(r"\s*\[default: ([^\]]*)\]")
 _DISK_ERRORS = {
@@ -75,21 +72,6 @@ def run(
         _leave(f"error: {error.filename or 'a file'} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
 
 
-def as_invoked(text: str) -> str:
-    """Returns a text with its commands in the form in which this one was typed.
-
-    Texts name `python scripts/train_prior.py`; started as `smalti ...`, a person reads `smalti train-prior`.
-    """
-    if not _name().startswith(f"{PROGRAM} "):
-        return text
-
-    def installed(match: re.Match[str]) -> str:
-        launch = f"{match['launch']} -m " if match["launch"] else ""
-        return f"{launch}{PROGRAM} {match['name'].replace('_', '-')}"
-
-    return _SCRIPT.sub(installed, text)
-
-
 def chosen(flag: str, default: str) -> str:
     """Returns the last value of `--flag` before the command line is parsed: it names a kind, which decides what other
     flags there are."""
@@ -113,7 +95,7 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
         with redirect_stderr(output):
             return tyro.cli(
                 cls,
-                prog=_name(),
+                prog=program_name(),
                 description=about,
                 config=(tyro.conf.OmitArgPrefixes,),
                 registry=_help_registry(),
@@ -171,11 +153,6 @@ def _one_paragraph(field: Any) -> Any:
     nested = dataclasses.is_dataclass(get_origin(field.type) or field.type)
     kind = field.type if nested else Annotated[field.type, arg(help_behavior_hint=default_hint)]
     return dataclasses.replace(field, type=kind, helptext=lambda: _DESCRIBED_DEFAULT.sub("", text()) or None)
-
-
-def _name() -> str:
-    """Returns the program's name for help texts: the path of a script as typed, or `smalti COMMAND`."""
-    return sys.argv[0] if sys.argv[0].startswith(f"{PROGRAM} ") else Path(sys.argv[0]).as_posix()
 
 
 def _output_is_closed() -> bool:
