@@ -1,6 +1,7 @@
 """Trains a prior; see `smalti.commands.train_prior`."""
 
 from smalti import cli
+from smalti.commands.end_of_training import print_end_of_prior
 from smalti.commands.train_prior import default_config, train_prior
 
 ABOUT = """Trains a prior: a model that generates the codes of new images.
@@ -26,7 +27,11 @@ Next steps: sample.py and inpaint.py"""
 
 def main() -> None:
     """Runs the command line."""
-    cli.run(train_prior, lambda: default_config(cli.chosen("--prior", "hourglass")), about=ABOUT)
+    cli.run(
+        lambda config: print_end_of_prior(train_prior(config), config.latents, config.level),
+        lambda: default_config(cli.chosen("--prior", "hourglass")),
+        about=ABOUT,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Trains a tokenizer; see `smalti.commands.train_tokenizer`."""
 
 from smalti import cli
+from smalti.commands.end_of_training import print_end_of_tokenizer
 from smalti.commands.presets import default_config
 from smalti.commands.train_tokenizer import train_tokenizer
 
@@ -30,7 +31,7 @@ Next step: python scripts/build_latents.py"""
 def main() -> None:
     """Runs the command line."""
     cli.run(
-        train_tokenizer,
+        lambda config: print_end_of_tokenizer(train_tokenizer(config)),
         lambda: default_config(cli.chosen("--preset", "small"), cli.chosen("--tokenizer", "hrvq")),
         about=ABOUT,
     )

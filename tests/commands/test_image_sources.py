@@ -9,14 +9,18 @@ from helpers.build_toys import write_images
 from helpers.command_toys import run
 from helpers.image_toys import marked
 
+from smalti.core.errors import UserError
 from smalti.core.models import read_config
-from smalti.images.image_set import open_images
+from smalti.images.image_set import ImageRows, open_images
+from smalti.images.splits import held_out
 from smalti.latentsets.reader import LatentSet
-from smalti.scripts import build_latents, train_tokenizer
+from smalti.scripts import build_latents, sample, train_prior, train_tokenizer
 
 SMALL = "--height 8 --width 8 --widths 6 8 --residual-blocks 1 --code-width 6 --depth 2 --branching 4"
 FLAGS = f"{SMALL} --steps 2 --batch-size 4 --warmup-steps 0 --precision fp32 --images img"
 TRAIN = FLAGS.split()
+SMALL_PRIOR = "--latents latents.h5 --model-width 16 --heads 2 --depth 1 1 1 --sheet-samples 2 --warmup-steps 0"
+PRIOR = [*SMALL_PRIOR.split(), "--steps", "2", "--batch-size", "4", "--out", "prior"]
 BUILD = ["--tokenizer", "tokenizer", "--workers", "0", "--out", "latents.h5"]
 
 
@@ -76,3 +80,73 @@ def test_the_column_of_labels_is_kept_for_the_latent_set(workspace, capfd):
     assert read_config(workspace / "tokenizer")["provenance"]["label_column"] == "cls"
     assert run(capfd, build_latents.main, *BUILD)[0] == 0
     assert LatentSet("latents.h5").provenance.label_names == ("1", "2", "3", "4")
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_all_bad_images_are_named_before_the_training_or_left_out(cache_bytes, workspace, capfd, monkeypatch):
+    """Both for sets that are kept in memory and for larger ones, which are decoded again at every step."""
+    monkeypatch.setattr("smalti.images.image_set.ImageSet._fits", lambda self: bool(cache_bytes))
+    for name in ("0003.png", "0021.png"):
+        (workspace / "img" / name).write_bytes((workspace / "img" / name).read_bytes()[:60])
+    status, _, err = run(capfd, train_tokenizer.main, *TRAIN, "--out", "tokenizer")
+    (error,) = lines(err, "error: ")
+    assert status == 2
+    assert error.startswith("error: 2 images cannot be decoded: ")
+    assert "img/0003.png, row 3: " in error
+    assert "img/0021.png, row 21: " in error
+    assert error.endswith("or leave out such images with --on-bad-image skip")
+    assert not (workspace / "tokenizer").exists()
+    skipping = [*TRAIN, "--on-bad-image", "skip", "--out", "tokenizer"]
+    status, _, err = run(capfd, train_tokenizer.main, *skipping)
+    assert status == 0
+    assert "images: 2 left out: 2 images cannot be decoded: " in err
+    assert read_config(workspace / "tokenizer")["provenance"]["skipped_images"] == 2
+
+
+def test_images_that_are_left_out_are_in_no_split(workspace):
+    images = open_images("img", height=8, width=8)
+    images.leave_out({3: "", 5: ""})
+    rows = ImageRows(images, split="all", flips=False)
+    assert rows.__getitems__(range(len(rows)))["source_ids"].tolist() == [
+        each for index, each in enumerate(images.source_ids.tolist()) if index not in (3, 5)
+    ]
+    with pytest.raises(UserError, match="none of the 30 images of img can be decoded; the first: broken"):
+        images.leave_out(dict.fromkeys(range(30), "broken"))
+
+
+def test_a_training_ends_with_its_folder_numbers_pictures_and_the_next_command(workspace, capfd):
+    status, out, _ = run(capfd, train_tokenizer.main, *TRAIN, "--device", "cpu", "--out", "a tokenizer")
+    assert status == 0
+    first, pictures, following = out.splitlines()
+    assert first.startswith("a tokenizer: 2 steps; held_out_loss ")
+    assert pictures == "pictures: a tokenizer/reconstructions.png"
+    assert following == "next: python scripts/build_latents.py --tokenizer 'a tokenizer'"
+    assert run(capfd, build_latents.main, "--tokenizer", "a tokenizer", "--workers", "0", "--out", "latents.h5")[0] == 0
+    status, out, _ = run(capfd, train_prior.main, *PRIOR, "--device", "cpu")
+    assert status == 0
+    first, pictures, following = out.splitlines()
+    assert first.startswith("prior: 2 steps; held_out_loss ")
+    assert (pictures, following) == ("pictures: prior/samples.png", "next: python scripts/sample.py --prior prior")
+
+
+def test_classes_whose_images_are_all_held_out_are_named(workspace, capfd):
+    out = held_out(open_images("img").source_ids)
+    assert out.any()
+    files = sorted((workspace / "img").iterdir())
+    for file, is_out in zip(files, out.tolist(), strict=True):
+        (workspace / "classes" / ("unseen" if is_out else "seen")).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, workspace / "classes" / ("unseen" if is_out else "seen"))
+    assert run(capfd, train_tokenizer.main, *TRAIN, "--images", "classes", "--out", "tokenizer")[0] == 0
+    assert run(capfd, build_latents.main, *BUILD)[0] == 0
+    prior = "--latents latents.h5 --model-width 16 --heads 2 --depth 1 1 1 --sheet-samples 2 --warmup-steps 0"
+    status, _, err = run(
+        capfd, train_prior.main, *prior.split(), *["--steps", "2", "--batch-size", "4", "--out", "prior"]
+    )
+    assert status == 0
+    assert "warning: 1 of 2 classes have no training images" in err
+    assert "they cannot be sampled: unseen" in err
+    flags = "--prior prior --num 2 --steps 2 --min-steps 1 --out s.png --classes"
+    status, _, err = run(capfd, sample.main, *flags.split(), "unseen")
+    assert status == 2
+    assert "error: the prior was trained on no image of the class 'unseen'; choose another one" in err
+    assert run(capfd, sample.main, *flags.split(), "seen")[0] == 0

@@ -42,6 +42,7 @@ def test_the_small_preset_equals_the_defaults():
 def test_flags_override_a_preset(monkeypatch):
     configs = []
     monkeypatch.setattr(train_tokenizer, "train_tokenizer", configs.append)
+    monkeypatch.setattr(train_tokenizer, "print_end_of_tokenizer", lambda folder: None)
     flags = "--tokenizer vqvae2 --preset=paper32 --image-channels 1 --levels 2 --steps 7"
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *flags.split()])
     train_tokenizer.main()

@@ -245,7 +245,8 @@ def images_for(
             f"not {expected[:12]}): run the command in the folder of the training, or give --images PATH; "
             f"--images {source} uses the images that are there now"
         )
-    print_summary(images, main=main)
+    if main:
+        print_summary(images)
     return images
 
 

@@ -18,7 +18,7 @@ from smalti.commands.sample import generate_codes
 from smalti.core import models
 from smalti.core.codes import Level
 from smalti.core.config import flatten
-from smalti.core.devices import Precision
+from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.images.sheets import save_grid
@@ -63,6 +63,8 @@ class TrainPrior(Generic[C, Objective]):
     """Level of the latent set to learn, 0 being the coarsest. The prior is conditioned on the coarser levels' codes."""
     tokenizer: str | None = None
     """The tokenizer that made the latent set: a kind, a folder or a hub id [default: the path recorded in the set]."""
+    device: Device = "auto"
+    """Device to train on; `auto` is the best one."""
     precision: Precision = "auto"
     """Precision of the network (mixed precision); `auto` is bf16 where the hardware is fast in it, else fp32."""
     sheet_samples: int = 32
@@ -91,7 +93,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     latents = LatentSet(config.latents)
     levels = latents.layout.levels
     folder = config.out or PRIORS / (f"{config.prior}-{config.level}" if len(levels) > 1 else config.prior)
-    process = accelerator(config.precision, config.fit.trackers, folder)
+    process = accelerator(config.precision, config.fit.trackers, folder, config.device)
     tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
     require_tokenizer(latents, tokenizer.digest())
     torch.manual_seed(config.fit.seed)

@@ -1,5 +1,6 @@
 """Stage one: trains a tokenizer on images, layer by layer for the kinds that need it."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,10 @@ from smalti.commands.feature_cache import with_feature_cache
 from smalti.commands.model_paths import TOKENIZERS, layer_name, load_tokenizer
 from smalti.core import models
 from smalti.core.config import flatten
-from smalti.core.devices import Precision
+from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
-from smalti.images.decoding import to_float
-from smalti.images.image_set import ImageRows, ImageSet, open_images, print_summary
+from smalti.images.decoding import BadImageError, to_float
+from smalti.images.image_set import ImageRows, ImageSet, bad_images_error, open_images, print_summary
 from smalti.images.listing import refuse_output_inside
 from smalti.images.sheets import save_sheet
 from smalti.tokenizers.base import Tokenizer
@@ -26,6 +27,7 @@ from smalti.training.loop import fit
 from smalti.training.run_folder import Resume, Run
 
 C = TypeVar("C")
+OnBadImage: TypeAlias = Literal["raise", "skip"]
 Preset: TypeAlias = Literal[
     "small",
     "paper32",
@@ -64,12 +66,17 @@ class TrainTokenizer(Generic[C]):
     """Column of the labels [default: `label`, or the only column of classes]."""
     flips: bool = True
     """Also train on the mirror images."""
+    on_bad_image: OnBadImage = "raise"
+    """Handling of images that cannot be decoded: `raise` names all of them before the training, `skip` leaves them
+    out."""
     layer_steps: tuple[int, ...] = ()
     """Optimiser steps of each layer, from the image upwards, for kinds that are trained layer by layer. Upper layers
     are cheaper and can take more [default: --steps each]."""
     layer_batch_sizes: tuple[int, ...] = ()
     """Batch size of each layer, from the image upwards, for kinds that are trained layer by layer [default:
     --batch-size each]."""
+    device: Device = "auto"
+    """Device to train on; `auto` is the best one."""
     precision: Precision = "auto"
     """Precision of the networks (mixed precision); `auto` is bf16 where the hardware is fast in it, else fp32."""
     out: Path | None = None
@@ -128,7 +135,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
     """Trains one stage on top of the stage before it; returns its folder and the opened images."""
     folder = config.out
     assert folder is not None
-    process = accelerator(config.precision, config.fit.trackers, folder)
+    process = accelerator(config.precision, config.fit.trackers, folder, config.device)
     torch.manual_seed(config.fit.seed)
     tokenizer = cast(Tokenizer, models.class_of_kind("tokenizer", config.tokenizer)(config.model))
     if images is None:
@@ -137,7 +144,9 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
             images = open_images(
                 config.images, **size, image_column=config.image_column, label_column=config.label_column
             )
-        print_summary(images, main=process.is_main_process)
+            if process.is_main_process:
+                print_summary(images)
+            _check_images(images, config.on_bad_image, main=process.is_main_process)
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
     lower = load_tokenizer(str(lower_folder)) if lower_folder else None
     if lower:
@@ -156,6 +165,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         "image_fingerprint": images.fingerprint,
         "preprocessing": images.preprocessing,
         "flips": config.flips,
+        **({"skipped_images": int(images.left_out.sum())} if images.left_out.any() else {}),
         **({"image_column": config.image_column} if config.image_column else {}),
         **({"label_column": config.label_column} if config.label_column else {}),
     }
@@ -178,6 +188,21 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
             what=f"training {folder.name}",
         )
     return folder, images
+
+
+def _check_images(images: ImageSet, on_bad_image: OnBadImage, *, main: bool) -> None:
+    """Decodes every image before the training, and refuses or leaves out those that cannot be decoded.
+
+    Raises:
+        BadImageError: naming all of them.
+        UserError: if no image is left.
+    """
+    bad = images.find_bad()
+    if bad and on_bad_image == "raise":
+        raise BadImageError(f"{bad_images_error(bad)}, or leave out such images with --on-bad-image skip")
+    images.leave_out(bad)
+    if bad and main:
+        print(f"images: {len(bad)} left out: {bad_images_error(bad)}", file=sys.stderr)
 
 
 def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,6 +25,7 @@ from smalti.images.decoding import BadImageError, decode, describe
 from smalti.images.splits import held_out
 
 CACHE_BYTES = 2**30
+_SHOWN_BAD = 100  # images that one error names
 _SHOWN_CLASSES = 10  # the largest ones, in a summary
 _DECODED_AT_ONCE = 64  # images; limits the encoded bytes in memory while the cache fills
 _DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow releases the GIL, but small images gain little
@@ -42,6 +43,7 @@ class ImageSet:
         fingerprint: SHA-256 over source ids, labels and encoded images in order; the same on every machine.
         preprocessing: the description of the preprocessing, as JSON; see `decoding.describe`.
         notes: what of the source was left out and why, a sentence each.
+        left_out: marks the images that `leave_out` excluded from all splits.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class ImageSet:
                 for part in (self.source_ids, self.labels, sources.read_contents(table))
             )
         ).hexdigest()
+        self.left_out: Bool[Tensor, " n"] = torch.zeros(len(self.source_ids), dtype=torch.bool)
         self._encoded = table.rows.select_columns(table.image_column)
         self._column = table.image_column
         self._shape = (channels, height, width)
@@ -79,7 +82,7 @@ class ImageSet:
         plural = "es" * (len(classes) != 1)
         kinds = f"in {len(classes)} class{plural}: {', '.join(shown)}" if classes else "without classes"
         lines = [f"{len(self)} image{'s' * (len(self) != 1)} from {self.source}, {kinds}", *self.notes]
-        return [_printable(line) for line in lines]
+        return list(map(_printable, lines))
 
     def pixels(
         self, indices: Sequence[int] | Int64[Tensor, " b"], *, bad: dict[int, str] | None = None
@@ -107,34 +110,87 @@ class ImageSet:
                 pixels[position], bad[index] = 0, str(error)
         return pixels
 
+    def find_bad(self) -> dict[int, str]:
+        """Decodes every image once; returns the error of each that cannot be decoded, by its index.
+
+        A set that fits into `cache_bytes` is kept in memory. For a larger one `datasets` caches the errors, so that
+        the next command does not decode it again.
+        """
+        if self._fits():
+            return self._fill_cache()
+        errors = sources.read_errors(self._encoded, self._column)
+        return {index: self._named(index, error) for index, error in enumerate(errors) if error}
+
+    def leave_out(self, bad: dict[int, str]) -> None:
+        """Excludes images from all splits of `ImageRows`; the fingerprint stays that of the whole set.
+
+        Raises:
+            UserError: if no image is left.
+        """
+        self.left_out[list(bad)] = True
+        if self.left_out.all():
+            raise UserError(
+                f"none of the {len(self)} images of {self.source} can be decoded; the first: {bad[min(bad)]}"
+            )
+
     def fill_cache(self) -> None:
         """Decodes all images into memory, on threads, unless they are there or exceed `cache_bytes`.
 
         `ImageRows` calls it in the process that starts the workers, so that they share one copy.
 
         Raises:
-            BadImageError: as `pixels` does.
+            BadImageError: naming all images that cannot be decoded and are not left out.
         """
-        shape = (len(self), *self._shape)
-        if self._cache is not None or torch.Size(shape).numel() > self._cache_bytes:
-            return
-        cache = torch.empty(shape, dtype=torch.uint8)
+        if self._cache is None and self._fits():
+            bad = self._fill_cache()
+            if unexpected := {index: error for index, error in bad.items() if not self.left_out[index]}:
+                self._cache = None
+                raise bad_images_error(unexpected)
+
+    def _fits(self) -> bool:
+        return torch.Size((len(self), *self._shape)).numel() <= self._cache_bytes
+
+    def _fill_cache(self) -> dict[int, str]:
+        """Fills the cache, with black for images that cannot be decoded; returns the errors of these."""
+        bad: dict[int, str] = {}
+        cache = torch.empty((len(self), *self._shape), dtype=torch.uint8)
+
+        def fill(index: int, image: Any) -> None:
+            try:
+                cache[index] = self._decode(index, image)
+            except BadImageError as error:
+                cache[index], bad[index] = 0, str(error)
+
         progress = bar(what="decoding", total=len(self), unit="image", delay_seconds=SLOW_SECONDS)
         with progress, ThreadPoolExecutor(_DECODING_THREADS) as pool:
             for start in range(0, len(self), _DECODED_AT_ONCE):
                 images = self._encoded[start : start + _DECODED_AT_ONCE][self._column]
-                for index, pixels in enumerate(pool.map(self._decode, range(start, len(self)), images), start):
-                    cache[index] = pixels
+                list(pool.map(fill, range(start, len(self)), images))
                 progress.update(len(images))
         self._cache = cache
+        return dict(sorted(bad.items()))
 
     def _decode(self, index: int, image: Any) -> UInt8[Tensor, "c h w"]:
         channels, height, width = self._shape
         try:
             return decode(sources.encoded(image), channels=channels, height=height, width=width)
         except BadImageError as error:
-            name = image.get("path") if isinstance(image, dict) else None
-            raise BadImageError(f"{name or self.source}, row {index}: {error}") from error
+            raise BadImageError(self._named(index, str(error))) from error
+
+    def _named(self, index: int, error: str) -> str:
+        """Adds the file's name, or the table's, and the row to an error."""
+        image = self._encoded[index][self._column]
+        name = image.get("path") if isinstance(image, dict) else None
+        return f"{name or self.source}, row {index}: {error}"
+
+
+def bad_images_error(bad: dict[int, str]) -> BadImageError:
+    """Returns an error of one line that names all images that cannot be decoded, up to a limit."""
+    if len(bad) == 1:
+        return BadImageError(*bad.values())
+    shown = "; ".join(list(bad.values())[:_SHOWN_BAD])
+    rest = f"; and {len(bad) - _SHOWN_BAD} more" if len(bad) > _SHOWN_BAD else ""
+    return BadImageError(f"{len(bad)} images cannot be decoded: {shown}{rest}")
 
 
 def open_images(
@@ -173,10 +229,9 @@ def open_images(
     return ImageSet(source, table, height=height, width=width, channels=channels, cache_bytes=cache_bytes)
 
 
-def print_summary(image_set: ImageSet, *, main: bool = True) -> None:
-    """Prints the summary of a set on standard error, on the main process; commands that read images begin with it."""
-    if main:
-        print(*(f"images: {line}" for line in image_set.summary()), sep="\n", file=sys.stderr)
+def print_summary(image_set: ImageSet) -> None:
+    """Prints the summary of a set on standard error; commands that read images begin with it."""
+    print(*(f"images: {line}" for line in image_set.summary()), sep="\n", file=sys.stderr)
 
 
 def _printable(text: str) -> str:
@@ -200,6 +255,7 @@ class ImageRows(Dataset):
     def __init__(self, image_set: ImageSet, *, split: Literal["train", "held_out", "all"], flips: bool) -> None:
         out = held_out(image_set.source_ids)
         selected = {"train": ~out, "held_out": out, "all": torch.ones_like(out)}[split]
+        selected = selected & ~image_set.left_out
         if split == "train" and not selected.any():
             raise UserError(
                 f"all {len(image_set)} image(s) of {image_set.source} fall into the held-out split; give more images"

@@ -6,9 +6,11 @@ found in `columns.py`. Decoding is in `decoding.py`; splits and batches are in `
 """
 
 import hashlib
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import PIL
 import pyarrow as pa
 import torch
 from datasets.exceptions import DatasetsError
@@ -27,7 +30,7 @@ from torch import Tensor
 from smalti.core.errors import UserError
 from smalti.core.malloc import give_back_freed_memory
 from smalti.images.columns import describe_unread_labels, find_image_column, find_label_column
-from smalti.images.decoding import BadImageError
+from smalti.images.decoding import BadImageError, decode
 from smalti.images.listing import Listing, is_data_file, list_files
 
 EMOJI = "emoji"
@@ -148,25 +151,52 @@ def read_contents(table: Table) -> Int64[Tensor, " n"]:
     return _hashes(table, table.image_column, "image")
 
 
+def read_errors(rows: datasets.Dataset, column: str) -> list[str]:
+    """Returns the error of each image that cannot be decoded, "" for the others; `datasets` caches them."""
+    options = {"recipe": f"{_KEY_RECIPE} Pillow {PIL.__version__}"}
+    return _computed(rows, column, _decoding_errors, options, datasets.Value("string"), "checking images")
+
+
+def _decoding_errors(images: list[Any], recipe: str) -> dict[str, list[str]]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return {"value": list(pool.map(_decoding_error, images))}
+
+
+def _decoding_error(image: Any) -> str:
+    try:
+        decode(encoded(image), channels=3)
+    except BadImageError as error:
+        return str(error)
+    return ""
+
+
 def _hashes(table: Table, column: str, kind: str) -> Int64[Tensor, " n"]:
+    options = {"kind": kind, "recipe": _KEY_RECIPE}
+    return torch.tensor(_computed(table.rows, column, _hash_keys, options, datasets.Value("int64"), "hashing"))
+
+
+def _computed(
+    rows: datasets.Dataset, column: str, function: Callable[..., Any], options: dict[str, str], kind: Any, what: str
+) -> list[Any]:
+    """Returns a value for each row, computed from one column, or read from the cache of `datasets`."""
     # a copy maps the file again, and the pages it read are freed with it
-    rows = pickle.loads(pickle.dumps(table.rows.select_columns(column)))
-    ids = rows.map(
-        _hash_keys,
+    copied = pickle.loads(pickle.dumps(rows.select_columns(column)))
+    values = copied.map(
+        function,
         batched=True,
         batch_size=_ROWS_AT_ONCE,
         input_columns=column,
         remove_columns=column,
-        fn_kwargs={"kind": kind, "recipe": _KEY_RECIPE},
-        features=datasets.Features({"id": datasets.Value("int64")}),
-        desc="hashing",
+        fn_kwargs=options,
+        features=datasets.Features({"value": kind}),
+        desc=what,
     )
-    return torch.tensor(ids["id"][:])
+    return values["value"][:]
 
 
 def _hash_keys(keys: list[Any], kind: str, recipe: str) -> dict[str, list[int]]:
     hashes = [hashlib.blake2b(_key_bytes(key, kind), digest_size=8, person=recipe.encode()).digest() for key in keys]
-    return {"id": [int.from_bytes(digest, "big") >> 1 for digest in hashes]}  # 63 bits: torch has no unsigned int64
+    return {"value": [int.from_bytes(digest, "big") >> 1 for digest in hashes]}  # 63 bits: torch has no unsigned int64
 
 
 def _key_bytes(key: Any, kind: str) -> bytes:

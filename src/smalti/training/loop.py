@@ -29,6 +29,7 @@ from smalti.training.batches import Batch, RowData, StepRows, batches
 from smalti.training.checkpoints_and_logs import CheckpointsAndLogs, OnReport
 from smalti.training.config import FitConfig, LearnsAfterSteps, Phase
 from smalti.training.ema import EMA
+from smalti.training.expected_time import ExpectedTime
 from smalti.training.fsdp import fsdp_plugin, is_sharded, refuse_engines, shard
 from smalti.training.nan_and_stalls import Buffers, SkippedSteps, StopAgreement, Watchdog, explain_errors, spread_nan
 from smalti.training.optimizers import clip, step_unless, unscale
@@ -99,11 +100,13 @@ def fit(
             for phase in phases:
                 phase.objective.compile()
         prepared = [_prepare(accelerator, phase) for phase in phases]
+        expected = ExpectedTime(steps, progress, shown=accelerator.is_main_process)
         agreement = StopAgreement(accelerator.num_processes)
         for step, batch in zip(steps, _batches(accelerator, data, config, steps), strict=True):
             measured = _step(accelerator, prepared, batch, config, step, skipped)
             ema.update(step)
             progress.update()
+            expected.after_step(step + 1, next(iter(measured.values())).item)
             watchdog.progressed(step + 1)
             between.after_step(step + 1, measured)
             watchdog.progressed(step + 1)

@@ -26,6 +26,7 @@ FREE_SETTINGS = frozenset(
     {
         *("steps", "report_steps", "save_steps", "log_steps", "keep_states", "stall_seconds", "trackers"),
         *("accumulation", "gradient_checkpointing", "compile", "workers", "out", "resume", "sheet_samples"),
+        *("device", "on_bad_image"),
     }
 )
 
