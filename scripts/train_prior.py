@@ -1,8 +1,7 @@
 """Trains a prior; see `smalti.commands.train_prior`."""
 
 from smalti import cli
-from smalti.commands.end_of_training import print_end_of_prior
-from smalti.commands.train_prior import default_config, train_prior
+from smalti.commands.train_prior import default_config, print_end_of_prior, train_prior
 
 ABOUT = """Trains a prior: a model that generates the codes of new images.
 

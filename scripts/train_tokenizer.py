@@ -1,9 +1,8 @@
 """Trains a tokenizer; see `smalti.commands.train_tokenizer`."""
 
 from smalti import cli
-from smalti.commands.end_of_training import print_end_of_tokenizer
 from smalti.commands.presets import default_config
-from smalti.commands.train_tokenizer import train_tokenizer
+from smalti.commands.train_tokenizer import print_end_of_tokenizer, train_tokenizer
 
 ABOUT = """Trains a tokenizer: a model that turns images into grids of codes, and back.
 

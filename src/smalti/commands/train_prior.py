@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -28,6 +29,7 @@ from smalti.priors.base import CodePrior, Prior
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.accelerator import accelerator, tracked
 from smalti.training.config import FitConfig, Phase
+from smalti.training.end_of_run import print_end
 from smalti.training.loop import fit
 from smalti.training.run_folder import Resume, Run
 
@@ -133,6 +135,17 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
             what=f"training {config.prior}",
         )
     return folder
+
+
+def print_end_of_prior(folder: Path, latents: Path, level: int) -> None:
+    """Prints the last lines of the command, on the main process; the next level is trained before sampling."""
+    levels = len(LatentSet(latents).layout.levels)
+    if level < levels - 1:
+        command = f"accelerate launch scripts/train_prior.py --latents {quote(str(latents))} --level {level + 1}"
+    else:
+        others = f", with the priors of the other {levels - 1} level(s) beside it" if levels > 1 else ""
+        command = f"python scripts/sample.py --prior {quote(str(folder))}{others}"
+    print_end(folder, pictures="samples.png", following=command)
 
 
 def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainPrior[Any, Any], Prior]:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
@@ -23,6 +24,7 @@ from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.reconstruction import Reconstruction
 from smalti.training.accelerator import accelerator, tracked
 from smalti.training.config import FitConfig, Phase
+from smalti.training.end_of_run import print_end
 from smalti.training.loop import fit
 from smalti.training.run_folder import Resume, Run
 
@@ -113,6 +115,12 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         stage = replace(config, model=model, fit=layer_fit, out=folder / layer_name(number), resume=resume)
         lower, images = _train(stage, images, lower)
     return _train(replace(config, model=top_model, fit=top_fit, out=folder), images, lower)[0]
+
+
+def print_end_of_tokenizer(folder: Path) -> None:
+    """Prints the last lines of the command, on the main process."""
+    command = f"python scripts/build_latents.py --tokenizer {quote(str(folder))}"
+    print_end(folder, pictures="reconstructions.png", following=command)
 
 
 def _layer_fits(config: TrainTokenizer[Any], layers: int) -> list[FitConfig]:
