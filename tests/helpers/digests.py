@@ -1,4 +1,4 @@
-"""Prints digests of what every kind of model computes, so that a refactoring can be shown to change no number.
+"""Prints digests of what every kind of model computes, to show that a refactoring changes no number.
 
 Runs the commands of a checkout (two training steps of each tokenizer and prior, a latent set, samples, fills) with
 fixed seeds in a temporary folder, and prints a SHA-256 of each result's numbers: weights, codes and pixels, without
@@ -26,7 +26,17 @@ TOKENIZERS = {
     "hrvq": ["--widths", "16", "16"],
     "vqvae": ["--widths", "16", "16", "--codebook-size", "64"],
     "vqvae2": ["--widths", "16", "16", "--levels", "2"],
-    "vqgan": "--widths 32 32 --latent-width 32 --discriminator-start 1 --discriminator-width 8".split(),
+    "vqgan": [
+        "--widths",
+        "32",
+        "32",
+        "--latent-width",
+        "32",
+        "--discriminator-start",
+        "1",
+        "--discriminator-width",
+        "8",
+    ],
     "hqa": [],
     "hams": [],
     "vae": ["--batch-size", "4"],
@@ -44,7 +54,7 @@ ADAMW = ["--prior", "hourglass", "--optimizer", "adamw", "--accumulation", "2"]
 
 
 def digest(arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 of named arrays: names, dtypes, shapes and bytes."""
+    """Returns the first 16 hex digits of a SHA-256 over the arrays' names, dtypes, shapes and bytes."""
     sha = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -53,13 +63,13 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
     return sha.hexdigest()[:16]
 
 
-def of_model(folder: Path) -> str:
-    """Digest of a model folder's weights."""
+def model_digest(folder: Path) -> str:
+    """Returns the digest of the weights in a model folder."""
     return digest(load_file(folder / "model.safetensors"))
 
 
-def of_latents(path: Path) -> str:
-    """Digest of every numeric data set in a latent set."""
+def latents_digest(path: Path) -> str:
+    """Returns the digest of all numeric data sets in a latent set."""
     arrays: dict[str, np.ndarray] = {}
 
     def add(name: str, item: h5py.Dataset | h5py.Group) -> None:
@@ -71,8 +81,8 @@ def of_latents(path: Path) -> str:
     return digest(arrays)
 
 
-def of_picture(path: Path) -> str:
-    """Digest of an image file's pixels."""
+def picture_digest(path: Path) -> str:
+    """Returns the digest of an image file's pixels."""
     return digest({"pixels": np.asarray(Image.open(path))})
 
 
@@ -89,9 +99,9 @@ def main() -> None:
 
         def run(script: str, *arguments: str | Path) -> None:
             line = [sys.executable, str(checkout / "scripts" / f"{script}.py"), *map(str, arguments)]
-            done = subprocess.run(line, cwd=work, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{' '.join(line)}\n{done.stdout}{done.stderr}")
+            finished = subprocess.run(line, cwd=work, env=environment, capture_output=True, text=True, check=False)
+            if finished.returncode:
+                sys.exit(f"{' '.join(line)}\n{finished.stdout}{finished.stderr}")
 
         def show(name: str, value: str) -> None:
             print(f"{name:32} {value}", flush=True)
@@ -100,25 +110,25 @@ def main() -> None:
         for kind, flags in TOKENIZERS.items():
             folder = work / "tokenizers" / kind
             run("train_tokenizer", "--tokenizer", kind, *common, "--out", folder, "--batch-size", "8", *flags)
-            show(f"tokenizer {kind}", of_model(folder))
+            show(f"tokenizer {kind}", model_digest(folder))
         for kind in ("hrvq", "vqvae2", "vae"):
             path = work / f"{kind}.h5"
             run("build_latents", "--tokenizer", work / "tokenizers" / kind, "--out", path, "--precision", "fp32")
-            show(f"latents {kind}", of_latents(path))
+            show(f"latents {kind}", latents_digest(path))
         for name, (tokenizer, flags, _) in {**PRIORS, "hourglass-adamw": ("hrvq", ADAMW, [])}.items():
             folder = work / "priors" / name
             training = ["--latents", work / f"{tokenizer}.h5", "--out", folder, "--steps", "2", "--batch-size", "8"]
             run("train_prior", *flags, *training, "--precision", "fp32", "--sheet-samples", "0")
-            show(f"prior {name}", of_model(folder))
+            show(f"prior {name}", model_digest(folder))
         for name in ("hourglass", "maskgit", "pixelcnn", "realnvp"):
             out = work / f"{name}.png"
             sampling = ["--prior", work / "priors" / name, "--num", "4", "--precision", "fp32", "--out", out]
             run("sample", *sampling, *PRIORS[name][2])
-            show(f"samples {name}", of_picture(out))
+            show(f"samples {name}", picture_digest(out))
         out = work / "two.png"
         levels = [work / "priors" / "hourglass-top", work / "priors" / "hourglass-bottom"]
         run("sample", "--prior", *levels, "--num", "4", "--steps", "3", "--precision", "fp32", "--out", out)
-        show("samples two levels", of_picture(out))
+        show("samples two levels", picture_digest(out))
         noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         mask = np.zeros((32, 32), np.uint8)
         mask[8:20, 4:24] = 255
@@ -129,7 +139,7 @@ def main() -> None:
             filling = ["--prior", work / "priors" / name, "--image", work / "image.png", "--mask", work / "mask.png"]
             run("inpaint", *filling, "--precision", "fp32", "--out", out, "--candidates", "2")
             for path in sorted(work.glob(f"fill-{name}*.png")):
-                show(f"fill {path.stem}", of_picture(path))
+                show(f"fill {path.stem}", picture_digest(path))
 
 
 if __name__ == "__main__":
