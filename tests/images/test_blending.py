@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalti.core.randomness import row_seeds
+from smalti.images import blending
 from smalti.images.blending import compose
 from smalti.images.decoding import to_float, to_uint8
+from smalti.images.masks import strokes
 from smalti.metrics.image_errors import seam_steps
 
 SEEDS = st.integers(0, 999)
@@ -77,3 +80,49 @@ def test_a_mask_of_the_whole_image_returns_the_fill():
     everything = torch.ones(2, 7, 9, dtype=torch.bool)
     result = compose(pixels, filled, everything, feather_pixels=2, match_colour=True)
     assert torch.equal(result, to_uint8(filled))
+
+
+def smooth(seed, count, side):
+    """Returns smooth random images in [-1, 1]."""
+    return torch.nn.functional.interpolate(draw(seed, count, 3, 6, 6) * 2 - 1, (side, side), mode="bicubic").clamp(
+        -1, 1
+    )
+
+
+@pytest.mark.parametrize("feather", [0, 3])
+def test_large_images_are_matched_like_small_ones(monkeypatch, feather):
+    """The method for large images against the exact weights: nearly equal colours, and seams no worse."""
+    images, mask = smooth(0, 3, 90), strokes(row_seeds(0, torch.arange(3)), 90, 90)
+    pixels, filled = to_uint8(images), images + 0.3 * smooth(1, 3, 90) + 0.1 * draw(2, 3, 3, 90, 90)
+    options = {"feather_pixels": feather, "match_colour": True}
+    exact = compose(pixels, filled, mask, **options)
+    monkeypatch.setattr(blending, "_EXACT_AREA", 0)
+    fast = compose(pixels, filled, mask, **options)
+    differences = (exact.int() - fast.int()).abs()
+    assert 0 < differences.max() <= 6
+    assert differences[mask.unsqueeze(1).expand_as(differences)].float().mean() < 0.5
+    exact_seams, fast_seams = (seam_steps(to_float(each), mask).mean() for each in (exact, fast))
+    assert fast_seams < 1.01 * exact_seams
+    others = torch.where(mask.unsqueeze(1), 255 - pixels, pixels)
+    assert torch.equal(fast, compose(others, filled, mask, **options))
+
+
+def test_time_of_colour_matching_grows_with_the_pixels(monkeypatch):
+    """Counts the products of the convolutions: four times the pixels take about four times as many."""
+    products = []
+    convolve = torch.nn.functional.conv2d
+
+    def counted(images, kernel):
+        products.append(images.numel() * kernel.numel())
+        return convolve(images, kernel)
+
+    monkeypatch.setattr(blending.F, "conv2d", counted)
+    monkeypatch.setattr(blending.torch, "cdist", None)  # the exact method
+    counts = []
+    for side in (500, 1000):
+        products.clear()
+        everywhere = draw(side, 1, side, side) < 0.3
+        pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        compose(pixels, torch.ones(1, 3, side, side), everywhere, feather_pixels=0, match_colour=True)
+        counts.append(sum(products))
+    assert counts[1] < 4.2 * counts[0]

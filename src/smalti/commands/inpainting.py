@@ -26,6 +26,9 @@ from smalti.images.masks import DILATION_CODES, blank, known_codes
 from smalti.priors.base import CodePrior, Prior
 from smalti.tokenizers.base import Tokenizer
 
+MOST_AROUND = 1000
+"""Largest dilation, in codes, and feather band, in pixels."""
+
 
 @dataclass(frozen=True)
 class Filling:
@@ -56,6 +59,10 @@ class Filling:
             )
         if self.dilation < 0 or self.feather < 0:
             raise UserError(f"--dilation and --feather must be at least 0, not {self.dilation} and {self.feather}")
+        if max(self.dilation, self.feather) > MOST_AROUND:
+            raise UserError(
+                f"--dilation and --feather must be at most {MOST_AROUND}, not {self.dilation} and {self.feather}"
+            )
 
 
 class WorkingSize(NamedTuple):
@@ -76,6 +83,9 @@ def working_size(tokenizer: Tokenizer, height: int, width: int, largest: float) 
     scale = min(1.0, math.sqrt(largest_area / (height * width)))
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
     factor = tokenizer.downsampling
+    if min(height, width) < factor:  # padding it to a whole code would exceed the area
+        longest = max(factor, int(largest_area / factor))
+        height, width = min(height, longest), min(width, longest)
     return WorkingSize(height, width, math.ceil(height / factor) * factor, math.ceil(width / factor) * factor)
 
 
@@ -118,7 +128,7 @@ def fill(
             raise UserError(f"a {prior.kind} samples whole images and cannot fill in parts; use a prior of codes")
     device, (height, width) = next(priors[0].parameters()).device, pixels.shape[2:]
     size = working_size(tokenizer, height, width, filling.largest)
-    blanked, resized_mask = _to_working_size(blank(to_float(pixels), mask), mask, size)
+    blanked, resized_mask = _prepared(pixels, mask, size)
     blanked, resized_mask = blanked.to(device), resized_mask.to(device)
     codes, scored = _sample_levels(
         priors,
@@ -135,9 +145,15 @@ def fill(
         decoded: Float[Tensor, "bk c h w"] = tokenizer.decode(codes)
     best = _nearest(decoded.unflatten(0, (len(pixels), filling.candidates)), blanked, scored)
     best = best[:, :, : size.height, : size.width].cpu()
-    if (size.height, size.width) != (height, width):
-        best = F.interpolate(best, (height, width), mode="bicubic").clamp(-1, 1)
-    return compose(pixels, best, mask, feather_pixels=filling.feather, match_colour=filling.match_colour)
+    options = {"feather_pixels": filling.feather, "match_colour": filling.match_colour}
+    if (size.height, size.width) == (height, width):
+        return compose(pixels, best, mask, **options)
+    result = torch.empty(pixels.shape, dtype=torch.uint8)
+    for index in range(len(pixels)):  # one at a time, to bound the memory
+        one = slice(index, index + 1)
+        enlarged = F.interpolate(best[one], (height, width), mode="bicubic").clamp_(-1, 1)
+        result[one] = compose(pixels[one], enlarged, mask[one], **options)
+    return result
 
 
 def _sample_levels(
@@ -230,6 +246,17 @@ def callback_calls(priors: Sequence[Prior], tokenizer: Tokenizer, sampling: Any,
         )
         for prior in priors
     )
+
+
+def _prepared(
+    pixels: UInt8[Tensor, "b c h w"], mask: Bool[Tensor, "b h w"], size: WorkingSize
+) -> tuple[Float[Tensor, "b c h2 w2"], Bool[Tensor, "b h2 w2"]]:
+    """Blanks the masked pixels, then resizes and pads images and masks; images to be reduced one at a time."""
+    if (size.height, size.width) == tuple(pixels.shape[2:]):
+        return _to_working_size(blank(to_float(pixels), mask), mask, size)
+    pairs = zip(pixels.split(1), mask.split(1), strict=True)
+    images, masks = zip(*(_to_working_size(blank(to_float(one), each), each, size) for one, each in pairs), strict=True)
+    return torch.cat(images), torch.cat(masks)
 
 
 def _to_working_size(
