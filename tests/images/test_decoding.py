@@ -1,6 +1,8 @@
 """Decoding: unusual kinds of images, resampling against plain numpy, and damaged files."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,16 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from smalti.core.errors import UserError
-from smalti.images.decoding import BadImageError, decode, load_image, to_float, to_uint8
+from smalti.images import decoding
+from smalti.images.decoding import (
+    BadImageError,
+    decode,
+    load_image,
+    load_layers,
+    load_transparency,
+    to_float,
+    to_uint8,
+)
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -262,3 +273,66 @@ def test_a_single_file_keeps_its_size_by_default(tmp_path: Path):
         load_image(tmp_path / "none.png", channels=3)
     with pytest.raises(UserError, match="Is a directory"):
         load_image(tmp_path, channels=3)
+
+
+def png_of_zeros(width, height, depth, colour_type, bits):
+    """Returns a PNG of zeros, compressed a thousandfold, without making its pixels."""
+    compressor, row = zlib.compressobj(9), bytes(1 + (width * bits + 7) // 8)
+    pixels = b"".join(compressor.compress(row) for _ in range(height)) + compressor.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "depth", "colour_type", "bits"),
+    [(8000, 7000, 8, 6, 32), (11000, 10000, 16, 0, 16), (8000, 7000, 8, 2, 24), (60_000_000, 1, 1, 0, 1)],
+)
+def test_declared_sizes_are_checked_before_pixels_are_decoded(monkeypatch, width, height, depth, colour_type, bits):
+    encoded = png_of_zeros(width, height, depth, colour_type, bits)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 178_956_970)  # without Pillow's warning
+    with pytest.raises(BadImageError, match=f"declares {width}x{height} pixels in {len(encoded)} bytes") as refused:
+        decode(encoded, channels=3, height=8, width=8)
+    assert "\n" not in str(refused.value)
+
+
+def test_large_images_are_decoded_if_they_hold_what_they_declare(monkeypatch):
+    """A photograph is not compressed as much as a bomb, and a flat mask of 12 megapixels is not large."""
+    monkeypatch.setattr(decoding, "_MOST_MEMORY", 1000)
+    assert decode(encode(Image.effect_noise((64, 64), 50)), channels=3).shape == (3, 64, 64)
+    with pytest.raises(BadImageError, match="declares 64x640 pixels"):
+        decode(encode(Image.new("RGB", (64, 640))), channels=3)
+    monkeypatch.undo()
+    assert decode(png_of_zeros(4032, 3024, 8, 0, 8), channels=1).shape == (1, 3024, 4032)
+
+
+def test_deep_grey_is_scaled_in_strips(monkeypatch):
+    deep = RNG.integers(0, 65536, (50, 7), dtype=np.uint16)
+    deep[20, 3] = 65535
+    whole = pixels_of(encode(Image.fromarray(deep)), channels=1)
+    monkeypatch.setattr(decoding, "_VALUES_AT_ONCE", 20)
+    assert (pixels_of(encode(Image.fromarray(deep)), channels=1) == whole).all()
+    deeper = deep.astype(np.int32)
+    deeper[49, 6] = 2**31 - 1  # the peak in the last strip sets the scale of all
+    assert pixels_of(encode(Image.fromarray(deeper), "TIFF"), channels=1)[:49].max() == 0
+
+
+def test_layers_hold_what_composing_on_white_loses(tmp_path):
+    alpha = RNG.integers(0, 255, (6, 9), dtype=np.uint8)
+    profile = bytes(16) + b"RGB " + bytes(108)
+    Image.fromarray(np.dstack([RGB, alpha])).save(tmp_path / "soft.png", icc_profile=profile)
+    colours, opacity, kept = load_layers(tmp_path / "soft.png", channels=3)
+    assert (colours.permute(1, 2, 0).numpy() == RGB).all()
+    assert (opacity.numpy() == alpha).all()
+    assert kept == profile
+    assert load_layers(tmp_path / "soft.png", channels=1).profile is None  # it describes colours
+    Image.fromarray(RGB).save(tmp_path / "opaque.png")
+    assert load_layers(tmp_path / "opaque.png", channels=3)[1:] == (None, None)
+    deep = np.full((4, 4), 5140, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png", transparency=5140)
+    assert load_layers(tmp_path / "deep.png", channels=3).alpha is None
+    assert load_transparency(tmp_path / "deep.png") is None

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
-from smalti.images.masks import blank, examples, known_codes, load_mask, strokes
+from smalti.images.masks import blank, examples, is_white_paint, known_codes, load_mask, strokes
 
 SMALL = st.integers(1, 4)
 SIZES = {"rows": SMALL, "columns": SMALL, "side": SMALL, "seed": st.integers(0, 999)}
@@ -165,3 +165,40 @@ def test_example_masks_leave_known_pixels_and_differ(height, width):
     assert len({mask.numpy().tobytes() for mask in masks.values()}) == 4
     assert shares["half"] == 0.5
     assert masks["half"][:, width // 2 :].all()
+
+
+def test_a_photograph_is_no_mask(tmp_path):
+    """Soft and faint masks, and masks saved as JPEG, are masks."""
+    smooth = Image.effect_noise((64, 48), 60).resize((96, 72))
+    smooth.save(tmp_path / "photo.jpg")
+    with pytest.raises(
+        UserError, match=r"photo.jpg seems to be a photograph, not a mask: \d+% of its pixels"
+    ) as refused:
+        load_mask(tmp_path / "photo.jpg", height=72, width=96)
+    assert "\n" not in str(refused.value)
+    square = Image.new("L", (96, 72))
+    square.paste(255, (20, 20, 60, 50))
+    soft, faint = square.filter(ImageFilter.GaussianBlur(6)), square.point(lambda value: value // 2 + 40)
+    for name, image in {"soft.png": soft, "faint.png": faint, "square.jpg": square}.items():
+        image.save(tmp_path / name)
+        assert load_mask(tmp_path / name, height=72, width=96, threshold=100)[35, 40]
+
+
+def test_white_paint_on_a_transparent_layer_is_masked(tmp_path):
+    """The paint may have soft edges; a picture with an erased part stays masked by its transparency."""
+    alpha = np.zeros((12, 10), np.uint8)
+    alpha[2:9, 3:8], alpha[1, 3:8] = 255, 60
+    paint = torch.from_numpy(alpha > 127)
+    layer, colours = np.full((12, 10, 3), 255, np.uint8), np.random.default_rng(0).integers(0, 255, (12, 10, 3))
+    for name, values in {"layer.png": layer, "picture.png": colours.astype(np.uint8)}.items():
+        Image.fromarray(np.dstack([values, alpha])).save(tmp_path / name)
+    size = {"height": 12, "width": 10}
+    assert is_white_paint(tmp_path / "layer.png")
+    assert torch.equal(load_mask(tmp_path / "layer.png", **size), paint)
+    assert torch.equal(load_mask(tmp_path / "layer.png", **size, invert=True), ~paint)
+    assert torch.equal(load_mask(tmp_path / "layer.png", **size, erased=True), ~paint)
+    assert not is_white_paint(tmp_path / "picture.png")
+    assert torch.equal(load_mask(tmp_path / "picture.png", **size), ~paint)
+    Image.fromarray(np.dstack([layer, np.zeros_like(alpha)])).save(tmp_path / "empty.png")
+    with pytest.raises(UserError, match="masks the whole image: every pixel is transparent"):
+        load_mask(tmp_path / "empty.png", **size)

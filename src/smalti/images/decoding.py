@@ -6,12 +6,13 @@ Legend: c channels (1 grey or 3 RGB), h w pixels.
 """
 
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,12 @@ _DAMAGED = (
     struct.error,
     zlib.error,
 )
+_MOST_MEMORY = 200 * 10**6
+"""Bytes of decoded pixels that any image may take: an 8-bit mask for the largest images, or 50 megapixels in colour."""
+_MOST_COMPRESSED = 100
+"""Bytes of decoded pixels per byte of the file, above which larger images are refused."""
+_BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
+_VALUES_AT_ONCE = 2**20
 _DEEP_GREY_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -62,12 +69,11 @@ def decode(
     """
     assert (height is None) == (width is None)
     assert channels in (1, 3)
-    with _opened(encoded) as image:
+    with _opened(encoded, channels=channels) as image:
         flat = _flatten(image, mode="L" if channels == 1 else "RGB")
     if height is not None and width is not None:
         flat = _fit(flat, height=height, width=width)
-    pixels = torch.from_numpy(np.array(flat))  # a copy: torch must own writable memory
-    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    return _to_tensor(flat)
 
 
 def load_image(
@@ -88,11 +94,36 @@ def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
     Raises:
         UserError: as `load_image` does.
     """
-    with _named(path), _opened(Path(path).read_bytes()) as image:
-        if not image.has_transparency_data:
-            return None
-        alpha = torch.from_numpy(np.array(image.convert("RGBA").getchannel("A")))
-        return 255 - alpha if (alpha < 255).any() else None
+    with _named(path), _opened(Path(path).read_bytes(), channels=1) as image:
+        alpha = _alpha(image)
+        return None if alpha is None else 255 - torch.from_numpy(alpha)
+
+
+class Layers(NamedTuple):
+    """What `load_image` loses of an image, for outputs that keep it."""
+
+    colours: UInt8[Tensor, "c h w"]
+    """The pixels before transparency is composed on white."""
+    alpha: UInt8[Tensor, "h w"] | None
+    """The opacity of each pixel, 255 = opaque; None for an opaque image."""
+    profile: bytes | None
+    """The ICC colour profile, if it describes colours of this number of channels."""
+
+
+def load_layers(path: str | Path, *, channels: int) -> Layers:
+    """Reads an image's colours, opacity and colour profile.
+
+    Raises:
+        UserError: as `load_image` does.
+    """
+    with _named(path), _opened(Path(path).read_bytes(), channels=channels) as image:
+        profile = image.info.get("icc_profile")
+        if not isinstance(profile, bytes) or profile[16:20] != {1: b"GRAY", 3: b"RGB "}[channels]:
+            profile = None
+        alpha = _alpha(image)
+        mode = "L" if channels == 1 else "RGB"
+        flat = _flatten(image, mode) if alpha is None else image.convert("RGBA").convert("RGB").convert(mode)
+        return Layers(_to_tensor(flat), None if alpha is None else torch.from_numpy(alpha), profile)
 
 
 def describe(*, height: int, width: int, channels: int) -> dict[str, Any]:
@@ -128,13 +159,22 @@ def _named(path: str | Path) -> Iterator[None]:
         raise BadImageError(f"{path}: {error}") from error
 
 
+def most_pixels() -> int:
+    """Returns the largest number of pixels of an image that Pillow opens."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or sys.maxsize)
+
+
 @contextmanager
-def _opened(encoded: bytes) -> Iterator[Image.Image]:
-    """Opens an image, upright and loaded; errors of its bytes, here or in the `with` block, become `BadImageError`."""
+def _opened(encoded: bytes, *, channels: int) -> Iterator[Image.Image]:
+    """Opens an image, upright and loaded; errors of its bytes, here or in the `with` block, become `BadImageError`.
+
+    `channels` is the number that the caller needs, which decides how much memory it takes.
+    """
     if not encoded:
         raise BadImageError("the image is empty (0 bytes); repair or remove it")
     try:
         with Image.open(BytesIO(encoded)) as image:
+            _refuse_bomb(image, len(encoded), channels)
             yield _upright(image)
     except Image.UnidentifiedImageError as error:
         raise BadImageError(
@@ -147,6 +187,21 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
         ) from error
     except _DAMAGED as error:
         raise BadImageError(f"the image cannot be decoded ({_one_line(error)}); repair or remove it") from error
+
+
+def _refuse_bomb(image: Image.Image, file_size: int, channels: int) -> None:
+    """Refuses an image whose declared size needs much memory and far exceeds the file's, before it is decoded.
+
+    Raises:
+        BadImageError: in that case. Photographs of any size pass: they do not compress that well.
+    """
+    depth = max(_BYTES_PER_PIXEL.get(image.mode, 4), 4 if channels == 3 else 1)
+    memory = image.width * image.height * depth
+    if memory > _MOST_MEMORY and memory > _MOST_COMPRESSED * file_size:
+        raise BadImageError(
+            f"the image declares {image.width}x{image.height} pixels in {file_size} bytes, a decompression bomb "
+            "perhaps; shrink or remove it"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -176,14 +231,37 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     smallest of 1, 255 and 65535 that is not below their maximum. Negative values, infinities and NaN
     become black; the one grey that a 16-bit PNG may declare transparent becomes white.
     """
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
-    peak = float(values.max())
+    values = np.asarray(image)
+    rows = max(1, _VALUES_AT_ONCE // max(1, image.width))  # in strips, as float64 takes eight times the memory
+    strips = range(0, image.height, rows)
+    peak = max(float(_non_negative(values[top : top + rows]).max()) for top in strips)
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, 2.0**31 - 1)
     scale = next((scale for scale in scales if peak <= scale), peak)
-    grey = np.rint(values * (255 / scale)).astype(np.uint8)
-    if isinstance(transparent := image.info.get("transparency"), int):
-        grey[values == transparent] = 255
+    grey = np.empty(values.shape, dtype=np.uint8)
+    transparent = image.info.get("transparency")
+    for top in strips:
+        strip = _non_negative(values[top : top + rows])
+        grey[top : top + rows] = np.rint(strip * (255 / scale)).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[top : top + rows][strip == transparent] = 255
     return Image.fromarray(grey)
+
+
+def _non_negative(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+
+
+def _alpha(image: Image.Image) -> np.ndarray | None:
+    """Returns the opacity of each pixel; None if the image is opaque, or of a deep grey with one transparent value."""
+    if not image.has_transparency_data or image.mode in _DEEP_GREY_MODES:
+        return None
+    alpha = np.array(image.getchannel("A") if "A" in image.getbands() else image.convert("RGBA").getchannel("A"))
+    return alpha if alpha.min(initial=255) < 255 else None
+
+
+def _to_tensor(image: Image.Image) -> UInt8[Tensor, "c h w"]:
+    pixels = torch.from_numpy(np.array(image))  # a copy: torch must own writable memory
+    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 def _fit(image: Image.Image, *, height: int, width: int) -> Image.Image:

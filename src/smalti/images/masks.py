@@ -11,17 +11,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.randomness import uniform
-from smalti.images.decoding import load_image, load_transparency
+from smalti.images.decoding import load_image, load_layers, load_transparency
 
 DILATION_CODES = 1
 """Width of the ring of codes around a mask that is sampled too: their receptive field includes blanked pixels."""
 MID_GREY = 127
+_BLACK, _WHITE = 15, 240
+"""Values up to the first count as black, from the second on as white."""
+_MASK_SHARE, _PHOTO_SHARE = 0.99, 0.5
+"""A mask is black or white in at least the first share of its pixels, a photograph in less than the second."""
+_PHOTO_GREYS = 32
+"""A photograph has more than so many greys, each in more than a thousandth of its pixels."""
 MOST_STROKES, STROKE_POINTS = 3, 3
 
 
@@ -33,11 +39,13 @@ def load_mask(
     invert: bool = False,
     threshold: int = MID_GREY,
     resize: bool = False,
+    erased: bool = False,
 ) -> Bool[Tensor, "h w"]:
     """Loads a mask image: its light pixels or, if it has transparency, its transparent pixels are masked.
 
     It may have any format, depth and mode that Pillow reads. An image with transparency is masked by
-    its transparency alone, so erasing a part of an image makes a mask.
+    its transparency alone, so erasing a part of an image makes a mask. White paint on a transparent
+    layer is the exception: there the paint is masked.
 
     Args:
         path: the mask file.
@@ -46,12 +54,18 @@ def load_mask(
         invert: swap masked and known pixels.
         threshold: lightness or transparency, in [0, 254], above which a pixel is masked.
         resize: resize a mask of another size to the image's size.
+        erased: the file is the image itself, so that white in it is never paint.
 
     Raises:
-        UserError: if the file cannot be read, has another size, or masks no pixel or every pixel.
+        UserError: if the file cannot be read, is a photograph, has another size, or masks no pixel or every pixel.
     """
     transparency = load_transparency(path)
-    values = load_image(path, channels=1)[0] if transparency is None else transparency
+    painted = transparency is not None and not erased and is_white_paint(path)
+    if transparency is None:
+        values = load_image(path, channels=1)[0]
+        _refuse_photograph(values, path)
+    else:
+        values = 255 - transparency if painted else transparency
     if tuple(values.shape) != (height, width):
         if not resize:
             raise UserError(
@@ -61,6 +75,8 @@ def load_mask(
         values = torch.from_numpy(np.array(Image.fromarray(values.numpy()).resize((width, height))))
     mask = (values > threshold) ^ invert
     kind = ("dark" if invert else "light") if transparency is None else ("opaque" if invert else "transparent")
+    if painted:
+        kind = "unpainted" if invert else "painted"
     if not mask.any():
         remedy = {"light": "paint what to fill white", "dark": "paint what to fill black"}
         raise UserError(f"{path} masks nothing: no pixel is {kind}; {remedy.get(kind, 'erase what to fill')}")
@@ -69,6 +85,51 @@ def load_mask(
             f"{path} masks the whole image: every pixel is {kind}, so no pixel is known; mask less, or use --invert"
         )
     return mask
+
+
+def is_white_paint(path: str | Path) -> bool:
+    """Returns whether an image is white paint on a transparent layer, as image editors export masks.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    colours, alpha, _ = load_layers(path, channels=3)
+    if alpha is None:
+        return False
+    visible = alpha > MID_GREY
+    return bool(visible.any()) and float((colours >= _WHITE).all(0)[visible].float().mean()) >= _MASK_SHARE
+
+
+def refuse_swapped(image: Path, pixels: UInt8[Tensor, "c h w"], mask: Path) -> None:
+    """Refuses an image and a mask in each other's place: only the image is all black and white.
+
+    Raises:
+        UserError: if they seem swapped.
+    """
+    if _black_or_white_share(pixels) < _MASK_SHARE or load_transparency(mask) is not None:
+        return
+    if _black_or_white_share(load_image(mask, channels=3)) < _PHOTO_SHARE:
+        raise UserError(f"--image {image} is all black and white and --mask {mask} is not: they seem to be swapped")
+
+
+def _refuse_photograph(values: UInt8[Tensor, "h w"], path: str | Path) -> None:
+    """Refuses a mask that is mostly neither black nor white and has many greys.
+
+    Raises:
+        UserError: if it seems to be a photograph.
+    """
+    share = 1 - _black_or_white_share(values[None])
+    greys = torch.bincount(values.flatten().int(), minlength=256) > values.numel() / 1000
+    if share > 1 - _PHOTO_SHARE and greys.sum() > _PHOTO_GREYS:
+        raise UserError(
+            f"{path} seems to be a photograph, not a mask: {share:.0%} of its pixels are neither black nor white; "
+            "paint what to fill white and the rest black"
+        )
+
+
+def _black_or_white_share(pixels: UInt8[Tensor, "c h w"]) -> float:
+    extreme = (pixels <= _BLACK) | (pixels >= _WHITE)
+    return float(extreme.all(0).float().mean())
 
 
 def known_codes(

@@ -1,4 +1,4 @@
-"""Writes PNG files: sheets of captioned rows, plain grids, animations and single images."""
+"""Writes PNG files: sheets of captioned rows, plain grids, animations and single images; reads their settings."""
 
 import json
 import math
@@ -82,6 +82,16 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None 
         info.add_itxt("smalti", json.dumps(dict(settings), default=str))
     with whole_file(path) as partial:
         image.save(partial, format="PNG", pnginfo=info, **options)
+
+
+def embedded_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings that `save_png` embedded in a file; empty for any other file. No pixel is decoded."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            settings = json.loads(image.info["smalti"])
+    except Exception:  # whatever a foreign or damaged file raises: it is not one of ours
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def to_image(image: Float[Tensor, "c h w"] | UInt8[Tensor, "c h w"]) -> Image.Image:
