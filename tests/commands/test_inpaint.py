@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_toys import run, save_pair
-from PIL import Image
+from PIL import Image, ImageCms
 
 from smalti.commands.inpainting import Filling, fill
 from smalti.commands.model_paths import load_priors
@@ -164,3 +164,108 @@ def test_fills_depend_on_classes_and_guidance(capfd):
     assert not np.array_equal(one[0], both[0])
     assert not np.array_equal(one[0], guided[0])
     assert not np.array_equal(one[0], any_class[0])
+
+
+def contents(*patterns):
+    return {path: path.read_bytes() for pattern in patterns for path in sorted(Path().glob(pattern))}
+
+
+def test_fills_of_different_images_never_overwrite_each_other(capfd):
+    """`img-2` is a picture, and the name of the second fill of `img`."""
+    stems = ["img", "img-2", "img-3", "img-sheet", "img--2"]
+    Path("photos").mkdir()
+    for index, stem in enumerate(stems):
+        Image.fromarray(noise(index)).save(f"photos/{stem}.png")
+    flags = [*COMMON, "--candidates", "1", "--image", "photos", "--mask", "mask.png", "--out", "distinct"]
+    status, _, err = run(capfd, inpaint.main, *flags)
+    assert status == 0
+    made = [json.loads(Image.open(path).text["smalti"]) for path in Path("distinct").iterdir()]
+    assert len(made) == 4 * len(stems)
+    fills = sorted((each["image"], each["fill"]) for each in made if "fill" in each)
+    assert fills == sorted((f"photos/{stem}.png", fill) for stem in stems for fill in range(3))
+    for stem in stems:
+        assert json.loads(Image.open(f"distinct/{stem}.png").text["smalti"])["image"] == f"photos/{stem}.png"
+        assert f"photos/{stem}.png: filling 12.5% of its pixels" in err
+
+
+def test_inputs_are_never_overwritten(capfd):
+    Path("inputs").mkdir()
+    for name in ("a.png", "a-2.png", "mask.png"):
+        Image.fromarray(box() if name == "mask.png" else noise(3)).save(f"inputs/{name}")
+    Path("inputs/hard.png").hardlink_to("inputs/a-2.png")
+    Path("linked").symlink_to("inputs")
+    before = contents("inputs/*")
+    one = ["--image", "inputs/a-2.png", "--mask", "inputs/mask.png", "--overwrite"]
+    for flags in [
+        [*one, "--out", "inputs/a.png"],  # its second fill is a-2.png
+        [*one, "--out", "inputs/../inputs/a-2.png"],
+        [*one, "--out", "linked/mask.png"],
+        [*one, "--out", "inputs/hard.png"],
+        ["--image", "inputs", "--mask", "mask.png", "--out", "linked"],
+        ["--image", "inputs", "--mask", "linked", "--out", "linked"],
+    ]:
+        status, _, err = run(capfd, inpaint.main, *COMMON, *flags)
+        assert (status, err.count("\n")) == (2, 1), err
+        assert "would overwrite an input" in err
+        assert contents("inputs/*") == before
+
+
+def test_only_fills_of_the_same_image_are_replaced(capfd):
+    flags = [*COMMON, "--mask", "mask.png", "--out", "kept/out.png", "--num", "2"]
+    assert run(capfd, inpaint.main, *flags, "--image", "in.png")[0] == 0
+    assert run(capfd, inpaint.main, *flags, "--image", "in.png", "--seed", "1")[0] == 0
+    Image.fromarray(noise(9)).save("other.png")
+    before = contents("kept/*")
+    status, _, err = run(capfd, inpaint.main, *flags, "--image", "other.png")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--out kept/out.png exists and this command did not make it from the same input" in err
+    assert contents("kept/*") == before
+    assert run(capfd, inpaint.main, *flags, "--image", "other.png", "--overwrite")[0] == 0
+    assert contents("kept/*") != before
+    Path("kept/notes-2.png").write_text("mine")
+    flags[4] = "kept/notes.png"
+    assert run(capfd, inpaint.main, *COMMON, *flags[-6:-3], "kept/notes.png", "--image", "in.png")[0] == 2
+    assert Path("kept/notes-2.png").read_text() == "mine"
+
+
+def test_white_paint_on_a_transparent_layer_is_the_mask(capfd):
+    layer = np.dstack([np.full((12, 20, 3), 255, np.uint8), box()])
+    Image.fromarray(layer).save("layer.png")
+    for name in ("layer.png", "mask.png"):
+        status, _, err = run(
+            capfd, inpaint.main, *COMMON, "--image", "in.png", "--mask", name, "--num", "1", "--out", f"by-{name}"
+        )
+        assert status == 0
+        assert "filling 12.5% of its pixels" in err
+        assert ("white paint on a transparent layer" in err) == (name == "layer.png")
+    assert np.array_equal(read("by-layer.png"), read("by-mask.png"))
+
+
+def test_transparency_and_colour_profile_are_kept(capfd):
+    alpha = np.linspace(0, 255, 240).astype(np.uint8).reshape(12, 20)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(np.dstack([noise(0), alpha])).save("soft.png", icc_profile=profile)
+    flags = [*COMMON, "--image", "soft.png", "--mask", "mask.png", "--num", "1", "--feather", "1"]
+    assert run(capfd, inpaint.main, *flags, "--expand", "2", "0", "0", "1", "--out", "soft-out.png")[0] == 0
+    filled = Image.open("soft-out.png")
+    assert filled.mode == "RGBA"
+    assert filled.info["icc_profile"] == profile
+    inner, known = np.array(filled)[:12, 2:], box() == 0
+    assert (inner[~known, 3] == 255).all()
+    assert (np.array(filled)[12:, :, 3] == 255).all()
+    opaque = alpha == 255
+    assert np.array_equal(inner[known, 3], alpha[known])
+    assert np.array_equal(inner[known & ~opaque, :3], noise(0)[known & ~opaque])
+    Image.fromarray(noise(0)[..., 0]).save("grey.png", icc_profile=profile)  # a profile of colours on a grey image
+    flags[flags.index("soft.png")] = "grey.png"
+    assert run(capfd, inpaint.main, *flags, "--out", "grey-out.png")[0] == 0
+    assert Image.open("grey-out.png").mode == "RGB"
+
+
+def test_large_images_are_small_on_the_sheet(capfd):
+    Image.fromarray(noise(0, 1030, 20)).save("tall.png")
+    Image.fromarray(box(1030, 20)).save("tall-mask.png")
+    flags = ["--image", "tall.png", "--mask", "tall-mask.png", "--num", "1", "--out", "tall-out.png"]
+    assert run(capfd, inpaint.main, *COMMON, *flags)[0] == 0
+    assert read("tall-out.png").shape == (1030, 20, 3)
+    assert read("tall-out-sheet.png").shape[0] < 3 * 600

@@ -83,3 +83,25 @@ def test_only_the_sheet_is_written_by_default(capfd, workspace):
     before = set(workspace.rglob("*"))
     assert run(capfd, sample.main, *FLAGS, "--out", "only.png")[0] == 0
     assert set(workspace.rglob("*")) - before == {workspace / "only.png"}
+
+
+def test_only_samples_of_the_same_prior_are_replaced(capfd):
+    assert run(capfd, sample.main, *FLAGS, "--files", "--animate", "--out", "own.png")[0] == 0
+    assert run(capfd, sample.main, *FLAGS, "--files", "--animate", "--seed", "1", "--out", "own.png")[0] == 0
+    before = np.array(Image.open("own.png"))
+    for name in ("own-steps.png", "own/05.png", "own.png"):
+        Image.new("L", (4, 4)).save(name)
+        status, _, err = run(capfd, sample.main, *FLAGS, "--files", "--animate", "--out", "own.png")
+        assert (status, err.count("\n")) == (2, 1)
+        assert f"--out {name} exists and this command did not make it" in err
+    again = ["--files", "--animate", "--seed", "1", "--out", "own.png", "--overwrite"]
+    assert run(capfd, sample.main, *FLAGS, *again)[0] == 0
+    assert np.array_equal(np.array(Image.open("own.png")), before)
+    assert np.array(Image.open("own/05.png")).shape == (8, 16, 3)
+
+
+def test_a_home_folder_after_an_equals_sign_is_expanded(capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(capfd, sample.main, *FLAGS, "--num", "1", "--out=~/deep/s.png")[0] == 0
+    assert (tmp_path / "deep" / "s.png").exists()
+    assert not Path("~").exists()

@@ -1,15 +1,19 @@
-"""Tests that files are complete or absent after any failure while they are written, including a kill."""
+"""Files are complete or absent after any failure, including a kill; outputs are checked before the work."""
 
 import errno
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from smalti.core.files import sync, whole_file, whole_folder, write_json
+from smalti.core.errors import UserError
+from smalti.core.files import expand_home, require_outputs, sync, whole_file, whole_folder, write_json
 
 
 def names(folder):
@@ -134,3 +138,75 @@ def test_folders_are_not_synced_on_windows(tmp_path, monkeypatch):
     assert opened == []
     sync(tmp_path / "file.txt")
     assert opened == [os.O_RDWR]
+
+
+def test_an_output_is_never_an_input(tmp_path):
+    """By another spelling, a symbolic link, a hard link or a link of a folder; `overwrite` does not change that."""
+    source, folder = tmp_path / "in.png", tmp_path / "folder"
+    source.write_text("input")
+    folder.mkdir()
+    (tmp_path / "soft.png").symlink_to(source)
+    (tmp_path / "hard.png").hardlink_to(source)
+    (tmp_path / "link").symlink_to(tmp_path)
+    names = ["in.png", "folder/../in.png", "soft.png", "hard.png", "link/in.png"]
+    for output, overwrite in itertools.product([tmp_path / name for name in names], [False, True]):
+        for inputs in ([source], [tmp_path / "soft.png"], [folder, source]):
+            with pytest.raises(UserError, match="would overwrite an input"):
+                require_outputs([tmp_path / "new.png", output], inputs=inputs, overwrite=overwrite)
+    with pytest.raises(UserError, match="lies inside the input folder"):
+        require_outputs([tmp_path / "link" / "folder" / "new" / "a.png"], inputs=[folder])
+    require_outputs([tmp_path / "folder.png"], inputs=[folder, source])
+    assert source.read_text() == "input"
+
+
+def test_existing_outputs_need_overwrite_unless_they_are_the_commands_own(tmp_path):
+    own, other, dangling = tmp_path / "own.png", tmp_path / "other.png", tmp_path / "dangling.png"
+    own.write_text("own")
+    other.write_text("other")
+    dangling.symlink_to(tmp_path / "nowhere")
+    require_outputs([own], is_own=lambda path: path.read_text() == "own")
+    for output in (other, dangling):
+        with pytest.raises(UserError, match=r"exists and this command did not make it .* pass --overwrite") as refused:
+            require_outputs([own, output], is_own=lambda path: path == own)
+        assert "\n" not in str(refused.value)
+        require_outputs([own, output], overwrite=True)
+    with pytest.raises(UserError, match="is a folder"):
+        require_outputs([tmp_path], overwrite=True)
+    with pytest.raises(UserError, match="would overwrite each other"):
+        require_outputs([tmp_path / "a.png", tmp_path / "." / "a.png", tmp_path / "x" / ".." / "a.png"])
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+    """A successful check leaves no folder and no file behind."""
+    (tmp_path / "file").write_text("text")
+    for output, reason in [
+        (tmp_path / f"{'n' * 300}.png", "too long"),
+        (tmp_path / ("n" * 300) / "a.png", "too long"),
+        (tmp_path / "file" / "a.png", "a part of its path is a file"),
+        (tmp_path / "file" / "new" / "a.png", "a part of its path is a file"),
+    ]:
+        with pytest.raises(UserError, match=f"cannot be written: .*{reason}") as refused:
+            require_outputs([output])
+        assert len(str(refused.value)) < 250 + len(str(tmp_path))
+    require_outputs([tmp_path / "new" / "folder" / "a.png"])
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        require_outputs([tmp_path / "a.png"])
+
+
+def test_the_home_folder_is_expanded_in_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    @dataclass(frozen=True)
+    class Config:
+        out: Path
+        name: str = "~/text"
+        mask: Path | None = None
+
+    assert expand_home(Config(Path("~/a.png"))) == Config(tmp_path / "a.png")
+    assert expand_home(Config(Path("a~.png"))) == Config(Path("a~.png"))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, generator_for, row_seeds, uniform
 
 MASK, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15
@@ -165,3 +166,12 @@ def test_planted_stream_collisions_are_found():
         TWIN_AGAIN = "row/masked/step", 1
 
     assert stream_collisions(Planted) == [("LABEL", "DEPTH"), ("TWIN", "TWIN_AGAIN")]
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 2**64 - 1])
+def test_seeds_beyond_64_bits_are_refused(seed):
+    for draw_with in (lambda: row_seeds(seed, torch.arange(2)), lambda: generator_for(seed)):
+        with pytest.raises(UserError, match=f"the seed must be from .* not {seed}; give another --seed"):
+            draw_with()
+    row_seeds(2**63 - 1, torch.arange(2))
+    generator_for(-(2**63))

@@ -3,7 +3,9 @@
 The filling itself is in `inpainting.py`.
 """
 
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -16,24 +18,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smalti.commands.class_labels import find_classes, first_class_conditional
-from smalti.commands.inpainting import Filling, callback_calls, fills, working_size
+from smalti.commands.inpainting import Filling, WorkingSize, callback_calls, fills, working_size
 from smalti.commands.model_paths import RUNS, load_priors, prior_class
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_finite
+from smalti.core.files import expand_home, file_digest, require_outputs
 from smalti.core.progress import bar, counting
 from smalti.core.provenance import versions
-from smalti.images.decoding import load_image, load_transparency, to_float
-from smalti.images.masks import MID_GREY, blank, load_mask
-from smalti.images.sheets import require_png, save_png, save_sheet, to_image
+from smalti.core.randomness import require_seed
+from smalti.images.blending import restore_transparency
+from smalti.images.decoding import load_image, load_layers, load_transparency, most_pixels, to_float
+from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
+from smalti.images.sheets import embedded_settings, require_png, save_png, save_sheet, to_image
 from smalti.tokenizers.base import Tokenizer
 
-_BLACK_OR_WHITE = 16
-"""Values this close to black or white count as such."""
-_MASK_SHARE, _PHOTO_SHARE = 0.99, 0.5
-"""A mask is black or white in at least the first share of its pixels, a photo in less than the second."""
 _LARGE_MASK = 0.5
 """Masking more than this share of an image prints a note."""
+_MOST_PIXELS_AT_ONCE = 2**28
+"""Largest number of pixels, in all candidates of all fills of an image, that is computed at once."""
+_LARGEST_SHOWN = 1024
+"""Larger images, in pixels of the longer side, are reduced to this size on the sheet."""
 
 S = TypeVar("S")
 
@@ -77,6 +82,8 @@ class Inpaint(Generic[S]):
     out: Path = RUNS / "inpainted.png"
     """File of the first fill. The others get -2, -3, ... after the name, and a sheet of all gets -sheet. For a folder
     of images, a folder whose files have the images' names."""
+    overwrite: bool = False
+    """Replace existing files. Without it, only fills that this command made from the same image are replaced."""
 
     def __post_init__(self) -> None:
         if self.num < 1:
@@ -90,11 +97,12 @@ class Inpaint(Generic[S]):
 
 
 class _Job(NamedTuple):
-    """One image, its mask file, and the file of its first fill."""
+    """One image, its mask file, the file of each fill, and the file of the sheet."""
 
     image: Path
     mask: Path | None
-    out: Path
+    fills: tuple[Path, ...]
+    sheet: Path
 
 
 def inpaint(config: Inpaint[Any]) -> Path:
@@ -108,21 +116,27 @@ def inpaint(config: Inpaint[Any]) -> Path:
     Raises:
         UserError: for an unsuitable file, mask or model, or sizes that do not match.
     """
+    require_finite(config)
+    require_seed(config.seed)
+    config = expand_home(config)
     jobs = _jobs(config)
     filling_device = device(config.device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(filling_device) for prior in priors], tokenizer.to(filling_device)
     classes = list(find_classes(first_class_conditional(priors), config.classes).values())
     digests = [prior.digest() for prior in priors]
-    settings = {**flatten(config), "prior_digests": digests, "versions": versions()}
+    settings = {"command": "inpaint", **flatten(config), "prior_digests": digests, "versions": versions()}
     calls: list[int] = []
+    inputs = None
     for job in jobs:  # reads every image before the first fill, so that any bad file is reported at once
-        height, width = _read(config, job, tokenizer.image_channels)[1].shape
-        size = working_size(tokenizer, height, width, config.filling.largest)
-        calls.append(callback_calls(priors, tokenizer, config.sampling, size))
+        inputs = _read(config, job, tokenizer.image_channels)
+        calls.append(callback_calls(priors, tokenizer, config.sampling, _size(config, job, inputs[1], tokenizer)))
+    image_digests = _require_outputs(config, jobs)
     with bar(what="filling", total=sum(calls), unit="step") as progress:
-        for index, job in enumerate(jobs):
-            pixels, mask = _read(config, job, tokenizer.image_channels)
+        for index, (job, image_digest) in enumerate(zip(jobs, image_digests, strict=True)):
+            if inputs is None or len(jobs) > 1:
+                inputs = _read(config, job, tokenizer.image_channels)
+            pixels, mask = inputs
             _print_notes(config, job, mask, tokenizer)
             results = fills(
                 priors,
@@ -138,35 +152,98 @@ def inpaint(config: Inpaint[Any]) -> Path:
                 callback=counting(progress),
             )
             progress.update(sum(calls[: index + 1]) - progress.n)  # counts the steps saved by stopping early
-            _write(job, pixels, mask, results, {**settings, "image": job.image, "mask": job.mask})
-    return jobs[0].out if len(jobs) == 1 and not config.image.is_dir() else jobs[0].out.parent
+            job_settings = {**settings, "image": job.image, "image_sha256": image_digest, "mask": job.mask}
+            _write(job, pixels, mask, results, job_settings, config.expand)
+    return jobs[0].fills[0] if len(jobs) == 1 and not os.path.isdir(config.image) else jobs[0].sheet.parent
 
 
 def _jobs(config: Inpaint[Any]) -> list[_Job]:
-    """Pairs images, masks and outputs by file name, without reading them."""
-    if not config.image.is_dir():
+    """Pairs images, masks and outputs by file name, without reading them.
+
+    `Path.is_dir` would raise for names that are too long; here they are files, which cannot be read.
+    """
+    if not os.path.isdir(config.image):
         require_png(config.out)
-        if config.mask is not None and config.mask.is_dir():
+        if config.mask is not None and os.path.isdir(config.mask):
             raise UserError(f"--mask {config.mask} is a folder but --image {config.image} is not; give one mask")
-        if config.out.absolute() in {path.absolute() for path in (config.image, config.mask) if path}:
-            raise UserError(f"--out {config.out} would overwrite an input; give another name")
-        return [_Job(config.image, config.mask, config.out)]
+        return [_Job(config.image, config.mask, *_output_names(config.out, config.num, "-"))]
     if config.out.suffix and config.out != RUNS / "inpainted.png":
         raise UserError(f"--image {config.image} is a folder, so --out must be a folder, not {config.out}")
     out = config.out.with_suffix("")
-    if out.absolute() == config.image.absolute():
-        raise UserError(f"--out {config.out} would overwrite an input; give another name")
+    for folder in (config.image, config.mask):
+        if folder is not None and os.path.realpath(out) == os.path.realpath(folder):
+            raise UserError(f"--out {config.out} would overwrite an input; give another name")
     images = _image_files(config.image)
     stems = [image.stem for image in images]
     if duplicates := {stem for stem in stems if stems.count(stem) > 1}:
         raise UserError(f"{config.image} has several images called {min(duplicates)}; give each a name of its own")
     masks = dict.fromkeys(stems, config.mask)
-    if config.mask is not None and config.mask.is_dir():
+    if config.mask is not None and os.path.isdir(config.mask):
         mask_files = {mask.stem: mask for mask in _image_files(config.mask)}
         if missing := [image for image in images if image.stem not in mask_files]:
             raise UserError(f"{config.mask} has no mask called {missing[0].stem} for {missing[0]}; add it")
         masks = {stem: mask_files[stem] for stem in stems}
-    return [_Job(image, masks[image.stem], out / f"{image.stem}.png") for image in images]
+    outputs = _distinct_output_names([out / f"{stem}.png" for stem in stems], config.num)
+    return [_Job(image, masks[image.stem], *names) for image, names in zip(images, outputs, strict=True)]
+
+
+def _output_names(first: Path, num: int, separator: str) -> tuple[tuple[Path, ...], Path]:
+    """Returns the files of an image's fills and of its sheet."""
+    numbers = [first.with_stem(f"{first.stem}{separator}{number}") for number in range(2, num + 1)]
+    return (first, *numbers), first.with_stem(f"{first.stem}{separator}sheet")
+
+
+def _distinct_output_names(firsts: Sequence[Path], num: int) -> list[tuple[tuple[Path, ...], Path]]:
+    """Returns the names of all outputs of a folder, so that no two are equal, whatever their case.
+
+    The first fill of each image has the image's name. The numbers follow a hyphen, or more hyphens if `img-2` is the
+    name of another image.
+    """
+    taken = {str(first).casefold() for first in firsts}
+    outputs = []
+    for first in firsts:
+        separator = "-"
+        while True:
+            names, sheet = _output_names(first, num, separator)
+            others = {str(path).casefold() for path in (*names[1:], sheet)}
+            if taken.isdisjoint(others):
+                break
+            separator += "-"
+        taken |= others
+        outputs.append((names, sheet))
+    return outputs
+
+
+def _require_outputs(config: Inpaint[Any], jobs: Sequence[_Job]) -> list[str]:
+    """Checks that all outputs may be written; returns the SHA-256 of each image, by which a rerun recognises them."""
+    digests = [file_digest(job.image) for job in jobs]
+    digest_of = {path: digest for job, digest in zip(jobs, digests, strict=True) for path in (*job.fills, job.sheet)}
+
+    def is_own(path: Path) -> bool:
+        settings = embedded_settings(path)
+        return settings.get("command") == "inpaint" and settings.get("image_sha256") == digest_of[path]
+
+    inputs = [path for job in jobs for path in (job.image, job.mask) if path is not None]
+    require_outputs(digest_of, inputs=inputs, overwrite=config.overwrite, is_own=is_own)
+    return digests
+
+
+def _size(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> WorkingSize:
+    """Returns the size that an image is filled at.
+
+    Raises:
+        UserError: if the candidates of its fills hold too many pixels.
+    """
+    height, width = mask.shape
+    size = working_size(tokenizer, height, width, config.filling.largest)
+    pixels = config.num * config.filling.candidates * size.padded_height * size.padded_width
+    if pixels > _MOST_PIXELS_AT_ONCE:
+        raise UserError(
+            f"{config.num} fills of {job.image} with {config.filling.candidates} candidates of "
+            f"{size.padded_width}x{size.padded_height} pixels do not fit in memory; lower --num, --candidates or "
+            "--largest"
+        )
+    return size
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -188,11 +265,13 @@ def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor,
     if mask_file is None and load_transparency(job.image) is not None:
         mask_file = job.image
     if mask_file is not None:
-        _refuse_swapped(job)
+        if job.mask is not None:
+            refuse_swapped(job.image, pixels, job.mask)
         mask = load_mask(
             mask_file,
             height=height,
             width=width,
+            erased=job.mask is None,
             invert=config.invert,
             threshold=config.threshold,
             resize=config.resize_mask,
@@ -202,29 +281,10 @@ def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor,
     else:
         raise UserError(f"{job.image} has no transparent pixels to fill; give --mask, or --expand to enlarge the image")
     left, top, right, bottom = config.expand
+    if (left + width + right) * (top + height + bottom) > most_pixels():
+        raise UserError(f"--expand makes {job.image} larger than {most_pixels()} pixels; add less")
     padding = (left, right, top, bottom)
     return F.pad(pixels, padding), F.pad(mask, padding, value=True)
-
-
-def _refuse_swapped(job: _Job) -> None:
-    """Refuses an image and a mask in each other's place: only the image is all black and white.
-
-    Raises:
-        UserError: if they seem swapped.
-    """
-    if job.mask is None or load_transparency(job.mask) is not None:
-        return
-    image_share, mask_share = (_black_or_white_share(path) for path in (job.image, job.mask))
-    if image_share >= _MASK_SHARE and mask_share < _PHOTO_SHARE:
-        raise UserError(
-            f"--image {job.image} is all black and white and --mask {job.mask} is not: they seem to be swapped"
-        )
-
-
-def _black_or_white_share(path: Path) -> float:
-    pixels = load_image(path, channels=3)
-    extreme = (pixels < _BLACK_OR_WHITE) | (pixels > 255 - _BLACK_OR_WHITE)
-    return float(extreme.all(0).float().mean())
 
 
 def _write(
@@ -233,18 +293,41 @@ def _write(
     mask: Bool[Tensor, "h w"],
     results: UInt8[Tensor, "n c h w"],
     settings: dict[str, object],
+    expand: tuple[int, int, int, int],
 ) -> None:
-    """Writes each fill to its file, and a sheet of the image, the masked image and all fills."""
-    for index, image in enumerate(results):
-        path = job.out if index == 0 else job.out.with_stem(f"{job.out.stem}-{index + 1}")
-        save_png(path, to_image(image), {**settings, "fill": index})
-    image = to_float(pixels).unsqueeze(0)
-    rows = {"image": image, "masked": blank(image, mask.unsqueeze(0)), "fills": to_float(results)}
-    save_sheet(job.out.with_stem(f"{job.out.stem}-sheet"), rows, settings=settings)
+    """Writes each fill to its file, and a sheet of the image, the masked image and all fills.
+
+    The image's colour profile is kept, and its transparency unless that was the mask.
+    """
+    layers = load_layers(job.image, channels=len(pixels))
+    left, top, right, bottom = expand
+    for index, (path, result) in enumerate(zip(job.fills, results, strict=True)):
+        if job.mask is not None and layers.alpha is not None:
+            padding = (left, right, top, bottom)
+            colours, alpha = F.pad(layers.colours, padding), F.pad(layers.alpha, padding, value=255)
+            result = restore_transparency(result, pixels, mask, colours=colours, alpha=alpha)
+        save_png(path, to_image(result), {**settings, "fill": index}, icc_profile=layers.profile)
+    image, shown_mask = to_float(_shown(pixels.unsqueeze(0))), _shown(mask[None, None].to(torch.uint8))[:, 0] > 0
+    rows = {"image": image, "masked": blank(image, shown_mask), "fills": to_float(_shown(results))}
+    save_sheet(job.sheet, rows, settings=settings)
+
+
+def _shown(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c _h _w"]:
+    """Returns images as the sheet shows them: large ones reduced to every kth pixel."""
+    step = -(-max(images.shape[2:]) // _LARGEST_SHOWN)
+    return images[:, :, ::step, ::step]
 
 
 def _print_notes(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> None:
-    """Prints a note if the image is resized for the model, and if most of it is masked."""
+    """Prints the share of the image that is filled, and notes on resizing, painted layers and large masks."""
+    share = float(mask.float().mean())
+    tqdm.write(f"{job.image}: filling {share:.1%} of its pixels", file=sys.stderr)
+    if job.mask is not None and is_white_paint(job.mask):
+        tqdm.write(
+            f"note: {job.mask} is white paint on a transparent layer, so the paint is the mask; --invert fills the "
+            "rest",
+            file=sys.stderr,
+        )
     height, width = mask.shape
     size, trained = working_size(tokenizer, height, width, config.filling.largest), tokenizer.config
     if size != (height, width, height, width):
@@ -254,7 +337,7 @@ def _print_notes(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tok
             "(see --largest); its known pixels stay exact",
             file=sys.stderr,
         )
-    if (share := float(mask.float().mean())) > _LARGE_MASK:
+    if share > _LARGE_MASK:
         tqdm.write(
             f"note: the mask covers {share:.0%} of {job.image}; use --invert if it is the wrong way round",
             file=sys.stderr,

@@ -15,17 +15,29 @@ from smalti.commands.model_paths import RUNS, load_priors, prior_class
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, autocast, device
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_finite
+from smalti.core.files import expand_home, require_outputs
 from smalti.core.progress import bar, counting
 from smalti.core.provenance import versions
-from smalti.core.randomness import Stream, derive, row_seeds
-from smalti.images.sheets import require_png, save_animation, save_grid, save_png, save_sheet, to_image
+from smalti.core.randomness import Stream, derive, require_seed, row_seeds
+from smalti.images.decoding import most_pixels
+from smalti.images.sheets import (
+    embedded_settings,
+    require_png,
+    save_animation,
+    save_grid,
+    save_png,
+    save_sheet,
+    to_image,
+)
 from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
 
 S = TypeVar("S")
 
 MOST_FRAMES = 100
+_MOST_PIXELS = 2**31
+"""Largest number of pixels of all images of a sheet."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class Sample(Generic[S]):
     animate: bool = False
     """Also write an animated PNG of the sampling steps, with -steps after its name. With several levels it shows the
     steps of the last one."""
+    overwrite: bool = False
+    """Replace existing files. Without it, only images that this command made with the same prior are replaced."""
 
 
 @torch.no_grad()
@@ -73,6 +87,9 @@ def sample(config: Sample[Any]) -> Path:
     Raises:
         UserError: for an unsuitable prior, tokenizer, size or number.
     """
+    require_finite(config)
+    require_seed(config.seed)
+    config = expand_home(config)
     if config.num < 1 or config.batch_size < 1:
         raise UserError(f"--num and --batch-size must be at least 1, not {config.num} and {config.batch_size}")
     require_png(config.out)
@@ -80,6 +97,10 @@ def sample(config: Sample[Any]) -> Path:
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(sampling_device) for prior in priors], tokenizer.to(sampling_device)
     classes = find_classes(first_class_conditional(priors), config.classes)
+    grids = _grids(config, priors, tokenizer)
+    digests = [prior.digest() for prior in priors]
+    files = _files(config)
+    _require_outputs(config, files, digests)
     steps_by_batch: dict[int, list[Codes]] = {}  # the codes after every step, by the batch's first row
     images = generate_images(
         priors,
@@ -87,27 +108,45 @@ def sample(config: Sample[Any]) -> Path:
         num=config.num,
         seed=config.seed,
         sampling=config.sampling,
-        grids=_grids(config, priors, tokenizer),
+        grids=grids,
         classes=list(classes.values()),
         batch_size=config.batch_size,
         precision=config.precision,
         watch=lambda first, codes: steps_by_batch.setdefault(first, []).append(codes) if config.animate else None,
     )
-    digests = [prior.digest() for prior in priors]
-    settings = {**flatten(config), "prior_digests": digests, "versions": versions()}
+    settings = {"command": "sample", **flatten(config), "prior_digests": digests, "versions": versions()}
     if classes:
         images_by_class = {name: images[i :: len(classes)] for i, name in enumerate(classes) if i < config.num}
         save_sheet(config.out, images_by_class, settings=settings)
     else:
         save_grid(config.out, images, settings=settings)
-    if config.files:
-        for number, image in enumerate(images):
-            name = config.out.with_suffix("") / f"{number:0{len(str(config.num - 1))}}.png"
-            save_png(name, to_image(image), {**settings, "number": number})
+    for number, (name, image) in enumerate(zip(files, images, strict=False)):
+        save_png(name, to_image(image), {**settings, "number": number})
     if config.animate:
         frames = _frames(tokenizer, list(steps_by_batch.values()))
-        save_animation(config.out.with_stem(f"{config.out.stem}-steps"), frames, settings=settings)
+        save_animation(_animation(config), frames, settings=settings)
     return config.out
+
+
+def _files(config: Sample[Any]) -> list[Path]:
+    """Returns the file of each image; none if only a sheet is written."""
+    folder, digits = config.out.with_suffix(""), len(str(config.num - 1))
+    return [folder / f"{number:0{digits}}.png" for number in range(config.num)] if config.files else []
+
+
+def _animation(config: Sample[Any]) -> Path:
+    return config.out.with_stem(f"{config.out.stem}-steps")
+
+
+def _require_outputs(config: Sample[Any], files: Sequence[Path], digests: Sequence[str]) -> None:
+    """Checks that all outputs may be written. A rerun with the same priors may replace its own."""
+
+    def is_own(path: Path) -> bool:
+        settings = embedded_settings(path)
+        return settings.get("command") == "sample" and settings.get("prior_digests") == digests
+
+    outputs = [config.out, *files, *([_animation(config)] if config.animate else [])]
+    require_outputs(outputs, overwrite=config.overwrite, is_own=is_own)
 
 
 @torch.no_grad()
@@ -250,6 +289,13 @@ def _grids(config: Sample[Any], priors: Sequence[Prior], tokenizer: Tokenizer) -
         if pixels is not None and (pixels < 1 or pixels % tokenizer.downsampling):
             raise UserError(f"--{name} must be a multiple of {tokenizer.downsampling} pixels, not {pixels}")
     height, width = config.height or trained.height, config.width or trained.width
+    if height * width > most_pixels():
+        raise UserError(f"images of {width}x{height} are too large: the most is {most_pixels()} pixels")
+    if config.num * height * width > _MOST_PIXELS:
+        raise UserError(
+            f"{config.num} images of {width}x{height} do not fit on a sheet; the most is "
+            f"--num {_MOST_PIXELS // (height * width)}"
+        )
     levels = [prior.level for prior in priors]
     return [(level.height * height // trained.height, level.width * width // trained.width) for level in levels]
 

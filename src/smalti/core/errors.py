@@ -1,5 +1,9 @@
 """Exceptions whose message is meant for the user, and the checks of configs that raise them."""
 
+import dataclasses
+import math
+from typing import Any
+
 
 class UserError(ValueError):
     """An error that the caller can fix. The message is one line: what is wrong, the offending value, and what to do.
@@ -17,6 +21,21 @@ def require_at_least_one(config: object, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
+
+
+def require_finite(config: Any) -> None:
+    """Refuses a config, or one nested in it, in which a number is infinite or not a number (NaN).
+
+    Raises:
+        UserError: naming the first such number.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            require_finite(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"--{field.name.replace('_', '-')} must be a finite number, not {number}")
 
 
 class OneProcessError(UserError):

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from smalti.core.errors import UserError
+
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of SplitMix64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -117,8 +119,19 @@ def derive(seeds: Int64[Tensor, "*shape"], *streams: int | Tensor) -> Int64[Tens
     return seeds
 
 
+def require_seed(seed: int) -> None:
+    """Checks that a seed fits a signed 64-bit integer.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"the seed must be from -2**63 to 2**63 - 1, not {seed}; give another --seed")
+
+
 def row_seeds(seed: int, rows: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
     """Returns one seed per row, from the run's seed and the row's number in the data set (not in the batch)."""
+    require_seed(seed)
     return derive(torch.full_like(rows, seed), rows)
 
 
@@ -172,4 +185,5 @@ def choose(count: int, most: int, seed: int, *streams: int) -> list[int]:
 
 def generator_for(seed: int, *streams: int) -> torch.Generator:
     """Returns a CPU generator seeded by (seed, streams), for draws that need a generator, such as permutations."""
+    require_seed(seed)
     return torch.Generator().manual_seed(int(derive(torch.tensor(seed), *streams)) & (2**63 - 1))
