@@ -1,6 +1,6 @@
 """The benchmark runner: times the variants of every section and writes Markdown tables of the results.
 
-The sections themselves are in `training.py`, `priors.py`, `latents.py`, `strips.py` and `megapixel.py`.
+The sections themselves are in `training.py`, `priors.py`, `latents.py`, `strips.py`, `blending.py` and `megapixel.py`.
 """
 
 import re
@@ -13,14 +13,24 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from smalti.benchmarks import latents, megapixel, priors, strips, training
+from smalti.benchmarks import blending, latents, megapixel, priors, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.core.provenance import machine
 
 Section: TypeAlias = Literal[
-    "search", "latents", "prior", "hourglass", "head", "sampler", "ancestral", "training", "strips", "megapixel"
+    "search",
+    "latents",
+    "prior",
+    "hourglass",
+    "head",
+    "sampler",
+    "ancestral",
+    "training",
+    "strips",
+    "blending",
+    "megapixel",
 ]
 
 SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
@@ -33,6 +43,7 @@ SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "ancestral": priors.ancestral,
     "training": training.training,
     "strips": strips.strips,
+    "blending": blending.blending,
     "megapixel": megapixel.megapixel,
 }
 FOR_A_GPU: tuple[Section, ...] = ("megapixel",)

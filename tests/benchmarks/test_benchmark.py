@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import toys
 
-from smalti.benchmarks import latents, megapixel, priors, run, strips, training
+from smalti.benchmarks import blending, latents, megapixel, priors, run, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
 from smalti.benchmarks.run import Benchmark, clock, insert, medians, table
 from smalti.core.devices import best_device
@@ -22,6 +22,11 @@ from smalti.priors.networks.pixelcnn import PixelCNNConfig
 
 TINY = HourglassConfig(height=4, width=4, radices=(3, 3), model_width=8, heads=1, depth=(1, 1, 1))
 TINY_CAUSAL = PixelCNNConfig(radices=(3, 3), model_width=8, layers=2)
+
+
+def test_composing_is_measured_at_every_size():
+    (comparison,) = blending.blending(sizes=((40, 30), (300, 260)))
+    assert [tuple(variant.work().shape) for variant in comparison.variants] == [(1, 3, 40, 30), (1, 3, 300, 260)]
 
 
 def test_search_variants_find_the_same_codes():

@@ -110,6 +110,23 @@ def test_the_working_size_divides_and_is_limited(models, height, width, largest)
             assert size.height / size.width == pytest.approx(height / width, rel=0.3)
 
 
+@pytest.mark.parametrize("size", [(1, 65000), (65000, 1), (1, 10**8), (3, 10**6)])
+def test_the_working_size_of_narrow_images_is_limited_after_padding(models, size):
+    working = working_size(models[1], *size, 4.0)
+    assert working.padded_height * working.padded_width <= 4 * 8 * 16
+    assert min(working) >= 1
+
+
+def test_a_large_image_is_filled_the_same_alone_and_among_others(models):
+    images = torch.randint(256, (3, 3, 40, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    masks = strokes(row_seeds(0, torch.arange(3)), 40, 300)
+    seeds, options = row_seeds(1, torch.arange(3)), {"sampling": SAMPLING, "filling": Filling(candidates=2)}
+    together = fill(*models, images, masks, seeds=seeds, **options)
+    for index in range(3):
+        one = slice(index, index + 1)
+        assert torch.equal(together[one], fill(*models, images[one], masks[one], seeds=seeds[one], **options))
+
+
 def test_large_and_small_images_are_filled_at_the_same_size(models):
     """With a limit below both sizes, both are filled on the same grid of codes."""
     small = torch.randint(256, (1, 3, 4, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))

@@ -170,10 +170,10 @@ def test_all_levels_inpaint_as_one_model(place, capfd):
     save_png(place / "in.png", to_image(pixels[0]))
     save_png(place / "mask.png", Image.fromarray(mask[0].numpy()))
     for order in ("top bottom", "bottom top"):
-        flags = f"--prior {order} --image in.png --mask mask.png --num 1 --dilation 0 --out {order[0]}.png"
+        flags = f"--prior {order} --image in.png --mask mask.png --num 1 --dilation 0 --out fill-{order[0]}.png"
         assert run(inpaint.main, *flags.split()) == 0
-    assert (place / "t.png").exists()
-    assert Image.open(place / "t.png").tobytes() == Image.open(place / "b.png").tobytes()
+    assert (place / "fill-t.png").exists()
+    assert Image.open(place / "fill-t.png").tobytes() == Image.open(place / "fill-b.png").tobytes()
     with pytest.raises(UserError, match="top draws one of several levels; the page shows one"):
         load_prior("top", None)
 

@@ -35,6 +35,7 @@ from smalti.tokenizers.base import Tokenizer
 
 _LARGE_MASK = 0.5
 """Masking more than this share of an image prints a note."""
+_MOST_FILLS = 10_000
 _MOST_PIXELS_AT_ONCE = 2**28
 """Largest number of pixels, in all candidates of all fills of an image, that is computed at once."""
 _LARGEST_SHOWN = 1024
@@ -88,6 +89,8 @@ class Inpaint(Generic[S]):
     def __post_init__(self) -> None:
         if self.num < 1:
             raise UserError(f"--num must be at least 1, not {self.num}")
+        if self.num > _MOST_FILLS:
+            raise UserError(f"--num must be at most {_MOST_FILLS}, not {self.num}")
         if not 0 <= self.threshold <= 254:
             raise UserError(f"--threshold must be from 0 to 254, not {self.threshold}; 127 is mid-grey")
         if min(self.expand) < 0:
@@ -158,10 +161,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
 
 
 def _jobs(config: Inpaint[Any]) -> list[_Job]:
-    """Pairs images, masks and outputs by file name, without reading them.
-
-    `Path.is_dir` would raise for names that are too long; here they are files, which cannot be read.
-    """
+    """Pairs images, masks and outputs by file name, without reading them."""
     if not os.path.isdir(config.image):
         require_png(config.out)
         if config.mask is not None and os.path.isdir(config.mask):

@@ -83,7 +83,7 @@ def working_size(tokenizer: Tokenizer, height: int, width: int, largest: float) 
     scale = min(1.0, math.sqrt(largest_area / (height * width)))
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
     factor = tokenizer.downsampling
-    if min(height, width) < factor:  # padding it to a whole code would exceed the area
+    if scale < 1 and min(height, width) < factor:  # padding it to a whole code would exceed the area
         longest = max(factor, int(largest_area / factor))
         height, width = min(height, longest), min(width, longest)
     return WorkingSize(height, width, math.ceil(height / factor) * factor, math.ceil(width / factor) * factor)
