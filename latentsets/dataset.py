@@ -95,10 +95,14 @@ class LatentRows(Dataset):
         return self, PREFETCHING_WORKERS
 
     def to(self, device: torch.device | str) -> "LatentRows":
-        """Copies all codes to a device in their stored width; later batches are indexed there. Returns itself."""
+        """Copies all codes to a device in their stored width; later batches are indexed there. Returns itself.
+
+        Raises:
+            UserError: if a code is outside its level's codebook.
+        """
         self._resident = {"labels": self.latent_set.labels[self._index].to(device)}
         for name, level in self._levels.items():
-            codes = np.take(self.latent_set.stored[level], self._index, axis=0)
+            codes = self.latent_set.read_stored(level, self._index)
             if self.latent_set.layout.levels[level].radices:
                 codes = codes.view(_SIGNED[codes.itemsize])
             self._resident[name] = torch.from_numpy(codes).to(device)

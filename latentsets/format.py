@@ -9,8 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +20,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from smalti.core.codes import Layout, Level
+from smalti.core.config import config_from_json, parse_json
 from smalti.core.errors import UserError
 from smalti.core.provenance import command, versions
+from smalti.latentsets.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
 
 FORMAT = "smalti-latents"
 FORMAT_VERSION = 2
@@ -33,6 +34,8 @@ COLUMN_CHUNK_ROWS = 65536
 LIBRARY = ("v110", "v110")
 """HDF5 file format bounds. HDF5 1.10 (2016) can read it; older structures take several KiB more."""
 DIGEST_PIECE_BYTES = 1 << 24
+MOST_DIGITS = 31
+"""Most radices of a level: each is at least 2, and all codes fit 31 bits."""
 COLUMNS = {
     "labels": np.dtype("<i8"),
     "source_ids": np.dtype("<i8"),
@@ -94,12 +97,12 @@ class Provenance:
         """Inverts `to_attributes`.
 
         Raises:
-            ValueError: if a text is not valid JSON.
+            ValueError: if a text is not valid JSON, or of another type than its field.
             KeyError: if an attribute is missing.
         """
         types: dict[str, Any] = {described.name: described.type for described in dataclasses.fields(cls)}
-        values = {name: texts[name] if kind is str else json.loads(texts[name]) for name, kind in types.items()}
-        return cls(**{**values, **{name: tuple(values[name]) for name in ("label_names", "skipped")}})
+        values = {name: texts[name] if kind is str else parse_json(texts[name]) for name, kind in types.items()}
+        return config_from_json(cls, values, "the provenance")
 
 
 @dataclass(frozen=True)
@@ -223,71 +226,66 @@ def read_contents(path: Path) -> Contents:
 
     Raises:
         UserError: if the file does not exist, is not HDF5, is truncated or damaged, is not a latent set, has another
-            format version, or lacks a dataset or an attribute.
+            format version, lacks a dataset or an attribute, refers to other files, or has wrong labels, sources or
+            splits.
     """
-    with _opened(path) as file:
-        if _text(file.attrs.get("format")) != FORMAT:
-            raise UserError(f"{path} is HDF5 but not a latent set; give one made by build_latents.py")
-        if (number := file.attrs.get("format_version")) != FORMAT_VERSION:
-            remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
-            raise UserError(f"{path} has format version {number}, this smalti reads {FORMAT_VERSION}; {remedy}")
+    with opened(path) as file:
         layout, provenance, content_digest = _read_attributes(path, file)
-        grids, columns = _read_datasets(path, file, layout)
-        offsets = tuple(grid.id.get_offset() for grid in grids)
-        if None in offsets:
-            raise UserError(f"{path}: its codes are chunked or compressed, not contiguous; undo the repacking")
-        rows = len(columns["labels"])
-        return Contents(layout, provenance, content_digest, rows, offsets, columns)
+        grids = {f"codes/{index}": level for index, level in enumerate(layout.levels)}
+        datasets = {name: dataset(path, file, name) for name in (*grids, *COLUMNS)}
+        rows = (datasets["labels"].shape or (0,))[0]
+        if not rows:
+            raise UserError(f"{path} has no rows; build the latent set again")
+        for name, level in grids.items():
+            require_extent(path, datasets[name], name, stored_dtype(level), (rows, *level.shape))
+        for name, dtype in COLUMNS.items():
+            require_extent(path, datasets[name], name, dtype, (rows,))
+        # Codes take at least one byte a row, so columns of as many rows are not much larger than the file.
+        offsets = tuple(contiguous_offset(path, datasets[name], name) for name in grids)
+        columns = {name: column(path, datasets[name], name) for name in COLUMNS}
+    if error := find_column_error(columns, provenance.label_names):
+        raise UserError(f"{path}: {error}; build it again")
+    return Contents(layout, provenance, content_digest, rows, offsets, columns)
 
 
 def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, str]:
-    names = ["layout", "content_digest", *(described.name for described in dataclasses.fields(Provenance))]
-    if missing := [name for name in names if name not in file.attrs]:
-        raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
-    texts: dict[str, Any] = {name: _text(file.attrs[name]) for name in names}
-    if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
-        raise UserError(f"{path}: the attributes {', '.join(wrong)} are not strings; build the latent set again")
     try:
-        layout = Layout.from_json(json.loads(texts["layout"]))
+        if attribute(file, "format") != FORMAT:
+            raise UserError(f"{path} is HDF5 but not a latent set; give one made by build_latents.py")
+        if (number := attribute(file, "format_version")) != FORMAT_VERSION:
+            remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
+            raise UserError(f"{path} has format version {number}, this smalti reads {FORMAT_VERSION}; {remedy}")
+        names = ["layout", "content_digest", *(described.name for described in dataclasses.fields(Provenance))]
+        if missing := [name for name in names if name not in file.attrs]:
+            raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
+        values = {name: attribute(file, name) for name in names}
+        texts = {name: value for name, value in values.items() if isinstance(value, str)}
+        if wrong := sorted(values.keys() - texts.keys()):
+            raise UserError(f"{path}: the attributes {', '.join(wrong)} are not strings; build the latent set again")
+        layout = layout_from_json(parse_json(texts["layout"]), str(path))
         return layout, Provenance.from_attributes(texts), texts["content_digest"]
-    except (TypeError, KeyError, ValueError) as error:
+    except (UserError, OSError):
+        raise
+    except ValueError as error:
         raise UserError(f"{path}: its attributes are damaged ({error}); build the latent set again") from error
 
 
-def _text(value: Any) -> Any:
-    """Returns an attribute's value as text if it is bytes, as which h5py returns strings of fixed length."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+def layout_from_json(levels: Any, source: str) -> Layout:
+    """Rebuilds a layout from the JSON in a file that anyone may have written; see `Layout.to_json`.
 
-
-def _read_datasets(path: Path, file: h5py.File, layout: Layout) -> tuple[list[h5py.Dataset], dict[str, np.ndarray]]:
-    """Returns the datasets of the codes, coarsest level first, and the values of the columns."""
-    expected = {f"codes/{i}": (stored_dtype(level), level.shape) for i, level in enumerate(layout.levels)}
-    expected |= {name: (dtype, ()) for name, dtype in COLUMNS.items()}
-    datasets: dict[str, h5py.Dataset] = {}
-    for name in expected:
-        dataset = file.get(name)
-        if not isinstance(dataset, h5py.Dataset):
-            raise UserError(f"{path} lacks {name}; build the latent set again")
-        datasets[name] = dataset
-    rows = datasets["labels"].size
-    for name, (dtype, shape) in expected.items():
-        if (datasets[name].dtype, datasets[name].shape) != (dtype, (rows, *shape)):
-            has, needs = f"{datasets[name].shape} {datasets[name].dtype}", f"{(rows, *shape)} {dtype}"
-            raise UserError(f"{path}: {name} is {has}, not {needs}; build the latent set again")
-    return [datasets[f"codes/{i}"] for i in range(len(layout.levels))], {name: datasets[name][:] for name in COLUMNS}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    """Opens the file for reading without a lock: many may read at once, and some shared file systems lack locks."""
+    Raises:
+        UserError: if it is not the JSON of a layout.
+    """
+    for level in levels if isinstance(levels, list) else ():
+        radices = level.get("radices") if isinstance(level, dict) else None
+        if isinstance(radices, list) and len(radices) > MOST_DIGITS:
+            raise UserError(
+                f"{source}: a layout of {len(radices)} radices is damaged; at most {MOST_DIGITS} fit a code"
+            )
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"there is no latent set at {path}; build one with build_latents.py") from error
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"{path} cannot be read: {os.strerror(error.errno)}") from error
-        if not h5py.is_hdf5(path):
-            raise UserError(f"{path} is not an HDF5 file; give a latent set made by build_latents.py") from error
-        raise UserError(f"{path} is truncated or damaged; copy it again, or build it again") from error
+        layout = config_from_json(Layout, {"levels": levels}, source)
+    except UserError as error:
+        raise UserError(f"{source}: its layout is damaged ({str(error).removeprefix(f'{source}: ')})") from error
+    if any(level.channels < 0 for level in layout.levels):
+        raise UserError(f"{source}: its layout is damaged (a level has a negative number of channels)")
+    return layout

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
-from smalti.latentsets.format import COLUMNS, Provenance, content_digest, find_column_error, read_contents, stored_dtype
+from smalti.latentsets.format import COLUMNS, Provenance, content_digest, read_contents, stored_dtype
 
 BLOCK_VALUES = 1 << 18
 """Codes that are counted at a time; numpy widens each to 8 bytes."""
+
+MOST_COUNTED_CODES = 1 << 24
+"""Largest codebook whose codes are counted, as each count takes 8 bytes."""
 
 
 class LatentSet:
@@ -79,22 +82,37 @@ class LatentSet:
     def read(
         self, level: int, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]
     ) -> Int64[Tensor, "b _h _w"] | Float[Tensor, "b _c _h _w"]:
-        """Returns the codes of the given rows at one level; see `batch`."""
-        grid = np.take(self.stored[level], rows, axis=0)
+        """Returns the codes of the given rows at one level; see `batch`.
+
+        Raises:
+            UserError: if a code is outside its level's codebook.
+        """
+        grid = self.read_stored(level, rows)
         return torch.from_numpy(grid.astype(np.int64 if self.layout.levels[level].radices else np.float32, copy=False))
+
+    def read_stored(
+        self, level: int, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]
+    ) -> np.ndarray:
+        """Returns the codes of the given rows at one level in the stored dtype; see `read`."""
+        grid = np.take(self.stored[level], rows, axis=0)
+        self._require_valid(level, grid)
+        return grid
 
     def usage(self, level: int = 0, digits: int | None = None) -> Int64[Tensor, " codes"]:
         """Counts how often each code occurs in the whole set, or each prefix of `digits` digits if that is given.
 
         Raises:
-            UserError: if the level is continuous or has fewer digits.
+            UserError: if the level is continuous, has fewer digits, or has more codes than are counted.
         """
         radices = self.layout.levels[level].radices
         digits = len(radices) if digits is None else digits
         if not 1 <= digits <= len(radices):
             raise UserError(f"level {level} of {self.path} has {len(radices)} digits; {digits} cannot be counted")
-        counts = np.zeros(math.prod(radices), np.int64)
+        if (codes := math.prod(radices)) > MOST_COUNTED_CODES:
+            raise UserError(f"level {level} of {self.path} has {codes} codes; up to {MOST_COUNTED_CODES} are counted")
+        counts = np.zeros(codes, np.int64)
         for block in self._blocks(level):
+            self._require_valid(level, block)
             counts += np.bincount(block.ravel(), minlength=len(counts))
         return torch.from_numpy(counts).view(math.prod(radices[:digits]), -1).sum(dim=1)
 
@@ -106,19 +124,25 @@ class LatentSet:
         """Checks every byte of the set against its content digest, and the values for consistency.
 
         Raises:
-            UserError: if a byte differs from what was written, a code is outside its level's codebook, a label has no
-                name, source ids are numbered wrongly, or a source is on both sides of the held-out split.
+            UserError: if a byte differs from what was written, or a code is outside its level's codebook.
         """
         _reopen(self.path, self.content_digest)
         digest = content_digest(self.path, self.layout, self._offsets, self._columns)
         if digest != self.content_digest:
             digests = f"its content has digest {digest[:12]}, not {self.content_digest[:12]}"
             raise UserError(f"{self.path} is damaged: {digests}; copy it or build it again")
-        for index, level in enumerate(self.layout.levels):
-            if level.radices and max(int(block.max()) for block in self._blocks(index)) >= level.codebook_size:
-                raise UserError(f"{self.path} has codes not below {level.codebook_size} at level {index}; rebuild it")
-        if error := find_column_error(self._columns, self.provenance.label_names):
-            raise UserError(f"{self.path}: {error}; build it again")
+        for index in range(len(self.layout.levels)):
+            for block in self._blocks(index):
+                self._require_valid(index, block)
+
+    def _require_valid(self, index: int, codes: np.ndarray) -> None:
+        """Refuses codes outside the codebook of their level, and real-valued latents that are not finite."""
+        level = self.layout.levels[index]
+        if level.channels:
+            if not np.isfinite(codes).all():
+                raise UserError(f"{self.path} has latents that are not finite at level {index}; build it again")
+        elif codes.size and codes.max() >= level.codebook_size:
+            raise UserError(f"{self.path} has codes not below {level.codebook_size} at level {index}; rebuild it")
 
     def _blocks(self, level: int) -> Iterator[np.ndarray]:
         step = max(1, BLOCK_VALUES // math.prod(self.layout.levels[level].shape))

@@ -3,8 +3,12 @@
 import json
 
 from smalti.core.codes import Level
+from smalti.core.errors import printable
 from smalti.latentsets.format import Provenance
-from smalti.latentsets.reader import LatentSet, perplexity
+from smalti.latentsets.reader import MOST_COUNTED_CODES, LatentSet, perplexity
+
+LONGEST_TEXT = 4000
+"""Longest attribute that is printed whole, in characters."""
 
 
 def describe(latent_set: LatentSet) -> str:
@@ -24,7 +28,8 @@ def describe(latent_set: LatentSet) -> str:
         "written": f"{provenance.created} by `{provenance.command}`",
         "software": software,
     }
-    lines = [str(latent_set.path), *(f"  {name:14}{value}" for name, value in fields.items())]
+    texts = {name: _shortened(printable(value[:LONGEST_TEXT])) for name, value in fields.items()}
+    lines = [printable(str(latent_set.path)), *(f"  {name:14}{text}" for name, text in texts.items())]
     for index, level in enumerate(latent_set.layout.levels):
         lines.append(f"  level {index}: {level.height}×{level.width} positions")
         lines += [f"    {line}" for line in _usage(latent_set, index, level)]
@@ -56,13 +61,15 @@ def _skipped(latent_set: LatentSet, shown: int = 3) -> str:
     skipped = latent_set.provenance.skipped
     if not skipped:
         return "none"
-    reasons = "; ".join(image["reason"] for image in skipped[:shown])
+    reasons = "; ".join(str(image.get("reason", "unknown reason")) for image in skipped[:shown])
     return f"{len(skipped)} images that could not be decoded: {reasons}{'; …' if len(skipped) > shown else ''}"
 
 
 def _usage(latent_set: LatentSet, index: int, level: Level) -> list[str]:
     if level.channels:
         return [f"{level.channels} real-valued channels at each"]
+    if level.codebook_size > MOST_COUNTED_CODES:
+        return [f"codes           {level.codebook_size}, too many to count which are used"]
     leaves = latent_set.usage(index)
     lines, nodes = [], 1
     for digit, radix in enumerate(level.radices, start=1):
@@ -72,6 +79,10 @@ def _usage(latent_set: LatentSet, index: int, level: Level) -> list[str]:
         title = "codes" if len(level.radices) == 1 else "first digit" if digit == 1 else f"first {digit} digits"
         lines.append(f"{title:15} {used} of {nodes} used ({used / nodes:.1%}), perplexity {perplexity(counts):.1f}")
     return lines
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) < LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
 
 
 def _size(size_bytes: int) -> str:

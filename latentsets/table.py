@@ -19,9 +19,10 @@ import torch
 from datasets.exceptions import DatasetsError
 
 from smalti.core.codes import Codes, Layout, Level
+from smalti.core.config import parse_json
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
-from smalti.latentsets.format import Provenance, number_sources
+from smalti.latentsets.format import Provenance, layout_from_json, number_sources
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter
 
@@ -109,7 +110,7 @@ def _numbers(rows: int) -> Iterator[dict[str, int]]:
 
 
 def _rows(latent_set: LatentSet, rows: list[int]) -> dict[str, Any]:
-    codes = {f"codes_{index}": stored[rows] for index, stored in enumerate(latent_set.stored)}
+    codes = {f"codes_{i}": latent_set.read_stored(i, rows) for i in range(len(latent_set.layout.levels))}
     columns = {COLUMN_NAMES[name]: getattr(latent_set, name)[rows].numpy() for name in COLUMN_NAMES}
     return {**codes, **columns, DESCRIPTION: np.zeros(len(rows), np.int64)}
 
@@ -124,7 +125,7 @@ def _description(table: datasets.Dataset) -> tuple[Layout, Provenance]:
     if not isinstance(feature, datasets.ClassLabel) or len(feature.names) != 1:
         raise UserError(f"the table has no column {DESCRIPTION!r} of one class; give one made from a latent set")
     try:
-        texts = json.loads(feature.names[0])
-        return Layout.from_json(json.loads(texts["layout"])), Provenance.from_attributes(texts)
+        texts = parse_json(feature.names[0])
+        return layout_from_json(parse_json(texts["layout"]), "the table"), Provenance.from_attributes(texts)
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"the table's {DESCRIPTION!r} is damaged ({error}); make the table again") from error

@@ -40,6 +40,7 @@ def convert(config: ConvertLatents) -> None:
         raise UserError(f"{config.latents} to {config.out}: exactly one of the two must end in .parquet")
     if to_table:
         latent_set = LatentSet(config.latents)
+        latent_set.verify()  # otherwise a damaged set would get a new, valid digest
         to_parquet(latent_set, config.out)
     else:
         latent_set = from_parquet(config.latents, config.out)

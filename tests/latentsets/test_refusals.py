@@ -31,7 +31,7 @@ def test_verify_detects_any_changed_byte_of_the_codes(tmp_path_factory, position
 
 def test_verify_detects_changed_columns_and_codes_outside_the_codebook(tmp_path):
     path = tmp_path / "latents.h5"
-    for name in ("labels", "source_ids", "held_out", "flipped"):
+    for name in ("labels", "flipped"):
         small_set(path)
         with opened(path, "r+") as file:
             file[name][7] ^= 1
@@ -105,7 +105,7 @@ def chunked_codes(file: Any) -> None:
         (lambda file: file.attrs.pop("content_digest"), "lacks the attributes content_digest"),
         (lambda file: file.attrs.create("image_source", 3), "the attributes image_source are not strings"),
         (lambda file: file.attrs.modify("label_names", "[cat"), "its attributes are damaged"),
-        (lambda file: file.attrs.modify("layout", '[{"height": 3}]'), "its attributes are damaged"),
+        (lambda file: file.attrs.modify("layout", '[{"height": 3}]'), "its layout is damaged"),
         (no_labels, "lacks labels"),
         (short_labels, r"codes/0 is \(60, 3, 4\) uint16, not \(59, 3, 4\) uint16"),
         (wide_codes, r"codes/0 is \(60, 3, 4\) int64, not \(60, 3, 4\) uint16"),

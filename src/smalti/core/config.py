@@ -1,9 +1,15 @@
-"""Reads and writes configs: frozen dataclasses as flat settings and from JSON, with strict field checks."""
+"""Reads and writes configs: frozen dataclasses as flat settings and from JSON, with strict checks of fields and types.
 
+JSON from files that anyone may have written is parsed by `parse_json`, which bounds its size before it is parsed.
+"""
+
+import collections.abc
 import dataclasses
+import json
+import math
 import types
 from pathlib import Path
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from smalti.core.errors import UserError
 
@@ -15,6 +21,51 @@ def flatten(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         flat.update(flatten(value) if dataclasses.is_dataclass(value) else {field.name: value})
     return flat
+
+
+LARGEST_JSON_BYTES = 1 << 24
+MOST_JSON_VALUES = 1 << 20
+DEEPEST_JSON = 32
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON from an untrusted file. Its size is checked before the parser allocates anything.
+
+    Raises:
+        ValueError: if it is not JSON, is larger or deeper than any file that smalti writes, or contains NaN, infinity,
+            an integer that does not fit 64 bits, or text that cannot be encoded.
+    """
+    if len(text) > LARGEST_JSON_BYTES:
+        raise ValueError(f"{len(text)} bytes of JSON are more than the {LARGEST_JSON_BYTES} that are read")
+    text = text.decode() if isinstance(text, bytes) else text
+    values = text.count(",") + text.count("[") + text.count("{")
+    if values > MOST_JSON_VALUES:
+        raise ValueError(f"{values} values of JSON are more than the {MOST_JSON_VALUES} that are read")
+    try:
+        value = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_number)
+    except RecursionError as error:
+        raise ValueError(f"JSON is nested deeper than {DEEPEST_JSON} levels") from error
+    level, depth = [value], 0
+    while level:
+        nested = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level, depth = [child for children in nested for child in children], depth + 1
+        if depth > DEEPEST_JSON:
+            raise ValueError(f"JSON is nested deeper than {DEEPEST_JSON} levels")
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates, which cannot be printed
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the integer {digits[:20]}... of {len(digits)} digits does not fit 64 bits")
+    return int(digits)
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
 
 
 ADDED = "added"
@@ -34,7 +85,8 @@ def added(off: T) -> T:
 def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> Any:
     """Rebuilds a frozen dataclass from the JSON of its `dataclasses.asdict`.
 
-    Fields may be dataclasses themselves, and paths. JSON's lists become tuples.
+    Fields may be dataclasses themselves, and paths. JSON's lists become tuples. Values are checked, not converted: an
+    integer stays an integer in a field of type float, so that digests of configs stay the same.
 
     Args:
         config_class: a dataclass, or a generic one with its type parameters, such as `PriorEvaluation[MaskedSampling]`.
@@ -42,8 +94,8 @@ def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> 
         source: the name of the file, for error messages.
 
     Raises:
-        UserError: if a field is missing or unknown. A default of this version must not replace a value that the file
-            lacks, except for fields that were `added`.
+        UserError: if a field is missing or unknown, or a value has another type than its field. A default of this
+            version must not replace a value that the file lacks, except for fields that were `added`.
     """
     plain = get_origin(config_class) or config_class
     expected = dataclasses.fields(plain)
@@ -54,7 +106,10 @@ def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> 
     parameters = dict(zip(getattr(plain, "__parameters__", ()), get_args(config_class), strict=True))
     hints = get_type_hints(plain)
     return config_class(
-        **{name: _from_json(_substituted(hints[name], parameters), value, source) for name, value in fields.items()}
+        **{
+            name: _from_json(_substituted(hints[name], parameters), value, source, name)
+            for name, value in fields.items()
+        }
     )
 
 
@@ -66,20 +121,63 @@ def _substituted(hint: Any, parameters: dict[Any, Any]) -> Any:
     return hint[tuple(parameters[variable] for variable in variables)] if variables else hint
 
 
-def _from_json(hint: Any, value: Any, source: str) -> Any:
+def _from_json(hint: Any, value: Any, source: str, name: str) -> Any:
     """Converts one JSON value to the type of its field."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):  # of unions, only those with None are converted
         members = [member for member in arguments if member is not types.NoneType]
-        return None if value is None else _from_json(members[0] if len(members) == 1 else None, value, source)
+        if value is None and len(members) < len(arguments):
+            return None
+        if len(members) == 1:
+            return _from_json(members[0], value, source, name)
     if dataclasses.is_dataclass(origin or hint):
         if not isinstance(value, dict):
-            raise UserError(f"{source} has {value!r} where it should have the fields of {(origin or hint).__name__}")
+            has = f"{source} has {_short(value)}"
+            raise UserError(f"{has} where it should have the fields of {(origin or hint).__name__}")
         return config_from_json(hint, value, source)
-    if hint is Path:
-        return Path(value)
     if isinstance(value, list):
         one_by_one = origin is tuple and len(arguments) == len(value) and ... not in arguments
         kinds = arguments if one_by_one else (arguments[:1] or (None,)) * len(value)
-        return tuple(_from_json(kind, item, source) for kind, item in zip(kinds, value, strict=True))
-    return value
+        if origin is tuple and arguments and ... not in arguments and not one_by_one:
+            raise UserError(f"{source}: {name} has {len(value)} values, not {len(arguments)}")
+        if origin is tuple or hint in (None, tuple):
+            return tuple(_from_json(kind, item, source, name) for kind, item in zip(kinds, value, strict=True))
+        if origin is list:
+            return [_from_json(kind, item, source, name) for kind, item in zip(kinds, value, strict=True)]
+    if not _has_type(value, hint):
+        raise UserError(f"{source}: {name} is {_short(value)}, which is not {_type_name(hint)}")
+    return Path(cast(str, value)) if hint is Path else value
+
+
+_OF_JSON: dict[Any, tuple[type, ...]] = {Path: (str,), float: (int, float), tuple: (list,)}
+"""The Python types that JSON gives for the types of fields, where they differ."""
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Returns whether a JSON value, as parsed, has the type of a field."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in (None, Any) or isinstance(hint, TypeVar):
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_has_type(value, member) for member in arguments)
+    if origin is Literal:
+        return any(value == each and type(value) is type(each) for each in arguments)
+    if origin is dict or origin is collections.abc.Mapping:
+        return isinstance(value, dict) and all(_has_type(item, arguments[1]) for item in value.values())
+    if origin in (tuple, list):
+        members = arguments[:1] * len(value) if isinstance(value, list) else ()
+        return isinstance(value, list) and all(_has_type(*pair) for pair in zip(value, members, strict=True))
+    if not isinstance(hint, type):
+        return True
+    if isinstance(value, bool):  # which Python counts as an integer
+        return hint is bool
+    return isinstance(value, _OF_JSON.get(hint, (hint,)))
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _short(value: Any, longest: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -5,11 +5,24 @@ import math
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Returns a text on one line in which control characters are escaped.
+
+    Names and attributes come from files that anyone may have written; a terminal obeys the escape sequences in them.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
 class UserError(ValueError):
     """An error that the caller can fix. The message is one line: what is wrong, the offending value, and what to do.
 
     Commands print it and exit with status 2; any other exception is a bug and keeps its traceback.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def require_at_least_one(config: object, *names: str) -> None:
