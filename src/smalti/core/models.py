@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smalti.core.config import ADDED, config_from_json
+from smalti.core.checkpoint_checks import read_header, require_matching, require_shapes, require_sizes, some
+from smalti.core.config import ADDED, LARGEST_JSON_BYTES, config_from_json, parse_json
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 
@@ -166,11 +167,16 @@ def load(source: str | Path, family: Family) -> Any:
 
     Raises:
         UserError: if there is nothing at `source`, it is of another family, its config has missing or unknown fields,
-            its weights have missing or unknown names or other shapes, or the digest does not match.
+            its weights have missing or unknown names, other shapes or NaN, or the digest does not match. Nothing of
+            a declared size is allocated before the names and shapes match the weights' file.
     """
     folder, cls = locate(source), class_of_checkpoint(source, family)
     described = read_config(folder)
-    model = cls(config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
+    config = config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME))
+    header = read_header(folder / WEIGHTS_NAME)
+    require_sizes(described["config"], header, folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+    require_shapes(lambda: cls(config), header, folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+    model = cls(config)
     model.provenance = described["provenance"]
     try:
         weights = load_file(folder / WEIGHTS_NAME)
@@ -178,7 +184,9 @@ def load(source: str | Path, family: Family) -> Any:
         raise UserError(
             f"{folder / WEIGHTS_NAME} cannot be read ({error}); the checkpoint is damaged, fetch or train it again"
         ) from error
-    _check_names(folder, expected=model.state_dict(), stored=weights)
+    require_matching(folder / WEIGHTS_NAME, expected=model.state_dict(), stored=header)
+    if broken := [name for name, tensor in weights.items() if tensor.is_floating_point() and tensor.isnan().any()]:
+        raise UserError(f"{folder / WEIGHTS_NAME} has NaN in {some(broken)}; fetch or train it again")
     if digest(model.kind, model.config, weights) != described["digest"]:
         raise UserError(
             f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together (digests differ); "
@@ -216,17 +224,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, not JSON, or not smalti's.
     """
+    path = folder / CONFIG_NAME
     try:
-        described = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            described = parse_json(file.read(LARGEST_JSON_BYTES + 1))
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / CONFIG_NAME} is not JSON ({error}); the checkpoint is damaged") from error
-    missing = {"family", "kind", "config", "digest", "provenance"} - set(
-        described if isinstance(described, dict) else ()
-    )
-    if missing:
-        raise UserError(f"{folder / CONFIG_NAME} is not smalti's: it lacks {', '.join(sorted(missing))}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; see that you may read it") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); the checkpoint is damaged") from error
+    types = {"family": str, "kind": str, "config": dict, "digest": str, "provenance": dict}
+    fields = described if isinstance(described, dict) else {}
+    if missing := types.keys() - fields.keys():
+        raise UserError(f"{path} is not smalti's: it lacks {', '.join(sorted(missing))}")
+    if wrong := [name for name, kind in types.items() if not isinstance(fields[name], kind)]:
+        raise UserError(f"{path} is not smalti's: its {wrong[0]} has the wrong type")
     return described
 
 
@@ -252,25 +265,3 @@ def _save_weights(state: dict[str, Tensor], path: Path) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
-
-def _check_names(folder: Path, *, expected: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-    if missing := sorted(set(expected) - set(stored)):
-        raise UserError(
-            f"{folder / WEIGHTS_NAME} lacks {_some(missing)}; it is not of this version's network, train it again"
-        )
-    if unknown := sorted(set(stored) - set(expected)):
-        raise UserError(
-            f"{folder / WEIGHTS_NAME} has unknown weights {_some(unknown)}; it is not of this version's network, "
-            "train it again"
-        )
-    for name, tensor in expected.items():
-        if tensor.shape != stored[name].shape:
-            raise UserError(
-                f"{folder / WEIGHTS_NAME}: {name} is {tuple(stored[name].shape)}, the config asks for "
-                f"{tuple(tensor.shape)}; it is a damaged or edited checkpoint, train it again"
-            )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
