@@ -6,6 +6,7 @@ The commands `compress` and `decompress` write and read it. Latent sets, which t
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,10 +18,15 @@ import torch
 from torch import Tensor
 
 from smalti.core.codes import Codes, Layout, Level
+from smalti.core.config import parse_json
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
+from smalti.latentsets.format import layout_from_json
 
-MAGIC = b"smalti codes 1 "
+MAGIC = b"smalti codes 2 "
+OLD_MAGIC = b"smalti codes 1 "
+"""Version 1, whose `sha256` in the header covers the codes only. It is still read."""
+LARGEST_HEADER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def write_codes(path: Path, codes: Codes, layout: Layout, header: dict[str, Any]
     """
     streams = [_bits(grid, bits_per_code(level)) for grid, level in zip(codes, layout.levels, strict=True)]
     payload = np.packbits(np.concatenate(streams)).tobytes()
-    header = {**header, "images": len(codes[0]), "layout": layout.to_json(), "sha256": sha256(payload).hexdigest()}
+    header = {**header, "images": len(codes[0]), "layout": layout.to_json()}
+    header["sha256"] = _digest(header, payload)
     with whole_file(path) as partial:
         partial.write_bytes(MAGIC + json.dumps(header).encode() + b"\n" + payload)
     return path.stat().st_size
@@ -79,35 +86,74 @@ def read_codes(path: Path, check_header: Callable[[dict[str, Any]], None]) -> Pa
 
     Args:
         path: The file.
-        check_header: A function that is called with the header before the codes are read, and may raise a UserError.
+        check_header: A function that is called with the checked header before the codes are unpacked, and may raise a
+            UserError.
 
     Raises:
         UserError: if there is no such file, it has another format, or it was truncated or changed.
     """
     try:
-        content = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path} is not a file; give one that compress.py wrote") from error
-    line, _, payload = content.partition(b"\n")
-    try:
-        if not line.startswith(MAGIC):
-            raise ValueError
-        header = json.loads(line[len(MAGIC) :])
-        layout, images, digest = Layout.from_json(header["layout"]), header["images"], header["sha256"]
-    except (ValueError, KeyError, TypeError, UserError) as error:
-        raise UserError(f"{path} is not a whole file of packed codes; give one that compress.py wrote") from error
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            line = file.readline(LARGEST_HEADER_BYTES)
+            version, header = line[: len(MAGIC)], _parse_header(path, line)
+            layout, images = layout_from_json(header["layout"], str(path)), header["images"]
+            payload_bytes = -(-images * bits_per_image(layout) // 8)
+            if size_bytes != len(line) + payload_bytes:
+                raise UserError(
+                    f"{path} is damaged: {payload_bytes} bytes of codes should follow its header, not "
+                    f"{size_bytes - len(line)}; fetch or write it again"
+                )
+            payload = file.read(payload_bytes)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a file that compress.py wrote") from error
+    unsigned = {name: value for name, value in header.items() if name != "sha256"}
+    digest = _digest(unsigned, payload) if version == MAGIC else sha256(payload).hexdigest()
+    if len(payload) != payload_bytes or digest != header["sha256"]:
+        raise UserError(f"{path} is damaged: its header or codes were changed; fetch or write it again")
     check_header(header)
-    size = -(-images * bits_per_image(layout) // 8)
-    if len(payload) != size or sha256(payload).hexdigest() != digest:
-        raise UserError(f"{path} is damaged: {size} bytes of codes should follow its header; fetch or write it again")
     bits, codes = np.unpackbits(np.frombuffer(payload, np.uint8)), []
     for level in layout.levels:
         width = bits_per_code(level)
         level_bits, bits = np.split(bits, [images * level.positions * width])
         weights = 1 << np.arange(width - 1, -1, -1)
         codes.append(torch.from_numpy(level_bits.reshape(images, *level.shape, width) @ weights))
-    layout.check(tuple(codes))
-    return Packed(tuple(codes), layout, header, len(content))
+    try:
+        layout.check(tuple(codes))
+    except UserError as error:
+        raise UserError(f"{path}: {error}; fetch or write it again") from error
+    return Packed(tuple(codes), layout, header, size_bytes)
+
+
+def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
+    """Parses the first line of a file.
+
+    Raises:
+        UserError: if it is not the header of packed codes.
+    """
+    try:
+        if not line.startswith((MAGIC, OLD_MAGIC)) or not line.endswith(b"\n"):
+            raise ValueError("its first line is not a header")
+        header = parse_json(line[len(MAGIC) :])
+        types = {"images": int, "layout": list, "sha256": str, "tokenizer_kind": str, "tokenizer_digest": str}
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+        if wrong := [name for name, kind in types.items() if type(header.get(name)) is not kind]:
+            raise ValueError(f"{wrong[0]} in its header is missing or has the wrong type")
+        if header["images"] < 1:
+            raise ValueError(f"it declares {header['images']} images")
+        if type(header.get("layer")) not in (int, type(None)):
+            raise ValueError("layer in its header has the wrong type")
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a whole file of packed codes ({error}); give one that compress.py wrote"
+        ) from error
+    return header
+
+
+def _digest(header: dict[str, Any], payload: bytes) -> str:
+    """Returns a SHA-256 over the header, in a canonical form, and the codes."""
+    return sha256(json.dumps(header, sort_keys=True).encode() + b"\n" + payload).hexdigest()
 
 
 def _bits(grid: Tensor, width: int) -> np.ndarray:

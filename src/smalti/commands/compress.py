@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smalti.commands.build_latents import images_for
 from smalti.commands.model_paths import RUNS, layer_source, load_tokenizer
-from smalti.core.codes import Codes
+from smalti.core.codes import Codes, Layout
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
 from smalti.core.progress import SLOW_SECONDS, bar
@@ -124,6 +124,7 @@ def decompress(config: Decompress) -> Path:
         loaded.append(tokenizer)
 
     packed = read_codes(config.codes, load_matching)
+    _require_layout(config, packed.layout, loaded[0])
     decoding_device = device(config.device)
     tokenizer = loaded[0].to(decoding_device)
     if config.decodes and not isinstance(tokenizer, HQA):
@@ -140,6 +141,17 @@ def decompress(config: Decompress) -> Path:
     bits = bits_per_image(packed.layout)
     print(f"{config.out}: {images} image(s) of {bits} bits each, {packed.layout}, from {packed.size_bytes} bytes")
     return config.out
+
+
+def _require_layout(config: Decompress, layout: Layout, tokenizer: Tokenizer) -> None:
+    """Refuses codes of other codebooks than the tokenizer's, whose decoder would fail on them or decode other images.
+
+    Raises:
+        UserError: if the codebooks differ.
+    """
+    theirs, ours = ([(level.radices, level.channels) for level in each.levels] for each in (layout, tokenizer.layout))
+    if theirs != ours:
+        raise UserError(f"{config.codes} holds codes of {layout}, but {config.tokenizer} decodes {tokenizer.layout}")
 
 
 @torch.no_grad()
