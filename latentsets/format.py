@@ -155,6 +155,7 @@ def create_file(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
     """
     access, creation = h5py.h5p.create(h5py.h5p.FILE_ACCESS), h5py.h5p.create(h5py.h5p.FILE_CREATE)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_file_locking(False, True)  # as for reading; smalti's own locks are in core/locks.py
     access.set_alignment(ALIGNMENT_BYTES, ALIGNMENT_BYTES)
     creation.set_attr_phase_change(64, 0)  # keeps attributes in the root's header
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -171,7 +172,7 @@ def create_file(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
 def add_columns(path: Path, layout: Layout, provenance: Provenance, columns: Mapping[str, np.ndarray]) -> None:
     """Adds the columns and all attributes except the content digest."""
     texts = {"format": FORMAT, "layout": json.dumps(layout.to_json()), **provenance.to_attributes()}
-    with h5py.File(path, "r+", libver=LIBRARY) as file:
+    with h5py.File(path, "r+", libver=LIBRARY, locking=False) as file:
         for name, column in columns.items():
             chunk = (min(len(column), COLUMN_CHUNK_ROWS),)
             file.create_dataset(name, data=column, chunks=chunk, shuffle=True, compression="gzip")
@@ -182,7 +183,7 @@ def add_columns(path: Path, layout: Layout, provenance: Provenance, columns: Map
 
 def add_digest(path: Path, content_digest: str) -> None:
     """Adds the content digest, which completes the file: without it the file is not a latent set."""
-    with h5py.File(path, "r+", libver=LIBRARY) as file:
+    with h5py.File(path, "r+", libver=LIBRARY, locking=False) as file:
         _write_text(file, "content_digest", content_digest)
 
 

@@ -66,6 +66,12 @@ def bits_per_image(layout: Layout) -> int:
     return sum(level.positions * bits_per_code(level) for level in layout.levels)
 
 
+def is_packed(path: Path) -> bool:
+    """Returns whether a file begins as packed codes do."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) in (MAGIC, OLD_MAGIC)
+
+
 def write_codes(path: Path, codes: Codes, layout: Layout, header: dict[str, Any]) -> int:
     """Writes a file of packed codes, whole or not at all; returns its size in bytes.
 

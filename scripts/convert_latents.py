@@ -5,6 +5,7 @@ from pathlib import Path
 
 from smalti import cli
 from smalti.commands.model_paths import LATENTS
+from smalti.core import locks
 from smalti.core.errors import UserError
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.table import from_parquet, to_parquet
@@ -25,8 +26,11 @@ class ConvertLatents:
 
     latents: str = str(LATENTS / "hrvq.h5")
     """A latent set, or a Parquet file made from one. For several Parquet files, a glob in quotes."""
-    out: Path = LATENTS / "hrvq.parquet"
-    """File to write: NAME.parquet converts a latent set to Parquet, any other name converts Parquet to a latent set."""
+    out: Path | None = None
+    """File to write: NAME.parquet converts a latent set to Parquet, any other name converts Parquet to a latent set
+    [default: the name of --latents with the other suffix, .parquet or .h5, beside it]."""
+    overwrite: bool = False
+    """Replace --out if it exists."""
 
 
 def convert(config: ConvertLatents) -> None:
@@ -35,16 +39,22 @@ def convert(config: ConvertLatents) -> None:
     Raises:
         UserError: unless exactly one of the two names ends in .parquet, or for an unreadable file.
     """
-    from_table, to_table = config.latents.endswith(".parquet"), config.out.suffix == ".parquet"
-    if from_table == to_table:
-        raise UserError(f"{config.latents} to {config.out}: exactly one of the two must end in .parquet")
-    if to_table:
-        latent_set = LatentSet(config.latents)
-        latent_set.verify()  # otherwise a damaged set would get a new, valid digest
-        to_parquet(latent_set, config.out)
-    else:
-        latent_set = from_parquet(config.latents, config.out)
-    print(f"{config.out}: {len(latent_set)} rows, {latent_set.layout}, digest {latent_set.content_digest}")
+    from_table = config.latents.endswith(".parquet")
+    if config.out is None and "*" in config.latents:
+        raise UserError(f"{config.latents} names several files; give --out too")
+    out = config.out or Path(config.latents).with_suffix(".h5" if from_table else ".parquet")
+    if from_table == (out.suffix == ".parquet"):
+        raise UserError(f"{config.latents} to {out}: exactly one of the two must end in .parquet")
+    with locks.writing(out):
+        if out.exists() and not config.overwrite:
+            raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
+        if from_table:
+            latent_set = from_parquet(config.latents, out)
+        else:
+            latent_set = LatentSet(config.latents)
+            latent_set.verify()  # otherwise a damaged set would get a new, valid digest
+            to_parquet(latent_set, out)
+    print(f"{out}: {len(latent_set)} rows, {latent_set.layout}, digest {latent_set.content_digest}")
 
 
 def main() -> None:

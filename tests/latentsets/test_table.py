@@ -108,3 +108,14 @@ def test_command_converts_in_both_directions(tmp_path, monkeypatch, capsys):
     ]:
         status, output = convert(monkeypatch, capsys, tmp_path / source, tmp_path / out)
         assert (status, expected in output) == (2, True)
+
+
+def test_default_output_is_named_after_the_input_and_nothing_is_replaced(tmp_path, monkeypatch, capsys):
+    small_set(tmp_path / "photos.h5")
+    convert_latents.convert(convert_latents.ConvertLatents(str(tmp_path / "photos.h5")))
+    assert (tmp_path / "photos.parquet").exists()
+    for latents in ("photos.h5", "photos.parquet"):
+        with pytest.raises(UserError, match="exists; give another --out, or --overwrite"):
+            convert_latents.convert(convert_latents.ConvertLatents(str(tmp_path / latents)))
+    convert_latents.convert(convert_latents.ConvertLatents(str(tmp_path / "photos.parquet"), overwrite=True))
+    assert len(LatentSet(tmp_path / "photos.h5")) == 60

@@ -1,7 +1,10 @@
 """Tests of a run's folder: what it records, which changed settings it refuses, and what `resume` keeps or deletes."""
 
+import gc
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +147,26 @@ def test_run_json_records_command_settings_and_versions(tmp_path, monkeypatch):
     assert described["settings"] == {**SETTINGS, "widths": [4, 6], "out": "here"}
     assert described["versions"]["torch"] == torch.__version__
     assert {"python", "smalti", "datasets"} <= described["versions"].keys()
+
+
+def test_second_training_in_one_folder_is_refused_but_not_the_ranks_of_the_first(tmp_path):
+    source = (
+        "import sys; from pathlib import Path; from smalti.training.run_folder import Run; Run(Path(sys.argv[1]), {})"
+    )
+    run = Run(tmp_path / "run", SETTINGS)
+    second = subprocess.run(
+        [sys.executable, "-c", source, tmp_path / "run"], capture_output=True, text=True, check=False
+    )
+    assert "is being written by another process" in second.stderr.splitlines()[-1]
+    assert Run(tmp_path / "run", SETTINGS, main=False).step == 0
+    del run
+    gc.collect()
+    subprocess.run([sys.executable, "-c", source, tmp_path / "run"], check=True)
+
+
+def test_model_that_was_not_trained_in_the_folder_is_kept(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    for resume in ("auto", "never"):
+        with pytest.raises(UserError, match="has a model that was not trained there"):
+            Run(tmp_path, SETTINGS, resume=resume)
+    assert (tmp_path / "model.safetensors").exists()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smalti.commands.build_latents import images_for
 from smalti.commands.model_paths import RUNS, layer_source, load_tokenizer
+from smalti.core import locks
 from smalti.core.codes import Codes, Layout
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
@@ -19,12 +20,14 @@ from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float
 from smalti.images.sheets import save_png, to_image
-from smalti.latentsets.packed_file import bits_per_image, read_codes, write_codes
+from smalti.latentsets.packed_file import bits_per_image, is_packed, read_codes, write_codes
 from smalti.metrics.image_errors import mse, psnr
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.hqa.hqa import HQA
 
 _BATCH_SIZE = 64
+MARK_NAME = ".decompressed"
+"""A file that marks the folders whose images `decompress` made and may replace."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,24 @@ def compress(config: Compress) -> Path:
     Raises:
         UserError: for an unsuitable tokenizer or unsuitable images.
     """
+    _require_other_file(config)
+    with locks.writing(config.out):
+        return _compress(config)
+
+
+def _require_other_file(config: Compress) -> None:
+    """Refuses to write over the images, by whatever spelling or link.
+
+    Raises:
+        UserError: if the output is an input, or a file that is not of packed codes.
+    """
+    if config.images and Path(config.images).exists() and config.out.exists() and config.out.samefile(config.images):
+        raise UserError(f"--out {config.out} is the input {config.images}; give another --out")
+    if config.out.is_file() and not is_packed(config.out):
+        raise UserError(f"{config.out} exists and was not made by compress.py; give another --out, or remove it first")
+
+
+def _compress(config: Compress) -> Path:
     encoding_device = device(config.device)
     tokenizer = load_tokenizer(layer_source(config.tokenizer, config.layer)).to(encoding_device)
     images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
@@ -129,18 +150,38 @@ def decompress(config: Decompress) -> Path:
     tokenizer = loaded[0].to(decoding_device)
     if config.decodes and not isinstance(tokenizer, HQA):
         raise UserError(f"{tokenizer.kind} decodes each code to one image; leave --decodes out")
-    config.out.mkdir(parents=True, exist_ok=True)
     images = len(packed.codes[0])
+    with locks.writing(config.out, folder=True):
+        _require_own_folder(config.out)
+        _write_images(config, packed.codes, tokenizer)
+    bits = bits_per_image(packed.layout)
+    print(f"{config.out}: {images} image(s) of {bits} bits each, {packed.layout}, from {packed.size_bytes} bytes")
+    return config.out
+
+
+def _require_own_folder(folder: Path) -> None:
+    """Refuses a folder with files that an earlier decompression did not make; marks an empty one.
+
+    Raises:
+        UserError: naming such a file.
+    """
+    mark = folder / MARK_NAME
+    others = sorted(file.name for file in folder.iterdir() if file.name != locks.LOCK_NAME)
+    if others and not mark.exists():
+        raise UserError(f"{folder} has files of others, such as {others[0]}; give --out a new or empty folder")
+    mark.write_text("The images in this folder were made by compress.py, which replaces them.\n", encoding="utf-8")
+
+
+def _write_images(config: Decompress, grids: Codes, tokenizer: Tokenizer) -> None:
+    decoding_device = next(tokenizer.parameters()).device
+    images = len(grids[0])
     for rows in torch.arange(images).split(_BATCH_SIZE):
-        codes = tuple(grid[rows].to(decoding_device) for grid in packed.codes)
+        codes = tuple(grid[rows].to(decoding_device) for grid in grids)
         for number in range(config.decodes + 1):
             seeds = derive(row_seeds(config.seed, rows), number).to(decoding_device) if number else None
             suffix = f"-sample-{number}" if number else ""
             for row, image in zip(rows.tolist(), _decode(tokenizer, codes, seeds), strict=True):
                 save_png(config.out / f"{row:05d}{suffix}.png", to_image(image))
-    bits = bits_per_image(packed.layout)
-    print(f"{config.out}: {images} image(s) of {bits} bits each, {packed.layout}, from {packed.size_bytes} bytes")
-    return config.out
 
 
 def _require_layout(config: Decompress, layout: Layout, tokenizer: Tokenizer) -> None:

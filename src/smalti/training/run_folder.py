@@ -5,16 +5,20 @@ The model's two files are written by `core/models.py`, the snapshots by `snapsho
 
 import json
 import math
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from smalti.core import locks
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
+from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.core.provenance import command, git_commit, versions
 from smalti.training.snapshots import States
 
 RUN_NAME, METRICS_NAME = "run.json", "metrics.jsonl"
+MODEL_NAMES = (WEIGHTS_NAME, CONFIG_NAME)
 
 Resume: TypeAlias = Literal["auto", "never"] | int
 """`auto`: resume from the newest intact snapshot, if there is one. `never`: delete the run in the folder. A number:
@@ -32,7 +36,7 @@ FREE_SETTINGS = frozenset(
 
 
 class Run:
-    """A folder that a training run writes to and resumes from.
+    """A folder that a training run writes to and resumes from. The main process locks it while the object exists.
 
     Before `begin` nothing is written; only `resume="never"` deletes files earlier.
 
@@ -47,20 +51,33 @@ class Run:
         states: the snapshots.
 
     Raises:
-        UserError: if the folder has a run with other settings, naming the first that differs; or if the snapshot of the
-            requested step is missing or damaged.
+        UserError: if another process trains in the folder, or it has a model that no training run made; if it has a run
+            with other settings, naming the first that differs; or if the snapshot of the requested step is missing or
+            damaged.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, main: bool = True, resume: Resume = "auto") -> None:
         self.folder, self.main, self.states = folder, main, States(folder)
         self.settings = json.loads(json.dumps(settings, default=str))  # as JSON reads them: tuples become lists
+        if main:
+            held = locks.hold(folder, folder=True)
+            weakref.finalize(self, held.close)  # also when the process ends
+            self._require_own_model()
         if resume == "never" and main:
             self.states.delete(self.states.steps())  # first, so that a kill leaves nothing to resume from
-            for name in (METRICS_NAME, RUN_NAME):
-                (folder / name).unlink(missing_ok=True)
+            (folder / METRICS_NAME).unlink(missing_ok=True)  # `run.json` is replaced by `begin`
         self.step = (self.states.newest(warn=main) or 0) if isinstance(resume, str) else self._intact(resume)
         if self.step:
             self._compare(json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))["settings"])
+
+    def _require_own_model(self) -> None:
+        """Refuses a folder with a model that no training run made, such as a converted one, which would be replaced."""
+        foreign = [name for name in MODEL_NAMES if (self.folder / name).exists()]
+        if foreign and not (self.folder / RUN_NAME).exists():
+            raise UserError(
+                f"{self.folder} has a model that was not trained there, such as a converted one; give another --out, "
+                f"or remove {self.folder / foreign[0]} first"
+            )
 
     def _intact(self, step: int) -> int:
         if step not in self.states.steps():

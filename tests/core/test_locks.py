@@ -1,0 +1,69 @@
+"""Tests of output locks: a second process is refused in one line, and a killed one leaves nothing that refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smalti.core import locks
+from smalti.core.errors import UserError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from smalti.core import locks
+with locks.writing(Path(sys.argv[1]), folder=sys.argv[2] == "folder"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(path: Path, kind: str) -> subprocess.Popen:
+    """Starts a process that holds the lock of a path until its input is closed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path), kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_second_process_is_refused_until_the_first_ends_or_is_killed(tmp_path, kind):
+    path, folder = tmp_path / "new" / "out", kind == "folder"
+    for kill in (False, True):
+        process = holder(path, kind)
+        with pytest.raises(UserError, match="is being written by another process"), locks.writing(path, folder=folder):
+            pass
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(path)
+        if folder:  # another spelling of the same folder
+            with pytest.raises(UserError), locks.writing(tmp_path / "link", folder=True):
+                pass
+        if kill:
+            os.kill(process.pid, signal.SIGKILL)
+        process.communicate("")
+        with locks.writing(path, folder=folder):
+            pass
+    assert [*(tmp_path / "new").rglob("*lock")] == []
+
+
+def test_lock_may_be_taken_again_in_one_process(tmp_path):
+    stack = locks.hold(tmp_path / "run", folder=True)
+    with locks.writing(tmp_path / "run", folder=True):
+        assert (tmp_path / "run" / ".lock").exists()
+    assert (tmp_path / "run" / ".lock").exists()
+    stack.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_disk_without_locks_is_written_without_one(tmp_path, monkeypatch):
+    def unsupported(*_arguments, **_options):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(locks.FileLock, "acquire", unsupported)
+    with locks.writing(tmp_path / "out"):
+        (tmp_path / "out").touch()
