@@ -1,0 +1,43 @@
+"""Tests of compress and decompress: neither writes over a file that it did not make."""
+
+import pytest
+import torch
+from helpers import toys
+from PIL import Image
+
+from smalti.commands.compress import Compress, Decompress, compress, decompress
+from smalti.core import models
+from smalti.core.errors import UserError
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    torch.manual_seed(0)
+    models.class_of_kind("tokenizer", "hrvq")(toys.TINY["hrvq"]).save(tmp_path / "tokenizer")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "one.png")
+    return str(tmp_path / "tokenizer")
+
+
+def test_output_is_never_the_picture_nor_another_file(tmp_path, tokenizer):
+    picture = tmp_path / "one.png"
+    before = picture.read_bytes()
+    (tmp_path / "link.png").symlink_to(picture)
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in ("one.png", "link.png", "notes.txt"):
+        with pytest.raises(UserError, match="give another --out"):
+            compress(Compress(tokenizer, images=str(picture), out=tmp_path / out))
+    assert picture.read_bytes() == before
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_decompress_writes_over_its_own_images_alone(tmp_path, tokenizer):
+    codes = compress(Compress(tokenizer, images=str(tmp_path / "one.png"), out=tmp_path / "c.smalti"))
+    compress(Compress(tokenizer, images=str(tmp_path / "one.png"), out=codes))  # its own file is replaced
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / "00000.png").write_text("mine")
+    with pytest.raises(UserError, match=r"has files of others, such as 00000\.png"):
+        decompress(Decompress(codes, tokenizer, out=tmp_path / "back"))
+    assert (tmp_path / "back" / "00000.png").read_text() == "mine"
+    for _ in range(2):
+        decompress(Decompress(codes, tokenizer, out=tmp_path / "new"))
+    assert (tmp_path / "new" / "00000.png").exists()
