@@ -141,7 +141,7 @@ def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
         if not line.startswith((MAGIC, OLD_MAGIC)) or not line.endswith(b"\n"):
             raise ValueError("its first line is not a header")
         header = parse_json(line[len(MAGIC) :])
-        types = {"images": int, "layout": list, "sha256": str, "tokenizer_kind": str, "tokenizer_digest": str}
+        types = {"images": int, "layout": list, "sha256": str}
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
         if wrong := [name for name, kind in types.items() if type(header.get(name)) is not kind]:

@@ -180,7 +180,7 @@ def test_compressed_files_have_the_printed_rate_and_decode(folder, capfd, layer,
     flags = ["--codes", "x.smalti", "--out", f"back-{layer}", "--decodes", "2", "--device", "cpu"]
     status, printed, err = run(capfd, compress.main, *flags)
     assert (status, f"30 image(s) of {bits} bits each" in printed) == (0, True), err
-    assert len(list((folder / f"back-{layer}").iterdir())) == 3 * 30
+    assert len(list((folder / f"back-{layer}").glob("*.png"))) == 3 * 30
     sampled = tokenizer.decode(codes, layer=layer, seeds=derive(row_seeds(0, torch.arange(30)), 2)).detach()
     for suffix, expected in (("", decoded), ("-sample-2", sampled)):
         picture = np.asarray(Image.open(folder / f"back-{layer}" / f"00007{suffix}.png"))
@@ -197,14 +197,14 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(folder, capfd):
         "flipped.smalti": (whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:], "damaged"),
         "header.smalti": (whole[:40], "not a whole file of packed codes"),
         "foreign.smalti": (b"PNG and other things", "not a whole file of packed codes"),
-        "model.smalti": (whole.replace(other["tokenizer_digest"].encode(), b"0" * 64), "give --tokenizer the one"),
+        "model.smalti": (whole.replace(other["tokenizer_digest"].encode(), b"0" * 64), "damaged: its header"),
     }
     for name, (content, message) in damages.items():
         (folder / name).write_bytes(content)
         status, _, err = run(capfd, compress.main, "--codes", name)
         assert (status, err.count("\n"), message in err) == (2, 1, True), err
     for flags, message in (
-        (["--codes", "none.smalti"], "not a file"),
+        (["--codes", "none.smalti"], "No such file"),
         (["--codes", "whole.smalti", "--decodes", "-1"], "must not be negative"),
         (["--images", "img", "--layer", "9"], "no layer 9"),
     ):
