@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from smalti import __main__, cli
-from smalti.core.errors import OneProcessError, UserError
-from smalti.core.invocation import as_invoked
+from smalti.core.errors import OneProcessError, UserError, as_invoked
 from smalti.scripts import sample, train_prior, train_tokenizer
 from smalti.training.signals import Interrupted, received_signals
 

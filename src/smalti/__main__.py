@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 
-from smalti.core.invocation import PROGRAM
+from smalti.core.errors import PROGRAM
 
 COMMANDS = {
     "demo": "Train on the embedded images, sample and inpaint, in minutes",

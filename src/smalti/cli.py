@@ -13,8 +13,7 @@ from itertools import takewhile
 from types import TracebackType
 from typing import Annotated, Any, NoReturn, TypeVar, cast, get_origin
 
-from smalti.core.errors import OneProcessError, UserError
-from smalti.core.invocation import as_invoked, program_name
+from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
 from smalti.training.signals import Interrupted
 

@@ -1,8 +1,17 @@
-"""Exceptions whose message is meant for the user, and the checks of configs that raise them."""
+"""Exceptions whose message is meant for the user, checks of configs that raise them, and the commands in such texts.
+
+It imports nothing large, so that help texts and errors are fast.
+"""
 
 import dataclasses
 import math
+import re
+import sys
+from pathlib import Path
 from typing import Any
+
+PROGRAM = "smalti"
+_SCRIPT = re.compile(r"(?:(?P<launch>accelerate launch(?: --?\w+(?: \d+)?)*) |python )scripts/(?P<name>\w+)\.py")
 
 
 def printable(text: str) -> str:
@@ -53,3 +62,23 @@ def require_finite(config: Any) -> None:
 
 class OneProcessError(UserError):
     """A `UserError` that may occur in only some processes of a run, such as full memory. Each of them prints it."""
+
+
+def program_name() -> str:
+    """Returns the program's name for help texts: the path of a script as typed, or `smalti COMMAND`."""
+    return sys.argv[0] if sys.argv[0].startswith(f"{PROGRAM} ") else Path(sys.argv[0]).as_posix()
+
+
+def as_invoked(text: str) -> str:
+    """Returns a text with its commands in the form in which this one was typed.
+
+    Texts name `python scripts/train_prior.py`; started as `smalti ...`, a person reads `smalti train-prior`.
+    """
+    if not program_name().startswith(f"{PROGRAM} "):
+        return text
+
+    def installed(match: re.Match[str]) -> str:
+        launch = f"{match['launch']} -m " if match["launch"] else ""
+        return f"{launch}{PROGRAM} {match['name'].replace('_', '-')}"
+
+    return _SCRIPT.sub(installed, text)

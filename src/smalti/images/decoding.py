@@ -23,7 +23,7 @@ from torch import Tensor
 from smalti.core.errors import UserError
 
 # What Pillow's decoders raise on damaged bytes, determined by truncating files of every format and flipping bits.
-_DAMAGED = (
+DAMAGED = (
     OSError,
     ValueError,
     SyntaxError,
@@ -185,7 +185,7 @@ def _opened(encoded: bytes, *, channels: int) -> Iterator[Image.Image]:
         raise BadImageError(
             f"the image has more pixels than {limit}, a decompression bomb perhaps; shrink or remove it"
         ) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise BadImageError(f"the image cannot be decoded ({_one_line(error)}); repair or remove it") from error
 
 
@@ -207,7 +207,7 @@ def _refuse_bomb(image: Image.Image, file_size: int, channels: int) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF rotation in place. Damaged pixels are an error; a damaged EXIF block is ignored."""
     image.load()
-    with suppress(*_DAMAGED):
+    with suppress(*DAMAGED):
         ImageOps.exif_transpose(image, in_place=True)
     return image
 

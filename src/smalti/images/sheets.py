@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
-from smalti.images.decoding import to_uint8
+from smalti.images.decoding import DAMAGED, to_uint8
 
 GAP = 4  # pixels between pictures
 SMALLEST_SHOWN = 96  # pixels; smaller pictures are enlarged by a whole factor, so that their pixels stay visible
@@ -89,7 +89,7 @@ def embedded_settings(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             settings = json.loads(image.info["smalti"])
-    except Exception:  # whatever a foreign or damaged file raises: it is not one of ours
+    except DAMAGED:  # a foreign or damaged file is not one of ours
         return {}
     return settings if isinstance(settings, dict) else {}
 

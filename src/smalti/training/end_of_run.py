@@ -4,7 +4,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from smalti.core.invocation import as_invoked
+from smalti.core.errors import as_invoked
 from smalti.training.run_folder import last_metrics
 
 MOST_NUMBERS = 6
