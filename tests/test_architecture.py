@@ -1,6 +1,7 @@
 """The structure of the code, read from its source: which folder may import which, sizes, and constructs never used."""
 
 import ast
+import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -187,6 +188,14 @@ def test_planted_ban_is_found(source):
 def test_allowed_constructs_are_not_banned():
     reraised = "try:\n    f()\nexcept BaseException:\n    g()\n    raise"
     assert banned(f"zip(a, b, strict=False)\ntorch.load(p, weights_only=True)\n{reraised}") == []
+
+
+def test_docstrings_are_sentences():
+    """None begins as a fragment does: a search for it would find half a sentence."""
+    fragment = re.compile(r'"{3}(Of|What|So|As|That|How|Where|Whether) ')
+    files = [*MODULES.values(), *ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/*.py")]
+    found = {str(file.relative_to(ROOT)): fragment.findall(file.read_text()) for file in files}
+    assert {name: words for name, words in found.items() if words} == {}
 
 
 def test_linked_folders_are_links_without_init():

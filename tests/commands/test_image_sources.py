@@ -1,4 +1,4 @@
-"""What commands do with the source of their images: moved or changed images, outputs among them, and bad files."""
+"""Commands and the source of their images: moved or changed images, outputs among them, and bad files."""
 
 import shutil
 

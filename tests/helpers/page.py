@@ -1,4 +1,4 @@
-"""What the tests of the page share: a picture, and waiting for a condition."""
+"""Helpers of the page's tests: a picture, and waiting for a condition."""
 
 import time
 

@@ -21,7 +21,7 @@ _DTYPES = {
 LARGEST_FREE_INTEGER = 1 << 16
 """Largest integer in any config, such as an image's height; larger ones must be justified by as many weights."""
 SPARE_MODULES, SPARE_BUFFER_BYTES = 256, 1 << 28
-"""What a network may have beyond what its weights' file shows: modules without weights, and buffers that are computed,
+"""Limits of a network beyond what its weights' file shows: modules without weights, and buffers that are computed,
 such as attention masks."""
 
 

@@ -16,7 +16,7 @@ from smalti.core.errors import UserError
 
 LOCK_NAME = ".lock"
 RETRY_SECONDS = 0.2
-"""How long a lock is tried: a command that ends removes its lock file, which may be the one that was just opened."""
+"""Time for which a lock is tried: a command that ends removes its lock file, perhaps the one that was just opened."""
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Errors of file systems without locks. On these an output is written without one."""
 

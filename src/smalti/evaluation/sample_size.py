@@ -1,4 +1,4 @@
-"""How many images the scores of an evaluation need, and warnings for results with fewer.
+"""Numbers of images that the scores of an evaluation need, and warnings for results with fewer.
 
 A Fréchet distance needs at least as many images as features have dimensions: with fewer, the covariance is singular and
 the distance is too large. Precision and recall of a few images are near 1 even for poor samples, because the spheres

@@ -100,7 +100,7 @@ def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
 
 
 class Layers(NamedTuple):
-    """What `load_image` loses of an image, for outputs that keep it."""
+    """Properties of an image that `load_image` drops and outputs keep."""
 
     colours: UInt8[Tensor, "c h w"]
     """The pixels before transparency is composed on white."""
