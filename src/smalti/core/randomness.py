@@ -34,7 +34,7 @@ class Stream(IntEnum):
     def __new__(cls, scope: str, number: int) -> Self:
         """Makes an `int` equal to `number` whose enum value is the pair, so that equal numbers are not aliases."""
         member = int.__new__(cls, number)
-        member._value_ = (scope, number)  # type: ignore[assignment] - typeshed has it as the int
+        member._value_ = (scope, number)  # type: ignore[assignment] - typeshed types the value as the int
         return member
 
     # source ids are also keys and seeds elsewhere; hashing them again makes the split independent of those uses
