@@ -6,7 +6,7 @@ from smalti.commands.train_tokenizer import print_end_of_tokenizer, train_tokeni
 
 ABOUT = """Trains a tokenizer: a model that turns images into grids of codes, and back.
 
-$ python scripts/train_tokenizer.py                          # on the embedded emoji, in minutes on two CPU cores
+$ python scripts/train_tokenizer.py                          # on the embedded portraits, in minutes on two CPU cores
 $ python scripts/train_tokenizer.py --images my/photos       # on a folder of images
 $ python scripts/train_tokenizer.py --tokenizer hqa          # another kind
 $ accelerate launch scripts/train_tokenizer.py --tokenizer vqvae2 --preset paper64 --images my/photos

@@ -1,10 +1,12 @@
 """Tests of precision and peak memory. The choice of devices is tested by the commands."""
 
+import io
+
 import pytest
 import torch
 
 from smalti.core import devices
-from smalti.core.devices import autocast, peak_memory_bytes, resolve
+from smalti.core.devices import autocast, has_native_bf16, peak_memory_bytes, resolve
 from smalti.core.errors import UserError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -25,6 +27,20 @@ def test_auto_precision_depends_on_the_device(device, native, expected, monkeypa
     monkeypatch.setattr(devices, "best_device", lambda: device)
     assert resolve("auto") == resolve("auto", device) == expected
     assert resolve("fp32") == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor : 0\nflags : fpu avx2 avx512f avx512_bf16\nprocessor : 1\n", True),
+        ("flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n", True),
+        ("flags : fpu avx2 avx512f avx512vl\n", False),
+        ("no flags\n", False),
+    ],
+)
+def test_cpus_have_native_bf16_by_their_instruction_sets(cpuinfo, expected, monkeypatch):
+    monkeypatch.setattr("builtins.open", lambda path: io.StringIO(cpuinfo))
+    assert has_native_bf16.__wrapped__("cpu") == expected
 
 
 def test_fp16_is_refused_on_cpus():

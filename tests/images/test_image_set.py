@@ -25,7 +25,7 @@ from smalti.images.splits import held_out
 
 @pytest.fixture(scope="module")
 def emoji() -> ImageSet:
-    return open_images()
+    return open_images("emoji")
 
 
 # Unusual and bad images in a folder.
@@ -78,7 +78,17 @@ def test_missing_images_are_reported_with_their_row(tmp_path):
         open_images(str(tmp_path / "y.parquet")).pixels([1])
 
 
-# The emoji, source ids and splits.
+# The embedded images, source ids and splits.
+
+
+def test_the_portraits_never_change():
+    portraits = open_images()
+    assert len(portraits) == 9000
+    assert portraits.source == "portraits"
+    assert portraits.label_names == ("open-peeps", "pixel-art", "toon-head")
+    assert torch.bincount(portraits.labels).tolist() == [3000, 3000, 3000]
+    assert portraits.fingerprint == "ff78e96268e432c7b9560c983c4107028c7da1f5e2792a9a746356965f7d1f1e"
+    assert int(held_out(portraits.source_ids).sum()) == 879
 
 
 def test_the_emoji_never_change(emoji):

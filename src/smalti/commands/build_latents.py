@@ -56,8 +56,8 @@ class BuildLatents:
     layer: int | None = None
     """Layer whose codes are stored, counted from 1 at the image; only for hqa and hams [default: the top layer]."""
     images: str | None = None
-    """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: the images that the
-    tokenizer was trained on]."""
+    """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: the images
+    that the tokenizer was trained on]."""
     image_column: str | None = None
     """Column of the images, if a table has several [default: as trained, without --images]."""
     label_column: str | None = None

@@ -36,7 +36,7 @@ F16: dict[str, Any] = {
 def small(kind: str) -> TrainTokenizer[Any]:
     """Defaults: 8x8 codes of 32x32 images, for two CPU cores; also the tokenizer of the demonstration.
 
-    `python scripts/train_tokenizer.py` trains it on the embedded emoji. The settings for `vqgan`,
+    `python scripts/train_tokenizer.py` trains it on the embedded portraits. The settings for `vqgan`,
     whose discriminator starts halfway, are not tuned.
     """
     model = models.class_of_kind("tokenizer", kind).config_class()

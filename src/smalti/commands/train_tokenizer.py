@@ -60,8 +60,8 @@ class TrainTokenizer(Generic[C]):
     preset: Preset = "small"
     """Defaults of the other settings: `small` is for 32x32 images on two CPU cores, the others for GPUs. Use `paperN`
     for the VQ-VAE family and images of N pixels, `fN-...` for vqgan."""
-    images: str = "emoji"
-    """`emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
+    images: str = "portraits"
+    """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
     image_column: str | None = None
     """Column of the images, if a table has several."""
     label_column: str | None = None

@@ -14,6 +14,10 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 """Precision of the networks under autocast. Parameters and optimizer states are always float32."""
 
+BF16_INSTRUCTIONS = frozenset({"amx_bf16", "avx512_bf16"})
+"""Instruction sets, as Linux names them, with which CPUs multiply bf16 matrices faster than fp32 ones. With AVX512-BF16
+alone, training steps take 0.6 to 0.75 of fp32's time at equal losses (docs/benchmarks.md)."""
+
 
 def best_device() -> torch.device:
     """Returns CUDA (or ROCm) if available, else Apple's GPU, else the CPU."""
@@ -44,7 +48,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def resolve(precision: Precision, device: torch.device | None = None) -> Literal["fp32", "bf16", "fp16"]:
     """Resolves `auto`: bf16 if the hardware multiplies matrices in it, fp16 on other CUDA devices, else fp32.
 
-    Recent GPUs and CPUs with AMX have bf16. `device` defaults to this machine's best one.
+    Recent GPUs and CPUs with AMX or AVX512-BF16 have bf16. `device` defaults to this machine's best one.
 
     Raises:
         UserError: for fp16 on a CPU.
@@ -63,11 +67,12 @@ def resolve(precision: Precision, device: torch.device | None = None) -> Literal
 def has_native_bf16(kind: str) -> bool:
     """Returns whether a device type, such as `cuda` or `cpu`, has hardware for matrix products in bf16.
 
-    Without it torch emulates bf16 slowly: on CPUs without AMX, some 25 times slower than fp32.
+    A CPU has it if it has one of `BF16_INSTRUCTIONS`; others emulate bf16, some 25 times slower than
+    fp32. A list is used and not a timing, so that a machine always chooses the same precision.
     """
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind == "cpu" and "amx_bf16" in _cpu_flags()
+    return kind == "cpu" and not BF16_INSTRUCTIONS.isdisjoint(_cpu_flags())
 
 
 def peak_memory_bytes(device: torch.device) -> int:

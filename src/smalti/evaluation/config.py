@@ -25,8 +25,9 @@ class EvaluationSettings:
     """
 
     images: str | None = None
-    """Real images: emoji, a folder, Parquet files or a hub id [default: those that the model was trained on]. The split
-    is that of training: the model is compared with held-out images, and training images are the reference set."""
+    """Real images: `portraits`, `emoji`, a folder, Parquet files or a hub id [default: those that the model was trained
+    on]. The split is that of training: the model is compared with held-out images, and training images are the
+    reference set."""
     num: int = 1000
     """Number of held-out images; all of them if there are fewer. Fréchet distances depend on it, so compare only
     results with the same number."""
@@ -141,8 +142,8 @@ class LikelihoodEvaluation:
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None
-    """Images, of which the held-out ones are used: emoji, a folder, Parquet files or a hub id [default: those that the
-    tokenizer was trained on]."""
+    """Images, of which the held-out ones are used: `portraits`, `emoji`, a folder, Parquet files or a hub id
+    [default: those that the tokenizer was trained on]."""
     num: int = 100
     """Number of held-out images; all of them if there are fewer."""
     samples: int = 512

@@ -194,7 +194,7 @@ def bad_images_error(bad: dict[int, str]) -> BadImageError:
 
 
 def open_images(
-    source: str = sources.EMOJI,
+    source: str = sources.DEFAULT,
     *,
     height: int = 32,
     width: int = 32,
@@ -206,10 +206,10 @@ def open_images(
     """Opens a set of images, without decoding them yet.
 
     Args:
-        source: `emoji` (3 786 Noto emoji of 32x32 pixels in the package); a folder, read recursively
-            in the order of sorted names, with the subfolders' names as labels; one image; a Parquet
-            file, or a folder or glob of them; or a hub id, optionally as `id@config:split` (the
-            default split is `train`).
+        source: `portraits` or `emoji` (9 000 drawn portraits and 3 786 Noto emoji of 32x32 pixels,
+            both in the package); a folder, read recursively in the order of sorted names, with the
+            subfolders' names as labels; one image; a Parquet file, or a folder or glob of them; or
+            a hub id, optionally as `id@config:split` (the default split is `train`).
         height: in pixels.
         width: in pixels.
         channels: 1 for grey, 3 for RGB.

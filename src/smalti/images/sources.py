@@ -1,4 +1,4 @@
-"""Sources of images: the embedded emoji, folders, Parquet files and the hub, each opened as a `datasets` table.
+"""Sources of images: embedded ones, folders, Parquet files and the hub, each opened as a `datasets` table.
 
 A table also gives its rows' labels and source ids. Files are listed in `listing.py`, and columns are
 found in `columns.py`. Decoding is in `decoding.py`; splits and batches are in `splits.py` and
@@ -33,7 +33,9 @@ from smalti.images.columns import describe_unread_labels, find_image_column, fin
 from smalti.images.decoding import BadImageError, decode
 from smalti.images.listing import Listing, is_data_file, list_files
 
-EMOJI = "emoji"
+EMBEDDED = {"portraits": "portraits32.parquet", "emoji": "emoji32.parquet"}
+"""The files of the image sources that the package contains. The first is the default."""
+DEFAULT = "portraits"
 _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
 _KEY_RECIPE = "smalti 1"  # part of every source id: change it whenever the keys change, so that no cached id is reused
 _ROWS_AT_ONCE = 64  # encoded rows in memory; the `datasets` default fails if the first row group is empty
@@ -66,10 +68,11 @@ def open_table(source: str, *, image_column: str | None = None, label_column: st
         UserError: if there is nothing at `source`, it cannot be read or is empty, or a column is
             missing or ambiguous.
     """
-    if source == EMOJI:
-        with as_file(files("smalti.images") / "data" / "emoji32.parquet") as path:
+    if source in EMBEDDED:
+        with as_file(files("smalti.images") / "data" / EMBEDDED[source]) as path:
             rows = _read_parquet([path], source).cast_column("image", datasets.Image(decode=False))
-            return Table(rows, image_column="image", label_column="label", key_column="codepoints")
+        key_column = "codepoints" if source == "emoji" else None
+        return Table(rows, image_column="image", label_column="label", key_column=key_column)
     listing = _list_files(source)
     if listing is None:
         rows = _read_hub(source)
@@ -219,7 +222,10 @@ def _list_files(source: str) -> Listing | None:
     hub_id = _HUB_ID.fullmatch(source) and not is_data_file(path)
     listing = list_files(source) if path.exists() or not _HUB_ID.fullmatch(source) else None
     if listing is None and not hub_id:
-        raise UserError(f"there is nothing at {source}; give a folder of images, Parquet files, a hub id, or {EMOJI!r}")
+        raise UserError(
+            f"there is nothing at {source}; give a folder of images, Parquet files, a hub id, or "
+            f"{' or '.join(map(repr, EMBEDDED))}"
+        )
     return listing
 
 
