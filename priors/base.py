@@ -63,6 +63,16 @@ class PriorConfig:
             raise UserError(f"classes must not be negative, got {self.classes}")
 
 
+def require_dropout(dropout: float) -> None:
+    """Checks the setting `dropout` of a network.
+
+    Raises:
+        UserError: if it is outside [0, 1).
+    """
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout must be at least 0 and less than 1, got {dropout}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The settings that every objective over codes has.

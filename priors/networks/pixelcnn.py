@@ -17,9 +17,10 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from smalti.core.config import added
 from smalti.core.errors import UserError
 from smalti.core.models import register
-from smalti.priors.base import CausalPrior, PriorConfig
+from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
 from smalti.priors.networks.causal_attention import CausalAttention
 
@@ -43,6 +44,9 @@ class PixelCNNConfig(PriorConfig):
     positions; 0 for none."""
     heads: int = 4
     """Heads of the attention layers; each has model_width / heads channels, which must be a multiple of 4."""
+    dropout: float = added(off=0.0)
+    """Dropout on the gated outputs of both stacks in training. Raise it, for example to 0.1, if the held-out loss rises
+    while the training loss falls."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +61,7 @@ class PixelCNNConfig(PriorConfig):
                 f"with attention model_width must be a multiple of 4 x heads (rotary embeddings rotate pairs of "
                 f"channels on two axes), got {self.model_width} for {self.heads} heads"
             )
+        require_dropout(self.dropout)
 
 
 def gate(x: Float[Tensor, "*n d2"]) -> Float[Tensor, "*n d"]:
@@ -82,9 +87,10 @@ class GatedLayer(nn.Module):
         kernel: side of the convolutions, odd.
         conditional: whether it has weights for a conditioning vector.
         heads: heads of the attention that follows; 0 for none.
+        dropout: probability of zeroing a gated output in training.
     """
 
-    def __init__(self, width: int, kernel: int, conditional: bool, heads: int) -> None:
+    def __init__(self, width: int, kernel: int, conditional: bool, heads: int, dropout: float) -> None:
         super().__init__()
         self.kernel, self.reach = kernel, kernel // 2 + 1  # reach: rows or columns of the causal part, its own included
         self.vertical = nn.Linear(self.reach * kernel * width, 2 * width)
@@ -93,6 +99,7 @@ class GatedLayer(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.condition = nn.Linear(width, 4 * width, bias=False) if conditional else None
         self.attention = CausalAttention(width, heads) if heads else None
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
@@ -108,7 +115,7 @@ class GatedLayer(nn.Module):
         vertical, from_vertical = self.vertical_step(above, condition)
         left = F.pad(horizontal, (0, 0, self.reach - 1, 0))
         gates = F.linear(windows(left, 1, self.reach), self.horizontal.weight) + from_vertical
-        horizontal = horizontal + self.out(gate(gates))
+        horizontal = horizontal + self.out(self.dropout(gate(gates)))
         return vertical, self.attention(horizontal) if self.attention else horizontal
 
     def vertical_step(
@@ -128,7 +135,7 @@ class GatedLayer(nn.Module):
         if self.condition is not None:
             to_vertical, to_horizontal = self.condition(condition).chunk(2, dim=-1)
             gates, from_vertical = gates + to_vertical, from_vertical + to_horizontal
-        return rows[:, self.reach - 1 :] + gate(gates), from_vertical
+        return rows[:, self.reach - 1 :] + self.dropout(gate(gates)), from_vertical
 
     def horizontal_step(
         self, x: Float[Tensor, "b d"], left: Float[Tensor, "b cd"], from_vertical: Float[Tensor, "b d2"]
@@ -168,7 +175,7 @@ class PixelCNN(CausalPrior):
         every = config.attention_every
         attentive = range(every, config.layers + 1, every) if every else ()
         self.layers = nn.ModuleList(
-            GatedLayer(d, config.kernel, conditional, config.heads if number in attentive else 0)
+            GatedLayer(d, config.kernel, conditional, config.heads if number in attentive else 0, config.dropout)
             for number in range(1, config.layers + 1)
         )
         self.norm = nn.LayerNorm(d)
