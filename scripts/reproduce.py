@@ -13,12 +13,14 @@ from smalti.studies.hqa.report import reproduce_hqa
 from smalti.studies.hqa.study import ReproduceHQA
 from smalti.studies.hr_vqvae.report import reproduce_hr_vqvae
 from smalti.studies.hr_vqvae.study import ReproduceHRVQVAE
+from smalti.studies.portraits.card import reproduce_portraits
+from smalti.studies.portraits.recipe import ReproducePortraits
 from smalti.studies.priors.report import reproduce_priors
 from smalti.studies.priors.study import ReproducePriors
 from smalti.studies.selfvae.report import reproduce_selfvae
 from smalti.studies.selfvae.study import ReproduceSelfVAE
 
-StudyName: TypeAlias = Literal["hr-vqvae", "hqa", "selfvae", "priors"]
+StudyName: TypeAlias = Literal["hr-vqvae", "hqa", "selfvae", "priors", "portraits"]
 
 
 class Study(NamedTuple):
@@ -40,6 +42,7 @@ STUDIES: dict[StudyName, Study] = {
     "hqa": Study("HQA, HAMs and VQ-VAE on MNIST", reproduce_hqa, ReproduceHQA),
     "selfvae": Study("VAE and selfVAE on CIFAR10 or emoji", reproduce_selfvae, ReproduceSelfVAE),
     "priors": Study("smalti's own study of its priors and samplers", reproduce_priors, ReproducePriors),
+    "portraits": Study("the models in the package, and their card", reproduce_portraits, ReproducePortraits),
 }
 SUMMARIES = "\n".join(f"- {name}: {study.summary}" for name, study in STUDIES.items())
 ABOUT = f"""Trains the models of a study on equal budgets, and writes our numbers beside the paper's. The first argument
@@ -55,9 +58,11 @@ $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mni
 $ python scripts/reproduce.py selfvae --data cifar10 --images cifar10-train.parquet --models vae selfvae-downscale
 $ python scripts/reproduce.py priors --parts samplers canvas
 $ python scripts/reproduce.py priors --data mnist --images mnist-train.parquet --parts resampling
+$ python scripts/reproduce.py portraits
 
-The reports are docs/reproductions/hr-vqvae.md, hqa.md, selfvae.md and priors.md; trained models are kept in
-runs/reproductions. If a study is stopped (Ctrl-C), the same command resumes it."""
+The reports are docs/reproductions/hr-vqvae.md, hqa.md, selfvae.md and priors.md, and the card of the models in the
+package; trained models are kept in runs/reproductions and runs/portraits. If a study is stopped (Ctrl-C), the same
+command resumes it."""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,36 @@ def test_model_round_trips_through_a_checkpoint(family, kind, tmp_path):
 
 
 @of_every_kind
+def test_rounded_model_round_trips_in_half_the_bytes(family, kind, tmp_path):
+    model = make(family, kind)
+    model.save(tmp_path / "model")
+    model.save(tmp_path / "mixed", half=True)  # few weights are float16's by chance, so most stay float32
+    assert load(tmp_path / "mixed", family).digest() == model.digest()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.round_to_half()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name].half().to(tensor.dtype) if tensor.is_floating_point() else tensor)
+    model.save(tmp_path / "half", half=True)
+    loaded = load(tmp_path / "half", family)
+    assert loaded.digest() == model.digest() != load(tmp_path / "model", family).digest()
+    assert all(tensor.dtype == model.state_dict()[name].dtype for name, tensor in loaded.state_dict().items())
+    floats = sum(each.numel() for each in before.values() if each.dtype == torch.float32)
+    sizes = {name: (tmp_path / name / WEIGHTS_NAME).stat().st_size for name in ("model", "half")}
+    assert sizes["model"] - sizes["half"] == pytest.approx(2 * floats, rel=0.02, abs=100)
+
+
+def test_weights_beyond_half_precision_stay_float32(tmp_path):
+    model = make("tokenizer", "hrvq")
+    name, parameter = next(iter(model.named_parameters()))
+    torch.nn.init.constant_(parameter, 1e5)
+    model.round_to_half()
+    model.save(tmp_path, half=True)
+    assert model.get_parameter(name).eq(1e5).all()
+    assert load_file(tmp_path / WEIGHTS_NAME)[name].dtype == torch.float32
+    assert load(tmp_path, "tokenizer").digest() == model.digest()
+
+
+@of_every_kind
 def test_digest_depends_on_config_and_every_weight(family, kind):
     model = make(family, kind)
     assert model.digest() == make(family, kind).digest()

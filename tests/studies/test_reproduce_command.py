@@ -6,6 +6,8 @@ import pytest
 
 from smalti.scripts import reproduce
 
+FLAGS = {"selfvae": "--steps", "portraits": "--seed"}
+
 
 def run(monkeypatch, *arguments):
     """Runs the command without its studies; returns the settings of the study that would have started."""
@@ -20,7 +22,7 @@ def run(monkeypatch, *arguments):
 def test_first_argument_chooses_the_study(monkeypatch):
     for name, study in reproduce.STUDIES.items():
         images = ("--images", "img") if name == "hr-vqvae" else ()
-        (config,) = run(monkeypatch, name, *images, "--seeds" if name != "selfvae" else "--steps", "2")
+        (config,) = run(monkeypatch, name, *images, FLAGS.get(name, "--seeds"), "2")
         assert type(config) is study.config_class
 
 

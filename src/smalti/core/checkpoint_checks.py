@@ -161,7 +161,7 @@ def _bounded(header: Mapping[str, StoredTensor], config: Path, path: Path) -> It
 
 
 def require_matching(path: Path, *, expected: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> None:
-    """Compares names, shapes and dtypes.
+    """Compares names, shapes and dtypes. A float32 weight may be stored as float16.
 
     Raises:
         UserError: naming the first that differs.
@@ -173,7 +173,8 @@ def require_matching(path: Path, *, expected: Mapping[str, Tensor], stored: Mapp
             f"{path} has unknown weights {some(unknown)}; it is not of this version's network, train it again"
         )
     for name, tensor in expected.items():
-        if (tensor.shape, tensor.dtype) != (stored[name].shape, stored[name].dtype):
+        half = (tensor.dtype, stored[name].dtype) == (torch.float32, torch.float16)
+        if tensor.shape != stored[name].shape or not (half or tensor.dtype == stored[name].dtype):
             same = tensor.shape == stored[name].shape
             has, needs = (each.dtype if same else tuple(each.shape) for each in (stored[name], tensor))
             raise UserError(

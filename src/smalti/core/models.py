@@ -68,15 +68,20 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         """Returns a SHA-256 over kind, config and every weight. Models with equal digests compute the same."""
         return digest(self.kind, self.config, self.state_dict())
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, half: bool = False) -> None:
         """Writes the two files, each atomically.
 
         `config.json` is written second and contains the weights' digest, so that loading detects a kill in between.
+
+        Args:
+            folder: the folder.
+            half: store every float32 weight that float16 represents exactly as float16, for half the bytes. Loading
+                gives the same weights; see `round_to_half`.
         """
         folder = Path(folder)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with whole_file(folder / WEIGHTS_NAME) as partial:
-            _save_weights(state, partial)
+            _save_weights({name: _halved(tensor) for name, tensor in state.items()} if half else state, partial)
         described = {
             "family": self.family,
             "kind": self.kind,
@@ -86,6 +91,13 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
             "provenance": self.provenance,
         }
         write_json(folder / CONFIG_NAME, described)
+
+    @torch.no_grad()
+    def round_to_half(self) -> None:
+        """Rounds float32 weights to float16's precision in place, but for tensors with values beyond its range."""
+        for tensor in self.state_dict().values():
+            if tensor.dtype == torch.float32 and (rounded := tensor.half()).isfinite().all():
+                tensor.copy_(rounded)
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
@@ -184,9 +196,11 @@ def load(source: str | Path, family: Family) -> Any:
         raise UserError(
             f"{folder / WEIGHTS_NAME} cannot be read ({error}); the checkpoint is damaged, fetch or train it again"
         ) from error
-    require_matching(folder / WEIGHTS_NAME, expected=model.state_dict(), stored=header)
+    expected = model.state_dict()
+    require_matching(folder / WEIGHTS_NAME, expected=expected, stored=header)
     if broken := [name for name, tensor in weights.items() if tensor.is_floating_point() and tensor.isnan().any()]:
         raise UserError(f"{folder / WEIGHTS_NAME} has NaN in {some(broken)}; fetch or train it again")
+    weights = {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}  # some may be float16
     if digest(model.kind, model.config, weights) != described["digest"]:
         raise UserError(
             f"{folder}: {WEIGHTS_NAME} and {CONFIG_NAME} do not belong together (digests differ); "
@@ -255,6 +269,12 @@ def digest(kind: str, config: Any, state: dict[str, Tensor]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """Returns a float32 tensor as float16 if that loses nothing; any other tensor as it is."""
+    exact = tensor.dtype == torch.float32 and tensor.half().float().equal(tensor)
+    return tensor.half() if exact else tensor
 
 
 def _save_weights(state: dict[str, Tensor], path: Path) -> None:
