@@ -1,5 +1,6 @@
-"""The default folders of models and latent sets, and loading models by kind, folder or hub id."""
+"""The default folders of models and latent sets, the models in the package, and loading models by their names."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -14,24 +15,61 @@ from smalti.training.snapshots import STATES_NAME
 
 RUNS = Path("runs")
 TOKENIZERS, LATENTS, PRIORS = RUNS / "tokenizers", RUNS / "latents", RUNS / "priors"
+SHIPPED = Path(__file__).parents[1] / "shipped"
+"""Models in the package: a folder for each prior, with its tokenizer."""
+SHIPPED_DEFAULTS: dict[tuple[models.Family, str], str] = {
+    ("tokenizer", "hrvq"): "portraits",
+    ("prior", "hourglass"): "portraits",
+}
+"""The model in the package that stands in for a kind until one is trained."""
 
 
 def load_tokenizer(source: str) -> Tokenizer:
-    """Loads a trained tokenizer: a kind stands for `runs/tokenizers/KIND`; else a folder or a hub id.
+    """Loads a trained tokenizer, given by any name that `find_model` takes.
 
     Raises:
-        UserError: as `smalti.core.models.load` does; for a kind that is not trained yet, with the
-            command that trains it.
+        UserError: as `find_model` and `smalti.core.models.load` do.
     """
-    if source in models.kinds("tokenizer"):
-        folder = TOKENIZERS / source
-        if not (folder / CONFIG_NAME).exists():
-            raise UserError(
-                f"{folder} does not exist: train it first (python scripts/train_tokenizer.py --tokenizer {source}), "
-                "or give a folder or hub id"
-            )
-        return load(folder, "tokenizer")
-    return load(source, "tokenizer")
+    return load(find_model(source, "tokenizer"), "tokenizer")
+
+
+def find_model(source: str, family: models.Family) -> Path:
+    """Returns the folder of a trained model.
+
+    Args:
+        source: a kind, which stands for `runs/tokenizers/KIND` or `runs/priors/KIND`, or for a model in the package
+            if there is no such folder yet (a line on standard error then says so); the name of a model in the package;
+            a folder; or a hub id.
+        family: `tokenizer` or `prior`.
+
+    Raises:
+        UserError: if there is none; for a kind that is not trained yet, with the command that trains it.
+    """
+    if source in shipped_models():
+        return _shipped_folder(source, family)
+    if source not in models.kinds(family):
+        return locate(source)
+    folder = (TOKENIZERS if family == "tokenizer" else PRIORS) / source
+    if (folder / CONFIG_NAME).exists():
+        return folder
+    name = SHIPPED_DEFAULTS.get((family, source), "")
+    if name in shipped_models():
+        print(f"there is no {folder} yet: using the {family} {name!r} of the package", file=sys.stderr)
+        return _shipped_folder(name, family)
+    launcher = "python" if family == "tokenizer" else "accelerate launch"
+    raise UserError(
+        f"{folder} does not exist: train it first ({launcher} scripts/train_{family}.py --{family} {source}), "
+        f"or give --{family} a folder or hub id"
+    )
+
+
+def shipped_models() -> list[str]:
+    """Returns the names of the models in the package, sorted."""
+    return sorted(folder.name for folder in SHIPPED.glob("*") if (folder / CONFIG_NAME).exists())
+
+
+def _shipped_folder(name: str, family: models.Family) -> Path:
+    return SHIPPED / name / "tokenizer" if family == "tokenizer" else SHIPPED / name
 
 
 def layer_name(number: int) -> str:
@@ -47,7 +85,7 @@ def layer_source(source: str, layer: int | None) -> str:
     """
     if layer is None:
         return source
-    folder = TOKENIZERS / source if source in models.kinds("tokenizer") else locate(source)
+    folder = find_model(source, "tokenizer")
     checkpoint, cls = read_config(folder), cast(type[Tokenizer], class_of_checkpoint(folder, "tokenizer"))
     stages = cls.stages(config_from_json(cls.config_class, checkpoint["config"], str(folder / CONFIG_NAME)))
     if not 1 <= layer <= len(stages):
@@ -90,13 +128,14 @@ def load_priors(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Pri
 
 
 def prior_class(source: str) -> type[Prior]:
-    """Returns the class of a prior, given by kind, folder or hub id, without loading its weights.
+    """Returns the class of a prior, given by any name that `find_model` takes, without loading its weights.
 
     Raises:
-        UserError: as `smalti.core.models.load` does.
+        UserError: as `find_model` and `smalti.core.models.class_of_checkpoint` do.
     """
-    known = source in models.kinds("prior")
-    return cast(type[Prior], models.class_of_kind("prior", source) if known else class_of_checkpoint(source, "prior"))
+    if source in models.kinds("prior"):
+        return cast(type[Prior], models.class_of_kind("prior", source))
+    return cast(type[Prior], class_of_checkpoint(find_model(source, "prior"), "prior"))
 
 
 def _load(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:
@@ -108,12 +147,12 @@ def _load(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], T
 
 
 def load_only_prior(source: str) -> Prior:
-    """Loads a trained prior by kind, folder or hub id, without its tokenizer.
+    """Loads a trained prior, given by any name that `find_model` takes, without its tokenizer.
 
     Raises:
-        UserError: as `smalti.core.models.load` does.
+        UserError: as `find_model` and `smalti.core.models.load` do.
     """
-    return load(_prior_folder(source), "prior")
+    return load(find_model(source, "prior"), "prior")
 
 
 def tokenizer_beside(prior: Prior) -> Tokenizer:
@@ -153,17 +192,6 @@ def require_same_codes(
                 f"the prior {names[number] if names else prior.kind} was trained on codes of the tokenizer "
                 f"{str(expected)[:12]}, but {decoder_name} is {digest[:12]}; give the one it was trained with"
             )
-
-
-def _prior_folder(source: str) -> Path:
-    if source in models.kinds("prior"):
-        if not (PRIORS / source / CONFIG_NAME).exists():
-            raise UserError(
-                f"{PRIORS / source} does not exist: train it first (accelerate launch scripts/train_prior.py "
-                f"--prior {source}), or give --prior a folder or hub id"
-            )
-        return PRIORS / source
-    return locate(source)
 
 
 def _run_folder(folder: Path) -> Path:

@@ -1,0 +1,51 @@
+"""Names of models: kinds, folders, and the models in the package, which stand in for kinds that are not trained."""
+
+import pytest
+from helpers.command_toys import save_pair
+
+from smalti.commands import model_paths
+from smalti.commands.model_paths import find_model, load_only_prior, load_tokenizer, prior_class, tokenizer_beside
+from smalti.core.errors import UserError
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A package with one model, and a working folder without any."""
+    monkeypatch.setattr(model_paths, "SHIPPED", tmp_path / "package")
+    save_pair(tmp_path / "package/portraits")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "package/portraits"
+
+
+def test_models_of_the_package_are_found_by_name(shipped):
+    assert model_paths.shipped_models() == ["portraits"]
+    assert find_model("portraits", "prior") == shipped
+    assert find_model("portraits", "tokenizer") == shipped / "tokenizer"
+    prior = load_only_prior("portraits")
+    assert prior_class("portraits") is type(prior)
+    assert tokenizer_beside(prior).digest() == load_tokenizer("portraits").digest()
+
+
+def test_default_kinds_are_those_of_the_package_until_trained(shipped, capsys):
+    assert find_model("hourglass", "prior") == shipped
+    assert (
+        "there is no runs/priors/hourglass yet: using the prior 'portraits' of the package" in capsys.readouterr().err
+    )
+    assert find_model("hrvq", "tokenizer") == shipped / "tokenizer"
+    save_pair(model_paths.PRIORS / "hourglass")
+    capsys.readouterr()
+    assert find_model("hourglass", "prior") == model_paths.PRIORS / "hourglass"
+    assert not capsys.readouterr().err
+
+
+def test_other_kinds_must_be_trained_first(shipped):
+    with pytest.raises(UserError, match=r"runs/priors/pixelcnn does not exist: train it first \(accelerate launch"):
+        find_model("pixelcnn", "prior")
+    with pytest.raises(UserError, match=r"runs/tokenizers/vqvae does not exist: train it first \(python"):
+        find_model("vqvae", "tokenizer")
+
+
+def test_a_folder_in_the_working_directory_needs_a_path_if_the_package_has_its_name(shipped, tmp_path):
+    save_pair(tmp_path / "portraits")
+    assert find_model("portraits", "prior") == shipped
+    assert find_model("./portraits", "prior").resolve() == tmp_path / "portraits"
