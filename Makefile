@@ -53,7 +53,7 @@ setup: $(DEV) ## install smalti and the tools of its developers into .venv
 # glibc keeps memory for the next step instead of returning it to the system; other C libraries ignore these
 demo: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 demo: export MALLOC_TRIM_THRESHOLD_ = 8589934592
-demo: $(RUNTIME) ## train on the embedded emoji, sample and inpaint, into runs/demo
+demo: $(RUNTIME) ## train on the embedded portraits, sample and inpaint, into runs/demo
 	$(PYTHON) scripts/demo.py
 
 lint: $(DEV) ## check the code's style

@@ -3,7 +3,7 @@
 from smalti import cli
 from smalti.demo import Demo, demo
 
-ABOUT = """Runs the whole pipeline on the embedded emoji: tokenizer, latent set, prior, samples and fills.
+ABOUT = """Runs the whole pipeline on the embedded portraits: tokenizer, latent set, prior, samples and fills.
 
 $ python scripts/demo.py                                     # into runs/demo, in minutes on two CPU cores
 $ python scripts/demo.py --prior-steps 8000 --out runs/longer

@@ -1,4 +1,4 @@
-"""The demonstration of `make demo`: trains a tokenizer and a prior on the embedded emoji, then samples and inpaints.
+"""The demonstration of `make demo`: trains a tokenizer and a prior on the embedded portraits, samples and inpaints.
 
 Every stage is a command of its own, called here with small settings. A stage that is finished is not run again.
 """
@@ -14,10 +14,11 @@ import torch
 
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.inpainting import fill
-from smalti.commands.model_paths import RUNS, load_prior, load_tokenizer
-from smalti.commands.sample import Sample, sample
+from smalti.commands.model_paths import RUNS, load_only_prior, load_prior, load_tokenizer, shipped_models
+from smalti.commands.sample import Sample, generate_images, sample
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
+from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Precision, autocast, best_device, resolve
 from smalti.core.files import whole_file
@@ -26,7 +27,7 @@ from smalti.core.randomness import row_seeds
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.masks import blank, examples
-from smalti.images.sheets import save_sheet
+from smalti.images.sheets import save_animation, save_sheet
 from smalti.latentsets.reader import LatentSet, perplexity
 from smalti.metrics.image_errors import mse
 from smalti.priors.methods.sundae import SundaeConfig, SundaeFilling, SundaeSampling
@@ -36,26 +37,32 @@ from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.training.run_folder import last_metrics
 
 RECONSTRUCTIONS, SAMPLES, INPAINTING = "reconstructions.png", "samples.png", "inpainting.png"
+DENOISING = "denoising.gif"
+SHIPPED_SAMPLES = "samples-of-the-shipped-model.png"
 REPORT_NAME, DONE_NAME = "report.md", "demo.json"
 
-TOKENIZER = HRVQConfig(codebook_learning="gradient", revive_below=0.0)
-"""The codebooks are trained as in the paper, after a k-means start. The default (running means and codebook revival)
-reconstructs better, but in this short demonstration a prior of its codes is worse; see docs/notebook/tokenizers.md."""
-
+SHIPPED_MODEL = "portraits"
+TOKENIZER = HRVQConfig(branching=16)
+PRIOR_BATCH_SIZE = 64
 IMAGES_PER_MASK, FILLS_PER_IMAGE = 2, 3
+ANIMATED_SAMPLES = 32
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Settings of the demonstration. The defaults take about six minutes on two CPU cores."""
+    """Settings of the demonstration. The defaults take minutes on two CPU cores."""
 
-    tokenizer_steps: int = 480
+    images: str = "portraits"
+    """Images to train on, at 32x32 pixels: `portraits` or `emoji` (embedded), a folder, Parquet files or a hub id."""
+    tokenizer_steps: int = 900
     """Training steps of the tokenizer."""
-    prior_steps: int = 900
+    prior_steps: int = 600
     """Training steps of the prior. More steps are the surest way to better samples."""
-    sampling: SundaeSampling = field(default_factory=SundaeSampling)
+    sampling: SundaeSampling = field(
+        default_factory=lambda: SundaeSampling(steps=25, temperature=(0.8, 0.8), proportion=(0.5, 0.5))
+    )
     """Sampler settings for the new images; fills use the defaults for filling."""
-    samples: int = 80
+    samples: int = 48
     """Number of new images."""
     seed: int = 0
     """Seed of training and sampling."""
@@ -74,22 +81,25 @@ def demo(config: Demo) -> Path:
     """
     settings = json.loads(json.dumps(flatten(config), default=str))
     report, done = config.out / REPORT_NAME, config.out / DONE_NAME
-    complete = all(
-        (config.out / name).exists() for name in (REPORT_NAME, DONE_NAME, RECONSTRUCTIONS, SAMPLES, INPAINTING)
-    )
+    results = (REPORT_NAME, DONE_NAME, RECONSTRUCTIONS, SAMPLES, INPAINTING, DENOISING)
+    complete = all((config.out / name).exists() for name in results)
     if complete and json.loads(done.read_text())["settings"] == settings:
         print(
             f"The demonstration is finished: see {report} and the pictures beside it. Remove {config.out} to redo it."
         )
         return report
     seconds: dict[str, float] = {}
+    if SHIPPED_MODEL in shipped_models():
+        with _timed(seconds, "samples of the shipped model"):
+            print(_sample(config, SHIPPED_MODEL, SHIPPED_SAMPLES))
     tokenizer_folder, latents, prior_folder = _train(config, seconds)
     with _timed(seconds, "samples"):
-        _sample(config, prior_folder)
+        _sample(config, str(prior_folder), SAMPLES)
+        _animate(config, prior_folder)
     with _timed(seconds, "fills"):
         _inpaint(config, prior_folder)
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    rows = _held_out(tokenizer)
+    rows = _held_out(config, tokenizer)
     save_reconstructions(tokenizer, rows, config.out / RECONSTRUCTIONS)
     text = _report(config, tokenizer, rows, LatentSet(latents), last_metrics(prior_folder), seconds)
     with whole_file(report) as partial:
@@ -105,14 +115,25 @@ def _train(config: Demo, seconds: dict[str, float]) -> tuple[Path, Path, Path]:
     with _timed(seconds, "tokenizer"):
         fit = replace(TrainTokenizer(model=None).fit, steps=config.tokenizer_steps, seed=config.seed)
         tokenizer_folder = train_tokenizer(
-            TrainTokenizer(model=TOKENIZER, fit=fit, precision=config.precision, out=config.out / "tokenizer")
+            TrainTokenizer(
+                model=TOKENIZER,
+                fit=fit,
+                images=config.images,
+                precision=config.precision,
+                out=config.out / "tokenizer",
+            )
         )
     with _timed(seconds, "latent set"):
         latents = build_latents(
             BuildLatents(tokenizer=str(tokenizer_folder), flips=False, out=config.out / "latents.h5")
         )
     with _timed(seconds, "prior"):
-        fit = replace(TrainPrior(model=None, objective=None).fit, steps=config.prior_steps, seed=config.seed)
+        fit = replace(
+            TrainPrior(model=None, objective=None).fit,
+            steps=config.prior_steps,
+            batch_size=PRIOR_BATCH_SIZE,
+            seed=config.seed,
+        )
         prior_folder = train_prior(
             TrainPrior(
                 model=HourglassConfig(),
@@ -126,19 +147,41 @@ def _train(config: Demo, seconds: dict[str, float]) -> tuple[Path, Path, Path]:
     return tokenizer_folder, latents, prior_folder
 
 
-def _sample(config: Demo, prior_folder: Path) -> None:
-    """Writes a sheet of new images of every class."""
-    sample(
+def _sample(config: Demo, prior: str, name: str) -> Path:
+    """Writes a sheet of new images of every class; returns its path."""
+    return sample(
         Sample(
             sampling=config.sampling,
-            prior=(str(prior_folder),),
+            prior=(prior,),
             num=config.samples,
-            classes=("all",),
+            classes=("all",) if load_only_prior(prior).classes else (),
             seed=config.seed,
             precision=config.precision,
-            out=config.out / SAMPLES,
+            out=config.out / name,
+            overwrite=True,
         )
     )
+
+
+@torch.no_grad()
+def _animate(config: Demo, prior_folder: Path) -> None:
+    """Writes an animation of new images, one frame for each step of the sampler."""
+    device = best_device()
+    prior, tokenizer = load_prior(str(prior_folder), None)
+    prior, tokenizer = prior.to(device), tokenizer.to(device)
+    steps: list[Codes] = []
+    generate_images(
+        [prior],
+        tokenizer,
+        num=ANIMATED_SAMPLES,
+        seed=config.seed,
+        sampling=config.sampling,
+        batch_size=ANIMATED_SAMPLES,
+        precision=config.precision,
+        watch=lambda _first, codes: steps.append(codes),
+    )
+    frames = [tokenizer.decode(codes).cpu() for codes in steps]
+    save_animation(config.out / DENOISING, frames, settings=flatten(config))
 
 
 @torch.no_grad()
@@ -147,7 +190,7 @@ def _inpaint(config: Demo, prior_folder: Path) -> None:
     device = best_device()
     prior, tokenizer = load_prior(str(prior_folder), None)
     prior, tokenizer = prior.to(device), tokenizer.to(device)
-    rows = _held_out(tokenizer)
+    rows = _held_out(config, tokenizer)
     masks = examples(tokenizer.config.height, tokenizer.config.width)
     count = len(masks) * IMAGES_PER_MASK
     images = rows.__getitems__([(2 * i + 1) * len(rows) // (2 * count) for i in range(count)])["images"]
@@ -171,11 +214,10 @@ def _inpaint(config: Demo, prior_folder: Path) -> None:
     save_sheet(config.out / INPAINTING, dict(zip(captions, sheet_rows, strict=True)), settings=flatten(config))
 
 
-def _held_out(tokenizer: Tokenizer) -> ImageRows:
-    """Opens the held-out emoji in the tokenizer's size."""
-    images = open_images(
-        "emoji", height=tokenizer.config.height, width=tokenizer.config.width, channels=tokenizer.image_channels
-    )
+def _held_out(config: Demo, tokenizer: Tokenizer) -> ImageRows:
+    """Opens the held-out images in the tokenizer's size."""
+    size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
+    images = open_images(config.images, **size, channels=tokenizer.image_channels)
     return ImageRows(images, split="held_out", flips=False)
 
 
@@ -203,8 +245,7 @@ def _report(
     stages = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
     return f"""# The demonstration's results
 
-The images are {len(latents)} emoji, of which {len(rows)} are held out. An emoji and its skin tones are one source:
-either all of them are held out, or none.
+The images are {len(latents)} of `{config.images}`, of which {len(rows)} are held out.
 
 | stage | measure | value |
 |---|---|---|
@@ -219,7 +260,7 @@ Seconds per stage: {stages}; {sum(seconds.values()):.0f} in total,
 in {resolve(config.precision)} on {best_device().type}. Stages that were resumed count from the last start.
 
 - `reconstructions.png`: held-out images, their reconstructions, and reconstructions from the first digits of each code.
-- `samples.png`: new images of every class, not selected.
+- `samples.png`: new images of every class, not selected; `denoising.gif`: others while they form.
 - `inpainting.png`: held-out images masked by a box, a half, a stroke and a letter, with three fills each, not selected.
 
 ## What to try next
@@ -228,6 +269,7 @@ in {resolve(config.precision)} on {best_device().type}. Stages that were resumed
   `python scripts/sample.py --prior {config.out}/prior --seed 1 --temperature 0.8 0.4`
 - Your own picture (32×32 pixels) and mask (white is filled):
   `python scripts/inpaint.py --prior {config.out}/prior --image in.png --mask mask.png`
+- The model in the package, trained for hours: `python scripts/sample.py --prior portraits`
 - Longer training, the surest way to better samples:
   `python scripts/demo.py --prior-steps {4 * config.prior_steps} --out runs/longer`
 - Your own images: `python scripts/train_tokenizer.py --images my/photos`, then `build_latents.py` and `train_prior.py`

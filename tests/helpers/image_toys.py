@@ -27,7 +27,7 @@ def colour_of(image_set: ImageSet, index: int) -> str:
 
 def write_patches(root: Path, count: int) -> None:
     """Writes `count` grey images of 28x28 pixels, each of 4x4 patches of random shades."""
-    root.mkdir()
+    root.mkdir(parents=True)
     random = np.random.default_rng(0)
     for index in range(count):
         pixels = random.integers(0, 256, (4, 4), dtype=np.uint8).repeat(7, 0).repeat(7, 1)

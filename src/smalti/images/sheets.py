@@ -1,4 +1,4 @@
-"""Writes PNG files: sheets of captioned rows, plain grids, animations and single images; reads their settings."""
+"""Writes pictures: sheets of captioned rows, plain grids, animations and single images; reads their settings."""
 
 import json
 import math
@@ -47,10 +47,19 @@ def save_grid(path: Path, images: Float[Tensor, "b _c _h _w"], *, settings: Mapp
 def save_animation(
     path: Path, frames: Sequence[Float[Tensor, "b _c _h _w"]], *, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Saves grids of the same images, step by step, as an animated PNG that holds the last frame and loops."""
+    """Saves grids of the same images, step by step, as an animation that holds the last frame and loops.
+
+    The format is PNG, or GIF if the name ends in .gif, with the settings as a comment; a GIF has 256 colours.
+    """
     sheets = [_grid(images) for images in frames]
     shown = [FRAME_MILLISECONDS] * (len(sheets) - 1) + [LAST_FRAME_MILLISECONDS]
-    save_png(path, sheets[0], settings, save_all=True, append_images=sheets[1:], duration=shown, loop=0)
+    options: dict[str, Any] = {"save_all": True, "append_images": sheets[1:], "duration": shown, "loop": 0}
+    if path.suffix.lower() == ".gif":
+        comment = json.dumps(dict(settings or {}), default=str)
+        with whole_file(path) as partial:
+            sheets[0].save(partial, format="GIF", comment=comment, **options)
+    else:
+        save_png(path, sheets[0], settings, **options)
 
 
 def _grid(images: Tensor) -> Image.Image:

@@ -1,0 +1,27 @@
+"""The demonstration: every stage runs once, and the results are the promised files."""
+
+from dataclasses import replace
+
+from helpers.image_toys import write_patches
+from PIL import Image
+
+from smalti import demo as module
+from smalti.demo import Demo, demo
+
+
+def test_demonstration_writes_all_pictures_and_is_not_repeated(tmp_path, monkeypatch, capsys):
+    for label in ("a", "b"):
+        write_patches(tmp_path / "images" / label, 40)
+    monkeypatch.setattr(module, "TOKENIZER", replace(module.TOKENIZER, widths=(8, 8), residual_blocks=1, branching=2))
+    monkeypatch.setattr(module, "shipped_models", list)
+    config = Demo(images=str(tmp_path / "images"), tokenizer_steps=2, prior_steps=2, samples=4, out=tmp_path / "demo")
+    report = demo(config)
+    assert "| tokenizer (2 steps) | held-out MSE" in report.read_text()
+    for name in ("reconstructions.png", "samples.png", "inpainting.png", "denoising.gif"):
+        with Image.open(tmp_path / "demo" / name) as picture:
+            assert getattr(picture, "n_frames", 1) > 1 if name.endswith(".gif") else picture.width > 96
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
+    capsys.readouterr()
+    assert demo(config) == report
+    assert "The demonstration is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == before
