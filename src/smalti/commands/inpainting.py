@@ -128,22 +128,12 @@ def fill(
             raise UserError(f"a {prior.kind} samples whole images and cannot fill in parts; use a prior of codes")
     device, (height, width) = next(priors[0].parameters()).device, pixels.shape[2:]
     size = working_size(tokenizer, height, width, filling.largest)
-    blanked, resized_mask = _prepared(pixels, mask, size)
-    blanked, resized_mask = blanked.to(device), resized_mask.to(device)
-    codes, scored = _sample_levels(
-        priors,
-        tokenizer,
-        blanked,
-        resized_mask,
-        seeds=seeds.to(device),
-        sampling=sampling,
-        labels=labels.to(device) if labels is not None else None,
-        filling=filling,
-        callback=callback,
-    )
+    blanked, resized_mask = (each.to(device) for each in _prepared(pixels, mask, size))
+    work = _Work(blanked, resized_mask, seeds.to(device), labels.to(device) if labels is not None else None)
+    codes, scored = _sample_levels(priors, tokenizer, work, sampling, filling, callback)
     with torch.autocast(device.type, enabled=False):
         decoded: Float[Tensor, "bk c h w"] = tokenizer.decode(codes)
-    best = _nearest(decoded.unflatten(0, (len(pixels), filling.candidates)), blanked, scored)
+    best = _nearest(decoded.unflatten(0, (len(pixels), filling.candidates)), work.images, scored)
     best = best[:, :, : size.height, : size.width].cpu()
     options = {"feather_pixels": filling.feather, "match_colour": filling.match_colour}
     if (size.height, size.width) == (height, width):
@@ -156,15 +146,21 @@ def fill(
     return result
 
 
+@dataclass(frozen=True)
+class _Work:
+    """Images to fill, blanked under their masks and at the working size, on the device that computes."""
+
+    images: Float[Tensor, "b c h w"]
+    mask: Bool[Tensor, "b h w"]
+    seeds: Int64[Tensor, " b"]
+    labels: Int64[Tensor, " b"] | None
+
+
 def _sample_levels(
     priors: Sequence[Prior],
     tokenizer: Tokenizer,
-    blanked: Float[Tensor, "b c h w"],
-    mask: Bool[Tensor, "b h w"],
-    *,
-    seeds: Int64[Tensor, " b"],
+    work: _Work,
     sampling: Any,
-    labels: Int64[Tensor, " b"] | None,
     filling: Filling,
     callback: Callable[[int, Tensor], None] | None,
 ) -> tuple[tuple[Int64[Tensor, "bk _y _x"], ...], Bool[Tensor, "b h w"]]:
@@ -173,23 +169,23 @@ def _sample_levels(
     Returns:
         The codes of all levels, and the known pixels under sampled codes, which score the candidates.
     """
-    device, k = blanked.device, filling.candidates
+    device, k = work.images.device, filling.candidates
     with torch.autocast(device.type, enabled=False):
-        encoded = tokenizer.encode(blanked)
-    candidate_seeds = derive(seeds.repeat_interleave(k), torch.arange(k, device=device).repeat(len(blanked)))
+        encoded = tokenizer.encode(work.images)
+    candidate_seeds = derive(work.seeds.repeat_interleave(k), torch.arange(k, device=device).repeat(len(work.seeds)))
     codes: tuple[Tensor, ...] = ()
-    scored = torch.zeros_like(mask)
+    scored = torch.zeros_like(work.mask)
     for prior, known in zip(priors, encoded, strict=True):
-        pixels_per_code = blanked.shape[2] // known.shape[1]
-        known_mask = known_codes(mask, pixels_per_code, dilation=filling.dilation)
-        scored |= ~mask & ~_to_pixels(known_mask, pixels_per_code)
+        pixels_per_code = work.images.shape[2] // known.shape[1]
+        known_mask = known_codes(work.mask, pixels_per_code, dilation=filling.dilation)
+        scored |= ~work.mask & ~_to_pixels(known_mask, pixels_per_code)
         codes += (
             prior.method.sampler(
                 prior,
                 known=known.repeat_interleave(k, 0),
                 known_mask=known_mask.repeat_interleave(k, 0),
                 seeds=derive(candidate_seeds, Stream.LEVEL, len(codes)) if codes else candidate_seeds,
-                labels=labels.repeat_interleave(k) if labels is not None and prior.classes else None,
+                labels=work.labels.repeat_interleave(k) if work.labels is not None and prior.classes else None,
                 upper=codes,
                 sampling=filling_for(prior, sampling),
                 callback=callback,
