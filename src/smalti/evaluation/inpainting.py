@@ -11,17 +11,15 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from smalti.commands.inpainting import fill
-from smalti.commands.model_paths import load_priors
-from smalti.core.devices import autocast, device
+from smalti.core.devices import autocast
 from smalti.core.progress import bar
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.evaluation.config import InpaintingEvaluation
-from smalti.evaluation.real_images import real_for
+from smalti.evaluation.real_images import open_priors
 from smalti.evaluation.scores import Conditions, Scores
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.masks import blank, strokes
 from smalti.metrics.baselines import biharmonic
-from smalti.metrics.extractors import find_extractor
 from smalti.metrics.image_errors import diversity, masked_mse, seam_steps
 from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
@@ -35,13 +33,8 @@ def evaluate_inpainting(config: InpaintingEvaluation[Any]) -> tuple[Scores, Cond
     Raises:
         UserError: if the priors, the tokenizer, the images or the extractor cannot be loaded.
     """
-    protocol = config.protocol
-    torch_device = device(protocol.device)
-    extractor = find_extractor(protocol.extractor, torch_device)
-    priors, tokenizer = load_priors(config.prior, config.tokenizer)
-    priors, tokenizer = [prior.to(torch_device) for prior in priors], tokenizer.to(torch_device)
-    real = real_for(protocol, tokenizer, extractor, priors[-1])
-    originals, seeds = to_float(real.judged), row_seeds(protocol.seed, torch.arange(len(real.judged)))
+    torch_device, _, priors, tokenizer, real = open_priors(config)
+    originals, seeds = to_float(real.judged), row_seeds(config.protocol.seed, torch.arange(len(real.judged)))
     mask = strokes(derive(seeds, Stream.EVALUATION_HOLES), *originals.shape[2:])
     filled = _fill(config, priors, tokenizer, real.judged, mask, derive(seeds, Stream.EVALUATION_FILLS), torch_device)
     fills = to_float(filled)

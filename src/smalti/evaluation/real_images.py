@@ -6,19 +6,21 @@ The distance of held-out images to the reference set is the floor: a perfect mod
 import sys
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from smalti.commands.model_paths import load_priors
+from smalti.core.devices import device
 from smalti.core.errors import UserError
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.randomness import Stream, choose
-from smalti.evaluation.config import EvaluationSettings
+from smalti.evaluation.config import EvaluationSettings, InpaintingEvaluation, PriorEvaluation
 from smalti.evaluation.scores import Conditions
 from smalti.images.image_set import ImageRows, open_images
-from smalti.metrics.extractors import Extractor, moments
+from smalti.metrics.extractors import Extractor, find_extractor, moments
 from smalti.metrics.frechet import Moments, frechet_distance
 from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
@@ -137,3 +139,34 @@ def show_images(source: str, *, held_out: int, reference: int | None = None) -> 
     """Prints which images an evaluation uses, on standard error."""
     references = "" if reference is None else f" and {reference} training images"
     print(f"evaluating on {held_out} held-out images{references} of {source}", file=sys.stderr)
+
+
+class Opened(NamedTuple):
+    """The inputs of an evaluation of a prior or its fills: the models and the extractor on their device, real images.
+
+    Attributes:
+        device: of the models and the extractor.
+        extractor: computes the features of all distances.
+        priors: one for each level, coarsest first.
+        tokenizer: decodes the priors' codes.
+        real: the images to compare with.
+    """
+
+    device: torch.device
+    extractor: Extractor
+    priors: list[Prior]
+    tokenizer: Tokenizer
+    real: Real
+
+
+def open_priors(config: PriorEvaluation[Any] | InpaintingEvaluation[Any]) -> Opened:
+    """Loads the extractor, the priors, their tokenizer and the real images of an evaluation.
+
+    Raises:
+        UserError: if one of them cannot be loaded.
+    """
+    own_device = device(config.protocol.device)
+    extractor = find_extractor(config.protocol.extractor, own_device)
+    priors, tokenizer = load_priors(config.prior, config.tokenizer)
+    priors, tokenizer = [prior.to(own_device) for prior in priors], tokenizer.to(own_device)
+    return Opened(own_device, extractor, priors, tokenizer, real_for(config.protocol, tokenizer, extractor, priors[-1]))
