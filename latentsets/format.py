@@ -85,6 +85,18 @@ class Provenance:
         for name in ("tokenizer_config", "preprocessing", "software"):
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
+    def has_codes_of(self, other: "Provenance") -> bool:
+        """Returns whether two sets have the same tokenizer, images and preprocessing, and therefore the same codes."""
+        same = ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
+        return all(getattr(self, name) == getattr(other, name) for name in same)
+
+    def is_rebuild_of(self, other: "Provenance | None") -> bool:
+        """Returns whether two sets have the same tokenizer and images, either of which may have changed in place."""
+        same = (("tokenizer_digest", "tokenizer_source"), ("image_fingerprint", "image_source"))
+        return other is not None and all(
+            any(getattr(self, name) == getattr(other, name) for name in names) for names in same
+        )
+
     def to_attributes(self) -> dict[str, str]:
         """Returns the attributes as text by name; values that are not text are encoded as JSON."""
         return {

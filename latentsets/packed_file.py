@@ -66,10 +66,13 @@ def bits_per_image(layout: Layout) -> int:
     return sum(level.positions * bits_per_code(level) for level in layout.levels)
 
 
-def is_packed(path: Path) -> bool:
-    """Returns whether a file begins as packed codes do."""
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) in (MAGIC, OLD_MAGIC)
+def read_header(path: Path) -> dict[str, Any]:
+    """Returns the header of a file of packed codes; empty for any other file. The codes are not checked."""
+    try:
+        with path.open("rb") as file:
+            return _parse_header(path, file.readline(LARGEST_HEADER_BYTES))
+    except (OSError, UserError):
+        return {}
 
 
 def write_codes(path: Path, codes: Codes, layout: Layout, header: dict[str, Any]) -> int:

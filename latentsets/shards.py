@@ -7,13 +7,12 @@ and the block is encoded again when the build resumes. No two processes write to
 systems do not support. The merged file is written by `writer.py`.
 """
 
-import errno
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +20,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock, SoftFileLock, Timeout
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from smalti.core import locks
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.files import write_json
@@ -73,7 +72,8 @@ class Job:
 class Shards:
     """The finished blocks of a job, on disk. All processes append; only the main process claims the folder and merges.
 
-    The system releases the locks when their process ends, also after `kill -9`.
+    The caller locks the latent set's file. Every process also locks its shard, because a process may survive its killed
+    main process. A disk without locks is refused.
 
     Args:
         job: What is built.
@@ -88,7 +88,7 @@ class Shards:
             for index, level in enumerate(job.layout.levels)
         ]
         self.record = np.dtype([("checksum", "<u4"), ("block", "<i8"), ("kept", "?", (job.block_images,)), *grids])
-        self._lock: FileLock | None = None
+        self._locked = ExitStack()
         self._shard: BinaryIO | None = None
 
     def __enter__(self) -> "Shards":
@@ -98,17 +98,13 @@ class Shards:
         self._close()
 
     def claim(self) -> str | None:
-        """Locks the folder for this build and deletes stale blocks. The main process calls it before all others start.
+        """Creates the folder and deletes stale blocks. The main process calls it before all others start.
 
         Returns:
             The first entry of the key that differs from an earlier build, whose blocks were deleted; None if there
             is none.
-
-        Raises:
-            UserError: if another process builds the same file.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
         (self.folder / ABANDONED_NAME).unlink(missing_ok=True)
         key_file, key = self.folder / KEY_NAME, {**self._shape(), **self.job.key}
         before = json.loads(key_file.read_text()) if key_file.exists() else {}
@@ -225,12 +221,11 @@ class Shards:
         shutil.rmtree(self.folder)
 
     def _close(self) -> None:
-        """Closes the shard and releases the lock."""
+        """Closes the shard and releases the locks."""
         if self._shard:
             self._shard.close()
-        if self._lock:
-            self._lock.release(force=True)
-        self._shard = self._lock = None
+        self._shard = None
+        self._locked.close()
 
     def _shape(self) -> dict[str, Any]:
         job = self.job
@@ -240,28 +235,9 @@ class Shards:
     def _file(self, suffix: str) -> Path:
         return self.folder / f"{self.process:05}.{suffix}"
 
-    def _take_lock(self) -> None:
-        """Locks this process's number; the second process with the same number is refused."""
-        if self._lock is None:
-            self._lock = FileLock(self._file("lock"))
-        try:
-            self._lock.acquire(blocking=False)
-            if isinstance(self._lock, SoftFileLock):  # filelock's fallback, which a killed process would leave behind
-                self._lock.release(force=True)
-                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-            if self._file("lock").exists():  # otherwise the builder before removed the folder meanwhile
-                return
-        except (Timeout, FileNotFoundError):
-            pass
-        except (OSError, NotImplementedError) as error:  # the latter is older versions of filelock's
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{self.folder} cannot be locked ({reason}); give --out on another disk") from error
-        raise UserError(f"{self.job.path} is being built by another process; wait until it is done, or stop it")
-
     def _open_shard(self) -> BinaryIO:
         """Opens this process's shard for appending and truncates an incomplete record at its end, if there is one."""
-        if self._lock is None:
-            self._take_lock()
+        self._locked.enter_context(locks.writing(self._file("shard"), required=True))
         shard = self._file("shard").open("ab", buffering=0)
         shard.truncate(shard.tell() // self.record.itemsize * self.record.itemsize)
         return shard

@@ -6,7 +6,8 @@ from typing import Literal
 
 from smalti import cli
 from smalti.commands.model_paths import TOKENIZERS
-from smalti.core.errors import UserError
+from smalti.core import locks
+from smalti.core.files import expand_home
 from smalti.tokenizers.vqgan.convert import from_diffusers, from_taming, to_diffusers
 from smalti.tokenizers.vqgan.vqgan import VQGAN
 
@@ -34,15 +35,27 @@ class Convert:
     out: Path = TOKENIZERS / "vqgan"
     """Folder to write; it must not exist yet."""
 
+    @property
+    def description_file(self) -> Path:
+        """The `.yaml` config, given or by the name of the `.ckpt`."""
+        return self.description or self.source.with_suffix(".yaml")
+
 
 def convert(config: Convert) -> None:
     """Converts a checkpoint and prints a summary.
 
     Raises:
-        UserError: if `out` exists, or the source cannot be converted.
+        UserError: if `out` exists or cannot be written, or the source cannot be converted.
     """
-    if config.out.exists():
-        raise UserError(f"{config.out} is there already; remove it, or give another --out")
+    config = expand_home(config)
+    with locks.claim([config.out], inputs=[config.source, config.description_file]):
+        model = _convert(config)
+    size = f"{model.config.height}x{model.config.width}"
+    print(f"{config.out}: {size} images to {str(model.layout).replace('×', 'x')}, digest {model.digest()[:12]}")
+
+
+def _convert(config: Convert) -> VQGAN:
+    """Writes the converted model and returns it."""
     if config.to == "diffusers":
         model = VQGAN.load(config.source)
         to_diffusers(model, config.out)
@@ -50,10 +63,9 @@ def convert(config: Convert) -> None:
         model = from_diffusers(config.source)
         model.save(config.out)
     else:
-        model = from_taming(config.source, config.description or config.source.with_suffix(".yaml"))
+        model = from_taming(config.source, config.description_file)
         model.save(config.out)
-    size = f"{model.config.height}x{model.config.width}"
-    print(f"{config.out}: {size} images to {str(model.layout).replace('×', 'x')}, digest {model.digest()[:12]}")
+    return model
 
 
 def main() -> None:

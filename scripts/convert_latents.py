@@ -7,6 +7,8 @@ from smalti import cli
 from smalti.commands.model_paths import LATENTS
 from smalti.core import locks
 from smalti.core.errors import UserError
+from smalti.core.files import expand_home
+from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.table import from_parquet, to_parquet
 
@@ -37,21 +39,24 @@ def convert(config: ConvertLatents) -> None:
     """Converts a file and prints a summary.
 
     Raises:
-        UserError: unless exactly one of the two names ends in .parquet, or for an unreadable file.
+        UserError: unless exactly one of the two names ends in .parquet, for an unreadable file, or for an `out` that
+            exists or cannot be written.
     """
+    config = expand_home(config)
     from_table = config.latents.endswith(".parquet")
     if config.out is None and "*" in config.latents:
         raise UserError(f"{config.latents} names several files; give --out too")
     out = config.out or Path(config.latents).with_suffix(".h5" if from_table else ".parquet")
     if from_table == (out.suffix == ".parquet"):
         raise UserError(f"{config.latents} to {out}: exactly one of the two must end in .parquet")
-    with locks.writing(out):
-        if out.exists() and not config.overwrite:
-            raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
-        if from_table:
+    latent_set = None if from_table else LatentSet(config.latents)
+    inputs = local_paths(config.latents)
+    if latent_set is not None:
+        inputs += local_paths(latent_set.provenance.image_source)
+    with locks.claim([out], inputs=inputs, overwrite=config.overwrite):
+        if latent_set is None:
             latent_set = from_parquet(config.latents, out)
         else:
-            latent_set = LatentSet(config.latents)
             latent_set.verify()  # otherwise a damaged set would get a new, valid digest
             to_parquet(latent_set, out)
     print(f"{out}: {len(latent_set)} rows, {latent_set.layout}, digest {latent_set.content_digest}")

@@ -28,6 +28,7 @@ _DISK_ERRORS = {
     errno.EDQUOT: "the disk quota is used up; make room or give another --out",
     errno.EROFS: "the disk is read-only; give another --out",
     errno.EACCES: "permission denied; give another --out",
+    errno.ENOTEMPTY: "it is a folder with files; give another --out",
     errno.EISDIR: "it is a folder; give another --out",
     errno.ENOTDIR: "a part of its path is a file; give another --out",
 }

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,23 +19,25 @@ from smalti.commands.model_paths import RUNS, load_only_prior, load_prior, load_
 from smalti.commands.sample import Sample, generate_images, sample
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
+from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Precision, autocast, best_device, resolve
-from smalti.core.files import whole_file
+from smalti.core.files import expand_home, whole_file
 from smalti.core.provenance import versions
 from smalti.core.randomness import row_seeds
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.masks import blank, examples
-from smalti.images.sheets import save_animation, save_sheet
+from smalti.images.sheets import embedded_settings, save_animation, save_sheet
+from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet, perplexity
 from smalti.metrics.image_errors import mse
 from smalti.priors.methods.sundae import SundaeConfig, SundaeFilling, SundaeSampling
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.vq.hrvq import HRVQConfig
-from smalti.training.run_folder import last_metrics
+from smalti.training.run_folder import RUN_NAME, last_metrics
 
 RECONSTRUCTIONS, SAMPLES, INPAINTING = "reconstructions.png", "samples.png", "inpainting.png"
 DENOISING = "denoising.gif"
@@ -76,18 +79,30 @@ def demo(config: Demo) -> Path:
     """Runs every stage that is not finished yet, and returns the path of the report.
 
     Raises:
-        UserError: if the folder holds a demonstration with other settings.
+        UserError: if the folder holds a demonstration with other settings, or files of something else.
         Interrupted: if a signal stops it; the next call resumes from there.
     """
-    settings = json.loads(json.dumps(flatten(config), default=str))
-    report, done = config.out / REPORT_NAME, config.out / DONE_NAME
-    results = (REPORT_NAME, DONE_NAME, RECONSTRUCTIONS, SAMPLES, INPAINTING, DENOISING)
-    complete = all((config.out / name).exists() for name in results)
-    if complete and json.loads(done.read_text())["settings"] == settings:
-        print(
-            f"The demonstration is finished: see {report} and the pictures beside it. Remove {config.out} to redo it."
-        )
-        return report
+    config = expand_home(config)
+    results = [config.out / name for name in (REPORT_NAME, DONE_NAME, RECONSTRUCTIONS, SAMPLES, INPAINTING, DENOISING)]
+    begun = (config.out / "tokenizer" / RUN_NAME).exists()  # only a demonstration that runs again replaces its files
+
+    def is_own(path: Path) -> bool:
+        return begun or embedded_settings(path).get("command") == "sample"
+
+    outputs, inputs = [*results, config.out / SHIPPED_SAMPLES], local_paths(config.images)
+    with locks.claim(outputs, folder=config.out, inputs=inputs, is_own=is_own):
+        settings, done = json.loads(json.dumps(flatten(config), default=str)), config.out / DONE_NAME
+        if all(each.exists() for each in results) and json.loads(done.read_text())["settings"] == settings:
+            print(
+                f"The demonstration is finished: see {results[0]} and the pictures beside it. Remove {config.out} to "
+                "redo it."
+            )
+        else:
+            _demo(config, settings)
+    return results[0]
+
+
+def _demo(config: Demo, settings: dict[str, Any]) -> None:
     seconds: dict[str, float] = {}
     if SHIPPED_MODEL in shipped_models():
         with _timed(seconds, "samples of the shipped model"):
@@ -102,12 +117,12 @@ def demo(config: Demo) -> Path:
     rows = _held_out(config, tokenizer)
     save_reconstructions(tokenizer, rows, config.out / RECONSTRUCTIONS)
     text = _report(config, tokenizer, rows, LatentSet(latents), last_metrics(prior_folder), seconds)
+    report = config.out / REPORT_NAME
     with whole_file(report) as partial:
         partial.write_text(text)
-    with whole_file(done) as partial:
+    with whole_file(config.out / DONE_NAME) as partial:
         partial.write_text(json.dumps({"settings": settings, "versions": versions(), "seconds": seconds}, indent=2))
     print(f"\n{text}\nSee {report} and the pictures beside it.")
-    return report
 
 
 def _train(config: Demo, seconds: dict[str, float]) -> tuple[Path, Path, Path]:

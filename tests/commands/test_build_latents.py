@@ -261,7 +261,7 @@ def test_a_second_builder_of_the_same_file_is_refused(workspace, latents, capfd)
     status, out, err = run(capfd, *FLAGS, "--out", "latents.h5")
     assert (status, out) == (2, "")
     assert [line for line in err.splitlines() if line.startswith("error")] == [
-        "error: latents.h5 is being built by another process; wait until it is done, or stop it"
+        "error: latents.h5 is being written by another process; wait until it is done, or give another --out"
     ]
     assert sorted(finished(workspace)) == before
     first.signal(signal.SIGCONT)
@@ -278,7 +278,7 @@ def test_an_orphaned_worker_that_holds_its_shard_is_detected(workspace, latents)
     builders.processes[0].join()
     again = Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2)
     assert again.join() == [2, 2]
-    assert "error: latents.h5 is being built by another process" in (workspace / "log").read_text()
+    assert "00001.shard is being written by another process" in (workspace / "log").read_text()
     builders.kill()
     assert Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2).join() == [0, 0]
     assert same(latents, "whole.h5")

@@ -1,5 +1,7 @@
 """Tests of compress and decompress: neither writes over a file that it did not make."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import toys
@@ -24,7 +26,7 @@ def test_output_is_never_the_picture_nor_another_file(tmp_path, tokenizer):
     (tmp_path / "link.png").symlink_to(picture)
     (tmp_path / "notes.txt").write_text("mine")
     for out in ("one.png", "link.png", "notes.txt"):
-        with pytest.raises(UserError, match="give another --out"):
+        with pytest.raises(UserError, match=r"would overwrite an input|exists and this command did not make it"):
             compress(Compress(tokenizer, images=str(picture), out=tmp_path / out))
     assert picture.read_bytes() == before
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -35,9 +37,26 @@ def test_decompress_writes_over_its_own_images_alone(tmp_path, tokenizer):
     compress(Compress(tokenizer, images=str(tmp_path / "one.png"), out=codes))  # its own file is replaced
     (tmp_path / "back").mkdir()
     (tmp_path / "back" / "00000.png").write_text("mine")
-    with pytest.raises(UserError, match=r"has files of others, such as 00000\.png"):
+    with pytest.raises(UserError, match=r"back/00000\.png exists and this command did not make it"):
         decompress(Decompress(codes, tokenizer, out=tmp_path / "back"))
     assert (tmp_path / "back" / "00000.png").read_text() == "mine"
     for _ in range(2):
         decompress(Decompress(codes, tokenizer, out=tmp_path / "new"))
     assert (tmp_path / "new" / "00000.png").exists()
+
+
+def test_codes_of_other_images_are_replaced_with_overwrite_alone(tmp_path, tokenizer, monkeypatch):
+    """Default names follow from the input's name."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16), "blue").save("two.png")
+    codes = compress(Compress(tokenizer, images="one.png"))
+    assert codes == Path("runs/one.smalti")
+    assert decompress(Decompress(codes, tokenizer)) == Path("runs/one")
+    before = codes.read_bytes()
+    with pytest.raises(UserError, match="pass --overwrite"):
+        compress(Compress(tokenizer, images="two.png", out=codes))
+    assert codes.read_bytes() == before
+    compress(Compress(tokenizer, images="two.png", out=codes, overwrite=True))
+    with pytest.raises(UserError, match=r"one/00000\.png exists .* pass --overwrite"):
+        decompress(Decompress(codes, tokenizer))
+    decompress(Decompress(codes, tokenizer, overwrite=True))

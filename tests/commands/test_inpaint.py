@@ -194,6 +194,9 @@ def test_inputs_are_never_overwritten(capfd):
         Image.fromarray(box() if name == "mask.png" else noise(3)).save(f"inputs/{name}")
     Path("inputs/hard.png").hardlink_to("inputs/a-2.png")
     Path("linked").symlink_to("inputs")
+    Path("covers").mkdir()
+    for path in Path("inputs").iterdir():
+        Image.fromarray(box()).save(f"covers/{path.name}")
     before = contents("inputs/*")
     one = ["--image", "inputs/a-2.png", "--mask", "inputs/mask.png", "--overwrite"]
     for flags in [
@@ -202,7 +205,7 @@ def test_inputs_are_never_overwritten(capfd):
         [*one, "--out", "linked/mask.png"],
         [*one, "--out", "inputs/hard.png"],
         ["--image", "inputs", "--mask", "mask.png", "--out", "linked"],
-        ["--image", "inputs", "--mask", "linked", "--out", "linked"],
+        ["--image", "inputs", "--mask", "covers", "--out", "covers"],
     ]:
         status, _, err = run(capfd, inpaint.main, *COMMON, *flags)
         assert (status, err.count("\n")) == (2, 1), err

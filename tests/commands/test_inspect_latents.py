@@ -69,7 +69,7 @@ def test_an_unknown_plot_format_is_refused(workspace, monkeypatch, capsys):
 
 def test_the_most_and_the_least_used_codes_are_decoded(workspace, monkeypatch):
     rows = {}
-    monkeypatch.setattr(inspecting, "save_sheet", lambda _, sheet: rows.update(sheet))
+    monkeypatch.setattr(inspecting, "save_sheet", lambda _, sheet, **more: rows.update(sheet))
     latent_set, tokenizer = LatentSet("latents.h5"), HRVQ.load("tokenizer")
     save_codes(workspace / "x.png", latent_set, tokenizer, shown=3)
     most, least = rows.values()

@@ -19,8 +19,7 @@ from smalti.commands.train_prior import continuous_grid
 from smalti.core.errors import UserError
 from smalti.core.models import load
 from smalti.core.randomness import Stream, derive, row_seeds
-from smalti.evaluation import modes
-from smalti.evaluation import prior as prior_evaluation
+from smalti.evaluation import modes, real_images
 from smalti.evaluation.image_likelihood import bits, log_weights
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
@@ -181,7 +180,7 @@ def test_a_prior_on_the_latents_u_samples_images(folder, capfd, monkeypatch):
     assert np.array_equal(picture[4:100:12, 4:100:12], to_uint8(images)[0].permute(1, 2, 0).numpy())
     colder = generate_codes(prior, rows, None, seed=0, sampling=FlowSampling(temperature=0.0))
     assert colder[0].equal(colder[1])
-    monkeypatch.setattr(prior_evaluation, "find_extractor", lambda _, device: MeanColours(device))
+    monkeypatch.setattr(real_images, "find_extractor", lambda _, device: MeanColours(device))
     flags = "--of prior --prior realnvp --images img --num 50 --reference 12 --precision fp32 --out prior.json"
     assert run(capfd, evaluate.main, *flags.split())[0] == 0
     assert json.loads(Path("prior.json").read_text())["settings"]["sampling"] == {"temperature": 1.0}

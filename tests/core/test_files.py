@@ -1,7 +1,6 @@
 """Files are complete or absent after any failure, including a kill; outputs are checked before the work."""
 
 import errno
-import itertools
 import json
 import os
 import signal
@@ -13,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from smalti.core.errors import UserError
-from smalti.core.files import expand_home, require_outputs, sync, whole_file, whole_folder, write_json
+from smalti.core.files import (
+    expand_home,
+    require_outputs,
+    require_replaceable,
+    sync,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 
 
 def names(folder):
@@ -141,7 +148,7 @@ def test_folders_are_not_synced_on_windows(tmp_path, monkeypatch):
 
 
 def test_an_output_is_never_an_input(tmp_path):
-    """By another spelling, a symbolic link, a hard link or a link of a folder; `overwrite` does not change that."""
+    """By another spelling, a symbolic link, a hard link or a link of a folder."""
     source, folder = tmp_path / "in.png", tmp_path / "folder"
     source.write_text("input")
     folder.mkdir()
@@ -149,10 +156,10 @@ def test_an_output_is_never_an_input(tmp_path):
     (tmp_path / "hard.png").hardlink_to(source)
     (tmp_path / "link").symlink_to(tmp_path)
     names = ["in.png", "folder/../in.png", "soft.png", "hard.png", "link/in.png"]
-    for output, overwrite in itertools.product([tmp_path / name for name in names], [False, True]):
+    for output in (tmp_path / name for name in names):
         for inputs in ([source], [tmp_path / "soft.png"], [folder, source]):
             with pytest.raises(UserError, match="would overwrite an input"):
-                require_outputs([tmp_path / "new.png", output], inputs=inputs, overwrite=overwrite)
+                require_outputs([tmp_path / "new.png", output], inputs=inputs)
     with pytest.raises(UserError, match="lies inside the input folder"):
         require_outputs([tmp_path / "link" / "folder" / "new" / "a.png"], inputs=[folder])
     require_outputs([tmp_path / "folder.png"], inputs=[folder, source])
@@ -164,14 +171,15 @@ def test_existing_outputs_need_overwrite_unless_they_are_the_commands_own(tmp_pa
     own.write_text("own")
     other.write_text("other")
     dangling.symlink_to(tmp_path / "nowhere")
-    require_outputs([own], is_own=lambda path: path.read_text() == "own")
+    require_replaceable([own], is_own=lambda path: path.read_text() == "own")
     for output in (other, dangling):
-        with pytest.raises(UserError, match=r"exists and this command did not make it .* pass --overwrite") as refused:
-            require_outputs([own, output], is_own=lambda path: path == own)
-        assert "\n" not in str(refused.value)
-        require_outputs([own, output], overwrite=True)
+        for overwrite, advice in ((False, "pass --overwrite"), (None, "remove it first")):
+            with pytest.raises(UserError, match=rf"exists and this command did not make it .* {advice}") as refused:
+                require_replaceable([own, output], overwrite=overwrite, is_own=lambda path: path == own)
+            assert "\n" not in str(refused.value)
+        require_replaceable([own, output], overwrite=True)
     with pytest.raises(UserError, match="is a folder"):
-        require_outputs([tmp_path], overwrite=True)
+        require_replaceable([tmp_path], overwrite=True)
     with pytest.raises(UserError, match="would overwrite each other"):
         require_outputs([tmp_path / "a.png", tmp_path / "." / "a.png", tmp_path / "x" / ".." / "a.png"])
 

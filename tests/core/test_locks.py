@@ -1,5 +1,6 @@
 """Tests of output locks: a second process is refused in one line, and a killed one leaves nothing that refuses."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -60,10 +61,39 @@ def test_lock_may_be_taken_again_in_one_process(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_disk_without_locks_is_written_without_one(tmp_path, monkeypatch):
-    def unsupported(*_arguments, **_options):
-        raise OSError(37, "No locks available")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_disk_without_locks_is_written_without_one_unless_a_lock_is_required(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(locks.FileLock, "acquire", unsupported)
+    monkeypatch.setattr("fcntl.flock", flock)
     with locks.writing(tmp_path / "out"):
         (tmp_path / "out").touch()
+    with (
+        pytest.raises(UserError, match=rf"cannot be locked \({os.strerror(number)}\); give --out on another disk"),
+        locks.writing(tmp_path / "out", required=True),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == ["out"]
+
+
+def test_removed_lock_file_does_not_lock(tmp_path, monkeypatch):
+    """The process that held the lock before has removed the file, and another one may have made a new one."""
+    removals = iter([True, True, False])
+
+    def flock(*_):
+        if next(removals, False):
+            (tmp_path / ".out.lock").unlink(missing_ok=True)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locks.writing(tmp_path / "out"):
+        assert (tmp_path / ".out.lock").exists()
+
+
+def test_folders_made_for_a_lock_are_removed_unless_they_were_used(tmp_path):
+    for use in (False, True):
+        with locks.writing(tmp_path / "new" / "folder" / "out"):
+            if use:
+                (tmp_path / "new" / "folder" / "out").touch()
+        assert (tmp_path / "new").exists() == use

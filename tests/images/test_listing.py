@@ -7,8 +7,10 @@ import pytest
 from helpers.image_toys import COLOURS, png, write_folder, write_parquet
 
 from smalti.core.errors import UserError
+from smalti.core.files import require_no_input
 from smalti.images.image_set import open_images, print_summary
-from smalti.images.listing import list_files, refuse_output_inside
+from smalti.images.listing import list_files
+from smalti.images.sources import local_paths
 
 
 def listed(root: Path) -> tuple[list[str], list[str | None], tuple[str, ...]]:
@@ -112,13 +114,15 @@ def test_outputs_inside_the_folder_of_images_are_refused(tmp_path, monkeypatch):
     write_folder(tmp_path / "photos", ["1.png"])
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
-    for out, source in (("photos/run", "photos"), ("link/run", "photos"), ("photos", "link"), ("runs/x", ".")):
-        with pytest.raises(UserError, match="is inside the folder of images"):
-            refuse_output_inside(Path(out), source)
+    globbed = ("photos/run", "photos/*.png")
+    for out, source in (globbed, ("photos/run", "photos"), ("link/run", "photos"), ("photos", "link"), ("runs/x", ".")):
+        with pytest.raises(UserError, match=r"lies inside the input folder|would overwrite an input"):
+            require_no_input([Path(out)], local_paths(source))
     for out, source in (
         ("run", "photos"),
         ("photos-2", "photos"),
-        ("photos/run", "photos/*.png"),
+        ("photos/codes.h5", "photos/*.parquet"),
         ("emoji/x", "emoji"),
+        ("me/photos/run", "me/photos"),
     ):
-        refuse_output_inside(Path(out), source)
+        require_no_input([Path(out)], local_paths(source))

@@ -1,7 +1,5 @@
 """Shards of an unfinished latent set: only undamaged blocks count, the rest is encoded again, and all are merged."""
 
-import errno
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,37 +174,6 @@ def test_only_bad_images_are_refused_and_their_blocks_stay(tmp_path):
         with pytest.raises(UserError, match="none of the 11 images can be decoded"):
             shards.merge(PROVENANCE, **COLUMNS)
         assert shards.missing() == []
-
-
-@pytest.mark.filterwarnings("ignore:flock not supported")
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
-def test_disk_without_file_locks_is_refused(tmp_path, monkeypatch, number):
-    def flock(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(UserError, match=rf"cannot be locked \({os.strerror(number)}\); give --out on another disk"):
-        Shards(job(tmp_path / "latents.h5")).claim()
-
-
-def test_second_process_with_the_same_number_is_refused(tmp_path):
-    with Shards(job(tmp_path / "latents.h5")) as first:
-        first.claim()
-        with pytest.raises(UserError, match="is being built by another process"):
-            Shards(job(tmp_path / "latents.h5")).claim()
-    Shards(job(tmp_path / "latents.h5")).claim()
-
-
-def test_folder_removed_while_it_is_locked_is_not_used(tmp_path, monkeypatch):
-    """The builder that held the lock before has finished and removed the folder."""
-    shards = Shards(job(tmp_path / "latents.h5"))
-
-    def flock(*_):
-        (shards.folder / "00000.lock").unlink(missing_ok=True)
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(UserError, match="is being built by another process"):
-        shards.claim()
 
 
 def test_records_are_hardly_larger_than_their_codes(tmp_path):

@@ -115,7 +115,7 @@ def test_default_output_is_named_after_the_input_and_nothing_is_replaced(tmp_pat
     convert_latents.convert(convert_latents.ConvertLatents(str(tmp_path / "photos.h5")))
     assert (tmp_path / "photos.parquet").exists()
     for latents in ("photos.h5", "photos.parquet"):
-        with pytest.raises(UserError, match="exists; give another --out, or --overwrite"):
+        with pytest.raises(UserError, match=r"exists and this command did not make it .* or pass --overwrite"):
             convert_latents.convert(convert_latents.ConvertLatents(str(tmp_path / latents)))
     convert_latents.convert(convert_latents.ConvertLatents(str(tmp_path / "photos.parquet"), overwrite=True))
     assert len(LatentSet(tmp_path / "photos.h5")) == 60

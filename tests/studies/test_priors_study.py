@@ -19,7 +19,7 @@ from smalti.commands.train_prior import TrainPrior
 from smalti.core.errors import UserError
 from smalti.core.models import load
 from smalti.core.randomness import row_seeds
-from smalti.evaluation import prior as prior_evaluation
+from smalti.evaluation import real_images
 from smalti.evaluation.config import EvaluationSettings, PriorEvaluation
 from smalti.evaluation.prior import evaluate_prior
 from smalti.latentsets.dataset import LatentRows
@@ -84,7 +84,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(training, "REPETITIONS", 1)
-        for module in (prior_evaluation, samples):
+        for module in (real_images, samples):
             patch.setattr(module, "find_extractor", lambda _name, device: Quarters(device))
         for part, setup in SETUPS.items():
             models = {name: replace(model, changes={**model.changes, **small}) for name, model in setup.models.items()}

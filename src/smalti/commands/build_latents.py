@@ -7,6 +7,7 @@ Images are decoded and encoded here, one block at a time. Finished blocks wait i
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,13 +20,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.commands.model_paths import LATENTS, layer_name, layer_source, load_tokenizer
+from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.devices import Device, autocast, device
 from smalti.core.errors import UserError
+from smalti.core.files import expand_home
 from smalti.core.progress import bar
 from smalti.core.provenance import command, versions
 from smalti.images.decoding import BadImageError, to_float
 from smalti.images.image_set import ImageSet, open_images, print_summary
+from smalti.images.sources import local_paths
 from smalti.images.splits import held_out
 from smalti.latentsets.format import Provenance
 from smalti.latentsets.reader import LatentSet
@@ -84,6 +88,8 @@ class BuildLatents:
     then differ from those of fp32, and the latent set records it."""
     out: Path | None = None
     """The file to write [default: runs/latents/KIND.h5, or KIND-layer-N.h5 with --layer N]."""
+    overwrite: bool = False
+    """Replace an existing file. Without it, only a latent set of the same tokenizer and images is replaced."""
 
 
 def build_latents(config: BuildLatents) -> Path:
@@ -96,9 +102,10 @@ def build_latents(config: BuildLatents) -> Path:
     precision.
 
     Raises:
-        UserError: for an unsuitable tokenizer or unsuitable images, if another process builds the
-            same file, or if the disk is full. The file is then unchanged.
+        UserError: for an unsuitable tokenizer or unsuitable images, if the file is something else or
+            another process writes it, or if the disk is full. The file is then unchanged.
     """
+    config = expand_home(config)
     if config.batch_size < 1 or config.workers < 0:
         raise UserError(
             f"--batch-size must be at least 1 and --workers 0, not {config.batch_size} and {config.workers}"
@@ -149,11 +156,14 @@ def encode(
     process: PartialState,
 ) -> None:
     """Encodes opened images with a tokenizer that is on its device, and writes the finished file."""
-    with Shards(job, process=process.process_index) as shards:
-        main = process.is_main_process
+    main, with_bad = process.is_main_process, config.on_bad_image == "raise"
+    checks = {"inputs": local_paths(provenance.image_source), "overwrite": config.overwrite, "required": True}
+    claim = locks.claim([job.path], **checks, is_own=lambda path: provenance.is_rebuild_of(_provenance_of(path)))
+    with ExitStack() as stack, Shards(job, process=process.process_index) as shards:
+        _on_all_processes(process, lambda: stack.enter_context(claim) if main else None)
         stale = _on_all_processes(process, lambda: shards.claim() if main else None)
-        finished = _holds_codes_of(job.path, provenance, config.on_bad_image)
-        with_bad = config.on_bad_image == "raise"  # this build names the images that an earlier one skipped
+        before = _provenance_of(job.path)
+        finished = before is not None and provenance.has_codes_of(before) and not (with_bad and before.skipped)
         # every process lists the missing blocks before any process writes one
         missing = _on_all_processes(process, lambda: shards.missing(with_bad=with_bad), shards)
         if finished:
@@ -332,13 +342,9 @@ class _Blocks(Dataset):
         return block, self.images.pixels(self.job.images_of(block), bad=bad), bad
 
 
-def _holds_codes_of(path: Path, provenance: Provenance, on_bad_image: OnBadImage) -> bool:
-    """Returns whether the set at `path` was made by the same tokenizer from the same images in the same way."""
+def _provenance_of(path: Path) -> Provenance | None:
+    """Returns the provenance of a latent set; None for any other file."""
     try:
-        existing = LatentSet(path).provenance
+        return LatentSet(path).provenance
     except UserError:
-        return False
-    same = ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
-    return all(getattr(existing, name) == getattr(provenance, name) for name in same) and (
-        on_bad_image == "skip" or not existing.skipped
-    )
+        return None

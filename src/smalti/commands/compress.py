@@ -3,6 +3,7 @@
 The file format is in `latentsets/packed_file.py`.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,25 @@ import torch
 from torch import Tensor
 
 from smalti.commands.build_latents import images_for
-from smalti.commands.model_paths import RUNS, layer_source, load_tokenizer
+from smalti.commands.model_paths import RUNS, image_inputs, layer_source, load_tokenizer
 from smalti.core import locks
 from smalti.core.codes import Codes, Layout
+from smalti.core.config import flatten
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
+from smalti.core.files import expand_home, file_digest
 from smalti.core.progress import SLOW_SECONDS, bar
+from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float
-from smalti.images.sheets import save_png, to_image
-from smalti.latentsets.packed_file import bits_per_image, is_packed, read_codes, write_codes
+from smalti.images.image_set import ImageSet
+from smalti.images.sheets import embedded_settings, save_png, to_image
+from smalti.latentsets.packed_file import bits_per_image, read_codes, read_header, write_codes
 from smalti.metrics.image_errors import mse, psnr
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.hqa.hqa import HQA
 
 _BATCH_SIZE = 64
-MARK_NAME = ".decompressed"
-"""A file that marks the folders whose images `decompress` made and may replace."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,10 @@ class Compress:
     """Width of the images in pixels [default: as trained]."""
     device: Device = "auto"
     """Device that encodes the images."""
-    out: Path = RUNS / "images.smalti"
-    """The file to write."""
+    out: Path | None = None
+    """The file to write [default: runs/NAME.smalti, with the name of --images]."""
+    overwrite: bool = False
+    """Replace an existing file. Without it, only a file that this command made from the same images is replaced."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,10 @@ class Decompress:
     """Seed of the sampled decodes. Each sample depends on the seed, its image's row and its number alone."""
     device: Device = "auto"
     """Device that decodes the images."""
-    out: Path = RUNS / "decompressed"
-    """Folder for the PNGs: 00000.png, 00000-sample-1.png, ..."""
+    out: Path | None = None
+    """Folder for the PNGs: 00000.png, 00000-sample-1.png, ... [default: runs/NAME, with the name of --codes]."""
+    overwrite: bool = False
+    """Replace existing files. Without it, only images that this command made from the same codes are replaced."""
 
     def __post_init__(self) -> None:
         if self.decodes < 0:
@@ -80,27 +87,29 @@ def compress(config: Compress) -> Path:
     Raises:
         UserError: for an unsuitable tokenizer or unsuitable images.
     """
-    _require_other_file(config)
-    with locks.writing(config.out):
-        return _compress(config)
-
-
-def _require_other_file(config: Compress) -> None:
-    """Refuses to write over the images, by whatever spelling or link.
-
-    Raises:
-        UserError: if the output is an input, or a file that is not of packed codes.
-    """
-    if config.images and Path(config.images).exists() and config.out.exists() and config.out.samefile(config.images):
-        raise UserError(f"--out {config.out} is the input {config.images}; give another --out")
-    if config.out.is_file() and not is_packed(config.out):
-        raise UserError(f"{config.out} exists and was not made by compress.py; give another --out, or remove it first")
-
-
-def _compress(config: Compress) -> Path:
+    config = expand_home(config)
     encoding_device = device(config.device)
-    tokenizer = load_tokenizer(layer_source(config.tokenizer, config.layer)).to(encoding_device)
+    source = layer_source(config.tokenizer, config.layer)
+    tokenizer = load_tokenizer(source).to(encoding_device)
     images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
+    out = config.out or RUNS / f"{_file_name(images.source)}.smalti"
+
+    def is_own(path: Path) -> bool:
+        return read_header(path).get("images_fingerprint") == images.fingerprint
+
+    inputs = image_inputs(config.images, tokenizer=source)
+    with locks.claim([out], inputs=inputs, overwrite=config.overwrite, is_own=is_own):
+        _compress(config, out, tokenizer, images)
+    return out
+
+
+def _file_name(source: str) -> str:
+    """Returns a name for the codes of images: the last part of their path or hub id, without wildcards."""
+    return re.sub(r"[^\w.-]+", "-", Path(source).stem).strip("-.") or "images"
+
+
+def _compress(config: Compress, out: Path, tokenizer: Tokenizer, images: ImageSet) -> None:
+    encoding_device = next(tokenizer.parameters()).device
     batches, errors = [], []
     progress = bar(what="compressing", total=len(images), unit="image", delay_seconds=SLOW_SECONDS)
     with progress:
@@ -113,16 +122,16 @@ def _compress(config: Compress) -> Path:
     codes = tuple(torch.cat(grids) for grids in zip(*batches, strict=True))
     layout = tokenizer.layout.resized([(grid.shape[1], grid.shape[2]) for grid in codes])
     header = {"tokenizer_kind": tokenizer.kind, "tokenizer_digest": tokenizer.digest(), "layer": config.layer}
-    size, bits, error = write_codes(config.out, codes, layout, header), bits_per_image(layout), torch.cat(errors).mean()
+    header["images_fingerprint"] = images.fingerprint
+    size, bits, error = write_codes(out, codes, layout, header), bits_per_image(layout), torch.cat(errors).mean()
     pixels = images.preprocessing["height"] * images.preprocessing["width"]
     payload = -(-len(images) * bits // 8)
     print(
-        f"{config.out}: {len(images)} image(s), {layout}\n"
+        f"{out}: {len(images)} image(s), {layout}\n"
         f"rate: {bits} bits an image, {bits / pixels:.4g} a pixel; {payload} bytes of codes, "
         f"{size - payload} of header\n"
         f"distortion: MSE {float(error):.4g}, PSNR {float(psnr(error)):.2f} dB, for the most probable decodes"
     )
-    return config.out
 
 
 def decompress(config: Decompress) -> Path:
@@ -132,6 +141,7 @@ def decompress(config: Decompress) -> Path:
         UserError: for a damaged file or one of another tokenizer, and for sampled decodes with a
             tokenizer whose decoding is deterministic.
     """
+    config = expand_home(config)
     loaded: list[Tokenizer] = []
 
     def load_matching(header: dict[str, Any]) -> None:
@@ -150,38 +160,37 @@ def decompress(config: Decompress) -> Path:
     tokenizer = loaded[0].to(decoding_device)
     if config.decodes and not isinstance(tokenizer, HQA):
         raise UserError(f"{tokenizer.kind} decodes each code to one image; leave --decodes out")
-    images = len(packed.codes[0])
-    with locks.writing(config.out, folder=True):
-        _require_own_folder(config.out)
-        _write_images(config, packed.codes, tokenizer)
+    images, out = len(packed.codes[0]), config.out or RUNS / config.codes.stem
+    settings = {"command": "decompress", "codes_sha256": file_digest(config.codes)}
+
+    def is_own(path: Path) -> bool:
+        return embedded_settings(path).items() >= settings.items()
+
+    outputs = [out / _png_name(row, number) for row in range(images) for number in range(config.decodes + 1)]
+    inputs = [config.codes, *image_inputs(None, tokenizer=config.tokenizer)]
+    with locks.claim(outputs, folder=out, inputs=inputs, overwrite=config.overwrite, is_own=is_own):
+        _write_images(config, out, packed.codes, tokenizer, {**settings, **flatten(config), "versions": versions()})
     bits = bits_per_image(packed.layout)
-    print(f"{config.out}: {images} image(s) of {bits} bits each, {packed.layout}, from {packed.size_bytes} bytes")
-    return config.out
+    print(f"{out}: {images} image(s) of {bits} bits each, {packed.layout}, from {packed.size_bytes} bytes")
+    return out
 
 
-def _require_own_folder(folder: Path) -> None:
-    """Refuses a folder with files that an earlier decompression did not make; marks an empty one.
-
-    Raises:
-        UserError: naming such a file.
-    """
-    mark = folder / MARK_NAME
-    others = sorted(file.name for file in folder.iterdir() if file.name != locks.LOCK_NAME)
-    if others and not mark.exists():
-        raise UserError(f"{folder} has files of others, such as {others[0]}; give --out a new or empty folder")
-    mark.write_text("The images in this folder were made by compress.py, which replaces them.\n", encoding="utf-8")
+def _png_name(row: int, number: int) -> str:
+    """Returns the file of an image's most probable decode, or of a sampled one, counted from 1."""
+    return f"{row:05d}-sample-{number}.png" if number else f"{row:05d}.png"
 
 
-def _write_images(config: Decompress, grids: Codes, tokenizer: Tokenizer) -> None:
+def _write_images(
+    config: Decompress, out: Path, grids: Codes, tokenizer: Tokenizer, settings: dict[str, object]
+) -> None:
     decoding_device = next(tokenizer.parameters()).device
     images = len(grids[0])
     for rows in torch.arange(images).split(_BATCH_SIZE):
         codes = tuple(grid[rows].to(decoding_device) for grid in grids)
         for number in range(config.decodes + 1):
             seeds = derive(row_seeds(config.seed, rows), number).to(decoding_device) if number else None
-            suffix = f"-sample-{number}" if number else ""
             for row, image in zip(rows.tolist(), _decode(tokenizer, codes, seeds), strict=True):
-                save_png(config.out / f"{row:05d}{suffix}.png", to_image(image))
+                save_png(out / _png_name(row, number), to_image(image), settings)
 
 
 def _require_layout(config: Decompress, layout: Layout, tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ The filling itself is in `inpainting.py`.
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -19,11 +20,12 @@ from tqdm import tqdm
 
 from smalti.commands.class_labels import find_classes, first_class_conditional
 from smalti.commands.inpainting import Filling, WorkingSize, callback_calls, fills, working_size
-from smalti.commands.model_paths import RUNS, load_priors, prior_class
+from smalti.commands.model_paths import RUNS, image_inputs, load_priors, prior_class
+from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError, require_finite
-from smalti.core.files import expand_home, file_digest, require_outputs
+from smalti.core.files import expand_home, file_digest
 from smalti.core.progress import bar, counting
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
@@ -134,12 +136,10 @@ def inpaint(config: Inpaint[Any]) -> Path:
     for job in jobs:  # reads every image before the first fill, so that any bad file is reported at once
         inputs = _read(config, job, tokenizer.image_channels)
         calls.append(callback_calls(priors, tokenizer, config.sampling, _size(config, job, inputs[1], tokenizer)))
-    image_digests = _require_outputs(config, jobs)
-    with bar(what="filling", total=sum(calls), unit="step") as progress:
+    image_digests = [file_digest(job.image) for job in jobs]
+    with _claimed(config, jobs, image_digests), bar(what="filling", total=sum(calls), unit="step") as progress:
         for index, (job, image_digest) in enumerate(zip(jobs, image_digests, strict=True)):
-            if inputs is None or len(jobs) > 1:
-                inputs = _read(config, job, tokenizer.image_channels)
-            pixels, mask = inputs
+            pixels, mask = inputs if inputs and len(jobs) == 1 else _read(config, job, tokenizer.image_channels)
             _print_notes(config, job, mask, tokenizer)
             results = fills(
                 priors,
@@ -170,9 +170,6 @@ def _jobs(config: Inpaint[Any]) -> list[_Job]:
     if config.out.suffix and config.out != RUNS / "inpainted.png":
         raise UserError(f"--image {config.image} is a folder, so --out must be a folder, not {config.out}")
     out = config.out.with_suffix("")
-    for folder in (config.image, config.mask):
-        if folder is not None and os.path.realpath(out) == os.path.realpath(folder):
-            raise UserError(f"--out {config.out} would overwrite an input; give another name")
     images = _image_files(config.image)
     stems = [image.stem for image in images]
     if duplicates := {stem for stem in stems if stems.count(stem) > 1}:
@@ -214,18 +211,22 @@ def _distinct_output_names(firsts: Sequence[Path], num: int) -> list[tuple[tuple
     return outputs
 
 
-def _require_outputs(config: Inpaint[Any], jobs: Sequence[_Job]) -> list[str]:
-    """Checks that all outputs may be written; returns the SHA-256 of each image, by which a rerun recognises them."""
-    digests = [file_digest(job.image) for job in jobs]
+def _claimed(config: Inpaint[Any], jobs: Sequence[_Job], digests: Sequence[str]) -> AbstractContextManager[None]:
+    """Claims all outputs. A rerun recognises its own by the SHA-256 of their images."""
     digest_of = {path: digest for job, digest in zip(jobs, digests, strict=True) for path in (*job.fills, job.sheet)}
 
     def is_own(path: Path) -> bool:
         settings = embedded_settings(path)
         return settings.get("command") == "inpaint" and settings.get("image_sha256") == digest_of[path]
 
-    inputs = [path for job in jobs for path in (job.image, job.mask) if path is not None]
-    require_outputs(digest_of, inputs=inputs, overwrite=config.overwrite, is_own=is_own)
-    return digests
+    files = (path for job in jobs for path in (config.image, config.mask, job.image, job.mask) if path is not None)
+    return locks.claim(
+        digest_of,
+        folder=jobs[0].sheet.parent if os.path.isdir(config.image) else None,
+        inputs=[*dict.fromkeys(files), *image_inputs(None, priors=config.prior, tokenizer=config.tokenizer)],
+        overwrite=config.overwrite,
+        is_own=is_own,
+    )
 
 
 def _size(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> WorkingSize:

@@ -3,6 +3,8 @@
 The text of the summary is in `latentsets/summary.py`.
 """
 
+import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from smalti.commands.model_paths import LATENTS, load_tokenizer
+from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.errors import UserError
-from smalti.core.files import whole_file
-from smalti.images.sheets import save_sheet
+from smalti.core.files import expand_home, whole_file
+from smalti.images.sheets import SETTINGS_KEY, embedded_settings, save_sheet
+from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet, perplexity, require_tokenizer
 from smalti.latentsets.summary import describe
 from smalti.tokenizers.base import Tokenizer
@@ -41,15 +45,35 @@ class InspectLatents:
     plot: Path | None = None
     """Write a plot to this PNG, PDF or SVG: the share of each code, most used first, for every level and digit
     [default: no plot]."""
+    overwrite: bool = False
+    """Replace existing files. Without it, only PNGs that this command made from the same latent set are replaced."""
 
 
 def inspect_latents(config: InspectLatents) -> None:
     """Prints the summary; verifies, draws and plots as the config asks.
 
     Raises:
-        UserError: for a set that cannot be read, fails verification, or was made by another tokenizer.
+        UserError: for a set that cannot be read, fails verification, or was made by another tokenizer, or for a file
+            that cannot be written.
     """
+    config = expand_home(config)
     latent_set = LatentSet(config.latents)
+    settings = {"command": "inspect-latents", "content_digest": latent_set.content_digest}
+
+    def is_own(path: Path) -> bool:
+        return embedded_settings(path) == settings
+
+    with ExitStack() as stack:
+        inputs = [config.latents, *local_paths(latent_set.provenance.image_source)]
+        for flag, out in (("--codes", config.codes), ("--plot", config.plot)):
+            if out:
+                claim = locks.claim([out], inputs=inputs, overwrite=config.overwrite, is_own=is_own, flag=flag)
+                stack.enter_context(claim)
+                inputs.append(out)
+        _inspect(config, latent_set, settings)
+
+
+def _inspect(config: InspectLatents, latent_set: LatentSet, settings: dict[str, str]) -> None:
     print(describe(latent_set))
     if config.verify:
         latent_set.verify()
@@ -57,15 +81,22 @@ def inspect_latents(config: InspectLatents) -> None:
     if config.codes:
         tokenizer = load_tokenizer(config.tokenizer or latent_set.provenance.tokenizer_source)
         require_tokenizer(latent_set, tokenizer.digest())
-        save_codes(config.codes, latent_set, tokenizer)
+        save_codes(config.codes, latent_set, tokenizer, settings=settings)
         print(f"  codes         {config.codes}")
     if config.plot:
-        save_plot(config.plot, latent_set)
+        save_plot(config.plot, latent_set, settings=settings)
         print(f"  plot          {config.plot}")
 
 
 @torch.no_grad()
-def save_codes(path: Path, latent_set: LatentSet, tokenizer: Tokenizer, shown: int = CODES_SHOWN) -> None:
+def save_codes(
+    path: Path,
+    latent_set: LatentSet,
+    tokenizer: Tokenizer,
+    *,
+    shown: int = CODES_SHOWN,
+    settings: dict[str, str] | None = None,
+) -> None:
     """Saves a sheet of the most and the least used codes of each level, without unused ones.
 
     Each code is shown as the decoded image that has it at all positions of its level; every other
@@ -79,10 +110,10 @@ def save_codes(path: Path, latent_set: LatentSet, tokenizer: Tokenizer, shown: i
                 first, last = (f"{100 * float(share):.2g} %" for share in shares[part][[0, -1]])
                 caption = f"level {index}: the {end} used codes ({first} to {last})"
                 rows[caption] = tokenizer.decode(_uniform_codes(latent_set, index, ranked[part]))
-    save_sheet(path, rows)
+    save_sheet(path, rows, settings=settings)
 
 
-def save_plot(path: Path, latent_set: LatentSet) -> None:
+def save_plot(path: Path, latent_set: LatentSet, *, settings: dict[str, str] | None = None) -> None:
     """Plots the share of each code in use, most used first: a line for each level and number of first digits.
 
     Raises:
@@ -103,7 +134,8 @@ def save_plot(path: Path, latent_set: LatentSet) -> None:
     axes.set_title(f"{latent_set.path.name}: {len(latent_set)} rows, {latent_set.layout}")
     axes.legend()
     with whole_file(path) as partial:
-        figure.savefig(partial, format=kind, dpi=150)
+        metadata = {SETTINGS_KEY: json.dumps(settings)} if kind == "png" else None
+        figure.savefig(partial, format=kind, dpi=150, metadata=metadata)
 
 
 def ranking(

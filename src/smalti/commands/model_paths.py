@@ -1,5 +1,6 @@
 """The default folders of models and latent sets, the models in the package, and loading models by their names."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from smalti.core import models
 from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
+from smalti.images.sources import local_paths
 from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.snapshots import STATES_NAME
@@ -70,6 +72,23 @@ def shipped_models() -> list[str]:
 
 def _shipped_folder(name: str, family: models.Family) -> Path:
     return SHIPPED / name / "tokenizer" if family == "tokenizer" else SHIPPED / name
+
+
+def image_inputs(images: str | None, *, priors: Sequence[str] = (), tokenizer: str | None = None) -> list[Path]:
+    """Returns the local images that a command reads, and those that its models record as their training images.
+
+    No output may be written over or among them. Only the configs of models on this disk are read; those of the package
+    and of the hub were trained elsewhere.
+
+    Raises:
+        UserError: for a config that is not smalti's.
+    """
+    folders = [PRIORS / each if each in models.kinds("prior") else Path(each) for each in priors]
+    if tokenizer is not None:
+        folders.append(TOKENIZERS / tokenizer if tokenizer in models.kinds("tokenizer") else Path(tokenizer))
+    local = [folder for folder in folders if os.path.isfile(folder / CONFIG_NAME)]
+    sources = [read_config(folder)["provenance"].get("image_source") for folder in local]
+    return [path for source in (images, *sources) if isinstance(source, str) for path in local_paths(source)]
 
 
 def layer_name(number: int) -> str:

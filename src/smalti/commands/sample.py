@@ -1,6 +1,7 @@
 """Generates new images with a trained prior and tokenizer. Filling parts of given images is in `inpainting.py`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from smalti.commands.class_labels import draw_labels, find_classes, first_class_conditional
-from smalti.commands.model_paths import RUNS, load_priors, prior_class
+from smalti.commands.model_paths import RUNS, image_inputs, load_priors, prior_class
+from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, autocast, device
 from smalti.core.errors import UserError, require_finite
-from smalti.core.files import expand_home, require_outputs
+from smalti.core.files import expand_home
 from smalti.core.progress import bar, counting
 from smalti.core.provenance import versions
 from smalti.core.randomness import Stream, derive, require_seed, row_seeds
@@ -99,8 +101,19 @@ def sample(config: Sample[Any]) -> Path:
     classes = find_classes(first_class_conditional(priors), config.classes)
     grids = _grids(config, priors, tokenizer)
     digests = [prior.digest() for prior in priors]
-    files = _files(config)
-    _require_outputs(config, files, digests)
+    with _claimed(config, digests):
+        _sample(config, priors, tokenizer, grids, classes, digests)
+    return config.out
+
+
+def _sample(
+    config: Sample[Any],
+    priors: Sequence[Prior],
+    tokenizer: Tokenizer,
+    grids: Sequence[tuple[int, int]],
+    classes: Mapping[str, int],
+    digests: Sequence[str],
+) -> None:
     steps_by_batch: dict[int, list[Codes]] = {}  # the codes after every step, by the batch's first row
     images = generate_images(
         priors,
@@ -120,12 +133,11 @@ def sample(config: Sample[Any]) -> Path:
         save_sheet(config.out, images_by_class, settings=settings)
     else:
         save_grid(config.out, images, settings=settings)
-    for number, (name, image) in enumerate(zip(files, images, strict=False)):
+    for number, (name, image) in enumerate(zip(_files(config), images, strict=False)):
         save_png(name, to_image(image), {**settings, "number": number})
     if config.animate:
         frames = _frames(tokenizer, list(steps_by_batch.values()))
         save_animation(_animation(config), frames, settings=settings)
-    return config.out
 
 
 def _files(config: Sample[Any]) -> list[Path]:
@@ -138,15 +150,20 @@ def _animation(config: Sample[Any]) -> Path:
     return config.out.with_stem(f"{config.out.stem}-steps")
 
 
-def _require_outputs(config: Sample[Any], files: Sequence[Path], digests: Sequence[str]) -> None:
-    """Checks that all outputs may be written. A rerun with the same priors may replace its own."""
+def _claimed(config: Sample[Any], digests: Sequence[str]) -> AbstractContextManager[None]:
+    """Claims all outputs. A rerun with the same priors may replace its own."""
 
     def is_own(path: Path) -> bool:
         settings = embedded_settings(path)
         return settings.get("command") == "sample" and settings.get("prior_digests") == digests
 
-    outputs = [config.out, *files, *([_animation(config)] if config.animate else [])]
-    require_outputs(outputs, overwrite=config.overwrite, is_own=is_own)
+    return locks.claim(
+        [config.out, *_files(config), *([_animation(config)] if config.animate else [])],
+        folder=config.out.with_suffix("") if config.files else None,
+        inputs=image_inputs(None, priors=config.prior, tokenizer=config.tokenizer),
+        overwrite=config.overwrite,
+        is_own=is_own,
+    )
 
 
 @torch.no_grad()

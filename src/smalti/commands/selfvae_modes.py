@@ -8,15 +8,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.commands.build_latents import images_for
-from smalti.commands.model_paths import RUNS, load_tokenizer
+from smalti.commands.model_paths import RUNS, image_inputs, load_tokenizer
+from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
+from smalti.core.files import expand_home
 from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
-from smalti.images.sheets import require_png, save_grid, save_sheet
+from smalti.images.sheets import embedded_settings, require_png, save_grid, save_sheet
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.selfvae.hierarchical_vae import Hierarchy, Pixels, Way
 
@@ -51,6 +53,8 @@ class SampleMode:
     """Device to run on."""
     out: Path = RUNS / "mode.png"
     """The sheet to write, a PNG with these settings embedded."""
+    overwrite: bool = False
+    """Replace an existing file. Without it, only a sheet that this command made with the same tokenizer is replaced."""
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.draws < 1:
@@ -76,14 +80,28 @@ def sample_mode(config: SampleMode) -> Path:
     Raises:
         UserError: for an unsuitable tokenizer, mode or images.
     """
+    config = expand_home(config)
     require_png(config.out)
     model = load_hierarchy(config.tokenizer).to(device(config.device))
+    digest = model.digest()
+
+    def is_own(path: Path) -> bool:
+        settings = embedded_settings(path)
+        return settings.get("command") == "sample" and settings.get("tokenizer_digest") == digest
+
+    inputs = image_inputs(config.images, tokenizer=config.tokenizer)
+    with locks.claim([config.out], inputs=inputs, overwrite=config.overwrite, is_own=is_own):
+        settings = {"command": "sample", **flatten(config), "tokenizer_digest": digest, "versions": versions()}
+        _sample_mode(config, model, settings)
+    return config.out
+
+
+def _sample_mode(config: SampleMode, model: Hierarchy, settings: dict[str, object]) -> None:
     model_device, rows = next(model.parameters()).device, torch.arange(config.num)
     seeds = row_seeds(config.seed, rows).to(model_device)
-    settings = {**flatten(config), "tokenizer_digest": model.digest(), "versions": versions()}
     if config.mode == "generation":
         save_grid(config.out, model.generation(seeds, config.pixels).cpu(), settings=settings)
-        return config.out
+        return
     images = to_float(_held_out_images(model, config)).to(model_device)
     transmitted = model.transmit(images, config.mode, seeds[: len(images)])
     ratio = model.compression_ratio(transmitted, images)
@@ -95,7 +113,6 @@ def sample_mode(config: SampleMode) -> Path:
         decoded = model.decode_from(transmitted, derive(seeds[: len(images)], number), config.pixels)
         sheet[f"{config.mode}, draw {number + 1}"] = decoded.cpu()
     save_sheet(config.out, sheet, settings=settings)
-    return config.out
 
 
 def _held_out_images(model: Tokenizer, config: SampleMode) -> Tensor:

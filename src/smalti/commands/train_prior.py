@@ -21,8 +21,10 @@ from smalti.core.codes import Level
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
+from smalti.core.files import require_no_input
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.images.sheets import save_grid
+from smalti.images.sources import local_paths
 from smalti.latentsets.dataset import LatentRows
 from smalti.latentsets.reader import LatentSet, require_tokenizer
 from smalti.priors.base import CodePrior, Prior
@@ -31,7 +33,7 @@ from smalti.training.accelerator import accelerator, tracked
 from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end
 from smalti.training.loop import fit
-from smalti.training.run_folder import Resume, Run
+from smalti.training.run_folder import RUN_NAME, Resume, Run
 
 C = TypeVar("C")
 Objective = TypeVar("Objective")
@@ -95,6 +97,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     latents = LatentSet(config.latents)
     levels = latents.layout.levels
     folder = config.out or PRIORS / (f"{config.prior}-{config.level}" if len(levels) > 1 else config.prior)
+    require_no_input([folder], [config.latents, *local_paths(latents.provenance.image_source)])
     process = accelerator(config.precision, config.fit.trackers, folder, config.device)
     tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
     require_tokenizer(latents, tokenizer.digest())
@@ -109,7 +112,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
         return folder
     if process.is_main_process:
         _warn_of_untrained_classes(prior)
-        tokenizer.save(folder / "tokenizer")
+        _save_tokenizer(tokenizer, folder)
     tokenizer.to(process.device)
     objective = prior.method.objective(prior, config.objective)
     held_out = _held_out(latents, config.level)
@@ -172,6 +175,19 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
         "label_counts": label_counts(labels, latents.held_out, classes).tolist(),  # unlabelled rows first
     }
     return config, prior
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Saves the tokenizer beside its prior, unless that would replace another model than an earlier run's copy.
+
+    Raises:
+        UserError: if it would.
+    """
+    copy = folder / "tokenizer"
+    own = (folder / RUN_NAME).exists() and not (copy / RUN_NAME).exists()
+    if (copy / models.CONFIG_NAME).exists() and not own and models.read_config(copy)["digest"] != tokenizer.digest():
+        raise UserError(f"{copy} holds another tokenizer than that of the latent set; give another --out")
+    tokenizer.save(copy)
 
 
 def _warn_of_untrained_classes(prior: Prior) -> None:

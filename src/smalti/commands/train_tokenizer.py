@@ -16,10 +16,11 @@ from smalti.core import models
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
+from smalti.core.files import require_no_input
 from smalti.images.decoding import BadImageError, to_float
 from smalti.images.image_set import ImageRows, ImageSet, bad_images_error, open_images, print_summary
-from smalti.images.listing import refuse_output_inside
 from smalti.images.sheets import save_sheet
+from smalti.images.sources import local_paths
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.reconstruction import Reconstruction
 from smalti.training.accelerator import accelerator, tracked
@@ -105,7 +106,7 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         Interrupted: if a signal stopped the run.
     """
     folder = config.out or TOKENIZERS / config.tokenizer
-    refuse_output_inside(folder, config.images)
+    require_no_input([folder], local_paths(config.images))
     kind = cast(type[Tokenizer], models.class_of_kind("tokenizer", config.tokenizer))
     *lower_models, top_model = kind.stages(config.model)
     *lower_fits, top_fit = _layer_fits(config, len(lower_models) + 1)

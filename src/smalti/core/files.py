@@ -80,48 +80,76 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def require_outputs(
-    outputs: Iterable[Path],
-    *,
-    inputs: Iterable[Path] = (),
-    overwrite: bool = False,
-    is_own: Callable[[Path], bool] = lambda path: False,
-    flag: str = "--out",
-) -> None:
-    """Checks, before any work, that a command may write its outputs and that it can.
+def require_outputs(outputs: Iterable[Path], *, inputs: Iterable[Path] = (), flag: str = "--out") -> None:
+    """Checks, before any work, that outputs are distinct, are no inputs, and can be written.
 
-    Call it with every file that the command will write and every file or folder that it reads. It leaves nothing
-    behind: folders that it makes to test writing are removed again.
-
-    `Path.is_dir` and `Path.exists` would raise for names that are too long; `os.path` returns False.
+    Nothing is left behind: folders that are made to test writing are removed again. `locks.claim` also locks the
+    outputs and checks what they would replace.
 
     Args:
         outputs: the files, or folders, that will be written.
-        inputs: files and folders that the command reads. Nothing may be written over a file or inside a folder.
-        overwrite: replace existing files, whatever made them. Folders are replaced only if they are the command's own.
-        is_own: returns whether an existing output was made by this command from the same input and may be replaced.
+        inputs: files and folders that are read. Nothing may be written over a file or inside a folder: there, an output
+            would become an image and its folder a class.
         flag: the flag that sets the outputs, for messages.
 
     Raises:
-        UserError: if an output is an input (by another spelling, a symbolic or a hard link too), if two outputs are one
-            file, if an output exists that is not the command's own, or if one cannot be written.
+        UserError: if an output is an input (by another spelling, a symbolic or a hard link too) or lies inside one, if
+            two outputs are one file, or if one cannot be written.
     """
     outputs = list(outputs)
     _require_distinct(outputs, flag)
-    _require_no_input(outputs, list(inputs), flag)
-    for output in outputs:
-        if os.path.isdir(output) and not is_own(output):
-            raise UserError(f"{flag} {output} is a folder; give another name")
-        if os.path.lexists(output) and not overwrite and not is_own(output):
-            raise UserError(
-                f"{flag} {output} exists and this command did not make it from the same input; give another name, "
-                "or pass --overwrite to replace it"
-            )
+    require_no_input(outputs, inputs, flag)
     longest_names: dict[Path, Path] = {}
     for output in outputs:
         longest_names[output.parent] = max(longest_names.get(output.parent, output), output, key=lambda x: len(x.name))
     for output in longest_names.values():
         _require_writable(output, flag)
+
+
+def require_replaceable(
+    outputs: Iterable[Path],
+    *,
+    overwrite: bool | None = None,
+    is_own: Callable[[Path], bool] = lambda path: False,
+    flag: str = "--out",
+) -> None:
+    """Checks that outputs do not exist or may be replaced.
+
+    `Path.is_dir` and `Path.exists` would raise for names that are too long; `os.path` returns False.
+
+    Args:
+        outputs: the files, or folders, that will be written.
+        overwrite: replace existing files, whatever made them; None if the command has no such flag. Folders are
+            replaced only if they are the command's own.
+        is_own: returns whether an existing output was made by this command from the same input and may be replaced.
+        flag: the flag that sets the outputs, for messages.
+
+    Raises:
+        UserError: if an output exists that may not be replaced.
+    """
+    for output in outputs:
+        if os.path.isdir(output) and not is_own(output):
+            raise UserError(f"{flag} {output} is a folder; give another name")
+        if os.path.lexists(output) and not overwrite and not is_own(output):
+            advice = "remove it first" if overwrite is None else "pass --overwrite to replace it"
+            raise UserError(
+                f"{flag} {output} exists and this command did not make it from the same input; give another name, "
+                f"or {advice}"
+            )
+
+
+@contextmanager
+def made_folders(folder: Path) -> Iterator[None]:
+    """Creates a folder with its parents for a block, and afterwards removes those that it created and are empty."""
+    missing = [folder, *folder.parents]
+    missing = missing[: next((number for number, each in enumerate(missing) if os.path.exists(each)), None)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for each in missing:
+            with suppress(OSError):  # it is not empty
+                each.rmdir()
 
 
 def _require_distinct(outputs: list[Path], flag: str) -> None:
@@ -133,8 +161,13 @@ def _require_distinct(outputs: list[Path], flag: str) -> None:
             raise UserError(f"{flag}: {other} and {output} would overwrite each other; rename one of the inputs")
 
 
-def _require_no_input(outputs: list[Path], inputs: list[Path], flag: str) -> None:
-    """Refuses outputs that are inputs, by their real path or their inode, or that lie in a folder of inputs."""
+def require_no_input(outputs: Iterable[Path], inputs: Iterable[Path], flag: str = "--out") -> None:
+    """Refuses outputs that are inputs, by their real path or their inode, or that lie in a folder of inputs.
+
+    Raises:
+        UserError: naming the output and the input.
+    """
+    inputs = list(inputs)
     by_identity = {identity: path for path in inputs for identity in _identities(path)}
     folders = [(_real(path) + os.sep, path) for path in inputs if os.path.isdir(path)]
     for output in outputs:
@@ -162,20 +195,18 @@ def _identities(path: Path) -> list[object]:
 
 
 def _require_writable(output: Path, flag: str) -> None:
-    """Checks that a file can be written beside `output` under its temporary name, which is longer than its own."""
-    made: list[Path] = []
+    """Checks that an existing folder can be written into, or a file beside `output` under its temporary name.
+
+    That name is longer than the output's own.
+    """
     try:
-        folder = output.parent
-        while not os.path.exists(folder):
-            made.append(folder)
-            folder = folder.parent
-        output.parent.mkdir(parents=True, exist_ok=True)
-        probe = _partial(output)
-        try:
-            probe.write_bytes(b"\0")
-        finally:
-            with suppress(OSError):
-                probe.unlink(missing_ok=True)
+        with made_folders(output.parent):
+            probe = output / f".output{PARTIAL}" if os.path.isdir(output) else _partial(output)
+            try:
+                probe.write_bytes(b"\0")
+            finally:
+                with suppress(OSError):
+                    probe.unlink(missing_ok=True)
     except OSError as error:
         reasons = {
             errno.ENAMETOOLONG: f"the name is too long ({len(output.name)} characters)",
@@ -185,10 +216,6 @@ def _require_writable(output: Path, flag: str) -> None:
         reason = reasons.get(error.errno or 0, error.strerror or str(error))
         shown = f"{str(output)[:60]}..." if error.errno == errno.ENAMETOOLONG else output
         raise UserError(f"{flag} {shown} cannot be written: {reason}; give another name") from error
-    finally:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
 
 
 def _partial(path: Path) -> Path:

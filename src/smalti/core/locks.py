@@ -1,18 +1,22 @@
 """Locks of outputs: two commands that write to one file or folder at once would mix their results.
 
+Commands `claim` their outputs, which also makes the checks of `files.py`. Training holds its folder's lock.
+
 The system releases a lock when its process ends, also after `kill -9`. Within one process a lock may be taken again.
 """
 
 import errno
 import os
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
 from smalti.core.errors import UserError
+from smalti.core.files import made_folders, require_outputs, require_replaceable
 
 LOCK_NAME = ".lock"
 RETRY_SECONDS = 0.2
@@ -26,60 +30,114 @@ _holders: Counter[Path] = Counter()
 
 
 @contextmanager
-def writing(path: Path, *, folder: bool = False) -> Iterator[None]:
+def claim(
+    outputs: Iterable[Path],
+    *,
+    folder: Path | None = None,
+    inputs: Iterable[Path] = (),
+    overwrite: bool | None = None,
+    is_own: Callable[[Path], bool] = lambda path: False,
+    required: bool = False,
+    flag: str = "--out",
+) -> Iterator[None]:
+    """Checks, before any work, that a command may write its outputs and that it can; locks them while a block does.
+
+    Args:
+        outputs: every file, or folder, that the command will write. The first one is locked: the other names follow
+            from it.
+        folder: the folder that the command fills with outputs, which is locked too.
+        inputs: see `files.require_outputs`.
+        overwrite: see `files.require_replaceable`.
+        is_own: see `files.require_replaceable`.
+        required: see `writing`.
+        flag: the flag that sets the outputs, for messages.
+
+    Raises:
+        UserError: if an output is an input or lies inside one, cannot be written, is being written by another process,
+            or exists and is not the command's own.
+    """
+    outputs = list(outputs)
+    require_outputs(outputs, inputs=inputs, flag=flag)
+    with ExitStack() as stack:
+        stack.enter_context(writing(outputs[0], required=required))
+        if folder is not None:
+            stack.enter_context(writing(folder, folder=True))
+        require_replaceable(outputs, overwrite=overwrite, is_own=is_own, flag=flag)
+        yield
+
+
+@contextmanager
+def writing(path: Path, *, folder: bool = False, required: bool = False) -> Iterator[None]:
     """Locks an output while a block writes it.
 
     Args:
-        path: The file or folder to write. Its parent folders are created.
+        path: The file or folder to write. Its parent folders are created, and removed again if they stay empty.
         folder: Whether it is a folder that stays in place and is written into. It is created, and the lock file is in
             it; otherwise the lock file is beside it.
+        required: Whether to refuse a disk without locks, on which an output is otherwise written without one.
 
     Raises:
-        UserError: if another process writes it.
+        UserError: if another process writes it, or if it cannot be locked and must be.
     """
-    created = folder and not path.exists()
-    (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
-    target = path.resolve()
-    lock_path = target / LOCK_NAME if folder else target.with_name(f".{target.name}{LOCK_NAME}")
-    _take(lock_path, path)
-    try:
-        yield
-    finally:
-        _release(lock_path)
-        if created:
-            with suppress(OSError):  # it is not empty
-                path.rmdir()
+    with made_folders(path if folder else path.parent):
+        target = path.resolve()
+        lock_path = target / LOCK_NAME if folder else target.with_name(f".{target.name}{LOCK_NAME}")
+        _take(lock_path, path, required)
+        try:
+            yield
+        finally:
+            _release(lock_path)
 
 
-def hold(path: Path, *, folder: bool = False) -> ExitStack:
+def hold(path: Path, *, folder: bool = False, required: bool = False) -> ExitStack:
     """Locks an output as `writing` does, until the returned stack is closed or collected.
 
     Raises:
-        UserError: if another process writes it.
+        UserError: as `writing` does.
     """
     stack = ExitStack()
-    stack.enter_context(writing(path, folder=folder))
+    stack.enter_context(writing(path, folder=folder, required=required))
     return stack
 
 
-def _take(lock_path: Path, path: Path) -> None:
+def _take(lock_path: Path, path: Path, required: bool) -> None:
     if not _holders[lock_path]:
         lock = FileLock(lock_path)
         try:
-            lock.acquire(timeout=RETRY_SECONDS, poll_interval=RETRY_SECONDS / 4)
+            _acquire(lock, lock_path)
         except Timeout as error:
             raise UserError(
                 f"{path} is being written by another process; wait until it is done, or give another --out"
             ) from error
         except (OSError, NotImplementedError) as error:  # the latter is older versions of filelock's
+            if required:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise UserError(f"{path} cannot be locked ({reason}); give --out on another disk") from error
             if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
                 raise
         else:
-            if isinstance(lock, SoftFileLock):  # filelock's fallback, which a killed process would leave behind
-                lock.release(force=True)
-            else:
-                _held[lock_path] = (lock, os.getpid())
+            _held[lock_path] = (lock, os.getpid())
     _holders[lock_path] += 1
+
+
+def _acquire(lock: FileLock, lock_path: Path) -> None:
+    """Locks a file that still exists afterwards: the holder before removes it.
+
+    Raises:
+        Timeout: if another process holds it.
+        OSError: if the disk has no locks.
+    """
+    end = time.monotonic() + RETRY_SECONDS
+    while True:
+        lock.acquire(timeout=RETRY_SECONDS, poll_interval=RETRY_SECONDS / 4)
+        if isinstance(lock, SoftFileLock):  # filelock's fallback, which a killed process would leave behind
+            lock.release(force=True)
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        if lock_path.exists():
+            return
+        lock.release(force=True)
+        if time.monotonic() > end:
+            raise Timeout(str(lock_path))
 
 
 def _release(lock_path: Path) -> None:

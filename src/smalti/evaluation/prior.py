@@ -12,16 +12,13 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from smalti.commands.model_paths import load_priors
 from smalti.commands.sample import generate_images
-from smalti.core.devices import device
 from smalti.evaluation.config import PriorEvaluation
-from smalti.evaluation.real_images import BATCH_SIZE, real_for
-from smalti.evaluation.result_files import result_path
+from smalti.evaluation.real_images import BATCH_SIZE, open_priors
+from smalti.evaluation.result_files import result_path, sheet_path, sheet_settings
 from smalti.evaluation.scores import Conditions, Scores, level_score
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.sheets import save_sheet
-from smalti.metrics.extractors import find_extractor
 from smalti.metrics.frechet import Moments, frechet_distance, nearest, precision_recall
 from smalti.priors.base import CausalPrior, Prior
 from smalti.tokenizers.base import Tokenizer
@@ -40,11 +37,7 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
         UserError: if the priors, the tokenizer, the images or the extractor cannot be loaded.
     """
     protocol = config.protocol
-    torch_device = device(protocol.device)
-    extractor = find_extractor(protocol.extractor, torch_device)
-    priors, tokenizer = load_priors(config.prior, config.tokenizer)
-    priors, tokenizer = [prior.to(torch_device) for prior in priors], tokenizer.to(torch_device)
-    real = real_for(protocol, tokenizer, extractor, priors[-1])
+    torch_device, extractor, priors, tokenizer, real = open_priors(config)
     start = time.perf_counter()
     generated = generate_images(
         priors,
@@ -79,8 +72,8 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
     }
     conditions = {**real.conditions, "prior_digests": [prior.digest() for prior in priors]}
     if sheet:
-        path = result_path(config, conditions)
-        save_sheet(path.with_name(f"{path.stem}-neighbours.png"), rows)
+        path = sheet_path(result_path(config, conditions))
+        save_sheet(path, rows, settings=sheet_settings(config, conditions))
     return scores, conditions
 
 

@@ -4,14 +4,15 @@ The scores are computed in the files named for what they evaluate.
 """
 
 import json
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from smalti.commands.model_paths import prior_class
 from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
-from smalti.core.files import write_json
+from smalti.core.files import expand_home, write_json
 from smalti.core.provenance import versions
 from smalti.evaluation.config import (
     Evaluation,
@@ -25,7 +26,7 @@ from smalti.evaluation.image_likelihood import evaluate_likelihood
 from smalti.evaluation.inpainting import evaluate_inpainting
 from smalti.evaluation.modes import evaluate_modes
 from smalti.evaluation.prior import evaluate_prior
-from smalti.evaluation.result_files import require_free, result_path, settings_of
+from smalti.evaluation.result_files import claim_result, result_path, settings_of
 from smalti.evaluation.sample_size import too_few_images
 from smalti.evaluation.scores import SPEEDS, Conditions, Scores
 from smalti.evaluation.tokenizer import evaluate_tokenizer
@@ -65,12 +66,13 @@ def evaluate(config: Evaluation | RepeatEvaluation) -> Scores:
         UserError: if a model, images or the extractor cannot be loaded, the file to repeat is not a result, or `out`
             is a file that is not a result of the same evaluation.
     """
+    config = expand_home(config)
     if isinstance(config, RepeatEvaluation):
         return _repeat(config)
-    require_free(config.out, config)
-    scores, conditions = _evaluate(config)
-    path = result_path(config, conditions)
-    _write(path, config, scores, conditions)
+    with claim_result(config):
+        scores, conditions = _evaluate(config)
+        path = result_path(config, conditions)
+        _write(path, config, scores, conditions)
     print(table(scores, conditions))
     print(f"\n{path}")
     return scores
@@ -130,10 +132,11 @@ def _repeat(config: RepeatEvaluation) -> Scores:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{config.again} is not a result of evaluate.py; give a JSON file that it wrote") from error
-    require_free(config.out, evaluation)
-    scores, conditions = _evaluate(evaluation, sheet=False)
-    if config.out:
-        _write(config.out, evaluation, scores, conditions)
+    claim = claim_result(replace(evaluation, out=config.out), again=config.again) if config.out else nullcontext()
+    with claim:
+        scores, conditions = _evaluate(evaluation, sheet=False)
+        if config.out:
+            _write(config.out, evaluation, scores, conditions)
     print(table(scores, conditions))
     changes = _changes(old_scores, scores, old_conditions, conditions)
     print(f"\n{'; '.join(changes) if changes else f'the same as {config.again}, except for speeds'}")

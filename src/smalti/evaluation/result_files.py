@@ -1,20 +1,23 @@
 """The files that evaluations write: their default names, and the rule that no result replaces one of another model.
 
-A file is replaced only by the same evaluation: the same settings and the same weights.
+A result is JSON; the evaluation of a prior writes a sheet of pictures beside it. A file is replaced only by the same
+evaluation: the same settings and the same weights.
 """
 
 import dataclasses
 import json
 import re
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from smalti.commands.model_paths import RUNS
-from smalti.core import models
-from smalti.core.errors import UserError
-from smalti.evaluation.config import Evaluation, InpaintingEvaluation, PriorEvaluation
+from smalti.commands.model_paths import RUNS, image_inputs
+from smalti.core import locks, models
+from smalti.core.config import parse_json
+from smalti.evaluation.config import Evaluation, InpaintingEvaluation, LikelihoodEvaluation, PriorEvaluation
 from smalti.evaluation.scores import Conditions
+from smalti.images.sheets import embedded_settings
 from smalti.training.snapshots import STATES_NAME
 
 EVALUATIONS = RUNS / "evaluations"
@@ -27,35 +30,57 @@ def settings_of(config: Evaluation) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def result_path(config: Evaluation, conditions: Conditions) -> Path:
+def claim_result(config: Evaluation, *, again: Path | None = None) -> AbstractContextManager[None]:
+    """Checks that the result can be written, before the evaluation starts, and locks it while the evaluation runs.
+
+    Args:
+        config: the settings of the evaluation.
+        again: the result that it repeats, if it does.
+
+    Raises:
+        UserError: as `locks.claim` does; if `out` holds anything but a result of the same settings.
+    """
+    by_prior = isinstance(config, (PriorEvaluation, InpaintingEvaluation))
+    images = config.images if isinstance(config, LikelihoodEvaluation) else config.protocol.images
+    inputs = image_inputs(images, priors=config.prior if by_prior else (), tokenizer=config.tokenizer)
+    inputs += [again] if again else []
+    path = config.out or result_path(config)
+    return locks.claim(_outputs(path, config), inputs=inputs, is_own=lambda each: _is_own(each, config))
+
+
+def result_path(config: Evaluation, conditions: Conditions | None = None) -> Path:
     """Returns the file for a result: `out` or the default name, numbered if another result is there.
 
     Args:
         config: the settings of the evaluation.
-        conditions: those of the result; they hold the digests of the models.
+        conditions: those of the result, with the digests of the models; None before they are known.
     """
     path = config.out or EVALUATIONS / f"{config.of}-{_model_name(config)}.json"
     for number in count(1):
         numbered = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-        if not numbered.exists() or _is_result(numbered, config, conditions):
+        if all(not each.exists() or _is_own(each, config, conditions) for each in _outputs(numbered, config)):
             return numbered
     raise AssertionError
 
 
-def require_free(path: Path | None, config: Evaluation) -> None:
-    """Refuses an output file that holds anything but a result of the same settings, before the evaluation starts.
-
-    Raises:
-        UserError: naming the file.
-    """
-    if path is not None and path.exists() and not _is_result(path, config):
-        raise UserError(f"{path} holds something else than a result of this evaluation; give another --out")
+def sheet_path(path: Path) -> Path:
+    """Returns the file for the pictures beside a result."""
+    return path.with_name(f"{path.stem}-neighbours.png")
 
 
-def _is_result(path: Path, config: Evaluation, conditions: Conditions | None = None) -> bool:
-    """Returns whether a file is a result of these settings, and with `conditions` of the same models."""
+def sheet_settings(config: Evaluation, conditions: Conditions) -> dict[str, Any]:
+    """Returns what is embedded in the pictures beside a result, by which `result_path` recognises them."""
+    return {"command": "evaluate", "settings": settings_of(config), "conditions": conditions}
+
+
+def _outputs(path: Path, config: Evaluation) -> list[Path]:
+    return [path, sheet_path(path)] if isinstance(config, PriorEvaluation) else [path]
+
+
+def _is_own(path: Path, config: Evaluation, conditions: Conditions | None = None) -> bool:
+    """Returns whether a file is a result of these settings, or its pictures; with `conditions`, of the same models."""
     try:
-        result = json.loads(path.read_text())
+        result = parse_json(path.read_text()) if path.suffix != ".png" else embedded_settings(path)
         same_settings = {**result["settings"], "out": None} == {**settings_of(config), "out": None}
         recorded = result["conditions"]
         return same_settings and all(

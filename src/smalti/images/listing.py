@@ -76,21 +76,6 @@ def list_files(source: str) -> Listing | None:
     return Listing(root, tuple(selected), labels, (*split_notes, *passed_over))
 
 
-def refuse_output_inside(out: Path, source: str) -> None:
-    """Refuses to write into a folder of images, where pictures of a run would become images and a class.
-
-    Args:
-        out: the file or folder to write.
-        source: the source of images; only a folder is checked.
-
-    Raises:
-        UserError: if `out` is the folder or lies inside it.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir() and out.expanduser().resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {out} is inside the folder of images {source}; give an --out outside of it")
-
-
 def is_data_file(path: Path) -> bool:
     """Returns whether a file's suffix is that of Parquet or of a format that this Pillow decodes."""
     return path.suffix.lower() in _suffixes()

@@ -20,6 +20,7 @@ from smalti.images.decoding import DAMAGED, to_uint8
 GAP = 4  # pixels between pictures
 SMALLEST_SHOWN = 96  # pixels; smaller pictures are enlarged by a whole factor, so that their pixels stay visible
 CAPTION_SIZE = 16
+SETTINGS_KEY = "smalti"  # text chunk of our PNGs
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
 
 
@@ -88,7 +89,7 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None 
     """
     info = PngImagePlugin.PngInfo()
     if settings:
-        info.add_itxt("smalti", json.dumps(dict(settings), default=str))
+        info.add_itxt(SETTINGS_KEY, json.dumps(dict(settings), default=str))
     with whole_file(path) as partial:
         image.save(partial, format="PNG", pnginfo=info, **options)
 
@@ -97,7 +98,7 @@ def embedded_settings(path: Path) -> dict[str, Any]:
     """Returns the settings that `save_png` embedded in a file; empty for any other file. No pixel is decoded."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            settings = json.loads(image.info["smalti"])
+            settings = json.loads(image.info[SETTINGS_KEY])
     except DAMAGED:  # a foreign or damaged file is not one of ours
         return {}
     return settings if isinstance(settings, dict) else {}

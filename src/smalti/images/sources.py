@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from glob import escape
+from glob import escape, glob, has_magic
 from importlib.resources import as_file, files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ class Table:
     label_column: str | None
     key_column: str | None
     notes: tuple[str, ...] = ()
+
+
+def local_paths(source: str | None) -> list[Path]:
+    """Returns the files and folders of this disk that a source of images names; none for embedded images or a hub id.
+
+    Commands pass them to `core.files` as inputs. A glob of images stands for the folder that it searches, where a
+    picture that a command writes could match it.
+    """
+    if source is None or source in EMBEDDED:
+        return []
+    path = Path(source).expanduser()
+    if os.path.exists(path):
+        return [path]
+    if not has_magic(source):
+        return []
+    if path.suffix.lower() == ".parquet":
+        return [*map(Path, glob(str(path), recursive=True))]
+    return [Path(*takewhile(lambda part: not has_magic(part), path.parts))]
 
 
 def open_table(source: str, *, image_column: str | None = None, label_column: str | None = None) -> Table:

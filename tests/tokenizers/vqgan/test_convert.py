@@ -274,8 +274,10 @@ def test_export_refuses_unsupported_quantizers_and_existing_folders(tmp_path):
         with pytest.raises(UserError, match="flat codebooks"):
             to_diffusers(VQGAN(VQGANConfig(**SMALL, **more)), tmp_path / "vq")
     VQGAN(VQGANConfig(**SMALL)).save(tmp_path / "vq")
-    with pytest.raises(UserError, match="is there already"):
-        convert.convert(Convert(tmp_path / "vq", to="diffusers", out=tmp_path / "vq"))
+    (tmp_path / "other").mkdir()
+    for out, message in (("vq", "would overwrite an input"), ("other", "is a folder; give another name")):
+        with pytest.raises(UserError, match=message):
+            convert.convert(Convert(tmp_path / "vq", to="diffusers", out=tmp_path / out))
 
 
 def test_commands_train_convert_and_build_latents(tmp_path, monkeypatch, capfd):
