@@ -1,7 +1,4 @@
-"""The inpainting command: pairs images with masks, checks them and writes the fills.
-
-The filling itself is in `inpainting.py`.
-"""
+"""The inpainting command: pairs images with masks, checks them and writes the fills of `inpainting.py`."""
 
 import os
 import sys
@@ -33,6 +30,7 @@ from smalti.images.blending import restore_transparency
 from smalti.images.decoding import load_image, load_layers, load_transparency, most_pixels, to_float
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
 from smalti.images.sheets import embedded_settings, require_png, save_png, save_sheet, to_image
+from smalti.images.sources import EXAMPLE_IMAGE
 from smalti.tokenizers.base import Tokenizer
 
 _LARGE_MASK = 0.5
@@ -53,8 +51,9 @@ class Inpaint(Generic[S]):
     sampling: S
     """Settings of the sampler. Among priors of several kinds, these settings apply to those of the last one's kind;
     the others use their defaults."""
-    image: Path
-    """Image to inpaint, or a folder of images. Any size, any format Pillow reads."""
+    image: Path | None = None
+    """Image to inpaint, or a folder of images. Any size, any format Pillow reads [default: a portrait of the package
+    with a transparent part]."""
     mask: Path | None = None
     """Mask of what to fill: its white pixels or, if it has transparency, its transparent pixels. Give one mask for all
     images, or a folder with a mask of the same name for each image [default: the image's own transparent pixels]."""
@@ -124,7 +123,8 @@ def inpaint(config: Inpaint[Any]) -> Path:
     require_finite(config)
     require_seed(config.seed)
     config = expand_home(config)
-    jobs = _jobs(config)
+    image = config.image or EXAMPLE_IMAGE
+    jobs = _jobs(config, image)
     filling_device = device(config.device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(filling_device) for prior in priors], tokenizer.to(filling_device)
@@ -137,7 +137,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
         inputs = _read(config, job, tokenizer.image_channels)
         calls.append(callback_calls(priors, tokenizer, config.sampling, _size(config, job, inputs[1], tokenizer)))
     image_digests = [file_digest(job.image) for job in jobs]
-    with _claimed(config, jobs, image_digests), bar(what="filling", total=sum(calls), unit="step") as progress:
+    with _claimed(config, image, jobs, image_digests), bar(what="filling", total=sum(calls), unit="step") as progress:
         for index, (job, image_digest) in enumerate(zip(jobs, image_digests, strict=True)):
             pixels, mask = inputs if inputs and len(jobs) == 1 else _read(config, job, tokenizer.image_channels)
             _print_notes(config, job, mask, tokenizer)
@@ -157,23 +157,23 @@ def inpaint(config: Inpaint[Any]) -> Path:
             progress.update(sum(calls[: index + 1]) - progress.n)  # counts the steps saved by stopping early
             job_settings = {**settings, "image": job.image, "image_sha256": image_digest, "mask": job.mask}
             _write(job, pixels, mask, results, job_settings, config.expand)
-    return jobs[0].fills[0] if len(jobs) == 1 and not os.path.isdir(config.image) else jobs[0].sheet.parent
+    return jobs[0].fills[0] if len(jobs) == 1 and not os.path.isdir(image) else jobs[0].sheet.parent
 
 
-def _jobs(config: Inpaint[Any]) -> list[_Job]:
+def _jobs(config: Inpaint[Any], image: Path) -> list[_Job]:
     """Pairs images, masks and outputs by file name, without reading them."""
-    if not os.path.isdir(config.image):
+    if not os.path.isdir(image):
         require_png(config.out)
         if config.mask is not None and os.path.isdir(config.mask):
-            raise UserError(f"--mask {config.mask} is a folder but --image {config.image} is not; give one mask")
-        return [_Job(config.image, config.mask, *_output_names(config.out, config.num, "-"))]
+            raise UserError(f"--mask {config.mask} is a folder but --image {image} is not; give one mask")
+        return [_Job(image, config.mask, *_output_names(config.out, config.num, "-"))]
     if config.out.suffix and config.out != RUNS / "inpainted.png":
-        raise UserError(f"--image {config.image} is a folder, so --out must be a folder, not {config.out}")
+        raise UserError(f"--image {image} is a folder, so --out must be a folder, not {config.out}")
     out = config.out.with_suffix("")
-    images = _image_files(config.image)
+    images = _image_files(image)
     stems = [image.stem for image in images]
     if duplicates := {stem for stem in stems if stems.count(stem) > 1}:
-        raise UserError(f"{config.image} has several images called {min(duplicates)}; give each a name of its own")
+        raise UserError(f"{image} has several images called {min(duplicates)}; give each a name of its own")
     masks = dict.fromkeys(stems, config.mask)
     if config.mask is not None and os.path.isdir(config.mask):
         mask_files = {mask.stem: mask for mask in _image_files(config.mask)}
@@ -211,7 +211,9 @@ def _distinct_output_names(firsts: Sequence[Path], num: int) -> list[tuple[tuple
     return outputs
 
 
-def _claimed(config: Inpaint[Any], jobs: Sequence[_Job], digests: Sequence[str]) -> AbstractContextManager[None]:
+def _claimed(
+    config: Inpaint[Any], image: Path, jobs: Sequence[_Job], digests: Sequence[str]
+) -> AbstractContextManager[None]:
     """Claims all outputs. A rerun recognises its own by the SHA-256 of their images."""
     digest_of = {path: digest for job, digest in zip(jobs, digests, strict=True) for path in (*job.fills, job.sheet)}
 
@@ -219,10 +221,10 @@ def _claimed(config: Inpaint[Any], jobs: Sequence[_Job], digests: Sequence[str])
         settings = embedded_settings(path)
         return settings.get("command") == "inpaint" and settings.get("image_sha256") == digest_of[path]
 
-    files = (path for job in jobs for path in (config.image, config.mask, job.image, job.mask) if path is not None)
+    files = (path for job in jobs for path in (image, config.mask, job.image, job.mask) if path is not None)
     return locks.claim(
         digest_of,
-        folder=jobs[0].sheet.parent if os.path.isdir(config.image) else None,
+        folder=jobs[0].sheet.parent if os.path.isdir(image) else None,
         inputs=[*dict.fromkeys(files), *image_inputs(None, priors=config.prior, tokenizer=config.tokenizer)],
         overwrite=config.overwrite,
         is_own=is_own,
@@ -324,25 +326,21 @@ def _print_notes(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tok
     share = float(mask.float().mean())
     tqdm.write(f"{job.image}: filling {share:.1%} of its pixels", file=sys.stderr)
     if job.mask is not None and is_white_paint(job.mask):
-        tqdm.write(
-            f"note: {job.mask} is white paint on a transparent layer, so the paint is the mask; --invert fills the "
-            "rest",
-            file=sys.stderr,
-        )
+        _note(f"{job.mask} is white paint on a transparent layer, so the paint is the mask; --invert fills the rest")
     height, width = mask.shape
     size, trained = working_size(tokenizer, height, width, config.filling.largest), tokenizer.config
     if size != (height, width, height, width):
-        tqdm.write(
-            f"note: {job.image} is filled at {size.padded_width}x{size.padded_height}, as this model's codes are "
+        _note(
+            f"{job.image} is filled at {size.padded_width}x{size.padded_height}, as this model's codes are "
             f"{tokenizer.downsampling} pixels wide and it was trained at {trained.width}x{trained.height} "
-            "(see --largest); its known pixels stay exact",
-            file=sys.stderr,
+            "(see --largest); its known pixels stay exact"
         )
     if share > _LARGE_MASK:
-        tqdm.write(
-            f"note: the mask covers {share:.0%} of {job.image}; use --invert if it is the wrong way round",
-            file=sys.stderr,
-        )
+        _note(f"the mask covers {share:.0%} of {job.image}; use --invert if it is the wrong way round")
+
+
+def _note(text: str) -> None:
+    tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def default_config(source: str) -> Any:

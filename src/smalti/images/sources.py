@@ -37,6 +37,8 @@ from smalti.images.listing import Listing, is_data_file, list_files
 EMBEDDED = {"portraits": "portraits32.parquet", "emoji": "emoji32.parquet"}
 """The files of the image sources that the package contains. The first is the default."""
 DEFAULT = "portraits"
+EXAMPLE_IMAGE = Path(str(files("smalti.images") / "data" / "example.png"))
+"""A held-out portrait with a transparent part, which `inpaint` fills without flags."""
 _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
 _KEY_RECIPE = "smalti 1"  # part of every source id: change it whenever the keys change, so that no cached id is reused
 _ROWS_AT_ONCE = 64  # encoded rows in memory; the `datasets` default fails if the first row group is empty
