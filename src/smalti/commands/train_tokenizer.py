@@ -178,6 +178,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         **({"label_column": config.label_column} if config.label_column else {}),
     }
     if not run.step:
+        process.print("initializing the codebooks from training images", file=sys.stderr)
         _init_codebooks(tokenizer, train, config.model.height * config.model.width)
     phases = tokenizer.phases(config.fit)
     if not phases:
