@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from smalti import __main__, cli
-from smalti.core.errors import OneProcessError, UserError, as_invoked
+from smalti.core.errors import SCRIPTS, OneProcessError, UserError, as_invoked
 from smalti.scripts import sample, train_prior, train_tokenizer
 from smalti.training.signals import Interrupted, received_signals
 
@@ -228,3 +228,30 @@ def test_help_texts_are_wrapped_once(monkeypatch, capsys):
     joined = " ".join(lines[first : first + 3])
     assert "in it, and then a second line" in " ".join(joined.split())
     assert all(len(line) > 40 for line in lines[first + 1 : first + 2])
+
+
+def test_optional_flags_show_what_to_type_and_one_default(monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Optional:
+        """Settings."""
+
+        out: Path | None = None
+        """A folder [default: beside it]."""
+        column: str | None = None
+        """A column of build_latents.py."""
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["smalti sample", "--help"])
+    with pytest.raises(SystemExit):
+        cli.run(failing(AssertionError()), Optional, about="About this.")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--out PATH A folder. (default: beside it)" in text
+    assert "--column STR A column of smalti build-latents. (default: none)" in text
+    assert "None" not in text
+
+
+def test_bare_names_of_scripts_are_those_of_all_commands(monkeypatch):
+    assert {name.replace("_", "-") for name in SCRIPTS} == set(__main__.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["smalti sample"])
+    assert as_invoked("sample.py and train_prior.py") == "smalti sample and smalti train-prior"
+    assert as_invoked("my/sample.py, resample.py, my-sample.py") == "my/sample.py, resample.py, my-sample.py"

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from itertools import takewhile
+from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, NoReturn, TypeVar, cast, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, cast, get_args, get_origin
 
 from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
@@ -143,15 +144,27 @@ def _one_paragraph(field: Any) -> Any:
 
     def text() -> str:
         docstring = field.helptext() if callable(field.helptext) else field.helptext
-        return " ".join(str(docstring or "").split())
+        return as_invoked(" ".join(str(docstring or "").split()))
 
     def default_hint(default: str) -> str:
         described = _DESCRIBED_DEFAULT.search(text())
-        return f"(default: {described[1] if described else default or 'none'})"
+        shown = "none" if default in ("", "None") else default
+        return f"(default: {described[1] if described else shown})"
 
     nested = dataclasses.is_dataclass(get_origin(field.type) or field.type)
-    kind = field.type if nested else Annotated[field.type, arg(help_behavior_hint=default_hint)]
+    kind = (
+        field.type
+        if nested
+        else Annotated[field.type, arg(help_behavior_hint=default_hint, metavar=_metavar(field.type))]
+    )
     return dataclasses.replace(field, type=kind, helptext=lambda: _DESCRIBED_DEFAULT.sub("", text()) or None)
+
+
+def _metavar(field_type: Any) -> str | None:
+    """Returns `PATH` for `Path | None`, and so on, where tyro writes `{None}|PATH`; None leaves it to tyro."""
+    others = [kind for kind in get_args(field_type) if kind is not type(None)]
+    optional = len(others) == 1 and len(get_args(field_type)) == 2
+    return others[0].__name__.upper() if optional and others[0] in (int, float, str, Path) else None
 
 
 def _output_is_closed() -> bool:

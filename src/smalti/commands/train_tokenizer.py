@@ -72,7 +72,7 @@ class TrainTokenizer(Generic[C]):
     """Handling of images that cannot be decoded: `raise` names all of them before the training, `skip` leaves them
     out."""
     layer_steps: tuple[int, ...] = ()
-    """Optimiser steps of each layer, from the image upwards, for kinds that are trained layer by layer. Upper layers
+    """Optimizer steps of each layer, from the image upwards, for kinds that are trained layer by layer. Upper layers
     are cheaper and can take more [default: --steps each]."""
     layer_batch_sizes: tuple[int, ...] = ()
     """Batch size of each layer, from the image upwards, for kinds that are trained layer by layer [default:
