@@ -18,32 +18,37 @@ def printed(monkeypatch):
 
 
 def advance(progress, seconds):
-    """Moves the start of a bar's work to `seconds` ago."""
-    progress.start_t = progress._time() - seconds
+    """Moves everything that a bar has measured to `seconds` earlier."""
+    progress.start_t -= seconds
+    if progress.first is not None:
+        progress.first = progress.first[0] - seconds, progress.first[1]
 
 
-def test_a_bar_prints_the_expected_time_once_after_five_seconds(printed):
+def test_a_bar_prints_the_expected_time_once_after_five_seconds_without_the_first_item(printed):
     with bar(what="filling", total=600, initial=100, unit="step") as progress:
+        advance(progress, 4)
+        progress.update()
         progress.update()
         assert not printed
-        advance(progress, 5)
-        progress.update(4)
+        advance(progress, 2)
+        progress.update(3)
         progress.update()
-    assert printed == ["filling: expected time 8 min for the remaining 495 steps"]
+    assert printed == ["filling: expected time 4 min for the remaining 495 steps"]
 
 
 def test_a_bar_over_items_prints_it_too(printed):
     progress = bar(range(100), what="features", unit="image", delay_seconds=2.0)
     for item in progress:
-        if item == 9:
-            advance(progress, 9)
-    assert printed == ["features: expected time 81 s for the remaining 90 images"]
+        if item == 10:
+            advance(progress, 10)
+    assert printed == ["features: expected time 89 s for the remaining 89 images"]
     assert progress.n == 100
 
 
 def test_little_remaining_work_and_hidden_bars_print_nothing(printed):
-    for settings in ({"initial": 92}, {"shown": False}):
+    for settings in ({"initial": 90}, {"shown": False}):
         with bar(what="filling", total=100, **settings) as progress:
+            progress.update(2)
             if not progress.disable:
                 advance(progress, 9)
             progress.update(4)

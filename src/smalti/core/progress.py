@@ -12,7 +12,8 @@ from tqdm import tqdm
 SLOW_SECONDS = 2.0
 """A usual `delay_seconds`: work that ends sooner needs no bar."""
 SECONDS_TO_ESTIMATE = 5.0
-"""The expected time is computed from the items that were done in this time."""
+"""The expected time is computed from the items that were done in this time, without the first, which often includes the
+start of other processes."""
 SHORTEST_ESTIMATE = 10.0
 """Seconds; if less than this remains, no expected time is printed."""
 
@@ -22,9 +23,11 @@ class Bar(tqdm):
 
     Attributes:
         estimates: whether the expected time is still to be printed.
+        first: the time after the first items, and their number.
     """
 
     estimates = True
+    first: tuple[float, float] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the items, and counts each one when the next is asked for."""
@@ -37,10 +40,12 @@ class Bar(tqdm):
         """Counts `n` further items."""
         displayed = super().update(n)
         if self.estimates and not self.disable and self.total:
-            done, seconds = self.n - self.initial, self._time() - self.start_t
-            if done > 0 and seconds >= SECONDS_TO_ESTIMATE:
+            now = self._time()
+            if self.first is None:
+                self.first = now, self.n
+            elif now - self.start_t >= SECONDS_TO_ESTIMATE:
                 self.estimates = False
-                self.print_estimate(seconds / done * (self.total - self.n))
+                self.print_estimate((now - self.first[0]) / (self.n - self.first[1]) * (self.total - self.n))
         return displayed
 
     def print_estimate(self, seconds: float) -> None:
