@@ -255,3 +255,35 @@ def test_bare_names_of_scripts_are_those_of_all_commands(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["smalti sample"])
     assert as_invoked("sample.py and train_prior.py") == "smalti sample and smalti train-prior"
     assert as_invoked("my/sample.py, resample.py, my-sample.py") == "my/sample.py, resample.py, my-sample.py"
+
+
+LAUNCHER = """
+import os, subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "TORCHELASTIC_RUN_ID": "x"})
+worker.wait()
+print("Traceback of the launcher", file=sys.stderr)
+"""
+WORKER = """
+import sys
+from dataclasses import dataclass
+from smalti import cli
+from smalti.training.signals import Interrupted
+
+@dataclass
+class Config:
+    value: int = 0
+
+def command(_config):
+    raise Interrupted(5, 10, 2)
+
+sys.argv = ["smalti train-prior"]
+cli.run(command, Config, about="Trains.")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the message is printed by a forked process")
+def test_the_last_line_of_a_stopped_run_comes_after_the_launchers_traceback():
+    launched = subprocess.run([sys.executable, "-c", LAUNCHER, WORKER], capture_output=True, text=True, timeout=120)
+    lines = [line for line in launched.stderr.splitlines() if line]
+    stopped = "stopped after step 5 of 10, state saved; the same command resumes from there"
+    assert lines == ["Traceback of the launcher", stopped]

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from itertools import takewhile
@@ -32,6 +33,9 @@ _DISK_ERRORS = {
     errno.EISDIR: "it is a folder; give another --out",
     errno.ENOTDIR: "a part of its path is a file; give another --out",
 }
+_LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+"""Variables that torchrun and `accelerate launch` set for the processes that they start."""
+_MOST_SECONDS_LATER = 20.0
 
 
 def run(
@@ -59,7 +63,7 @@ def run(
     except UserError as error:
         _leave(f"error: {as_invoked(str(error))}", 2, every_process=isinstance(error, OneProcessError))
     except Interrupted as stopped:
-        _leave(f"\n{stopped}", 128 + stopped.signal_number)
+        _leave(f"\n{stopped}", 128 + stopped.signal_number, after_launcher=True)
     except KeyboardInterrupt:
         _leave("\nstopped", 128 + signal.SIGINT)
     except BrokenPipeError:
@@ -189,8 +193,39 @@ def _quiet_interrupts(kind: type[BaseException], error: BaseException, trace: Tr
 sys.excepthook = _quiet_interrupts
 
 
-def _leave(message: str, status: int, *, every_process: bool = False) -> NoReturn:
-    """Exits with a message on standard error, printed by the main process only unless `every_process` is set."""
-    if every_process or os.environ.get("RANK", "0") == "0":
+def _leave(message: str, status: int, *, every_process: bool = False, after_launcher: bool = False) -> NoReturn:
+    """Exits with a message on standard error, printed by the main process only unless `every_process` is set.
+
+    With `after_launcher` the message comes after what a launcher, such as `accelerate launch`, prints at its own end.
+    """
+    shown = every_process or os.environ.get("RANK", "0") == "0"
+    if shown and not (after_launcher and _LAUNCHED & os.environ.keys() and _print_later(message)):
         print(message, file=sys.stderr)
     sys.exit(status)
+
+
+def _print_later(message: str) -> bool:
+    """Forks a process that prints a message when this one's parent has ended, such as a launcher that Ctrl-C stops
+    too. Returns whether it could; a launcher that goes on is not waited for longer than `_MOST_SECONDS_LATER`."""
+    launcher = os.getppid()
+    if not hasattr(os, "fork") or os.fork():
+        return hasattr(os, "fork")
+    try:
+        os.setsid()  # launchers end the process groups of their processes
+        end = time.monotonic() + _MOST_SECONDS_LATER
+        while time.monotonic() < end and _runs(launcher):
+            time.sleep(0.05)
+        os.write(2, f"{message}\n".encode(errors="replace"))
+    finally:
+        os._exit(0)
+
+
+def _runs(process: int) -> bool:
+    """Returns whether a process exists and has not ended; where `/proc` is missing, whether it exists."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True

@@ -32,6 +32,33 @@ CSS = """
 .toast-wrap { position: static !important; order: -1; width: 100% !important }  /* above the page, over no button */
 .message { margin: 0; min-height: 1.5em }
 .message.problem { color: var(--error-text-color); font-weight: 600 }
+#server-gone { margin: 0; padding: 0.75em 1em; text-align: center }
+"""
+HEAD = """
+<script>
+// Gradio shows nothing when a button is pressed and its server has ended or was started again.
+let servedBy = null;
+async function checkServer() {
+  let text = "";
+  try {
+    const answer = await (await fetch("gradio_api/app_id", { cache: "no-store" })).text();
+    servedBy ??= answer;
+    if (answer !== servedBy) text = "smalti was started again: reload this page. Save the fills that you need first.";
+  } catch {
+    text = "smalti has ended, so the buttons do nothing: start `smalti app` again, then reload this page.";
+  }
+  let line = document.getElementById("server-gone");
+  if (!line && text) {
+    line = document.createElement("p");
+    line.id = "server-gone";
+    line.className = "message problem";
+    line.setAttribute("role", "alert");
+    document.body.prepend(line);
+  }
+  if (line) { line.textContent = text; line.hidden = !text; }
+}
+setInterval(checkServer, 2000);
+</script>
 """
 THEME = themes.Default(font="system-ui", font_mono="monospace")  # Gradio downloads fonts of other names
 _SLIDER_RANGES = {  # minimum, maximum, step
@@ -72,7 +99,7 @@ def page(session: Session, save: Callable[..., list[str]]) -> gradio.Blocks:
             opening = _inpaint_tab(session, handlers)
         with gradio.Tab("Generate", id="generate"), gradio.Row():
             images = _generate_tab(session, handlers)
-        images.select(handlers.edit, images, [*opening, tabs])
+        images.select(handlers.edit, images, [*opening, tabs], show_progress="hidden")
     return blocks
 
 
@@ -102,7 +129,8 @@ class _Handlers:
         except UserError as error:
             text = f"{name} was not opened, and what is on the page stays: {error}"
             return gradio.skip(), gradio.skip(), _message(text, problem=True), gradio.skip()
-        return pixels.numpy(), canvas_image(pixels), _message(f"{name} will be {self._sizes(pixels)}"), _message("")
+        text = f"{name} will be {self._size(pixels, explained=True)}"
+        return pixels.numpy(), canvas_image(pixels), _message(text), _message("")
 
     def edit(self, event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, Any, Any, Any, Any]:
         """Opens a generated image that was clicked, on the other tab."""
@@ -120,7 +148,7 @@ class _Handlers:
             settings = _settings(self._session.prior.method.filling, values)
             mask = painted_mask(painted["layers"], *pixels.shape[1:])
             frames = self._session.inpaint(pixels, mask, filling=Filling(), **settings)
-            yield from self._outputs(frames, "fill", settings, note=f"; {self._sizes(pixels)}")
+            yield from self._outputs(frames, "fill", settings, note=f"; {self._size(pixels, explained=False)}")
         except UserError as error:
             yield gradio.skip(), _message(str(error), problem=True)
 
@@ -133,16 +161,17 @@ class _Handlers:
         except UserError as error:
             yield gradio.skip(), _message(str(error), problem=True)
 
-    def _sizes(self, pixels: Tensor) -> str:
-        """Describes the size of an image, width first, and the size at which its fills are computed."""
+    def _size(self, pixels: Tensor, *, explained: bool) -> str:
+        """Describes the size, width first, at which an image's fills are computed, and what happens to the image."""
         _, height, width = pixels.shape
         work = self._session.working_size(height, width)
         if (work.height, work.width) == (height, width):
             return f"filled at its own size, {width}x{height}"
-        return (
-            f"filled at {work.width}x{work.height} pixels, and the fills enlarged to its {width}x{height}; "
-            "what is not painted over keeps its full size, and nothing is cropped"
+        explanation = (
+            f", and the fills enlarged to its {width}x{height}; what is not painted over keeps its full size, and "
+            "nothing is cropped"
         )
+        return f"filled at {work.width}x{work.height} pixels{explanation if explained else ''}"
 
     @no_type_check
     def _outputs(
@@ -202,7 +231,8 @@ def _inpaint_tab(session: Session, handlers: _Handlers) -> list[Any]:
         gallery = gradio.Gallery(label="Fills", elem_id="fills", format="png", columns=3, object_fit="contain")
     opening = [opened, editor, file_status, status]
     upload.upload(handlers.open, upload, opening, preprocess=False, show_progress_on=file_status)
-    running = button.click(handlers.inpaint, [opened, editor, *controls], [gallery, status], show_progress="hidden")
+    waiting = button.click(_waiting, None, status, queue=False, show_progress="hidden")
+    running = waiting.then(handlers.inpaint, [opened, editor, *controls], [gallery, status], show_progress="hidden")
     stop.click(_stopped, None, status, cancels=[running], queue=False)
     return opening
 
@@ -218,9 +248,15 @@ def _generate_tab(session: Session, handlers: _Handlers) -> gradio.Gallery:
         images = gradio.Gallery(
             label="Images", elem_id="images", format="png", columns=4, allow_preview=False, interactive=False
         )
-    running = button.click(handlers.generate, controls, [images, status], show_progress="hidden")
+    waiting = button.click(_waiting, None, status, queue=False, show_progress="hidden")
+    running = waiting.then(handlers.generate, controls, [images, status], show_progress="hidden")
     stop.click(_stopped, None, status, cancels=[running], queue=False)
     return images
+
+
+def _waiting() -> str:
+    """Returns the message until the first step: requests of several windows are processed one after the other."""
+    return _message("waiting: another window of this page is served first, if it is at work")
 
 
 def _stopped() -> str:
