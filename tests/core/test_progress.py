@@ -1,8 +1,5 @@
 """The expected time that progress bars print."""
 
-import io
-import sys
-
 import pytest
 
 from smalti.core.progress import Bar, bar, duration
@@ -13,7 +10,6 @@ def printed(monkeypatch):
     """The lines that bars print beside themselves."""
     lines = []
     monkeypatch.setattr(Bar, "write", lambda self, text, file: lines.append(text))
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
     return lines
 
 
@@ -36,12 +32,22 @@ def test_a_bar_prints_the_expected_time_once_after_five_seconds_without_the_firs
     assert printed == ["filling: expected time 4 min for the remaining 495 steps"]
 
 
+def test_bars_within_bars_write_no_cursor_movements_to_a_log(capsys):
+    with bar(what="training", total=2, unit="step") as outer:
+        for _ in bar(range(3), what="held-out loss", unit="batch"):
+            pass
+        outer.update()
+    log = capsys.readouterr().err
+    assert "held-out loss: 100%" in log
+    assert "\x1b" not in log
+
+
 def test_a_bar_over_items_prints_it_too(printed):
-    progress = bar(range(100), what="features", unit="image", delay_seconds=2.0)
+    progress = bar(range(100), what="features", unit="batch", delay_seconds=2.0)
     for item in progress:
         if item == 10:
             advance(progress, 10)
-    assert printed == ["features: expected time 89 s for the remaining 89 images"]
+    assert printed == ["features: expected time 89 s for the remaining 89 batches"]
     assert progress.n == 100
 
 

@@ -51,7 +51,8 @@ class Bar(tqdm):
     def print_estimate(self, seconds: float) -> None:
         """Prints the expected time, unless little remains."""
         if seconds >= SHORTEST_ESTIMATE:
-            remaining = f"for the remaining {self.total - self.n:.0f} {self.unit}s"
+            units = f"{self.unit}es" if self.unit.endswith("ch") else f"{self.unit}s"
+            remaining = f"for the remaining {self.total - self.n:.0f} {units}"
             self.write(f"{self.desc}: expected time {duration(seconds)} {remaining}", file=sys.stderr)
 
 
@@ -88,7 +89,8 @@ def bar(
         mininterval=0.2 if live else 15,
         smoothing=0.05,
         delay=delay_seconds,
-        leave=None,  # only the outermost bar stays
+        leave=None if live else True,  # on a terminal only the outermost bar stays
+        position=None if live else 0,  # no cursor movements in log files
     )
 
 
