@@ -287,3 +287,19 @@ def test_the_last_line_of_a_stopped_run_comes_after_the_launchers_traceback():
     lines = [line for line in launched.stderr.splitlines() if line]
     stopped = "stopped after step 5 of 10, state saved; the same command resumes from there"
     assert lines == ["Traceback of the launcher", stopped]
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped():
+    worker = WORKER.replace("raise Interrupted(5, 10, 2)", "print('犬 €uro'); raise cli.UserError('no class 猫')")
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    shown = subprocess.run([sys.executable, "-c", worker], capture_output=True, env=env, timeout=120)
+    assert (shown.returncode, shown.stdout) == (2, b"\\u72ac \\u20acuro\n")
+    assert shown.stderr == b"error: no class \\u732b\n"
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, capsys):
+    error = RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
+    assert run(monkeypatch, failing(error)) == 2
+    assert capsys.readouterr().err == (
+        "error: --compile needs a C++ compiler, and none was found: install g++, or leave --compile out\n"
+    )

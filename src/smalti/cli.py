@@ -36,6 +36,8 @@ _DISK_ERRORS = {
 _LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
 """Variables that torchrun and `accelerate launch` set for the processes that they start."""
 _MOST_SECONDS_LATER = 20.0
+_NO_COMPILER = "No working C++ compiler found"
+"""Part of torch's message, whose exception is a `RuntimeError`; importing its class would import the compiler."""
 
 
 def run(
@@ -52,6 +54,9 @@ def run(
         about: the first text of `--help`: what the command does, with examples.
     """
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
     try:
         chosen_class = (
             config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], Any], config_class)()
@@ -74,6 +79,10 @@ def run(
         if error.errno not in _DISK_ERRORS:
             raise
         _leave(f"error: {error.filename or 'a file'} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
+    except RuntimeError as error:
+        if _NO_COMPILER not in str(error):
+            raise
+        _leave("error: --compile needs a C++ compiler, and none was found: install g++, or leave --compile out", 2)
 
 
 def chosen(flag: str, default: str) -> str:

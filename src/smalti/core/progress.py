@@ -4,6 +4,7 @@ Long work also prints its expected time, once, within ten seconds.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ class Bar(tqdm):
         """Counts `n` further items."""
         displayed = super().update(n)
         if self.estimates and not self.disable and self.total:
-            now = self._time()
+            now = time.time()  # as tqdm measures
             if self.first is None:
                 self.first = now, self.n
             elif now - self.start_t >= SECONDS_TO_ESTIMATE:
