@@ -29,6 +29,7 @@ from smalti.core.errors import UserError
 from smalti.core.files import write_json
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.latentsets.format import Provenance, level_bytes, number_sources, stored_dtype
+from smalti.latentsets.summary import size_text
 from smalti.latentsets.writer import LatentSetWriter, reporting_full_disk
 
 KEY_NAME, ABANDONED_NAME = "key.json", "abandoned"
@@ -134,7 +135,7 @@ class Shards:
         needed = blocks * self.record.itemsize + sum(level_bytes(level, rows) for level in self.job.layout.levels)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            sizes = f"{needed / 2**20:.1f} MiB while it is built, but {free / 2**20:.1f} MiB are free"
+            sizes = f"{size_text(needed)} while it is built, but {size_text(free)} are free"
             raise UserError(f"no room for {self.job.path}: it takes {sizes}; free some space, then run it again")
 
     def append(self, block: int, codes: Codes, bad: Mapping[int, str]) -> None:

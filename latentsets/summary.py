@@ -16,7 +16,7 @@ def describe(latent_set: LatentSet) -> str:
     provenance = latent_set.provenance
     software = ", ".join(f"{name} {number}" for name, number in provenance.software.items())
     fields = {
-        "rows": f"{len(latent_set)}, {latent_set.layout}, {_size(latent_set.path.stat().st_size)}",
+        "rows": f"{len(latent_set)}, {latent_set.layout}, {size_text(latent_set.path.stat().st_size)}",
         "sources": _sources(latent_set),
         "labels": _labels(latent_set),
         "skipped": _skipped(latent_set),
@@ -85,5 +85,8 @@ def _shortened(text: str) -> str:
     return text if len(text) < LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
 
 
-def _size(size_bytes: int) -> str:
+def size_text(size_bytes: int) -> str:
+    """Returns a number of bytes in the unit in which it is at least 1, such as `512 bytes` or `3.7 MiB`."""
+    if size_bytes < 1 << 10:
+        return f"{size_bytes} bytes"
     return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 1 << 20 else f"{size_bytes / (1 << 20):.1f} MiB"

@@ -1,7 +1,10 @@
 """Builds a latent set; see `smalti.commands.build_latents`."""
 
+from shlex import quote
+
 from smalti import cli
 from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.training.end_of_run import print_next
 
 ABOUT = """Encodes images with a trained tokenizer and stores their codes as a latent set, one HDF5 file.
 
@@ -18,7 +21,12 @@ Next step: accelerate launch scripts/train_prior.py"""
 
 def main() -> None:
     """Runs the command line."""
-    cli.run(build_latents, BuildLatents, about=ABOUT)
+    cli.run(_build, BuildLatents, about=ABOUT)
+
+
+def _build(config: BuildLatents) -> None:
+    path = build_latents(config)
+    print_next(f"accelerate launch scripts/train_prior.py --latents {quote(str(path))}")
 
 
 if __name__ == "__main__":

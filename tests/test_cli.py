@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from smalti import __main__, cli
-from smalti.core.errors import OneProcessError, UserError, as_invoked
+from smalti.core.errors import SCRIPTS, OneProcessError, UserError, as_invoked
 from smalti.scripts import sample, train_prior, train_tokenizer
 from smalti.training.signals import Interrupted, received_signals
 
@@ -228,3 +228,78 @@ def test_help_texts_are_wrapped_once(monkeypatch, capsys):
     joined = " ".join(lines[first : first + 3])
     assert "in it, and then a second line" in " ".join(joined.split())
     assert all(len(line) > 40 for line in lines[first + 1 : first + 2])
+
+
+def test_optional_flags_show_what_to_type_and_one_default(monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Optional:
+        """Settings."""
+
+        out: Path | None = None
+        """A folder [default: beside it]."""
+        column: str | None = None
+        """A column of build_latents.py."""
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["smalti sample", "--help"])
+    with pytest.raises(SystemExit):
+        cli.run(failing(AssertionError()), Optional, about="About this.")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--out PATH A folder. (default: beside it)" in text
+    assert "--column STR A column of smalti build-latents. (default: none)" in text
+    assert "None" not in text
+
+
+def test_bare_names_of_scripts_are_those_of_all_commands(monkeypatch):
+    assert {name.replace("_", "-") for name in SCRIPTS} == set(__main__.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["smalti sample"])
+    assert as_invoked("sample.py and train_prior.py") == "smalti sample and smalti train-prior"
+    assert as_invoked("my/sample.py, resample.py, my-sample.py") == "my/sample.py, resample.py, my-sample.py"
+
+
+LAUNCHER = """
+import os, subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "TORCHELASTIC_RUN_ID": "x"})
+worker.wait()
+print("Traceback of the launcher", file=sys.stderr)
+"""
+WORKER = """
+import sys
+from dataclasses import dataclass
+from smalti import cli
+from smalti.training.signals import Interrupted
+
+@dataclass
+class Config:
+    value: int = 0
+
+def command(_config):
+    raise Interrupted(5, 10, 2)
+
+sys.argv = ["smalti train-prior"]
+cli.run(command, Config, about="Trains.")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the message is printed by a forked process")
+def test_the_last_line_of_a_stopped_run_comes_after_the_launchers_traceback():
+    launched = subprocess.run([sys.executable, "-c", LAUNCHER, WORKER], capture_output=True, text=True, timeout=120)
+    lines = [line for line in launched.stderr.splitlines() if line]
+    stopped = "stopped after step 5 of 10, state saved; the same command resumes from there"
+    assert lines == ["Traceback of the launcher", stopped]
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped():
+    worker = WORKER.replace("raise Interrupted(5, 10, 2)", "print('犬 €uro'); raise cli.UserError('no class 猫')")
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    shown = subprocess.run([sys.executable, "-c", worker], capture_output=True, env=env, timeout=120)
+    assert (shown.returncode, shown.stdout) == (2, b"\\u72ac \\u20acuro\n")
+    assert shown.stderr == b"error: no class \\u732b\n"
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, capsys):
+    error = RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx")
+    assert run(monkeypatch, failing(error)) == 2
+    assert capsys.readouterr().err == (
+        "error: --compile needs a C++ compiler, and none was found: install g++, or leave --compile out\n"
+    )

@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from itertools import takewhile
+from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, NoReturn, TypeVar, cast, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, cast, get_args, get_origin
 
 from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
@@ -32,6 +34,11 @@ _DISK_ERRORS = {
     errno.EISDIR: "it is a folder; give another --out",
     errno.ENOTDIR: "a part of its path is a file; give another --out",
 }
+_LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+"""Variables that torchrun and `accelerate launch` set for the processes that they start."""
+_MOST_SECONDS_LATER = 20.0
+_NO_COMPILER = "No working C++ compiler found"
+"""Part of torch's message, whose exception is a `RuntimeError`; importing its class would import the compiler."""
 
 
 def run(
@@ -48,6 +55,9 @@ def run(
         about: the first text of `--help`: what the command does, with examples.
     """
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
     try:
         chosen_class = (
             config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], Any], config_class)()
@@ -59,7 +69,7 @@ def run(
     except UserError as error:
         _leave(f"error: {as_invoked(str(error))}", 2, every_process=isinstance(error, OneProcessError))
     except Interrupted as stopped:
-        _leave(f"\n{stopped}", 128 + stopped.signal_number)
+        _leave(f"\n{stopped}", 128 + stopped.signal_number, after_launcher=True)
     except KeyboardInterrupt:
         _leave("\nstopped", 128 + signal.SIGINT)
     except BrokenPipeError:
@@ -70,6 +80,10 @@ def run(
         if error.errno not in _DISK_ERRORS:
             raise
         _leave(f"error: {error.filename or 'a file'} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
+    except RuntimeError as error:
+        if _NO_COMPILER not in str(error):
+            raise
+        _leave("error: --compile needs a C++ compiler, and none was found: install g++, or leave --compile out", 2)
 
 
 def chosen(flag: str, default: str) -> str:
@@ -144,15 +158,27 @@ def _one_paragraph(field: Any) -> Any:
 
     def text() -> str:
         docstring = field.helptext() if callable(field.helptext) else field.helptext
-        return " ".join(str(docstring or "").split())
+        return as_invoked(" ".join(str(docstring or "").split()))
 
     def default_hint(default: str) -> str:
         described = _DESCRIBED_DEFAULT.search(text())
-        return f"(default: {described[1] if described else default or 'none'})"
+        shown = "none" if default in ("", "None") else default
+        return f"(default: {described[1] if described else shown})"
 
     nested = dataclasses.is_dataclass(get_origin(field.type) or field.type)
-    kind = field.type if nested else Annotated[field.type, arg(help_behavior_hint=default_hint)]
+    kind = (
+        field.type
+        if nested
+        else Annotated[field.type, arg(help_behavior_hint=default_hint, metavar=_metavar(field.type))]
+    )
     return dataclasses.replace(field, type=kind, helptext=lambda: _DESCRIBED_DEFAULT.sub("", text()) or None)
+
+
+def _metavar(field_type: Any) -> str | None:
+    """Returns `PATH` for `Path | None`, and so on, where tyro writes `{None}|PATH`; None leaves it to tyro."""
+    others = [kind for kind in get_args(field_type) if kind is not type(None)]
+    optional = len(others) == 1 and len(get_args(field_type)) == 2
+    return others[0].__name__.upper() if optional and others[0] in (int, float, str, Path) else None
 
 
 def _output_is_closed() -> bool:
@@ -177,8 +203,39 @@ def _quiet_interrupts(kind: type[BaseException], error: BaseException, trace: Tr
 sys.excepthook = _quiet_interrupts
 
 
-def _leave(message: str, status: int, *, every_process: bool = False) -> NoReturn:
-    """Exits with a message on standard error, printed by the main process only unless `every_process` is set."""
-    if every_process or os.environ.get("RANK", "0") == "0":
+def _leave(message: str, status: int, *, every_process: bool = False, after_launcher: bool = False) -> NoReturn:
+    """Exits with a message on standard error, printed by the main process only unless `every_process` is set.
+
+    With `after_launcher` the message comes after what a launcher, such as `accelerate launch`, prints at its own end.
+    """
+    shown = every_process or os.environ.get("RANK", "0") == "0"
+    if shown and not (after_launcher and _LAUNCHED & os.environ.keys() and _print_later(message)):
         print(message, file=sys.stderr)
     sys.exit(status)
+
+
+def _print_later(message: str) -> bool:
+    """Forks a process that prints a message when this one's parent has ended, such as a launcher that Ctrl-C stops
+    too. Returns whether it could; a launcher that goes on is not waited for longer than `_MOST_SECONDS_LATER`."""
+    launcher = os.getppid()
+    if not hasattr(os, "fork") or os.fork():
+        return hasattr(os, "fork")
+    try:
+        os.setsid()  # launchers end the process groups of their processes
+        end = time.monotonic() + _MOST_SECONDS_LATER
+        while time.monotonic() < end and _runs(launcher):
+            time.sleep(0.05)
+        os.write(2, f"{message}\n".encode(errors="replace"))
+    finally:
+        os._exit(0)
+
+
+def _runs(process: int) -> bool:
+    """Returns whether a process exists and has not ended; where `/proc` is missing, whether it exists."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True

@@ -149,5 +149,12 @@ def test_painted_area_becomes_the_mask(height, width):
 def test_a_bad_upload_is_named_and_leaves_the_photo_and_the_painting(prior):
     handlers = _Handlers(Session(str(prior), None, "cpu", "fp32"), lambda *_: [])
     outputs = handlers.open({"path": __file__, "orig_name": "my *photo* <1>.png"})
-    assert outputs[:2] == (gradio.skip(), gradio.skip())
+    assert (*outputs[:2], outputs[3]) == (gradio.skip(),) * 3
     assert outputs[2].startswith('<p class="message problem" role="alert">my *photo* &lt;1&gt;.png was not opened')
+
+
+def test_a_seed_that_browsers_cannot_send_exactly_is_a_message_without_flags(session):
+    handlers = _Handlers(session, lambda *_: [])
+    ((_, message),) = handlers.generate(1, 1e40, "any", 4, 0.9, 0.5, 2.0, 1.0)
+    assert "the seed must be a whole number from -9007199254740991 to 9007199254740991" in message
+    assert "--" not in message

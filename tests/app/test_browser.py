@@ -96,6 +96,8 @@ def test_browser_opens_paints_fills_and_generates(prior, browser, tmp_path):
         assert len(shown(browser, "#images img")) == 8
         press(browser, "#images img")
         assert until(lambda: not browser.find_element("id", "generate").is_displayed())  # the other tab opened
+        assert not status(browser, "server-gone")
+    assert "start `smalti app` again" in until(lambda: status(browser, "server-gone"))
 
 
 FETCH = """

@@ -132,7 +132,9 @@ def test_changed_settings_are_refused_and_resume_never_starts_over(tokenizer, wo
     changed = [*TOKENIZER.split(), *STEPS.split(), "--learning-rate", "0.01", "--out", "whole"]
     status, _, err = run(capfd, train_tokenizer.main, *changed)
     assert status == 2
-    assert err.splitlines()[-1].startswith("error: whole holds a run with learning_rate=0.001, not 0.01; give")
+    assert err.splitlines()[-1].startswith(
+        "error: whole holds a run with --learning-rate 0.001, not --learning-rate 0.01; give"
+    )
     small = [*TOKENIZER.split(), "--batch-size", "4", "--precision", "fp32", "--out", "again"]
     assert run(capfd, train_tokenizer.main, *small, "--steps", "2")[0] == 0
     first = checkpoint_config(workspace / "again")["digest"]

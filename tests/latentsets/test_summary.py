@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from helpers.latents import PROVENANCE, write
 
 from smalti.core.codes import Layout, Level
 from smalti.latentsets.reader import LatentSet
-from smalti.latentsets.summary import describe
+from smalti.latentsets.summary import describe, size_text
 
 
 def test_summary_states_provenance_contents_and_usage(tmp_path):
@@ -31,3 +32,11 @@ def test_summary_states_provenance_contents_and_usage(tmp_path):
         "h5py",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (3000, "2.9 KiB"), (2**22, "4.0 MiB")],
+)
+def test_no_size_is_rounded_to_zero(size, text):
+    assert size_text(size) == text

@@ -89,13 +89,18 @@ def test_metrics_without_a_snapshot_are_deleted(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"learning_rate": 0.2}, "learning_rate=0.1, not 0.2"),
-        ({"widths": (4, 8)}, r"widths=\[4, 6\], not \[4, 8\]"),
-        ({"tokenizer": "x"}, "tokenizer=None, not 'x'"),
-        ({"fresh": 1}, "fresh=None, not 1"),
+        ({"learning_rate": 0.2}, "--learning-rate 0.1, not --learning-rate 0.2"),
+        ({"widths": (4, 8)}, "--widths 4 6, not --widths 4 8"),
+        ({"tokenizer": "x"}, "no --tokenizer, not --tokenizer x"),
+        ({"flips": True}, "no --flips, not --flips"),
+        (
+            {"image_fingerprint": "b" * 64},
+            "images .* None, not images with the fingerprint bbbbbbbbbbbb;",
+        ),
+        ({"fresh": 1}, "no --fresh, not --fresh 1"),
     ],
 )
-def test_changed_settings_are_refused_by_name(tmp_path, changed, message):
+def test_changed_settings_are_refused_by_the_flags_that_set_them(tmp_path, changed, message):
     started(tmp_path)
     before = (tmp_path / RUN_NAME).read_text()
     with pytest.raises(UserError, match=f"holds a run with {message}.*--out.*--resume never") as caught:
@@ -116,7 +121,7 @@ def test_setting_that_the_old_run_lacks_counts_as_off(tmp_path, off):
     started(tmp_path)
     assert Run(tmp_path, {**SETTINGS, "new": off}).step == 5
     fewer = {name: value for name, value in SETTINGS.items() if name != "learning_rate"}
-    with pytest.raises(UserError, match=r"holds a run with learning_rate=0\.1, not None"):
+    with pytest.raises(UserError, match=r"holds a run with --learning-rate 0\.1, not no --learning-rate"):
         Run(tmp_path, fewer)
 
 

@@ -17,18 +17,48 @@ from torch import Tensor
 from smalti.app.session import Frame, Session
 from smalti.commands.inpainting import Filling
 from smalti.core.errors import UserError
+from smalti.core.progress import duration
 from smalti.images.decoding import decode
 from smalti.images.sheets import to_image
 
 CANVAS_SIZE = 512
 """Pixels of the longer side of the canvas that a mask is painted on. Small images are enlarged to it."""
 MAX_IMAGES = 16
+MAX_SEED = 2**53 - 1
+"""The largest whole number that browsers send exactly."""
 ANY_CLASS = "any"
 CSS = """
 #fills img, #images img { image-rendering: pixelated }
 .toast-wrap { position: static !important; order: -1; width: 100% !important }  /* above the page, over no button */
 .message { margin: 0; min-height: 1.5em }
 .message.problem { color: var(--error-text-color); font-weight: 600 }
+#server-gone { margin: 0; padding: 0.75em 1em; text-align: center }
+"""
+HEAD = """
+<script>
+// Gradio shows nothing when a button is pressed and its server has ended or was started again.
+let servedBy = null;
+async function checkServer() {
+  let text = "";
+  try {
+    const answer = await (await fetch("gradio_api/app_id", { cache: "no-store" })).text();
+    servedBy ??= answer;
+    if (answer !== servedBy) text = "smalti was started again: reload this page. Save the fills that you need first.";
+  } catch {
+    text = "smalti has ended, so the buttons do nothing: start `smalti app` again, then reload this page.";
+  }
+  let line = document.getElementById("server-gone");
+  if (!line && text) {
+    line = document.createElement("p");
+    line.id = "server-gone";
+    line.className = "message problem";
+    line.setAttribute("role", "alert");
+    document.body.prepend(line);
+  }
+  if (line) { line.textContent = text; line.hidden = !text; }
+}
+setInterval(checkServer, 2000);
+</script>
 """
 THEME = themes.Default(font="system-ui", font_mono="monospace")  # Gradio downloads fonts of other names
 _SLIDER_RANGES = {  # minimum, maximum, step
@@ -66,10 +96,10 @@ def page(session: Session, save: Callable[..., list[str]]) -> gradio.Blocks:
     handlers = _Handlers(session, save)
     with gradio.Blocks(title="smalti", analytics_enabled=False) as blocks, gradio.Tabs() as tabs:
         with gradio.Tab("Inpaint", id="inpaint"), gradio.Row():
-            opened, editor, file_status = _inpaint_tab(session, handlers)
+            opening = _inpaint_tab(session, handlers)
         with gradio.Tab("Generate", id="generate"), gradio.Row():
             images = _generate_tab(session, handlers)
-        images.select(handlers.edit, images, [opened, editor, file_status, tabs])
+        images.select(handlers.edit, images, [*opening, tabs], show_progress="hidden")
     return blocks
 
 
@@ -83,8 +113,8 @@ class _Handlers:
     def __init__(self, session: Session, save: Callable[..., list[str]]) -> None:
         self._session, self._save = session, save
 
-    def open(self, upload: dict[str, Any] | None) -> tuple[Any, Any, Any]:
-        """Opens an uploaded image; returns its pixels, its canvas and a message.
+    def open(self, upload: dict[str, Any] | None) -> tuple[Any, Any, Any, Any]:
+        """Opens an uploaded image; returns its pixels, its canvas, a message, and an empty message on fills.
 
         If it is no image, the opened image and what is painted on it stay as they are.
 
@@ -92,15 +122,17 @@ class _Handlers:
             upload: Gradio's description of the file, with its name as the person knows it in `orig_name`.
         """
         if upload is None:
-            return gradio.skip(), gradio.skip(), gradio.skip()
+            return gradio.skip(), gradio.skip(), gradio.skip(), gradio.skip()
         name = upload.get("orig_name") or Path(upload["path"]).name
         try:
             pixels = decode(Path(upload["path"]).read_bytes(), channels=self._session.channels)
         except UserError as error:
-            return gradio.skip(), gradio.skip(), _message(f"{name} was not opened: {error}", problem=True)
-        return pixels.numpy(), canvas_image(pixels), _message(f"{name} will be {self._sizes(pixels)}")
+            text = f"{name} was not opened, and what is on the page stays: {error}"
+            return gradio.skip(), gradio.skip(), _message(text, problem=True), gradio.skip()
+        text = f"{name} will be {self._size(pixels, explained=True)}"
+        return pixels.numpy(), canvas_image(pixels), _message(text), _message("")
 
-    def edit(self, event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, Any, Any, Any]:
+    def edit(self, event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, Any, Any, Any, Any]:
         """Opens a generated image that was clicked, on the other tab."""
         path = images[event.index][0]
         return *self.open({"path": path, "orig_name": "the generated image"}), gradio.Tabs(selected="inpaint")
@@ -112,33 +144,34 @@ class _Handlers:
             yield gradio.skip(), _message("open an image first, or generate one and click it", problem=True)
             return
         pixels = torch.from_numpy(opened)
-        settings = _settings(self._session.prior.method.filling, values)
         try:
+            settings = _settings(self._session.prior.method.filling, values)
             mask = painted_mask(painted["layers"], *pixels.shape[1:])
             frames = self._session.inpaint(pixels, mask, filling=Filling(), **settings)
-            yield from self._outputs(frames, "fill", settings, note=f"; {self._sizes(pixels)}")
+            yield from self._outputs(frames, "fill", settings, note=f"; {self._size(pixels, explained=False)}")
         except UserError as error:
             yield gradio.skip(), _message(str(error), problem=True)
 
     @no_type_check
     def generate(self, *values: Any) -> Iterator[tuple[Any, Any]]:
         """Generates new images and yields pictures and status."""
-        settings = _settings(self._session.prior.method.sampling, values)
         try:
+            settings = _settings(self._session.prior.method.sampling, values)
             yield from self._outputs(self._session.sample(**settings), "sample", settings)
         except UserError as error:
             yield gradio.skip(), _message(str(error), problem=True)
 
-    def _sizes(self, pixels: Tensor) -> str:
-        """Describes the size of an image, width first, and the size at which its fills are computed."""
+    def _size(self, pixels: Tensor, *, explained: bool) -> str:
+        """Describes the size, width first, at which an image's fills are computed, and what happens to the image."""
         _, height, width = pixels.shape
         work = self._session.working_size(height, width)
         if (work.height, work.width) == (height, width):
             return f"filled at its own size, {width}x{height}"
-        return (
-            f"filled at {work.width}x{work.height}, enlarged to {width}x{height}; "
-            "what is not painted over keeps its full size"
+        explanation = (
+            f", and the fills enlarged to its {width}x{height}; what is not painted over keeps its full size, and "
+            "nothing is cropped"
         )
+        return f"filled at {work.width}x{work.height} pixels{explanation if explained else ''}"
 
     @no_type_check
     def _outputs(
@@ -153,7 +186,7 @@ class _Handlers:
             yield gradio.skip() if last.images is None else last.images, _message(progress_text(last))
         if last is not None and last.images is not None:
             seconds = time.monotonic() - start
-            text = f"finished after {last.step} of {last.steps} steps, {_duration(seconds)}{note}"
+            text = f"finished after {last.step} of {last.steps} steps, {duration(seconds)}{note}"
             yield self._save(prefix, last.images, **settings), _message(text)
 
 
@@ -164,12 +197,7 @@ def progress_text(frame: Frame) -> str:
         return step
     if frame.step >= frame.steps:
         return f"{step}, almost finished"
-    return f"{step}, about {_duration(frame.seconds_left)} left"
-
-
-def _duration(seconds: float) -> str:
-    """Returns a duration in seconds, or in minutes if it is longer than 90 seconds."""
-    return f"{max(1, round(seconds))} s" if seconds <= 90 else f"{round(seconds / 60)} min"
+    return f"{step}, about {duration(frame.seconds_left)} left"
 
 
 def _message(text: str, *, problem: bool = False) -> str:
@@ -178,8 +206,8 @@ def _message(text: str, *, problem: bool = False) -> str:
     return f'<p class="message{" problem" if problem else ""}" role="{kind}">{html.escape(text)}</p>'
 
 
-def _inpaint_tab(session: Session, handlers: _Handlers) -> tuple[gradio.State, gradio.ImageEditor, gradio.HTML]:
-    """Lays out the tab that inpaints; returns the opened image, the editor and the line of messages on files."""
+def _inpaint_tab(session: Session, handlers: _Handlers) -> list[Any]:
+    """Lays out the tab that inpaints; returns the outputs of `_Handlers.open`."""
     with gradio.Column():
         opened = gradio.State()
         upload = gradio.UploadButton("Open an image", elem_id="open")  # any file, so that others get a message
@@ -201,10 +229,12 @@ def _inpaint_tab(session: Session, handlers: _Handlers) -> tuple[gradio.State, g
         stop = gradio.Button("Stop")
         status = gradio.HTML(elem_id="fill-status")
         gallery = gradio.Gallery(label="Fills", elem_id="fills", format="png", columns=3, object_fit="contain")
-    upload.upload(handlers.open, upload, [opened, editor, file_status], preprocess=False)
-    running = button.click(handlers.inpaint, [opened, editor, *controls], [gallery, status], show_progress="hidden")
+    opening = [opened, editor, file_status, status]
+    upload.upload(handlers.open, upload, opening, preprocess=False, show_progress_on=file_status)
+    waiting = button.click(_waiting, None, status, queue=False, show_progress="hidden")
+    running = waiting.then(handlers.inpaint, [opened, editor, *controls], [gallery, status], show_progress="hidden")
     stop.click(_stopped, None, status, cancels=[running], queue=False)
-    return opened, editor, file_status
+    return opening
 
 
 def _generate_tab(session: Session, handlers: _Handlers) -> gradio.Gallery:
@@ -218,9 +248,15 @@ def _generate_tab(session: Session, handlers: _Handlers) -> gradio.Gallery:
         images = gradio.Gallery(
             label="Images", elem_id="images", format="png", columns=4, allow_preview=False, interactive=False
         )
-    running = button.click(handlers.generate, controls, [images, status], show_progress="hidden")
+    waiting = button.click(_waiting, None, status, queue=False, show_progress="hidden")
+    running = waiting.then(handlers.generate, controls, [images, status], show_progress="hidden")
     stop.click(_stopped, None, status, cancels=[running], queue=False)
     return images
+
+
+def _waiting() -> str:
+    """Returns the message until the first step: requests of several windows are processed one after the other."""
+    return _message("waiting: another window of this page is served first, if it is at work")
 
 
 def _stopped() -> str:
@@ -261,8 +297,14 @@ def _slider_defaults(sampling: type) -> Iterator[tuple[str, str, float]]:
 
 
 def _settings(sampling: type, values: tuple[Any, ...]) -> dict[str, Any]:
-    """Converts the values of `_controls` to arguments of `Session.inpaint` and `Session.sample`."""
+    """Converts the values of `_controls` to arguments of `Session.inpaint` and `Session.sample`.
+
+    Raises:
+        UserError: if the seed is too large.
+    """
     number, seed, image_class, *slider_values = values
+    if abs(seed or 0) > MAX_SEED:
+        raise UserError(f"the seed must be a whole number from {-MAX_SEED} to {MAX_SEED}")
     classes = () if image_class == ANY_CLASS else (image_class,)
     settings: dict[str, Any] = {"num": int(number), "seed": int(seed or 0), "classes": classes}
     for (name, _, default), slider_value in zip(_slider_defaults(sampling), slider_values, strict=True):

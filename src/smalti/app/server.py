@@ -138,7 +138,7 @@ def _running(blocks: Any, port: int) -> Iterator[None]:
     """
     from starlette.middleware import Middleware
 
-    from smalti.app.page import CSS, THEME
+    from smalti.app.page import CSS, HEAD, THEME
 
     try:
         blocks.launch(
@@ -148,6 +148,7 @@ def _running(blocks: Any, port: int) -> Iterator[None]:
             app_kwargs={"middleware": [Middleware(LocalOnly)]},
             theme=THEME,
             css=CSS,
+            head=HEAD,
             footer_links=[],
             quiet=True,
             prevent_thread_lock=True,

@@ -22,6 +22,7 @@ from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
+from smalti.core.progress import SLOW_SECONDS, bar, counting
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.images.sheets import save_grid
 from smalti.images.sources import local_paths
@@ -261,7 +262,12 @@ def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Pa
         labels = batch["labels"]
     else:
         labels = draw_labels(prior, trained_classes(prior), rows, seed)
-    codes = generate_codes(prior, rows, labels, seed=seed, sampling=prior.method.sampling(), upper=upper)
+    sampling = prior.method.sampling()
+    steps = sampling.calls(prior.level.height, prior.level.width)
+    with bar(what="drawing samples", total=steps, unit="step", delay_seconds=SLOW_SECONDS) as progress:
+        codes = generate_codes(
+            prior, rows, labels, seed=seed, sampling=sampling, upper=upper, callback=counting(progress)
+        )
     seeds = derive(row_seeds(seed, rows), Stream.IMAGE_DETAILS).to(codes.device)
     save_grid(path, tokenizer.draw((*upper, codes), seeds).cpu())
 

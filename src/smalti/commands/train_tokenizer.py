@@ -73,7 +73,7 @@ class TrainTokenizer(Generic[C]):
     """Handling of images that cannot be decoded: `raise` names all of them before the training, `skip` leaves them
     out."""
     layer_steps: tuple[int, ...] = ()
-    """Optimiser steps of each layer, from the image upwards, for kinds that are trained layer by layer. Upper layers
+    """Optimizer steps of each layer, from the image upwards, for kinds that are trained layer by layer. Upper layers
     are cheaper and can take more [default: --steps each]."""
     layer_batch_sizes: tuple[int, ...] = ()
     """Batch size of each layer, from the image upwards, for kinds that are trained layer by layer [default:
@@ -179,6 +179,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         **({"label_column": config.label_column} if config.label_column else {}),
     }
     if not run.step:
+        process.print("initializing the codebooks from training images", file=sys.stderr)
         _init_codebooks(tokenizer, train, config.model.height * config.model.width)
     phases = tokenizer.phases(config.fit)
     if not phases:

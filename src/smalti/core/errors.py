@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = "smalti"
-_SCRIPT = re.compile(r"(?:(?P<launch>accelerate launch(?: --?\w+(?: \d+)?)*) |python )scripts/(?P<name>\w+)\.py")
+SCRIPTS = (
+    *("app", "benchmark", "build_latents", "compress", "convert", "convert_latents", "demo", "evaluate", "inpaint"),
+    *("inspect_latents", "reproduce", "sample", "train_prior", "train_tokenizer"),
+)
+_SCRIPT = re.compile(
+    r"(?:(?P<launch>accelerate launch(?: --?\w+(?: \d+)?)*) |python )scripts/(?P<name>\w+)\.py"
+    rf"|(?<![\w./-])(?P<bare>{'|'.join(SCRIPTS)})\.py\b"
+)
 
 
 def printable(text: str) -> str:
@@ -72,13 +79,14 @@ def program_name() -> str:
 def as_invoked(text: str) -> str:
     """Returns a text with its commands in the form in which this one was typed.
 
-    Texts name `python scripts/train_prior.py`; started as `smalti ...`, a person reads `smalti train-prior`.
+    Texts name `python scripts/train_prior.py` or `train_prior.py`; started as `smalti ...`, a person reads
+    `smalti train-prior`.
     """
     if not program_name().startswith(f"{PROGRAM} "):
         return text
 
     def installed(match: re.Match[str]) -> str:
         launch = f"{match['launch']} -m " if match["launch"] else ""
-        return f"{launch}{PROGRAM} {match['name'].replace('_', '-')}"
+        return f"{launch}{PROGRAM} {(match['name'] or match['bare']).replace('_', '-')}"
 
     return _SCRIPT.sub(installed, text)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from smalti.core.devices import peak_memory_bytes
 from smalti.core.errors import UserError
 from smalti.core.models import Checkpointed
+from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.randomness import row_seeds
 from smalti.training.batches import RowData
 from smalti.training.config import FitConfig, Phase
@@ -220,7 +221,8 @@ def held_out_losses(
     rows = min(len(held_out), HELD_OUT_ROWS)
     stride, size = len(held_out) / rows, -(-config.batch_size // config.accumulation)
     totals: dict[str, float] = {}
-    for start in range(0, rows, size):
+    starts, main = range(0, rows, size), accelerator.is_main_process
+    for start in bar(starts, what="held-out loss", unit="batch", delay_seconds=SLOW_SECONDS, shown=main):
         numbers = [int(row * stride) for row in range(start, min(start + size, rows))]
         batch = {name: tensor.to(accelerator.device) for name, tensor in held_out.__getitems__(numbers).items()}
         batch["seeds"] = row_seeds(config.seed, batch["rows"])

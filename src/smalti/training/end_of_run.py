@@ -1,4 +1,4 @@
-"""The last lines of a training command: the folder, the held-out numbers, the pictures and the next command."""
+"""The last lines of the commands that make models: the folder, held-out numbers, the pictures and the next command."""
 
 from pathlib import Path
 
@@ -25,4 +25,10 @@ def print_end(folder: Path, *, pictures: str, following: str) -> None:
     print(f"{folder}: {metrics['step']:.0f} steps; {', '.join(held_out[:MOST_NUMBERS]) or 'no images are held out'}")
     if (folder / pictures).exists():
         print(f"pictures: {folder / pictures}")
-    print(as_invoked(f"next: {following}"))
+    print_next(following)
+
+
+def print_next(following: str) -> None:
+    """Prints the next command, on the main process."""
+    if PartialState().is_main_process:
+        print(as_invoked(f"next: {following}"))

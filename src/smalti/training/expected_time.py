@@ -1,16 +1,15 @@
 """The expected duration of a training, printed once after its first steps."""
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from smalti.core.progress import Bar
+
 MEASURED_STEPS = 20
 """Steps after the first one, which compiles and allocates, that determine the expected time."""
-MOST_SECONDS = 8.0
+MOST_SECONDS = 5.0
 """With slow steps the expected time is printed after this long, from the steps until then."""
-SHORTEST = 10.0
-"""Seconds; a shorter training prints no expected time."""
 
 
 class ExpectedTime:
@@ -22,7 +21,8 @@ class ExpectedTime:
         shown: whether this process prints.
     """
 
-    def __init__(self, steps: range, progress: Any, *, shown: bool) -> None:
+    def __init__(self, steps: range, progress: Bar, *, shown: bool) -> None:
+        progress.estimates = False  # the bar would count the first step, and steps that the device has not done
         self._steps, self._progress, self._pending = steps, progress, shown and len(steps) > 2
         self._clock = 0.0
 
@@ -43,17 +43,4 @@ class ExpectedTime:
             wait()
             self._pending = False
             step = (time.perf_counter() - self._clock) / measured
-            remaining = step * (self._steps.stop - done)
-            if remaining >= SHORTEST:
-                text = f"expected time: {duration(remaining)} for the remaining {self._steps.stop - done} steps"
-                self._progress.write(text, file=sys.stderr)
-
-
-def duration(seconds: float) -> str:
-    """Returns a duration in words, such as `50 s`, `12 min`, `3 h 20 min` or `2 d 4 h`."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 90:
-        return f"{round(seconds)} s"
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+            self._progress.print_estimate(step * (self._steps.stop - done))

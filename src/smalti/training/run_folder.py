@@ -33,6 +33,10 @@ FREE_SETTINGS = frozenset(
         *("device", "on_bad_image"),
     }
 )
+_NOT_FLAGS = {
+    "image_fingerprint": "images with the fingerprint",
+    "below": "lower layers with the digest",
+}
 
 
 class Run:
@@ -97,8 +101,9 @@ class Run:
         if changed:
             first = changed[0]
             raise UserError(
-                f"{self.folder} holds a run with {first}={before.get(first)!r}, not {self.settings.get(first)!r}; "
-                "give the same settings to resume it, another --out, or --resume never to delete that run"
+                f"{self.folder} holds a run with {_as_typed(first, before.get(first))}, not "
+                f"{_as_typed(first, self.settings.get(first))}; give the same settings to resume it, "
+                "another --out, or --resume never to delete that run"
             )
 
     def state(self) -> dict[str, Any] | None:
@@ -140,3 +145,15 @@ def last_metrics(folder: Path) -> dict[str, float]:
     for line in (folder / METRICS_NAME).read_text().splitlines():
         newest |= {name: float(value) for name, value in json.loads(line).items()}
     return newest
+
+
+def _as_typed(setting: str, value: Any) -> str:
+    """Returns a setting as the flag that sets it, or in words if no flag does."""
+    if setting in _NOT_FLAGS:
+        return f"{_NOT_FLAGS[setting]} {str(value)[:12]}"
+    flag = setting.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    if value is None:
+        return f"no --{flag}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
