@@ -3,7 +3,7 @@
 The file format is in `latentsets/packed_file.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from smalti.core.errors import UserError
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float
+from smalti.images.reading import Reading
 from smalti.images.sheets import save_png, to_image
 from smalti.latentsets.packed_file import bits_per_image, is_packed, read_codes, write_codes
 from smalti.metrics.image_errors import mse, psnr
@@ -42,6 +43,7 @@ class Compress:
     images: str | None = None
     """An image, a folder of images, Parquet files or a hub id [default: the images that the tokenizer was trained
     on]."""
+    reading: Reading = field(default_factory=Reading)
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""
     width: int | None = None
@@ -100,11 +102,11 @@ def _require_other_file(config: Compress) -> None:
 def _compress(config: Compress) -> Path:
     encoding_device = device(config.device)
     tokenizer = load_tokenizer(layer_source(config.tokenizer, config.layer)).to(encoding_device)
-    images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
-    batches, errors = [], []
-    progress = bar(what="compressing", total=len(images), unit="image", delay_seconds=SLOW_SECONDS)
+    images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width, config.reading)
+    batches, errors, kept = [], [], (~images.left_out).nonzero().squeeze(1)
+    progress = bar(what="compressing", total=len(kept), unit="image", delay_seconds=SLOW_SECONDS)
     with progress:
-        for rows in torch.arange(len(images)).split(_BATCH_SIZE):
+        for rows in kept.split(_BATCH_SIZE):
             batch = to_float(images.pixels(rows)).to(encoding_device)
             batches.append(tokenizer.encode(batch))
             with torch.no_grad():
@@ -115,9 +117,9 @@ def _compress(config: Compress) -> Path:
     header = {"tokenizer_kind": tokenizer.kind, "tokenizer_digest": tokenizer.digest(), "layer": config.layer}
     size, bits, error = write_codes(config.out, codes, layout, header), bits_per_image(layout), torch.cat(errors).mean()
     pixels = images.preprocessing["height"] * images.preprocessing["width"]
-    payload = -(-len(images) * bits // 8)
+    payload = -(-len(kept) * bits // 8)
     print(
-        f"{config.out}: {len(images)} image(s), {layout}\n"
+        f"{config.out}: {len(kept)} image(s), {layout}\n"
         f"rate: {bits} bits an image, {bits / pixels:.4g} a pixel; {payload} bytes of codes, "
         f"{size - payload} of header\n"
         f"distortion: MSE {float(error):.4g}, PSNR {float(psnr(error)):.2f} dB, for the most probable decodes"
