@@ -128,7 +128,7 @@ def test_fit_and_columns_of_the_training_are_used_by_all_that_follows(workspace,
         conditions = json.loads(Path(flags[-1]).read_text())["conditions"]
         assert conditions["images_fingerprint"] == latents.provenance.image_fingerprint
         assert conditions["preprocessing"]["fit"] == "longer side, white borders"
-    write_parquet(workspace / "x.parquet", image=wide(2), **columns)
+    write_parquet(workspace / "x.parquet", image=wide(3), **columns)
     status, _, err = run(capfd, evaluate.main, *of_prior)
     (error,) = lines(err, "error: ")
     assert status == 2
