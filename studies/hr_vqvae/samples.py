@@ -36,7 +36,7 @@ from smalti.metrics.extractors import find_extractor
 from smalti.priors.base import Prior
 from smalti.studies.experiment import FrechetEvaluator, Trial, count_parameters, measure_once
 from smalti.studies.flat_codes import flat_latents
-from smalti.studies.hr_vqvae.study import ReproduceHRVQVAE, TokenizerSpec, trained, trial_of
+from smalti.studies.hr_vqvae.study import ReproduceHRVQVAE, TokenizerSpec, open_data, trained, trial_of
 from smalti.tokenizers.base import Tokenizer
 
 PriorName: TypeAlias = Literal["pixelcnn", "hourglass"]
@@ -127,12 +127,12 @@ def load_trained(spec: PriorSpec, config: ReproduceHRVQVAE, images: ImageSet) ->
 
 def evaluator_of(config: ReproduceHRVQVAE) -> FrechetEvaluator:
     """Returns the evaluator of samples and reconstructions."""
-    budget, channels = config.generating, 1 if config.data == "mnist" else 3
+    budget = config.generating
     extractor = find_extractor(budget.extractor, best_device())  # before any training: it may not be installed
 
     def open_real() -> Real:
         settings = EvaluationSettings(images=config.images, num=budget.num, reference=budget.reference)
-        return Real(settings, extractor, height=32, width=32, channels=channels)
+        return Real(settings, open_data(config), extractor)
 
     return FrechetEvaluator(f"{budget.extractor}-{budget.num}-of-{budget.reference}", open_real)
 

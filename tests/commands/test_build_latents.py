@@ -126,7 +126,7 @@ def test_two_processes_build_the_same_file_as_one(workspace, latents):
 
 def test_the_columns_are_those_of_the_images(workspace):
     whole = LatentSet("whole.h5")
-    images = build_latents.open_images("img", height=8, width=8)
+    images = open_images("img", height=8, width=8)
     first = images.source_ids.tolist()
     order = list(dict.fromkeys(first))
     assert len(order) == IMAGES * 9 // 10
@@ -246,9 +246,7 @@ def test_new_content_under_the_same_source_id_changes_the_fingerprint(tmp_path):
     from helpers.image_toys import png, write_parquet
 
     digests = [
-        build_latents.open_images(
-            str(write_parquet(tmp_path / f"{colour}.parquet", image=[png(colour)], source_id=[1]))
-        ).fingerprint
+        open_images(str(write_parquet(tmp_path / f"{colour}.parquet", image=[png(colour)], source_id=[1]))).fingerprint
         for colour in ("red", "lime")
     ]
     assert digests[0] != digests[1]

@@ -1,20 +1,27 @@
 """Commands and the source of their images: moved or changed images, outputs among them, and bad files."""
 
+import io
+import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from helpers.build_toys import write_images
 from helpers.command_toys import run
-from helpers.image_toys import marked
+from helpers.image_toys import marked, write_parquet
+from PIL import Image
 
+from smalti.commands.model_paths import load_tokenizer
 from smalti.core.errors import UserError
 from smalti.core.models import read_config
+from smalti.images.decoding import decode, to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.splits import held_out
 from smalti.latentsets.reader import LatentSet
-from smalti.scripts import build_latents, sample, train_prior, train_tokenizer
+from smalti.scripts import build_latents, compress, evaluate, sample, train_prior, train_tokenizer
 
 SMALL = "--height 8 --width 8 --widths 6 8 --residual-blocks 1 --code-width 6 --depth 2 --branching 4"
 FLAGS = f"{SMALL} --steps 2 --batch-size 4 --warmup-steps 0 --precision fp32 --images img"
@@ -77,9 +84,88 @@ def test_the_column_of_labels_is_kept_for_the_latent_set(workspace, capfd):
     marked(["red", "lime", "blue", "black"] * 5, cls=[1, 2, 3, 4] * 5).to_parquet("x.parquet")
     flags = [*TRAIN, "--images", "x.parquet", "--label-column", "cls", "--out", "tokenizer"]
     assert run(capfd, train_tokenizer.main, *flags)[0] == 0
-    assert read_config(workspace / "tokenizer")["provenance"]["label_column"] == "cls"
+    assert read_config(workspace / "tokenizer")["provenance"]["preprocessing"]["label_column"] == "cls"
     assert run(capfd, build_latents.main, *BUILD)[0] == 0
     assert LatentSet("latents.h5").provenance.label_names == ("1", "2", "3", "4")
+
+
+def wide(seed: int) -> list[bytes]:
+    """Returns 60 encoded images of two plain halves, twice as wide as high."""
+    images = []
+    for colours in np.random.default_rng(seed).integers(0, 256, (60, 1, 2, 3), dtype=np.uint8):
+        images.append(png_of(Image.fromarray(colours).resize((16, 8), Image.Resampling.NEAREST)))
+    return images
+
+
+def png_of(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_fit_and_columns_of_the_training_are_used_by_all_that_follows(workspace, capfd):
+    """Also the fingerprint of the images: a prior is not evaluated on others by default."""
+    columns = {"other": [b""] * 60, "cls": ["a", "b", "c"] * 20}
+    write_parquet(workspace / "x.parquet", image=wide(0), **columns)
+    chosen = ["--images", "x.parquet", "--image-column", "image", "--label-column", "cls", "--fit", "pad"]
+    assert run(capfd, train_tokenizer.main, *TRAIN, *chosen, "--out", "tokenizer")[0] == 0
+    assert run(capfd, build_latents.main, *BUILD, "--no-flips")[0] == 0
+    latents, tokenizer = LatentSet("latents.h5"), load_tokenizer("tokenizer")
+    padded = torch.stack([decode(image, channels=3, height=8, width=8, fit="pad") for image in wide(0)])
+    assert (padded[:, :, :2] == 255).all()
+    assert latents.batch(range(60))[0].equal(tokenizer.encode(to_float(padded))[0])
+    assert latents.provenance.label_names == ("a", "b", "c")
+    assert run(capfd, train_prior.main, *PRIOR)[0] == 0
+    quick = ["--num", "4", "--reference", "4", "--precision", "fp32"]
+    of_prior = ["--of", "prior", "--prior", "prior", "--steps", "2", "--min-steps", "1", *quick, "--out", "p.json"]
+    for flags in (["--of", "tokenizer", "--tokenizer", "tokenizer", *quick, "--out", "t.json"], of_prior):
+        status, _, err = run(capfd, evaluate.main, *flags)
+        assert status == 0
+        assert lines(err, "images: ") == [
+            "images: 60 images from x.parquet, in 3 classes: a 20, b 20, c 20",
+            "images: 60 of 60 images are not square: they get white borders (as in the training)",
+        ]
+        conditions = json.loads(Path(flags[-1]).read_text())["conditions"]
+        assert conditions["images_fingerprint"] == latents.provenance.image_fingerprint
+        assert conditions["preprocessing"]["fit"] == "longer side, white borders"
+    write_parquet(workspace / "x.parquet", image=wide(3), **columns)
+    status, _, err = run(capfd, evaluate.main, *of_prior)
+    (error,) = lines(err, "error: ")
+    assert status == 2
+    assert error.startswith("error: x.parquet does not hold the images that the model was trained on (fingerprint ")
+    assert run(capfd, evaluate.main, *of_prior[:-1], "q.json", "--images", "x.parquet", *chosen[2:6])[0] == 0
+    config = json.loads(Path("prior/config.json").read_text())
+    del config["provenance"]["image_fingerprint"]  # as priors of before have none
+    Path("prior/config.json").write_text(json.dumps(config))
+    assert run(capfd, evaluate.main, *of_prior[:-1], "old.json")[0] == 0
+
+
+def test_every_command_that_reads_images_names_all_bad_ones_or_leaves_them_out(workspace, capfd):
+    assert run(capfd, train_tokenizer.main, *TRAIN, "--out", "tokenizer")[0] == 0
+    write_images(workspace / "more", 80, seed=2)
+    for name in ("0003.png", "0021.png"):
+        (workspace / "more" / name).write_bytes((workspace / "more" / name).read_bytes()[:60])
+    of_tokenizer = ["--of", "tokenizer", "--num", "4", "--reference", "4", "--precision", "fp32", "--out", "t.json"]
+    for main, flags in (
+        (build_latents.main, ["--workers", "0", "--out", "latents.h5"]),
+        (evaluate.main, of_tokenizer),
+        (compress.main, ["--out", "x.smalti"]),
+    ):
+        reading = ["--tokenizer", "tokenizer", "--images", "more", *flags]
+        status, _, err = run(capfd, main, *reading)
+        (error,) = lines(err, "error: ")
+        assert status == 2
+        assert error.startswith("error: 2 images cannot be decoded: ")
+        assert "more/0003.png, row 3: " in error
+        assert "more/0021.png, row 21: " in error
+        assert error.endswith("or leave out such images with --on-bad-image skip")
+        assert not Path(flags[-1]).exists()
+        status, out, err = run(capfd, main, *reading, "--on-bad-image", "skip")
+        assert status == 0
+        assert lines(err, "images: 2 left out: ")
+        if main is compress.main:
+            assert "78 image(s)" in out
+    assert json.loads(Path("t.json").read_text())["conditions"]["images_left_out"] == 2
 
 
 @pytest.mark.parametrize("cache_bytes", [2**30, 0])

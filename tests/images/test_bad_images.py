@@ -11,7 +11,9 @@ import torch
 from helpers.build_toys import FLAGS, run, save_tokenizer
 from PIL import Image
 
+from smalti.commands import build_latents
 from smalti.images.decoding import load_image, to_float
+from smalti.images.image_set import ImageSet, bad_images_error
 from smalti.latentsets.reader import LatentSet
 from smalti.tokenizers.vq.hrvq import HRVQ
 
@@ -125,6 +127,31 @@ def test_skipped_images_are_recorded_and_counted(workspace, capfd):
     assert latents.path.read_bytes() == before
 
 
+def test_all_bad_images_are_named_before_any_is_encoded(workspace, capfd, monkeypatch):
+    """The check is paid once: the next command with the same images decodes none of them for it."""
+    for name in ("empty.png", "text.jpg", "truncated.jpg"):
+        write(workspace / "img", name, BAD[name][0])
+    decoded, decode = [], ImageSet._decode
+    monkeypatch.setattr(ImageSet, "_decode", lambda *args: decoded.append(args[1]) or decode(*args))
+    encoded = []
+    monkeypatch.setattr(build_latents, "encode_block", lambda *args, **_: encoded.append(args))
+    for decodes in (len(GOOD) + 3, 0):
+        decoded.clear()
+        status, _, err = run(capfd, *FLAGS, "--out", "latents.h5")
+        assert status == 2
+        assert "error: 3 images cannot be decoded: " in err
+        assert all(f"img/{name}, row " in err for name in ("empty.png", "text.jpg", "truncated.jpg"))
+        assert (len(decoded), encoded) == (decodes, [])
+    write(workspace / "img", "empty.png", GOOD["rgb.png"])
+    assert "error: 2 images cannot be decoded: " in run(capfd, *FLAGS, "--out", "latents.h5")[2]
+
+
+def test_an_error_names_ten_bad_images_and_counts_the_others(tmp_path):
+    error = str(bad_images_error({row: f"{row}.png, row {row}: broken" for row in range(13)}))
+    assert error.startswith("13 images cannot be decoded: 0.png, row 0: broken; 1.png, row 1: broken; ")
+    assert error.endswith("; 9.png, row 9: broken; and 3 more")
+
+
 def test_a_later_build_reports_the_images_that_an_earlier_one_skipped(workspace, capfd, monkeypatch):
     write(workspace / "img", "empty.png", b"")
     flags = [*FLAGS, "--out", "latents.h5", "--on-bad-image"]
@@ -149,4 +176,4 @@ def test_a_folder_of_bad_images_only_is_refused(workspace, capfd):
         write(workspace / "img", name, content)
     status, _, err = run(capfd, *FLAGS, "--on-bad-image", "skip", "--out", "latents.h5")
     assert status == 2
-    assert "error: latents.h5 was not written: none of the 4 images can be decoded" in err
+    assert "error: none of the 4 images of img can be decoded; the first: " in err

@@ -6,6 +6,7 @@ import pickle
 import re
 from collections import defaultdict
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -208,14 +209,14 @@ def test_the_cache_is_filled_once_and_only_if_it_fits(tmp_path, monkeypatch):
     write_folder(tmp_path, ["a.png", "b.png"])
     decoded = []
     decode = ImageSet._decode
-    monkeypatch.setattr(ImageSet, "_decode", lambda *args: decoded.append(args[1]) or decode(*args))
+    monkeypatch.setattr(ImageSet, "_decode", lambda *args: decoded.append(Path(args[1]["path"]).stem) or decode(*args))
     fits = open_images(str(tmp_path), cache_bytes=2 * 3 * 32 * 32)
     for split in ("all", "all"):
         ImageRows(fits, split=split, flips=True).__getitems__([0, 1, 2, 3])
-    assert sorted(decoded) == [0, 1]
+    assert sorted(decoded) == ["a", "b"]
     decoded.clear()
     larger = ImageRows(open_images(str(tmp_path), cache_bytes=2 * 3 * 32 * 32 - 1), split="all", flips=False)
     assert decoded == []
     larger.__getitems__([1])
     larger.__getitems__([1])
-    assert decoded == [1, 1]
+    assert decoded == ["b", "b"]

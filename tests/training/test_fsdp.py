@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from smalti.core.errors import UserError
 from smalti.core.models import WEIGHTS_NAME
-from smalti.training import loop
+from smalti.training import checkpoints_and_logs, loop
 from smalti.training.accelerator import accelerator
 from smalti.training.config import Phase
 from smalti.training.optimizers import parts_of, step_unless_on_device
@@ -45,11 +45,16 @@ def lengths(_done, model):
     return {"length": float(nn.utils.get_total_norm(model.parameters()))}
 
 
+def draw(model):
+    """Draws a picture, which needs the full model too."""
+    lengths(0, model)
+
+
 def train(folder, build, config, process, wrap=lambda rows: rows):
     with process.main_process_first():
         run = Run(folder, {}, main=process.is_main_process)
     with suppress(Interrupted):
-        toys.train(folder, build, config, process=process, run=run, wrap=wrap, on_report=lengths)
+        toys.train(folder, build, config, process=process, run=run, wrap=wrap, on_report=lengths, draw=draw)
 
 
 def stopping(rows):
@@ -64,6 +69,7 @@ def step_as_on_a_gpu(optimizer, bad):
 def program(folder):
     """Resumes runs that one process began and will finish; trains with Muon; and with a bad batch in one process."""
     process, built = accelerator("fp32"), []
+    checkpoints_and_logs.FIRST_PICTURES_SECONDS = 0.0
 
     def make(kind):
         model, objective, rows, held_out = toys.make(FAMILIES[kind], kind)

@@ -234,6 +234,38 @@ def test_reports_receive_the_averaged_model_in_evaluation_mode(tmp_path):
     assert losses["held_out_loss"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-5)
 
 
+def test_first_pictures_come_before_the_first_report_and_change_nothing(tmp_path, monkeypatch, capfd):
+    """They are due after a time, so a stopped and resumed run draws them at other steps."""
+    monkeypatch.setattr(checkpoints_and_logs, "FIRST_PICTURES_SECONDS", 0.0)
+    train(tmp_path / "none")
+    drawn = []
+
+    def draw(model):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        drawn.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return tmp_path / "sheet.png"
+
+    capfd.readouterr()
+    train(tmp_path / "whole", draw=draw)
+    assert len(drawn) == 1 + 3  # once, and at the reports
+    assert f"pictures after 1 steps: {tmp_path / 'sheet.png'}; redrawn every 4 steps" in capfd.readouterr().err
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", draw=draw, wrap=lambda rows: Signalling(rows, 5))
+    train(tmp_path / "stopped", draw=draw)
+    assert len(drawn) == 4 + 2 + 3
+    saved = load_file(tmp_path / "whole" / WEIGHTS_NAME)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in drawn[3].items())
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "none")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "none")
+
+
+def test_first_pictures_wait_for_their_time_and_a_report_comes_instead(tmp_path):
+    drawn = []
+    train(tmp_path, draw=drawn.append)
+    assert len(drawn) == 3
+
+
 def test_workers_do_not_change_results(tmp_path):
     train(tmp_path / "none")
     train(tmp_path / "one", config=replace(CONFIG, workers=1))

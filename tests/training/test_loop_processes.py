@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from smalti.core.errors import UserError
 from smalti.core.models import WEIGHTS_NAME
+from smalti.training import checkpoints_and_logs
 from smalti.training.accelerator import accelerator
-from smalti.training.nan_and_stalls import StopAgreement
-from smalti.training.run_folder import Run
+from smalti.training.nan_and_stalls import Agreement
+from smalti.training.run_folder import METRICS_NAME, Run
 from smalti.training.signals import Interrupted
 
 CONFIG = toys.CONFIG
@@ -30,15 +31,19 @@ of_every_run = pytest.mark.parametrize(
 )
 
 
-def train(folder, family, kind, config=CONFIG, *, process, wrap=lambda rows: rows):
+def train(folder, family, kind, config=CONFIG, *, process, wrap=lambda rows: rows, draw=None):
     with process.main_process_first():
         run = Run(folder, {}, main=process.is_main_process)
-    toys.train(folder, lambda: toys.make(family, kind), config, process=process, run=run, wrap=wrap)
+    toys.train(folder, lambda: toys.make(family, kind), config, process=process, run=run, wrap=wrap, draw=draw)
 
 
 def program(folder):
-    """Trains with gradient accumulation until a signal to one process stops the run; and some runs to the end."""
+    """Trains with gradient accumulation until a signal to one process stops the run; and some runs to the end.
+
+    The first pictures are due at once on the main process.
+    """
     process = accelerator("fp32")
+    checkpoints_and_logs.FIRST_PICTURES_SECONDS = 0.0
     for family, kind in toys.KINDS:
         stop = STOPPED_AT if process.process_index == 1 else -1
         try:
@@ -53,7 +58,16 @@ def program(folder):
         except Interrupted as stopped:
             (folder / f"{kind} {process.process_index} {stopped.step}").touch()
         if kind in UNINTERRUPTED:
-            train(folder / "uninterrupted" / kind, family, kind, process=process)
+            whole = folder / "uninterrupted" / kind
+            train(whole, family, kind, process=process, draw=lambda _, path=whole: drawn(path, process.process_index))
+
+
+def drawn(folder, process):
+    """Draws a picture: notes which process draws, after how many lines of metrics."""
+    metrics = folder / METRICS_NAME
+    lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    with (folder / "drawn").open("a") as file:
+        file.write(f"{process} {lines}\n")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +111,14 @@ def test_signal_to_one_process_stops_both_after_the_same_step(folder, family, ki
     assert {path.name for path in folder.glob(f"{kind} *")} == {f"{kind} {n} {STOPPED_AT + 2}" for n in (0, 1)}
 
 
+@pytest.mark.parametrize("kind", UNINTERRUPTED)
+def test_first_pictures_of_two_processes_are_drawn_once_and_by_the_main_one(folder, kind):
+    """The processes agree on it one step after they are due."""
+    processes, lines = zip(*(line.split() for line in (folder / "uninterrupted" / kind / "drawn").open()), strict=True)
+    assert processes == ("0",) * (1 + CONFIG.steps // CONFIG.report_steps)
+    assert int(lines[0]) == 2 * CONFIG.log_steps
+
+
 def test_snapshots_that_differ_between_processes_are_refused(tmp_path, monkeypatch):
     process = accelerator("fp32")
     monkeypatch.setattr(process, "gather", lambda step: torch.cat([step, step + 3]))
@@ -104,9 +126,10 @@ def test_snapshots_that_differ_between_processes_are_refused(tmp_path, monkeypat
         toys.train(tmp_path, process=process)
 
 
-def test_stop_agreement_of_one_process():
-    agreement = StopAgreement(1)
-    assert [agreement.after_step(number, last=False) for number in (0, 15)] == [0, 15]
+def test_agreement_of_one_process():
+    agreement = Agreement(1)
+    assert agreement.after_step(0, True, last=False) == (0, True)
+    assert agreement.after_step(15, False, last=False) == (15, False)
 
 
 if __name__ == "__main__":

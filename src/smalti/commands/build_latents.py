@@ -28,7 +28,8 @@ from smalti.core.files import expand_home
 from smalti.core.progress import bar
 from smalti.core.provenance import command, versions
 from smalti.images.decoding import BadImageError, to_float
-from smalti.images.image_set import ImageSet, open_images, print_summary
+from smalti.images.image_set import ImageSet
+from smalti.images.reading import Reading, read_images_for
 from smalti.images.sources import local_paths
 from smalti.images.splits import held_out
 from smalti.latentsets.format import Provenance
@@ -36,10 +37,10 @@ from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.shards import Job, Shards
 from smalti.latentsets.summary import describe
 from smalti.tokenizers.base import Tokenizer
+from smalti.training.accelerator import main_first
 from smalti.training.batches import leave_interrupts
 
 T = TypeVar("T")
-OnBadImage: TypeAlias = Literal["raise", "skip"]
 Block: TypeAlias = tuple[int, Tensor, dict[int, str]]
 """A block's number, its images (uint8), and the error of each image that cannot be decoded, by row."""
 
@@ -62,19 +63,13 @@ class BuildLatents:
     images: str | None = None
     """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: the images
     that the tokenizer was trained on]."""
-    image_column: str | None = None
-    """Column of the images, if a table has several [default: as trained, without --images]."""
-    label_column: str | None = None
-    """Column of the labels [default: as trained, without --images; else `label`, or the only column of classes]."""
+    reading: Reading = field(default_factory=Reading)
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""
     width: int | None = None
     """Width of the images in pixels [default: as trained]."""
     flips: bool = True
     """Also store the mirror image of every image, as a row of its own."""
-    on_bad_image: OnBadImage = "raise"
-    """Handling of an image that cannot be decoded: `raise` stops and names it, `skip` leaves it out and records it
-    in the latent set."""
     batch_size: int = 256
     """Rows that each process encodes at once, mirror images included. Lower it if memory runs out. A stopped build
     repeats at most one batch for each process."""
@@ -116,17 +111,8 @@ def build_latents(config: BuildLatents) -> Path:
     encoding_device = own_device if own_device is not None and own_device.type == wanted.type else wanted
     tokenizer_source = layer_source(config.tokenizer, config.layer)
     tokenizer = load_tokenizer(tokenizer_source).to(encoding_device)
-    with process.main_process_first():  # it fills the cache of hashes, which the others then read
-        images = images_for(
-            tokenizer,
-            config.tokenizer,
-            config.images,
-            config.height,
-            config.width,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            main=process.is_main_process,
-        )
+    asked = (config.tokenizer, config.images, config.height, config.width, config.reading)
+    images = main_first(process, lambda: images_for(tokenizer, *asked, shown=process.is_main_process))
     name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
     path = config.out or LATENTS / f"{name}.h5"
     precision = {} if config.precision == "fp32" else {"precision": config.precision}
@@ -156,7 +142,7 @@ def encode(
     process: PartialState,
 ) -> None:
     """Encodes opened images with a tokenizer that is on its device, and writes the finished file."""
-    main, with_bad = process.is_main_process, config.on_bad_image == "raise"
+    main, with_bad = process.is_main_process, config.reading.on_bad_image == "raise"
     checks = {"inputs": local_paths(provenance.image_source), "overwrite": config.overwrite, "required": True}
     claim = locks.claim([job.path], **checks, is_own=lambda path: provenance.is_rebuild_of(_provenance_of(path)))
     with ExitStack() as stack, Shards(job, process=process.process_index) as shards:
@@ -221,43 +207,25 @@ def images_for(
     source: str | None,
     height: int | None,
     width: int | None,
+    reading: Reading,
     *,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    main: bool = True,
+    shown: bool = True,
 ) -> ImageSet:
-    """Opens images at a tokenizer's size: those of `source`, or else those it was trained on; prints their summary.
-
-    A tokenizer records the path of its images as it was typed, which may name other images in another
-    folder. Their fingerprint, which it records too, is therefore compared.
+    """Reads images for a tokenizer, at its size unless another one is given; see `read_images_for`.
 
     Raises:
-        UserError: if there are no images, or no `source` while the tokenizer does not record the
-            images it was trained on, or those have another fingerprint; `name` is the tokenizer's
-            name in these messages.
+        UserError: as `read_images_for` does.
     """
-    trained = tokenizer.provenance if source is None else {}
-    source = source or trained.get("image_source")
-    if source is None:
-        raise UserError(f"{name} does not record what images it was trained on; give --images")
-    images = open_images(
+    return read_images_for(
+        tokenizer.provenance,
+        name,
         source,
+        reading,
         height=height or tokenizer.config.height,
         width=width or tokenizer.config.width,
         channels=tokenizer.image_channels,
-        image_column=image_column or trained.get("image_column"),
-        label_column=label_column or trained.get("label_column"),
+        shown=shown,
     )
-    expected = trained.get("image_fingerprint", images.fingerprint)
-    if images.fingerprint != expected:
-        raise UserError(
-            f"{source} does not hold the images that {name} was trained on (fingerprint {images.fingerprint[:12]}, "
-            f"not {expected[:12]}): run the command in the folder of the training, or give --images PATH; "
-            f"--images {source} uses the images that are there now"
-        )
-    if main:
-        print_summary(images)
-    return images
 
 
 def _on_all_processes(process: PartialState, work: Callable[[], T], claimed: Shards | None = None) -> T:
@@ -303,7 +271,7 @@ def _encode(
         for block, pixels, bad in decoded(images, job, share, config, encoding_device):
             if shards.abandoned:
                 return
-            if bad and config.on_bad_image == "raise":
+            if bad and config.reading.on_bad_image == "raise":
                 raise BadImageError(f"{bad[min(bad)]}, or leave out such images with --on-bad-image skip")
             shards.append(block, encode_block(tokenizer, pixels, flips=job.flips), bad)
             progress.update()

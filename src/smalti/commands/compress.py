@@ -4,7 +4,7 @@ The file format is in `latentsets/packed_file.py`.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageSet
+from smalti.images.reading import Reading
 from smalti.images.sheets import embedded_settings, save_png, to_image
 from smalti.latentsets.packed_file import bits_per_image, read_codes, read_header, write_codes
 from smalti.metrics.image_errors import mse, psnr
@@ -45,6 +46,7 @@ class Compress:
     images: str | None = None
     """An image, a folder of images, Parquet files or a hub id [default: the images that the tokenizer was trained
     on]."""
+    reading: Reading = field(default_factory=Reading)
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""
     width: int | None = None
@@ -91,7 +93,7 @@ def compress(config: Compress) -> Path:
     encoding_device = device(config.device)
     source = layer_source(config.tokenizer, config.layer)
     tokenizer = load_tokenizer(source).to(encoding_device)
-    images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width)
+    images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width, config.reading)
     out = config.out or RUNS / f"{_file_name(images.source)}.smalti"
 
     def is_own(path: Path) -> bool:
@@ -110,10 +112,10 @@ def _file_name(source: str) -> str:
 
 def _compress(config: Compress, out: Path, tokenizer: Tokenizer, images: ImageSet) -> None:
     encoding_device = next(tokenizer.parameters()).device
-    batches, errors = [], []
-    progress = bar(what="compressing", total=len(images), unit="image", delay_seconds=SLOW_SECONDS)
+    batches, errors, kept = [], [], (~images.left_out).nonzero().squeeze(1)
+    progress = bar(what="compressing", total=len(kept), unit="image", delay_seconds=SLOW_SECONDS)
     with progress:
-        for rows in torch.arange(len(images)).split(_BATCH_SIZE):
+        for rows in kept.split(_BATCH_SIZE):
             batch = to_float(images.pixels(rows)).to(encoding_device)
             batches.append(tokenizer.encode(batch))
             with torch.no_grad():
@@ -125,9 +127,9 @@ def _compress(config: Compress, out: Path, tokenizer: Tokenizer, images: ImageSe
     header["images_fingerprint"] = images.fingerprint
     size, bits, error = write_codes(out, codes, layout, header), bits_per_image(layout), torch.cat(errors).mean()
     pixels = images.preprocessing["height"] * images.preprocessing["width"]
-    payload = -(-len(images) * bits // 8)
+    payload = -(-len(kept) * bits // 8)
     print(
-        f"{out}: {len(images)} image(s), {layout}\n"
+        f"{out}: {len(kept)} image(s), {layout}\n"
         f"rate: {bits} bits an image, {bits / pixels:.4g} a pixel; {payload} bytes of codes, "
         f"{size - payload} of header\n"
         f"distortion: MSE {float(error):.4g}, PSNR {float(psnr(error)):.2f} dB, for the most probable decodes"

@@ -1,6 +1,6 @@
 """selfVAE's generation modes: new images, or reconstructions from more or fewer transmitted latents (Section 3.3)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
+from smalti.images.reading import Reading
 from smalti.images.sheets import embedded_settings, require_png, save_grid, save_sheet
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.selfvae.hierarchical_vae import Hierarchy, Pixels, Way
@@ -40,6 +41,7 @@ class SampleMode:
     images: str | None = None
     """Images to transmit, from their held-out split: `portraits`, `emoji`, a folder, Parquet files or a hub id
     [default: the images that the tokenizer was trained on]."""
+    reading: Reading = field(default_factory=Reading)
     num: int = 16
     """Number of images."""
     draws: int = 3
@@ -117,7 +119,7 @@ def _sample_mode(config: SampleMode, model: Hierarchy, settings: dict[str, objec
 
 def _held_out_images(model: Tokenizer, config: SampleMode) -> Tensor:
     """Returns evenly spaced held-out images, uint8."""
-    images = images_for(model, config.tokenizer, config.images, None, None)
+    images = images_for(model, config.tokenizer, config.images, None, None, config.reading)
     rows = ImageRows(images, split="held_out", flips=False)
     if not len(rows):
         raise UserError(f"{images.source} has no held-out images; give more --images")

@@ -73,7 +73,7 @@ class TrainPrior(Generic[C, Objective]):
     precision: Precision = "auto"
     """Precision of the network (mixed precision); `auto` is bf16 where the hardware is fast in it, else fp32."""
     sheet_samples: int = 32
-    """Samples in `samples.png`, redrawn at every report. Use 0 to draw none if sampling is slow."""
+    """Samples in `samples.png`, drawn after a minute and at every report. Use 0 to draw none if sampling is slow."""
     out: Path | None = None
     """Folder of the run [default: runs/priors/KIND, or KIND-LEVEL if the latent set has several levels]."""
     resume: Resume = "auto"
@@ -120,11 +120,13 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     rows = LatentRows(latents, split="train", level=config.level)
     train, workers = rows.for_training(process.device, config.fit.workers)
 
-    def report(_step: int, trained: Prior) -> None:
-        if config.sheet_samples and config.level == len(levels) - 1:  # only the finest level completes an image
-            with process.autocast():
-                shown, path = held_out or rows, folder / "samples.png"
-                save_samples(trained, tokenizer, shown, path, config.sheet_samples, config.fit.seed)
+    def draw(trained: Prior) -> Path | None:
+        if not config.sheet_samples or config.level < len(levels) - 1:  # only the finest level completes an image
+            return None
+        with process.autocast():
+            shown, path = held_out or rows, folder / "samples.png"
+            save_samples(trained, tokenizer, shown, path, config.sheet_samples, config.fit.seed)
+        return path
 
     with tracked(process, settings):
         fit(
@@ -135,7 +137,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
             model=prior,
             run=run,
             held_out=held_out,
-            on_report=report,
+            draw=draw,
             what=f"training {config.prior}",
         )
     return folder
@@ -171,6 +173,7 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
         "latents_digest": latents.content_digest,
         "level": config.level,
         "image_source": latents.provenance.image_source,
+        "image_fingerprint": latents.provenance.image_fingerprint,
         "preprocessing": latents.provenance.preprocessing,
         "label_names": names,
         "label_counts": label_counts(labels, latents.held_out, classes).tolist(),  # unlabelled rows first

@@ -1,7 +1,6 @@
 """Stage one: trains a tokenizer on images, layer by layer for the kinds that need it."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
@@ -17,20 +16,20 @@ from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
-from smalti.images.decoding import BadImageError, to_float
-from smalti.images.image_set import ImageRows, ImageSet, bad_images_error, open_images, print_summary
+from smalti.images.decoding import to_float
+from smalti.images.image_set import ImageRows, ImageSet
+from smalti.images.reading import Reading, read_images
 from smalti.images.sheets import save_sheet
 from smalti.images.sources import local_paths
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.reconstruction import Reconstruction
-from smalti.training.accelerator import accelerator, tracked
+from smalti.training.accelerator import accelerator, main_first, tracked
 from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end
 from smalti.training.loop import fit
 from smalti.training.run_folder import Resume, Run
 
 C = TypeVar("C")
-OnBadImage: TypeAlias = Literal["raise", "skip"]
 Preset: TypeAlias = Literal[
     "small",
     "paper32",
@@ -63,15 +62,9 @@ class TrainTokenizer(Generic[C]):
     for the VQ-VAE family and images of N pixels, `fN-...` for vqgan."""
     images: str = "portraits"
     """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
-    image_column: str | None = None
-    """Column of the images, if a table has several."""
-    label_column: str | None = None
-    """Column of the labels [default: `label`, or the only column of classes]."""
+    reading: Reading = field(default_factory=Reading)
     flips: bool = True
     """Also train on the mirror images."""
-    on_bad_image: OnBadImage = "raise"
-    """Handling of images that cannot be decoded: `raise` names all of them before the training, `skip` leaves them
-    out."""
     layer_steps: tuple[int, ...] = ()
     """Optimizer steps of each layer, from the image upwards, for kinds that are trained layer by layer. Upper layers
     are cheaper and can take more [default: --steps each]."""
@@ -149,14 +142,10 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
     tokenizer = cast(Tokenizer, models.class_of_kind("tokenizer", config.tokenizer)(config.model))
     if images is None:
         size = {"height": config.model.height, "width": config.model.width, "channels": tokenizer.image_channels}
-        with process.main_process_first():  # it fills the cache of hashes, which the others then read
-            images = open_images(
-                config.images, **size, image_column=config.image_column, label_column=config.label_column
-            )
-            if process.is_main_process:
-                print_summary(images)
-            _check_images(images, config.on_bad_image, main=process.is_main_process)
+        asked, main = (config.images, config.reading), process.is_main_process
+        images = main_first(process, lambda: read_images(*asked, **size, shown=main))
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
+    settings["fit"] = None if config.reading.fit == "crop" else config.reading.fit  # the default, and that of old runs
     lower = load_tokenizer(str(lower_folder)) if lower_folder else None
     if lower:
         tokenizer.build_on(lower)
@@ -175,8 +164,6 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         "preprocessing": images.preprocessing,
         "flips": config.flips,
         **({"skipped_images": int(images.left_out.sum())} if images.left_out.any() else {}),
-        **({"image_column": config.image_column} if config.image_column else {}),
-        **({"label_column": config.label_column} if config.label_column else {}),
     }
     if not run.step:
         process.print("initializing the codebooks from training images", file=sys.stderr)
@@ -185,6 +172,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
     if not phases:
         objective = Reconstruction(tokenizer)
         phases = [Phase("tokenizer", objective, config.fit.optimizer_of(objective))]
+    shown, alarm = held_out if len(held_out) else train, CodebookAlarm()
     with tracked(process, settings):
         fit(
             process,
@@ -194,25 +182,11 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
             model=tokenizer,
             run=run,
             held_out=held_out,
-            on_report=_reporter(held_out if len(held_out) else train, folder),
+            on_report=lambda _step, trained: alarm.measure(trained, shown),
+            draw=lambda trained: save_reconstructions(trained, shown, folder / "reconstructions.png"),
             what=f"training {folder.name}",
         )
     return folder, images
-
-
-def _check_images(images: ImageSet, on_bad_image: OnBadImage, *, main: bool) -> None:
-    """Decodes every image before the training, and refuses or leaves out those that cannot be decoded.
-
-    Raises:
-        BadImageError: naming all of them.
-        UserError: if no image is left.
-    """
-    bad = images.find_bad()
-    if bad and on_bad_image == "raise":
-        raise BadImageError(f"{bad_images_error(bad)}, or leave out such images with --on-bad-image skip")
-    images.leave_out(bad)
-    if bad and main:
-        print(f"images: {len(bad)} left out: {bad_images_error(bad)}", file=sys.stderr)
 
 
 def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -> None:
@@ -227,20 +201,10 @@ def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -
     tokenizer.init_from_data(to_float(train.__getitems__(rows.tolist())["images"]))
 
 
-def _reporter(shown: ImageRows, folder: Path) -> Callable[[int, Tokenizer], dict[str, float]]:
-    """Returns a function that saves reconstructions and measures codebook usage at every report."""
-    alarm = CodebookAlarm()
-
-    def report(_step: int, trained: Tokenizer) -> dict[str, float]:
-        save_reconstructions(trained, shown, folder / "reconstructions.png")
-        return alarm.measure(trained, shown)
-
-    return report
-
-
 @torch.no_grad()
-def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> None:
-    """Saves a sheet of images and their reconstructions, from whole codes and from parts of them."""
+def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> Path:
+    """Saves a sheet of images and their reconstructions, from whole codes and from parts of them; returns its path."""
     device, shown = next(tokenizer.parameters()).device, to_float(rows.spread(min(SHEET_IMAGES, len(rows))))
     reconstructions = tokenizer.reconstructions(shown.to(device))
     save_sheet(path, {"original": shown, **{caption: images.cpu() for caption, images in reconstructions.items()}})
+    return path

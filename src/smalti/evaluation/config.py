@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from smalti.commands.inpainting import Filling
+from smalti.core.config import ADDED
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
+from smalti.images.reading import Reading
 from smalti.metrics.extractors import ExtractorName
 from smalti.tokenizers.selfvae.hierarchical_vae import Pixels
 
@@ -28,6 +30,7 @@ class EvaluationSettings:
     """Real images: `portraits`, `emoji`, a folder, Parquet files or a hub id [default: those that the model was trained
     on]. The split is that of training: the model is compared with held-out images, and training images are the
     reference set."""
+    reading: Reading = field(default_factory=Reading, metadata={ADDED: True})
     num: int = 1000
     """Number of held-out images; all of them if there are fewer. Fréchet distances depend on it, so compare only
     results with the same number."""
@@ -144,6 +147,7 @@ class LikelihoodEvaluation:
     images: str | None = None
     """Images, of which the held-out ones are used: `portraits`, `emoji`, a folder, Parquet files or a hub id
     [default: those that the tokenizer was trained on]."""
+    reading: Reading = field(default_factory=Reading, metadata={ADDED: True})
     num: int = 100
     """Number of held-out images; all of them if there are fewer."""
     samples: int = 512

@@ -20,7 +20,7 @@ from smalti.core.errors import UserError
 from smalti.core.progress import bar
 from smalti.core.randomness import choose, derive, row_seeds
 from smalti.evaluation.config import LikelihoodEvaluation
-from smalti.evaluation.real_images import require_unchanged, show_images
+from smalti.evaluation.real_images import show_images
 from smalti.evaluation.scores import Conditions, Scores
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
@@ -106,12 +106,10 @@ def evaluate_likelihood(config: LikelihoodEvaluation) -> tuple[Scores, Condition
             or no images are held out.
     """
     model = load_hierarchy(config.tokenizer).to(device(config.device))
-    source = images_for(model, config.tokenizer, config.images, None, None)
+    source = images_for(model, config.tokenizer, config.images, None, None, config.reading)
     rows = ImageRows(source, split="held_out", flips=False)
     if not len(rows):
         raise UserError(f"{source.source} has no held-out images; give more --images")
-    if config.images is None:
-        require_unchanged(source.source, source.fingerprint, model.provenance)
     images = rows.__getitems__(choose(len(rows), config.num, config.seed))["images"]
     show_images(source.source, held_out=len(images))
     weights = log_weights(model, images, samples=config.samples, seed=config.seed)

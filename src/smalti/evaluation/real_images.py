@@ -4,7 +4,6 @@ The distance of held-out images to the reference set is the floor: a perfect mod
 """
 
 import sys
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.randomness import Stream, choose
 from smalti.evaluation.config import EvaluationSettings, InpaintingEvaluation, PriorEvaluation
 from smalti.evaluation.scores import Conditions
-from smalti.images.image_set import ImageRows, open_images
+from smalti.images.image_set import ImageRows, ImageSet
+from smalti.images.reading import read_images_for
 from smalti.metrics.extractors import Extractor, find_extractor, moments
 from smalti.metrics.frechet import Moments, frechet_distance
 from smalti.priors.base import Prior
@@ -33,11 +33,9 @@ class Real:
     """Held-out images to compare a model with, and training images as the reference set of distances.
 
     Args:
-        settings: the source of the images (not None), their numbers and the seed of their choice.
+        settings: the numbers of images and the seed of their choice.
+        images: the set that they are chosen from.
         extractor: computes the features of all distances.
-        height: of the images, pixels.
-        width: of the images, pixels.
-        channels: 3 for colour, 1 for grey.
 
     Attributes:
         judged: the held-out images, uint8 `(n, c, h, w)`.
@@ -45,19 +43,14 @@ class Real:
         conditions: the part of a result that describes the images and the extractor, as JSON.
 
     Raises:
-        UserError: if the images cannot be opened or fewer than 4 are held out.
+        UserError: if fewer than 4 images are held out.
     """
 
-    def __init__(
-        self, settings: EvaluationSettings, extractor: Extractor, *, height: int, width: int, channels: int
-    ) -> None:
-        if settings.images is None:
-            raise UserError("the images to evaluate on are not known; give --images")
-        images = open_images(settings.images, height=height, width=width, channels=channels)
+    def __init__(self, settings: EvaluationSettings, images: ImageSet, extractor: Extractor) -> None:
         held_out, training = (ImageRows(images, split=split, flips=False) for split in ("held_out", "train"))
         if len(held_out) < 4:
             raise UserError(
-                f"only {len(held_out)} image(s) of {settings.images} are held out, and an evaluation needs 4; "
+                f"only {len(held_out)} image(s) of {images.source} are held out, and an evaluation needs 4; "
                 "give more --images"
             )
         self._extractor, self._training = extractor, training
@@ -67,11 +60,12 @@ class Real:
         )["images"]
         self.features = extractor(self.judged)
         self.conditions: Conditions = {
-            "image_source": settings.images,
+            "image_source": images.source,
             "images": len(self.judged),
             "reference_images": len(self._chosen),
             "images_fingerprint": images.fingerprint,
             "preprocessing": images.preprocessing,
+            **({"images_left_out": int(images.left_out.sum())} if images.left_out.any() else {}),
             **extractor.describe(),
             "feature_dimensions": extractor.width,
         }
@@ -99,40 +93,30 @@ class Real:
 def real_for(
     settings: EvaluationSettings, tokenizer: Tokenizer, extractor: Extractor, prior: Prior | None = None
 ) -> Real:
-    """Opens real images in the size of a tokenizer's images, and adds the tokenizer's digest to the conditions.
+    """Reads real images in the size of a tokenizer's images, and adds the tokenizer's digest to the conditions.
 
     Without `settings.images` they are those that the prior was trained on, or the tokenizer if there is no prior.
 
     Raises:
-        UserError: as `Real` does, or if the model does not record its training images or they have changed since.
+        UserError: as `Real` and `read_images_for` do, for images that have changed since the training among others.
     """
     provenance = (
         prior.provenance if prior is not None and prior.provenance.get("image_source") else tokenizer.provenance
     )
-    source = settings.images or provenance.get("image_source")
-    if source is None:
-        raise UserError("the model does not record which images it was trained on; give --images")
-    size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
-    real = Real(replace(settings, images=source), extractor, **size, channels=tokenizer.image_channels)
+    images = read_images_for(
+        provenance,
+        "the model",
+        settings.images,
+        settings.reading,
+        height=tokenizer.config.height,
+        width=tokenizer.config.width,
+        channels=tokenizer.image_channels,
+    )
+    real = Real(settings, images, extractor)
     conditions = real.conditions
-    if settings.images is None:
-        require_unchanged(source, conditions["images_fingerprint"], provenance)
-    show_images(source, held_out=conditions["images"], reference=conditions["reference_images"])
+    show_images(images.source, held_out=conditions["images"], reference=conditions["reference_images"])
     conditions["tokenizer_digest"] = tokenizer.digest()
     return real
-
-
-def require_unchanged(source: str, fingerprint: str, provenance: dict[str, Any]) -> None:
-    """Refuses images that are not the recorded training images, such as those of another folder of the same name.
-
-    Raises:
-        UserError: if a fingerprint is recorded and differs.
-    """
-    if provenance.get("image_fingerprint", fingerprint) != fingerprint:
-        raise UserError(
-            f"{source} does not hold the images that the model was trained on: files have changed, or it is another "
-            f"folder of that name; give --images {source} to evaluate on them as they are, or the path of the others"
-        )
 
 
 def show_images(source: str, *, held_out: int, reference: int | None = None) -> None:

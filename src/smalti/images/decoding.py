@@ -8,11 +8,11 @@ Legend: c channels (1 grey or 3 RGB), h w pixels.
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from smalti.core.errors import UserError
+
+Fit: TypeAlias = Literal["crop", "pad", "squash"]
+"""The way in which an image of other proportions becomes one of a given size."""
+_DESCRIBED_FITS: dict[Fit, str] = {
+    "crop": "shorter side, centre crop",
+    "pad": "longer side, white borders",
+    "squash": "each side, proportions ignored",
+}
 
 # What Pillow's decoders raise on damaged bytes, determined by truncating files of every format and flipping bits.
 DAMAGED = (
@@ -47,33 +55,52 @@ class BadImageError(UserError):
     """Raised for bytes that are not an image, or a damaged one; a caller that skips bad images catches it."""
 
 
+class Decoded(NamedTuple):
+    """An image of the requested size, and the size that it had, in pixels, upright."""
+
+    pixels: UInt8[Tensor, "c h w"]
+    original_height: int
+    original_width: int
+
+
 def decode(
-    encoded: bytes, *, channels: int, height: int | None = None, width: int | None = None
+    encoded: bytes, *, channels: int, height: int | None = None, width: int | None = None, fit: Fit = "crop"
 ) -> UInt8[Tensor, "c h w"]:
     """Decodes an image to pixels: upright, on white, 8 bits deep, grey or RGB, and of one size.
 
     EXIF rotation is applied, transparency is composed on white, deeper grey is scaled to 8 bits, and
-    an animation gives its first frame. Then the shorter side is fitted to `height` x `width`, the
-    rest is cropped evenly, and the result is resampled (Lanczos, antialiased). An image that already
-    has the right size keeps its pixels exactly; without `height` and `width` every image does.
+    an animation gives its first frame. Then the image is fitted to `height` x `width` and resampled
+    (Lanczos, antialiased). An image that already has the right size keeps its pixels exactly;
+    without `height` and `width` every image does.
 
     Args:
         encoded: the bytes of a file in any format Pillow reads.
         channels: 1 for grey, 3 for RGB.
         height: in pixels; given together with `width` or not at all.
         width: in pixels.
+        fit: what happens to an image of other proportions. `crop` fits the shorter side and cuts off
+            the rest evenly; `pad` fits the longer side and adds white borders, the colour that
+            transparency is composed on; `squash` fits both sides.
 
     Raises:
         BadImageError: if the bytes are empty, not an image, damaged, or hold more pixels than Pillow's guard against
             decompression bombs.
     """
+    return decode_with_size(encoded, channels=channels, height=height, width=width, fit=fit).pixels
+
+
+def decode_with_size(
+    encoded: bytes, *, channels: int, height: int | None = None, width: int | None = None, fit: Fit = "crop"
+) -> Decoded:
+    """Decodes an image as `decode` does, with the same arguments; also returns its original size."""
     assert (height is None) == (width is None)
     assert channels in (1, 3)
     with _opened(encoded, channels=channels) as image:
         flat = _flatten(image, mode="L" if channels == 1 else "RGB")
+    original = flat.size
     if height is not None and width is not None:
-        flat = _fit(flat, height=height, width=width)
-    return _to_tensor(flat)
+        flat = _fit(flat, height=height, width=width, fit=fit)
+    return Decoded(_to_tensor(flat), original[1], original[0])
 
 
 def load_image(
@@ -97,6 +124,10 @@ def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
     with _named(path), _opened(Path(path).read_bytes(), channels=1) as image:
         alpha = _alpha(image)
         return None if alpha is None else 255 - torch.from_numpy(alpha)
+
+
+class UnreadableImageError(BadImageError):
+    """Raised for an image whose bytes cannot be read, or that is missing in its row."""
 
 
 class Layers(NamedTuple):
@@ -126,16 +157,22 @@ def load_layers(path: str | Path, *, channels: int) -> Layers:
         return Layers(_to_tensor(flat), None if alpha is None else torch.from_numpy(alpha), profile)
 
 
-def describe(*, height: int, width: int, channels: int) -> dict[str, Any]:
+def describe(*, height: int, width: int, channels: int, fit: Fit = "crop") -> dict[str, Any]:
     """Describes what `decode` does to every image, as JSON for latent sets; keep it in step with `decode`."""
     return {
         "height": height,
         "width": width,
         "channels": channels,
-        "fit": "shorter side, centre crop",
+        "fit": _DESCRIBED_FITS[fit],
         "resampling": "lanczos",
         "background": "white",
     }
+
+
+def recorded_fit(preprocessing: Mapping[str, Any]) -> Fit:
+    """Returns the fit that `describe` recorded; models from before there was a choice cropped."""
+    fits: list[Fit] = [fit for fit, text in _DESCRIBED_FITS.items() if text == preprocessing.get("fit")]
+    return fits[0] if fits else "crop"
 
 
 def to_float(pixels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -264,11 +301,20 @@ def _to_tensor(image: Image.Image) -> UInt8[Tensor, "c h w"]:
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def _fit(image: Image.Image, *, height: int, width: int) -> Image.Image:
-    """Crops the largest centred box of the right proportions and resamples it, in one step.
+def _fit(image: Image.Image, *, height: int, width: int, fit: Fit) -> Image.Image:
+    """Resamples an image to a size; see `decode`.
 
-    Resizing before cropping would make an intermediate image of 3x5000 pixels huge.
+    Cropping is one step with resampling: resizing before would make an intermediate image of 3x5000 pixels huge.
     """
+    if fit == "squash":
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    if fit == "pad":
+        scale = max(image.width / width, image.height / height)
+        size = (max(1, round(image.width / scale)), max(1, round(image.height / scale)))
+        padded = Image.new(image.mode, (width, height), "white")
+        corner = ((width - size[0]) // 2, (height - size[1]) // 2)
+        padded.paste(image.resize(size, Image.Resampling.LANCZOS), corner)
+        return padded
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     box = (left, top, left + scale * width, top + scale * height)

@@ -9,6 +9,7 @@ Legend: n images in a set, b rows of a batch, c channels, h w pixels.
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -21,11 +22,12 @@ from torch.utils.data import Dataset
 from smalti.core.errors import UserError
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images import sources
-from smalti.images.decoding import BadImageError, decode, describe
+from smalti.images.checks import Checks, load_checks, save_checks
+from smalti.images.decoding import BadImageError, Decoded, Fit, UnreadableImageError, decode_with_size, describe
 from smalti.images.splits import held_out
 
 CACHE_BYTES = 2**30
-_SHOWN_BAD = 100  # images that one error names
+_SHOWN_BAD = 10  # images that one error names
 _SHOWN_CLASSES = 10  # the largest ones, in a summary
 _DECODED_AT_ONCE = 64  # images; limits the encoded bytes in memory while the cache fills
 _DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow releases the GIL, but small images gain little
@@ -41,17 +43,28 @@ class ImageSet:
         source_ids: one for each image, in [0, 2**63). Images of one original, such as an emoji in
             several skin tones, share one.
         fingerprint: SHA-256 over source ids, labels and encoded images in order; the same on every machine.
-        preprocessing: the description of the preprocessing, as JSON; see `decoding.describe`.
+        preprocessing: the description of the preprocessing, as JSON; see `decoding.describe`. It also names the
+            columns that were requested.
         notes: what of the source was left out and why, a sentence each.
         left_out: marks the images that `leave_out` excluded from all splits.
     """
 
     def __init__(
-        self, source: str, table: sources.Table, *, height: int, width: int, channels: int, cache_bytes: int
+        self,
+        source: str,
+        table: sources.Table,
+        *,
+        height: int,
+        width: int,
+        channels: int,
+        fit: Fit,
+        columns: dict[str, str],
+        cache_bytes: int,
     ) -> None:
         self.source = source
         self.notes = table.notes
-        self.preprocessing: dict[str, Any] = describe(height=height, width=width, channels=channels)
+        described = describe(height=height, width=width, channels=channels, fit=fit)
+        self.preprocessing: dict[str, Any] = {**described, **columns}
         self.labels, self.label_names = sources.read_labels(table)
         self.source_ids: Int64[Tensor, " n"] = sources.read_source_ids(table)
         self.fingerprint = hashlib.sha256(
@@ -64,6 +77,8 @@ class ImageSet:
         self._encoded = table.rows.select_columns(table.image_column)
         self._column = table.image_column
         self._shape = (channels, height, width)
+        self._fit_kind: Fit = fit
+        self._errors: dict[int, str] = {}
         self._cache_bytes = cache_bytes
         self._cache: UInt8[Tensor, "n c h w"] | None = None
 
@@ -92,34 +107,41 @@ class ImageSet:
         Args:
             indices: in [0, len), in any order, repeated or not.
             bad: receives the error of each image that cannot be decoded, by its index; that image is
-                black. Without it, the first such image is an error.
+                black. Without it, such images are an error.
 
         Raises:
-            BadImageError: with file and row, for an image that cannot be decoded.
+            BadImageError: with file and row, for images that cannot be decoded.
         """
-        if self._cache is not None:
-            return self._cache[torch.as_tensor(indices, dtype=torch.int64)]
         indices = list(map(int, indices))
-        pixels = torch.empty((len(indices), *self._shape), dtype=torch.uint8)
-        for position, (index, image) in enumerate(zip(indices, self._encoded[indices][self._column], strict=True)):
-            try:
-                pixels[position] = self._decode(index, image)
-            except BadImageError as error:
-                if bad is None:
-                    raise
-                pixels[position], bad[index] = 0, str(error)
+        if self._cache is not None:
+            errors = {index: self._errors[index] for index in indices if index in self._errors}
+            pixels = self._cache[torch.tensor(indices, dtype=torch.int64)]
+        else:
+            errors = {}
+            pixels = torch.zeros((len(indices), *self._shape), dtype=torch.uint8)
+            for position, (index, image) in enumerate(zip(indices, self._encoded[indices][self._column], strict=True)):
+                try:
+                    pixels[position] = self._decode(image).pixels
+                except BadImageError as error:
+                    errors[index] = str(error)
+        named = self._named(errors)
+        if named and bad is None:
+            raise bad_images_error(named)
+        if bad is not None:
+            bad.update(named)
         return pixels
 
-    def find_bad(self) -> dict[int, str]:
-        """Decodes every image once; returns the error of each that cannot be decoded, by its index.
+    def check(self) -> Checks:
+        """Decodes every image once, on threads, unless an earlier command has; returns errors and original sizes.
 
-        A set that fits into `cache_bytes` is kept in memory. For a larger one `datasets` caches the errors, so that
-        the next command does not decode it again.
+        A set that fits into `cache_bytes` stays in memory. The errors name the file and row.
         """
-        if self._fits():
-            return self._fill_cache()
-        errors = sources.read_errors(self._encoded, self._column)
-        return {index: self._named(index, error) for index, error in enumerate(errors) if error}
+        channels = self._shape[0]
+        checks = load_checks(self.fingerprint, channels)
+        if checks is None or any(index >= len(self) for index in checks.errors):
+            checks = self._decode_all(keep=self._fits())
+            save_checks(checks, self.fingerprint, channels)
+        return Checks(self._named(checks.errors), checks.sizes)
 
     def leave_out(self, bad: dict[int, str]) -> None:
         """Excludes images from all splits of `ImageRows`; the fingerprint stays that of the whole set.
@@ -142,46 +164,60 @@ class ImageSet:
             BadImageError: naming all images that cannot be decoded and are not left out.
         """
         if self._cache is None and self._fits():
-            bad = self._fill_cache()
-            if unexpected := {index: error for index, error in bad.items() if not self.left_out[index]}:
+            self._decode_all(keep=True)
+            if unexpected := {index: error for index, error in self._errors.items() if not self.left_out[index]}:
                 self._cache = None
-                raise bad_images_error(unexpected)
+                raise bad_images_error(self._named(unexpected))
 
     def _fits(self) -> bool:
         return torch.Size((len(self), *self._shape)).numel() <= self._cache_bytes
 
-    def _fill_cache(self) -> dict[int, str]:
-        """Fills the cache, with black for images that cannot be decoded; returns the errors of these."""
-        bad: dict[int, str] = {}
-        cache = torch.empty((len(self), *self._shape), dtype=torch.uint8)
+    def _decode_all(self, *, keep: bool) -> Checks:
+        """Decodes every image; with `keep`, fills the cache, with black for images that cannot be decoded."""
+        errors: dict[int, str] = {}
+        unreadable: list[int] = []
+        sizes: list[tuple[int, int] | None] = [None] * len(self)
+        cache = torch.empty((len(self) if keep else 0, *self._shape), dtype=torch.uint8)
 
         def fill(index: int, image: Any) -> None:
             try:
-                cache[index] = self._decode(index, image)
+                pixels, height, width = self._decode(image)
+                sizes[index] = (height, width)
             except BadImageError as error:
-                cache[index], bad[index] = 0, str(error)
+                pixels, errors[index] = 0, str(error)
+                if isinstance(error, UnreadableImageError):
+                    unreadable.append(index)
+            if keep:
+                cache[index] = pixels
 
-        progress = bar(what="decoding", total=len(self), unit="image", delay_seconds=SLOW_SECONDS)
+        what = "decoding" if keep else "checking images"
+        progress = bar(what=what, total=len(self), unit="image", delay_seconds=SLOW_SECONDS)
         with progress, ThreadPoolExecutor(_DECODING_THREADS) as pool:
             for start in range(0, len(self), _DECODED_AT_ONCE):
                 images = self._encoded[start : start + _DECODED_AT_ONCE][self._column]
                 list(pool.map(fill, range(start, len(self)), images))
                 progress.update(len(images))
-        self._cache = cache
-        return dict(sorted(bad.items()))
+        errors = dict(sorted(errors.items()))
+        if keep:
+            self._cache, self._errors = cache, errors
+        return Checks(errors, Counter(size for size in sizes if size is not None), bool(unreadable))
 
-    def _decode(self, index: int, image: Any) -> UInt8[Tensor, "c h w"]:
+    def _decode(self, image: Any) -> Decoded:
         channels, height, width = self._shape
-        try:
-            return decode(sources.encoded(image), channels=channels, height=height, width=width)
-        except BadImageError as error:
-            raise BadImageError(self._named(index, str(error))) from error
+        return decode_with_size(
+            sources.encoded(image), channels=channels, height=height, width=width, fit=self._fit_kind
+        )
 
-    def _named(self, index: int, error: str) -> str:
-        """Adds the file's name, or the table's, and the row to an error."""
-        image = self._encoded[index][self._column]
-        name = image.get("path") if isinstance(image, dict) else None
-        return f"{name or self.source}, row {index}: {error}"
+    def _named(self, errors: dict[int, str]) -> dict[int, str]:
+        """Adds the file's name, or the table's, and the row to errors."""
+        if not errors:
+            return {}
+        images = self._encoded[list(errors)][self._column]
+        names = [image.get("path") if isinstance(image, dict) else None for image in images]
+        return {
+            index: f"{name or self.source}, row {index}: {error}"
+            for name, (index, error) in zip(names, errors.items(), strict=True)
+        }
 
 
 def bad_images_error(bad: dict[int, str]) -> BadImageError:
@@ -199,6 +235,7 @@ def open_images(
     height: int = 32,
     width: int = 32,
     channels: int = 3,
+    fit: Fit = "crop",
     image_column: str | None = None,
     label_column: str | None = None,
     cache_bytes: int = CACHE_BYTES,
@@ -213,6 +250,7 @@ def open_images(
         height: in pixels.
         width: in pixels.
         channels: 1 for grey, 3 for RGB.
+        fit: what happens to images of other proportions; see `decoding.decode`.
         image_column: the column of images, if a table has several.
         label_column: the column of labels; by default `label` or the only column of classes.
         cache_bytes: limit of the decoded size (uint8) up to which `ImageRows` keeps a set in memory.
@@ -226,7 +264,18 @@ def open_images(
     if channels not in (1, 3):
         raise UserError(f"images cannot have {channels} channels; give 1 for grey or 3 for RGB")
     table = sources.open_table(source, image_column=image_column, label_column=label_column)
-    return ImageSet(source, table, height=height, width=width, channels=channels, cache_bytes=cache_bytes)
+    requested = {"image_column": image_column, "label_column": label_column}
+    columns = {name: column for name, column in requested.items() if column is not None}
+    return ImageSet(
+        source,
+        table,
+        height=height,
+        width=width,
+        channels=channels,
+        fit=fit,
+        columns=columns,
+        cache_bytes=cache_bytes,
+    )
 
 
 def print_summary(image_set: ImageSet) -> None:

@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from glob import escape, glob, has_magic
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import PIL
 import pyarrow as pa
 import torch
 from datasets.exceptions import DatasetsError
@@ -31,7 +29,7 @@ from torch import Tensor
 from smalti.core.errors import UserError
 from smalti.core.malloc import give_back_freed_memory
 from smalti.images.columns import describe_unread_labels, find_image_column, find_label_column
-from smalti.images.decoding import BadImageError, decode
+from smalti.images.decoding import UnreadableImageError
 from smalti.images.listing import Listing, is_data_file, list_files
 
 EMBEDDED = {"portraits": "portraits32.parquet", "emoji": "emoji32.parquet"}
@@ -118,12 +116,12 @@ def encoded(image: bytes | dict[str, Any] | None) -> bytes:
     """Returns the bytes of a table's image, read from its path if the table holds only that.
 
     Raises:
-        BadImageError: if the row holds no image, or its file cannot be read.
+        UnreadableImageError: if the row holds no image, or its file cannot be read.
     """
     if isinstance(image, bytes):
         return image
     if image is None or (image["bytes"] is None and image.get("path") is None):
-        raise BadImageError("there is no image in this row; remove the row")
+        raise UnreadableImageError("there is no image in this row; remove the row")
     if image["bytes"] is not None:
         return image["bytes"]
     try:
@@ -132,7 +130,9 @@ def encoded(image: bytes | dict[str, Any] | None) -> bytes:
             return filesystem.cat_file(inner)
         return Path(image["path"]).read_bytes()
     except OSError as error:
-        raise BadImageError(f"the file cannot be read ({error.strerror or error}); repair or remove it") from error
+        raise UnreadableImageError(
+            f"the file cannot be read ({error.strerror or error}); repair or remove it"
+        ) from error
 
 
 def read_labels(table: Table) -> tuple[Int64[Tensor, " n"], tuple[str, ...]]:
@@ -175,25 +175,6 @@ def read_contents(table: Table) -> Int64[Tensor, " n"]:
     return _hashes(table, table.image_column, "image")
 
 
-def read_errors(rows: datasets.Dataset, column: str) -> list[str]:
-    """Returns the error of each image that cannot be decoded, "" for the others; `datasets` caches them."""
-    options = {"recipe": f"{_KEY_RECIPE} Pillow {PIL.__version__}"}
-    return _computed(rows, column, _decoding_errors, options, datasets.Value("string"), "checking images")
-
-
-def _decoding_errors(images: list[Any], recipe: str) -> dict[str, list[str]]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return {"value": list(pool.map(_decoding_error, images))}
-
-
-def _decoding_error(image: Any) -> str:
-    try:
-        decode(encoded(image), channels=3)
-    except BadImageError as error:
-        return str(error)
-    return ""
-
-
 def _hashes(table: Table, column: str, kind: str) -> Int64[Tensor, " n"]:
     options = {"kind": kind, "recipe": _KEY_RECIPE}
     return torch.tensor(_computed(table.rows, column, _hash_keys, options, datasets.Value("int64"), "hashing"))
@@ -230,8 +211,8 @@ def _key_bytes(key: Any, kind: str) -> bytes:
         return str(key).encode()
     try:
         return encoded(key)
-    except BadImageError:
-        return b""  # decoding it will raise the error with its name
+    except UnreadableImageError:
+        return b"unreadable"  # decoding it will raise the error with its name
 
 
 def _list_files(source: str) -> Listing | None:

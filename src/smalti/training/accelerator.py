@@ -1,19 +1,21 @@
 """Sets up a training process: Accelerate with mixed precision and trackers, layer seeds, subnormal numbers."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
 from smalti.core.devices import Device, Precision, device, resolve
 from smalti.core.errors import UserError
 from smalti.training.fsdp import refuse_engines
+
+T = TypeVar("T")
 
 ACCUMULATION_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
@@ -66,6 +68,24 @@ def refuse_accumulation(process: Accelerator) -> None:
 
 def _accumulation_error(setting: str) -> UserError:
     return UserError(f"{setting} would divide every gradient; set it to 1, and use --accumulation for micro-batches")
+
+
+def main_first(process: Accelerator | PartialState, work: Callable[[], T]) -> T:
+    """Does the same `work` on every process, on the main one first: it fills caches that the others read.
+
+    Raises:
+        UserError: the error of `work`, once no process waits for another.
+    """
+    results: list[T | UserError] = []
+    with process.main_process_first():
+        try:
+            results.append(work())
+        except UserError as error:
+            results.append(error)
+    (result,) = results
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 @contextmanager

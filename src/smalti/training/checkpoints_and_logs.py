@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -32,8 +33,14 @@ from smalti.training.run_folder import Run
 HELD_OUT_ROWS = 1_024
 """Largest number of rows of a held-out loss, which determines it to about one per cent."""
 
+FIRST_PICTURES_SECONDS = 60.0
+"""The first pictures are drawn this long after the start, if no report came before."""
+
 OnReport: TypeAlias = Callable[[int, Any], Mapping[str, float] | None]
 """Called with the number of steps done and the model; what it returns is logged."""
+
+Draw: TypeAlias = Callable[[Any], Path | None]
+"""Draws pictures of the model; returns their file, or None if there are none."""
 
 
 @dataclass
@@ -45,6 +52,8 @@ class CheckpointsAndLogs:
         timed_from, clock: the step and the time from which rows per second are measured.
         best: lowest held-out loss so far and the step of its snapshot.
         rollbacks: number of rollbacks since a step last counted.
+        started: the time at which this process began to train.
+        drawn: whether pictures have been drawn since then.
     """
 
     accelerator: Accelerator
@@ -57,11 +66,14 @@ class CheckpointsAndLogs:
     skipped: SkippedSteps
     held_out: RowData | None
     on_report: OnReport | None
+    draw: Draw | None
     progress: Any
     timed_from: int = 0
     clock: float = 0.0
     best: tuple[float, int | None] = (math.inf, None)
     rollbacks: int = 0
+    started: float = 0.0
+    drawn: bool = False
 
     def begin(self) -> int:
         """Restores the snapshot that the run resumes from, on every process. Returns the number of steps done in it.
@@ -89,6 +101,7 @@ class CheckpointsAndLogs:
         self.accelerator.wait_for_everyone()  # the main process may delete files only after all have read them
         self.run.begin()
         self.timed_from, self.clock = step, time.perf_counter()
+        self.started = self.clock
         return step
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -193,20 +206,50 @@ class CheckpointsAndLogs:
     def _report(self, done: int) -> float:
         """Logs held-out losses and what `on_report` returns. Returns the held-out loss; infinity if there is none."""
         values: dict[str, float] = {}
-        with self._averaged() as model, torch.no_grad():
-            for phase in self.phases:
-                phase.objective.eval()
+        with self._evaluated() as model:
             if self.held_out is not None and len(self.held_out):
                 values |= held_out_losses(self.accelerator, self.phases[0].objective, self.held_out, self.config)
+            self._draw(done, model)
             if self.on_report and self.accelerator.is_main_process:
                 values |= self.on_report(done, model.to(self.accelerator.device)) or {}
-                if is_sharded(self.phases[0].objective):
-                    model.cpu()
-            for phase in self.phases:
-                phase.objective.train()
         if values:
             self._record(done, values)
         return values.get("held_out_loss", math.inf)
+
+    @contextmanager
+    def _evaluated(self) -> Iterator[Checkpointed]:
+        """Yields the model as `_averaged` does, with all phases in evaluation mode and without gradients."""
+        with self._averaged() as model, torch.no_grad():
+            for phase in self.phases:
+                phase.objective.eval()
+            yield model
+            if is_sharded(self.phases[0].objective) and self.accelerator.is_main_process:
+                model.cpu()  # the full copy
+            for phase in self.phases:
+                phase.objective.train()
+
+    def first_pictures_due(self) -> bool:
+        """Returns whether pictures are due before the first report; only the main process's clock decides."""
+        waited = time.perf_counter() - self.started >= FIRST_PICTURES_SECONDS
+        return waited and not self.drawn and self.draw is not None and self.accelerator.is_main_process
+
+    def draw_first(self, done: int) -> None:
+        """Draws the first pictures; all processes call it after the same step. Nothing is logged, so logs are equal."""
+        if self.drawn:
+            return
+        start = time.perf_counter()
+        with self._evaluated() as model:
+            self._draw(done, model)
+        self.clock += time.perf_counter() - start  # rows per second are those of training
+
+    def _draw(self, done: int, model: Checkpointed) -> None:
+        """Draws pictures on the main process, and prints their file the first time."""
+        if self.draw and self.accelerator.is_main_process:
+            path = self.draw(model.to(self.accelerator.device))
+            if path is not None and not self.drawn and done < self.config.steps:
+                text = f"pictures after {done} steps: {path}; redrawn every {self.config.report_steps} steps"
+                self.progress.write(text, file=sys.stderr)
+        self.drawn = True
 
 
 @torch.no_grad()

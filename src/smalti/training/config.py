@@ -49,7 +49,7 @@ class FitConfig:
     log_steps: int = 25
     """Steps between lines in metrics.jsonl."""
     report_steps: int = 500
-    """Steps between held-out losses and pictures."""
+    """Steps between held-out losses and pictures. The first pictures are drawn after a minute, if no report was due."""
     save_steps: int = 250
     """Steps between snapshots: the most that a killed run loses."""
     keep_states: int = 2

@@ -26,12 +26,12 @@ from smalti.core.progress import bar
 from smalti.core.randomness import derive, row_seeds
 from smalti.training.accelerator import refuse_accumulation, seed_layers, subnormals_flushed
 from smalti.training.batches import Batch, RowData, StepRows, batches
-from smalti.training.checkpoints_and_logs import CheckpointsAndLogs, OnReport
+from smalti.training.checkpoints_and_logs import CheckpointsAndLogs, Draw, OnReport
 from smalti.training.config import FitConfig, LearnsAfterSteps, Phase
 from smalti.training.ema import EMA
 from smalti.training.expected_time import ExpectedTime
 from smalti.training.fsdp import fsdp_plugin, is_sharded, refuse_engines, shard
-from smalti.training.nan_and_stalls import Buffers, SkippedSteps, StopAgreement, Watchdog, explain_errors, spread_nan
+from smalti.training.nan_and_stalls import Agreement, Buffers, SkippedSteps, Watchdog, explain_errors, spread_nan
 from smalti.training.optimizers import clip, step_unless, unscale
 from smalti.training.run_folder import Run
 from smalti.training.signals import Interrupted, received_signals
@@ -47,6 +47,7 @@ def fit(
     run: Run,
     held_out: RowData | None = None,
     on_report: OnReport | None = None,
+    draw: Draw | None = None,
     what: str = "training",
 ) -> None:
     """Trains `model`, which the phases' objectives contain, and saves it in `run.folder`; resumes a stopped run.
@@ -66,6 +67,8 @@ def fit(
         on_report: called on the main process every `report_steps` and at the end, with the number of steps done and the
             model with the averaged weights, in evaluation mode; what it returns is logged. The model is `model` itself,
             or a full copy if that is sharded.
+        draw: called as `on_report` is, and a first time a minute after the start. It writes pictures of the model and
+            returns their file, or None. It must not use torch's global generator or change the model.
         what: the progress bar's name.
 
     Raises:
@@ -93,7 +96,7 @@ def fit(
     ):
         ema = EMA(model, config.ema_decay)
         between = CheckpointsAndLogs(
-            accelerator, phases, config, model, full_model, run, ema, skipped, held_out, on_report, progress
+            accelerator, phases, config, model, full_model, run, ema, skipped, held_out, on_report, draw, progress
         )
         steps = range(between.begin(), config.steps)
         if config.compile:
@@ -101,7 +104,7 @@ def fit(
                 phase.objective.compile()
         prepared = [_prepare(accelerator, phase) for phase in phases]
         expected = ExpectedTime(steps, progress, shown=accelerator.is_main_process)
-        agreement = StopAgreement(accelerator.num_processes)
+        agreement = Agreement(accelerator.num_processes)
         for step, batch in zip(steps, _batches(accelerator, data, config, steps), strict=True):
             measured = _step(accelerator, prepared, batch, config, step, skipped)
             ema.update(step)
@@ -110,7 +113,12 @@ def fit(
             watchdog.progressed(step + 1)
             between.after_step(step + 1, measured)
             watchdog.progressed(step + 1)
-            if stop := agreement.after_step(received[0] if received else 0, last=step + 1 == config.steps):
+            signal_number, last = received[0] if received else 0, step + 1 == config.steps
+            stop, draw_now = agreement.after_step(signal_number, between.first_pictures_due(), last=last)
+            if draw_now and not stop:
+                between.draw_first(step + 1)
+                watchdog.progressed(step + 1)
+            if stop:
                 between.save(step + 1)
                 raise Interrupted(step + 1, config.steps, stop)
 

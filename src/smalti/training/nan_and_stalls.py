@@ -1,4 +1,4 @@
-"""Keeps long runs safe: the NaN guard, agreement on stops, the stall watchdog, and errors with a remedy.
+"""Keeps long runs safe: the NaN guard, agreement of processes, the stall watchdog, and errors with a remedy.
 
 The NaN guard skips every step whose loss or gradient is not finite; `checkpoints_and_logs.py` does the rollback after
 many of them. Only `SkippedSteps.read` synchronizes with the device.
@@ -68,40 +68,43 @@ class Buffers:
             buffer.copy_(torch.where(bad, old, buffer))
 
 
-class StopAgreement:
-    """Makes all processes stop after the same step when any of them received a signal.
+class Agreement:
+    """Makes all processes see the same flags after the same step, such as a signal that one of them received.
 
-    With several processes, the flags are all-reduced on the CPU while the next step runs. Nothing waits, and the run
-    stops one step later than a single process would.
+    With several processes, the flags are all-reduced on the CPU while the next step runs. Nothing waits, and the
+    processes see the flags one step later than a single process would.
     """
 
     def __init__(self, processes: int) -> None:
         self.group = dist.new_group(backend="gloo") if processes > 1 else None
         self.pending: tuple[dist.Work, Tensor] | None = None
 
-    def after_step(self, received: int, *, last: bool) -> int:
-        """Returns the number of the signal that stops the run after this step; 0 if none.
+    def after_step(self, stop: int, draw: bool, *, last: bool) -> tuple[int, bool]:
+        """Returns the flags that hold on any process, the largest of each, the same on all processes.
 
         Args:
-            received: the signal that this process received, or 0.
+            stop: the number of the signal that this process received, which stops the run, or 0.
+            draw: whether the first pictures are due.
             last: whether no step follows, so that this step's flags must be awaited.
         """
         if self.group is None:
-            return received
-        stop = self._await_pending()
-        flag = torch.tensor([received])
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            return stop, draw
+        agreed = self._await_pending()
+        flags = torch.tensor([stop, draw])
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
         assert work is not None
-        self.pending = work, flag
-        return max(stop, self._await_pending()) if last or stop else stop
+        self.pending = work, flags
+        if last or agreed[0]:
+            agreed = agreed.maximum(self._await_pending())
+        return int(agreed[0]), bool(agreed[1])
 
-    def _await_pending(self) -> int:
+    def _await_pending(self) -> Tensor:
         if self.pending is None:
-            return 0
-        work, flag = self.pending
+            return torch.zeros(2, dtype=torch.int64)
+        work, flags = self.pending
         work.wait()
         self.pending = None
-        return int(flag)
+        return flags
 
 
 class Watchdog:
