@@ -23,7 +23,8 @@ from smalti.latentsets.format import (
     COLUMNS,
     Provenance,
     add_columns,
-    add_digest,
+    add_digests,
+    attribute_texts,
     content_digest,
     create_file,
     find_column_error,
@@ -51,10 +52,12 @@ class LatentSetWriter:
         held_out: Whether a row is held out from training; equal for all rows of a source image.
         flipped: Whether a row is a mirror image.
         provenance: Where the codes come from.
+        expected_digest: The content digest that the set must have, if it is known.
 
     Raises:
         UserError: if there are no rows or the columns contradict the description above; in the block, if codes do not
-            fit the layout, rows are written twice or the disk is full; at its end, if rows are missing.
+            fit the layout, rows are written twice or the disk is full; at its end, if rows are missing or the content
+            digest is not the expected one.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class LatentSetWriter:
         held_out: Bool[Tensor, " rows"],
         flipped: Bool[Tensor, " rows"],
         provenance: Provenance,
+        expected_digest: str | None = None,
     ) -> None:
+        self._expected_digest = expected_digest
         self.path, self.layout, self.rows, self.provenance = Path(path), layout, len(labels), provenance
         if not self.rows:
             raise UserError(f"{path} was not written: a latent set of 0 rows would be empty; give at least one image")
@@ -128,7 +133,14 @@ class LatentSetWriter:
                 f"{self.path}: row {missing[0]} and {len(missing) - 1} others were never written; write all"
             )
         self._file.close()
-        add_digest(self._partial, content_digest(self._partial, self.layout, self._offsets, self._columns))
+        texts = attribute_texts(self.layout, self.provenance)
+        digest = content_digest(self._partial, self.layout, self._offsets, self._columns, texts)
+        if self._expected_digest not in (None, digest):
+            raise UserError(
+                f"{self.path} was not written: its values have digest {digest[:12]}, not {self._expected_digest[:12]} "
+                "as when they were read from a latent set, so some were changed; convert the latent set again"
+            )
+        add_digests(self._partial, self.layout, self.provenance, digest)
 
     def _reserve(self) -> None:
         """Reserves disk space for what HDF5 will write, as HDF5 crashes on a full disk; if possible, also for codes."""

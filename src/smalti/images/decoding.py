@@ -206,7 +206,11 @@ def _refuse_bomb(image: Image.Image, file_size: int, channels: int) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF rotation in place. Damaged pixels are an error; a damaged EXIF block is ignored."""
+    if image.format == "EPS":
+        raise ValueError("EPS is a program, which is not run; convert it to PNG")
     image.load()
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ValueError("it has no palette")
     with suppress(*DAMAGED):
         ImageOps.exif_transpose(image, in_place=True)
     return image
