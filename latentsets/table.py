@@ -78,7 +78,8 @@ def from_dataset(table: datasets.Dataset, path: str | Path) -> LatentSet:
     values: Any = table.select_columns([*COLUMN_NAMES.values()]).with_format("numpy")[:]
     columns = {name: torch.from_numpy(values[column]) for name, column in COLUMN_NAMES.items()}
     columns["source_ids"] = torch.from_numpy(number_sources(values["source_id"]))  # a selection of rows has gaps
-    with LatentSetWriter(path, layout, **columns, provenance=provenance, expected_digest=digest) as writer:
+    with LatentSetWriter(path, layout, **columns, provenance=provenance) as writer:
+        writer.expected_digest = digest
         start = 0
         batches: Any = table.select_columns(names).with_format("numpy").iter(ROWS_AT_ONCE)
         for batch in batches:

@@ -52,7 +52,9 @@ class LatentSetWriter:
         held_out: Whether a row is held out from training; equal for all rows of a source image.
         flipped: Whether a row is a mirror image.
         provenance: Where the codes come from.
-        expected_digest: The content digest that the set must have, if it is known.
+
+    Attributes:
+        expected_digest: The content digest that the set must have, if it is known; set it before the block ends.
 
     Raises:
         UserError: if there are no rows or the columns contradict the description above; in the block, if codes do not
@@ -70,9 +72,7 @@ class LatentSetWriter:
         held_out: Bool[Tensor, " rows"],
         flipped: Bool[Tensor, " rows"],
         provenance: Provenance,
-        expected_digest: str | None = None,
     ) -> None:
-        self._expected_digest = expected_digest
         self.path, self.layout, self.rows, self.provenance = Path(path), layout, len(labels), provenance
         if not self.rows:
             raise UserError(f"{path} was not written: a latent set of 0 rows would be empty; give at least one image")
@@ -80,6 +80,7 @@ class LatentSetWriter:
         self._columns = {name: column.numpy().astype(dtype, copy=False) for (name, dtype), column in tensors}
         if error := find_column_error(self._columns, provenance.label_names):
             raise UserError(f"{path} was not written: {error}")
+        self.expected_digest: str | None = None
         self._written = np.zeros(self.rows, bool)
         self._stack = ExitStack()
         self._partial: Path
@@ -135,9 +136,9 @@ class LatentSetWriter:
         self._file.close()
         texts = attribute_texts(self.layout, self.provenance)
         digest = content_digest(self._partial, self.layout, self._offsets, self._columns, texts)
-        if self._expected_digest not in (None, digest):
+        if self.expected_digest not in (None, digest):
             raise UserError(
-                f"{self.path} was not written: its values have digest {digest[:12]}, not {self._expected_digest[:12]} "
+                f"{self.path} was not written: its values have digest {digest[:12]}, not {self.expected_digest[:12]} "
                 "as when they were read from a latent set, so some were changed; convert the latent set again"
             )
         add_digests(self._partial, self.layout, self.provenance, digest)

@@ -31,6 +31,7 @@ DAMAGED = (
     EOFError,
     LookupError,
     ArithmeticError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
@@ -38,7 +39,7 @@ _MOST_MEMORY = 200 * 10**6
 """Bytes of decoded pixels that any image may take: an 8-bit mask for the largest images, or 50 megapixels in colour."""
 _MOST_COMPRESSED = 100
 """Bytes of decoded pixels per byte of the file, above which larger images are refused."""
-_BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
+_BYTES_PER_PIXEL = {"1": 1, "L": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
 _VALUES_AT_ONCE = 2**20
 _DEEP_GREY_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -176,6 +177,8 @@ def _opened(encoded: bytes, *, channels: int) -> Iterator[Image.Image]:
         with Image.open(BytesIO(encoded)) as image:
             _refuse_bomb(image, len(encoded), channels)
             yield _upright(image)
+    except BadImageError:
+        raise
     except Image.UnidentifiedImageError as error:
         raise BadImageError(
             f"these {len(encoded)} bytes are not an image that Pillow can open; repair or remove it"
@@ -223,6 +226,8 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P" or image.has_transparency_data:  # checked last: it fails on palettes that Pillow left unread
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    if image.mode == "1":
+        image = image.convert("L")
     if image.mode != mode:
         image = image.convert("RGB").convert(mode)  # not every mode converts straight to "L"
     return image
