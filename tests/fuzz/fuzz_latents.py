@@ -214,7 +214,7 @@ def change_dataset(file: Any, rng: random.Random) -> None:
 
 
 UNEDITABLE = (KeyError, OSError, ValueError, TypeError, RuntimeError, MemoryError)
-"""What h5py raises when an earlier change prevents another."""
+"""The exceptions of h5py when an earlier change prevents another."""
 CHANGES: tuple[Callable[[Any, random.Random], None], ...] = (change_attribute, change_dataset)
 
 
