@@ -26,7 +26,9 @@ from smalti.core.provenance import command, versions
 from smalti.latentsets.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
 
 FORMAT = "smalti-latents"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+VERSIONS = (2, 3)
+"""The format versions that are read. The content digest of version 2 covers codes and columns only."""
 ALIGNMENT_BYTES = 512
 """Alignment of each level's codes in the file. Rows of 512 bytes, or of a power of two below that, then never cross
 a page or cache line unnecessarily."""
@@ -36,6 +38,20 @@ LIBRARY = ("v110", "v110")
 DIGEST_PIECE_BYTES = 1 << 24
 MOST_DIGITS = 31
 """Most radices of a level: each is at least 2, and all codes fit 31 bits."""
+MOST_UNNAMED_CLASSES = 1 << 16
+"""Largest number of classes of a set without label names, or its number of rows if that is larger. A prior allocates a
+vector for each class up to the largest label."""
+MEANING = (
+    "layout",
+    "tokenizer_kind",
+    "tokenizer_config",
+    "tokenizer_digest",
+    "image_fingerprint",
+    "preprocessing",
+    "label_names",
+    "skipped",
+)
+"""The attributes that decide what codes and labels mean; the content digest covers them."""
 COLUMNS = {
     "labels": np.dtype("<i8"),
     "source_ids": np.dtype("<i8"),
@@ -119,11 +135,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything in a latent set's file except the codes, which are at `offsets` (in bytes, one per level)."""
+    """Everything in a latent set's file except the codes, which are at `offsets` (in bytes, one per level).
+
+    `attributes` holds the texts of all attributes as stored, with both digests.
+    """
 
     layout: Layout
     provenance: Provenance
-    content_digest: str
+    attributes: dict[str, str]
     rows: int
     offsets: tuple[int, ...]
     columns: dict[str, np.ndarray]
@@ -148,7 +167,7 @@ def number_sources(ids: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
 def find_column_error(columns: Mapping[str, np.ndarray], label_names: Sequence[str]) -> str | None:
     """Describes the first error in the columns of a whole set; returns None if there is none."""
     labels, ids, held_out = (columns[name] for name in ("labels", "source_ids", "held_out"))
-    largest_label = (len(label_names) or 2**63) - 1
+    largest_label = (len(label_names) or max(MOST_UNNAMED_CLASSES, len(labels))) - 1
     if len(wrong := labels[(labels < -1) | (labels > largest_label)]):
         return f"{wrong[0]} is not a label: labels are -1 for none, or from 0 to {largest_label}"
     if max(held_out.max(), columns["flipped"].max()) > 1:
@@ -181,21 +200,30 @@ def create_file(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
     return tuple(offsets)
 
 
+def attribute_texts(layout: Layout, provenance: Provenance) -> dict[str, str]:
+    """Returns the texts of all attributes of a new set, without digests."""
+    texts = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "layout": json.dumps(layout.to_json())}
+    return {**texts, **provenance.to_attributes()}
+
+
 def add_columns(path: Path, layout: Layout, provenance: Provenance, columns: Mapping[str, np.ndarray]) -> None:
-    """Adds the columns and all attributes except the content digest."""
-    texts = {"format": FORMAT, "layout": json.dumps(layout.to_json()), **provenance.to_attributes()}
+    """Adds the columns and all attributes except the digests."""
     with h5py.File(path, "r+", libver=LIBRARY, locking=False) as file:
         for name, column in columns.items():
             chunk = (min(len(column), COLUMN_CHUNK_ROWS),)
             file.create_dataset(name, data=column, chunks=chunk, shuffle=True, compression="gzip")
-        file.attrs["format_version"] = FORMAT_VERSION
-        for name, text in texts.items():
-            _write_text(file, name, text)
+        for name, text in attribute_texts(layout, provenance).items():
+            if name == "format_version":
+                file.attrs[name] = FORMAT_VERSION
+            else:
+                _write_text(file, name, text)
 
 
-def add_digest(path: Path, content_digest: str) -> None:
-    """Adds the content digest, which completes the file: without it the file is not a latent set."""
+def add_digests(path: Path, layout: Layout, provenance: Provenance, content_digest: str) -> None:
+    """Adds both digests. The content digest completes the file: without it the file is not a latent set."""
+    texts = {**attribute_texts(layout, provenance), "content_digest": content_digest}
     with h5py.File(path, "r+", libver=LIBRARY, locking=False) as file:
+        _write_text(file, "attributes_digest", attributes_digest(texts))
         _write_text(file, "content_digest", content_digest)
 
 
@@ -205,15 +233,38 @@ def _write_text(file: h5py.File, name: str, text: str) -> None:
     file.attrs.create(name, encoded, dtype=h5py.string_dtype("utf-8", max(1, len(encoded))))
 
 
-def content_digest(path: Path, layout: Layout, offsets: tuple[int, ...], columns: Mapping[str, np.ndarray]) -> str:
-    """Returns the content digest: SHA-256, in hexadecimal, of the codes in a file and of the columns in memory.
+def attributes_digest(texts: Mapping[str, str]) -> str:
+    """Returns SHA-256, in hexadecimal, of all attributes but itself, sorted by name; each as `_hashed` writes it."""
+    names = sorted(texts.keys() - {"attributes_digest"})
+    return hashlib.sha256(b"".join(_hashed(name, texts[name]) for name in names)).hexdigest()
 
-    The hash runs over `codes/0..`, then `labels`, `source_ids`, `held_out`, `flipped`. For each it takes a line
-    `name dtype shape` (`codes/0 <u2 100 16 16`), then the values in row-major order. The digest therefore depends on
-    the numbers and their types, but not on how HDF5 stores them or in which blocks they were written. The codes are
-    read piece by piece, not memory-mapped, so that memory use stays constant.
+
+def _hashed(name: str, text: str) -> bytes:
+    """Returns what digests take of an attribute: a line `name bytes`, the text, and a newline."""
+    encoded = text.encode()
+    return f"{name} {len(encoded)}\n".encode() + encoded + b"\n"
+
+
+def content_digest(
+    path: Path,
+    layout: Layout,
+    offsets: tuple[int, ...],
+    columns: Mapping[str, np.ndarray],
+    attributes: Mapping[str, str],
+) -> str:
+    """Returns the content digest: SHA-256, in hexadecimal, of everything that decides what the set means.
+
+    The hash runs over the attributes in `MEANING` (in version 3), `codes/0..`, then `labels`, `source_ids`,
+    `held_out`, `flipped`. For each array it takes a line `name dtype shape` (`codes/0 <u2 100 16 16`), then the values
+    in row-major order. The digest therefore depends on the numbers and their types, but not on how HDF5 stores them or
+    in which blocks they were written. Attributes about one build, such as its time, are left out, so that two builds
+    of the same codes have one digest. The codes are read piece by piece, not memory-mapped, so that memory use stays
+    constant.
     """
     sha, rows = hashlib.sha256(), len(columns["labels"])
+    if attributes["format_version"] != "2":
+        for name in MEANING:
+            sha.update(_hashed(name, attributes[name]))
 
     def hash_header(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         sha.update(f"{name} {dtype.str} {' '.join(map(str, shape))}\n".encode())
@@ -243,7 +294,7 @@ def read_contents(path: Path) -> Contents:
             splits.
     """
     with opened(path) as file:
-        layout, provenance, content_digest = _read_attributes(path, file)
+        layout, provenance, attributes = _read_attributes(path, file)
         grids = {f"codes/{index}": level for index, level in enumerate(layout.levels)}
         datasets = {name: dataset(path, file, name) for name in (*grids, *COLUMNS)}
         rows = (datasets["labels"].shape or (0,))[0]
@@ -258,17 +309,20 @@ def read_contents(path: Path) -> Contents:
         columns = {name: column(path, datasets[name], name) for name in COLUMNS}
     if error := find_column_error(columns, provenance.label_names):
         raise UserError(f"{path}: {error}; build it again")
-    return Contents(layout, provenance, content_digest, rows, offsets, columns)
+    return Contents(layout, provenance, attributes, rows, offsets, columns)
 
 
-def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, str]:
+def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, dict[str, str]]:
     try:
         if attribute(file, "format") != FORMAT:
             raise UserError(f"{path} is HDF5 but not a latent set; give one made by build_latents.py")
-        if (number := attribute(file, "format_version")) != FORMAT_VERSION:
+        if (number := attribute(file, "format_version")) not in VERSIONS:
             remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
-            raise UserError(f"{path} has format version {number}, this smalti reads {FORMAT_VERSION}; {remedy}")
-        names = ["layout", "content_digest", *(described.name for described in dataclasses.fields(Provenance))]
+            read = " and ".join(map(str, VERSIONS))
+            raise UserError(f"{path} has format version {number}, this smalti reads {read}; {remedy}")
+        described = [field.name for field in dataclasses.fields(Provenance)]
+        digests = ["content_digest", *(["attributes_digest"] if number != 2 else [])]
+        names = ["format", "layout", *described, *digests]
         if missing := [name for name in names if name not in file.attrs]:
             raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
         values = {name: attribute(file, name) for name in names}
@@ -276,7 +330,7 @@ def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, s
         if wrong := sorted(values.keys() - texts.keys()):
             raise UserError(f"{path}: the attributes {', '.join(wrong)} are not strings; build the latent set again")
         layout = layout_from_json(parse_json(texts["layout"]), str(path))
-        return layout, Provenance.from_attributes(texts), texts["content_digest"]
+        return layout, Provenance.from_attributes(texts), {**texts, "format_version": str(number)}
     except (UserError, OSError):
         raise
     except ValueError as error:

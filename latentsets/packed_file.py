@@ -107,6 +107,8 @@ def read_codes(path: Path, check_header: Callable[[dict[str, Any]], None]) -> Pa
             line = file.readline(LARGEST_HEADER_BYTES)
             version, header = line[: len(MAGIC)], _parse_header(path, line)
             layout, images = layout_from_json(header["layout"], str(path)), header["images"]
+            if any(level.channels for level in layout.levels):
+                raise UserError(f"{path} declares real-valued latents, not codes; fetch or write it again")
             payload_bytes = -(-images * bits_per_image(layout) // 8)
             if size_bytes != len(line) + payload_bytes:
                 raise UserError(

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
-from smalti.latentsets.format import COLUMNS, Provenance, content_digest, read_contents, stored_dtype
+from smalti.latentsets.format import (
+    COLUMNS,
+    Provenance,
+    attribute_texts,
+    attributes_digest,
+    content_digest,
+    read_contents,
+    stored_dtype,
+)
 
 BLOCK_VALUES = 1 << 18
 """Codes that are counted at a time; numpy widens each to 8 bytes."""
@@ -32,7 +40,9 @@ class LatentSet:
         path: The file.
         layout: The layout of its codes.
         provenance: Where the codes come from.
-        content_digest: SHA-256 of codes and columns when they were written; `verify` computes it again.
+        version: The version of its format.
+        content_digest: SHA-256 of codes, columns and what decides their meaning, when they were written; `verify`
+            computes it again.
         labels: The class of each row, -1 for none.
         source_ids: The source image of each row: 0, 1, ... in order of first appearance.
         held_out: True if a row is held out from training; equal for all rows of a source image.
@@ -54,7 +64,9 @@ class LatentSet:
         contents = read_contents(self.path)
         self.layout: Layout = contents.layout
         self.provenance: Provenance = contents.provenance
-        self.content_digest: str = contents.content_digest
+        self._attributes = contents.attributes
+        self.version = int(self._attributes["format_version"])
+        self.content_digest: str = self._attributes["content_digest"]
         self._columns = contents.columns
         self.labels, self.source_ids, held_out, flipped = (torch.from_numpy(self._columns[name]) for name in COLUMNS)
         self.held_out, self.flipped = held_out.bool(), flipped.bool()
@@ -120,14 +132,24 @@ class LatentSet:
         """Returns the perplexity of `usage`, from 1 (one code only) to the number of codes (all equally frequent)."""
         return perplexity(self.usage(level, digits))
 
+    def digest(self) -> str:
+        """Returns the content digest that a new set of the same content has, from its current bytes."""
+        texts = attribute_texts(self.layout, self.provenance)
+        return content_digest(self.path, self.layout, self._offsets, self._columns, texts)
+
     def verify(self) -> None:
-        """Checks every byte of the set against its content digest, and the values for consistency.
+        """Checks every byte of the set against its digests, and the values for consistency.
+
+        Version 2 has no digest of the attributes.
 
         Raises:
-            UserError: if a byte differs from what was written, or a code is outside its level's codebook.
+            UserError: if a byte or an attribute differs from what was written, or a code is outside its level's
+                codebook.
         """
-        _reopen(self.path, self.content_digest)
-        digest = content_digest(self.path, self.layout, self._offsets, self._columns)
+        current = _reopen(self.path, self.content_digest)._attributes
+        if self.version > 2 and attributes_digest(current) != current["attributes_digest"]:
+            raise UserError(f"{self.path}: an attribute was changed after it was written; copy it or build it again")
+        digest = content_digest(self.path, self.layout, self._offsets, self._columns, current)
         if digest != self.content_digest:
             digests = f"its content has digest {digest[:12]}, not {self.content_digest[:12]}"
             raise UserError(f"{self.path} is damaged: {digests}; copy it or build it again")

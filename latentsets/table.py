@@ -38,7 +38,8 @@ def to_dataset(latent_set: LatentSet, *, cache: Path | None = None) -> datasets.
         latent_set: The set to copy.
         cache: The folder for the table's files; by default the cache folder of `datasets`.
     """
-    texts = {"layout": json.dumps(latent_set.layout.to_json()), **latent_set.provenance.to_attributes()}
+    texts: dict[str, Any] = {"layout": json.dumps(latent_set.layout.to_json())}
+    texts |= {**latent_set.provenance.to_attributes(), "rows": len(latent_set), "content_digest": latent_set.digest()}
     names = latent_set.provenance.label_names
     features = {f"codes_{index}": _feature(level) for index, level in enumerate(latent_set.layout.levels)}
     features["label"] = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
@@ -62,10 +63,13 @@ def to_dataset(latent_set: LatentSet, *, cache: Path | None = None) -> datasets.
 def from_dataset(table: datasets.Dataset, path: str | Path) -> LatentSet:
     """Writes a table that `to_dataset` made, or any selection of its rows, as a latent set.
 
+    A table with all rows must have the content digest of the set that it was made from. Parquet has no checksums.
+
     Raises:
-        UserError: if the table was not made from a latent set, is empty, or has values that contradict its attributes.
+        UserError: if the table was not made from a latent set, is empty, was changed, or has values that contradict
+            its attributes.
     """
-    layout, provenance = _description(table)
+    layout, provenance, digest = _description(table)
     names = [f"codes_{index}" for index in range(len(layout.levels))]
     if missing := [name for name in (*names, *COLUMN_NAMES.values()) if name not in table.features]:
         raise UserError(f"the table has no column {missing[0]!r}; give a complete table made from a latent set")
@@ -75,6 +79,7 @@ def from_dataset(table: datasets.Dataset, path: str | Path) -> LatentSet:
     columns = {name: torch.from_numpy(values[column]) for name, column in COLUMN_NAMES.items()}
     columns["source_ids"] = torch.from_numpy(number_sources(values["source_id"]))  # a selection of rows has gaps
     with LatentSetWriter(path, layout, **columns, provenance=provenance) as writer:
+        writer.expected_digest = digest
         start = 0
         batches: Any = table.select_columns(names).with_format("numpy").iter(ROWS_AT_ONCE)
         for batch in batches:
@@ -120,12 +125,15 @@ def _feature(level: Level) -> Any:
     return array(level.shape, level.dtype.name)
 
 
-def _description(table: datasets.Dataset) -> tuple[Layout, Provenance]:
+def _description(table: datasets.Dataset) -> tuple[Layout, Provenance, str | None]:
+    """Returns the layout and provenance in a table, and the content digest if it has all rows and records one."""
     feature = table.features.get(DESCRIPTION)
     if not isinstance(feature, datasets.ClassLabel) or len(feature.names) != 1:
         raise UserError(f"the table has no column {DESCRIPTION!r} of one class; give one made from a latent set")
     try:
         texts = parse_json(feature.names[0])
-        return layout_from_json(parse_json(texts["layout"]), "the table"), Provenance.from_attributes(texts)
+        layout = layout_from_json(parse_json(texts["layout"]), "the table")
+        digest = str(texts.get("content_digest")) if texts.get("rows") == len(table) else None
+        return layout, Provenance.from_attributes(texts), digest
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"the table's {DESCRIPTION!r} is damaged ({error}); make the table again") from error

@@ -23,7 +23,8 @@ from smalti.latentsets.format import (
     COLUMNS,
     Provenance,
     add_columns,
-    add_digest,
+    add_digests,
+    attribute_texts,
     content_digest,
     create_file,
     find_column_error,
@@ -52,9 +53,13 @@ class LatentSetWriter:
         flipped: Whether a row is a mirror image.
         provenance: Where the codes come from.
 
+    Attributes:
+        expected_digest: The content digest that the set must have, if it is known; set it before the block ends.
+
     Raises:
         UserError: if there are no rows or the columns contradict the description above; in the block, if codes do not
-            fit the layout, rows are written twice or the disk is full; at its end, if rows are missing.
+            fit the layout, rows are written twice or the disk is full; at its end, if rows are missing or the content
+            digest is not the expected one.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class LatentSetWriter:
         self._columns = {name: column.numpy().astype(dtype, copy=False) for (name, dtype), column in tensors}
         if error := find_column_error(self._columns, provenance.label_names):
             raise UserError(f"{path} was not written: {error}")
+        self.expected_digest: str | None = None
         self._written = np.zeros(self.rows, bool)
         self._stack = ExitStack()
         self._partial: Path
@@ -128,7 +134,14 @@ class LatentSetWriter:
                 f"{self.path}: row {missing[0]} and {len(missing) - 1} others were never written; write all"
             )
         self._file.close()
-        add_digest(self._partial, content_digest(self._partial, self.layout, self._offsets, self._columns))
+        texts = attribute_texts(self.layout, self.provenance)
+        digest = content_digest(self._partial, self.layout, self._offsets, self._columns, texts)
+        if self.expected_digest not in (None, digest):
+            raise UserError(
+                f"{self.path} was not written: its values have digest {digest[:12]}, not {self.expected_digest[:12]} "
+                "as when they were read from a latent set, so some were changed; convert the latent set again"
+            )
+        add_digests(self._partial, self.layout, self.provenance, digest)
 
     def _reserve(self) -> None:
         """Reserves disk space for what HDF5 will write, as HDF5 crashes on a full disk; if possible, also for codes."""

@@ -18,13 +18,16 @@ def ranks(keys: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:
     return keys.argsort(dim=1, stable=True).argsort(dim=1)
 
 
-@torch.compiler.assume_constant_result
 def halton_ranks(h: int, w: int) -> Int64[Tensor, " n"]:
     """Returns the rank of each position, in raster order, in a Halton sequence of bases 2 and 3 over the grid.
 
     Every prefix of the sequence is spread evenly over the grid.
     """
     return _halton_ranks(h, w)
+
+
+# What the decorator torch.compiler.assume_constant_result does, which imports the compiler and takes over a second.
+halton_ranks._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @cache

@@ -336,3 +336,15 @@ def test_layers_hold_what_composing_on_white_loses(tmp_path):
     Image.fromarray(deep).save(tmp_path / "deep.png", transparency=5140)
     assert load_layers(tmp_path / "deep.png", channels=3).alpha is None
     assert load_transparency(tmp_path / "deep.png") is None
+
+
+def test_programs_and_images_without_palette_are_refused():
+    file = io.BytesIO()
+    Image.new("P", (4, 4)).save(file, "PNG")
+    content = file.getvalue()
+    start = content.index(b"PLTE") - 4
+    without = content[:start] + content[start + 12 + int.from_bytes(content[start : start + 4], "big") :]
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n"
+    for encoded, message in ((without, "it has no palette"), (program, "EPS is a program")):
+        with pytest.raises(BadImageError, match=message):
+            decode(encoded, channels=1)

@@ -1,5 +1,8 @@
 """Masks against brute force; masked pixels have no influence on blanked images."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -202,3 +205,17 @@ def test_white_paint_on_a_transparent_layer_is_masked(tmp_path):
     Image.fromarray(np.dstack([layer, np.zeros_like(alpha)])).save(tmp_path / "empty.png")
     with pytest.raises(UserError, match="masks the whole image: every pixel is transparent"):
         load_mask(tmp_path / "empty.png", **size)
+
+
+def test_large_mask_takes_little_memory(tmp_path):
+    """A one-bit mask of 100 megapixels takes 100 MB as bytes; a program of its own measures the peak of memory."""
+    shape = Image.new("1", (10_000, 10_000))
+    shape.paste(1, (0, 0, 5_000, 10_000))
+    shape.save(tmp_path / "mask.png")
+    program = (
+        "import resource, sys; from smalti.images.masks import load_mask; peak = lambda: "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10; before = peak(); "
+        "load_mask(sys.argv[1], height=10_000, width=10_000); print(peak() - before)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "mask.png")]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 600

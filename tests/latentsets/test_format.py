@@ -13,30 +13,79 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalti.core.codes import Layout, Level
+from smalti.core.errors import UserError
 from smalti.images.splits import held_out
 from smalti.latentsets.format import number_sources
 from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.table import from_parquet, to_parquet
 from smalti.latentsets.writer import LatentSetWriter
 
 
-def test_digest_follows_the_documented_recipe(tmp_path):
+def test_digests_follow_the_documented_recipe(tmp_path):
     codes = small_set(tmp_path / "latents.h5")
+    latent_set = LatentSet(tmp_path / "latents.h5")
+    with opened(tmp_path / "latents.h5", "r") as file:
+        stored = {name: np.bytes_(file.attrs[name]) for name in file.attrs}
+    meaning = (
+        "layout tokenizer_kind tokenizer_config tokenizer_digest image_fingerprint preprocessing label_names skipped"
+    )
+    parts = [f"{name} {len(stored[name])}\n".encode() + stored[name] + b"\n" for name in meaning.split()]
+    assert latent_set.content_digest == hashlib.sha256(b"".join([*parts, *arrays(codes)])).hexdigest()
+
+
+def test_documented_program_computes_the_digests(tmp_path, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "latent-format.md").read_text()
+    small_set(tmp_path / "latents.h5")
+    exec(text.split("```python\n")[1].split("```")[0].replace("runs/latents/hrvq.h5", str(tmp_path / "latents.h5")), {})
+    assert capsys.readouterr().out == "True\nTrue\n"
+
+
+def test_builds_at_other_times_have_one_content_digest(tmp_path):
+    digests = set()
+    for created in ("2024-01-01T00:00:00+00:00", "2025-01-01T00:00:00+00:00"):
+        made = replace(PROVENANCE, created=created, command="another", tokenizer_source="elsewhere")
+        write(tmp_path / "latents.h5", GRID, make_codes(GRID, 4), [0], made)
+        digests.add(LatentSet(tmp_path / "latents.h5").content_digest)
+    assert len(digests) == 1
+    write(tmp_path / "latents.h5", GRID, make_codes(GRID, 4), [0], replace(PROVENANCE, label_names=tuple("dcba")))
+    assert LatentSet(tmp_path / "latents.h5").content_digest not in digests
+
+
+def test_version_2_is_read_and_becomes_version_3_by_conversion(tmp_path):
+    codes = small_set(tmp_path / "latents.h5")
+    digest = LatentSet(tmp_path / "latents.h5").content_digest
+    make_version_2(tmp_path / "latents.h5", hashlib.sha256(b"".join(arrays(codes))).hexdigest())
+    old = LatentSet(tmp_path / "latents.h5")
+    old.verify()
+    assert old.batch(range(60))[0].equal(codes[0])
+    to_parquet(old, tmp_path / "latents.parquet")
+    again = from_parquet(str(tmp_path / "latents.parquet"), tmp_path / "again.h5")
+    assert (old.version, again.version) == (2, 3)
+    assert again.content_digest == digest
+    with opened(tmp_path / "latents.h5", "r+") as file:
+        file["labels"][7] = 2
+    with pytest.raises(UserError, match="is damaged: its content has digest"):
+        LatentSet(tmp_path / "latents.h5").verify()
+
+
+def arrays(codes):
+    """Returns what the content digest takes of the arrays of a small set; in version 2 there was nothing else."""
     columns = {name: column.numpy() for name, column in make_columns(60).items()}
-    parts = [
+    return [
         b"codes/0 <u2 60 3 4\n" + codes[0].numpy().astype("<u2").tobytes(),
         b"labels <i8 60\n" + columns["labels"].tobytes(),
         b"source_ids <i8 60\n" + columns["source_ids"].tobytes(),
         b"held_out |u1 60\n" + columns["held_out"].tobytes(),
         b"flipped |u1 60\n" + columns["flipped"].tobytes(),
     ]
-    assert LatentSet(tmp_path / "latents.h5").content_digest == hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def test_documented_program_computes_the_digest(tmp_path, capsys):
-    text = (Path(__file__).parents[2] / "docs" / "latent-format.md").read_text()
-    small_set(tmp_path / "latents.h5")
-    exec(text.split("```python\n")[1].split("```")[0].replace("runs/latents/hrvq.h5", str(tmp_path / "latents.h5")), {})
-    assert capsys.readouterr().out == "True\n"
+def make_version_2(path, digest):
+    """Changes a set to the form that version 2 had."""
+    with opened(path, "r+") as file:
+        file.attrs.modify("format_version", 2)
+        del file.attrs["attributes_digest"]
+        file.attrs.modify("content_digest", np.bytes_(digest))
 
 
 def test_plain_h5py_reads_codes_columns_and_attributes(tmp_path):

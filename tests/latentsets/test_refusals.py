@@ -1,17 +1,18 @@
 """Latent sets that are refused: damaged, truncated, incomplete, or in another format."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.latents import opened, small_set
+import torch
+from helpers.latents import opened, small_set, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
+from smalti.latentsets.format import attributes_digest
 from smalti.latentsets.reader import LatentSet
 
 
@@ -38,10 +39,40 @@ def test_verify_detects_changed_columns_and_codes_outside_the_codebook(tmp_path)
         with pytest.raises(UserError, match="is damaged: its content has digest"):
             LatentSet(path).verify()
     small_set(path)
-    with opened(path, "r+") as file:  # another program may write a valid digest over codes that are too large
-        file.attrs["layout"] = json.dumps(Layout((Level(3, 4, (257,)),)).to_json())
+    layout = Layout((Level(3, 4, (257,)),))
+    write(path, layout, (torch.zeros(60, 3, 4, dtype=torch.int64),), [0])
+    latent_set = LatentSet(path)
+    with opened(path, "r+") as file:
+        file["codes/0"][3] = 257  # a program that writes codes that are too large also writes a digest over them
+        file.attrs.modify("content_digest", np.bytes_(latent_set.digest()))
+        texts = {name: str(np.asarray(file.attrs[name]).astype(str)) for name in file.attrs}
+        file.attrs.modify("attributes_digest", np.bytes_(attributes_digest(texts)))
     with pytest.raises(UserError, match="codes not below 257 at level 0"):
         LatentSet(path).verify()
+
+
+def test_verify_detects_any_changed_attribute(tmp_path):
+    path = tmp_path / "latents.h5"
+    small_set(path)
+    LatentSet(path).verify()
+    content = path.read_bytes()
+    with opened(path, "r") as file:
+        names = set(file.attrs) - {"format", "format_version"}  # files with another one of these are not opened
+    for name in names:
+        with opened(path, "r+") as file:
+            text = file.attrs[name].decode()
+            changed = {
+                "layout": text.replace("[8, 8, 8]", "[512]"),
+                "skipped": '[{"row": 3}]',
+                "label_names": '["a", "b", "c", "d"]',
+            }
+            new = changed.get(name, text.replace("}", ', "more": "x"}') if text.startswith("{") else f"x{text[1:]}")
+            assert new != text
+            del file.attrs[name]
+            file.attrs[name] = np.bytes_(new)
+        with pytest.raises(UserError, match=r"an attribute was changed after|its content has digest"):
+            LatentSet(path).verify()
+        path.write_bytes(content)
 
 
 def refused(path: Path, message: str) -> None:
@@ -96,7 +127,10 @@ def chunked_codes(file: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda file: file.attrs.modify("format_version", 3), "has format version 3, this smalti reads 2; upgrade"),
+        (
+            lambda file: file.attrs.modify("format_version", 4),
+            "has format version 4, this smalti reads 2 and 3; upgrade",
+        ),
         (
             lambda file: file.attrs.modify("format_version", 1),
             "has format version 1, this .* build it again",

@@ -72,6 +72,7 @@ def changed(table, **names):
             lambda table: table.map(lambda row: {"codes_0": [[999] * 4] * 3}),
             "level 0 has codes from 0 to 511, not from",
         ),
+        (lambda table: table.map(lambda row: {"label": 2}), "some were changed"),
         (lambda table: table.map(lambda row: {"held_out": row["flipped"]}), "on both sides of the held-out split"),
     ],
 )

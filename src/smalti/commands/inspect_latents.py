@@ -35,7 +35,8 @@ class InspectLatents:
     latents: Path = LATENTS / "hrvq.h5"
     """The latent set."""
     verify: bool = False
-    """Read the whole file and check it: its digest, and that codes, labels, sources and splits are valid."""
+    """Read the whole file and check it: that no byte and no attribute differs from what was written (digests), and that
+    codes, labels, sources and splits are valid."""
     codes: Path | None = None
     """Write a picture to this PNG: the most and least used codes of each level, decoded by the tokenizer [default: no
     picture]."""
@@ -77,7 +78,8 @@ def _inspect(config: InspectLatents, latent_set: LatentSet, settings: dict[str, 
     print(describe(latent_set))
     if config.verify:
         latent_set.verify()
-        print("  verified      the digest matches; codes, labels, sources and splits are valid")
+        covered = "digests match" if latent_set.version > 2 else "digest matches (version 2: attributes have none)"
+        print(f"  verified      the {covered}; codes, labels, sources and splits are valid")
     if config.codes:
         tokenizer = load_tokenizer(config.tokenizer or latent_set.provenance.tokenizer_source)
         require_tokenizer(latent_set, tokenizer.digest())

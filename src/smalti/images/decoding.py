@@ -39,6 +39,7 @@ DAMAGED = (
     EOFError,
     LookupError,
     ArithmeticError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
@@ -46,7 +47,7 @@ _MOST_MEMORY = 200 * 10**6
 """Bytes of decoded pixels that any image may take: an 8-bit mask for the largest images, or 50 megapixels in colour."""
 _MOST_COMPRESSED = 100
 """Bytes of decoded pixels per byte of the file, above which larger images are refused."""
-_BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
+_BYTES_PER_PIXEL = {"1": 1, "L": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
 _VALUES_AT_ONCE = 2**20
 _DEEP_GREY_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -213,6 +214,8 @@ def _opened(encoded: bytes, *, channels: int) -> Iterator[Image.Image]:
         with Image.open(BytesIO(encoded)) as image:
             _refuse_bomb(image, len(encoded), channels)
             yield _upright(image)
+    except BadImageError:
+        raise
     except Image.UnidentifiedImageError as error:
         raise BadImageError(
             f"these {len(encoded)} bytes are not an image that Pillow can open; repair or remove it"
@@ -243,7 +246,11 @@ def _refuse_bomb(image: Image.Image, file_size: int, channels: int) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF rotation in place. Damaged pixels are an error; a damaged EXIF block is ignored."""
+    if image.format == "EPS":
+        raise ValueError("EPS is a program, which is not run; convert it to PNG")
     image.load()
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ValueError("it has no palette")
     with suppress(*DAMAGED):
         ImageOps.exif_transpose(image, in_place=True)
     return image
@@ -256,6 +263,8 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P" or image.has_transparency_data:  # checked last: it fails on palettes that Pillow left unread
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    if image.mode == "1":
+        image = image.convert("L")
     if image.mode != mode:
         image = image.convert("RGB").convert(mode)  # not every mode converts straight to "L"
     return image

@@ -118,8 +118,9 @@ def _refuse_photograph(values: UInt8[Tensor, "h w"], path: str | Path) -> None:
     Raises:
         UserError: if it seems to be a photograph.
     """
-    share = 1 - _black_or_white_share(values[None])
-    greys = torch.bincount(values.flatten().int(), minlength=256) > values.numel() / 1000
+    counts = torch.tensor(Image.fromarray(values.numpy()).histogram())  # takes no memory, however large the mask
+    share = 1 - float(counts[: _BLACK + 1].sum() + counts[_WHITE:].sum()) / values.numel()
+    greys = counts > values.numel() / 1000
     if share > 1 - _PHOTO_SHARE and greys.sum() > _PHOTO_GREYS:
         raise UserError(
             f"{path} seems to be a photograph, not a mask: {share:.0%} of its pixels are neither black nor white; "
