@@ -26,7 +26,7 @@ from smalti.images.image_set import open_images
 from smalti.images.sources import open_table
 from smalti.images.splits import held_out
 from smalti.latentsets.dataset import LatentRows
-from smalti.latentsets.format import Provenance
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.table import to_dataset
 from smalti.latentsets.writer import LatentSetWriter

@@ -1,4 +1,4 @@
-"""The HDF5 layout of a latent set: its datasets, columns and attributes, its provenance, and its content digest.
+"""The HDF5 layout of a latent set: its datasets, columns and attributes, and its digests.
 
 This file holds what the writer (`writer.py`) and the reader (`reader.py`) must agree on. Codes are contiguous datasets,
 which a reader can memory-map. The columns beside them are compressed. All numbers are little-endian.
@@ -10,8 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from jaxtyping import Int64
 from smalti.core.codes import Layout, Level
 from smalti.core.config import config_from_json, parse_json
 from smalti.core.errors import UserError
-from smalti.core.provenance import command, versions
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
 
 FORMAT = "smalti-latents"
@@ -60,77 +59,6 @@ COLUMNS = {
 }
 """Datasets beside `codes/0..` with one number per row: the class (-1 for none), the source image (0, 1, ... in order of
 first appearance), whether the row is held out from training, and whether it is a mirror image."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """The provenance of a latent set: what is needed to trust its codes and to decode them.
-
-    Each field is stored as a root attribute of the same name.
-
-    Attributes:
-        tokenizer_kind: The registered kind of the tokenizer.
-        tokenizer_config: The fields of its config, as JSON values.
-        tokenizer_digest: SHA-256 over its kind, config and weights (`Checkpointed.digest`).
-        tokenizer_source: The folder or hub id it was loaded from.
-        image_source: The value of `--images`.
-        image_fingerprint: A fingerprint that changes if the images change.
-        preprocessing: What was done to the images before encoding, as JSON values.
-        label_names: The name of each label, from label 0 on; empty if the images have no labels.
-        skipped: Images left out because they could not be decoded: `row` in the image source and `reason`, in order.
-        command: The command line that made the set.
-        created: UTC time of creation, ISO 8601.
-        software: Versions of the software that made the set.
-    """
-
-    tokenizer_kind: str
-    tokenizer_config: dict[str, Any]
-    tokenizer_digest: str
-    tokenizer_source: str
-    image_source: str
-    image_fingerprint: str
-    preprocessing: dict[str, Any]
-    label_names: tuple[str, ...] = ()
-    skipped: tuple[dict[str, Any], ...] = ()
-    command: str = field(default_factory=command)
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    software: dict[str, str] = field(default_factory=versions)
-
-    def __post_init__(self) -> None:
-        # A round trip through JSON turns tuples into lists, so that a provenance that is read equals the written one.
-        for name in ("tokenizer_config", "preprocessing", "software"):
-            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
-
-    def has_codes_of(self, other: "Provenance") -> bool:
-        """Returns whether two sets have the same tokenizer, images and preprocessing, and therefore the same codes."""
-        same = ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
-        return all(getattr(self, name) == getattr(other, name) for name in same)
-
-    def is_rebuild_of(self, other: "Provenance | None") -> bool:
-        """Returns whether two sets have the same tokenizer and images, either of which may have changed in place."""
-        same = (("tokenizer_digest", "tokenizer_source"), ("image_fingerprint", "image_source"))
-        return other is not None and all(
-            any(getattr(self, name) == getattr(other, name) for name in names) for names in same
-        )
-
-    def to_attributes(self) -> dict[str, str]:
-        """Returns the attributes as text by name; values that are not text are encoded as JSON."""
-        return {
-            name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for name, value in vars(self).items()
-        }
-
-    @classmethod
-    def from_attributes(cls, texts: Mapping[str, str]) -> "Provenance":
-        """Inverts `to_attributes`.
-
-        Raises:
-            ValueError: if a text is not valid JSON, or of another type than its field.
-            KeyError: if an attribute is missing.
-        """
-        types: dict[str, Any] = {described.name: described.type for described in dataclasses.fields(cls)}
-        values = {name: texts[name] if kind is str else parse_json(texts[name]) for name, kind in types.items()}
-        return config_from_json(cls, values, "the provenance")
 
 
 @dataclass(frozen=True)

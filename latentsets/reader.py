@@ -18,13 +18,13 @@ from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.latentsets.format import (
     COLUMNS,
-    Provenance,
     attribute_texts,
     attributes_digest,
     content_digest,
     read_contents,
     stored_dtype,
 )
+from smalti.latentsets.provenance import Provenance
 
 BLOCK_VALUES = 1 << 18
 """Codes that are counted at a time; numpy widens each to 8 bytes."""

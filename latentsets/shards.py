@@ -28,7 +28,12 @@ from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.files import write_json
 from smalti.core.progress import SLOW_SECONDS, bar
-from smalti.latentsets.format import Provenance, level_bytes, number_sources, stored_dtype
+from smalti.latentsets.format import (
+    level_bytes,
+    number_sources,
+    stored_dtype,
+)
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.summary import size_text
 from smalti.latentsets.writer import LatentSetWriter, reporting_full_disk
 

@@ -4,7 +4,7 @@ import json
 
 from smalti.core.codes import Level
 from smalti.core.errors import printable
-from smalti.latentsets.format import Provenance
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import MOST_COUNTED_CODES, LatentSet, perplexity
 
 LONGEST_TEXT = 4000

@@ -22,7 +22,11 @@ from smalti.core.codes import Codes, Layout, Level
 from smalti.core.config import parse_json
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
-from smalti.latentsets.format import Provenance, layout_from_json, number_sources
+from smalti.latentsets.format import (
+    layout_from_json,
+    number_sources,
+)
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter
 

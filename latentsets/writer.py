@@ -21,7 +21,6 @@ from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.latentsets.format import (
     COLUMNS,
-    Provenance,
     add_columns,
     add_digests,
     attribute_texts,
@@ -31,6 +30,7 @@ from smalti.latentsets.format import (
     level_bytes,
     stored_dtype,
 )
+from smalti.latentsets.provenance import Provenance
 
 ErrorType: TypeAlias = type[BaseException] | None
 

@@ -13,7 +13,7 @@ from PIL import Image
 from smalti.commands import inspect_latents as inspecting
 from smalti.commands.inspect_latents import ranking, save_codes
 from smalti.core.codes import Layout, Level
-from smalti.latentsets.format import Provenance
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.scripts import inspect_latents
 from smalti.tokenizers.vq.hrvq import HRVQ

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from smalti.core.codes import Codes, Layout, Level
-from smalti.latentsets.format import Provenance
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.writer import LatentSetWriter
 
 PROVENANCE = Provenance(

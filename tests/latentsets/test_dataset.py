@@ -12,7 +12,7 @@ from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
 from smalti.images.splits import held_out
 from smalti.latentsets.dataset import LatentRows
-from smalti.latentsets.format import Provenance
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter
 

@@ -9,7 +9,7 @@ from helpers.latents import GRID, LEVELS, PROVENANCE, make_codes, make_columns, 
 
 from smalti.core.codes import Layout
 from smalti.core.errors import UserError
-from smalti.latentsets.format import Provenance
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.table import DESCRIPTION, from_dataset, from_parquet, to_dataset, to_parquet
 from smalti.scripts import convert_latents

@@ -23,7 +23,7 @@ from smalti.core.randomness import row_seeds
 from smalti.evaluation.code_likelihood import count_bits
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.sheets import save_png, to_image
-from smalti.latentsets.format import Provenance
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter
 from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling

@@ -32,7 +32,7 @@ from smalti.images.image_set import ImageSet
 from smalti.images.reading import Reading, read_images_for
 from smalti.images.sources import local_paths
 from smalti.images.splits import held_out
-from smalti.latentsets.format import Provenance
+from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.shards import Job, Shards
 from smalti.latentsets.summary import describe
