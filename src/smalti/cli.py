@@ -7,13 +7,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import redirect_stderr
 from itertools import takewhile
 from types import TracebackType
-from typing import Annotated, Any, NoReturn, TypeVar, cast, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name
+from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name, require_finite, unreadable
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
 from smalti.training.signals import Interrupted
 
@@ -30,7 +30,32 @@ _DISK_ERRORS = {
     errno.EACCES: "permission denied; give another --out",
     errno.EISDIR: "it is a folder; give another --out",
     errno.ENOTDIR: "a part of its path is a file; give another --out",
+    errno.ENAMETOOLONG: "its name is too long; give a shorter --out",
 }
+_NO_MEMORY = re.compile(
+    "can't allocate memory|out of memory|integer multiplication overflow|calculation overflowed", re.I
+)
+"""Texts in torch's errors of type RuntimeError for tensors that are too large."""
+
+LONGEST_NAME_BYTES, LONGEST_PATH_BYTES = 255, 4095
+"""Limits of file systems."""
+ANY_COUNT = (0, 10**9)
+"""Smallest and largest integer of every flag that `RANGES` does not name."""
+RANGES: dict[str, tuple[int, int]] = {
+    "seed": (-(2**63), 2**63 - 1),
+    "port": (0, 2**16 - 1),
+    **dict.fromkeys(("batch_size", "prior_batch_size", "layer_batch_sizes", "height", "width"), (1, 2**16)),
+    **dict.fromkeys(
+        ("workers", "accumulation", "depth", "layers", "levels", "stages", "heads", "particles"), (0, 2**10)
+    ),
+    **dict.fromkeys(
+        ("residual_blocks", "dense_layers", "flow_layers", "discriminator_layers", "particles"), (0, 2**10)
+    ),
+    **dict.fromkeys(("widths", "model_width", "code_width", "latent_width", "channels", "growth"), (0, 2**16)),
+    **dict.fromkeys(("latent_channels", "flow_width", "discriminator_width", "image_channels"), (0, 2**16)),
+    **dict.fromkeys(("hourglass_width", "pixelcnn_width", "kernel", "mixtures"), (0, 2**16)),
+}
+"""Smallest and largest integers of flags, by field name, that any command may use. Commands have narrower ranges."""
 
 
 def run(
@@ -47,16 +72,23 @@ def run(
         about: the first text of `--help`: what the command does, with examples.
     """
     keep_freed_memory()
+    flags: set[str] = set()
     try:
+        arguments = checked_arguments(sys.argv[1:])
         chosen_class = (
             config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], Any], config_class)()
         )
         cls, defaults = (
             (chosen_class[0], {"default": chosen_class[1]}) if isinstance(chosen_class, tuple) else (chosen_class, {})
         )
-        command(_parse(cls, as_invoked(about), defaults))
+        flags |= set(_field_names(cls))
+        config = _parse(cls, arguments, as_invoked(about), defaults)
+        require_finite(config)
+        _require_ranges(config)
+        command(config)
     except UserError as error:
-        _leave(f"error: {as_invoked(str(error))}", 2, every_process=isinstance(error, OneProcessError))
+        message = with_flags(as_invoked(str(error)), flags)
+        _leave(f"error: {message}", 2, every_process=isinstance(error, OneProcessError))
     except Interrupted as stopped:
         _leave(f"\n{stopped}", 128 + stopped.signal_number)
     except KeyboardInterrupt:
@@ -65,9 +97,16 @@ def run(
         if not _output_is_closed():
             raise
         sys.exit(128 + signal.SIGPIPE)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
+        reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
+        _leave(f"error: the memory does not suffice{reason}; lower --batch-size or the sizes that were given", 2)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
+        if error.errno == errno.EACCES and os.path.exists(error.filename) and not os.access(error.filename, os.R_OK):
+            _leave(f"error: {unreadable(error.filename, error)}", 2)
         _leave(f"error: {error.filename or 'a file'} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
 
 
@@ -75,7 +114,7 @@ def chosen(flag: str, default: str) -> str:
     """Returns the last value of `--flag` before the command line is parsed: it names a kind, which decides what other
     flags there are."""
     value, follows = default, False
-    for argument in sys.argv[1:]:
+    for argument in map(_expanded, sys.argv[1:]):
         if argument.startswith("-"):
             name, _, inline = argument.partition("=")
             follows = name == flag
@@ -85,7 +124,81 @@ def chosen(flag: str, default: str) -> str:
     return value
 
 
-def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
+def checked_arguments(arguments: list[str]) -> list[str]:
+    """Returns the command line with `~` replaced by the home folder, which shells leave in `--out=~/x`.
+
+    Raises:
+        UserError: if a value is empty, has a zero byte, or is longer than any file name.
+    """
+    flag = "an argument"
+    for argument in arguments:
+        name, _, value = argument.partition("=") if argument.startswith("--") else (flag, "", argument)
+        flag = name
+        if argument.startswith("--") and "=" not in argument:
+            continue
+        if not value:
+            raise UserError(f"{flag} is empty; give a value, or leave the flag out for its default")
+        if "\0" in value:
+            raise UserError(f"{flag} has a zero byte, which no name may have: {value[:60]!r}")
+        encoded = os.fsencode(value)
+        if max(map(len, encoded.split(os.fsencode(os.sep)))) > LONGEST_NAME_BYTES or len(encoded) > LONGEST_PATH_BYTES:
+            raise UserError(
+                f"{flag} {value[:60]}... is too long ({len(value)} characters); names have at most "
+                f"{LONGEST_NAME_BYTES} bytes, and paths {LONGEST_PATH_BYTES}"
+            )
+    return [_expanded(argument) for argument in arguments]
+
+
+def _expanded(argument: str) -> str:
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{name}{equals}{os.path.expanduser(value)}"
+
+
+def _field_names(cls: Any) -> Iterator[str]:
+    """Yields the names of the fields of a dataclass and of those nested in it."""
+    plain = get_origin(cls) or cls
+    parameters = dict(zip(getattr(plain, "__parameters__", ()), get_args(cls), strict=False))
+    for name, hint in get_type_hints(plain).items():
+        yield name
+        nested = parameters.get(hint, hint) if isinstance(hint, TypeVar) else hint
+        if dataclasses.is_dataclass(get_origin(nested) or nested):
+            yield from _field_names(nested)
+
+
+def with_flags(message: str, fields: Collection[str]) -> str:
+    """Returns an error's message with the names of fields as flags: `report_steps` as `--report-steps`.
+
+    Names without an underscore are words of the language too. They become flags only where a config's own check begins
+    with them, which tyro reports as `Error parsing fit: steps must ...`.
+    """
+    message, parsed = re.subn(r"^Error parsing (?!--)[^:]*: ", "", message)
+    if parsed and (first := re.match(r"\w+", message)) and first[0] in fields and "_" not in first[0]:
+        message = f"--{message}"
+    long_names = "|".join(re.escape(name) for name in fields if "_" in name)
+    pattern = rf"(?<![\w/.])({long_names})(?![\w/.])"
+    return re.sub(pattern, lambda match: f"--{match[0]}".replace("_", "-"), message) if long_names else message
+
+
+def _require_ranges(config: Any) -> None:
+    """Refuses integers that no command can use, before anything of that size is made.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for field in dataclasses.fields(config):
+        low, high = RANGES.get(field.name, ANY_COUNT)
+        pending = [getattr(config, field.name)]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, tuple):
+                pending += value
+            elif dataclasses.is_dataclass(value):
+                _require_ranges(value)
+            elif type(value) is int and not low <= value <= high:
+                raise UserError(f"--{field.name.replace('_', '-')} must be from {low} to {high}, not {value}")
+
+
+def _parse(cls: Any, arguments: list[str], about: str, defaults: dict[str, Any]) -> Any:
     """Parses the command line; a mistake becomes one line instead of the box that tyro draws."""
     import tyro  # here, where Ctrl-C is caught
 
@@ -94,6 +207,7 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
         with redirect_stderr(output):
             return tyro.cli(
                 cls,
+                args=arguments,
                 prog=program_name(),
                 description=about,
                 config=(tyro.conf.OmitArgPrefixes,),

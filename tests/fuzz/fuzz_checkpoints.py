@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torch
 import yaml
 from fuzz.checkpoint_fuzzing import fuzz, mutated_bytes, mutated_value
-from fuzz.fuzz_models import header_of, with_header
+from fuzz.fuzz_models import with_header
 from safetensors.torch import load
 
 from smalti.tokenizers.vqgan import convert
@@ -75,9 +75,7 @@ def mutated_weights(content: bytes, random: Random) -> bytes:
         return (mutated_bytes if random.random() < 0.3 else with_mutated_entries)(content, random)
     if random.random() < 0.5:
         return mutated_bytes(content, random)
-    return with_header(
-        mutated_value(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]), random), content
-    )
+    return with_header(mutated_value(header_of(content), random), content)
 
 
 def case(random: Random, folder: Path) -> None:

@@ -23,7 +23,7 @@ from smalti.commands.model_paths import RUNS, load_priors, prior_class
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError, require_finite
-from smalti.core.files import expand_home, file_digest, require_outputs
+from smalti.core.files import file_digest, require_outputs
 from smalti.core.progress import bar, counting
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
@@ -121,7 +121,6 @@ def inpaint(config: Inpaint[Any]) -> Path:
     """
     require_finite(config)
     require_seed(config.seed)
-    config = expand_home(config)
     jobs = _jobs(config)
     filling_device = device(config.device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)

@@ -55,7 +55,7 @@ def require_at_least_one(config: object, *names: str) -> None:
     """
     for name in names:
         if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
 
 
 def require_finite(config: Any) -> None:
