@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torch
 import yaml
 from fuzz.checkpoint_fuzzing import fuzz, mutated_bytes, mutated_value
-from fuzz.fuzz_models import with_header
+from fuzz.fuzz_models import header_of, with_header
 from safetensors.torch import load
 
 from smalti.tokenizers.vqgan import convert
