@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import redirect_stderr
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from types import TracebackType
 from typing import Annotated, Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -175,7 +175,7 @@ def with_flags(message: str, fields: Collection[str]) -> str:
     if parsed and (first := re.match(r"\w+", message)) and first[0] in fields and "_" not in first[0]:
         message = f"--{message}"
     long_names = "|".join(re.escape(name) for name in fields if "_" in name)
-    pattern = rf"(?<![\w/.])({long_names})(?![\w/.])"
+    pattern = rf"(?<![\w/.-])({long_names})(?![\w/.])"
     return re.sub(pattern, lambda match: f"--{match[0]}".replace("_", "-"), message) if long_names else message
 
 
@@ -218,12 +218,18 @@ def _parse(cls: Any, arguments: list[str], about: str, defaults: dict[str, Any])
         if not exit_.code:  # --help
             sys.stdout.flush()
             raise
-        lines = [line.strip("│ ") for line in output.getvalue().splitlines() if line.startswith("│")]
-        message = " ".join(takewhile(lambda line: line.strip("─"), lines)).rstrip(".")
+        lines = [line if line.startswith("╭") else line.strip("│ ") for line in output.getvalue().splitlines()]
+        after_title = dropwhile(lambda line: not _is_rule(line), lines)
+        message = " ".join(takewhile(lambda line: not _is_rule(line), [*after_title][1:])).strip().rstrip(".")
         suggests = any(phrase in output.getvalue() for phrase in ("Perhaps you meant", "similar to"))
         similar = [line.split()[0] for line in lines if line.startswith("--")] if suggests else []
         advice = f"did you mean {' or '.join(similar)}?" if similar else "--help lists the flags"
-        raise UserError(f"{message or output.getvalue()}; {advice}") from exit_
+        raise UserError(f"{message or ' '.join(output.getvalue().split())}; {advice}") from exit_
+
+
+def _is_rule(line: str) -> bool:
+    """Returns whether a line of tyro's errors is drawn: the edge of a box, or a rule, which follows the title."""
+    return line.startswith("╭") or (bool(line) and not line.strip("─-╰╯ "))
 
 
 def _help_registry() -> Any:

@@ -116,7 +116,7 @@ class Calls:
 def test_pickles_that_mean_harm_are_one_line(tmp_path, capsys):
     description, good = taming()
     state = torch.load(io.BytesIO(good), weights_only=True)["state_dict"]
-    name = next(iter(state))
+    name = "quant_conv.bias"
     nan, packed = state[name].clone(), io.BytesIO()
     nan.view(-1)[-1] = float("nan")
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -137,7 +137,7 @@ def test_pickles_that_mean_harm_are_one_line(tmp_path, capsys):
         (saved({"state_dict": [1]}), "does not hold weights by name"),
         (saved([torch.zeros(2)]), "holds a list"),
         (with_pickle(good, lambda content: content[:-20]), "damaged"),
-        (with_pickle(good, lambda content: b"\x80\x02" + b"]" * 10**6 + b"."), "damaged"),
+        (with_pickle(good, lambda content: b"\x80\x02" + b"]" * 10**6 + b"."), "holds a list"),
         (with_pickle(good, lambda content: bytes(3 * 10**6)), "names and shapes take"),
         (with_pickle(good, lambda content: content.replace(b"\x80\x02", b"\x80\x02\x8a\x7f", 1)), "damaged"),
     ):
