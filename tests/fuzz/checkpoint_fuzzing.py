@@ -1,4 +1,4 @@
-"""What the fuzz drivers of checkpoints share: mutations of values and bytes, and the loop that counts failures.
+"""Shared by the fuzz drivers of checkpoints: mutations of values and bytes, and the loop that counts failures.
 
 Every case follows from the seed and its number, so that `--only NUMBER` repeats one.
 """

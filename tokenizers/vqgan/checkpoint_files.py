@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import pickle
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -32,6 +33,12 @@ _STORAGES = {
     **{"ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool},
 }
 _CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+MALFORMED = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError, MemoryError),
+    *(OSError, EOFError, StopIteration, struct.error, pickle.PickleError, zipfile.BadZipFile, yaml.YAMLError),
+)
+"""The exceptions that parsers and unpicklers raise for malformed or hostile files, which decide what is called."""
 
 T = TypeVar("T")
 
@@ -64,7 +71,7 @@ def read_yaml(path: Path) -> Any:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; use --description to name the checkpoint's .yaml file") from error
-    except Exception as error:  # PyYAML's constructors raise errors of many types for malformed values
+    except MALFORMED as error:  # PyYAML's constructors raise errors of many types for malformed values
         raise UserError(f"{path} does not describe a VQ-GAN ({_one_line(error)})") from error
 
 
@@ -132,7 +139,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
             loaded = _weights(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         if {name: _shape(tensor) for name, tensor in loaded.items()} != state:
             raise ValueError("its tensors are not as they were declared")
-    except Exception as error:  # unpicklers do what the file says, so that they may raise anything
+    except MALFORMED as error:  # unpicklers do what the file says, so that they may raise anything
         reason = str(error) if isinstance(error, UserError) else "it is damaged, or holds more than weights"
         raise UserError(f"{path} was not loaded: {reason}; download it again, from a source that you trust") from error
     return loaded
