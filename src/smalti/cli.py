@@ -157,7 +157,7 @@ def _expanded(argument: str) -> str:
 def _field_names(cls: Any) -> Iterator[str]:
     """Yields the names of the fields of a dataclass and of those nested in it."""
     plain = get_origin(cls) or cls
-    parameters = dict(zip(getattr(plain, "__parameters__", ()), get_args(cls), strict=False))
+    parameters: dict[Any, Any] = dict(zip(getattr(plain, "__parameters__", ()), get_args(cls), strict=False))
     for name, hint in get_type_hints(plain).items():
         yield name
         nested = parameters.get(hint, hint) if isinstance(hint, TypeVar) else hint
