@@ -7,7 +7,6 @@ from typing import Literal
 from smalti import cli
 from smalti.commands.model_paths import TOKENIZERS
 from smalti.core import locks
-from smalti.core.files import expand_home
 from smalti.tokenizers.vqgan.convert import from_diffusers, from_taming, to_diffusers
 from smalti.tokenizers.vqgan.vqgan import VQGAN
 
@@ -47,7 +46,6 @@ def convert(config: Convert) -> None:
     Raises:
         UserError: if `out` exists or cannot be written, or the source cannot be converted.
     """
-    config = expand_home(config)
     with locks.claim([config.out], inputs=[config.source, config.description_file]):
         model = _convert(config)
     size = f"{model.config.height}x{model.config.width}"

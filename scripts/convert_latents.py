@@ -7,7 +7,6 @@ from smalti import cli
 from smalti.commands.model_paths import LATENTS
 from smalti.core import locks
 from smalti.core.errors import UserError
-from smalti.core.files import expand_home
 from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.table import from_parquet, to_parquet
@@ -42,7 +41,6 @@ def convert(config: ConvertLatents) -> None:
         UserError: unless exactly one of the two names ends in .parquet, for an unreadable file, or for an `out` that
             exists or cannot be written.
     """
-    config = expand_home(config)
     from_table = config.latents.endswith(".parquet")
     if config.out is None and "*" in config.latents:
         raise UserError(f"{config.latents} names several files; give --out too")

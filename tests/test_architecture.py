@@ -25,7 +25,7 @@ MOST_FILES_OF_A_FOLDER = 14
 
 RANKS = {
     "core": 0,
-    **dict.fromkeys(["images", "training", "latentsets", "priors", "tokenizers.layers"], 1),
+    **dict.fromkeys(["flags", "images", "training", "latentsets", "priors", "tokenizers.layers"], 1),
     **dict.fromkeys(["metrics", "tokenizers", "tokenizers.quantizers", "priors.methods"], 2),
     **dict.fromkeys(["tokenizers.vq", "tokenizers.hqa", "tokenizers.selfvae", "priors.networks"], 3),
     "tokenizers.vqgan": 4,
@@ -55,7 +55,7 @@ def folder_of(name: str) -> str:
     parts = name.split(".")[1:]
     for length in range(len(parts), 0, -1):
         folder = ".".join(parts[:length])
-        if folder in RANKS and (length > 1 or len(parts) > 1 or folder in ("api", "cli", "demo", "__main__")):
+        if folder in RANKS and (length > 1 or len(parts) > 1 or folder in ("api", "cli", "flags", "demo", "__main__")):
             return folder
         if f"smalti.{folder}" in MODULES and length == 1 and folder not in RANKS:
             raise AssertionError(f"smalti.{folder} has no rank; give it one in RANKS")

@@ -41,8 +41,10 @@ def require_size(height: int, width: int, downsampling: int, whose: str = "this 
     """Refuses images whose height or width is not divisible by `downsampling`; `whose` names it in the message.
 
     Raises:
-        UserError: if the size is not divisible.
+        UserError: if the size is not divisible, or not positive.
     """
+    if min(height, width) < 1:
+        raise UserError(f"images of {height}x{width} have no pixels; height and width must be at least {downsampling}")
     if height % downsampling or width % downsampling:
         raise UserError(
             f"images of {height}x{width} are not divisible by {downsampling}, {whose}; crop or resize the images"

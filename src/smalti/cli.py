@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, NoReturn, TypeVar, cast, get_args, get_origin
 
-from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name
+from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name, require_finite, unreadable
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
+from smalti.flags import checked_arguments, expanded, field_names, require_ranges, with_flags
 from smalti.training.signals import Interrupted
 
 wait_without_spinning()  # here, because commands import this file before anything that imports torch
@@ -33,12 +34,17 @@ _DISK_ERRORS = {
     errno.ENOTEMPTY: "it is a folder with files; give another --out",
     errno.EISDIR: "it is a folder; give another --out",
     errno.ENOTDIR: "a part of its path is a file; give another --out",
+    errno.ENAMETOOLONG: "its name is too long; give a shorter --out",
 }
 _LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
 """Variables that torchrun and `accelerate launch` set for the processes that they start."""
 _MOST_SECONDS_LATER = 20.0
 _NO_COMPILER = "No working C++ compiler found"
 """Part of torch's message, whose exception is a `RuntimeError`; importing its class would import the compiler."""
+_NO_MEMORY = re.compile(
+    "can't allocate memory|out of memory|integer multiplication overflow|calculation overflowed", re.I
+)
+"""Texts in torch's errors of type RuntimeError for tensors that are too large."""
 
 
 def run(
@@ -58,16 +64,23 @@ def run(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
+    flags: set[str] = set()
     try:
+        arguments = checked_arguments(sys.argv[1:])
         chosen_class = (
             config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], Any], config_class)()
         )
         cls, defaults = (
             (chosen_class[0], {"default": chosen_class[1]}) if isinstance(chosen_class, tuple) else (chosen_class, {})
         )
-        command(_parse(cls, as_invoked(about), defaults))
+        flags |= set(field_names(cls))
+        config = _parse(cls, arguments, as_invoked(about), defaults)
+        require_finite(config)
+        require_ranges(config)
+        command(config)
     except UserError as error:
-        _leave(f"error: {as_invoked(str(error))}", 2, every_process=isinstance(error, OneProcessError))
+        message = with_flags(as_invoked(str(error)), flags)
+        _leave(f"error: {message}", 2, every_process=isinstance(error, OneProcessError))
     except Interrupted as stopped:
         _leave(f"\n{stopped}", 128 + stopped.signal_number, after_launcher=True)
     except KeyboardInterrupt:
@@ -76,21 +89,26 @@ def run(
         if not _output_is_closed():
             raise
         sys.exit(128 + signal.SIGPIPE)
+    except (MemoryError, RuntimeError) as error:
+        if _NO_COMPILER in str(error):
+            _leave("error: --compile needs a C++ compiler, and none was found: install g++, or leave --compile out", 2)
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
+        reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
+        _leave(f"error: the memory does not suffice{reason}; lower --batch-size or the sizes that were given", 2)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
+        if error.errno == errno.EACCES and os.path.exists(error.filename) and not os.access(error.filename, os.R_OK):
+            _leave(f"error: {unreadable(error.filename, error)}", 2)
         _leave(f"error: {error.filename or 'a file'} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
-    except RuntimeError as error:
-        if _NO_COMPILER not in str(error):
-            raise
-        _leave("error: --compile needs a C++ compiler, and none was found: install g++, or leave --compile out", 2)
 
 
 def chosen(flag: str, default: str) -> str:
     """Returns the last value of `--flag` before the command line is parsed: it names a kind, which decides what other
     flags there are."""
     value, follows = default, False
-    for argument in sys.argv[1:]:
+    for argument in map(expanded, sys.argv[1:]):
         if argument.startswith("-"):
             name, _, inline = argument.partition("=")
             follows = name == flag
@@ -100,7 +118,7 @@ def chosen(flag: str, default: str) -> str:
     return value
 
 
-def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
+def _parse(cls: Any, arguments: list[str], about: str, defaults: dict[str, Any]) -> Any:
     """Parses the command line; a mistake becomes one line instead of the box that tyro draws."""
     import tyro  # here, where Ctrl-C is caught
 
@@ -109,6 +127,7 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
         with redirect_stderr(output):
             return tyro.cli(
                 cls,
+                args=arguments,
                 prog=program_name(),
                 description=about,
                 config=(tyro.conf.OmitArgPrefixes,),
@@ -119,12 +138,18 @@ def _parse(cls: Any, about: str, defaults: dict[str, Any]) -> Any:
         if not exit_.code:  # --help
             sys.stdout.flush()
             raise
-        lines = [line.strip("│ ") for line in output.getvalue().splitlines() if line.startswith("│")]
-        message = " ".join(takewhile(lambda line: line.strip("─"), lines)).rstrip(".")
+        lines = [line if line.startswith("╭") else line.strip("│ ") for line in output.getvalue().splitlines()]
+        after_title = dropwhile(lambda line: not _is_rule(line), lines)
+        message = " ".join(takewhile(lambda line: not _is_rule(line), [*after_title][1:])).strip().rstrip(".")
         suggests = any(phrase in output.getvalue() for phrase in ("Perhaps you meant", "similar to"))
         similar = [line.split()[0] for line in lines if line.startswith("--")] if suggests else []
         advice = f"did you mean {' or '.join(similar)}?" if similar else "--help lists the flags"
-        raise UserError(f"{message or output.getvalue()}; {advice}") from exit_
+        raise UserError(f"{message or ' '.join(output.getvalue().split())}; {advice}") from exit_
+
+
+def _is_rule(line: str) -> bool:
+    """Returns whether a line of tyro's errors is drawn: the edge of a box, or a rule, which follows the title."""
+    return line.startswith("╭") or (bool(line) and not line.strip("─-╰╯ "))
 
 
 def _help_registry() -> Any:

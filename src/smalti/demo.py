@@ -23,7 +23,7 @@ from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Precision, autocast, best_device, resolve
-from smalti.core.files import expand_home, whole_file
+from smalti.core.files import whole_file
 from smalti.core.provenance import versions
 from smalti.core.randomness import row_seeds
 from smalti.images.decoding import to_float
@@ -82,7 +82,6 @@ def demo(config: Demo) -> Path:
         UserError: if the folder holds a demonstration with other settings, or files of something else.
         Interrupted: if a signal stops it; the next call resumes from there.
     """
-    config = expand_home(config)
     results = [config.out / name for name in (REPORT_NAME, DONE_NAME, RECONSTRUCTIONS, SAMPLES, INPAINTING, DENOISING)]
     begun = (config.out / "tokenizer" / RUN_NAME).exists()  # only a demonstration that runs again replaces its files
 

@@ -6,14 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from smalti.core.errors import UserError
 from smalti.core.files import (
-    expand_home,
     require_outputs,
     require_replaceable,
     sync,
@@ -205,16 +202,3 @@ def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written: Permission denied"):
         require_outputs([tmp_path / "a.png"])
-
-
-def test_the_home_folder_is_expanded_in_paths(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-    @dataclass(frozen=True)
-    class Config:
-        out: Path
-        name: str = "~/text"
-        mask: Path | None = None
-
-    assert expand_home(Config(Path("~/a.png"))) == Config(tmp_path / "a.png")
-    assert expand_home(Config(Path("a~.png"))) == Config(Path("a~.png"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import struct
 import time
 from pathlib import Path
@@ -13,8 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from smalti.core import models
 from smalti.core.checkpoint_checks import read_header
+from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME, load
+from smalti.tokenizers.vqgan.convert import to_diffusers
+from smalti.tokenizers.vqgan.vqgan import VQGAN, VQGANConfig
 
 WRONG = (10**6, 2**40, 50000, 0, -1, True, "x", "\x1b[2J", None, 0.5, [], [10**9, 10**9], {"a": 1})
 
@@ -78,9 +82,9 @@ def test_nan_weights_are_refused_by_name(tmp_path):
 
 def test_other_dtype_is_refused(tmp_path):
     saved("hrvq", "tokenizer", tmp_path)
-    weights = {name: tensor.half() for name, tensor in load_file(tmp_path / WEIGHTS_NAME).items()}
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / WEIGHTS_NAME).items()}
     save_file(weights, tmp_path / WEIGHTS_NAME)
-    assert "is torch.float16, the config asks for torch.float32" in refusal(tmp_path, "tokenizer")
+    assert "is torch.bfloat16, the config asks for torch.float32" in refusal(tmp_path, "tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,49 @@ def test_unreadable_files_are_not_called_damaged(tmp_path, monkeypatch):
         message = refusal(tmp_path, "tokenizer")
         assert "Permission denied" in message
         assert "damaged" not in message
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_NAME, CONFIG_NAME])
+def test_named_pipes_are_refused_instead_of_waited_for(name, tmp_path):
+    saved("hrvq", "tokenizer", tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert f"{name} is not a regular file" in refusal(tmp_path, "tokenizer")
+
+
+@pytest.mark.parametrize(("field", "value"), [("height", 0), ("width", -4), ("height", -8)])
+def test_sizes_without_pixels_are_refused_though_the_digest_is_right(field, value, tmp_path):
+    """Found by fuzzing: such models were loaded, and encoding ended in a traceback."""
+    for kind in ("hrvq", "selfvae", "hqa"):
+        described = saved(kind, "tokenizer", tmp_path)
+        described["config"][field] = value
+        config_class = models.class_of_kind("tokenizer", kind).config_class
+        config = config_from_json(config_class, described["config"], "")
+        described["digest"] = models.digest(kind, config, load_file(tmp_path / WEIGHTS_NAME))
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(described))
+        assert "have no pixels" in refusal(tmp_path, "tokenizer")
+
+
+@pytest.mark.parametrize(("mask", "permissions"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_saved_files_follow_the_umask(mask, permissions, tmp_path):
+    before = os.umask(mask)
+    try:
+        saved("vqgan", "tokenizer", tmp_path)
+        to_diffusers(VQGAN(VQGANConfig(widths=(32,))), tmp_path / "diffusers")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {permissions}
+    assert len(files) == 4
+
+
+def test_names_of_any_length_are_one_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source in ("n" * 300, "n" * 5000, "a\0b", "", "n/" * 3000):
+        with pytest.raises(UserError, match=r"no checkpoint at|is not a smalti checkpoint") as caught:
+            load(source, "prior")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1100
 
 
 def test_header_is_read_without_the_weights(tmp_path):

@@ -4,25 +4,25 @@ Their networks compute the same as smalti's under other names. Layers are matche
 all of them. Every weight must be matched; only the training losses' weights (`loss.`) are dropped.
 """
 
-import json
-import pickle
+import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from smalti.core.checkpoint_checks import StoredTensor, build_without_weights, require_sizes, some
+from smalti.core.config import added
 from smalti.core.errors import UserError
 from smalti.core.files import whole_folder, write_json
+from smalti.core.models import save_tensors
 from smalti.tokenizers.layers.attention_blocks import Attention, ResidualBlock
+from smalti.tokenizers.vqgan.checkpoint_files import described, read_json, read_pickled, read_safetensors, read_yaml
 from smalti.tokenizers.vqgan.vqgan import VQGAN, VQGANConfig
 
+_MOST_STAGES = 16  # each halves the image
 _DIFFUSERS_CONFIG, _DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -73,6 +73,51 @@ _DIFFUSERS = _Names(
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+@dataclass(frozen=True)
+class _TamingNetwork:
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...]
+    resolution: int
+    in_channels: int
+    out_ch: int
+    z_channels: int
+    double_z: bool | None = added(None)
+
+
+@dataclass(frozen=True)
+class _TamingParams:
+    embed_dim: int
+    n_embed: int
+    ddconfig: dict[str, Any]
+    remap: str | None = added(None)
+
+
+@dataclass(frozen=True)
+class _TamingModel:
+    target: str
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _DiffusersConfig:
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    in_channels: int
+    out_channels: int
+    sample_size: int
+    latent_channels: int
+    num_vq_embeddings: int
+    norm_num_groups: int
+    vq_embed_dim: int | None = added(None)
+    norm_type: str = added("group")
+    mid_block_add_attention: bool = added(True)
+    act_fn: str = added("silu")
+
+
 def from_taming(weights: Path, description: Path) -> VQGAN:
     """Imports a checkpoint of taming-transformers, a `VQModel` or `GumbelVQ`.
 
@@ -83,39 +128,31 @@ def from_taming(weights: Path, description: Path) -> VQGAN:
     Raises:
         UserError: if either file cannot be read, or the network differs from smalti's VQ-GAN.
     """
-    if not description.exists():
-        raise UserError(f"{description} does not exist; use --description to name the checkpoint's .yaml file")
-    try:
-        model = yaml.safe_load(description.read_text())["model"]
-        params, network = model["params"], model["params"]["ddconfig"]
-        samples = model["target"].endswith("GumbelVQ")
-        if network["ch_mult"][0] != 1 or network["in_channels"] != network["out_ch"] or network.get("double_z"):
-            raise UserError(
-                f"{description} describes a network that smalti's VQ-GAN does not support: ch_mult must begin with 1, "
-                "in_channels must equal out_ch, and double_z must be false"
-            )
-        if params.get("remap"):
-            raise UserError(f"{description} remaps codes by a file that is not in the checkpoint; remove its remap")
-        config = _config(
-            size=network["resolution"],
-            image_channels=network["in_channels"],
-            widths=tuple(network["ch"] * multiplier for multiplier in network["ch_mult"]),
-            residual_blocks=network["num_res_blocks"],
-            attention_stages=tuple(
-                stage
-                for stage in range(len(network["ch_mult"]))
-                if network["resolution"] // 2**stage in network["attn_resolutions"]
-            ),
-            latent_width=network["z_channels"],
-            code_width=params["embed_dim"],
-            branching=params["n_embed"],
-            quantizer="gumbel" if samples else "nearest",
+    content = read_yaml(description)
+    model = described(_TamingModel, content.get("model") if isinstance(content, dict) else None, description)
+    params = described(_TamingParams, model.params, description)
+    network = described(_TamingNetwork, params.ddconfig, description)
+    if network.ch_mult[:1] != (1,) or network.in_channels != network.out_ch or network.double_z:
+        raise UserError(
+            f"{description} describes a network that smalti's VQ-GAN does not support: ch_mult must begin with 1, "
+            "in_channels must equal out_ch, and double_z must be false"
         )
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{description} does not describe a VQ-GAN ({_one_line(error)})") from error
-    state = _unpickled(weights)
-    state = {name: tensor for name, tensor in state.get("state_dict", state).items() if not name.startswith("loss.")}
-    return _import_weights(config, state, _TAMING, weights)
+    if params.remap:
+        raise UserError(f"{description} remaps codes by a file that is not in the checkpoint; remove its remap")
+    stages = range(min(len(network.ch_mult), _MOST_STAGES))
+    config = _config(
+        description,
+        size=network.resolution,
+        image_channels=network.in_channels,
+        widths=tuple(network.ch * multiplier for multiplier in network.ch_mult),
+        residual_blocks=network.num_res_blocks,
+        attention_stages=tuple(i for i in stages if network.resolution // 2**i in network.attn_resolutions),
+        latent_width=network.z_channels,
+        code_width=params.embed_dim,
+        branching=params.n_embed,
+        quantizer="gumbel" if model.target.endswith("GumbelVQ") else "nearest",
+    )
+    return _import_weights(config, read_pickled(weights), _TAMING, description, weights)
 
 
 def from_diffusers(folder: Path) -> VQGAN:
@@ -124,40 +161,40 @@ def from_diffusers(folder: Path) -> VQGAN:
     Raises:
         UserError: if the folder cannot be read, or the network differs from smalti's VQ-GAN.
     """
-    try:
-        described = json.loads((folder / _DIFFUSERS_CONFIG).read_text())
-        downs, ups = described["down_block_types"], described["up_block_types"]
-        kinds = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
-        kinds_up = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
-        attends = [kinds[kind] for kind in downs]
-        fixed = {"norm_type": "group", "mid_block_add_attention": True, "act_fn": "silu"}
-        if odd := {name: described[name] for name, value in fixed.items() if described.get(name, value) != value}:
-            settings = ", ".join(f"{name} {value}" for name, value in odd.items())
-            raise UserError(f"{folder}: smalti's VQ-GAN does not support {settings}")
-        same_channels = described["in_channels"] == described["out_channels"]
-        if [kinds_up[kind] for kind in reversed(ups)] != attends or not same_channels:
-            raise UserError(f"{folder}: smalti's VQ-GAN needs a decoder that mirrors the encoder; this one does not")
-        config = _config(
-            size=described["sample_size"],
-            image_channels=described["in_channels"],
-            widths=tuple(described["block_out_channels"]),
-            residual_blocks=described["layers_per_block"],
-            attention_stages=tuple(stage for stage, attention in enumerate(attends) if attention),
-            latent_width=described["latent_channels"],
-            code_width=described.get("vq_embed_dim") or described["latent_channels"],
-            branching=described["num_vq_embeddings"],
-            norm_groups=described["norm_num_groups"],
-        )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} does not hold a VQModel of diffusers ({_one_line(error)})") from error
-    path = folder / _DIFFUSERS_WEIGHTS
-    try:
-        state = load_file(path) if path.exists() else _unpickled(path.with_suffix(".bin"))
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from error
-    return _import_weights(
-        config, {_new_attention_name(name): tensor for name, tensor in state.items()}, _DIFFUSERS, path
+    description = folder / _DIFFUSERS_CONFIG
+    network = described(_DiffusersConfig, read_json(description), description)
+    fixed = {"norm_type": "group", "mid_block_add_attention": True, "act_fn": "silu"}
+    if odd := [f"{name} {getattr(network, name)}" for name, value in fixed.items() if getattr(network, name) != value]:
+        raise UserError(f"{folder}: smalti's VQ-GAN does not support {', '.join(odd)}")
+    attends = [kind == "AttnDownEncoderBlock2D" for kind in network.down_block_types]
+    downs = tuple(_blocks(attends, "DownEncoderBlock2D"))
+    if network.down_block_types != downs:
+        raise UserError(f"{folder} does not hold a VQModel of diffusers with {' and '.join(dict.fromkeys(downs))} only")
+    mirrored = tuple(_blocks(reversed(attends), "UpDecoderBlock2D"))
+    if network.up_block_types != mirrored or network.in_channels != network.out_channels:
+        raise UserError(f"{folder}: smalti's VQ-GAN needs a decoder that mirrors the encoder; this one does not")
+    config = _config(
+        description,
+        size=network.sample_size,
+        image_channels=network.in_channels,
+        widths=network.block_out_channels,
+        residual_blocks=network.layers_per_block,
+        attention_stages=tuple(stage for stage, attention in enumerate(attends) if attention),
+        latent_width=network.latent_channels,
+        code_width=network.vq_embed_dim or network.latent_channels,
+        branching=network.num_vq_embeddings,
+        norm_groups=network.norm_num_groups,
     )
+    path = folder / _DIFFUSERS_WEIGHTS
+    if not path.exists():
+        path = path.with_suffix(".bin")
+    state = read_safetensors(path) if path.name == _DIFFUSERS_WEIGHTS else read_pickled(path)
+    state = {_new_attention_name(name): tensor for name, tensor in state.items()}
+    return _import_weights(config, state, _DIFFUSERS, description, path)
+
+
+def _blocks(attends: Iterable[bool], kind: str) -> Iterator[str]:
+    return (("Attn" if attention else "") + kind for attention in attends)
 
 
 def to_diffusers(model: VQGAN, folder: Path) -> None:
@@ -171,13 +208,13 @@ def to_diffusers(model: VQGAN, folder: Path) -> None:
         raise UserError(
             "diffusers supports only flat codebooks with nearest-codeword search; this VQ-GAN's quantizer differs"
         )
-    attends, stages = config.attention_stages, range(len(config.widths))
-    described = {
+    attends = [stage in config.attention_stages for stage in range(len(config.widths))]
+    description = {
         "_class_name": "VQModel",
         "in_channels": config.image_channels,
         "out_channels": config.image_channels,
-        "down_block_types": [("Attn" if i in attends else "") + "DownEncoderBlock2D" for i in stages],
-        "up_block_types": [("Attn" if i in attends else "") + "UpDecoderBlock2D" for i in reversed(stages)],
+        "down_block_types": list(_blocks(attends, "DownEncoderBlock2D")),
+        "up_block_types": list(_blocks(reversed(attends), "UpDecoderBlock2D")),
         "block_out_channels": list(config.widths),
         "layers_per_block": config.residual_blocks,
         "latent_channels": config.latent_width,
@@ -189,31 +226,57 @@ def to_diffusers(model: VQGAN, folder: Path) -> None:
     ours, names = model.state_dict(), dict(_matched_names(model, _DIFFUSERS))
     state = {theirs: _as_diffusers(ours[mine].detach().cpu(), theirs) for mine, theirs in names.items()}
     with whole_folder(folder) as partial:
-        save_file(state, partial / _DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
-        write_json(partial / _DIFFUSERS_CONFIG, described)
+        save_tensors(state, partial / _DIFFUSERS_WEIGHTS, {"format": "pt"})
+        write_json(partial / _DIFFUSERS_CONFIG, description)
 
 
-def _config(*, size: int, **network: Any) -> VQGANConfig:
-    """Returns a config that continues training as the imported network was trained: codebooks learn by gradients."""
+def _config(source: Path, *, size: int, widths: tuple[int, ...], norm_groups: int = 32, **network: Any) -> VQGANConfig:
+    """Returns a config that continues training as the imported network was trained: codebooks learn by gradients.
+
+    Raises:
+        UserError: if a declared size is impossible, whatever the weights.
+    """
+    sizes = {"stages": len(widths), "size": size, "groups": norm_groups}
+    sizes |= {name: value for name, value in network.items() if isinstance(value, int)}
+    if wrong := [name for name, value in sizes.items() if value < (name != "residual_blocks")]:
+        raise UserError(f"{source} does not describe a VQ-GAN: its {wrong[0]} is {sizes[wrong[0]]}")
+    if len(widths) > _MOST_STAGES:
+        raise UserError(f"{source} does not describe a VQ-GAN: it has {len(widths)} stages, the most is {_MOST_STAGES}")
+    if odd := [width for width in widths if width < 1 or width % norm_groups]:
+        raise UserError(f"{source} does not describe a VQ-GAN: a width of {odd[0]} has no {norm_groups} groups")
     training = {"codebook_learning": "gradient", "kmeans_start": False, "revive_below": 0.0}
-    return VQGANConfig(height=size, width=size, **training, **network)
+    network |= {"height": size, "width": size, "widths": widths, "norm_groups": norm_groups}
+    return VQGANConfig(**training, **network)
 
 
-def _import_weights(config: VQGANConfig, state: dict[str, Any], names: _Names, source: Path) -> VQGAN:
-    model = VQGAN(config)
-    expected, matched = model.state_dict(), dict(_matched_names(model, names))
-    weights = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    missing, unknown = set(matched.values()) - set(weights), set(state) - set(matched.values())
+def _import_weights(
+    config: VQGANConfig, state: dict[str, Tensor], names: _Names, description: Path, source: Path
+) -> VQGAN:
+    """Builds a network and fills it, after the sizes in its description were compared with the weights.
+
+    Raises:
+        UserError: if they do not match, or a weight is not a finite floating-point number.
+    """
+    header = {name: StoredTensor(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    require_sizes(dataclasses.asdict(config), header, description, source)
+    network = build_without_weights(lambda: VQGAN(config), header, description, source)
+    assert network is not None
+    expected, matched = network.state_dict(), dict(_matched_names(network, names))
+    missing, unknown = set(matched.values()) - set(state), set(state) - set(matched.values())
     if missing or unknown:
         problems = (("lacks", missing), ("also has", unknown))
-        examples = [f"{verb} {', '.join(sorted(some)[:3])}" for verb, some in problems if some]
+        examples = [f"{verb} {some(sorted(which))}" for verb, which in problems if which]
         raise UserError(f"{source} does not match its description: it {' and '.join(examples)}")
     converted: dict[str, Tensor] = {}
     for mine, theirs in matched.items():
-        if weights[theirs].squeeze().shape != expected[mine].squeeze().shape:  # 1x1 convolutions may be matrices
-            shapes = f"{tuple(weights[theirs].shape)}, not {tuple(expected[mine].shape)}"
+        tensor, needed = state[theirs], expected[mine].shape
+        if [n for n in tensor.shape if n > 1] != [n for n in needed if n > 1]:  # 1x1 convolutions may be matrices
+            shapes = f"{tuple(tensor.shape)}, not {tuple(needed)}"
             raise UserError(f"{source} does not match its description: {theirs} is {shapes}")
-        converted[mine] = weights[theirs].float().reshape(expected[mine].shape)
+        converted[mine] = tensor.float().reshape(needed) if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point() or not converted[mine].isfinite().all():
+            raise UserError(f"{source}: {theirs} has values that are not finite numbers; download it again")
+    model = VQGAN(config)
     model.load_state_dict(converted)
     model.provenance = {"converted_from": source.name}
     return model.eval()
@@ -274,35 +337,3 @@ def _as_diffusers(tensor: Tensor, theirs: str) -> Tensor:
 def _new_attention_name(name: str) -> str:
     """Returns the current name of a weight that old versions of diffusers may have saved."""
     return re.sub(r"(attentions\.\d+)\.(\w+)\.", lambda m: f"{m[1]}.{_OLD_ATTENTION.get(m[2], m[2])}.", name)
-
-
-class _Inert:
-    """Stand-in for a class that a checkpoint names but that its weights do not need."""
-
-
-def _unpickled(path: Path) -> dict[str, Any]:
-    """Loads a checkpoint's tensors without running any code that it contains.
-
-    Raises:
-        UserError: if the file does not exist, or holds more than tensors and plain values.
-    """
-    # published checkpoints name this class as a key of their callbacks; without the stand-in they would be refused
-    callback = (_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
-    try:
-        with torch.serialization.safe_globals([callback]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; name the file of the weights") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UserError(
-            f"{path} was not loaded: it is damaged, or holds more than weights, which could run code "
-            f"({_one_line(error)})"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not weights by name")
-    return checkpoint
-
-
-def _one_line(error: BaseException) -> str:
-    """Returns the type of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

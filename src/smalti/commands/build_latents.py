@@ -24,7 +24,6 @@ from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.devices import Device, autocast, device
 from smalti.core.errors import UserError
-from smalti.core.files import expand_home
 from smalti.core.progress import bar
 from smalti.core.provenance import command, versions
 from smalti.images.decoding import BadImageError, to_float
@@ -100,7 +99,6 @@ def build_latents(config: BuildLatents) -> Path:
         UserError: for an unsuitable tokenizer or unsuitable images, if the file is something else or
             another process writes it, or if the disk is full. The file is then unchanged.
     """
-    config = expand_home(config)
     if config.batch_size < 1 or config.workers < 0:
         raise UserError(
             f"--batch-size must be at least 1 and --workers 0, not {config.batch_size} and {config.workers}"

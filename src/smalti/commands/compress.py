@@ -18,7 +18,7 @@ from smalti.core.codes import Codes, Layout
 from smalti.core.config import flatten
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
-from smalti.core.files import expand_home, file_digest
+from smalti.core.files import file_digest
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
@@ -89,7 +89,6 @@ def compress(config: Compress) -> Path:
     Raises:
         UserError: for an unsuitable tokenizer or unsuitable images.
     """
-    config = expand_home(config)
     encoding_device = device(config.device)
     source = layer_source(config.tokenizer, config.layer)
     tokenizer = load_tokenizer(source).to(encoding_device)
@@ -143,7 +142,6 @@ def decompress(config: Decompress) -> Path:
         UserError: for a damaged file or one of another tokenizer, and for sampled decodes with a
             tokenizer whose decoding is deterministic.
     """
-    config = expand_home(config)
     loaded: list[Tokenizer] = []
 
     def load_matching(header: dict[str, Any]) -> None:

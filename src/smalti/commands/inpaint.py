@@ -22,7 +22,7 @@ from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError, require_finite
-from smalti.core.files import expand_home, file_digest
+from smalti.core.files import file_digest
 from smalti.core.progress import bar, counting
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
@@ -122,7 +122,6 @@ def inpaint(config: Inpaint[Any]) -> Path:
     """
     require_finite(config)
     require_seed(config.seed)
-    config = expand_home(config)
     image = config.image or EXAMPLE_IMAGE
     jobs = _jobs(config, image)
     filling_device = device(config.device)

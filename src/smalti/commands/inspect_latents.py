@@ -17,7 +17,7 @@ from smalti.commands.model_paths import LATENTS, load_tokenizer
 from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.errors import UserError
-from smalti.core.files import expand_home, whole_file
+from smalti.core.files import whole_file
 from smalti.images.sheets import SETTINGS_KEY, embedded_settings, save_sheet
 from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet, perplexity, require_tokenizer
@@ -57,7 +57,6 @@ def inspect_latents(config: InspectLatents) -> None:
         UserError: for a set that cannot be read, fails verification, or was made by another tokenizer, or for a file
             that cannot be written.
     """
-    config = expand_home(config)
     latent_set = LatentSet(config.latents)
     settings = {"command": "inspect-latents", "content_digest": latent_set.content_digest}
 

@@ -18,7 +18,6 @@ from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, autocast, device
 from smalti.core.errors import UserError, require_finite
-from smalti.core.files import expand_home
 from smalti.core.progress import bar, counting
 from smalti.core.provenance import versions
 from smalti.core.randomness import Stream, derive, require_seed, row_seeds
@@ -91,7 +90,6 @@ def sample(config: Sample[Any]) -> Path:
     """
     require_finite(config)
     require_seed(config.seed)
-    config = expand_home(config)
     if config.num < 1 or config.batch_size < 1:
         raise UserError(f"--num and --batch-size must be at least 1, not {config.num} and {config.batch_size}")
     require_png(config.out)

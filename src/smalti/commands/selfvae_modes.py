@@ -13,7 +13,6 @@ from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
-from smalti.core.files import expand_home
 from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float
@@ -82,7 +81,6 @@ def sample_mode(config: SampleMode) -> Path:
     Raises:
         UserError: for an unsuitable tokenizer, mode or images.
     """
-    config = expand_home(config)
     require_png(config.out)
     model = load_hierarchy(config.tokenizer).to(device(config.device))
     digest = model.digest()

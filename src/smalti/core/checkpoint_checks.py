@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from smalti.core.config import LARGEST_JSON_BYTES, parse_json
+from smalti.core.config import LARGEST_JSON_BYTES, open_regular, parse_json
 from smalti.core.errors import UserError
+
+N = TypeVar("N", bound=nn.Module)
 
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
@@ -40,8 +42,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         UserError: if it cannot be read, or is truncated or damaged.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, LARGEST_JSON_BYTES):
                 raise ValueError(f"its header of {length} bytes does not fit its {size} bytes")
@@ -53,8 +55,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         declared = sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors.values())
         if declared != size - 8 - length:
             raise ValueError(f"its tensors take {declared} bytes, but it has {size - 8 - length}")
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; see that you may read it") from error
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); the checkpoint is damaged, fetch or train it again"
@@ -96,7 +98,20 @@ def require_sizes(fields: Any, header: Mapping[str, StoredTensor], config: Path,
 def require_shapes(
     build: Callable[[], nn.Module], header: Mapping[str, StoredTensor], config: Path, path: Path
 ) -> None:
-    """Builds a network on torch's meta device, which allocates nothing, and compares it with the weights' file.
+    """Compares a network with the weights' file before it is built; see `build_without_weights` for the arguments.
+
+    Raises:
+        UserError: if they differ, or there is no such network.
+    """
+    network = build_without_weights(build, header, config, path)
+    if network is not None:
+        require_matching(path, expected=network.state_dict(), stored=header)
+
+
+def build_without_weights(
+    build: Callable[[], N], header: Mapping[str, StoredTensor], config: Path, path: Path
+) -> N | None:
+    """Builds a network on torch's meta device, which allocates nothing.
 
     Building stops as soon as the network is larger than the file: the config may ask for a million layers.
 
@@ -106,20 +121,22 @@ def require_shapes(
         config: The file that the network is described in, for errors.
         path: The file of the weights, for errors.
 
+    Returns:
+        The network, or None for a kind from elsewhere that computes with values while it is built.
+
     Raises:
-        UserError: if they differ, or there is no such network.
+        UserError: if there is no such network.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), _bounded(header, config, path):
-            expected = build().state_dict()
+            return build()
     except UserError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError, RuntimeError, MemoryError) as error:
-        if "meta" in str(error):  # a kind from elsewhere that computes with values while it is built
-            return
+        if "meta" in str(error):
+            return None
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{config} does not describe a network ({type(error).__name__}: {reason})") from error
-    require_matching(path, expected=expected, stored=header)
 
 
 @contextmanager
@@ -185,4 +202,4 @@ def require_matching(path: Path, *, expected: Mapping[str, Tensor], stored: Mapp
 
 def some(names: list[str]) -> str:
     """Lists the first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(name[:100] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -31,14 +31,27 @@ def printable(text: str) -> str:
     )
 
 
+LONGEST_MESSAGE = 1_000
+"""Most characters of an error's message: names of many thousand characters would bury what to do."""
+
+
 class UserError(ValueError):
     """An error that the caller can fix. The message is one line: what is wrong, the offending value, and what to do.
 
-    Commands print it and exit with status 2; any other exception is a bug and keeps its traceback.
+    Commands print it and exit with status 2; any other exception is a bug and keeps its traceback. The middle of a
+    message that is too long is left out.
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        message = printable(super().__str__())
+        half = LONGEST_MESSAGE // 2
+        return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
+def unreadable(path: object, error: OSError) -> UserError:
+    """Returns the error for a file that the system does not let this person read. It is not called damaged."""
+    advice = "give yourself permission to read it" if isinstance(error, PermissionError) else "check its name and disk"
+    return UserError(f"{path} cannot be read: {error.strerror or error}; {advice}")
 
 
 def require_at_least_one(config: object, *names: str) -> None:
@@ -49,7 +62,7 @@ def require_at_least_one(config: object, *names: str) -> None:
     """
     for name in names:
         if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
 
 
 def require_finite(config: Any) -> None:

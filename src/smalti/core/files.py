@@ -4,7 +4,6 @@ Files and folders are written under a temporary name, synced to the disk, then r
 way is either complete or absent, also after a kill.
 """
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -14,12 +13,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from smalti.core.errors import UserError
 
 PARTIAL = ".partial"
-C = TypeVar("C")
 
 
 def sync(path: Path) -> None:
@@ -226,13 +224,3 @@ def file_digest(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def expand_home(config: C) -> C:
-    """Returns a config dataclass with `~` replaced in its paths: shells leave it in `--out=~/x`."""
-    paths = {
-        field.name: value.expanduser()
-        for field in dataclasses.fields(config)  # type: ignore[arg-type] - C is a dataclass
-        if isinstance(value := getattr(config, field.name), Path) and str(value).startswith("~")
-    }
-    return dataclasses.replace(config, **paths) if paths else config  # type: ignore[type-var]

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smalti.core.checkpoint_checks import read_header, require_matching, require_shapes, require_sizes, some
-from smalti.core.config import ADDED, LARGEST_JSON_BYTES, config_from_json, parse_json
-from smalti.core.errors import UserError
+from smalti.core.config import ADDED, LARGEST_JSON_BYTES, config_from_json, open_regular, parse_json
+from smalti.core.errors import UserError, unreadable
 from smalti.core.files import whole_file, write_json
 
 WEIGHTS_NAME = "model.safetensors"
@@ -81,7 +81,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         folder = Path(folder)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with whole_file(folder / WEIGHTS_NAME) as partial:
-            _save_weights({name: _halved(tensor) for name, tensor in state.items()} if half else state, partial)
+            save_tensors({name: _halved(tensor) for name, tensor in state.items()} if half else state, partial)
         described = {
             "family": self.family,
             "kind": self.kind,
@@ -217,7 +217,7 @@ def locate(source: str | Path) -> Path:
     Raises:
         UserError: if it is neither.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # unlike `Path.is_dir`, returns False for names that are too long
         return Path(source)
     try:
         return Path(
@@ -240,12 +240,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             described = parse_json(file.read(LARGEST_JSON_BYTES + 1))
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; see that you may read it") from error
+        raise unreadable(path, error) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); the checkpoint is damaged") from error
     types = {"family": str, "kind": str, "config": dict, "digest": str, "provenance": dict}
@@ -277,11 +279,19 @@ def _halved(tensor: Tensor) -> Tensor:
     return tensor.half() if exact else tensor
 
 
-def _save_weights(state: dict[str, Tensor], path: Path) -> None:
+def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the permissions that the umask gives every new file; the library's are 0600.
+
+    Raises:
+        OSError: if the file cannot be written; the library raises an error of its own.
+    """
+    path.touch()
+    permissions = path.stat().st_mode & 0o777
     try:
-        save_file(state, path)
+        save_file(state, path, metadata)
     except SafetensorError as error:  # its message contains the system's error number
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    path.chmod(permissions)

@@ -12,7 +12,7 @@ from typing import Any
 from smalti.commands.model_paths import prior_class
 from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
-from smalti.core.files import expand_home, write_json
+from smalti.core.files import write_json
 from smalti.core.provenance import versions
 from smalti.evaluation.config import (
     Evaluation,
@@ -66,7 +66,6 @@ def evaluate(config: Evaluation | RepeatEvaluation) -> Scores:
         UserError: if a model, images or the extractor cannot be loaded, the file to repeat is not a result, or `out`
             is a file that is not a result of the same evaluation.
     """
-    config = expand_home(config)
     if isinstance(config, RepeatEvaluation):
         return _repeat(config)
     with claim_result(config):

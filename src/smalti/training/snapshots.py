@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from smalti.core.errors import unreadable
 from smalti.core.files import whole_folder, write_json
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 
@@ -41,12 +42,18 @@ class States:
         return sorted(int(match[1]) for path in paths if (match := re.fullmatch(r"step_(\d+)", path.name)))
 
     def damage(self, step: int) -> str | None:
-        """Returns what is wrong with a snapshot; None if it is intact, byte for byte."""
+        """Returns what is wrong with a snapshot; None if it is intact, byte for byte.
+
+        Raises:
+            UserError: if the system does not let this person read it, which is no damage.
+        """
         try:
             digests = json.loads((self.path(step) / DIGESTS_NAME).read_text())["sha256"]
             for name in (STATE_NAME, WEIGHTS_NAME, CONFIG_NAME):
                 if _sha256(self.path(step) / name) != digests[name]:
                     return f"the bytes of {name} are not those that were saved"
+        except PermissionError as error:
+            raise unreadable(error.filename or self.path(step), error) from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
