@@ -86,9 +86,9 @@ def workspace(tmp_path_factory):
         (inpaint.main, ["--prior", "pair", "--image", "mask.png", "--mask", "in.png"], "seem to be swapped"),
         # sizes
         (inpaint.main, [*FILL, "--mask", "small.png"], "small.png is 16x4 but the image is 16x8; pass --resize-mask"),
-        (inpaint.main, [*FILL, "--expand", "-1", "0", "0", "0"], "--expand must be from 0"),
+        (inpaint.main, [*FILL, "--expand", "-1", "0", "0", "0"], "--expand takes pixels to add"),
         (inpaint.main, [*FILL, "--largest", "0"], "--candidates must be at least 1 and --largest above 0"),
-        (inpaint.main, [*FILL, "--feather", "-1"], "--feather must be from 0"),
+        (inpaint.main, [*FILL, "--feather", "-1"], "--dilation and --feather must be at least 0, not 1 and -1"),
         (inpaint.main, [*FILL, "--num", "0"], "--num must be at least 1, not 0"),
         (inpaint.main, [*FILL, "--candidates", "0"], "--candidates must be at least 1"),
         (inpaint.main, [*FILL, "--threshold", "255"], "--threshold must be from 0 to 254, not 255"),

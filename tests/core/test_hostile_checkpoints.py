@@ -132,17 +132,17 @@ def test_named_pipes_are_refused_instead_of_waited_for(name, tmp_path):
     assert f"{name} is not a regular file" in refusal(tmp_path, "tokenizer")
 
 
-@pytest.mark.parametrize(("field", "value"), [("height", 0), ("width", -4), ("height", -8)])
-def test_sizes_without_pixels_are_refused_though_the_digest_is_right(field, value, tmp_path):
+@pytest.mark.parametrize(("field", "value"), [("height", 0), ("width", -4), ("height", -8), ("norm_groups", -2)])
+def test_impossible_sizes_are_refused_though_the_digest_is_right(field, value, tmp_path):
     """Found by fuzzing: such models were loaded, and encoding ended in a traceback."""
-    for kind in ("hrvq", "selfvae", "hqa"):
+    for kind in ("vqgan",) if field == "norm_groups" else ("hrvq", "selfvae", "hqa"):
         described = saved(kind, "tokenizer", tmp_path)
         described["config"][field] = value
         config_class = models.class_of_kind("tokenizer", kind).config_class
         config = config_from_json(config_class, described["config"], "")
         described["digest"] = models.digest(kind, config, load_file(tmp_path / WEIGHTS_NAME))
         (tmp_path / CONFIG_NAME).write_text(json.dumps(described))
-        assert "have no pixels" in refusal(tmp_path, "tokenizer")
+        assert ("--norm-groups" if field == "norm_groups" else "have no pixels") in refusal(tmp_path, "tokenizer")
 
 
 @pytest.mark.parametrize(("mask", "permissions"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])

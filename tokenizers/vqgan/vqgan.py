@@ -150,6 +150,8 @@ class VQGAN(OneGrid[VQGANConfig]):
 
 
 def _check(config: VQGANConfig) -> None:
+    if config.norm_groups < 1:
+        raise UserError(f"--norm-groups must be at least 1, not {config.norm_groups}")
     if odd := [width for width in config.widths if width % config.norm_groups]:
         raise UserError(f"a width of {odd[0]} is not divisible into {config.norm_groups} groups; change --norm-groups")
     if absent := [stage for stage in config.attention_stages if not 0 <= stage < len(config.widths)]:
