@@ -7,6 +7,7 @@ The commands `compress` and `decompress` write and read it. Latent sets, which t
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,7 +27,7 @@ from smalti.latentsets.format import layout_from_json
 MAGIC = b"smalti codes 2 "
 OLD_MAGIC = b"smalti codes 1 "
 """Version 1, whose `sha256` in the header covers the codes only. It is still read."""
-LARGEST_HEADER_BYTES = 1 << 20
+LARGEST_HEADER_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,11 @@ def write_codes(path: Path, codes: Codes, layout: Layout, header: dict[str, Any]
     payload = np.packbits(np.concatenate(streams)).tobytes()
     header = {**header, "images": len(codes[0]), "layout": layout.to_json()}
     header["sha256"] = _digest(header, payload)
+    line = MAGIC + json.dumps(header).encode() + b"\n"
+    if len(line) > LARGEST_HEADER_BYTES:
+        raise UserError(f"{len(codes[0])} images are too many for one file of packed codes; compress fewer at a time")
     with whole_file(path) as partial:
-        partial.write_bytes(MAGIC + json.dumps(header).encode() + b"\n" + payload)
+        partial.write_bytes(line + payload)
     return path.stat().st_size
 
 
@@ -155,11 +159,31 @@ def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
             raise ValueError(f"it declares {header['images']} images")
         if type(header.get("layer")) not in (int, type(None)):
             raise ValueError("layer in its header has the wrong type")
+        if "names" in header and (name_error := find_name_error(header["names"], header["images"])):
+            raise ValueError(name_error)
     except ValueError as error:
         raise UserError(
             f"{path} is not a whole file of packed codes ({error}); give one that compress.py wrote"
         ) from error
     return header
+
+
+def find_name_error(names: Any, images: int) -> str | None:
+    """Describes the first error in the names of decoded images: files below a folder, without suffix; None if all fit.
+
+    Args:
+        names: Of the images, in order.
+        images: Their number.
+    """
+    if not isinstance(names, list) or len(names) != images or not all(isinstance(name, str) for name in names):
+        return "names in its header are not one text for each image"
+    for name in names:
+        parts = name.split("/")
+        if not all(parts) or {".", ".."} & {*parts} or not name.isprintable() or re.search(r'[\\:*?"<>|]', name):
+            return f"{name[:60]!r} in its header is not the name of a file"
+    if len({name.casefold() for name in names}) < images:
+        return "names in its header repeat"
+    return None
 
 
 def _digest(header: dict[str, Any], payload: bytes) -> str:

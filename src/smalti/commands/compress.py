@@ -4,6 +4,8 @@ The file format is in `latentsets/packed_file.py`.
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageSet
 from smalti.images.reading import Reading
 from smalti.images.sheets import embedded_settings, save_png, to_image
-from smalti.latentsets.packed_file import bits_per_image, read_codes, read_header, write_codes
+from smalti.latentsets.packed_file import bits_per_image, find_name_error, read_codes, read_header, write_codes
 from smalti.metrics.image_errors import mse, psnr
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.hqa.hqa import HQA
@@ -74,7 +76,8 @@ class Decompress:
     device: Device = "auto"
     """Device that decodes the images."""
     out: Path | None = None
-    """Folder for the PNGs: 00000.png, 00000-sample-1.png, ... [default: runs/NAME, with the name of --codes]."""
+    """Folder for the PNGs, which have the names of the compressed files, or 00000.png and so on if the images were not
+    in files; sampled decodes have -sample-1 and so on after the name [default: runs/NAME, with the name of --codes]."""
     overwrite: bool = False
     """Replace existing files. Without it, only images that this command made from the same codes are replaced."""
 
@@ -104,6 +107,17 @@ def compress(config: Compress) -> Path:
     return out
 
 
+def _names(images: ImageSet, kept: Tensor) -> list[str] | None:
+    """Returns the names of the images' files, without suffix unless they would then repeat; None for no names."""
+    if (files := images.file_names()) is None:
+        return None
+    chosen = [files[index] for index in kept.tolist()]
+    stems = [str(Path(name).with_suffix("")) for name in chosen]
+    counts = Counter(stem.casefold() for stem in stems)
+    names = [stem if counts[stem.casefold()] == 1 else name for name, stem in zip(chosen, stems, strict=True)]
+    return None if find_name_error(names, len(names)) else names
+
+
 def _file_name(source: str) -> str:
     """Returns a name for the codes of images: the last part of their path or hub id, without wildcards."""
     return re.sub(r"[^\w.-]+", "-", Path(source).stem).strip("-.") or "images"
@@ -124,6 +138,8 @@ def _compress(config: Compress, out: Path, tokenizer: Tokenizer, images: ImageSe
     layout = tokenizer.layout.resized([(grid.shape[1], grid.shape[2]) for grid in codes])
     header = {"tokenizer_kind": tokenizer.kind, "tokenizer_digest": tokenizer.digest(), "layer": config.layer}
     header["images_fingerprint"] = images.fingerprint
+    if names := _names(images, kept):
+        header["names"] = names
     size, bits, error = write_codes(out, codes, layout, header), bits_per_image(layout), torch.cat(errors).mean()
     pixels = images.preprocessing["height"] * images.preprocessing["width"]
     payload = -(-len(kept) * bits // 8)
@@ -166,22 +182,31 @@ def decompress(config: Decompress) -> Path:
     def is_own(path: Path) -> bool:
         return embedded_settings(path).items() >= settings.items()
 
-    outputs = [out / _png_name(row, number) for row in range(images) for number in range(config.decodes + 1)]
+    names = packed.header.get("names") or [f"{row:05d}" for row in range(images)]
+    outputs = [out / _png_name(name, number) for name in names for number in range(config.decodes + 1)]
+    if len({str(path).casefold() for path in outputs}) < len(outputs):
+        raise UserError(f"an image of {config.codes} has the name of another's sample; leave --decodes out")
     inputs = [config.codes, *image_inputs(None, tokenizer=config.tokenizer)]
     with locks.claim(outputs, folder=out, inputs=inputs, overwrite=config.overwrite, is_own=is_own):
-        _write_images(config, out, packed.codes, tokenizer, {**settings, **flatten(config), "versions": versions()})
+        _write_images(
+            config,
+            [out / name for name in names],
+            packed.codes,
+            tokenizer,
+            {**settings, **flatten(config), "versions": versions()},
+        )
     bits = bits_per_image(packed.layout)
     print(f"{out}: {images} image(s) of {bits} bits each, {packed.layout}, from {packed.size_bytes} bytes")
     return out
 
 
-def _png_name(row: int, number: int) -> str:
+def _png_name(name: str, number: int) -> str:
     """Returns the file of an image's most probable decode, or of a sampled one, counted from 1."""
-    return f"{row:05d}-sample-{number}.png" if number else f"{row:05d}.png"
+    return f"{name}-sample-{number}.png" if number else f"{name}.png"
 
 
 def _write_images(
-    config: Decompress, out: Path, grids: Codes, tokenizer: Tokenizer, settings: dict[str, object]
+    config: Decompress, firsts: Sequence[Path], grids: Codes, tokenizer: Tokenizer, settings: dict[str, object]
 ) -> None:
     decoding_device = next(tokenizer.parameters()).device
     images = len(grids[0])
@@ -190,7 +215,8 @@ def _write_images(
         for number in range(config.decodes + 1):
             seeds = derive(row_seeds(config.seed, rows), number).to(decoding_device) if number else None
             for row, image in zip(rows.tolist(), _decode(tokenizer, codes, seeds), strict=True):
-                save_png(out / _png_name(row, number), to_image(image), settings)
+                path = firsts[row].with_name(_png_name(firsts[row].name, number))
+                save_png(path, to_image(image), {**settings, "row": row})
 
 
 def _require_layout(config: Decompress, layout: Layout, tokenizer: Tokenizer) -> None:

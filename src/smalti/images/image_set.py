@@ -143,6 +143,10 @@ class ImageSet:
             save_checks(checks, self.fingerprint, channels)
         return Checks(self._named(checks.errors), checks.sizes)
 
+    def file_names(self) -> list[str] | None:
+        """Returns the name of each image's file, with its subfolders; None if an image is in no file of its own."""
+        return sources.file_names(self._encoded, self._column)
+
     def leave_out(self, bad: dict[int, str]) -> None:
         """Excludes images from all splits of `ImageRows`; the fingerprint stays that of the whole set.
 

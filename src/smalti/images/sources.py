@@ -135,6 +135,18 @@ def encoded(image: bytes | dict[str, Any] | None) -> bytes:
         ) from error
 
 
+def file_names(rows: datasets.Dataset, column: str) -> list[str] | None:
+    """Returns the paths of the images' files below the folder that all are in; None if an image is in no file."""
+    images = rows.data.column(column)
+    if not pa.types.is_struct(images.type):
+        return None
+    paths = [path for chunk in images.chunks for path in chunk.field("path").to_pylist()]
+    if any(path is None or "://" in path for path in paths):
+        return None
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
+
+
 def read_labels(table: Table) -> tuple[Int64[Tensor, " n"], tuple[str, ...]]:
     """Returns the labels, -1 for none, and their names.
 
