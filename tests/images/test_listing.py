@@ -1,5 +1,6 @@
 """Listing of files: splits that are no classes, class folders, and notes of everything that is left out."""
 
+import os
 import unicodedata
 from pathlib import Path
 
@@ -126,3 +127,11 @@ def test_outputs_inside_the_folder_of_images_are_refused(tmp_path, monkeypatch):
         ("me/photos/run", "me/photos"),
     ):
         require_no_input([Path(out)], local_paths(source))
+
+
+def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path):
+    write_folder(tmp_path, ["a/one.png", "a/two.png"])
+    (tmp_path / "a/one.png").rename(tmp_path / os.fsdecode(b"a/\xff.png"))
+    images = open_images(str(tmp_path))
+    assert len(images) == 1
+    assert "passed over, because the name is not UTF-8: 1 file(s); rename them" in images.summary()

@@ -218,12 +218,11 @@ def _opened(encoded: bytes, *, channels: int) -> Iterator[Image.Image]:
         raise
     except Image.UnidentifiedImageError as error:
         raise BadImageError(
-            f"these {len(encoded)} bytes are not an image that Pillow can open; repair or remove it"
+            f"these {len(encoded)} bytes are not an image of a known format; save it as PNG or JPEG, or remove it"
         ) from error
     except Image.DecompressionBombError as error:
-        limit = f"twice PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
         raise BadImageError(
-            f"the image has more pixels than {limit}, a decompression bomb perhaps; shrink or remove it"
+            f"the image has more than {most_pixels()} pixels, the most that are read; shrink or remove it"
         ) from error
     except DAMAGED as error:
         raise BadImageError(f"the image cannot be decoded ({_one_line(error)}); repair or remove it") from error

@@ -62,8 +62,12 @@ def list_files(source: str) -> Listing | None:
         paths = [match for match in map(Path, glob(str(path), recursive=True)) if match.is_file()]
     else:
         return None
+    unnamed = [file for file in paths if not _is_unicode(file)]  # which tables cannot hold
+    paths = [file for file in paths if _is_unicode(file)]
     data_files = sorted(filter(is_data_file, paths), key=Path.as_posix)
     passed_over = _describe_passed_over([file for file in paths if not is_data_file(file)])
+    if unnamed:
+        passed_over.append(f"passed over, because the name is not UTF-8: {len(unnamed)} file(s); rename them")
     parquet = [file for file in data_files if file.suffix.lower() == ".parquet"]
     if not data_files:
         found = f" ({passed_over[0]})" if passed_over else ""
@@ -79,6 +83,15 @@ def list_files(source: str) -> Listing | None:
 def is_data_file(path: Path) -> bool:
     """Returns whether a file's suffix is that of Parquet or of a format that this Pillow decodes."""
     return path.suffix.lower() in _suffixes()
+
+
+def _is_unicode(path: Path) -> bool:
+    """Returns whether a path can be written as UTF-8; other bytes are surrogates in Python's names of files."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @cache
