@@ -7,6 +7,7 @@ Legend: b batch, h w canvas, y x window, n positions (n = h w), d width.
 """
 
 import math
+from bisect import bisect_right
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,6 +16,9 @@ from torch import Tensor
 from smalti.core.randomness import uniform
 from smalti.priors.base import CodePrior
 from smalti.priors.head import inverse_cdf
+
+POSITIONS_AT_ONCE = 2**18
+"""The most positions of windows whose features are computed in one call of the network."""
 
 
 def canvas_features(
@@ -58,10 +62,14 @@ def canvas_features(
 
     window_labels = None if labels is None else labels.repeat_interleave(windows)
     window_upper = tuple(crops(coarser, factor) for coarser, factor in zip(upper, factors, strict=True))
-    features = prior.features(crops(codes, 1), window_labels, window_upper)  # (b windows) (y x) d
+    features = _in_batches(prior, crops(codes, 1), window_labels, window_upper)  # (b windows) (y x) d
     draws = uniform(seeds, h, w, 2)
-    row = inverse_cdf(window_shares(tops, h, y)[:, None].expand(b, h, w, -1), draws[..., 0])  # b h w
-    column = inverse_cdf(window_shares(lefts, w, x).expand(b, h, w, -1), draws[..., 1])
+    (first_row, row_shares), (first_column, column_shares) = (
+        [each.to(codes.device) for each in window_shares(starts, size, window)]
+        for starts, size, window in ((tops, h, y), (lefts, w, x))
+    )
+    row = first_row[:, None] + inverse_cdf(row_shares[:, None].expand(b, h, w, -1), draws[..., 0])  # b h w
+    column = first_column + inverse_cdf(column_shares.expand(b, h, w, -1), draws[..., 1])
     down = torch.arange(h, device=codes.device)[:, None] - tops[row]
     right = torch.arange(w, device=codes.device) - lefts[column]
     index = ((row * len(lefts) + column) * y + down) * x + right
@@ -78,8 +86,40 @@ def window_starts(size: int, window: int) -> Int64[Tensor, " windows"]:
     return torch.arange(gaps + 1) * (size - window) // max(1, gaps)
 
 
-def window_shares(starts: Int64[Tensor, " windows"], size: int, window: int) -> Float[Tensor, "size windows"]:
-    """Returns each window's probability at each position: proportional to the distance to its nearer end."""
-    offset = torch.arange(size, device=starts.device)[:, None] - starts  # of the position in the window
+def window_shares(
+    starts: Int64[Tensor, " windows"], size: int, window: int
+) -> tuple[Int64[Tensor, " size"], Float[Tensor, "size k"]]:
+    """Returns the probabilities of the windows at each position: proportional to the distance to their nearer end.
+
+    Only the few windows that cover a position are listed, so that memory grows with the canvas and not with its square.
+
+    Returns:
+        The number of the first window that covers each position, and the probabilities of that window and the next
+        k - 1, where k is the most windows that cover one position.
+    """
+    listed = starts.tolist()
+    firsts = [bisect_right(listed, position - window) for position in range(size)]
+    lasts = [bisect_right(listed, position) - 1 for position in range(size)]
+    most = max(last - first for first, last in zip(firsts, lasts, strict=True)) + 1
+    first = torch.tensor(firsts)
+    number = first[:, None] + torch.arange(most)  # size k
+    offset = torch.arange(size)[:, None] - torch.tensor(listed)[number.clamp(max=len(listed) - 1)]
     weights = torch.minimum(offset + 1, window - offset).clamp(min=0).float()
-    return weights / weights.sum(1, keepdim=True)
+    weights = weights.masked_fill(number >= len(listed), 0)
+    return first, weights / weights.sum(1, keepdim=True)
+
+
+def _in_batches(
+    prior: CodePrior,
+    windows: Int64[Tensor, "m y x"],
+    labels: Int64[Tensor, " m"] | None,
+    upper: tuple[Int64[Tensor, "m _y _x"], ...],
+) -> Float[Tensor, "m n d"]:
+    """Computes the features of all windows, at most `POSITIONS_AT_ONCE` positions at a time."""
+    size = max(1, POSITIONS_AT_ONCE // windows[0].numel())
+    batches = [slice(start, start + size) for start in range(0, len(windows), size)]
+    features = [
+        prior.features(windows[rows], None if labels is None else labels[rows], tuple(each[rows] for each in upper))
+        for rows in batches
+    ]
+    return features[0] if len(features) == 1 else torch.cat(features)

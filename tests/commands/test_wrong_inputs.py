@@ -106,7 +106,7 @@ def workspace(tmp_path_factory):
         (sample.main, ["--prior", "pair", "--guidance", "inf"], "--guidance must be a finite number, not inf"),
         (sample.main, ["--prior", "pair", "--temperature", "nan", "nan"], "--temperature must be a finite number"),
         (sample.main, ["--prior", "pair", "--num", "1" + "0" * 9], "do not fit on a sheet; the most is --num"),
-        (sample.main, ["--prior", "pair", "--height", "65536"], "are too large: the most is"),
+        (sample.main, ["--prior", "pair", "--height", "65536", "--width", "65536"], "are too large: the most is"),
         # flags
         (inpaint.main, [*FILL, "--masc", "x.png"], "Unrecognized options: --masc, x.png; did you mean --mask?"),
         (sample.main, ["--temprature", "1"], "; did you mean --temperature?"),
@@ -119,7 +119,6 @@ def workspace(tmp_path_factory):
         (inpaint.main, [*FILL, "--expand", "1", "2"], "Missing value for argument '--expand'. Expected 4 values"),
         (inpaint.main, [*FILL, "--device", "toaster"], "invalid choice 'toaster' for argument '--device'"),
         (inpaint.main, [*FILL, "--temperature", "0", "1"], "temperature must be above 0, got (0.0, 1.0)"),
-        (inpaint.main, ["--prior", "pair"], "--image"),
         (inpaint.main, [*FILL, "--classes", "cats"], "no class is called 'cats'; there are: 0, 1"),
         (sample.main, ["--prior", "pair", "--guidance", "-1"], "guidance must not be negative, got -1.0"),
         (sample.main, ["--prior", "pair", "--steps", "0"], "--steps and --min-steps must be at least 1, got 0 and 10"),

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from smalti.commands.sample import Sample, _grids, generate_codes
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
+from smalti.priors.methods import canvas
 from smalti.priors.methods.canvas import canvas_features, window_shares, window_starts
 from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
@@ -38,8 +39,12 @@ def test_windows_cover_the_canvas_and_overlap_by_half(window, more):
     assert (starts[0], starts[-1]) == (0, size - window)
     gaps = [after - before for before, after in itertools.pairwise(starts)]
     assert all(0 < gap <= max(1, window // 2) for gap in gaps)
-    shares = window_shares(torch.tensor(starts), size, window)
-    assert torch.allclose(shares.sum(1), torch.ones(size))
+    first, few = window_shares(torch.tensor(starts), size, window)
+    assert torch.allclose(few.sum(1), torch.ones(size))
+    shares = torch.zeros(size, len(starts) + few.shape[1])
+    shares.scatter_(1, first[:, None] + torch.arange(few.shape[1]), few)
+    assert not shares[:, len(starts) :].any()
+    shares = shares[:, : len(starts)]
     covered = [[start <= position < start + window for start in starts] for position in range(size)]
     assert torch.equal(shares > 0, torch.tensor(covered))
 
@@ -49,13 +54,11 @@ def test_windows_cover_the_canvas_and_overlap_by_half(window, more):
 def test_codes_follow_the_average_of_the_windows(h, w):
     """The expected distribution is summed window by window, with weights by hand."""
     prior, rows = prior_of(), 20_000
-    canvas, labels = torch.randint(3, (1, h, w)), torch.tensor([1])
+    grid, labels = torch.randint(3, (1, h, w)), torch.tensor([1])
     total, weights = torch.zeros(h, w, 3), torch.zeros(h, w, 1)
     for top in window_starts(h, 2).tolist():
         for left in window_starts(w, 3).tolist():
-            probabilities = prior.head.log_probs(
-                prior.features(canvas[:, top : top + 2, left : left + 3], labels)
-            ).exp()
+            probabilities = prior.head.log_probs(prior.features(grid[:, top : top + 2, left : left + 3], labels)).exp()
             share = torch.tensor([1.0, 1.0])[:, None] * torch.tensor([1.0, 2.0, 1.0])  # distances to the nearer edges
             total[top : top + 2, left : left + 3] += share[..., None] * probabilities.view(2, 3, 3)
             weights[top : top + 2, left : left + 3] += share[..., None]
@@ -64,13 +67,31 @@ def test_codes_follow_the_average_of_the_windows(h, w):
     seeds = row_seeds(3, torch.arange(rows))
     samples = torch.zeros(rows, h * w, dtype=torch.int64)
     for part in torch.arange(rows).split(2000):
-        features = canvas_features(prior, canvas.expand(len(part), -1, -1), labels.expand(len(part)), (), seeds[part])
+        features = canvas_features(prior, grid.expand(len(part), -1, -1), labels.expand(len(part)), (), seeds[part])
         uniforms = torch.rand(len(part), h * w, 1, generator=torch.Generator().manual_seed(int(part[0])))
         samples[part] = prior.head.sample(features, uniforms)
     frequencies = F.one_hot(samples, 3).float().mean(0).view(h, w, 3)
     assert (frequencies - expected).abs().max() < 0.02
-    one_window = prior.head.log_probs(prior.features(canvas, labels)).exp().view(h, w, 3)
+    one_window = prior.head.log_probs(prior.features(grid, labels)).exp().view(h, w, 3)
     assert (one_window - expected).abs().max() > 0.05  # otherwise the windows would not matter
+
+
+@torch.no_grad()
+def test_windows_computed_in_batches_give_the_same_features(monkeypatch):
+    prior, codes = prior_of(), torch.randint(3, (3, 5, 9))
+    arguments = (codes, torch.tensor([0, 1, -1]), (), row_seeds(0, torch.arange(3)))
+    whole = canvas_features(prior, *arguments)
+    monkeypatch.setattr(canvas, "POSITIONS_AT_ONCE", 14)  # two windows and a rest
+    assert torch.allclose(canvas_features(prior, *arguments), whole, atol=1e-5)
+
+
+@torch.no_grad()
+def test_memory_grows_with_the_canvas_and_not_with_its_square():
+    """A list of all windows for every position would have 2**34 entries."""
+    prior = prior_of(depth=(1,), model_width=8, heads=1)
+    codes = torch.zeros((1, 1, 2**17), dtype=torch.int64)
+    prior.features = lambda grids, labels=None, upper=(): grids.flatten(1)[..., None].float()
+    assert canvas_features(prior, codes, None, (), row_seeds(0, torch.arange(1))).shape == (1, 2**17, 1)
 
 
 @torch.no_grad()
