@@ -100,7 +100,7 @@ def test_ten_killed_builds_give_the_same_file_and_encode_no_block_twice(workspac
     [
         ("smalti.latentsets.shards", "write_json", 1),
         ("smalti.latentsets.shards", "LatentSetWriter.write", 40),
-        ("smalti.latentsets.writer", "add_digest", 1),
+        ("smalti.latentsets.writer", "add_digests", 1),
         ("smalti.latentsets.shards", "shutil.rmtree", 1),
     ],
 )

@@ -117,7 +117,7 @@ def test_each_layer_can_have_its_own_batch_size(folder, capfd):
     status, _, err = run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-batch-sizes", "2", "4")
     assert (status, "--layer-batch-sizes names 2 layers, but hqa has 3" in err) == (2, True)
     status, _, err = run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-batch-sizes", "2", "4", "-8")
-    assert (status, "--layer-batch-sizes must be at least 1 each" in err) == (2, True)
+    assert (status, "--layer-batch-sizes must be from 1 to" in err) == (2, True)
 
 
 def test_a_layer_does_not_resume_on_other_lower_layers(folder, capfd):
@@ -127,7 +127,7 @@ def test_a_layer_does_not_resume_on_other_lower_layers(folder, capfd):
     longer = [*TRAIN, "--widths", "4", "4", "--out", out, "--steps", "8"]
     status, _, err = run(capfd, train_tokenizer.main, *longer)
     assert status == 2
-    assert "below=" in err
+    assert "holds a run with lower layers with the digest" in err
     assert run(capfd, train_tokenizer.main, *longer, "--resume", "never")[0] == 0
 
 
@@ -183,7 +183,7 @@ def test_compressed_files_have_the_printed_rate_and_decode(folder, capfd, layer,
     assert len(list((folder / f"back-{layer}").glob("*.png"))) == 3 * 30
     sampled = tokenizer.decode(codes, layer=layer, seeds=derive(row_seeds(0, torch.arange(30)), 2)).detach()
     for suffix, expected in (("", decoded), ("-sample-2", sampled)):
-        picture = np.asarray(Image.open(folder / f"back-{layer}" / f"00007{suffix}.png"))
+        picture = np.asarray(Image.open(folder / f"back-{layer}" / f"0007{suffix}.png"))
         assert np.array_equal(picture, to_uint8(expected)[7].permute(1, 2, 0).numpy())
 
 

@@ -75,7 +75,7 @@ def test_a_run_among_its_images_is_refused_before_anything_is_written(workspace,
     status, _, err = run(capfd, train_tokenizer.main, *TRAIN, "--out", "img/run")
     assert (status, err) == (
         2,
-        "error: --out img/run is inside the folder of images img; give an --out outside of it\n",
+        "error: --out img/run lies inside the input folder img; give a name outside it\n",
     )
     assert not (workspace / "img" / "run").exists()
 

@@ -47,7 +47,7 @@ def test_summary_verification_picture_and_plot(workspace, monkeypatch, capsys):
     assert status == 0
     assert "first digit     4 of 4 used" in out
     assert "first 2 digits  14 of 16 used (87.5%)" in out
-    assert "the digest matches; codes, labels, sources and splits are valid" in out
+    assert "the digests match; codes, labels, sources and splits are valid" in out
     assert Image.open("codes.png").width > 12 * 96
     plot = np.asarray(Image.open("plot.png").convert("RGB"))
     colours = {tuple(colour) for colour in plot.reshape(-1, 3)}
