@@ -78,7 +78,7 @@ WRITERS = {
     },
     "evaluation again": Writer("evaluate", "--again again.json", "e.json"),
     "compressed": Writer("compress", "--tokenizer pair/tokenizer --images one.png", "c.smalti"),
-    "decompressed": Writer("compress", "--tokenizer pair/tokenizer --codes one.smalti", "back", "00000.png"),
+    "decompressed": Writer("compress", "--tokenizer pair/tokenizer --codes one.smalti", "back", "one.png"),
     "converted": Writer("convert", "--source trained/vqgan --to diffusers", "vqmodel"),
 }
 EACH = pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)

@@ -345,5 +345,5 @@ def test_snapshot_with_the_best_held_out_loss_is_kept(tmp_path, monkeypatch):
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(name, value):
-    with pytest.raises(UserError, match=f"{name} .*{value}"):
+    with pytest.raises(UserError, match=f"{name.replace('_', '[-_]')} .*{value}"):
         FitConfig(**{name: value})
