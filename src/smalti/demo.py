@@ -57,9 +57,9 @@ class Demo:
 
     images: str = "portraits"
     """Images to train on, at 32x32 pixels: `portraits` or `emoji` (embedded), a folder, Parquet files or a hub id."""
-    tokenizer_steps: int = 900
+    tokenizer_steps: int = 700
     """Training steps of the tokenizer."""
-    prior_steps: int = 600
+    prior_steps: int = 500
     """Training steps of the prior. More steps are the surest way to better samples."""
     sampling: SundaeSampling = field(
         default_factory=lambda: SundaeSampling(steps=25, temperature=(0.8, 0.8), proportion=(0.5, 0.5))
@@ -103,7 +103,7 @@ def demo(config: Demo) -> Path:
 
 def _demo(config: Demo, settings: dict[str, Any]) -> None:
     seconds: dict[str, float] = {}
-    if SHIPPED_MODEL in shipped_models():
+    if SHIPPED_MODEL in shipped_models("prior"):
         with _timed(seconds, "samples of the shipped model"):
             print(_sample(config, SHIPPED_MODEL, SHIPPED_SAMPLES))
     tokenizer_folder, latents, prior_folder = _train(config, seconds)

@@ -21,7 +21,7 @@ from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 
 TOKENIZER = HRVQConfig(depth=3, branching=16, codebook_decay=0.99, revive_below=0.01)
-PRIOR = HourglassConfig(model_width=256, heads=8, depth=(0, 6, 0))
+PRIOR = HourglassConfig()
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ReproducePortraits:
     """Images to train on; any source that `--images` of train_tokenizer takes."""
     tokenizer_steps: int = 12_000
     """Training steps of the tokenizer, of 32 images."""
-    prior_steps: int = 20_000
+    prior_steps: int = 4_000
     """Training steps of the prior, of 64 images."""
     precision: Precision = "auto"
     """Precision of the training."""

@@ -18,7 +18,7 @@ def shipped(tmp_path, monkeypatch):
 
 
 def test_models_of_the_package_are_found_by_name(shipped):
-    assert model_paths.shipped_models() == ["portraits"]
+    assert model_paths.shipped_models("prior") == model_paths.shipped_models("tokenizer") == ["portraits"]
     assert find_model("portraits", "prior") == shipped
     assert find_model("portraits", "tokenizer") == shipped / "tokenizer"
     prior = load_only_prior("portraits")

@@ -18,7 +18,7 @@ from smalti.training.snapshots import STATES_NAME
 RUNS = Path("runs")
 TOKENIZERS, LATENTS, PRIORS = RUNS / "tokenizers", RUNS / "latents", RUNS / "priors"
 SHIPPED = Path(__file__).parents[1] / "shipped"
-"""Models in the package: a folder for each prior, with its tokenizer."""
+"""Models in the package: a folder for each prior, with its tokenizer in a subfolder."""
 SHIPPED_DEFAULTS: dict[tuple[models.Family, str], str] = {
     ("tokenizer", "hrvq"): "portraits",
     ("prior", "hourglass"): "portraits",
@@ -47,7 +47,7 @@ def find_model(source: str, family: models.Family) -> Path:
     Raises:
         UserError: if there is none; for a kind that is not trained yet, with the command that trains it.
     """
-    if source in shipped_models():
+    if source in shipped_models(family):
         return _shipped_folder(source, family)
     if source not in models.kinds(family):
         return locate(source)
@@ -55,7 +55,7 @@ def find_model(source: str, family: models.Family) -> Path:
     if (folder / CONFIG_NAME).exists():
         return folder
     name = SHIPPED_DEFAULTS.get((family, source), "")
-    if name in shipped_models():
+    if name in shipped_models(family):
         print(f"there is no {folder} yet: using the {family} {name!r} of the package", file=sys.stderr)
         return _shipped_folder(name, family)
     launcher = "python" if family == "tokenizer" else "accelerate launch"
@@ -65,9 +65,10 @@ def find_model(source: str, family: models.Family) -> Path:
     )
 
 
-def shipped_models() -> list[str]:
-    """Returns the names of the models in the package, sorted."""
-    return sorted(folder.name for folder in SHIPPED.glob("*") if (folder / CONFIG_NAME).exists())
+def shipped_models(family: models.Family) -> list[str]:
+    """Returns the names of the tokenizers or priors in the package, sorted."""
+    names = (folder.name for folder in SHIPPED.glob("*"))
+    return sorted(name for name in names if (_shipped_folder(name, family) / CONFIG_NAME).exists())
 
 
 def _shipped_folder(name: str, family: models.Family) -> Path:
