@@ -283,7 +283,6 @@ in {resolve(config.precision)} on {best_device().type}. Stages that were resumed
   `python scripts/sample.py --prior {config.out}/prior --seed 1 --temperature 0.8 0.4`
 - Your own picture (32×32 pixels) and mask (white is filled):
   `python scripts/inpaint.py --prior {config.out}/prior --image in.png --mask mask.png`
-- The model in the package, trained for hours: `python scripts/sample.py --prior portraits`
 - Longer training, the surest way to better samples:
   `python scripts/demo.py --prior-steps {4 * config.prior_steps} --out runs/longer`
 - Your own images: `python scripts/train_tokenizer.py --images my/photos`, then `build_latents.py` and `train_prior.py`
