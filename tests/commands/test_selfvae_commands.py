@@ -225,7 +225,7 @@ def test_invalid_mode_settings_are_refused(folder, capfd):
     for flags, expected in (
         ("--mode generation --num 0", "--num and --draws must be at least 1"),
         ("--mode sideways", "--mode"),
-        ("--mode generation --tokenizer hrvq", "hrvq does not exist"),
+        ("--mode generation --tokenizer vqvae", "vqvae does not exist"),
     ):
         status, _, err = run(capfd, sample.main, *flags.split())
         assert (status, expected in err) == (2, True), err

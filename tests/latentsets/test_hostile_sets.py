@@ -26,7 +26,7 @@ def refusal(path: Path) -> str:
     start = time.process_time()
     with pytest.raises(UserError) as caught:
         LatentSet(path).verify()
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 10  # a declared size that is believed takes minutes
     assert tracemalloc.get_traced_memory()[1] < 100 << 20
     tracemalloc.stop()
     assert "\n" not in str(caught.value)

@@ -32,7 +32,9 @@ def refusal(folder: Path, description, weights: bytes | None, kind: str = "tamin
     start, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError) as caught:
         from_taming(folder / "a.ckpt", folder / "a.yaml") if kind == "taming" else from_diffusers(folder)
-    assert time.process_time() - start < 2
+    assert (
+        time.process_time() - start < 10
+    )  # an alias bomb or a declared size takes minutes; the first import two seconds
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 500 * 1024
     message = str(caught.value)
     assert message.isprintable()
