@@ -40,7 +40,7 @@ def find_model(source: str, family: models.Family) -> Path:
 
     Args:
         source: a kind, which stands for `runs/tokenizers/KIND` or `runs/priors/KIND`, or for a model in the package
-            if there is no such folder yet (a line on standard error then says so); the name of a model in the package;
+            if there is no such folder yet, which a line on standard error reports; the name of a model in the package;
             a folder; or a hub id.
         family: `tokenizer` or `prior`.
 
