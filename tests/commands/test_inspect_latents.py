@@ -60,11 +60,14 @@ def test_plots_of_other_kinds(workspace, monkeypatch, capsys, kind):
     assert (workspace / f"plot.{kind}").read_bytes()[:5] == {"pdf": b"%PDF-", "svg": b"<?xml"}[kind]
 
 
-def test_an_unknown_plot_format_is_refused(workspace, monkeypatch, capsys):
-    status, err = run(monkeypatch, capsys, "--plot", "plot.xyz")
-    assert status == 2
-    assert "plot.xyz cannot be drawn; give a name that ends in .png, .pdf or .svg" in err
-    assert not (workspace / "plot.xyz").exists()
+def test_an_unknown_format_is_refused(workspace, monkeypatch, capsys):
+    for flag, name, message in (
+        ("--plot", "plot.xyz", "plot.xyz cannot be drawn; give a name that ends in .png, .pdf or .svg"),
+        ("--codes", "codes.jpg", "--codes codes.jpg is not the name of a PNG"),
+    ):
+        status, err = run(monkeypatch, capsys, flag, name)
+        assert (status, message in err) == (2, True), err
+        assert not (workspace / name).exists()
 
 
 def test_the_most_and_the_least_used_codes_are_decoded(workspace, monkeypatch):

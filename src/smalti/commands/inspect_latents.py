@@ -18,7 +18,7 @@ from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
-from smalti.images.sheets import SETTINGS_KEY, embedded_settings, save_sheet
+from smalti.images.sheets import SETTINGS_KEY, embedded_settings, require_png, save_sheet
 from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet, perplexity, require_tokenizer
 from smalti.latentsets.summary import describe
@@ -57,6 +57,10 @@ def inspect_latents(config: InspectLatents) -> None:
         UserError: for a set that cannot be read, fails verification, or was made by another tokenizer, or for a file
             that cannot be written.
     """
+    if config.codes:
+        require_png(config.codes, "--codes")
+    if config.plot and config.plot.suffix.removeprefix(".") not in PLOT_KINDS:
+        raise UserError(f"{config.plot} cannot be drawn; give a name that ends in .png, .pdf or .svg")
     latent_set = LatentSet(config.latents)
     settings = {"command": "inspect-latents", "content_digest": latent_set.content_digest}
 
@@ -115,14 +119,8 @@ def save_codes(
 
 
 def save_plot(path: Path, latent_set: LatentSet, *, settings: dict[str, str] | None = None) -> None:
-    """Plots the share of each code in use, most used first: a line for each level and number of first digits.
-
-    Raises:
-        UserError: for a suffix that is not in `PLOT_KINDS`.
-    """
+    """Plots the share of each code in use, most used first: a line for each level and number of first digits."""
     kind = path.suffix.removeprefix(".")
-    if kind not in PLOT_KINDS:
-        raise UserError(f"{path} cannot be drawn; give a name that ends in .png, .pdf or .svg")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="rank", ylabel="share of all codes", xscale="log", yscale="log")
     for index, level in enumerate(latent_set.layout.levels):

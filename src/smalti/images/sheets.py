@@ -72,14 +72,16 @@ def _grid(images: Tensor) -> Image.Image:
     return sheet
 
 
-def require_png(path: Path) -> None:
-    """Checks that a file's name ends in .png.
+def require_png(path: Path, flag: str = "--out") -> None:
+    """Checks that a file's name, which `flag` sets, ends in .png.
 
     Raises:
         UserError: if it does not.
     """
     if path.suffix.lower() != ".png":
-        raise UserError(f"--out {path} is not the name of a PNG; pictures are written as PNGs, give one ending in .png")
+        raise UserError(
+            f"{flag} {path} is not the name of a PNG; pictures are written as PNGs, give one ending in .png"
+        )
 
 
 def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None = None, **options: Any) -> None:
