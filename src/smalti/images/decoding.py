@@ -40,6 +40,7 @@ DAMAGED = (
     LookupError,
     ArithmeticError,
     MemoryError,
+    TypeError,
     struct.error,
     zlib.error,
 )
