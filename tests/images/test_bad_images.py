@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import struct
 
 import h5py
 import numpy as np
@@ -12,7 +13,7 @@ from helpers.build_toys import FLAGS, run, save_tokenizer
 from PIL import Image
 
 from smalti.commands import build_latents
-from smalti.images.decoding import load_image, to_float
+from smalti.images.decoding import BadImageError, decode, load_image, to_float
 from smalti.images.image_set import ImageSet, bad_images_error
 from smalti.latentsets.reader import LatentSet
 from smalti.tokenizers.vq.hrvq import HRVQ
@@ -177,3 +178,12 @@ def test_a_folder_of_bad_images_only_is_refused(workspace, capfd):
     status, _, err = run(capfd, *FLAGS, "--on-bad-image", "skip", "--out", "latents.h5")
     assert status == 2
     assert "error: none of the 4 images of img can be decoded; the first: " in err
+
+
+def test_an_offset_of_a_wrong_type_is_damage():
+    """Found by fuzzing: Pillow seeks to a TIFF's offset whatever its type."""
+    tiff = encoded(Image.new("RGB", (8, 8)), "TIFF")
+    long_offset, float_offset = (struct.pack("<HHI", 273, kind, 1) for kind in (4, 11))  # StripOffsets
+    assert tiff.count(long_offset) == 1
+    with pytest.raises(BadImageError, match="cannot be decoded"):
+        decode(tiff.replace(long_offset, float_offset), channels=3)
