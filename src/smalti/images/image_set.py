@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, printable
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images import sources
 from smalti.images.checks import Checks, load_checks, save_checks
@@ -97,7 +97,7 @@ class ImageSet:
         plural = "es" * (len(classes) != 1)
         kinds = f"in {len(classes)} class{plural}: {', '.join(shown)}" if classes else "without classes"
         lines = [f"{len(self)} image{'s' * (len(self) != 1)} from {self.source}, {kinds}", *self.notes]
-        return list(map(_printable, lines))
+        return list(map(printable, lines))
 
     def pixels(
         self, indices: Sequence[int] | Int64[Tensor, " b"], *, bad: dict[int, str] | None = None
@@ -285,11 +285,6 @@ def open_images(
 def print_summary(image_set: ImageSet) -> None:
     """Prints the summary of a set on standard error; commands that read images begin with it."""
     print(*(f"images: {line}" for line in image_set.summary()), sep="\n", file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    """Escapes control characters and bytes that are not UTF-8: names of files and classes may hold any."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 class ImageRows(Dataset):
