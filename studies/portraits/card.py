@@ -16,6 +16,7 @@ from smalti.core.devices import best_device
 from smalti.core.files import whole_file, write_json
 from smalti.core.provenance import machine
 from smalti.core.randomness import Stream, choose
+from smalti.evaluation.prior import COPY_QUANTILE
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.sheets import save_sheet
@@ -31,8 +32,6 @@ from smalti.training.run_folder import METRICS_NAME, last_metrics
 SAMPLES = 2_000
 """Number of samples that are measured, and of real images that are measured as if they were samples."""
 SHOWN, SHOWN_IN_A_ROW = 64, 16
-COPY_QUANTILE = 0.05
-"""Quantile of the held-out images' distances to their nearest training image; a sample below it counts as a copy."""
 CARD_NAME, NUMBERS_NAME = "README.md", "card.json"
 NEIGHBOURS_NAME, RECONSTRUCTIONS_NAME = "neighbours.png", "reconstructions.png"
 
