@@ -149,8 +149,17 @@ def test_painted_area_becomes_the_mask(height, width):
 def test_a_bad_upload_is_named_and_leaves_the_photo_and_the_painting(prior):
     handlers = _Handlers(Session(str(prior), None, "cpu", "fp32"), lambda *_: [])
     outputs = handlers.open({"path": __file__, "orig_name": "my *photo* <1>.png"})
-    assert (*outputs[:2], outputs[3]) == (gradio.skip(),) * 3
+    assert (*outputs[:2], *outputs[3:]) == (gradio.skip(),) * 4
     assert outputs[2].startswith('<p class="message problem" role="alert">my *photo* &lt;1&gt;.png was not opened')
+
+
+def test_opening_another_image_removes_the_fills_and_their_message(prior, tmp_path):
+    to_image(picture()).save(tmp_path / "in.png")
+    handlers = _Handlers(Session(str(prior), None, "cpu", "fp32"), lambda *_: [])
+    pixels, canvas, opened, fills_message, fills = handlers.open({"path": str(tmp_path / "in.png")})
+    assert (pixels == picture().numpy()).all() and max(canvas.size) == CANVAS_SIZE
+    assert "in.png will be filled at" in opened
+    assert 'role="status"></p>' in fills_message and fills == []
 
 
 def test_a_seed_that_browsers_cannot_send_exactly_is_a_message_without_flags(session):

@@ -97,3 +97,15 @@ def test_folders_made_for_a_lock_are_removed_unless_they_were_used(tmp_path):
             if use:
                 (tmp_path / "new" / "folder" / "out").touch()
         assert (tmp_path / "new").exists() == use
+
+
+def test_each_of_a_commands_outputs_is_locked_and_a_folder_as_a_whole(tmp_path):
+    outputs = [tmp_path / "fill.png", tmp_path / "fill-2.png"]
+    process = holder(outputs[1], "file")
+    with pytest.raises(UserError, match=r"fill-2\.png is being written by another process"), locks.claim(outputs):
+        pass
+    process.communicate("")
+    with locks.claim([tmp_path / "run" / f"{number}.png" for number in range(2_000)], folder=tmp_path / "run"):
+        assert [path.name for path in tmp_path.rglob(".*")] == [".lock"]
+    with locks.claim([tmp_path / f"{number}.png" for number in range(2_000)]):
+        assert len([*tmp_path.glob(".*")]) == locks.MOST_LOCKS

@@ -113,26 +113,26 @@ class _Handlers:
     def __init__(self, session: Session, save: Callable[..., list[str]]) -> None:
         self._session, self._save = session, save
 
-    def open(self, upload: dict[str, Any] | None) -> tuple[Any, Any, Any, Any]:
-        """Opens an uploaded image; returns its pixels, its canvas, a message, and an empty message on fills.
+    def open(self, upload: dict[str, Any] | None) -> tuple[Any, Any, Any, Any, Any]:
+        """Opens an uploaded image; returns its pixels, its canvas, two messages (the second empty), and no fills.
 
-        If it is no image, the opened image and what is painted on it stay as they are.
+        If it is no image, the opened image, what is painted on it and its fills stay as they are.
 
         Args:
             upload: Gradio's description of the file, with its name as the person knows it in `orig_name`.
         """
         if upload is None:
-            return gradio.skip(), gradio.skip(), gradio.skip(), gradio.skip()
+            return (gradio.skip(),) * 5
         name = upload.get("orig_name") or Path(upload["path"]).name
         try:
             pixels = decode(Path(upload["path"]).read_bytes(), channels=self._session.channels)
         except UserError as error:
             text = f"{name} was not opened, and what is on the page stays: {error}"
-            return gradio.skip(), gradio.skip(), _message(text, problem=True), gradio.skip()
+            return gradio.skip(), gradio.skip(), _message(text, problem=True), gradio.skip(), gradio.skip()
         text = f"{name} will be {self._size(pixels, explained=True)}"
-        return pixels.numpy(), canvas_image(pixels), _message(text), _message("")
+        return pixels.numpy(), canvas_image(pixels), _message(text), _message(""), []
 
-    def edit(self, event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, Any, Any, Any, Any]:
+    def edit(self, event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, ...]:
         """Opens a generated image that was clicked, on the other tab."""
         path = images[event.index][0]
         return *self.open({"path": path, "orig_name": "the generated image"}), gradio.Tabs(selected="inpaint")
@@ -229,7 +229,7 @@ def _inpaint_tab(session: Session, handlers: _Handlers) -> list[Any]:
         stop = gradio.Button("Stop")
         status = gradio.HTML(elem_id="fill-status")
         gallery = gradio.Gallery(label="Fills", elem_id="fills", format="png", columns=3, object_fit="contain")
-    opening = [opened, editor, file_status, status]
+    opening = [opened, editor, file_status, status, gallery]
     upload.upload(handlers.open, upload, opening, preprocess=False, show_progress_on=file_status)
     waiting = button.click(_waiting, None, status, queue=False, show_progress="hidden")
     running = waiting.then(handlers.inpaint, [opened, editor, *controls], [gallery, status], show_progress="hidden")

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
@@ -36,7 +35,7 @@ from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.shards import Job, Shards
 from smalti.latentsets.summary import describe
 from smalti.tokenizers.base import Tokenizer
-from smalti.training.accelerator import main_first
+from smalti.training.accelerator import LONGEST_WAIT, main_first
 from smalti.training.batches import leave_interrupts
 
 T = TypeVar("T")
@@ -44,7 +43,6 @@ Block: TypeAlias = tuple[int, Tensor, dict[int, str]]
 """A block's number, its images (uint8), and the error of each image that cannot be decoded, by row."""
 
 MOST_WORKERS = 4  # default limit: each worker holds a few blocks of images in memory
-LONGEST_WAIT = timedelta(days=30)  # processes wait for slower ones; the libraries' timeout of minutes is too short
 
 
 def _cores() -> int:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -132,11 +132,13 @@ def inpaint(config: Inpaint[Any]) -> Path:
     settings = {"command": "inpaint", **flatten(config), "prior_digests": digests, "versions": versions()}
     calls: list[int] = []
     inputs = None
-    for job in jobs:  # reads every image before the first fill, so that any bad file is reported at once
-        inputs = _read(config, job, tokenizer.image_channels)
-        calls.append(callback_calls(priors, tokenizer, config.sampling, _size(config, job, inputs[1], tokenizer)))
     image_digests = [file_digest(job.image) for job in jobs]
-    with _claimed(config, image, jobs, image_digests), bar(what="filling", total=sum(calls), unit="step") as progress:
+    with ExitStack() as stack:
+        stack.enter_context(_claimed(config, image, jobs, image_digests))
+        for job in jobs:  # reads every image before the first fill, so that any bad file is reported at once
+            inputs = _read(config, job, tokenizer.image_channels)
+            calls.append(callback_calls(priors, tokenizer, config.sampling, _size(config, job, inputs[1], tokenizer)))
+        progress = stack.enter_context(bar(what="filling", total=sum(calls), unit="step"))
         for index, (job, image_digest) in enumerate(zip(jobs, image_digests, strict=True)):
             pixels, mask = inputs if inputs and len(jobs) == 1 else _read(config, job, tokenizer.image_channels)
             _print_notes(config, job, mask, tokenizer)

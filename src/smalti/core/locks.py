@@ -21,6 +21,8 @@ from smalti.core.files import made_folders, require_outputs, require_replaceable
 LOCK_NAME = ".lock"
 RETRY_SECONDS = 0.2
 """Time for which a lock is tried: a command that ends removes its lock file, perhaps the one that was just opened."""
+MOST_LOCKS = 256
+"""Number of outputs that a command locks at most. Each lock is an open file, and systems allow about a thousand."""
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Errors of file systems without locks. On these an output is written without one."""
 
@@ -43,9 +45,9 @@ def claim(
     """Checks, before any work, that a command may write its outputs and that it can; locks them while a block does.
 
     Args:
-        outputs: every file, or folder, that the command will write. The first one is locked: the other names follow
-            from it.
-        folder: the folder that the command fills with outputs, which is locked too.
+        outputs: every file, or folder, that the command will write. Each is locked, up to `MOST_LOCKS` of them, unless
+            it lies in `folder`.
+        folder: the folder that the command fills with outputs, which is locked as a whole.
         inputs: see `files.require_outputs`.
         overwrite: see `files.require_replaceable`.
         is_own: see `files.require_replaceable`.
@@ -59,9 +61,10 @@ def claim(
     outputs = list(outputs)
     require_outputs(outputs, inputs=inputs, flag=flag)
     with ExitStack() as stack:
-        stack.enter_context(writing(outputs[0], required=required))
         if folder is not None:
             stack.enter_context(writing(folder, folder=True))
+        for path in [path for path in outputs if folder is None or folder not in path.parents][:MOST_LOCKS]:
+            stack.enter_context(writing(path, required=required))
         require_replaceable(outputs, overwrite=overwrite, is_own=is_own, flag=flag)
         yield
 

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
 from smalti.core.devices import Device, Precision, device, resolve
 from smalti.core.errors import UserError
@@ -18,6 +19,9 @@ from smalti.training.fsdp import refuse_engines
 T = TypeVar("T")
 
 ACCUMULATION_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+LONGEST_WAIT = timedelta(days=30)
+"""Time for which processes wait for one another: the others wait while the first one decodes all images. The
+libraries' timeout is ten minutes on GPUs. A training that hangs is ended by its stall watchdog."""
 
 
 def accelerator(
@@ -53,6 +57,7 @@ def accelerator(
         mixed_precision="no" if resolved == "fp32" else resolved,
         log_with=list(trackers) or None,
         project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
 
 
