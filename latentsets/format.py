@@ -21,6 +21,7 @@ from jaxtyping import Int64
 from smalti.core.codes import Layout, Level
 from smalti.core.config import config_from_json, parse_json
 from smalti.core.errors import UserError
+from smalti.core.files import open_regular
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
 
@@ -197,7 +198,7 @@ def content_digest(
     def hash_header(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         sha.update(f"{name} {dtype.str} {' '.join(map(str, shape))}\n".encode())
 
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for index, (level, offset) in enumerate(zip(layout.levels, offsets, strict=True)):
             hash_header(f"codes/{index}", stored_dtype(level), (rows, *level.shape))
             file.seek(offset)
@@ -244,7 +245,10 @@ def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, d
     try:
         if attribute(file, "format") != FORMAT:
             raise UserError(f"{path} is HDF5 but not a latent set; give one made by build_latents.py")
-        if (number := attribute(file, "format_version")) not in VERSIONS:
+        number = attribute(file, "format_version")
+        if not isinstance(number, int):
+            raise ValueError("format_version is not a whole number")
+        if number not in VERSIONS:
             remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
             read = " and ".join(map(str, VERSIONS))
             raise UserError(f"{path} has format version {number}, this smalti reads {read}; {remedy}")
@@ -258,7 +262,7 @@ def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, d
         if wrong := sorted(values.keys() - texts.keys()):
             raise UserError(f"{path}: the attributes {', '.join(wrong)} are not strings; build the latent set again")
         layout = layout_from_json(parse_json(texts["layout"]), str(path))
-        return layout, Provenance.from_attributes(texts), {**texts, "format_version": str(number)}
+        return layout, Provenance.from_attributes(texts, str(path)), {**texts, "format_version": str(number)}
     except (UserError, OSError):
         raise
     except ValueError as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 from smalti.core.codes import Codes, Layout, Level
 from smalti.core.config import parse_json
 from smalti.core.errors import UserError
-from smalti.core.files import whole_file
+from smalti.core.files import open_regular, whole_file
 from smalti.latentsets.format import layout_from_json
 
 MAGIC = b"smalti codes 2 "
@@ -70,7 +70,7 @@ def bits_per_image(layout: Layout) -> int:
 def read_header(path: Path) -> dict[str, Any]:
     """Returns the header of a file of packed codes; empty for any other file. The codes are not checked."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _parse_header(path, file.readline(LARGEST_HEADER_BYTES))
     except (OSError, UserError):
         return {}
@@ -106,7 +106,7 @@ def read_codes(path: Path, check_header: Callable[[dict[str, Any]], None]) -> Pa
         UserError: if there is no such file, it has another format, or it was truncated or changed.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size_bytes = os.fstat(file.fileno()).st_size
             line = file.readline(LARGEST_HEADER_BYTES)
             version, header = line[: len(MAGIC)], _parse_header(path, line)

@@ -70,8 +70,8 @@ class Provenance:
         }
 
     @classmethod
-    def from_attributes(cls, texts: Mapping[str, str]) -> "Provenance":
-        """Inverts `to_attributes`.
+    def from_attributes(cls, texts: Mapping[str, str], source: str) -> "Provenance":
+        """Inverts `to_attributes`. `source` is the file of the attributes, for messages.
 
         Raises:
             ValueError: if a text is not valid JSON, or of another type than its field.
@@ -79,4 +79,4 @@ class Provenance:
         """
         types: dict[str, Any] = {described.name: described.type for described in dataclasses.fields(cls)}
         values = {name: texts[name] if kind is str else parse_json(texts[name]) for name, kind in types.items()}
-        return config_from_json(cls, values, "the provenance")
+        return config_from_json(cls, values, source)

@@ -138,6 +138,6 @@ def _description(table: datasets.Dataset) -> tuple[Layout, Provenance, str | Non
         texts = parse_json(feature.names[0])
         layout = layout_from_json(parse_json(texts["layout"]), "the table")
         digest = str(texts.get("content_digest")) if texts.get("rows") == len(table) else None
-        return layout, Provenance.from_attributes(texts), digest
+        return layout, Provenance.from_attributes(texts, "the table"), digest
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"the table's {DESCRIPTION!r} is damaged ({error}); make the table again") from error

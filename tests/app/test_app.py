@@ -157,9 +157,11 @@ def test_opening_another_image_removes_the_fills_and_their_message(prior, tmp_pa
     to_image(picture()).save(tmp_path / "in.png")
     handlers = _Handlers(Session(str(prior), None, "cpu", "fp32"), lambda *_: [])
     pixels, canvas, opened, fills_message, fills = handlers.open({"path": str(tmp_path / "in.png")})
-    assert (pixels == picture().numpy()).all() and max(canvas.size) == CANVAS_SIZE
+    assert (pixels == picture().numpy()).all()
+    assert max(canvas.size) == CANVAS_SIZE
     assert "in.png will be filled at" in opened
-    assert 'role="status"></p>' in fills_message and fills == []
+    assert 'role="status"></p>' in fills_message
+    assert fills == []
 
 
 def test_a_seed_that_browsers_cannot_send_exactly_is_a_message_without_flags(session):

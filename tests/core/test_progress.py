@@ -2,7 +2,7 @@
 
 import pytest
 
-from smalti.core.progress import Bar, bar, duration
+from smalti.core.progress import Bar, bar, duration, print_note
 
 
 @pytest.fixture
@@ -74,3 +74,8 @@ def test_little_remaining_work_and_hidden_bars_print_nothing(printed):
 )
 def test_durations_are_in_words(seconds, text):
     assert duration(seconds) == text
+
+
+def test_notes_escape_control_characters(capsys):
+    print_note("class \x1b[2J\x1b[31mred\nblue, café")
+    assert capsys.readouterr().err == "class \\x1b[2J\\x1b[31mred\\nblue, café\n"

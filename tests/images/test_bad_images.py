@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import struct
 
@@ -13,8 +14,10 @@ from helpers.build_toys import FLAGS, run, save_tokenizer
 from PIL import Image
 
 from smalti.commands import build_latents
-from smalti.images.decoding import BadImageError, decode, load_image, to_float
-from smalti.images.image_set import ImageSet, bad_images_error
+from smalti.core.errors import UserError
+from smalti.core.files import file_digest
+from smalti.images.decoding import BadImageError, decode, load_image, load_transparency, to_float
+from smalti.images.image_set import ImageSet, bad_images_error, open_images
 from smalti.latentsets.reader import LatentSet
 from smalti.tokenizers.vq.hrvq import HRVQ
 
@@ -178,6 +181,19 @@ def test_a_folder_of_bad_images_only_is_refused(workspace, capfd):
     status, _, err = run(capfd, *FLAGS, "--on-bad-image", "skip", "--out", "latents.h5")
     assert status == 2
     assert "error: none of the 4 images of img can be decoded; the first: " in err
+
+
+def test_named_pipes_are_refused_instead_of_waited_for(tmp_path):
+    (tmp_path / "img").mkdir()
+    for name in ("img/0.png", "img/1.parquet"):
+        os.mkfifo(tmp_path / name)
+    for read in (lambda path: load_image(path, channels=3), load_transparency, file_digest):
+        with pytest.raises(UserError, match=r"0\.png is not a regular file"):
+            read(tmp_path / "img" / "0.png")
+    with pytest.raises(UserError, match=r"1\.parquet is not a regular file"):
+        open_images(str(tmp_path / "img"))
+    (tmp_path / "img" / "1.parquet").unlink()
+    assert "it is not a regular file" in open_images(str(tmp_path / "img")).check().errors[0]
 
 
 def test_an_offset_of_a_wrong_type_is_damage():

@@ -135,6 +135,8 @@ def chunked_codes(file: Any) -> None:
             lambda file: file.attrs.modify("format_version", 1),
             "has format version 1, this .* build it again",
         ),
+        (lambda file: file.attrs.create("format_version", "2"), "format_version is not a whole number.* build the"),
+        (lambda file: file.attrs.modify("preprocessing", "[1]"), r"latents\.h5: preprocessing is \[1\]"),
         (lambda file: file.attrs.pop("tokenizer_digest"), "lacks the attributes tokenizer_digest"),
         (lambda file: file.attrs.pop("content_digest"), "lacks the attributes content_digest"),
         (lambda file: file.attrs.create("image_source", 3), "the attributes image_source are not strings"),

@@ -113,7 +113,7 @@ class _Handlers:
     def __init__(self, session: Session, save: Callable[..., list[str]]) -> None:
         self._session, self._save = session, save
 
-    def open(self, upload: dict[str, Any] | None) -> tuple[Any, Any, Any, Any, Any]:
+    def open(self, upload: dict[str, Any] | None) -> tuple[Any, ...]:
         """Opens an uploaded image; returns its pixels, its canvas, two messages (the second empty), and no fills.
 
         If it is no image, the opened image, what is painted on it and its fills stay as they are.

@@ -4,12 +4,12 @@
 """
 
 import math
-import sys
 
 import torch
 from torch import Tensor
 
 from smalti.core.codes import Level
+from smalti.core.progress import print_note
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
 from smalti.latentsets.reader import perplexity
@@ -75,9 +75,7 @@ def _collapsed(counts: Tensor) -> bool:
 
 def _warn(tokenizer: Tokenizer, what: str, level: Level, digits: int, counts: Tensor) -> None:
     part = f" (first {digits} of {len(level.radices)} digits)" if digits < len(level.radices) else ""
-    print(
-        f"\nwarning: {what}{part} collapses: {int((counts > 0).sum())} of {len(counts)} codes are in use, perplexity "
-        f"{perplexity(counts):.1f}. Try {tokenizer.collapse_remedy()}",
-        file=sys.stderr,
-        flush=True,
+    print_note(
+        f"warning: {what}{part} collapses: {int((counts > 0).sum())} of {len(counts)} codes are in use, perplexity "
+        f"{perplexity(counts):.1f}. Try {tokenizer.collapse_remedy()}"
     )

@@ -1,7 +1,6 @@
 """The inpainting command: pairs images with masks, checks them and writes the fills of `inpainting.py`."""
 
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from smalti.commands.class_labels import find_classes, first_class_conditional
 from smalti.commands.inpainting import Filling, WorkingSize, callback_calls, fills, working_size
@@ -23,7 +21,7 @@ from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError, require_finite
 from smalti.core.files import file_digest
-from smalti.core.progress import bar, counting
+from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
@@ -325,23 +323,21 @@ def _shown(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c _h _w"]:
 def _print_notes(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> None:
     """Prints the share of the image that is filled, and notes on resizing, painted layers and large masks."""
     share = float(mask.float().mean())
-    tqdm.write(f"{job.image}: filling {share:.1%} of its pixels", file=sys.stderr)
+    print_note(f"{job.image}: filling {share:.1%} of its pixels")
     if job.mask is not None and is_white_paint(job.mask):
-        _note(f"{job.mask} is white paint on a transparent layer, so the paint is the mask; --invert fills the rest")
+        print_note(
+            f"note: {job.mask} is white paint on a transparent layer, so the paint is the mask; --invert fills the rest"
+        )
     height, width = mask.shape
     size, trained = working_size(tokenizer, height, width, config.filling.largest), tokenizer.config
     if size != (height, width, height, width):
-        _note(
-            f"{job.image} is filled at {size.padded_width}x{size.padded_height}, as this model's codes are "
+        print_note(
+            f"note: {job.image} is filled at {size.padded_width}x{size.padded_height}, as this model's codes are "
             f"{tokenizer.downsampling} pixels wide and it was trained at {trained.width}x{trained.height} "
             "(see --largest); its known pixels stay exact"
         )
     if share > _LARGE_MASK:
-        _note(f"the mask covers {share:.0%} of {job.image}; use --invert if it is the wrong way round")
-
-
-def _note(text: str) -> None:
-    tqdm.write(f"note: {text}", file=sys.stderr)
+        print_note(f"note: the mask covers {share:.0%} of {job.image}; use --invert if it is the wrong way round")
 
 
 def default_config(source: str) -> Any:

@@ -1,7 +1,6 @@
 """The default folders of models and latent sets, the models in the package, and loading models by their names."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -10,6 +9,7 @@ from smalti.core import models
 from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
+from smalti.core.progress import print_note
 from smalti.images.sources import local_paths
 from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
@@ -56,7 +56,7 @@ def find_model(source: str, family: models.Family) -> Path:
         return folder
     name = SHIPPED_DEFAULTS.get((family, source), "")
     if name in shipped_models(family):
-        print(f"there is no {folder} yet: using the {family} {name!r} of the package", file=sys.stderr)
+        print_note(f"there is no {folder} yet: using the {family} {name!r} of the package")
         return _shipped_folder(name, family)
     launcher = "python" if family == "tokenizer" else "accelerate launch"
     raise UserError(

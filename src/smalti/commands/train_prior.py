@@ -4,7 +4,6 @@ The run's folder also holds a copy of the tokenizer, so it has everything that g
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
-from smalti.core.progress import SLOW_SECONDS, bar, counting
+from smalti.core.progress import SLOW_SECONDS, bar, counting, print_note
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.images.sheets import save_grid
 from smalti.images.sources import local_paths
@@ -200,10 +199,9 @@ def _warn_of_untrained_classes(prior: Prior) -> None:
     untrained = [names[number] if names else str(number) for number in range(prior.classes) if number not in trained]
     if untrained:
         shown = ", ".join(untrained[:MOST_NAMES]) + (" ..." if len(untrained) > MOST_NAMES else "")
-        print(
+        print_note(
             f"warning: {len(untrained)} of {prior.classes} classes have no training images, since all of theirs are "
-            f"held out or there are none; they cannot be sampled: {shown}",
-            file=sys.stderr,
+            f"held out or there are none; they cannot be sampled: {shown}"
         )
 
 

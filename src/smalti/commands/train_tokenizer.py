@@ -1,6 +1,5 @@
 """Stage one: trains a tokenizer on images, layer by layer for the kinds that need it."""
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
@@ -16,6 +15,7 @@ from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
+from smalti.core.progress import print_note
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet
 from smalti.images.reading import Reading, read_images
@@ -166,7 +166,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         **({"skipped_images": int(images.left_out.sum())} if images.left_out.any() else {}),
     }
     if not run.step:
-        process.print("initializing the codebooks from training images", file=sys.stderr)
+        if process.is_main_process:
+            print_note("initializing the codebooks from training images")
         _init_codebooks(tokenizer, train, config.model.height * config.model.width)
     phases = tokenizer.phases(config.fit)
     if not phases:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from smalti.core.config import LARGEST_JSON_BYTES, open_regular, parse_json
+from smalti.core.config import LARGEST_JSON_BYTES, parse_json
 from smalti.core.errors import UserError
+from smalti.core.files import open_regular
 
 N = TypeVar("N", bound=nn.Module)
 

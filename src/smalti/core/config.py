@@ -1,19 +1,18 @@
 """Reads and writes configs: frozen dataclasses as flat settings and from JSON, with strict checks of fields and types.
 
-Files that anyone may have written are opened by `open_regular`. Their JSON is parsed by `parse_json`, which bounds its
-size before it is parsed.
+JSON from files that anyone may have written is parsed by `parse_json`, which bounds its size before it is parsed.
 """
 
 import collections.abc
 import dataclasses
 import json
 import math
-import stat
 import types
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from smalti.core.errors import UserError, unreadable
+from smalti.core.errors import UserError
+from smalti.core.files import open_regular
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -30,21 +29,16 @@ MOST_JSON_VALUES = 1 << 20
 DEEPEST_JSON = 32
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Opens a file from a folder that anyone may have written. A named pipe is refused; opening it would never return.
+def read_json(path: Path) -> Any:
+    """Reads a JSON file that anyone may have written.
 
     Raises:
         UserError: if it is not a regular file, or this person may not read it.
         FileNotFoundError: if there is none.
+        ValueError: as `parse_json` does.
     """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path} is not a regular file; put the file itself there")
-        return path.open("rb")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with open_regular(path) as file:
+        return parse_json(file.read(LARGEST_JSON_BYTES + 1))
 
 
 def parse_json(text: str | bytes) -> Any:

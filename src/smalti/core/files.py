@@ -9,13 +9,15 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, unreadable
 
 PARTIAL = ".partial"
 
@@ -220,7 +222,31 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Opens an input. Named pipes are refused, since opening one may never return, and devices, which may never end.
+
+    Raises:
+        UserError: if it is not a regular file, or this person may not read it.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not a regular file; put the file itself there")
+        return path.open("rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
 def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Returns the SHA-256 of a file's bytes in hexadecimal.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smalti.core.checkpoint_checks import read_header, require_matching, require_shapes, require_sizes, some
-from smalti.core.config import ADDED, LARGEST_JSON_BYTES, config_from_json, open_regular, parse_json
+from smalti.core.config import ADDED, config_from_json, read_json
 from smalti.core.errors import UserError, unreadable
 from smalti.core.files import whole_file, write_json
 
@@ -240,8 +240,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     try:
-        with open_regular(path) as file:
-            described = parse_json(file.read(LARGEST_JSON_BYTES + 1))
+        described = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
     except UserError:

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from smalti.core.errors import printable
+
 SLOW_SECONDS = 2.0
 """A usual `delay_seconds`: work that ends sooner needs no bar."""
 SECONDS_TO_ESTIMATE = 5.0
@@ -102,6 +104,14 @@ def counting(progress: Bar) -> Callable[[int, Any], None]:
         progress.update()
 
     return count
+
+
+def print_note(text: str) -> None:
+    """Prints a line on standard error, above any progress bar, with its control characters escaped.
+
+    Notes and warnings name files, classes and sources, which a stranger may have written.
+    """
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,6 @@
 The distance of held-out images to the reference set is the floor: a perfect model would score about the same.
 """
 
-import sys
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from smalti.commands.model_paths import load_priors
 from smalti.core.devices import device
 from smalti.core.errors import UserError
-from smalti.core.progress import SLOW_SECONDS, bar
+from smalti.core.progress import SLOW_SECONDS, bar, print_note
 from smalti.core.randomness import Stream, choose
 from smalti.evaluation.config import EvaluationSettings, InpaintingEvaluation, PriorEvaluation
 from smalti.evaluation.scores import Conditions
@@ -122,7 +121,7 @@ def real_for(
 def show_images(source: str, *, held_out: int, reference: int | None = None) -> None:
     """Prints which images an evaluation uses, on standard error."""
     references = "" if reference is None else f" and {reference} training images"
-    print(f"evaluating on {held_out} held-out images{references} of {source}", file=sys.stderr)
+    print_note(f"evaluating on {held_out} held-out images{references} of {source}")
 
 
 class Opened(NamedTuple):

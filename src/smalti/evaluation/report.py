@@ -3,15 +3,14 @@
 The scores are computed in the files named for what they evaluate.
 """
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from smalti.commands.model_paths import prior_class
-from smalti.core.config import config_from_json
-from smalti.core.errors import UserError
+from smalti.core.config import config_from_json, read_json
+from smalti.core.errors import UserError, printable
 from smalti.core.files import write_json
 from smalti.core.provenance import versions
 from smalti.evaluation.config import (
@@ -83,17 +82,18 @@ def table(scores: Scores, conditions: Conditions) -> str:
     Digests and fingerprints are left out. Warnings follow if there are too few images for a score.
     """
     columns = list(dict.fromkeys(column for values in scores.values() for column in values))
-    lines = [["score", *columns]]
-    lines += [
+    cells = [["score", *columns]]
+    cells += [
         [name, *(f"{values[column]:.4g}" if column in values else "" for column in columns)]
         for name, values in scores.items()
     ]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    rows = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rows = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in cells]
     rows.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
     shown = {name: value for name, value in conditions.items() if not name.endswith(("digest", "fingerprint"))}
     warnings = [f"warning: {warning}" for warning in too_few_images(scores, conditions)]
-    return "\n".join([*rows, "", ", ".join(f"{name} {value}" for name, value in shown.items()), *warnings])
+    lines = [*rows, "", ", ".join(f"{name} {value}" for name, value in shown.items()), *warnings]
+    return "\n".join(map(printable, lines))
 
 
 def _evaluate(config: Evaluation, *, sheet: bool = True) -> tuple[Scores, Conditions]:
@@ -122,14 +122,16 @@ def _write(path: Path, config: Evaluation, scores: Scores, conditions: Condition
 def _repeat(config: RepeatEvaluation) -> Scores:
     """Repeats an evaluation with the settings of its result, and prints the scores and what differs."""
     try:
-        before = json.loads(config.again.read_text())
+        before = read_json(config.again)
         settings = before["settings"]
         config_class = config_for(settings["of"], settings.get("prior", [""])[0])
         evaluation = config_from_json(config_class, settings, str(config.again))
         old_scores, old_conditions = before["scores"], before["conditions"]
     except OSError as error:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config.again} is not a result of evaluate.py; give a JSON file that it wrote") from error
     claim = claim_result(replace(evaluation, out=config.out), again=config.again) if config.out else nullcontext()
     with claim:

@@ -14,7 +14,7 @@ from typing import Any
 
 from smalti.commands.model_paths import RUNS, image_inputs
 from smalti.core import locks, models
-from smalti.core.config import parse_json
+from smalti.core.config import read_json
 from smalti.evaluation.config import Evaluation, InpaintingEvaluation, LikelihoodEvaluation, PriorEvaluation
 from smalti.evaluation.scores import Conditions
 from smalti.images.sheets import embedded_settings
@@ -80,7 +80,7 @@ def _outputs(path: Path, config: Evaluation) -> list[Path]:
 def _is_own(path: Path, config: Evaluation, conditions: Conditions | None = None) -> bool:
     """Returns whether a file is a result of these settings, or its pictures; with `conditions`, of the same models."""
     try:
-        result = parse_json(path.read_text()) if path.suffix != ".png" else embedded_settings(path)
+        result = read_json(path) if path.suffix != ".png" else embedded_settings(path)
         same_settings = {**result["settings"], "out": None} == {**settings_of(config), "out": None}
         recorded = result["conditions"]
         return same_settings and all(

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from smalti.core.errors import UserError
+from smalti.core.files import open_regular
 
 Fit: TypeAlias = Literal["crop", "pad", "squash"]
 """The way in which an image of other proportions becomes one of a given size."""
@@ -114,7 +115,7 @@ def load_image(
         UserError: with the file's name, if it cannot be read or decoded.
     """
     with _named(path):
-        return decode(Path(path).read_bytes(), channels=channels, height=height, width=width)
+        return decode(_read(path), channels=channels, height=height, width=width)
 
 
 def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
@@ -123,7 +124,7 @@ def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
     Raises:
         UserError: as `load_image` does.
     """
-    with _named(path), _opened(Path(path).read_bytes(), channels=1) as image:
+    with _named(path), _opened(_read(path), channels=1) as image:
         alpha = _alpha(image)
         return None if alpha is None else 255 - torch.from_numpy(alpha)
 
@@ -149,7 +150,7 @@ def load_layers(path: str | Path, *, channels: int) -> Layers:
     Raises:
         UserError: as `load_image` does.
     """
-    with _named(path), _opened(Path(path).read_bytes(), channels=channels) as image:
+    with _named(path), _opened(_read(path), channels=channels) as image:
         profile = image.info.get("icc_profile")
         if not isinstance(profile, bytes) or profile[16:20] != {1: b"GRAY", 3: b"RGB "}[channels]:
             profile = None
@@ -196,6 +197,11 @@ def _named(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({error.strerror}); give the path of an image file") from error
     except BadImageError as error:
         raise BadImageError(f"{path}: {error}") from error
+
+
+def _read(path: str | Path) -> bytes:
+    with open_regular(Path(path)) as file:
+        return file.read()
 
 
 def most_pixels() -> int:

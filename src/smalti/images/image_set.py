@@ -8,7 +8,6 @@ Legend: n images in a set, b rows of a batch, c channels, h w pixels.
 
 import hashlib
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,8 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.core.errors import UserError, printable
-from smalti.core.progress import SLOW_SECONDS, bar
+from smalti.core.errors import UserError
+from smalti.core.progress import SLOW_SECONDS, bar, print_note
 from smalti.images import sources
 from smalti.images.checks import Checks, load_checks, save_checks
 from smalti.images.decoding import BadImageError, Decoded, Fit, UnreadableImageError, decode_with_size, describe
@@ -96,8 +95,7 @@ class ImageSet:
             shown.append(f"without a class {counts[0]}")
         plural = "es" * (len(classes) != 1)
         kinds = f"in {len(classes)} class{plural}: {', '.join(shown)}" if classes else "without classes"
-        lines = [f"{len(self)} image{'s' * (len(self) != 1)} from {self.source}, {kinds}", *self.notes]
-        return list(map(printable, lines))
+        return [f"{len(self)} image{'s' * (len(self) != 1)} from {self.source}, {kinds}", *self.notes]
 
     def pixels(
         self, indices: Sequence[int] | Int64[Tensor, " b"], *, bad: dict[int, str] | None = None
@@ -284,7 +282,8 @@ def open_images(
 
 def print_summary(image_set: ImageSet) -> None:
     """Prints the summary of a set on standard error; commands that read images begin with it."""
-    print(*(f"images: {line}" for line in image_set.summary()), sep="\n", file=sys.stderr)
+    for line in image_set.summary():
+        print_note(f"images: {line}")
 
 
 class ImageRows(Dataset):

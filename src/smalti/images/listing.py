@@ -72,6 +72,8 @@ def list_files(source: str) -> Listing | None:
     if not data_files:
         found = f" ({passed_over[0]})" if passed_over else ""
         raise UserError(f"{source} holds no images and no Parquet files{found}; give a folder, file or glob that does")
+    if pipes := [file for file in parquet if not file.is_file()]:
+        raise UserError(f"{pipes[0]} is not a regular file; remove it")
     if parquet and len(parquet) < len(data_files):
         raise UserError(f"{source} holds images and Parquet files; give a glob of either, such as '{source}/*.parquet'")
     splits = _splits(root, data_files) if whole_folder else None

@@ -4,12 +4,12 @@ The settings of this are in `Reading`, which the configs of all these commands c
 `image_set.open_images`.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from smalti.core.errors import UserError
+from smalti.core.progress import print_note
 from smalti.images.checks import Checks
 from smalti.images.decoding import BadImageError, Fit, recorded_fit
 from smalti.images.image_set import ImageSet, bad_images_error, open_images, print_summary
@@ -136,10 +136,10 @@ def _check(images: ImageSet, reading: Reading, *, trained: bool, shown: bool) ->
         raise BadImageError(f"{bad_images_error(bad)}, or leave out such images with --on-bad-image skip")
     images.leave_out(bad)
     if shown and bad:
-        print(f"images: {len(bad)} left out: {bad_images_error(bad)}", file=sys.stderr)
+        print_note(f"images: {len(bad)} left out: {bad_images_error(bad)}")
     note = _describe_fit(checks, images.preprocessing, trained)
     if shown and note:
-        print(f"images: {note}", file=sys.stderr)
+        print_note(f"images: {note}")
 
 
 def _describe_fit(checks: Checks, preprocessing: Mapping[str, Any], trained: bool) -> str | None:

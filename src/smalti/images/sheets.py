@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smalti.core.errors import UserError
-from smalti.core.files import whole_file
+from smalti.core.files import open_regular, whole_file
 from smalti.images.decoding import DAMAGED, to_uint8
 
 GAP = 4  # pixels between pictures
@@ -99,9 +99,9 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None 
 def embedded_settings(path: Path) -> dict[str, Any]:
     """Returns the settings that `save_png` embedded in a file; empty for any other file. No pixel is decoded."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
             settings = json.loads(image.info[SETTINGS_KEY])
-    except DAMAGED:  # a foreign or damaged file is not one of ours
+    except (UserError, *DAMAGED):  # a foreign or damaged file is not one of ours
         return {}
     return settings if isinstance(settings, dict) else {}
 

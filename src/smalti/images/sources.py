@@ -128,7 +128,10 @@ def encoded(image: bytes | dict[str, Any] | None) -> bytes:
         if "://" in image["path"]:  # inside an archive that `datasets` downloaded
             filesystem, inner = url_to_fs(image["path"])
             return filesystem.cat_file(inner)
-        return Path(image["path"]).read_bytes()
+        path = Path(image["path"])
+        if path.exists() and not path.is_file():  # opening a named pipe may never return
+            raise UnreadableImageError("it is not a regular file; remove it")
+        return path.read_bytes()
     except OSError as error:
         raise UnreadableImageError(
             f"the file cannot be read ({error.strerror or error}); repair or remove it"

@@ -5,7 +5,6 @@ Only here does the loop synchronize with the device. What a step does is in `loo
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from smalti.core.devices import peak_memory_bytes
 from smalti.core.errors import UserError
 from smalti.core.models import Checkpointed
-from smalti.core.progress import SLOW_SECONDS, bar
+from smalti.core.progress import SLOW_SECONDS, bar, print_note
 from smalti.core.randomness import row_seeds
 from smalti.training.batches import RowData
 from smalti.training.config import FitConfig, Phase
@@ -183,7 +182,8 @@ class CheckpointsAndLogs:
                 "or with --precision fp32, and --resume never"
             )
         step = before[-self.rollbacks]
-        self.accelerator.print(f"\n{trouble}: taking the weights of step {step} (rollback)", file=sys.stderr)
+        if self.accelerator.is_main_process:
+            print_note(f"{trouble}: taking the weights of step {step} (rollback)")
         self._restore(self.run.states.load(step))
         self.accelerator.wait_for_everyone()
 
@@ -248,7 +248,7 @@ class CheckpointsAndLogs:
             path = self.draw(model.to(self.accelerator.device))
             if path is not None and not self.drawn and done < self.config.steps:
                 text = f"pictures after {done} steps: {path}; redrawn every {self.config.report_steps} steps"
-                self.progress.write(text, file=sys.stderr)
+                print_note(text)
         self.drawn = True
 
 

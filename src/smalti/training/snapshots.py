@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from smalti.core.errors import unreadable
 from smalti.core.files import whole_folder, write_json
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
+from smalti.core.progress import print_note
 
 STATES_NAME, STATE_NAME, DIGESTS_NAME = "states", "state.pt", "digests.json"
 
@@ -69,7 +69,7 @@ class States:
             if damage is None:
                 return step
             if warn:
-                print(f"{self.path(step)} is damaged ({damage}); resuming from the one before it", file=sys.stderr)
+                print_note(f"{self.path(step)} is damaged ({damage}); resuming from the one before it")
         return None
 
     def load(self, step: int) -> dict[str, Any]:
