@@ -107,8 +107,8 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
     with process.main_process_first():  # it may delete an earlier run
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
-    if run.step >= config.fit.steps:
-        process.print(f"{folder} is finished: {run.step} steps. Give --steps to train on, or --resume never.")
+    if ending := run.end(config.fit.steps, config.fit.patience):
+        process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
         return folder
     if process.is_main_process:
         _warn_of_untrained_classes(prior)

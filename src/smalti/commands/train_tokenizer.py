@@ -152,8 +152,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         settings["below"] = lower.digest()  # a run does not resume on other lower layers than it was trained on
     with process.main_process_first():  # it may delete an earlier run
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
-    if run.step >= config.fit.steps:
-        process.print(f"{folder} is finished: {run.step} steps. Give --steps to train on, or --resume never.")
+    if ending := run.end(config.fit.steps, config.fit.patience):
+        process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
         return folder, images
     train = ImageRows(images, split="train", flips=config.flips)
     train_rows = with_feature_cache(lower, train, process) if lower else train

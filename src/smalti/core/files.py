@@ -231,7 +231,8 @@ def open_regular(path: Path) -> BufferedReader:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path} is not a regular file; put the file itself there")
+            what = "is a folder" if path.is_dir() else "is not a regular file"
+            raise UserError(f"{path} {what}; put the file itself there")
         return path.open("rb")
     except FileNotFoundError:
         raise

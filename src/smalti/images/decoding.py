@@ -47,6 +47,8 @@ DAMAGED = (
 )
 _MOST_MEMORY = 200 * 10**6
 """Bytes of decoded pixels that any image may take: an 8-bit mask for the largest images, or 50 megapixels in colour."""
+LONGEST_SIDE = 100_000
+"""Pixels of the longer side of an image. Resampling takes memory in proportion: gigabytes for a row of 10**8 pixels."""
 _MOST_COMPRESSED = 100
 """Bytes of decoded pixels per byte of the file, above which larger images are refused."""
 _BYTES_PER_PIXEL = {"1": 1, "L": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
@@ -239,8 +241,14 @@ def _refuse_bomb(image: Image.Image, file_size: int, channels: int) -> None:
     """Refuses an image whose declared size needs much memory and far exceeds the file's, before it is decoded.
 
     Raises:
-        BadImageError: in that case. Photographs of any size pass: they do not compress that well.
+        BadImageError: in that case, or if a side is longer than `LONGEST_SIDE`. Photographs of other sizes pass: they
+            do not compress that well.
     """
+    if max(image.size) > LONGEST_SIDE:
+        raise BadImageError(
+            f"the image is {image.width}x{image.height} pixels, and a side of more than {LONGEST_SIDE} is not read; "
+            "shrink or remove it"
+        )
     depth = max(_BYTES_PER_PIXEL.get(image.mode, 4), 4 if channels == 3 else 1)
     memory = image.width * image.height * depth
     if memory > _MOST_MEMORY and memory > _MOST_COMPRESSED * file_size:

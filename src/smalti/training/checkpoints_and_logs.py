@@ -94,7 +94,10 @@ class CheckpointsAndLogs:
         if state := self.run.state():
             self._restore(state)
             self.skipped.counts.copy_(torch.tensor(state["health"]))
-            self.best, self.rollbacks = (state["best"][0], state["best"][1]), state["went_back"]
+            loss, best_step = state["best"]
+            if best_step in self.run.states.steps():  # else it was deleted after a better one, which is deleted now
+                self.best = (loss, best_step)
+            self.rollbacks = state["went_back"]
             if self.accelerator.scaler is not None and "scaler" in state:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         self.accelerator.wait_for_everyone()  # the main process may delete files only after all have read them
@@ -115,7 +118,7 @@ class CheckpointsAndLogs:
 
     def after_step(self, done: int, measured: dict[str, Tensor]) -> None:
         """Does everything that is due after `done` steps."""
-        last, config = done == self.config.steps, self.config
+        last, config = self.is_last(done), self.config
         log, report, save = (
             last or done % every == 0 for every in (config.log_steps, config.report_steps, config.save_steps)
         )
@@ -134,6 +137,11 @@ class CheckpointsAndLogs:
         if save and (last or not in_a_row):  # skipped steps changed nothing, and saving would push out a good snapshot
             self.save(done)
         self.timed_from, self.clock = done, time.perf_counter()
+
+    def is_last(self, done: int) -> bool:
+        """Returns whether no step follows. With early stopping too, all processes agree: their losses are equal."""
+        patience, best = self.config.patience, self.best[1]
+        return done == self.config.steps or bool(patience and best is not None and done - best >= patience)
 
     def save(self, done: int) -> None:
         """Saves the model, then the snapshot, so that the model of every complete snapshot is in place."""
@@ -154,7 +162,18 @@ class CheckpointsAndLogs:
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             self.run.states.save(done, state, keep=self.config.keep_states, best=self.best[1])
+        self.run.step = done
         self.accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        """Ends the run after its last step. With early stopping, the model gets the best weights and is drawn again."""
+        ending, best = self.run.end(self.config.steps, self.config.patience), self.best[1]
+        if self.config.patience and self.accelerator.is_main_process:
+            print_note(f"early stopping: {ending}")
+        if self.config.patience and best is not None and best < self.run.step:
+            self._restore(self.run.states.load(best))
+            with self._evaluated() as model:
+                self._draw(best, model)
 
     @contextmanager
     def _averaged(self) -> Iterator[Checkpointed]:

@@ -54,6 +54,9 @@ class FitConfig:
     """Steps between snapshots: the most that a killed run loses."""
     keep_states: int = 2
     """Number of newest snapshots to keep on the disk; the one with the best held-out loss is kept too."""
+    patience: int = 0
+    """Early stopping: end the training if the held-out loss has not fallen to a new minimum for this many steps, and
+    keep the weights of the minimum. 0 trains for all steps and keeps the last weights."""
     workers: int = 0
     """Data loader processes per training process; 0 if the data is in memory."""
     trackers: tuple[str, ...] = ()
@@ -66,7 +69,7 @@ class FitConfig:
         require_at_least_one(
             self, "steps", "batch_size", "accumulation", "log_steps", "report_steps", "save_steps", "keep_states"
         )
-        for name in ("warmup_steps", "weight_decay", "workers", "stall_seconds"):
+        for name in ("warmup_steps", "weight_decay", "patience", "workers", "stall_seconds"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):

@@ -5,6 +5,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from smalti.core.errors import as_invoked
+from smalti.core.models import read_config
 from smalti.training.run_folder import last_metrics
 
 MOST_NUMBERS = 6
@@ -20,7 +21,7 @@ def print_end(folder: Path, *, pictures: str, following: str) -> None:
     """
     if not PartialState().is_main_process:
         return
-    metrics = last_metrics(folder)
+    metrics = last_metrics(folder, until=read_config(folder)["provenance"]["steps"])  # early stopping keeps the best
     held_out = [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("held_out_")]
     print(f"{folder}: {metrics['step']:.0f} steps; {', '.join(held_out[:MOST_NUMBERS]) or 'no images are held out'}")
     if (folder / pictures).exists():

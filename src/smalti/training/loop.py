@@ -73,11 +73,11 @@ def fit(
 
     Raises:
         Interrupted: on SIGINT or SIGTERM, at the end of the current step.
-        UserError: if the batch does not divide among processes and micro-batches, FSDP cannot shard the model,
-            gradient checkpointing is on but the network has no blocks for it, the processes see different snapshots,
-            memory is full, a data loader worker died, or rollback does not help.
+        UserError: if the batch does not divide among processes and micro-batches, FSDP cannot shard the model, early
+            stopping is on but no rows are held out, gradient checkpointing is on but the network has no blocks for it,
+            the processes see different snapshots, memory is full, a data loader worker died, or rollback does not help.
     """
-    _check(accelerator, config)
+    _check(accelerator, config, held_out)
     full_model = _shard(accelerator, phases, model)
     for phase in phases:
         if not is_sharded(phase.objective):  # sharding has moved it
@@ -98,7 +98,8 @@ def fit(
         between = CheckpointsAndLogs(
             accelerator, phases, config, model, full_model, run, ema, skipped, held_out, on_report, draw, progress
         )
-        steps = range(between.begin(), config.steps)
+        first = between.begin()
+        steps = range(first, first if first and between.is_last(first) else config.steps)
         if config.compile:
             for phase in phases:
                 phase.objective.compile()
@@ -113,7 +114,7 @@ def fit(
             watchdog.progressed(step + 1)
             between.after_step(step + 1, measured)
             watchdog.progressed(step + 1)
-            signal_number, last = received[0] if received else 0, step + 1 == config.steps
+            signal_number, last = received[0] if received else 0, between.is_last(step + 1)
             stop, draw_now = agreement.after_step(signal_number, between.first_pictures_due(), last=last)
             if draw_now and not stop:
                 between.draw_first(step + 1)
@@ -121,9 +122,12 @@ def fit(
             if stop:
                 between.save(step + 1)
                 raise Interrupted(step + 1, config.steps, stop)
+            if last:
+                break
+        between.end()
 
 
-def _check(accelerator: Accelerator, config: FitConfig) -> None:
+def _check(accelerator: Accelerator, config: FitConfig, held_out: RowData | None) -> None:
     processes, micro_batches = accelerator.num_processes, config.accumulation
     if config.batch_size % (processes * micro_batches):
         among = f"{processes} processes" + (f" of {micro_batches} micro-batches" if micro_batches > 1 else "")
@@ -131,6 +135,8 @@ def _check(accelerator: Accelerator, config: FitConfig) -> None:
             f"a batch of {config.batch_size} does not divide among {among}; change --batch-size"
             + (" or --accumulation" if micro_batches > 1 else "")
         )
+    if config.patience and not held_out:
+        raise UserError("--patience needs held-out images, and there are none; leave it out")
     refuse_engines()
     refuse_accumulation(accelerator)
 

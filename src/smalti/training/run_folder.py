@@ -28,7 +28,7 @@ resume from the snapshot of that step and delete what came after."""
 # more steps, the learning rate follows the schedule of the longer run from then on.
 FREE_SETTINGS = frozenset(
     {
-        *("steps", "report_steps", "save_steps", "log_steps", "keep_states", "stall_seconds", "trackers"),
+        *("steps", "report_steps", "save_steps", "log_steps", "keep_states", "stall_seconds", "trackers", "patience"),
         *("accumulation", "gradient_checkpointing", "compile", "workers", "out", "resume", "sheet_samples"),
         *("device", "on_bad_image"),
     }
@@ -110,6 +110,24 @@ class Run:
         """Returns the snapshot to resume from; None if there is none."""
         return self.states.load(self.step) if self.step else None
 
+    def end(self, steps: int, patience: int) -> str | None:
+        """Ends a run whose last snapshot is that of its last step; returns what happened, None if steps remain.
+
+        With early stopping, the model of the run becomes that of the best snapshot, also if a kill prevented it before.
+
+        Args:
+            steps: number of steps to train for.
+            patience: see `FitConfig`.
+        """
+        best = self.states.best(self.step) if self.step and patience else None
+        if self.step < steps and (best is None or self.step - best < patience):
+            return None
+        if best is None:
+            return f"{self.step} steps"
+        if self.main:
+            self.states.publish(best)
+        return f"{self.step} steps, with the lowest held-out loss after {best}, whose weights are kept"
+
     def begin(self) -> None:
         """Writes `run.json`, and deletes metrics and snapshots that are newer than the one to resume from.
 
@@ -139,11 +157,12 @@ class Run:
                 metrics.write(json.dumps({"step": step, **rounded}) + "\n")
 
 
-def last_metrics(folder: Path) -> dict[str, float]:
-    """Returns the newest value of every metric of the run at `folder`."""
+def last_metrics(folder: Path, *, until: float = math.inf) -> dict[str, float]:
+    """Returns the newest value of every metric of the run at `folder`, up to a step."""
     newest: dict[str, float] = {}
     for line in (folder / METRICS_NAME).read_text().splitlines():
-        newest |= {name: float(value) for name, value in json.loads(line).items()}
+        values = json.loads(line)
+        newest |= {name: float(value) for name, value in values.items() if values["step"] <= until}
     return newest
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from smalti.core.errors import unreadable
-from smalti.core.files import whole_folder, write_json
+from smalti.core.files import whole_file, whole_folder, write_json
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.core.progress import print_note
 
@@ -72,6 +72,17 @@ class States:
                 print_note(f"{self.path(step)} is damaged ({damage}); resuming from the one before it")
         return None
 
+    def best(self, step: int) -> int | None:
+        """Returns the step of the best snapshot so far, as an intact one recorded it; None if it is not kept."""
+        best = json.loads((self.path(step) / DIGESTS_NAME).read_text()).get("best")
+        return best if best in self.steps() else None
+
+    def publish(self, step: int) -> None:
+        """Makes the model of a snapshot the model of the run."""
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            with whole_file(self.run_folder / name) as partial:
+                shutil.copyfile(self.path(step) / name, partial)
+
     def load(self, step: int) -> dict[str, Any]:
         """Loads a snapshot's state onto the CPU."""
         return torch.load(self.path(step) / STATE_NAME, map_location="cpu", weights_only=True)
@@ -92,7 +103,7 @@ class States:
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 shutil.copyfile(self.run_folder / name, partial / name)
             digests = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
-            write_json(partial / DIGESTS_NAME, {"step": step, "sha256": digests})
+            write_json(partial / DIGESTS_NAME, {"step": step, "best": best, "sha256": digests})
         self.delete([old for old in self.steps()[:-keep] if old != best])
 
     def delete(self, steps: list[int]) -> None:
