@@ -196,6 +196,14 @@ def test_named_pipes_are_refused_instead_of_waited_for(tmp_path):
     assert "it is not a regular file" in open_images(str(tmp_path / "img")).check().errors[0]
 
 
+def test_images_with_a_very_long_side_are_refused(tmp_path):
+    for width in (99_999, 150_000):
+        Image.new("L", (width, 1)).save(tmp_path / f"{width}.png")
+    assert load_image(tmp_path / "99999.png", channels=1, height=8, width=8).shape == (1, 8, 8)
+    with pytest.raises(BadImageError, match="150000x1 pixels, and a side of more than 100000 is not read"):
+        load_image(tmp_path / "150000.png", channels=1, height=8, width=8)
+
+
 def test_an_offset_of_a_wrong_type_is_damage():
     """Found by fuzzing: Pillow seeks to a TIFF's offset whatever its type."""
     tiff = encoded(Image.new("RGB", (8, 8)), "TIFF")

@@ -26,7 +26,7 @@ from smalti.training.checkpoints_and_logs import held_out_losses
 from smalti.training.config import FitConfig, Phase
 from smalti.training.ema import EMA
 from smalti.training.loop import fit
-from smalti.training.run_folder import METRICS_NAME, Run, last_metrics
+from smalti.training.run_folder import METRICS_NAME, Run
 from smalti.training.signals import Interrupted
 
 
@@ -320,41 +320,6 @@ def test_snapshot_with_the_best_held_out_loss_is_kept(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "states" / "step_00000008" / CONFIG_NAME).read_text())["provenance"]["steps"] == 8
     monkeypatch.undo()
     assert Run(tmp_path, {"settings": "same"}).state()["best"] == [1.0, 8]
-
-
-def test_early_stopping_keeps_the_best_weights_also_after_a_kill(tmp_path, monkeypatch):
-    config = replace(CONFIG, steps=40, patience=4)
-    monkeypatch.setattr(checkpoints_and_logs, "held_out_losses", lambda *_: {"held_out_loss": next(losses)})
-    losses = iter([3.0, 1.0, 2.0])
-    train(tmp_path / "early", config=config)
-    losses = iter([3.0, 1.0, 2.0])
-    train(tmp_path / "all", config=replace(config, steps=12))
-    for folder in (tmp_path / "early", tmp_path / "all"):
-        run = Run(folder, {"settings": "same"})
-        assert run.step == 12
-        assert last_metrics(folder)["step"] == 12
-        assert load_file(folder / WEIGHTS_NAME).keys() == load_file(run.states.path(8) / WEIGHTS_NAME).keys()
-        for name, weight in load_file(run.states.path(8) / WEIGHTS_NAME).items():
-            assert torch.equal(load_file(folder / WEIGHTS_NAME)[name], weight)
-        run.states.publish(12)  # as if a kill had come before the best weights were put in place
-        assert run.end(13, 0) is None
-        assert run.end(40, 5) is None
-        assert "12 steps, with the lowest held-out loss after 8" in (run.end(40, 4) or "")
-        assert json.loads((folder / CONFIG_NAME).read_text())["provenance"]["steps"] == 8
-        del run
-    train(tmp_path / "early", config=config)
-    assert last_metrics(tmp_path / "early")["step"] == 12
-    losses = iter([0.5, 4.0, 4.0])
-    train(tmp_path / "early", config=replace(config, patience=5))
-    assert last_metrics(tmp_path / "early")["step"] == 18
-
-
-def test_early_stopping_needs_held_out_rows(tmp_path):
-    def without_held_out_rows():
-        return *toys.toy()[:3], None
-
-    with pytest.raises(UserError, match="--patience needs held-out images"):
-        train(tmp_path, without_held_out_rows, replace(CONFIG, patience=1))
 
 
 @pytest.mark.parametrize(
