@@ -49,8 +49,9 @@ class Job:
         layout: The layout of one row's codes.
         images: The number of images.
         block_images: The number of images in a block; the last block may be shorter.
-        flips: Whether each image makes two rows, the second of its mirror image.
+        flips: Whether each image, and each crop, makes two rows, the second of its mirror image.
         key: Everything that decides the codes, as JSON values. Blocks encoded under another key are never used.
+        crops: The number of random crops of each image, which follow it as rows. Held-out images have none in the set.
     """
 
     path: Path
@@ -59,11 +60,12 @@ class Job:
     block_images: int
     flips: bool
     key: dict[str, Any]
+    crops: int = 0
 
     @property
     def rows_per_image(self) -> int:
-        """The rows of each image: 1, or 2 with flips."""
-        return 1 + self.flips
+        """The rows of each training image: itself and its crops, twice as many with flips."""
+        return (1 + self.crops) * (1 + self.flips)
 
     @property
     def blocks(self) -> int:
@@ -209,13 +211,14 @@ class Shards:
             raise UserError(f"{job.path} was not written: none of the {job.images} images can be decoded")
         numbered = torch.from_numpy(number_sources(source_ids[kept].numpy()))
         per_image = {"labels": labels[kept], "source_ids": numbered, "held_out": held_out[kept]}
-        columns = {name: column.repeat_interleave(job.rows_per_image) for name, column in per_image.items()}
-        flipped = torch.arange(len(columns["labels"])) % job.rows_per_image == 1
+        rows = self._kept_rows(held_out[kept])
+        columns = {name: column.repeat_interleave(job.rows_per_image)[rows] for name, column in per_image.items()}
+        flipped = (torch.arange(len(rows)) % (1 + job.flips) == 1)[rows]
         provenance = replace(provenance, skipped=self._skipped(kept))
         with LatentSetWriter(job.path, job.layout, **columns, flipped=flipped, provenance=provenance) as writer:
             start = 0
             for block in bar(range(job.blocks), what="merging", unit="block", delay_seconds=SLOW_SECONDS):
-                codes = self._codes(records[block])
+                codes = self._codes(records[block], held_out[torch.tensor(job.images_of(block))])
                 writer.write(start, codes)
                 start += len(codes[0])
         self.discard()
@@ -236,7 +239,7 @@ class Shards:
     def _shape(self) -> dict[str, Any]:
         job = self.job
         shape = {"images": job.images, "block_images": job.block_images, "flips": job.flips}
-        return {"layout": job.layout.to_json(), **shape}
+        return {"layout": job.layout.to_json(), **shape, **({"crops": job.crops} if job.crops else {})}
 
     def _file(self, suffix: str) -> Path:
         return self.folder / f"{self.process:05}.{suffix}"
@@ -261,12 +264,18 @@ class Shards:
                         records[block] = max(record, records.get(block, record), key=lambda each: each.kept.sum())
         return records
 
-    def _codes(self, record: "_Record") -> Codes:
-        """Reads the codes of one block's images, without those that could not be decoded."""
+    def _kept_rows(self, held_out: Bool[Tensor, " n"]) -> Bool[Tensor, " rows"]:
+        """Marks the rows of images that go into the set: all but the crops of held-out images."""
+        is_crop = torch.arange(self.job.rows_per_image) > self.job.flips
+        return ~(held_out[:, None] & is_crop).flatten()
+
+    def _codes(self, record: "_Record", held_out: Bool[Tensor, " n"]) -> Codes:
+        """Reads the codes of one block's rows that go into the set, without images that could not be decoded."""
         with record.shard.open("rb") as file:
             file.seek(record.offset)
             values = np.frombuffer(file.read(self.record.itemsize), self.record)[0]
         rows = np.repeat(record.kept, self.job.rows_per_image)
+        rows[: len(held_out) * self.job.rows_per_image] &= self._kept_rows(held_out).numpy()
         dtypes = [np.int64 if level.radices else np.float32 for level in self.job.layout.levels]
         return tuple(torch.from_numpy(values[f"codes/{i}"][rows].astype(dtype)) for i, dtype in enumerate(dtypes))
 

@@ -5,9 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from smalti.images.decoding import decode, describe, recorded_fit
+from smalti.images.decoding import decode, decode_crops
+from smalti.images.fitting import Crop, describe, fitted, random_crops, recorded_fit
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
@@ -50,3 +53,38 @@ def test_the_fit_is_read_from_its_description():
     for fit in ("crop", "pad", "squash"):
         assert recorded_fit(describe(height=8, width=8, channels=3, fit=fit)) == fit
     assert recorded_fit({}) == recorded_fit({"fit": 3}) == "crop"
+
+
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    target=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    crop=st.builds(Crop, st.floats(0.8, 1), st.floats(0, 1), st.floats(0, 1)),
+    fit=st.sampled_from(["crop", "squash"]),
+)
+def test_crops_have_the_size_and_never_leave_the_image(size, target, crop, fit):
+    """Pillow refuses a box outside the image."""
+    image = Image.new("RGB", size, "red")
+    cropped = fitted(image, height=target[0], width=target[1], fit=fit, crop=crop)
+    assert cropped.size == target[::-1]
+    assert cropped.getcolors() == [(target[0] * target[1], (255, 0, 0))]
+
+
+def test_crops_are_parts_of_the_original_image():
+    """A crop of half the side of 12x18 pixels, at the right and in the middle, is a box of 6x6 of its pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
+    crops = [Crop(0.5, 1.0, 0.5), Crop(1.0, 0.5, 0.5)]
+    size = {"channels": 3, "height": 6, "width": 6}
+    right, whole = decode_crops(encode(Image.fromarray(pixels)), crops, **size, fit="crop")
+    assert right.equal(torch.from_numpy(pixels[3:9, 12:]).permute(2, 0, 1))
+    assert whole.equal(decode(encode(Image.fromarray(pixels)), **size))
+
+
+def test_random_crops_depend_on_image_and_number_and_are_spread():
+    crops = random_crops(torch.arange(500), 4)
+    assert random_crops(torch.tensor([7]), 2) == [crops[7][:2]]
+    sides, across, down = torch.tensor(crops).flatten(0, 1).T
+    assert 0.8 <= sides.min() < 0.81
+    assert 0.99 < sides.max() <= 1
+    for place in (across, down):
+        assert abs(float(place.mean()) - 0.5) < 0.03
+        assert abs(float(torch.corrcoef(torch.stack([place, sides]))[0, 1])) < 0.1

@@ -9,8 +9,9 @@ from helpers.image_toys import COLOURS, png, write_folder, write_parquet
 
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
-from smalti.images.image_set import open_images, print_summary
+from smalti.images.image_set import open_images
 from smalti.images.listing import list_files
+from smalti.images.reading import print_summary
 from smalti.images.sources import local_paths
 
 

@@ -26,6 +26,7 @@ from smalti.core.errors import UserError
 from smalti.core.progress import bar
 from smalti.core.provenance import command, versions
 from smalti.images.decoding import BadImageError, to_float
+from smalti.images.fitting import SMALLEST_CROP, recorded_fit
 from smalti.images.image_set import ImageSet
 from smalti.images.reading import Reading, read_images_for
 from smalti.images.sources import local_paths
@@ -40,8 +41,9 @@ from smalti.training.batches import leave_interrupts
 
 T = TypeVar("T")
 Block: TypeAlias = tuple[int, Tensor, dict[int, str]]
-"""A block's number, its images (uint8), and the error of each image that cannot be decoded, by row."""
+"""A block's number, its images (uint8), each followed by its crops, and errors of images by their numbers."""
 
+MOST_CROPS = 1_000
 MOST_WORKERS = 4  # default limit: each worker holds a few blocks of images in memory
 
 
@@ -67,9 +69,11 @@ class BuildLatents:
     """Width of the images in pixels [default: as trained]."""
     flips: bool = True
     """Also store the mirror image of every image, as a row of its own."""
+    crops: int = 0
+    """Random crops of every training image to store too, as rows of their own, against overfitting of small sets."""
     batch_size: int = 256
-    """Rows that each process encodes at once, mirror images included. Lower it if memory runs out. A stopped build
-    repeats at most one batch for each process."""
+    """Rows that each process encodes at once, mirror images and crops included. Lower it if memory runs out. A
+    stopped build repeats at most one batch for each process."""
     workers: int = field(default_factory=lambda: min(MOST_WORKERS, _cores()))
     """Processes that decode images for each encoding process; 0 decodes in the encoding process itself [default: one
     for each core, at most 4]."""
@@ -101,6 +105,8 @@ def build_latents(config: BuildLatents) -> Path:
         raise UserError(
             f"--batch-size must be at least 1 and --workers 0, not {config.batch_size} and {config.workers}"
         )
+    if not 0 <= config.crops <= MOST_CROPS:
+        raise UserError(f"--crops must be from 0 to {MOST_CROPS}, not {config.crops}")
     wanted = device(config.device)
     process = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
     own_device = process.device  # with several GPUs, each process has its own
@@ -111,6 +117,9 @@ def build_latents(config: BuildLatents) -> Path:
     images = main_first(process, lambda: images_for(tokenizer, *asked, shown=process.is_main_process))
     name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
     path = config.out or LATENTS / f"{name}.h5"
+    if config.crops and recorded_fit(images.preprocessing) == "pad":
+        raise UserError("--crops would cut into white borders; leave it out, or train the tokenizer with another --fit")
+    crops = {"crops": config.crops, "smallest_crop": SMALLEST_CROP} if config.crops else {}
     precision = {} if config.precision == "fp32" else {"precision": config.precision}
     provenance = Provenance(
         tokenizer_kind=tokenizer.kind,
@@ -119,7 +128,7 @@ def build_latents(config: BuildLatents) -> Path:
         tokenizer_source=tokenizer_source,
         image_source=images.source,
         image_fingerprint=images.fingerprint,
-        preprocessing={**images.preprocessing, "flips": config.flips, **precision},
+        preprocessing={**images.preprocessing, "flips": config.flips, **crops, **precision},
         label_names=images.label_names,
         command=command(),
     )
@@ -181,8 +190,9 @@ def job_of(tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Prove
         path,
         tokenizer.layout.resized([(grid.shape[-2], grid.shape[-1]) for grid in codes]),
         images=len(images),
-        block_images=max(1, config.batch_size // (1 + config.flips)),
+        block_images=max(1, config.batch_size // ((1 + config.crops) * (1 + config.flips))),
         flips=config.flips,
+        crops=config.crops,
         key={
             "tokenizer_digest": provenance.tokenizer_digest,
             "image_fingerprint": provenance.image_fingerprint,
@@ -303,7 +313,11 @@ class _Blocks(Dataset):
 
     def __getitem__(self, block: int) -> Block:
         bad: dict[int, str] = {}
-        return block, self.images.pixels(self.job.images_of(block), bad=bad), bad
+        numbers, crops = self.job.images_of(block), self.job.crops
+        pixels = self.images.pixels(numbers, bad=bad)
+        if crops:
+            pixels = torch.cat([pixels.unsqueeze(1), self.images.crops(numbers, crops)], 1).flatten(0, 1)
+        return block, pixels, bad
 
 
 def _provenance_of(path: Path) -> Provenance | None:

@@ -40,6 +40,8 @@ class Stream(IntEnum):
     # source ids are also keys and seeds elsewhere; hashing them again makes the split independent of those uses
     HELD_OUT_SPLIT = "image source", 0x5B117
 
+    RANDOM_CROPS = "image number", 0
+
     LABEL_DROPOUT = "training row", 4
     SUNDAE_RATE = "training row/SUNDAE", 0
     SUNDAE_POSITIONS = "training row/SUNDAE", 1

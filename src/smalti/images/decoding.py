@@ -8,11 +8,11 @@ Legend: c channels (1 grey or 3 RGB), h w pixels.
 import struct
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +22,7 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.files import open_regular
-
-Fit: TypeAlias = Literal["crop", "pad", "squash"]
-"""The way in which an image of other proportions becomes one of a given size."""
-_DESCRIBED_FITS: dict[Fit, str] = {
-    "crop": "shorter side, centre crop",
-    "pad": "longer side, white borders",
-    "squash": "each side, proportions ignored",
-}
+from smalti.images.fitting import Crop, Fit, fitted
 
 # What Pillow's decoders raise on damaged bytes, determined by truncating files of every format and flipping bits.
 DAMAGED = (
@@ -53,11 +46,21 @@ _MOST_COMPRESSED = 100
 """Bytes of decoded pixels per byte of the file, above which larger images are refused."""
 _BYTES_PER_PIXEL = {"1": 1, "L": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
 _VALUES_AT_ONCE = 2**20
+_SHOWN_BAD = 10  # images that one error names
 _DEEP_GREY_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BadImageError(UserError):
     """Raised for bytes that are not an image, or a damaged one; a caller that skips bad images catches it."""
+
+
+def bad_images_error(bad: dict[int, str]) -> BadImageError:
+    """Returns an error of one line that names all images that cannot be decoded, up to a limit."""
+    if len(bad) == 1:
+        return BadImageError(*bad.values())
+    shown = "; ".join(list(bad.values())[:_SHOWN_BAD])
+    rest = f"; and {len(bad) - _SHOWN_BAD} more" if len(bad) > _SHOWN_BAD else ""
+    return BadImageError(f"{len(bad)} images cannot be decoded: {shown}{rest}")
 
 
 class Decoded(NamedTuple):
@@ -99,13 +102,29 @@ def decode_with_size(
 ) -> Decoded:
     """Decodes an image as `decode` does, with the same arguments; also returns its original size."""
     assert (height is None) == (width is None)
-    assert channels in (1, 3)
-    with _opened(encoded, channels=channels) as image:
-        flat = _flatten(image, mode="L" if channels == 1 else "RGB")
+    flat = _decoded(encoded, channels)
     original = flat.size
     if height is not None and width is not None:
-        flat = _fit(flat, height=height, width=width, fit=fit)
+        flat = fitted(flat, height=height, width=width, fit=fit)
     return Decoded(_to_tensor(flat), original[1], original[0])
+
+
+def decode_crops(
+    encoded: bytes, crops: Sequence[Crop], *, channels: int, height: int, width: int, fit: Fit
+) -> UInt8[Tensor, "n c h w"]:
+    """Decodes an image once, as `decode` does, and returns crops of it, each fitted to `height` x `width`.
+
+    Raises:
+        BadImageError: as `decode` does.
+    """
+    flat = _decoded(encoded, channels)
+    return torch.stack([_to_tensor(fitted(flat, height=height, width=width, fit=fit, crop=crop)) for crop in crops])
+
+
+def _decoded(encoded: bytes, channels: int) -> Image.Image:
+    assert channels in (1, 3)
+    with _opened(encoded, channels=channels) as image:
+        return _flatten(image, mode="L" if channels == 1 else "RGB")
 
 
 def load_image(
@@ -160,24 +179,6 @@ def load_layers(path: str | Path, *, channels: int) -> Layers:
         mode = "L" if channels == 1 else "RGB"
         flat = _flatten(image, mode) if alpha is None else image.convert("RGBA").convert("RGB").convert(mode)
         return Layers(_to_tensor(flat), None if alpha is None else torch.from_numpy(alpha), profile)
-
-
-def describe(*, height: int, width: int, channels: int, fit: Fit = "crop") -> dict[str, Any]:
-    """Describes what `decode` does to every image, as JSON for latent sets; keep it in step with `decode`."""
-    return {
-        "height": height,
-        "width": width,
-        "channels": channels,
-        "fit": _DESCRIBED_FITS[fit],
-        "resampling": "lanczos",
-        "background": "white",
-    }
-
-
-def recorded_fit(preprocessing: Mapping[str, Any]) -> Fit:
-    """Returns the fit that `describe` recorded; models from before there was a choice cropped."""
-    fits: list[Fit] = [fit for fit, text in _DESCRIBED_FITS.items() if text == preprocessing.get("fit")]
-    return fits[0] if fits else "crop"
 
 
 def to_float(pixels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -322,26 +323,6 @@ def _alpha(image: Image.Image) -> np.ndarray | None:
 def _to_tensor(image: Image.Image) -> UInt8[Tensor, "c h w"]:
     pixels = torch.from_numpy(np.array(image))  # a copy: torch must own writable memory
     return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
-
-
-def _fit(image: Image.Image, *, height: int, width: int, fit: Fit) -> Image.Image:
-    """Resamples an image to a size; see `decode`.
-
-    Cropping is one step with resampling: resizing before would make an intermediate image of 3x5000 pixels huge.
-    """
-    if fit == "squash":
-        return image.resize((width, height), Image.Resampling.LANCZOS)
-    if fit == "pad":
-        scale = max(image.width / width, image.height / height)
-        size = (max(1, round(image.width / scale)), max(1, round(image.height / scale)))
-        padded = Image.new(image.mode, (width, height), "white")
-        corner = ((width - size[0]) // 2, (height - size[1]) // 2)
-        padded.paste(image.resize(size, Image.Resampling.LANCZOS), corner)
-        return padded
-    scale = min(image.width / width, image.height / height)
-    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-    box = (left, top, left + scale * width, top + scale * height)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def _one_line(error: Exception) -> str:

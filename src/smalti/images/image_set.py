@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -19,14 +20,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalti.core.errors import UserError
-from smalti.core.progress import SLOW_SECONDS, bar, print_note
+from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images import sources
 from smalti.images.checks import Checks, load_checks, save_checks
-from smalti.images.decoding import BadImageError, Decoded, Fit, UnreadableImageError, decode_with_size, describe
+from smalti.images.decoding import (
+    BadImageError,
+    Decoded,
+    UnreadableImageError,
+    bad_images_error,
+    decode_crops,
+    decode_with_size,
+)
+from smalti.images.fitting import Fit, describe, random_crops
 from smalti.images.splits import held_out
 
 CACHE_BYTES = 2**30
-_SHOWN_BAD = 10  # images that one error names
 _SHOWN_CLASSES = 10  # the largest ones, in a summary
 _DECODED_AT_ONCE = 64  # images; limits the encoded bytes in memory while the cache fills
 _DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow releases the GIL, but small images gain little
@@ -42,7 +50,7 @@ class ImageSet:
         source_ids: one for each image, in [0, 2**63). Images of one original, such as an emoji in
             several skin tones, share one.
         fingerprint: SHA-256 over source ids, labels and encoded images in order; the same on every machine.
-        preprocessing: the description of the preprocessing, as JSON; see `decoding.describe`. It also names the
+        preprocessing: the description of the preprocessing, as JSON; see `fitting.describe`. It also names the
             columns that were requested.
         notes: what of the source was left out and why, a sentence each.
         left_out: marks the images that `leave_out` excluded from all splits.
@@ -127,6 +135,20 @@ class ImageSet:
             raise bad_images_error(named)
         if bad is not None:
             bad.update(named)
+        return pixels
+
+    def crops(self, indices: Sequence[int], count: int) -> UInt8[Tensor, "b n c h w"]:
+        """Returns `count` random crops of each image, the same ones every time; see `fitting.random_crops`.
+
+        They are taken from the original images, of any size. Those of an image that cannot be decoded are black.
+        """
+        size = dict(zip(("channels", "height", "width"), self._shape, strict=True))
+        pixels = torch.zeros((len(indices), count, *self._shape), dtype=torch.uint8)
+        drawn = random_crops(torch.tensor(indices, dtype=torch.int64), count)
+        images = self._encoded[list(indices)][self._column]
+        for position, (image, crops) in enumerate(zip(images, drawn, strict=True)):
+            with suppress(BadImageError):
+                pixels[position] = decode_crops(sources.encoded(image), crops, **size, fit=self._fit_kind)
         return pixels
 
     def check(self) -> Checks:
@@ -222,15 +244,6 @@ class ImageSet:
         }
 
 
-def bad_images_error(bad: dict[int, str]) -> BadImageError:
-    """Returns an error of one line that names all images that cannot be decoded, up to a limit."""
-    if len(bad) == 1:
-        return BadImageError(*bad.values())
-    shown = "; ".join(list(bad.values())[:_SHOWN_BAD])
-    rest = f"; and {len(bad) - _SHOWN_BAD} more" if len(bad) > _SHOWN_BAD else ""
-    return BadImageError(f"{len(bad)} images cannot be decoded: {shown}{rest}")
-
-
 def open_images(
     source: str = sources.DEFAULT,
     *,
@@ -278,12 +291,6 @@ def open_images(
         columns=columns,
         cache_bytes=cache_bytes,
     )
-
-
-def print_summary(image_set: ImageSet) -> None:
-    """Prints the summary of a set on standard error; commands that read images begin with it."""
-    for line in image_set.summary():
-        print_note(f"images: {line}")
 
 
 class ImageRows(Dataset):

@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeAlias
 from smalti.core.errors import UserError
 from smalti.core.progress import print_note
 from smalti.images.checks import Checks
-from smalti.images.decoding import BadImageError, Fit, recorded_fit
-from smalti.images.image_set import ImageSet, bad_images_error, open_images, print_summary
+from smalti.images.decoding import BadImageError, bad_images_error
+from smalti.images.fitting import Fit, recorded_fit
+from smalti.images.image_set import ImageSet, open_images
 
 OnBadImage: TypeAlias = Literal["raise", "skip"]
 
@@ -124,6 +125,12 @@ def _open(source: str, reading: Reading, *, height: int, width: int, channels: i
         image_column=reading.image_column,
         label_column=reading.label_column,
     )
+
+
+def print_summary(image_set: ImageSet) -> None:
+    """Prints the summary of a set on standard error; commands that read images begin with it."""
+    for line in image_set.summary():
+        print_note(f"images: {line}")
 
 
 def _check(images: ImageSet, reading: Reading, *, trained: bool, shown: bool) -> None:

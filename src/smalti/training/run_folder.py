@@ -157,12 +157,13 @@ class Run:
                 metrics.write(json.dumps({"step": step, **rounded}) + "\n")
 
 
-def last_metrics(folder: Path, *, until: float = math.inf) -> dict[str, float]:
+def last_metrics(folder: Path, *, until: int | None = None) -> dict[str, float]:
     """Returns the newest value of every metric of the run at `folder`, up to a step."""
     newest: dict[str, float] = {}
     for line in (folder / METRICS_NAME).read_text().splitlines():
         values = json.loads(line)
-        newest |= {name: float(value) for name, value in values.items() if values["step"] <= until}
+        if until is None or values["step"] <= until:
+            newest |= {name: float(value) for name, value in values.items()}
     return newest
 
 

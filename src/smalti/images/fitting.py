@@ -1,0 +1,77 @@
+"""Fits images of any proportions to one size: crops, pads or squashes them, whole or a random crop of them."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from jaxtyping import Int64
+from PIL import Image
+from torch import Tensor
+
+from smalti.core.randomness import Stream, derive, uniform
+
+Fit: TypeAlias = Literal["crop", "pad", "squash"]
+"""The way in which an image of other proportions becomes one of a given size."""
+_DESCRIBED_FITS: dict[Fit, str] = {
+    "crop": "shorter side, centre crop",
+    "pad": "longer side, white borders",
+    "squash": "each side, proportions ignored",
+}
+SMALLEST_CROP = 0.8
+"""Smallest side of a random crop, as a share of the side of the whole image's largest crop of the same proportions."""
+
+
+class Crop(NamedTuple):
+    """A part of an image: its side as a share of the largest crop, and its place, each from 0 (left, top) to 1."""
+
+    side: float
+    across: float
+    down: float
+
+
+def random_crops(numbers: Int64[Tensor, " n"], count: int) -> list[list[Crop]]:
+    """Draws `count` crops of each image: sides uniform from `SMALLEST_CROP` to 1, places uniform in the image.
+
+    They depend on the image's number and the crop's number alone, so that every build of a set has the same ones.
+    """
+    draws = uniform(derive(numbers, Stream.RANDOM_CROPS), count, 3).tolist()
+    return [[Crop(SMALLEST_CROP + (1 - SMALLEST_CROP) * side, x, y) for side, x, y in image] for image in draws]
+
+
+def fitted(image: Image.Image, *, height: int, width: int, fit: Fit, crop: Crop | None = None) -> Image.Image:
+    """Resamples an image, or a crop of it, to a size (Lanczos); see `decoding.decode`.
+
+    Cropping is one step with resampling: resizing before would make an intermediate image of 3x5000 pixels huge.
+    """
+    if fit == "pad":
+        assert crop is None
+        scale = max(image.width / width, image.height / height)
+        size = (max(1, round(image.width / scale)), max(1, round(image.height / scale)))
+        padded = Image.new(image.mode, (width, height), "white")
+        corner = ((width - size[0]) // 2, (height - size[1]) // 2)
+        padded.paste(image.resize(size, Image.Resampling.LANCZOS), corner)
+        return padded
+    side, across, down = crop or Crop(1.0, 0.5, 0.5)
+    scale = min(image.width / width, image.height / height)
+    whole = (image.width, image.height) if fit == "squash" else (scale * width, scale * height)
+    size = side * whole[0], side * whole[1]
+    left, top = across * (image.width - size[0]), down * (image.height - size[1])
+    box = (left, top, min(left + size[0], image.width), min(top + size[1], image.height))  # rounding may exceed it
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def describe(*, height: int, width: int, channels: int, fit: Fit = "crop") -> dict[str, Any]:
+    """Describes what `decode` does to every image, as JSON for latent sets; keep it in step with `decode`."""
+    return {
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "fit": _DESCRIBED_FITS[fit],
+        "resampling": "lanczos",
+        "background": "white",
+    }
+
+
+def recorded_fit(preprocessing: Mapping[str, Any]) -> Fit:
+    """Returns the fit that `describe` recorded; models from before there was a choice cropped."""
+    fits: list[Fit] = [fit for fit, text in _DESCRIBED_FITS.items() if text == preprocessing.get("fit")]
+    return fits[0] if fits else "crop"

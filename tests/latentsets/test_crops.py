@@ -1,0 +1,59 @@
+"""Latent sets with random crops: which rows there are, whose codes they hold, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.build_toys import FLAGS, run, save_tokenizer, write_images
+
+from smalti.images.decoding import to_float
+from smalti.images.image_set import open_images
+from smalti.images.splits import held_out
+from smalti.latentsets.reader import LatentSet
+from smalti.tokenizers.vq.hrvq import HRVQ
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    write_images(tmp_path / "img", count=40)
+    (tmp_path / "img" / "0003.png").write_text("no image")
+    save_tokenizer(tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("flips", [True, False])
+def test_training_images_have_crops_and_held_out_images_have_none(workspace, capfd, flips):
+    more = ["--on-bad-image", "skip", *(() if flips else ("--no-flips",))]
+    status, _, error = run(capfd, *FLAGS, "--out", "crops.h5", "--crops", "2", *more)
+    assert status == 0, error
+    latents, images = LatentSet("crops.h5"), open_images("img", height=8, width=8)
+    assert latents.provenance.preprocessing["crops"] == 2
+    out, tokenizer, expected = held_out(images.source_ids), HRVQ.load("tokenizer"), []
+    for number in range(len(images)):
+        if number != 3:
+            pixels = images.pixels([number])
+            if not out[number]:
+                pixels = torch.cat([pixels, images.crops([number], 2)[0]])
+            rows = [row for each in to_float(pixels) for row in ((each, each.flip(-1)) if flips else (each,))]
+            expected.append((rows, bool(out[number])))
+    codes = torch.cat([tokenizer.encode(row[None])[0] for rows, _ in expected for row in rows])
+    assert np.array_equal(latents.read(0, range(len(latents))), codes)
+    assert latents.held_out.tolist() == [held for rows, held in expected for _ in rows]
+    assert latents.flipped.tolist() == [bool(flips and n % 2) for rows, _ in expected for n in range(len(rows))]
+    numbers = [int(images.source_ids[n]) for n in range(len(images)) if n != 3]
+    shared = [numbers[image] for image, (rows, _) in enumerate(expected) for _ in rows]
+    same = np.array(shared)[:, None] == np.array(shared)
+    assert np.array_equal(same, latents.source_ids[:, None].numpy() == latents.source_ids.numpy())
+
+
+def test_crops_that_cannot_be_made_are_refused_in_one_line(workspace, capfd):
+    for flags, message in (
+        (("--crops", "-1"), "--crops must be from 0 to 1000"),
+        (("--crops", "1", "--fit", "pad"), "white borders"),
+    ):
+        status, _, error = run(capfd, *FLAGS, "--out", "crops.h5", "--on-bad-image", "skip", *flags)
+        assert status == 2
+        assert message in error.splitlines()[-1]
