@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, cast
 
@@ -35,6 +36,12 @@ def prior(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app") / "pair"
     save_pair(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _temporary_folders_in_that_of_the_test(monkeypatch, tmp_path):
+    """Gradio's client leaves an empty folder for each file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
