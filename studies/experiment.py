@@ -22,7 +22,7 @@ from smalti.commands.model_paths import load_tokenizer
 from smalti.core.devices import best_device
 from smalti.core.files import whole_file, write_json
 from smalti.core.provenance import machine
-from smalti.evaluation.real_images import Real
+from smalti.evaluation.real_images import RealImages
 from smalti.images.decoding import to_float, to_uint8
 from smalti.tokenizers.base import Tokenizer
 
@@ -90,12 +90,12 @@ class FrechetEvaluator(Evaluator):
         open_real: A function that opens the real images: held-out ones, and training images as the reference.
     """
 
-    def __init__(self, key: str, open_real: Callable[[], Real]) -> None:
+    def __init__(self, key: str, open_real: Callable[[], RealImages]) -> None:
         super().__init__(key)
         self._open_real = open_real
 
     @cached_property
-    def real(self) -> Real:
+    def real(self) -> RealImages:
         """The real images."""
         return self._open_real()
 

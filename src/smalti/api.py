@@ -45,7 +45,8 @@ def load_prior(source: str | Path) -> Prior:
     """Loads a trained prior in evaluation mode on the CPU.
 
     Args:
-        source: a folder, a kind (`"hourglass"` is the one in `runs/priors/hourglass`), or a hub id.
+        source: `"portraits"`, the one in the package; a folder; a kind (`"hourglass"` is the one in
+            `runs/priors/hourglass`); or a hub id.
 
     Raises:
         UserError: if there is no prior, it is damaged, or its weights do not fit its config.

@@ -28,7 +28,7 @@ from smalti.core.devices import Precision, best_device
 from smalti.core.files import whole_file
 from smalti.evaluation.code_likelihood import count_bits
 from smalti.evaluation.config import EvaluationSettings
-from smalti.evaluation.real_images import Real
+from smalti.evaluation.real_images import RealImages
 from smalti.images.decoding import to_uint8
 from smalti.images.image_set import ImageSet
 from smalti.latentsets.reader import LatentSet
@@ -130,9 +130,9 @@ def evaluator_of(config: ReproduceHRVQVAE) -> FrechetEvaluator:
     budget = config.generating
     extractor = find_extractor(budget.extractor, best_device())  # before any training: it may not be installed
 
-    def open_real() -> Real:
+    def open_real() -> RealImages:
         settings = EvaluationSettings(images=config.images, num=budget.num, reference=budget.reference)
-        return Real(settings, open_data(config), extractor)
+        return RealImages(settings, open_data(config), extractor)
 
     return FrechetEvaluator(f"{budget.extractor}-{budget.num}-of-{budget.reference}", open_real)
 

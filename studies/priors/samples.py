@@ -23,7 +23,7 @@ from smalti.commands.sample import generate_codes, generate_images
 from smalti.core.devices import autocast, best_device
 from smalti.core.files import write_json
 from smalti.evaluation.config import EvaluationSettings
-from smalti.evaluation.real_images import Real, real_for
+from smalti.evaluation.real_images import RealImages, real_for
 from smalti.images.decoding import to_float, to_uint8
 from smalti.metrics.extractors import find_extractor
 from smalti.priors.base import Prior
@@ -93,7 +93,7 @@ class Evaluator:
         return find_extractor("lite0", self._device)
 
     @cached_property
-    def _real(self) -> Real:
+    def _real(self) -> RealImages:
         config = self._config
         settings = EvaluationSettings(images=config.images, num=config.num, reference=config.reference)
         return real_for(settings, load_tokenizer(str(self._folder)), self._extractor)

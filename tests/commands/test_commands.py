@@ -24,7 +24,7 @@ from PIL import Image
 
 from smalti.scripts import build_latents, inpaint, sample, train_prior, train_tokenizer
 from smalti.training.run_folder import METRICS_NAME
-from smalti.training.snapshots import STATES_NAME, States
+from smalti.training.snapshots import STATES_NAME, Snapshots
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # Saves only when it is stopped or finished, so a stopped run resumes from the snapshot that the signal caused.
@@ -53,7 +53,7 @@ def interrupt(command, run_folder):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group: the launcher too
     output = process.communicate(timeout=60)[0]
-    while not States(run_folder).steps():  # the launcher may exit before the script has saved
+    while not Snapshots(run_folder).steps():  # the launcher may exit before the script has saved
         time.sleep(0.02)
     return process.returncode, output
 
@@ -148,13 +148,13 @@ def test_a_rollback_to_a_snapshot_gives_the_same_result(tokenizer, workspace, ca
     """The later snapshots are discarded, and training ends with the same weights."""
     flags = [*TOKENIZER.split(), *STEPS.split(), "--save-steps", "40", "--keep-states", "9", "--out", "back"]
     assert run(capfd, train_tokenizer.main, *flags)[0] == 0
-    assert States(workspace / "back").steps() == [40, 80, 120, 150]
+    assert Snapshots(workspace / "back").steps() == [40, 80, 120, 150]
     status, _, err = run(capfd, train_tokenizer.main, *flags, "--resume", "30")
     assert status == 2
     assert "keeps no state of step 30; --resume one of these: 40, 80, 120, 150" in err
-    before = States(workspace / "back").path(40).stat().st_mtime_ns
+    before = Snapshots(workspace / "back").path(40).stat().st_mtime_ns
     assert run(capfd, train_tokenizer.main, *flags, "--resume", "40")[0] == 0
-    assert States(workspace / "back").path(40).stat().st_mtime_ns == before
+    assert Snapshots(workspace / "back").path(40).stat().st_mtime_ns == before
     assert checkpoint_config(workspace / "back")["digest"] == checkpoint_config(tokenizer)["digest"]
 
 
@@ -204,7 +204,7 @@ def test_codebook_usage_is_measured(tokenizer):
 
 def test_a_snapshot_of_a_prior_samples_the_same_images(prior, workspace, capfd):
     flags = ["--num", "2", "--precision", "fp32", "--steps", "2"]
-    newest = str(States(prior).path(40))
+    newest = str(Snapshots(prior).path(40))
     for source, name in [("prior", "x.png"), (newest, "y.png")]:
         assert run(capfd, sample.main, "--prior", source, *flags, "--out", name)[0] == 0
     assert np.array_equal(np.array(Image.open(workspace / "x.png")), np.array(Image.open(workspace / "y.png")))

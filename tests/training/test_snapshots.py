@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
-from smalti.training.snapshots import DIGESTS_NAME, STATE_NAME, States
+from smalti.training.snapshots import DIGESTS_NAME, STATE_NAME, Snapshots
 
 STATE = {"step": 3, "weights": torch.arange(1000.0), "more": [1, 0.5, "text", None]}
 
@@ -21,7 +21,7 @@ STATE = {"step": 3, "weights": torch.arange(1000.0), "more": [1, 0.5, "text", No
 def states(tmp_path):
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         (tmp_path / name).write_text("a model")
-    return States(tmp_path)
+    return Snapshots(tmp_path)
 
 
 def files(states):
@@ -56,7 +56,7 @@ def test_every_flipped_bit_and_truncation_is_detected(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("states")
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         (folder / name).write_text("a model")
-    states = States(folder)
+    states = Snapshots(folder)
     states.save(1, {"v": 1}, keep=2, best=None)
     states.save(2, STATE, keep=2, best=None)
     file = states.path(2) / data.draw(st.sampled_from([STATE_NAME, WEIGHTS_NAME, CONFIG_NAME]))

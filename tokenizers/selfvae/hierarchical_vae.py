@@ -22,7 +22,7 @@ from smalti.core.realnvp_flow import Flow
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput, require_size
 from smalti.tokenizers.layers.dense import DenseBlock, init_weight_norm_from_data
 from smalti.tokenizers.selfvae.logistic import bits_per_number, to_bins
-from smalti.tokenizers.selfvae.modes import MODES, Pixels, Transmitted, Way
+from smalti.tokenizers.selfvae.modes import MODES, GenerationMode, Pixels, Transmitted
 from smalti.tokenizers.selfvae.networks import Decoder, Encoder, Gaussian, Shape
 from smalti.tokenizers.selfvae.transformations import Form
 
@@ -215,13 +215,13 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         return self.decode_from(Transmitted(u=u), seeds)
 
     @property
-    def modes(self) -> tuple[Way, ...]:
+    def modes(self) -> tuple[GenerationMode, ...]:
         """Generation modes of this model. A plain VAE has no representations, so it has only two."""
         return tuple(MODES) if self.top else ("generation", "reconstruction-1")
 
     @torch.no_grad()
     def transmit(
-        self, images: Float[Tensor, "b c h w"], mode: Way, seeds: Int64[Tensor, " b"] | None = None
+        self, images: Float[Tensor, "b c h w"], mode: GenerationMode, seeds: Int64[Tensor, " b"] | None = None
     ) -> Transmitted:
         """Returns the parts of images that a mode transmits.
 

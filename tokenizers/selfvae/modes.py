@@ -11,14 +11,14 @@ from typing import Literal, TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
-Way: TypeAlias = Literal[
+GenerationMode: TypeAlias = Literal[
     "generation", "conditional-generation", "conditional-reconstruction", "reconstruction-1", "reconstruction-2"
 ]
 """Names of the five generation modes (Section 3.3)."""
 Pixels: TypeAlias = Literal["mean", "sample"]
 """Choice of pixels from their likelihood: its mean, rounded to the nearest possible value, or a sample."""
 
-MODES: dict[Way, str] = {
+MODES: dict[GenerationMode, str] = {
     "generation": "",
     "conditional-generation": "y",
     "conditional-reconstruction": "yz",

@@ -20,7 +20,7 @@ from smalti.images.image_set import ImageRows
 from smalti.images.reading import Reading
 from smalti.images.sheets import embedded_settings, require_png, save_grid, save_sheet
 from smalti.tokenizers.base import Tokenizer
-from smalti.tokenizers.selfvae.hierarchical_vae import Hierarchy, Pixels, Way
+from smalti.tokenizers.selfvae.hierarchical_vae import GenerationMode, Hierarchy, Pixels
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SampleMode:
         UserError: for a number below 1.
     """
 
-    mode: Way
+    mode: GenerationMode
     """Generation mode, by what is transmitted of an image: `generation` nothing; `conditional-generation` the smallest
     representation; `conditional-reconstruction` also the latents z; `reconstruction-1` the latents u;
     `reconstruction-2` u and z. The model samples the rest."""

@@ -77,7 +77,7 @@ class Stream(IntEnum):
 
     EVALUATION_REFERENCE = "evaluation", 0
     EVALUATION_HELD_OUT = "evaluation", 1
-    EVALUATION_HOLES = "evaluation", 2
+    EVALUATION_MASKS = "evaluation", 2
     EVALUATION_FILLS = "evaluation", 3
     HQA_STUDY_DECODE = "HQA study", 64
 

@@ -35,7 +35,7 @@ def evaluate_inpainting(config: InpaintingEvaluation[Any]) -> tuple[Scores, Cond
     """
     torch_device, _, priors, tokenizer, real = open_priors(config)
     originals, seeds = to_float(real.judged), row_seeds(config.protocol.seed, torch.arange(len(real.judged)))
-    mask = strokes(derive(seeds, Stream.EVALUATION_HOLES), *originals.shape[2:])
+    mask = strokes(derive(seeds, Stream.EVALUATION_MASKS), *originals.shape[2:])
     filled = _fill(config, priors, tokenizer, real.judged, mask, derive(seeds, Stream.EVALUATION_FILLS), torch_device)
     fills = to_float(filled)
     completed = {

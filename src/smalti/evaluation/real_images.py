@@ -28,7 +28,7 @@ BATCH_SIZE = 64
 """Images that a network or an extractor receives at once during an evaluation."""
 
 
-class Real:
+class RealImages:
     """Held-out images to compare a model with, and training images as the reference set of distances.
 
     Args:
@@ -91,13 +91,13 @@ class Real:
 
 def real_for(
     settings: EvaluationSettings, tokenizer: Tokenizer, extractor: Extractor, prior: Prior | None = None
-) -> Real:
+) -> RealImages:
     """Reads real images in the size of a tokenizer's images, and adds the tokenizer's digest to the conditions.
 
     Without `settings.images` they are those that the prior was trained on, or the tokenizer if there is no prior.
 
     Raises:
-        UserError: as `Real` and `read_images_for` do, for images that have changed since the training among others.
+        UserError: as `RealImages` and `read_images_for` do, also for images that have changed since the training.
     """
     provenance = (
         prior.provenance if prior is not None and prior.provenance.get("image_source") else tokenizer.provenance
@@ -111,7 +111,7 @@ def real_for(
         width=tokenizer.config.width,
         channels=tokenizer.image_channels,
     )
-    real = Real(settings, images, extractor)
+    real = RealImages(settings, images, extractor)
     conditions = real.conditions
     show_images(images.source, held_out=conditions["images"], reference=conditions["reference_images"])
     conditions["tokenizer_digest"] = tokenizer.digest()
@@ -139,7 +139,7 @@ class Opened(NamedTuple):
     extractor: Extractor
     priors: list[Prior]
     tokenizer: Tokenizer
-    real: Real
+    real: RealImages
 
 
 def open_priors(config: PriorEvaluation[Any] | InpaintingEvaluation[Any]) -> Opened:

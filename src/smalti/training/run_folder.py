@@ -15,7 +15,7 @@ from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.core.provenance import command, git_commit, versions
-from smalti.training.snapshots import States
+from smalti.training.snapshots import Snapshots
 
 RUN_NAME, METRICS_NAME = "run.json", "metrics.jsonl"
 MODEL_NAMES = (WEIGHTS_NAME, CONFIG_NAME)
@@ -61,7 +61,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, main: bool = True, resume: Resume = "auto") -> None:
-        self.folder, self.main, self.states = folder, main, States(folder)
+        self.folder, self.main, self.states = folder, main, Snapshots(folder)
         self.settings = json.loads(json.dumps(settings, default=str))  # as JSON reads them: tuples become lists
         if main:
             held = locks.hold(folder, folder=True)

@@ -20,7 +20,7 @@ from smalti.core.progress import print_note
 STATES_NAME, STATE_NAME, DIGESTS_NAME = "states", "state.pt", "digests.json"
 
 
-class States:
+class Snapshots:
     """The snapshots of one run, folders such as `states/step_00000250`.
 
     Each has `state.pt`, the model of that step (so that it loads as a checkpoint), and digests of these files.
