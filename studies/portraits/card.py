@@ -164,8 +164,9 @@ show whether samples are new combinations.*
 
 MSE is in units of [0, 1]. Fréchet distances (`--extractor lite0`) are those of the reconstructions of held-out images
 and of {SAMPLES} samples to {images["training"] - SAMPLES} training images. For comparison, {SAMPLES} other training
-images have {floor:.0f}: the samples' is {prior["frechet"] / floor:.1f} times as much. A sample is too near if it is
-nearer to a training image than {copies} of the held-out images are.
+images have {floor:.0f}: the samples' is {prior["frechet"] / floor:.1f} times as much, and that of reconstructions
+{tokenizer["frechet_of_reconstructions"] / floor:.1f} times. A sample is too near if it is nearer to a training image
+than {copies} of the held-out images are.
 
 - **Data**: {images["training"]} of the 9,000 embedded portraits; {images["held_out"]} are held out. Sources and
   licences are in `smalti/images/data/NOTICE.md`.

@@ -55,13 +55,17 @@ class Draw:
     sampling: Any
 
 
+HUNDRED_STEPS = SundaeSampling(steps=100, proportion=(0.3, 0.1), order="random")
+"""The sampler that fewer steps are compared with: the default when the study was made."""
+
+
 def draws(config: ReproducePriors) -> list[Draw]:
-    """Returns all settings that are compared. SUNDAE with fewer steps than its default also keeps its proportions."""
-    result, default = [], SundaeSampling()
+    """Returns all settings that are compared. SUNDAE with fewer steps also keeps the proportions of 100 steps."""
+    result = []
     for steps in config.step_counts:
-        sundae = SundaeSampling(steps=steps, guidance=config.guidance)
+        sundae = replace(HUNDRED_STEPS, steps=steps, guidance=config.guidance)
         result.append(Draw("SUNDAE", "SUNDAE", steps, replace(sundae, proportion=proportion(steps))))
-        if steps < default.steps:
+        if steps < HUNDRED_STEPS.steps:
             result.append(Draw("SUNDAE", "SUNDAE, proportions of 100 steps", steps, sundae))
         masked = MaskedSampling(steps=steps, guidance=config.guidance)
         result.append(Draw("masked codes", "masked codes", steps, masked))
@@ -70,12 +74,11 @@ def draws(config: ReproducePriors) -> list[Draw]:
 
 
 def proportion(steps: int) -> tuple[float, float]:
-    """Returns the proportions for which SUNDAE updates each code as often in `steps` as by default in its own steps.
+    """Returns the proportions for which SUNDAE updates each code as often in `steps` as `HUNDRED_STEPS` does.
 
     They are at most 1: with too few steps, all codes are updated at every step.
     """
-    default = SundaeSampling()
-    first, last = (min(1.0, share * default.steps / steps) for share in default.proportion)
+    first, last = (min(1.0, share * HUNDRED_STEPS.steps / steps) for share in HUNDRED_STEPS.proportion)
     return first, last
 
 
@@ -185,7 +188,7 @@ def canvases(folder: Path, config: ReproducePriors) -> Canvases:
 
 
 def _codes(prior: Prior, count: int, grid: tuple[int, int], config: ReproducePriors) -> Int64[Tensor, "b h w"]:
-    batches, sampling = [], SundaeSampling(steps=config.canvas_steps, guidance=config.guidance)
+    batches, sampling = [], replace(HUNDRED_STEPS, steps=config.canvas_steps, guidance=config.guidance)
     for rows in torch.arange(count).split(ROWS_AT_ONCE):
         with autocast(best_device(), config.precision):
             labels = draw_labels(prior, (), rows, 0)

@@ -25,12 +25,20 @@ from smalti.evaluation.prior import evaluate_prior
 from smalti.latentsets.dataset import LatentRows
 from smalti.metrics.extractors import Extractor
 from smalti.priors.methods.canvas import window_starts
-from smalti.priors.methods.sundae import Sundae, SundaeSampling
+from smalti.priors.methods.sundae import Sundae
 from smalti.scripts import reproduce as command
 from smalti.studies.priors import samples, training
 from smalti.studies.priors.report import resampling_table
 from smalti.studies.priors.resampling_variants import RunsHourglass
-from smalti.studies.priors.samples import Evaluator, canvases, columns, differences_across, draws, proportion
+from smalti.studies.priors.samples import (
+    HUNDRED_STEPS,
+    Evaluator,
+    canvases,
+    columns,
+    differences_across,
+    draws,
+    proportion,
+)
 from smalti.studies.priors.study import RESAMPLING, SETUPS, Cell, Grid, ReproducePriors, ResamplingPart
 from smalti.studies.priors.training import (
     RESULT_NAME,
@@ -179,7 +187,7 @@ def test_distances_equal_those_of_the_evaluate_command(folder):
 def test_proportion_updates_each_code_as_often_with_fewer_steps(steps):
     first, last = proportion(steps)
     assert 0 < last <= first <= 1
-    default = SundaeSampling()
+    default = HUNDRED_STEPS
     updates, by_default = steps * (first + last) / 2, default.steps * sum(default.proportion) / 2
     assert updates == pytest.approx(by_default) or (updates < by_default and first == 1)
     assert proportion(default.steps) == pytest.approx(default.proportion)
