@@ -80,7 +80,9 @@ def test_samples_follow_the_enumerated_chain(known, min_steps):
         known=torch.full((rows, 2, 2), 2),
         known_mask=mask.view(1, 2, 2).expand(rows, -1, -1),
         seeds=row_seeds(7, torch.arange(rows)),
-        sampling=SundaeSampling(steps=2, temperature=(1.2, 0.6), proportion=(0.3, 0.8), min_steps=min_steps),
+        sampling=SundaeSampling(
+            steps=2, temperature=(1.2, 0.6), proportion=(0.3, 0.8), min_steps=min_steps, order="random"
+        ),
     )
     counts = torch.bincount(codes.flatten(1) @ torch.tensor([27, 9, 3, 1]), minlength=81)
     assert abs(expected.sum() - 1) < 1e-5
@@ -167,7 +169,7 @@ def test_each_row_depends_on_its_own_seed_only():
     """A row is the same alone, in a batch and in another order, although rows need different numbers of steps."""
     prior = prior_of(12.0)
     seeds = row_seeds(8, torch.arange(5))
-    sampling = SundaeSampling(steps=60, min_steps=2, proportion=(0.3, 0.3), temperature=(0.7, 0.7))
+    sampling = SundaeSampling(steps=60, min_steps=2, proportion=(0.3, 0.3), temperature=(0.7, 0.7), order="random")
     together = generate(prior, seeds, 3, 4, sampling)
     assert torch.equal(generate(prior, seeds.flip(0), 3, 4, sampling).flip(0), together)
     taken = []
@@ -183,7 +185,7 @@ def test_each_row_depends_on_its_own_seed_only():
 def test_row_is_finished_after_its_first_step_without_change():
     prior = prior_of(12.0)
     seeds = row_seeds(9, torch.arange(16))
-    sampling = SundaeSampling(steps=200, min_steps=3, proportion=(0.3, 0.3), temperature=(0.7, 0.7))
+    sampling = SundaeSampling(steps=200, min_steps=3, proportion=(0.3, 0.3), temperature=(0.7, 0.7), order="random")
     history = []
     generate(prior, seeds, 3, 4, sampling, lambda _, codes: history.append(codes))
     path = torch.stack(history)  # steps b h w
