@@ -143,6 +143,16 @@ def test_a_mask_of_another_size_is_resized_on_request(tmp_path):
     assert mask.tolist() == [[True, False], [False, True]]
 
 
+def test_a_mask_far_larger_than_its_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    Image.new("L", (7_500, 7_500)).save(tmp_path / "mask.png")
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.ImageFile.ImageFile.load", None)
+        with pytest.raises(UserError, match=r"has 56250000 pixels but the image is 30x20; shrink the mask"):
+            load_mask(tmp_path / "mask.png", height=20, width=30, resize=True)
+    with pytest.raises(UserError, match="masks nothing"):
+        load_mask(tmp_path / "mask.png", height=7_500, width=7_500)
+
+
 @given(st.integers(0, 999), st.integers(4, 40), st.integers(4, 40))
 def test_strokes_depend_on_their_seed_and_leave_known_pixels(seed, height, width):
     masks = strokes(row_seeds(seed, torch.arange(3)), height, width)

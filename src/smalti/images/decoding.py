@@ -139,6 +139,16 @@ def load_image(
         return decode(_read(path), channels=channels, height=height, width=width)
 
 
+def declared_pixels(path: str | Path) -> int:
+    """Returns the number of pixels that a file declares, without decoding any.
+
+    Raises:
+        UserError: as `load_image` does.
+    """
+    with _named(path), _opened(_read(path), channels=1, load=False) as image:
+        return image.width * image.height
+
+
 def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
     """Returns the transparency of each pixel, 255 = fully transparent; None for an opaque image.
 
@@ -213,17 +223,18 @@ def most_pixels() -> int:
 
 
 @contextmanager
-def _opened(encoded: bytes, *, channels: int) -> Iterator[Image.Image]:
-    """Opens an image, upright and loaded; errors of its bytes, here or in the `with` block, become `BadImageError`.
+def _opened(encoded: bytes, *, channels: int, load: bool = True) -> Iterator[Image.Image]:
+    """Opens an image; errors of its bytes, here or in the `with` block, become `BadImageError`.
 
-    `channels` is the number that the caller needs, which decides how much memory it takes.
+    `channels` is the number that the caller needs, which decides how much memory it takes. With `load`, the image is
+    loaded and upright.
     """
     if not encoded:
         raise BadImageError("the image is empty (0 bytes); repair or remove it")
     try:
         with Image.open(BytesIO(encoded)) as image:
             _refuse_bomb(image, len(encoded), channels)
-            yield _upright(image)
+            yield _upright(image) if load else image
     except BadImageError:
         raise
     except Image.UnidentifiedImageError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.randomness import uniform
-from smalti.images.decoding import load_image, load_layers, load_transparency
+from smalti.images.decoding import declared_pixels, load_image, load_layers, load_transparency
 
 DILATION_CODES = 1
 """Width of the ring of codes around a mask that is sampled too: their receptive field includes blanked pixels."""
@@ -26,6 +26,8 @@ _BLACK, _WHITE = 15, 240
 """Values up to the first count as black, from the second on as white."""
 _MASK_SHARE, _PHOTO_SHARE = 0.99, 0.5
 """A mask is black or white in at least the first share of its pixels, a photograph in less than the second."""
+MOST_RESIZED_PIXELS = 50 * 10**6
+"""Pixels of a mask that is larger than its image. More would take memory for nothing."""
 _PHOTO_GREYS = 32
 """A photograph has more than so many greys, each in more than a thousandth of its pixels."""
 MOST_STROKES, STROKE_POINTS = 3, 3
@@ -59,6 +61,8 @@ def load_mask(
     Raises:
         UserError: if the file cannot be read, is a photograph, has another size, or masks no pixel or every pixel.
     """
+    if (pixels := declared_pixels(path)) > max(MOST_RESIZED_PIXELS, height * width):
+        raise UserError(f"{path} has {pixels} pixels but the image is {width}x{height}; shrink the mask to that size")
     transparency = load_transparency(path)
     painted = transparency is not None and not erased and is_white_paint(path)
     if transparency is None:
