@@ -105,7 +105,7 @@ def test_changed_header_is_refused_in_one_line(tmp_path, change):
 def test_other_files_are_refused_in_one_line(tmp_path):
     path = tmp_path / "c.smalti"
     assert "No such file" in refusal(path)
-    assert "Is a directory" in refusal(tmp_path)
+    assert "is a folder" in refusal(tmp_path)
     for content in (b"", MAGIC, b"[" * 10**5, b'{"layout":' + b"9" * 5000 + b"}", b'{"a":"\xff"}', b"[1]", b'"x"'):
         path.write_bytes(MAGIC + content + b"\n" if content else content)
         assert "not a whole file of packed codes" in refusal(path)

@@ -20,12 +20,18 @@ from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError, require_finite
-from smalti.core.files import file_digest
 from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
-from smalti.images.decoding import load_image, load_layers, load_transparency, most_pixels, to_float
+from smalti.images.decoding import (
+    image_sha256,
+    load_image,
+    load_layers,
+    load_transparency,
+    most_pixels,
+    to_float,
+)
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
 from smalti.images.sheets import embedded_settings, require_png, save_png, save_sheet, to_image
 from smalti.images.sources import EXAMPLE_IMAGE
@@ -110,10 +116,8 @@ class _Job(NamedTuple):
 def inpaint(config: Inpaint[Any]) -> Path:
     """Fills the masked pixels of an image, or of every image in a folder, several times.
 
-    Every pixel outside the mask and its feather band is returned exactly, in 8 bits.
-
-    Returns:
-        The path of the first fill, or the folder of all fills.
+    Every pixel outside the mask and its feather band is returned exactly, in 8 bits. The result is the path of the
+    first fill, or the folder of all fills.
 
     Raises:
         UserError: for an unsuitable file, mask or model, or sizes that do not match.
@@ -130,7 +134,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
     settings = {"command": "inpaint", **flatten(config), "prior_digests": digests, "versions": versions()}
     calls: list[int] = []
     inputs = None
-    image_digests = [file_digest(job.image) for job in jobs]
+    image_digests = [image_sha256(job.image) for job in jobs]
     with ExitStack() as stack:
         stack.enter_context(_claimed(config, image, jobs, image_digests))
         for job in jobs:  # reads every image before the first fill, so that any bad file is reported at once

@@ -1,10 +1,11 @@
 """Decodes encoded images: every format that Pillow reads becomes a uint8 tensor of one size.
 
-Where the bytes come from is in `sources.py`; sets of images are in `image_set.py`.
+The bytes come from `sources.py`; sets of images are in `image_set.py`.
 
 Legend: c channels (1 grey or 3 RGB), h w pixels.
 """
 
+import hashlib
 import struct
 import sys
 import zlib
@@ -137,6 +138,12 @@ def load_image(
     """
     with _named(path):
         return decode(_read(path), channels=channels, height=height, width=width)
+
+
+def image_sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of a file's bytes in hexadecimal; raises `UserError` as `load_image` does."""
+    with _named(path):
+        return hashlib.sha256(_read(path)).hexdigest()
 
 
 def declared_pixels(path: str | Path) -> int:
