@@ -49,6 +49,15 @@ def save_tokenizer(folder: Path, seed: int = 0) -> None:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes on one thread within the block, as codes of tests are compared exactly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
 def trained_in(folder: Path, train: list[str], images: int) -> Iterator[Path]:
     """Writes images into a folder, trains a tokenizer there, and yields the folder as the current one."""
     write_images(folder / "img", count=images)

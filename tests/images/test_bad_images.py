@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers.build_toys import FLAGS, run, save_tokenizer
+from helpers.build_toys import FLAGS, one_thread, run, save_tokenizer
 from PIL import Image
 
 from smalti.commands import build_latents
@@ -71,10 +71,8 @@ def workspace(tmp_path, monkeypatch):
         write(tmp_path / "img", name, content)
     save_tokenizer(tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(before)
+    with one_thread():
+        yield tmp_path
 
 
 def expected_codes(workspace, names):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.build_toys import FLAGS, run, save_tokenizer, write_images
+from helpers.build_toys import FLAGS, one_thread, run, save_tokenizer, write_images
 
 from smalti.images.decoding import to_float
 from smalti.images.image_set import open_images
@@ -18,10 +18,8 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "img" / "0003.png").write_text("no image")
     save_tokenizer(tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(before)
+    with one_thread():
+        yield tmp_path
 
 
 @pytest.mark.parametrize("flips", [True, False])
