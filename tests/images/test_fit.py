@@ -69,6 +69,11 @@ def test_crops_have_the_size_and_never_leave_the_image(size, target, crop, fit):
     assert cropped.getcolors() == [(target[0] * target[1], (255, 0, 0))]
 
 
+def test_rounding_does_not_make_a_box_larger_than_the_image():
+    """The largest crop of 7:5 is 14 femtopixels wider than this image."""
+    assert fitted(Image.new("L", (253, 295)), height=5, width=7, fit="crop").size == (7, 5)
+
+
 def test_crops_are_parts_of_the_original_image():
     """A crop of half the side of 12x18 pixels, at the right and in the middle, is a box of 6x6 of its pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)

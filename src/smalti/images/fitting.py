@@ -54,8 +54,8 @@ def fitted(image: Image.Image, *, height: int, width: int, fit: Fit, crop: Crop 
     scale = min(image.width / width, image.height / height)
     whole = (image.width, image.height) if fit == "squash" else (scale * width, scale * height)
     size = side * whole[0], side * whole[1]
-    left, top = across * (image.width - size[0]), down * (image.height - size[1])
-    box = (left, top, min(left + size[0], image.width), min(top + size[1], image.height))  # rounding may exceed it
+    left, top = max(0.0, across * (image.width - size[0])), max(0.0, down * (image.height - size[1]))
+    box = (left, top, min(left + size[0], image.width), min(top + size[1], image.height))  # rounding exceeds the image
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
