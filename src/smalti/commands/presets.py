@@ -1,6 +1,6 @@
 """Presets of `train_tokenizer`: default settings by name; flags override them.
 
-`small` is for every kind. `paperN` is for the VQ-VAE family and images of N pixels: the code grids
+`small` is for every kind, `small64` for hrvq, vqvae and vqgan. `paperN` is for the VQ-VAE family and images of N pixels: the code grids
 of the HR-VQVAE paper; the rest is VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open:
 networks 128 channels wide, 2 residual blocks, codewords of 64, 512 codes, batches of 128 at a
 learning rate of 3e-4. The others are for `vqgan`: the networks of the published checkpoints, and
@@ -47,6 +47,25 @@ def small(kind: str) -> TrainTokenizer[Any]:
     }
     config = TrainTokenizer(model=model, tokenizer=kind)
     return replace(config, fit=fits.get(kind, config.fit))
+
+
+def small64(kind: str) -> TrainTokenizer[Any]:
+    """8x8 codes of 64x64 images, for two CPU cores: 4096 codes, as three digits of 16 in `hrvq` and `vqgan`.
+
+    `python scripts/train_tokenizer.py --preset small64 --images my/photos`. For 16x16 codes leave out the last of the
+    widths: `--widths 48 96`, and for `vqgan` `--widths 32 64 96`. docs/reproductions/size64.md has the results.
+    """
+    tree: dict[str, Any] = {"depth": 3, "branching": 16}
+    networks: dict[str, dict[str, Any]] = {
+        "hrvq": {"widths": (48, 96, 128), **tree},
+        "vqvae": {"widths": (48, 96, 128), "branching": 4096},
+        "vqgan": {"widths": (32, 64, 96, 128), "discriminator_width": 32, **tree},
+    }
+    if kind not in networks:
+        raise UserError(f"the preset small64 is for hrvq, vqvae and vqgan, not for {kind}; leave --preset out")
+    model = models.class_of_kind("tokenizer", kind).config_class(height=64, width=64, **networks[kind])
+    fit = replace(small(kind).fit, steps=2_000 if kind == "vqgan" else 2_500, batch_size=16)
+    return TrainTokenizer(model=model, fit=fit, tokenizer=kind, preset="small64")
 
 
 def paper32(kind: str) -> TrainTokenizer[Any]:
@@ -141,6 +160,7 @@ def f32_megapixel(kind: str) -> TrainTokenizer[Any]:
 
 PRESETS = {
     "small": small,
+    "small64": small64,
     "paper32": paper32,
     "paper64": paper64,
     "paper128": paper128,

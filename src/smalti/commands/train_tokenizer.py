@@ -32,6 +32,7 @@ from smalti.training.run_folder import Resume, Run
 C = TypeVar("C")
 Preset: TypeAlias = Literal[
     "small",
+    "small64",
     "paper32",
     "paper64",
     "paper128",
@@ -58,8 +59,8 @@ class TrainTokenizer(Generic[C]):
     tokenizer: str = "hrvq"
     """Kind of tokenizer. Each kind has its own options: see `--tokenizer KIND --help`."""
     preset: Preset = "small"
-    """Defaults of the other settings: `small` is for 32x32 images on two CPU cores, the others for GPUs. Use `paperN`
-    for the VQ-VAE family and images of N pixels, `fN-...` for vqgan."""
+    """Defaults of the other settings: `small` and `small64` are for 32x32 and 64x64 images on two CPU cores, the
+    others for GPUs. Use `paperN` for the VQ-VAE family and images of N pixels, `fN-...` for vqgan."""
     images: str = "portraits"
     """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
     reading: Reading = field(default_factory=Reading)
