@@ -7,16 +7,27 @@ from typing import Literal
 from smalti import cli
 from smalti.commands.model_paths import TOKENIZERS
 from smalti.core import locks
-from smalti.tokenizers.vqgan.convert import from_diffusers, from_taming, to_diffusers
+from smalti.tokenizers.vqgan.convert import import_checkpoint
+from smalti.tokenizers.vqgan.readers.diffusers import to_diffusers
 from smalti.tokenizers.vqgan.vqgan import VQGAN
 
-ABOUT = """Converts VQ-GAN checkpoints from taming-transformers and diffusers, and to diffusers.
+ABOUT = """Converts VQ-GAN checkpoints of other projects to smalti tokenizers, and smalti's to diffusers.
 
-$ python scripts/convert.py --source last.ckpt --description model.yaml       # taming-transformers: VQModel, GumbelVQ
-$ python scripts/convert.py --source my/vqmodel --out runs/tokenizers/vqgan   # diffusers: a saved VQModel
+$ python scripts/convert.py --source last.ckpt --description model.yaml       # taming-transformers, LDM, IBQ
+$ python scripts/convert.py --source vq_ds16_c2i.pt                           # LlamaGen, Janus, MaskGIT-VQGAN
+$ python scripts/convert.py --source my/vqmodel --out runs/tokenizers/vqgan   # diffusers, Chameleon, LlamaGen
 $ python scripts/convert.py --source runs/tokenizers/vqgan --to diffusers --out my/vqmodel
 
-Every weight must match, or the conversion fails. Pickles are read without running code.
+The format is recognised by the names of the weights. It may be a VQModel, GumbelVQ or VQSegmentationModel of
+taming-transformers; a first stage of latent diffusion (LDM), alone or in the file of the whole model; IBQ; VQ-8 or
+VQ-16 of LlamaGen, alone or in Janus; a VQModel of diffusers, such as aMUSEd's; Chameleon or Anole; MaskGIT-VQGAN of
+open-muse, RAR, TiTok or MAGE.
+
+Files are .ckpt, .pt, .pth, .bin or .safetensors, with a training's state or bare weights. Averaged weights are taken if
+there are any.
+
+Every weight must match, or the conversion fails. Losses, discriminators and the rest of a larger model are left out.
+Pickles are read without running code.
 
 Next step: python scripts/build_latents.py --tokenizer runs/tokenizers/vqgan"""
 
@@ -26,18 +37,14 @@ class Convert:
     """Settings of `convert`."""
 
     source: Path
-    """A taming-transformers `.ckpt`, or a folder with a diffusers VQModel. With `--to diffusers`, a smalti VQ-GAN."""
+    """File of the weights, or a folder with weights and config.json. With `--to diffusers`, a smalti VQ-GAN."""
     description: Path | None = None
-    """The `.yaml` config of the `.ckpt` [default: the same name with the suffix .yaml]."""
+    """The `.yaml` or `.json` file that describes the network, if the format has one [default: config.json in the
+    folder, or the weights' file with the suffix .yaml]."""
     to: Literal["smalti", "diffusers"] = "smalti"
     """Format to write."""
     out: Path = TOKENIZERS / "vqgan"
     """Folder to write; it must not exist yet."""
-
-    @property
-    def description_file(self) -> Path:
-        """The `.yaml` config, given or by the name of the `.ckpt`."""
-        return self.description or self.source.with_suffix(".yaml")
 
 
 def convert(config: Convert) -> None:
@@ -46,7 +53,8 @@ def convert(config: Convert) -> None:
     Raises:
         UserError: if `out` exists or cannot be written, or the source cannot be converted.
     """
-    with locks.claim([config.out], inputs=[config.source, config.description_file]):
+    description = config.description or config.source.with_suffix(".yaml")
+    with locks.claim([config.out], inputs=[config.source, description]):
         model = _convert(config)
     size = f"{model.config.height}x{model.config.width}"
     print(f"{config.out}: {size} images to {str(model.layout).replace('×', 'x')}, digest {model.digest()[:12]}")
@@ -57,11 +65,9 @@ def _convert(config: Convert) -> VQGAN:
     if config.to == "diffusers":
         model = VQGAN.load(config.source)
         to_diffusers(model, config.out)
-    elif config.source.is_dir():
-        model = from_diffusers(config.source)
-        model.save(config.out)
     else:
-        model = from_taming(config.source, config.description_file)
+        model = import_checkpoint(config.source, config.description)
+        print(f"{config.source}: {model.provenance['format']}")
         model.save(config.out)
     return model
 

@@ -1,7 +1,8 @@
 """Convolutional encoder and decoder of VQ-GAN: residual blocks, attention, GroupNorm. No quantization, no losses here.
 
 The networks are fully convolutional: they take any height and width divisible by 2**(stages - 1). Their layers compute
-the same, in the same order, as the published checkpoints, which `vqgan/convert.py` reads.
+the same, in the same order, as the published checkpoints, which `vqgan/convert.py` reads. MaskGIT's network, with some
+of these layers, is in `maskgit_blocks.py`.
 
 Legend: b batch, c channels, h w grid.
 """
@@ -39,10 +40,10 @@ class GroupNorm(nn.GroupNorm):
 class ResidualBlock(Residual):
     """Computes shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))); `shortcut` adapts the number of channels."""
 
-    def __init__(self, before: int, after: int, groups: int) -> None:
+    def __init__(self, before: int, after: int, groups: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.norm1, self.conv1 = GroupNorm(groups, before), nn.Conv2d(before, after, 3, padding=1)
-        self.norm2, self.conv2 = GroupNorm(groups, after), nn.Conv2d(after, after, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(groups, before), nn.Conv2d(before, after, 3, padding=1, bias=bias)
+        self.norm2, self.conv2 = GroupNorm(groups, after), nn.Conv2d(after, after, 3, padding=1, bias=bias)
         self.shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
         self.silu = nn.SiLU()
 
@@ -101,6 +102,7 @@ def encoder_and_decoder(
     widths: Sequence[int],
     residual_blocks: int,
     attention_stages: Collection[int],
+    middle_attention: bool,
     latent_width: int,
     code_width: int,
     groups: int,
@@ -114,6 +116,7 @@ def encoder_and_decoder(
         widths: channels of each stage, from the image inwards.
         residual_blocks: residual blocks per stage of the encoder.
         attention_stages: stages, counted from 0 at the image's size, whose residual blocks are followed by attention.
+        middle_attention: whether there is attention between the two residual blocks on the coarsest grid.
         latent_width: channels between the networks and the 1x1 convolutions to and from codewords.
         code_width: channels of z_e and z_q.
         groups: groups of every GroupNorm.
@@ -123,10 +126,10 @@ def encoder_and_decoder(
     for stage, (before, width) in enumerate(pairwise((widths[0], *widths))):
         encoder_layers += _stage(before, width, residual_blocks, groups, attention=stage in attention_stages)
         encoder_layers += [Downsample(width)] if stage < last else []
-    encoder_layers += [*_middle(widths[-1], groups), *_last(widths[-1], latent_width, groups)]
+    encoder_layers += [*_middle(widths[-1], groups, middle_attention), *_last(widths[-1], latent_width, groups)]
     encoder_layers.append(nn.Conv2d(latent_width, code_width, 1))
     decoder_layers = [nn.Conv2d(code_width, latent_width, 1), nn.Conv2d(latent_width, widths[-1], 3, padding=1)]
-    decoder_layers += _middle(widths[-1], groups)
+    decoder_layers += _middle(widths[-1], groups, middle_attention)
     for stage in range(last, -1, -1):
         before, width = widths[min(stage + 1, last)], widths[stage]
         decoder_layers += _stage(before, width, residual_blocks + 1, groups, attention=stage in attention_stages)
@@ -143,8 +146,10 @@ def _stage(before: int, width: int, blocks: int, groups: int, *, attention: bool
     return layers
 
 
-def _middle(width: int, groups: int) -> list[nn.Module]:
-    return [ResidualBlock(width, width, groups), Attention(width, groups), ResidualBlock(width, width, groups)]
+def _middle(width: int, groups: int, attention: bool) -> list[nn.Module]:
+    layers: list[nn.Module] = [ResidualBlock(width, width, groups)]
+    layers += [Attention(width, groups)] if attention else []
+    return [*layers, ResidualBlock(width, width, groups)]
 
 
 def _last(width: int, after: int, groups: int) -> list[nn.Module]:

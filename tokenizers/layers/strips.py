@@ -4,7 +4,7 @@ The map of each layer has a function that computes any of its rows from rows of 
 lazily. Rows that are read more than once are cached if the map is small enough, and recomputed otherwise. Memory is
 therefore bounded whatever the size of the image, except for the image itself and the maps that attention reads whole.
 
-The supported layers are those of `conv.py` and `attention_blocks.py`.
+The supported layers are those of `conv.py`, `attention_blocks.py` and `maskgit_blocks.py`.
 
 Legend: b batch, c channels, h w map.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from smalti.tokenizers.layers.attention_blocks import Attention, Downsample, Upsample, twice_as_large
 from smalti.tokenizers.layers.conv import Residual
+from smalti.tokenizers.layers.maskgit_blocks import AddedConv, ToUnitRange
 
 LARGEST_WHOLE = {"cpu": 2**26, "cuda": 2**27, "mps": 2**27}
 """Elements of the largest feature map that is computed whole, over all images of a batch, by device type; 2**27 are 128
@@ -157,6 +158,12 @@ def _apply_layer(layer: nn.Module, x: _Map) -> _Map:
             return _convolved(layer, x, (0, 1, 0, 1))
         case Upsample():
             return _convolved(layer, _enlarged(twice_as_large, x, 2, x.shape[0]), (1, 1, 1, 1))
+        case nn.SiLU() | nn.Identity() | ToUnitRange() | AddedConv():
+            return x.then(x.shape, lambda first, last: layer(x.rows(first, last)))
+        case nn.AvgPool2d():
+            return x.then(
+                (x.shape[0], x.shape[1] // 2, x.shape[2] // 2), lambda first, last: layer(x.rows(2 * first, 2 * last))
+            )
         case nn.Conv2d():
             vertical, horizontal = (side for side in layer.padding if isinstance(side, int))
             return _convolved(layer, x, (horizontal, horizontal, vertical, vertical))
@@ -164,8 +171,6 @@ def _apply_layer(layer: nn.Module, x: _Map) -> _Map:
             return _enlarged(layer, x, layer.upscale_factor, x.shape[0] // layer.upscale_factor**2)
         case nn.GroupNorm():
             return _normalized(layer, _cached(x))
-        case nn.SiLU() | nn.Identity():
-            return x.then(x.shape, lambda first, last: layer(x.rows(first, last)))
     raise AssertionError(f"{type(layer).__name__} cannot be computed in strips")
 
 

@@ -75,6 +75,18 @@ def nearest_children(
         return torch.cat([_children(block, codebook, offset, node) for block, node in blocks])
 
 
+def largest_products(vectors: Float[Tensor, "n d"], codewords: Float[Tensor, "k d"]) -> Int64[Tensor, " n"]:
+    """Returns the codeword of largest inner product with each vector, the first of equal ones, in bounded memory.
+
+    Products are float32 whatever the vectors' dtype, also under autocast.
+    """
+    vectors, codewords = vectors.detach().float(), codewords.detach().float()
+    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
+        offset = codewords.new_zeros(len(codewords))
+        blocks = vectors.split(_eager_block(vectors))
+        return torch.cat([_nearest_of_many(block, codewords, offset) for block in blocks])
+
+
 def _offsets(codebooks: Sequence[Tensor]) -> list[Tensor]:
     """Returns, for each codeword, the constant of its score, so that the search needs no residuals.
 
@@ -127,7 +139,7 @@ def _children(vectors: Tensor, codebook: Tensor, offset: Tensor, path: Tensor) -
 
 
 def _nearest_of_many(vectors: Tensor, codewords: Tensor, offset: Tensor) -> Tensor:
-    """Returns the nearest codeword of each vector, the first of equally near ones, comparing tile by tile."""
+    """Returns the codeword of each vector with the least offset - x.c, the first of equal ones, tile by tile."""
     nearest, least = offset.new_zeros(len(vectors), dtype=torch.long), offset.new_full((len(vectors),), torch.inf)
     for first in range(0, len(codewords), TILE_CODEWORDS):
         tile = slice(first, first + TILE_CODEWORDS)

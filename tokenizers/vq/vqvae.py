@@ -21,6 +21,7 @@ from smalti.tokenizers.base import Tokenizer, TokenizerOutput, require_size
 from smalti.tokenizers.layers import conv
 from smalti.tokenizers.layers.strips import in_bounded_memory
 from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
+from smalti.tokenizers.quantizers.inner_product import InnerProductQuantizer
 from smalti.tokenizers.quantizers.linked import DECAY, REVIVE_BELOW, CodebookLearning, LinkedQuantizer
 
 
@@ -113,7 +114,7 @@ class OneGrid(VQFamily[VQConfigT]):
     """
 
     encoder: nn.Sequential
-    quantizer: LinkedQuantizer | GumbelQuantizer
+    quantizer: LinkedQuantizer | GumbelQuantizer | InnerProductQuantizer
     decoder: nn.Sequential
 
     @property

@@ -1,6 +1,7 @@
 """VQ-GAN: the tokenizer and its settings.
 
-Its layers are in `layers/attention_blocks.py`, its perceptual and adversarial losses in `losses.py`.
+Its layers are in `layers/attention_blocks.py` and `layers/maskgit_blocks.py`, its perceptual and adversarial losses in
+`losses.py`.
 
 Legend: b batch, c channels, h w image.
 """
@@ -13,11 +14,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from smalti.core.config import added
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.tokenizers.base import TokenizerOutput
-from smalti.tokenizers.layers import attention_blocks
+from smalti.tokenizers.layers import attention_blocks, maskgit_blocks
 from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
+from smalti.tokenizers.quantizers.inner_product import InnerProductQuantizer
+from smalti.tokenizers.quantizers.linked import LinkedQuantizer
 from smalti.tokenizers.vq.vqvae import OneGrid, VQConfig
 from smalti.tokenizers.vqgan import losses
 from smalti.tokenizers.vqgan.perceptual import PerceptualName
@@ -33,16 +37,21 @@ class VQGANConfig(VQConfig):
     residual_blocks: int = 1
     """Residual blocks per stage of the encoder. The decoder has one more."""
     attention_stages: tuple[int, ...] = ()
-    """Stages with attention after each residual block, counted from 0 at the image's size. The middle of the network
-    always has attention."""
+    """Stages with attention after each residual block, counted from 0 at the image's size."""
+    middle_attention: bool = added(True)
+    """Attention between the two residual blocks in the middle of the network, on the coarsest grid. Its memory grows
+    with the square of the grid's positions."""
+    architecture: Literal["vqgan", "maskgit"] = added("vqgan")
+    """`vqgan` is the network of the VQ-GAN paper. `maskgit` is MaskGIT's, without attention and 1x1 convolutions around
+    the codes; it needs --no-middle-attention and a --latent-width equal to --code-width."""
     latent_width: int = 64
     """Channels between the networks and the 1x1 convolutions to and from codewords."""
     norm_groups: int = 32
     """Groups of every GroupNorm. Every width must be divisible by it."""
-    quantizer: Literal["nearest", "cosine", "gumbel"] = "nearest"
+    quantizer: Literal["nearest", "cosine", "gumbel", "dot"] = "nearest"
     """`nearest` takes the nearest codeword, or the nearest path through linked codebooks. `cosine` takes the codeword
     of largest cosine similarity; use it with a small --code-width such as 8. `gumbel` samples codes by the
-    Gumbel-softmax."""
+    Gumbel-softmax. `dot` takes the codeword of largest inner product (IBQ), for large codebooks."""
     branching: int = 512
     """Codewords per codebook."""
     depth: int = 1
@@ -52,6 +61,8 @@ class VQGANConfig(VQConfig):
     codebook collapse."""
     temperature: float = 1.0
     """With `gumbel`: temperature of the Gumbel-softmax. Lower it for gradients of harder samples."""
+    entropy_weight: float = added(0.05)
+    """With `dot`: weight of the entropy loss. Raise it against codebook collapse."""
     perceptual: PerceptualName = "lite0"
     """Network of the perceptual loss: `lite0` is EfficientNet-Lite0, from the extra `metrics`; `lpips-vgg` is LPIPS as
     in the paper, from the extra `lpips`, which downloads VGG-16's weights once."""
@@ -73,12 +84,13 @@ class VQGANConfig(VQConfig):
 class VQGAN(OneGrid[VQGANConfig]):
     """VQ-GAN (arXiv 2012.09841): one grid of codes, a network with attention, perceptual and adversarial losses.
 
-    The codebook is flat, or compared by cosine similarity (ViT-VQGAN), or sampled from (Gumbel-softmax), or linked as
-    in HR-VQVAE.
+    The codebook is flat, or compared by cosine similarity (ViT-VQGAN) or inner products (IBQ), or sampled from
+    (Gumbel-softmax), or linked as in HR-VQVAE.
 
     Raises:
         UserError: as `VQFamily` and `LinkedQuantizer` do; if there is no stage of a number in `attention_stages`, a
-            width is not divisible by `norm_groups`, or `gumbel` codes have several digits.
+            width is not divisible by `norm_groups`, `gumbel` or `dot` codes have several digits, or MaskGIT's network
+            is to have attention.
     """
 
     kind: ClassVar[str] = "vqgan"
@@ -87,27 +99,29 @@ class VQGAN(OneGrid[VQGANConfig]):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config, downsampling=2 ** (len(config.widths) - 1) if config.widths else 1)
         _check(config)
-        self.encoder, self.decoder = attention_blocks.encoder_and_decoder(
-            image_channels=config.image_channels,
-            widths=config.widths,
-            residual_blocks=config.residual_blocks,
-            attention_stages=config.attention_stages,
-            latent_width=config.latent_width,
-            code_width=config.code_width,
-            groups=config.norm_groups,
-        )
-        self.quantizer = (
-            GumbelQuantizer(
-                code_width=config.code_width,
-                codebook_size=config.branching,
-                temperature=config.temperature,
-                kl_weight=config.kl_weight,
-            )
-            if config.quantizer == "gumbel"
-            else self.quantizer_of(depth=config.depth, branching=config.branching, cosine=config.quantizer == "cosine")
-        )
+        self.encoder, self.decoder = _networks(config)
+        self.quantizer = self._quantizer()
         # convolutions are 1.3-2 times faster in this layout, on CPUs and GPUs
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
+
+    def _quantizer(self) -> LinkedQuantizer | GumbelQuantizer | InnerProductQuantizer:
+        config = self.config
+        match config.quantizer:
+            case "gumbel":
+                return GumbelQuantizer(
+                    code_width=config.code_width,
+                    codebook_size=config.branching,
+                    temperature=config.temperature,
+                    kl_weight=config.kl_weight,
+                )
+            case "dot":
+                return InnerProductQuantizer(
+                    code_width=config.code_width,
+                    codebook_size=config.branching,
+                    commitment_weight=config.commitment_weight,
+                    entropy_weight=config.entropy_weight,
+                )
+        return self.quantizer_of(depth=config.depth, branching=config.branching, cosine=config.quantizer == "cosine")
 
     @property
     def radices(self) -> tuple[int, ...]:
@@ -140,13 +154,36 @@ class VQGAN(OneGrid[VQGANConfig]):
         return losses.phases(self, fit)
 
     def collapse_remedy(self) -> str:
-        """Advice against codebook collapse, for a Gumbel quantizer or as in `VQFamily`."""
-        return "a higher --kl-weight" if self.config.quantizer == "gumbel" else super().collapse_remedy()
+        """Advice against codebook collapse: the weight of the quantizer's own remedy, or as in `VQFamily`."""
+        weights = {"gumbel": "a higher --kl-weight", "dot": "a higher --entropy-weight"}
+        return weights.get(self.config.quantizer) or super().collapse_remedy()
 
     def recomputable(self) -> list[nn.Module]:
         """Returns every residual block and every attention layer."""
         kinds = (attention_blocks.ResidualBlock, attention_blocks.Attention)
         return [module for module in self.modules() if isinstance(module, kinds)]
+
+
+def _networks(config: VQGANConfig) -> tuple[nn.Sequential, nn.Sequential]:
+    """Returns the encoder and the decoder."""
+    if config.architecture == "maskgit":
+        return maskgit_blocks.encoder_and_decoder(
+            image_channels=config.image_channels,
+            widths=config.widths,
+            residual_blocks=config.residual_blocks,
+            code_width=config.code_width,
+            groups=config.norm_groups,
+        )
+    return attention_blocks.encoder_and_decoder(
+        image_channels=config.image_channels,
+        widths=config.widths,
+        residual_blocks=config.residual_blocks,
+        attention_stages=config.attention_stages,
+        middle_attention=config.middle_attention,
+        latent_width=config.latent_width,
+        code_width=config.code_width,
+        groups=config.norm_groups,
+    )
 
 
 def _check(config: VQGANConfig) -> None:
@@ -156,5 +193,13 @@ def _check(config: VQGANConfig) -> None:
         raise UserError(f"a width of {odd[0]} is not divisible into {config.norm_groups} groups; change --norm-groups")
     if absent := [stage for stage in config.attention_stages if not 0 <= stage < len(config.widths)]:
         raise UserError(f"there is no stage {absent[0]} for attention; stages are 0 to {len(config.widths) - 1}")
-    if config.quantizer == "gumbel" and config.depth > 1:
-        raise UserError(f"--quantizer gumbel needs codes of one digit; use --depth 1, not {config.depth}")
+    if config.quantizer in ("gumbel", "dot") and config.depth > 1:
+        raise UserError(f"--quantizer {config.quantizer} needs codes of one digit; use --depth 1, not {config.depth}")
+    if config.quantizer == "dot" and config.branching < 2:
+        raise UserError(f"--branching must be at least 2, not {config.branching}")
+    if config.architecture == "maskgit":
+        if config.attention_stages or config.middle_attention:
+            raise UserError("--architecture maskgit has no attention; use --no-middle-attention")
+        if config.latent_width != config.code_width:
+            widths = f"{config.latent_width} and {config.code_width}"
+            raise UserError(f"--architecture maskgit needs a --latent-width equal to --code-width, not {widths}")

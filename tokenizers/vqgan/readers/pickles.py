@@ -1,9 +1,8 @@
-"""Reads the files of other systems' checkpoints, which anyone may have written. Nothing here knows a network.
+"""Reads checkpoints that `torch.save` wrote, which anyone may have written, without running code from them.
 
-Every reader checks what a file declares against its own size before anything is allocated, and runs no code from it.
+What a pickle declares is checked against the file's size before anything is allocated.
 """
 
-import dataclasses
 import io
 import math
 import pickle
@@ -11,20 +10,15 @@ import struct
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from smalti.core.checkpoint_checks import StoredTensor, read_header
-from smalti.core.config import DEEPEST_JSON, LARGEST_JSON_BYTES, config_from_json, open_regular, parse_json
+from smalti.core.checkpoint_checks import StoredTensor
 from smalti.core.errors import UserError
+from smalti.core.files import open_regular
 
-LARGEST_YAML_BYTES = 1 << 15
-"""A description of a network has about 2 kB; PyYAML reads 100 kB a second."""
 LARGEST_PICKLE_BYTES = 1 << 21
 """Names and shapes of a checkpoint, without the values of its tensors, have some 200 kB."""
 _STORAGES = {
@@ -32,95 +26,24 @@ _STORAGES = {
     **{"BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32},
     **{"ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool},
 }
-_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+_INERT = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
+)
+"""Classes and functions that published checkpoints name in what Lightning stores beside the weights: the key of a
+callback, and scores as numpy's scalars."""
+_STATES = ("ema", "state_dict", "model")
+"""Keys of the weights in a training's checkpoint. The averaged weights come first, as in LlamaGen's own scripts."""
 
 MALFORMED = (
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError, MemoryError),
-    *(OSError, EOFError, StopIteration, struct.error, pickle.PickleError, zipfile.BadZipFile, yaml.YAMLError),
+    *(OSError, EOFError, StopIteration, struct.error, pickle.PickleError, zipfile.BadZipFile),
 )
-"""The exceptions that parsers and unpicklers raise for malformed or hostile files, which decide what is called."""
-
-T = TypeVar("T")
-
-
-def described(kind: type[T], fields: Any, source: Path) -> T:
-    """Returns the fields of a dataclass from a description that has more of them, with their types checked.
-
-    Raises:
-        UserError: if a field is missing or has another type.
-    """
-    if not isinstance(fields, dict):
-        raise UserError(f"{source} does not describe a VQ-GAN: it lacks the fields of {kind.__name__.strip('_')}")
-    names = [field.name for field in dataclasses.fields(kind) if field.name in fields]  # type: ignore[arg-type]
-    return config_from_json(kind, {name: fields[name] for name in names}, str(source))
-
-
-def read_yaml(path: Path) -> Any:
-    """Reads a small YAML file with plain values and no aliases, which could stand for exponentially many values.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    try:
-        with open_regular(path) as file:
-            content = file.read(LARGEST_YAML_BYTES + 1)
-        if len(content) > LARGEST_YAML_BYTES:
-            raise ValueError(f"more than {LARGEST_YAML_BYTES} bytes")
-        return yaml.load(content.decode(), _PlainLoader)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; use --description to name the checkpoint's .yaml file") from error
-    except MALFORMED as error:  # PyYAML's constructors raise errors of many types for malformed values
-        raise UserError(f"{path} does not describe a VQ-GAN ({_one_line(error)})") from error
-
-
-class _PlainLoader(yaml.SafeLoader):
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("aliases are not read; write out what they stand for")
-        self.depth += 1
-        if self.depth > DEEPEST_JSON:
-            raise ValueError(f"it is nested deeper than {DEEPEST_JSON} levels")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    try:
-        with open_regular(path) as file:
-            return parse_json(file.read(LARGEST_JSON_BYTES + 1))
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} does not hold a VQModel of diffusers: it has no {path.name}") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({_one_line(error)}); download it again") from error
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Loads the tensors of a safetensors file.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    read_header(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({_one_line(error)}); download it again") from error
+"""The exceptions that unpicklers and parsers raise for malformed or hostile files, which decide what is called."""
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """Loads the tensors of a checkpoint that `torch.save` wrote, from its `state_dict` if it has one.
+    """Loads the tensors of a checkpoint that `torch.save` wrote, from its `ema`, `state_dict` or `model` if it has one.
 
     The pickle is read twice. First every function that it may call is replaced by one that only notes shapes, which
     are checked against the file. Then torch loads it with `weights_only`, and maps the values instead of reading them.
@@ -134,8 +57,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; name the file of the weights") from error
     try:
-        state, callback = _weights(_without_values(path)), (_Inert, _CALLBACK)
-        with torch.serialization.safe_globals([callback]), warnings.catch_warnings(action="ignore"):
+        state, inert = _weights(_without_values(path)), [(_stand_in(), name) for name in _INERT]
+        with torch.serialization.safe_globals(inert), warnings.catch_warnings(action="ignore"):
             loaded = _weights(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         if {name: _shape(tensor) for name, tensor in loaded.items()} != state:
             raise ValueError("its tensors are not as they were declared")
@@ -146,16 +69,16 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _weights(checkpoint: Any) -> dict[str, Any]:
-    """Returns the entries of a checkpoint by name, without the weights of training losses."""
+    """Returns the entries of a checkpoint by name."""
     if not isinstance(checkpoint, dict):
         raise UserError(f"it holds a {type(checkpoint).__name__}, not weights by name")
-    state = checkpoint.get("state_dict", checkpoint)
+    nested = [checkpoint[key] for key in _STATES if isinstance(checkpoint.get(key), dict | list)]
+    state = nested[0] if nested else checkpoint
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise UserError("its state_dict does not hold weights by name")
-    weights = {name: value for name, value in state.items() if not name.startswith("loss.")}
-    if wrong := [name for name, value in weights.items() if not isinstance(value, Tensor | StoredTensor)]:
+        raise UserError("it does not hold weights by name")
+    if wrong := [name for name, value in state.items() if not isinstance(value, Tensor | StoredTensor)]:
         raise UserError(f"it also has {wrong[0]}, which is no tensor")
-    return weights
+    return state
 
 
 def _shape(tensor: Tensor) -> StoredTensor:
@@ -202,8 +125,10 @@ class _ShapeUnpickler(pickle._Unpickler):  # type: ignore[attr-defined] - the on
                 return lambda tensor, *_: tensor
             case "torch.Size":
                 return lambda sizes: tuple(sizes)
-            case known if known == _CALLBACK:
-                return type("ModelCheckpoint", (), {})
+            case "_codecs.encode":
+                return lambda text, *_: text  # bytes in old pickles, here those of a numpy scalar
+            case known if known in _INERT:
+                return _stand_in()
         raise UserError(f"it holds more than weights, {module}.{name}, which could run code")
 
     def persistent_load(self, pid: Any) -> StoredTensor:
@@ -224,10 +149,12 @@ def _stored(storage: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     return StoredTensor(tuple(shape), storage.dtype)
 
 
-class _Inert:
-    """Stand-in for a class that published checkpoints name as a key of their callbacks, but not their weights."""
+def _stand_in() -> type:
+    """Returns a new class that takes any arguments and any state, and keeps none of them."""
+    methods = {"__init__": lambda self, *_: None, "__setstate__": lambda self, _: None}
+    return type("StandIn", (), {"__new__": lambda cls, *_: object.__new__(cls), **methods})
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Returns the type of an error and its message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
