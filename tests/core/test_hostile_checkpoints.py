@@ -17,7 +17,7 @@ from smalti.core.checkpoint_checks import read_header
 from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME, load
-from smalti.tokenizers.vqgan.convert import to_diffusers
+from smalti.tokenizers.vqgan.readers.diffusers import to_diffusers
 from smalti.tokenizers.vqgan.vqgan import VQGAN, VQGANConfig
 
 WRONG = (10**6, 2**40, 50000, 0, -1, True, "x", "\x1b[2J", None, 0.5, [], [10**9, 10**9], {"a": 1})

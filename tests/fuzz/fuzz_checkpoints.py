@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -18,35 +19,73 @@ from fuzz.checkpoint_fuzzing import fuzz, mutated_bytes, mutated_value
 from fuzz.fuzz_models import header_of, with_header
 from safetensors.torch import load
 
-from smalti.tokenizers.vqgan import convert
-from smalti.tokenizers.vqgan.convert import from_diffusers, from_taming, to_diffusers
+from smalti.tokenizers.vqgan.convert import import_checkpoint
+from smalti.tokenizers.vqgan.readers.diffusers import to_diffusers
+from smalti.tokenizers.vqgan.readers.names import LLAMAGEN, TAMING, matched_maskgit_names, matched_names
 from smalti.tokenizers.vqgan.vqgan import VQGAN, VQGANConfig
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
-def small_model() -> VQGAN:
+def small_model(**changes: Any) -> VQGAN:
     """Returns an untrained VQ-GAN of two stages, one with attention."""
     torch.manual_seed(0)
-    config = VQGANConfig(
-        *(16, 16), widths=(32, 64), residual_blocks=1, attention_stages=(1,), latent_width=4, code_width=3, branching=5
-    )
-    return VQGAN(config)
+    sizes = {"widths": (32, 64), "residual_blocks": 1, "latent_width": 4, "code_width": 3, "branching": 5}
+    return VQGAN(VQGANConfig(16, 16, **{"attention_stages": (1,), **sizes, **changes}))
+
+
+def renamed(model: VQGAN, names: Iterable[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """Returns a model's weights under another system's names."""
+    state = {theirs: model.state_dict()[mine].clone() for mine, theirs in names}
+    name = "quantize.embedding.weight"
+    return {**state, name: state[name].flatten(0, -2)}
+
+
+def pickled(value: Any) -> bytes:
+    """Returns what `torch.save` writes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 @functools.cache
 def taming() -> tuple[Any, bytes]:
     """Returns the description and the pickled weights of a checkpoint in the format of taming-transformers."""
     model = small_model()
-    state = model.state_dict()
-    weights = {theirs: state[mine].clone() for mine, theirs in convert._matched_names(model, convert._TAMING)}
-    weights["quantize.embedding.weight"] = weights["quantize.embedding.weight"].flatten(0, 1)
+    weights = renamed(model, matched_names(model, TAMING))
     network = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8], "resolution": 16}
     network |= {"in_channels": 3, "out_ch": 3, "z_channels": 4, "double_z": False, "dropout": 0.0}
     params = {"embed_dim": 3, "n_embed": 5, "ddconfig": network, "lossconfig": {"target": "none"}}
-    file = io.BytesIO()
-    torch.save({"state_dict": {**weights, "loss.x": torch.zeros(2)}, "global_step": 5}, file)
-    return {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}, file.getvalue()
+    saved = pickled({"state_dict": {**weights, "loss.x": torch.zeros(2)}, "global_step": 5})
+    return {"model": {"target": "taming.models.vqgan.VQModel", "params": params}}, saved
+
+
+@functools.cache
+def ibq() -> tuple[Any, bytes]:
+    """Returns the description and the pickled weights of an IBQ tokenizer with averaged weights."""
+    description, _ = taming()
+    model = small_model(quantizer="dot")
+    weights = renamed(model, matched_names(model, TAMING))
+    averages = {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in weights.items()}
+    described = {"class_path": "src.IBQ.models.ibqgan.IBQ", "init_args": description["model"]["params"]}
+    return {"model": described}, pickled({"state_dict": {**weights, **averages}})
+
+
+@functools.cache
+def llamagen() -> bytes:
+    """Returns the pickled weights of a tokenizer of LlamaGen."""
+    model = small_model(quantizer="cosine")
+    return pickled({"model": renamed(model, matched_names(model, LLAMAGEN))})
+
+
+@functools.cache
+def maskgit() -> bytes:
+    """Returns the pickled weights of a MaskGIT-VQGAN."""
+    network = {"architecture": "maskgit", "attention_stages": (), "middle_attention": False, "latent_width": 3}
+    model = small_model(**network)
+    return pickled(
+        renamed(model, matched_maskgit_names(model, middle="mid.", first=0, upsample="up.{i}.upsample_conv"))
+    )
 
 
 @functools.cache
@@ -79,27 +118,31 @@ def mutated_weights(content: bytes, random: Random) -> bytes:
 
 
 def case(random: Random, folder: Path) -> None:
-    """Mutates a checkpoint of taming-transformers or diffusers and imports it."""
-    kind = random.choice(("taming", "diffusers", "pickled diffusers"))
-    description, weights = taming() if kind == "taming" else diffusers()
+    """Mutates a checkpoint of a published format and imports it."""
+    kind = random.choice(("taming", "ibq", "diffusers", "pickled diffusers", "llamagen", "maskgit"))
+    description, weights = {
+        "taming": taming,
+        "ibq": ibq,
+        "llamagen": lambda: ({}, llamagen()),
+        "maskgit": lambda: ({}, maskgit()),
+    }.get(kind, diffusers)()
     if kind == "pickled diffusers":
-        file = io.BytesIO()
-        torch.save(load(weights), file)
-        weights = file.getvalue()
-    where = random.choice(("description", "text", "weights", "both"))
+        weights = pickled(load(weights))
+    where = random.choice(("description", "text", "weights", "both")) if description else "weights"
     for _ in range(random.choice((1, 1, 2, 4)) if where in ("description", "both") else 0):
         description = mutated_value(description, random)
     weights = mutated_weights(weights, random) if where in ("weights", "both") else weights
-    text = _yaml(description) if kind == "taming" else json.dumps(description).encode()
+    in_folder = kind.endswith("diffusers")
+    text = json.dumps(description).encode() if in_folder else _yaml(description)
     text = mutated_bytes(text, random) if where == "text" else text
-    if kind == "taming":
-        (folder / "a.yaml").write_bytes(text)
-        (folder / "a.ckpt").write_bytes(weights)
-        from_taming(folder / "a.ckpt", folder / "a.yaml")
-    else:
+    if in_folder:
         (folder / CONFIG).write_bytes(text)
         (folder / (WEIGHTS if kind == "diffusers" else "diffusion_pytorch_model.bin")).write_bytes(weights)
-        from_diffusers(folder)
+        import_checkpoint(folder)
+    else:
+        (folder / "a.yaml").write_bytes(text)
+        (folder / "a.ckpt").write_bytes(weights)
+        import_checkpoint(folder / "a.ckpt")
 
 
 def _yaml(description: Any) -> bytes:

@@ -296,7 +296,9 @@ class MaskgitDecoder(nn.Module):
         for i in reversed(range(len(self.up))):
             x = through(self.up[i].block, (), x)
             if i:
-                x = doubled(x, self.up[i].upsample.conv if hasattr(self.up[i], "upsample") else self.up[i].upsample_conv)
+                x = doubled(
+                    x, self.up[i].upsample.conv if hasattr(self.up[i], "upsample") else self.up[i].upsample_conv
+                )
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

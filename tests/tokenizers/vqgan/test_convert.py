@@ -1,118 +1,34 @@
-"""Checkpoint conversion: imported VQ-GANs give the same codes and images as the original; refused files."""
+"""Conversion from and to diffusers, and the command; the other formats are in test_readers.py, wrong files in
+test_wrong_checkpoints.py."""
 
 import json
-import sys
-from types import ModuleType
 
 import pytest
 import torch
-import yaml
 from helpers import build_toys
 from helpers.command_toys import run
+from helpers.published_vqgans import agree, random_weights
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from smalti import VQGAN, LatentSet, UserError, VQGANConfig
 from smalti.commands.model_paths import load_tokenizer
 from smalti.scripts import build_latents, convert, train_tokenizer
 from smalti.scripts.convert import Convert
-from smalti.tokenizers.vqgan.convert import from_diffusers, from_taming, to_diffusers
+from smalti.tokenizers.vqgan.convert import import_checkpoint
+from smalti.tokenizers.vqgan.readers.diffusers import to_diffusers
 
-# ch, ch_mult, num_res_blocks, resolution, attn_resolutions, z_channels, embed_dim, n_embed
+# width, multipliers, blocks, size, sizes with attention, latent width, code width, codes, attention in the middle
 NETWORKS = {
-    "f8": (32, (1, 1, 2, 4), 2, 32, (4,), 16, 16, 400),
-    "f2 with two attentions and another code width": (32, (1, 3), 1, 16, (16, 8), 8, 5, 30),
-    "f4 without attention": (64, (1, 1, 2), 1, 16, (), 32, 32, 64),
+    "f4": (32, (1, 1, 2), 2, 16, (4,), 16, 16, 400, True),
+    "f2 with two attentions and another code width": (32, (1, 3), 1, 16, (16, 8), 8, 5, 30, True),
+    "aMUSEd, without attention": (32, (1, 1, 2), 1, 16, (), 32, 32, 64, False),
 }
 of_every_network = pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 
 
-def randomized(module):
-    """Makes every weight random, since weights of zero or one would hide mistakes."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
-            else:  # norm weights around one, and small codewords of which none is nearest to all vectors
-                parameter.normal_(mean=float("norm" in name and "weight" in name), std=0.3)
-    return module.eval()
-
-
-class Taming(nn.Module):
-    """VQModel or GumbelVQ built from taming's modules; taming's own classes need pytorch_lightning."""
-
-    def __init__(self, network, gumbel=False):
-        super().__init__()
-        layers = pytest.importorskip("taming.modules.diffusionmodules.model")
-        quantize = pytest.importorskip("taming.modules.vqvae.quantize")
-        ch, ch_mult, blocks, resolution, attention, z, d, k = network
-        self.ddconfig = {"double_z": False, "z_channels": z, "resolution": resolution, "in_channels": 3, "out_ch": 3}
-        self.ddconfig |= {"ch": ch, "ch_mult": list(ch_mult), "num_res_blocks": blocks, "dropout": 0.0}
-        self.ddconfig |= {"attn_resolutions": list(attention)}
-        self.encoder, self.decoder = layers.Encoder(**self.ddconfig), layers.Decoder(**self.ddconfig)
-        self.quantize = quantize.GumbelQuantize(z, d, k) if gumbel else quantize.VectorQuantizer2(k, d, 0.25)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(z, d, 1), nn.Conv2d(d, z, 1)
-        self.params = {"embed_dim": d, "n_embed": k, "ddconfig": self.ddconfig}
-
-    @torch.no_grad()
-    def forward(self, images):
-        """Returns codes and decoded images."""
-        h = self.quant_conv(self.encoder(images))
-        if hasattr(self.quantize, "proj"):
-            codes = self.quantize.proj(h).argmax(1)
-            z_q = self.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, None))
-        else:
-            z_q, _, (_, _, codes) = self.quantize(h)
-        return codes.view(len(images), *h.shape[2:]), self.decoder(self.post_quant_conv(z_q))
-
-
-def save_taming(model, path, target="taming.models.vqgan.VQModel", **more):
-    """Saves a checkpoint as Lightning does, with weights of the training loss and a callback's class."""
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": {"target": target, "params": model.params}}))
-    state = {**model.state_dict(), "loss.discriminator.main.0.weight": torch.zeros(2)}
-    torch.save({"state_dict": state, "global_step": 5, **more}, path)
-
-
-def images_of(h, w):
-    coarse = torch.rand(4, 3, h // 8, w // 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return nn.functional.interpolate(coarse, (h, w))  # coarse noise: codes of pixel noise would hardly differ
-
-
-@torch.no_grad()
-def agree(ours, theirs):
-    """Asserts equal codes and equal images before clamping, at the network's own size and at a rectangle."""
-    size, factor = ours.config.height, ours.downsampling
-    for images in (images_of(size, size), images_of(size, size + 8 * factor)):
-        codes, expected = theirs(images)
-        assert codes.unique().numel() > 5
-        assert torch.equal(ours.encode(images)[0], codes)
-        decoded = ours.decoder(ours.quantizer.lookup(codes))
-        torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(ours(images).reconstruction, expected, atol=1e-4, rtol=0)
-
-
-@of_every_network
-def test_imported_taming_checkpoint_computes_the_same(tmp_path, network, monkeypatch):
-    theirs = randomized(Taming(network))
-    callbacks = ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    callbacks.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": callbacks.__name__})
-    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", callbacks.__name__):
-        monkeypatch.setitem(sys.modules, name, callbacks)
-    save_taming(theirs, tmp_path / "last.ckpt", callbacks={callbacks.ModelCheckpoint: {"best": 0.5}})
-    convert.convert(Convert(tmp_path / "last.ckpt", out=tmp_path / "converted"))
-    agree(load_tokenizer(str(tmp_path / "converted")), theirs)
-
-
-def test_imported_taming_gumbel_checkpoint_computes_the_same(tmp_path):
-    theirs = randomized(Taming(NETWORKS["f8"], gumbel=True))
-    save_taming(theirs, tmp_path / "last.ckpt", target="taming.models.vqgan.GumbelVQ")
-    agree(from_taming(tmp_path / "last.ckpt", tmp_path / "last.yaml"), theirs)
-
-
 def diffusers_of(network):
     """Returns diffusers' model with the same settings."""
-    ch, ch_mult, blocks, resolution, attention, z, d, k = network
+    ch, ch_mult, blocks, resolution, attention, z, d, k, middle = network
     attends = ["Attn" * (resolution // 2**i in attention) for i in range(len(ch_mult))]
     return pytest.importorskip("diffusers").VQModel(
         down_block_types=tuple(f"{attn}DownEncoderBlock2D" for attn in attends),
@@ -124,6 +40,7 @@ def diffusers_of(network):
         num_vq_embeddings=k,
         sample_size=resolution,
         norm_num_groups=8,
+        mid_block_add_attention=middle,
     )
 
 
@@ -142,7 +59,7 @@ def passing(model):
 @of_every_network
 def test_diffusers_import_and_export_compute_the_same(tmp_path, network):
     """Imports a folder of diffusers, exports it again, and loads it in diffusers."""
-    theirs = randomized(diffusers_of(network))
+    theirs = random_weights(diffusers_of(network))
     theirs.save_pretrained(tmp_path / "theirs")
     convert.convert(Convert(tmp_path / "theirs", out=tmp_path / "ours"))
     agree(load_tokenizer(str(tmp_path / "ours")), passing(theirs))
@@ -154,14 +71,14 @@ def test_diffusers_import_and_export_compute_the_same(tmp_path, network):
 
 def test_folders_of_old_diffusers_are_imported(tmp_path):
     """They have other names of attention layers, and the weights are a pickle."""
-    theirs = randomized(diffusers_of(NETWORKS["f8"]))
+    theirs = random_weights(diffusers_of(NETWORKS["f4"]))
     theirs.save_pretrained(tmp_path)
     state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
         state = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in state.items()}
     torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
-    agree(from_diffusers(tmp_path), passing(theirs))
+    agree(import_checkpoint(tmp_path), passing(theirs))
 
 
 SMALL = {"widths": (32, 64), "code_width": 6, "latent_width": 7, "branching": 9, "residual_blocks": 1}
@@ -178,7 +95,7 @@ def test_export_and_import_are_inverse(folder):
     torch.manual_seed(1)
     model = VQGAN(VQGANConfig(**SMALL, norm_groups=16, attention_stages=(1,)))
     to_diffusers(model, folder.with_name("other"))
-    again = from_diffusers(folder.with_name("other"))
+    again = import_checkpoint(folder.with_name("other"))
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert (again.config.norm_groups, again.config.attention_stages) == (16, (1,))
@@ -190,16 +107,16 @@ def test_weights_that_do_not_match_the_description_are_refused(folder):
     moved = {name.replace("conv_in", "conv_start"): tensor for name, tensor in state.items()}
     save_file(moved, path)
     with pytest.raises(UserError, match=r"lacks decoder.conv_in.bias, .* and also has decoder.conv_start.bias"):
-        from_diffusers(folder)
+        import_checkpoint(folder)
     save_file({**state, "quant_conv.bias": torch.zeros(7)}, path)
     with pytest.raises(UserError, match=r"quant_conv.bias is \(7,\), not \(6,\)"):
-        from_diffusers(folder)
+        import_checkpoint(folder)
     save_file({**state, "decoder.conv_in.weight": state["decoder.conv_in.weight"].transpose(0, 1).contiguous()}, path)
     with pytest.raises(UserError, match=r"decoder.conv_in.weight is \(7, 64, 3, 3\), not \(64, 7, 3, 3\)"):
-        from_diffusers(folder)
+        import_checkpoint(folder)
     path.write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be read"):
-        from_diffusers(folder)
+        import_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +125,7 @@ def test_weights_that_do_not_match_the_description_are_refused(folder):
         ({"norm_type": "spatial"}, "does not support norm_type spatial"),
         ({"out_channels": 1}, "needs a decoder that mirrors the encoder"),
         ({"up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]}, "needs a decoder that mirrors the encoder"),
-        ({"down_block_types": ["DownBlock2D"] * 2}, "does not hold a VQModel of diffusers"),
+        ({"down_block_types": ["DownBlock2D"] * 2}, "does not describe a VQModel with DownEncoderBlock2D only"),
         ({"sample_size": None}, "sample_size is None, which is not int"),
     ],
 )
@@ -216,64 +133,17 @@ def test_unsupported_diffusers_networks_are_refused(folder, change, message):
     described = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**described, **change}))
     with pytest.raises(UserError, match=message):
-        from_diffusers(folder)
-
-
-DESCRIPTION = {
-    "target": "taming.models.vqgan.VQModel",
-    "params": {
-        "embed_dim": 6,
-        "n_embed": 9,
-        "ddconfig": {"z_channels": 7, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2]}
-        | {"num_res_blocks": 1, "attn_resolutions": []},
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ch_mult": [2, 2]}, "ch_mult must begin with 1"),
-        ({"out_ch": 1}, "in_channels must equal out_ch"),
-        ({"double_z": True}, "double_z must be false"),
-        ({"ch_mult": None}, "ch_mult is None, which is not tuple"),
-    ],
-)
-def test_unsupported_taming_descriptions_are_refused(tmp_path, change, message):
-    params = {**DESCRIPTION["params"], "ddconfig": {**DESCRIPTION["params"]["ddconfig"], **change}}
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"model": {**DESCRIPTION, "params": params}}))
-    with pytest.raises(UserError, match=message):
-        from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
-
-
-class Harmful:
-    def __reduce__(self):
-        return print, ("run",)
-
-
-def test_pickles_that_contain_code_are_refused_and_not_run(tmp_path, capsys):
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"model": DESCRIPTION}))
-    with pytest.raises(UserError, match=r"a\.ckpt does not exist"):
-        from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
-    torch.save({"state_dict": {}, "other": Harmful()}, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="holds more than weights") as caught:
-        from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
-    assert "\n" not in str(caught.value)
-    torch.save([torch.zeros(2)], tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="holds a list, not weights by name"):
-        from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
-    (tmp_path / "a.yaml").write_text("a: [1,\n  b: :")
-    with pytest.raises(UserError, match="does not describe a VQ-GAN") as caught:
-        from_taming(tmp_path / "a.ckpt", tmp_path / "a.yaml")
-    assert "\n" not in str(caught.value)
-    assert capsys.readouterr().out == ""
+        import_checkpoint(folder)
 
 
 def test_export_refuses_unsupported_quantizers_and_existing_folders(tmp_path):
-    for more in ({"depth": 2}, {"quantizer": "gumbel"}, {"quantizer": "cosine"}):
+    for more in ({"depth": 2}, {"quantizer": "gumbel"}, {"quantizer": "cosine"}, {"quantizer": "dot"}):
         with pytest.raises(UserError, match="flat codebooks"):
             to_diffusers(VQGAN(VQGANConfig(**SMALL, **more)), tmp_path / "vq")
     VQGAN(VQGANConfig(**SMALL)).save(tmp_path / "vq")
+    network = {"architecture": "maskgit", "middle_attention": False, "latent_width": 6}
+    with pytest.raises(UserError, match="does not support the architecture maskgit"):
+        to_diffusers(VQGAN(VQGANConfig(**{**SMALL, **network})), tmp_path / "vq")
     (tmp_path / "other").mkdir()
     for out, message in (("vq", "would overwrite an input"), ("other", "is a folder; give another name")):
         with pytest.raises(UserError, match=message):
@@ -307,5 +177,6 @@ def test_commands_train_convert_and_build_latents(tmp_path, monkeypatch, capfd):
     status, _, err = run(capfd, convert.main, "--source", "img/0001.png", "--out", "nothing")
     assert (status, err) == (
         2,
-        "error: img/0001.yaml does not exist; use --description to name the checkpoint's .yaml file\n",
+        "error: img/0001.png was not loaded: it is truncated, or not a file of torch 1.6 or later; download it again, "
+        "from a source that you trust\n",
     )
