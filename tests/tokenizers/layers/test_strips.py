@@ -20,8 +20,10 @@ from smalti.tokenizers.layers.strips import in_bounded_memory
 
 SHAPE = {"height": 16, "width": 24, "code_width": 4}
 GAN = {**SHAPE, "norm_groups": 2, "latent_width": 6, "branching": 7}
+MASKGIT = {"architecture": "maskgit", "middle_attention": False, "latent_width": 4}
 TOKENIZERS = {
     "vqgan": lambda: VQGAN(VQGANConfig(**GAN, widths=(16, 8, 6), attention_stages=(1,), depth=2)),
+    "maskgit": lambda: VQGAN(VQGANConfig(**{**GAN, **MASKGIT}, widths=(8, 4, 6))),
     "hrvq": lambda: HRVQ(HRVQConfig(**SHAPE, widths=(24, 6), residual_blocks=1)),
     "vqvae2": lambda: VQVAE2(VQVAE2Config(**SHAPE, widths=(4, 6), residual_blocks=1, codebook_size=7)),
 }

@@ -1,5 +1,6 @@
 """VQ-GAN as a tokenizer: quantizers, sizes, presets, refused settings. Its losses are tested in test_losses.py."""
 
+import json
 import math
 
 import pytest
@@ -14,6 +15,8 @@ from smalti.training.config import FitConfig
 
 TINY = {"widths": (4, 6, 6), "norm_groups": 2, "latent_width": 5, "code_width": 3, "branching": 5}
 
+DIGEST = "17151e50dd0c"  # of this network before --middle-attention, --architecture and --entropy-weight existed
+
 
 def vqgan(**changes):
     torch.manual_seed(0)
@@ -24,7 +27,7 @@ def images_of(b=2, h=16, w=16, seed=0):
     return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-@given(rows=st.integers(1, 4), columns=st.integers(1, 4), quantizer=st.sampled_from(["nearest", "gumbel"]))
+@given(rows=st.integers(1, 4), columns=st.integers(1, 4), quantizer=st.sampled_from(["nearest", "gumbel", "dot"]))
 @settings(max_examples=8)
 def test_accepts_any_size_divisible_by_the_downsampling(rows, columns, quantizer):
     tokenizer = vqgan(quantizer=quantizer, attention_stages=(0, 2))
@@ -59,12 +62,46 @@ def test_reconstruction_loss_is_the_absolute_error():
     torch.testing.assert_close(output.losses["reconstruction"], (output.reconstruction - images).abs().mean())
 
 
+def test_middle_without_attention_has_two_blocks():
+    one, other = (vqgan(middle_attention=attention).state_dict() for attention in (True, False))
+    assert sum(name.endswith("q.weight") for name in one) == 2
+    assert not any(name.endswith("q.weight") for name in other)
+    assert len(one) - len(other) == 2 * 10
+
+
+def test_maskgit_network_takes_any_size_and_trains_without_attention():
+    tokenizer = vqgan(architecture="maskgit", middle_attention=False, latent_width=3, codebook_learning="gradient")
+    images = images_of(h=12, w=20)
+    output = tokenizer(images)
+    assert output.reconstruction.shape == images.shape
+    assert tokenizer.encode(images)[0].equal(output.codes[0])
+    sum(output.losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in tokenizer.parameters())
+
+
+def test_settings_added_later_leave_digests_alone(tmp_path):
+    """A model that was saved before they existed loads, with the digest of then."""
+    torch.manual_seed(0)
+    tokenizer = VQGAN(VQGANConfig(**TINY))
+    assert tokenizer.digest()[:12] == DIGEST
+    tokenizer.save(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    for name in ("middle_attention", "architecture", "entropy_weight"):
+        del described["config"][name]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert VQGAN.load(tmp_path).digest()[:12] == DIGEST
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"norm_groups": 4}, "width of 6 is not divisible into 4 groups"),
         ({"attention_stages": (1, 3)}, "no stage 3 for attention; stages are 0 to 2"),
         ({"quantizer": "gumbel", "depth": 2}, "gumbel needs codes of one digit"),
+        ({"quantizer": "dot", "depth": 2}, "dot needs codes of one digit"),
+        ({"quantizer": "dot", "branching": 1}, "--branching must be at least 2"),
+        ({"architecture": "maskgit"}, "has no attention; use --no-middle-attention"),
+        ({"architecture": "maskgit", "middle_attention": False}, "--latent-width equal to --code-width, not 5 and 3"),
         ({"widths": ()}, "at least one stage"),
         ({"height": 18}, "are not divisible by 4"),
     ],

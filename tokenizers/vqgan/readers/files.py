@@ -95,14 +95,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if the file does not exist, is damaged, or holds more than tensors and plain values.
     """
+    try:
+        with open_regular(path):
+            pass
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; name the file of the weights") from error
     if path.suffix != ".safetensors":
         return read_pickled(path)
     try:
         names = read_header(path)
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; name the file of the weights") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}); download it again") from error
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from smalti.core.checkpoint_checks import StoredTensor
 from smalti.core.errors import UserError
-from smalti.core.files import open_regular
 
 LARGEST_PICKLE_BYTES = 1 << 21
 """Names and shapes of a checkpoint, without the values of its tensors, have some 200 kB."""
@@ -49,13 +48,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     are checked against the file. Then torch loads it with `weights_only`, and maps the values instead of reading them.
 
     Raises:
-        UserError: if the file does not exist, is damaged, or holds more than tensors and plain values.
+        UserError: if the file is damaged, or holds more than tensors and plain values.
     """
-    try:
-        with open_regular(path):
-            pass
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; name the file of the weights") from error
     try:
         state, inert = _weights(_without_values(path)), [(_stand_in(), name) for name in _INERT]
         with torch.serialization.safe_globals(inert), warnings.catch_warnings(action="ignore"):
