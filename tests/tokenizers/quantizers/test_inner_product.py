@@ -58,7 +58,7 @@ def test_straight_through_gradient_reaches_every_codeword():
     assert (codebook_gradient.abs().sum(1) > 0).all()
 
 
-def test_losses_are_the_terms_of_the_paper():
+def test_losses_are_weighted_terms():
     quantizer, z_e = quantizer_of(), torch.randn(2, 3, 4, 4)
     losses, codewords = quantizer(z_e).losses, quantizer.lookup(quantizer.encode(z_e))
     error = (codewords - z_e).square().mean()
