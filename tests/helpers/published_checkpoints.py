@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers import published_vqgans
 from helpers.published_vqgans import random_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 LATENT, WIDTH, CODES = 8, 6, 40
 
@@ -131,6 +131,21 @@ def whole_chameleon(folder, change=dict):
     return folder, theirs
 
 
+def chameleon_in_parts(folder, change=dict):
+    """Anole's folder: the tokenizer's weights are in two of three files, and there is an index."""
+    source, theirs = whole_chameleon(folder, change)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {}
+    for name in state:
+        number = 3 if name.startswith("lm_head") else 1 if "encoder" in name else 2
+        files[name] = f"model-0000{number}-of-00003.safetensors"
+    for file in {*files.values()} - {"model-00003-of-00003.safetensors"}:  # which is not read
+        save_file({name: state[name] for name in state if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return source, theirs
+
+
 def llamagen(folder, change=dict, **sizes):
     theirs = random_weights(published_vqgans.llamagen(**sizes))
     torch.save({"model": change(theirs.state_dict()), "steps": 7}, folder / "vq_ds16_c2i.pt")
@@ -177,6 +192,7 @@ FORMATS = {
     "ibq_without_averages": (ibq_without_averages, "IBQ"),
     "chameleon": (chameleon, "VQ-GAN of Chameleon"),
     "whole_chameleon": (whole_chameleon, "VQ-GAN of Chameleon, inside a whole model of transformers"),
+    "chameleon_in_parts": (chameleon_in_parts, "VQ-GAN of Chameleon, inside a whole model of transformers"),
     "llamagen": (llamagen, "VQ tokenizer of LlamaGen"),
     "llamagen_folder": (llamagen_folder, "VQ tokenizer of LlamaGen"),
     "janus": (janus, "VQ tokenizer of LlamaGen, inside a Janus model"),

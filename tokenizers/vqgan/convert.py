@@ -11,7 +11,7 @@ from torch import Tensor
 from smalti.core.checkpoint_checks import some
 from smalti.core.errors import UserError
 from smalti.tokenizers.vqgan.readers.diffusers import from_diffusers
-from smalti.tokenizers.vqgan.readers.files import read_weights, weights_file
+from smalti.tokenizers.vqgan.readers.files import read_weights, weights_files
 from smalti.tokenizers.vqgan.readers.llamagen import from_llamagen
 from smalti.tokenizers.vqgan.readers.maskgit import from_maskgit
 from smalti.tokenizers.vqgan.readers.taming import from_chameleon, from_taming
@@ -37,12 +37,13 @@ def import_checkpoint(source: Path, description: Path | None = None) -> VQGAN:
     Raises:
         UserError: if the format is not recognised, a file cannot be read, or the network differs from smalti's VQ-GAN.
     """
-    weights = weights_file(source) if source.is_dir() else source
-    state, where = _tokenizer(read_weights(weights))
-    config = weights.with_name("config.json")
+    files = weights_files(source, _LARGER_MODELS) if source.is_dir() else [source]
+    state, where = _tokenizer({name: tensor for file in files for name, tensor in read_weights(file).items()})
+    weights = files[0] if len(files) == 1 else source
+    config = files[0].with_name("config.json")
 
     def checkpoint(path: Path, kind: str = "") -> Checkpoint:
-        return Checkpoint(state, weights, path, f"{kind}{where}")
+        return Checkpoint(state, weights, sum(file.stat().st_size for file in files), path, f"{kind}{where}")
 
     if _has(state, "encoder.conv_blocks."):
         beside = config if source.is_dir() and config.exists() else weights

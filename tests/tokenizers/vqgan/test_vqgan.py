@@ -15,7 +15,7 @@ from smalti.training.config import FitConfig
 
 TINY = {"widths": (4, 6, 6), "norm_groups": 2, "latent_width": 5, "code_width": 3, "branching": 5}
 
-DIGEST = "6ccd2056c296"  # of this network with weights of 0.5, before --middle-attention, --architecture and --entropy-weight existed
+DIGEST = "6ccd2056c296"  # of this network with weights of 0.5, before `middle_attention` and others were added
 
 
 def vqgan(**changes):

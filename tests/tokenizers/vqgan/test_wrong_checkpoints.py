@@ -7,7 +7,6 @@ import torch
 import yaml
 from helpers.command_toys import run
 from helpers.published_checkpoints import CHAMELEON, FORMATS, params, write
-from safetensors.torch import save_file
 
 from smalti import VQGAN, UserError, VQGANConfig
 from smalti.scripts import convert
@@ -143,11 +142,23 @@ def test_some_averages_are_not_enough(tmp_path):
     assert "lacks the averages of decoder.conv_in.bias, decoder.conv_in.weight" in refusal(source)
 
 
-def test_folders_without_one_file_of_weights_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"lm_head.weight": "a.safetensors"}}, "lists no weights of a tokenizer"),
+        ({"weight_map": {"model.vqmodel.x": "../a.safetensors"}}, "names the file ../a.safetensors, which is not in"),
+        ({"weight_map": {"model.vqmodel.x": "a.safetensors"}}, "a.safetensors does not exist"),
+        ({"weight_map": {"model.vqmodel.x": 5}}, "has no weight_map of the files of all weights"),
+        ([], "has no weight_map of the files of all weights"),
+    ],
+)
+def test_wrong_indices_of_parts_are_refused(index, message, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert message in refusal(tmp_path)
+
+
+def test_folders_without_weights_are_refused(tmp_path):
     assert "has no weights: none of model.safetensors" in refusal(tmp_path)
-    save_file({"a": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
-    assert "has its weights in parts" in refusal(tmp_path)
-    (tmp_path / "model-00001-of-00002.safetensors").unlink()
     (tmp_path / "model_index.json").write_text("{}")
     assert "is a pipeline of diffusers; name the folder of its VQModel" in refusal(tmp_path)
 

@@ -1,5 +1,6 @@
 """Imports and exports diffusers' `VQModel` folders."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def from_diffusers(checkpoint: Checkpoint) -> VQGAN:
         norm_groups=network.norm_num_groups,
     )
     state = {_new_attention_name(name): tensor for name, tensor in checkpoint.state.items()}
-    current = Checkpoint(state, checkpoint.source, path, checkpoint.format)
+    current = dataclasses.replace(checkpoint, state=state)
     return import_weights(config, current, partial(matched_names, names=DIFFUSERS))
 
 

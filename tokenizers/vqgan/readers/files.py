@@ -4,6 +4,7 @@ Every function checks what a file declares against its own size before anything 
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from smalti.core.checkpoint_checks import read_header, some
+from smalti.core.checkpoint_checks import read_header
 from smalti.core.config import DEEPEST_JSON, LARGEST_JSON_BYTES, config_from_json, parse_json
 from smalti.core.errors import UserError
 from smalti.core.files import open_regular
@@ -110,21 +111,37 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({one_line(error)}); download it again") from error
 
 
-def weights_file(folder: Path) -> Path:
-    """Returns the file of the weights in a folder, by the names that Hugging Face's libraries give it.
+def weights_files(folder: Path, prefixes: Iterable[str]) -> list[Path]:
+    """Returns the files of the weights in a folder, by the names that Hugging Face's libraries give them.
+
+    Args:
+        folder: the folder.
+        prefixes: beginnings of the names of the wanted weights, for a large model whose weights are in many files.
 
     Raises:
-        UserError: if there is none, or the weights are split over several files.
+        UserError: if there are none.
     """
     stems = ("model", "diffusion_pytorch_model", "pytorch_model")
     names = [f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems]
     for name in names:
         if (folder / name).exists():
-            return folder / name
-    if parts := sorted(each.name for each in folder.glob("*-of-*") if each.suffix in (".safetensors", ".bin")):
-        raise UserError(
-            f"{folder} has its weights in parts ({some(parts)}); name the one with the tokenizer as --source"
-        )
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").exists():
+            return [folder / part for part in _parts(index, tuple(prefixes))]
     if (folder / "model_index.json").exists():
         raise UserError(f"{folder} is a pipeline of diffusers; name the folder of its VQModel, such as {folder}/vqvae")
     raise UserError(f"{folder} has no weights: none of {', '.join(names)}")
+
+
+def _parts(index: Path, prefixes: tuple[str, ...]) -> list[str]:
+    """Returns the names of the files that an index gives for weights of the prefixes."""
+    content = read_json(index)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{index} has no weight_map of the files of all weights; download it again")
+    parts = sorted({file for name, file in files.items() if name.startswith(prefixes)})
+    if not parts:
+        raise UserError(f"{index} lists no weights of a tokenizer, whose names begin with {' or '.join(prefixes)}")
+    if odd := [part for part in parts if Path(part).name != part]:
+        raise UserError(f"{index} names the file {odd[0][:100]}, which is not in its folder")
+    return parts

@@ -51,7 +51,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         UserError: if the file is damaged, or holds more than tensors and plain values.
     """
     try:
-        state, inert = _weights(_without_values(path)), [(_stand_in(), name) for name in _INERT]
+        state = _weights(_without_values(path))
+        inert: list[Any] = [(_stand_in(), name) for name in _INERT]
         with torch.serialization.safe_globals(inert), warnings.catch_warnings(action="ignore"):
             loaded = _weights(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         if {name: _shape(tensor) for name, tensor in loaded.items()} != state:

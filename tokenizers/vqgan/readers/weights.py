@@ -22,13 +22,15 @@ class Checkpoint:
 
     Attributes:
         state: the tokenizer's weights by name, without the prefix that they have in a larger model's file.
-        source: the file that they are from.
+        source: the file that they are from, or the folder if they are from several.
+        stored_bytes: size of these files.
         description: the file that describes their network; `source` itself if the sizes follow from the weights.
         format: what this checkpoint is, in the user's words.
     """
 
     state: dict[str, Tensor]
     source: Path
+    stored_bytes: int
     description: Path
     format: str
 
@@ -95,9 +97,9 @@ def import_weights(
     """
     state, source, description = checkpoint.state, checkpoint.source, checkpoint.description
     header = {name: StoredTensor(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    stored = sum(tensor.numel() * tensor.itemsize for tensor in state.values())
-    if stored > source.stat().st_size:  # of a pickle, in which many tensors may be views of one
-        raise UserError(f"{source} declares {stored} bytes of weights, more than it has; download it again")
+    declared = sum(tensor.numel() * tensor.itemsize for tensor in state.values())
+    if declared > checkpoint.stored_bytes:  # in a pickle, many tensors may be views of one
+        raise UserError(f"{source} declares {declared} bytes of weights, more than it has; download it again")
     require_sizes(dataclasses.asdict(config), header, description, source)
     network = build_without_weights(lambda: VQGAN(config), header, description, source)
     assert network is not None
