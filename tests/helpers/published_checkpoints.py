@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import yaml
 from helpers import published_vqgans
-from helpers.published_vqgans import random_weights
+from helpers.parity import random_weights
 from safetensors.torch import load_file, save_file
 
 LATENT, WIDTH, CODES = 8, 6, 40

@@ -1,7 +1,7 @@
 """The published tokenizers in plain torch, with the parameter names of their projects: oracles for the conversion.
 
-Written from descriptions of the networks, apart from smalti's layers. `random_weights` fills them; `encode` returns
-codes, `forward` codes and images in the project's range.
+Written from descriptions of the networks, apart from smalti's layers. `forward` returns codes and images. How they are
+filled and compared is in `parity.py`.
 """
 
 import torch
@@ -273,7 +273,7 @@ class MaskgitEncoder(nn.Module):
 
 
 class MaskgitDecoder(nn.Module):
-    """As many blocks a stage as the encoder."""
+    """Its stages have as many blocks as the encoder's."""
 
     def __init__(self, widths, blocks, latent, mage):
         super().__init__()
@@ -324,33 +324,3 @@ def maskgit(*, widths=(32, 32, 64), blocks=2, width=16, codes=50, mage=False):
     """Returns MaskGIT's network, with the names of open-muse or of MAGE."""
     encoder, decoder = (each(widths, blocks, width, mage) for each in (MaskgitEncoder, MaskgitDecoder))
     return MaskgitTokenizer(encoder, decoder, width=width, codes=codes)
-
-
-def random_weights(model):
-    """Makes every weight random, since weights of zero or one would hide mistakes."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                parameter.normal_(std=(parameter.numel() / len(parameter)) ** -0.5)
-            else:  # norm weights around one, and small codewords of which none is nearest to all vectors
-                parameter.normal_(mean=float("norm" in name and "weight" in name), std=0.3)
-    return model.eval()
-
-
-def images_of(h, w):
-    coarse = torch.rand(4, 3, h // 8, w // 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return F.interpolate(coarse, (h, w))  # coarse noise: codes of pixel noise would hardly differ
-
-
-@torch.no_grad()
-def agree(ours, theirs, size=None):
-    """Asserts equal codes and equal images before clamping, at the network's own size and at a rectangle."""
-    size, factor = size or ours.config.height, ours.downsampling
-    for images in (images_of(size, size), images_of(size, size + 8 * factor)):
-        codes, expected = theirs(images)
-        assert codes.unique().numel() > 5
-        assert torch.equal(ours.encode(images)[0], codes)
-        decoded = ours.decoder(ours.quantizer.lookup(codes))
-        torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(ours(images).reconstruction, expected, atol=1e-4, rtol=0)

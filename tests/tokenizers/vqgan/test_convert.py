@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import build_toys
 from helpers.command_toys import run
-from helpers.published_vqgans import agree, random_weights
+from helpers.parity import agree, random_weights
 from safetensors.torch import load_file, save_file
 
 from smalti import VQGAN, LatentSet, UserError, VQGANConfig

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.parity import agree
 from helpers.published_checkpoints import FORMATS, llamagen, maskgit, write
-from helpers.published_vqgans import agree
 
 from smalti.commands.model_paths import load_tokenizer
 from smalti.scripts import convert

@@ -24,7 +24,7 @@ class Names:
     in_block: Mapping[str, str] = field(default_factory=lambda: {"shortcut": "nin_shortcut"})
     in_attention: Mapping[str, str] = field(default_factory=lambda: {"out": "proj_out"})
     fine_first: bool = False
-    """Whether the decoder's stages are counted from the image inwards, not from the codes outwards."""
+    """True if the decoder's stages are counted from the image inwards, not from the codes outwards."""
 
 
 TAMING = Names(
