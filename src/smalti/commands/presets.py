@@ -1,11 +1,12 @@
 """Presets of `train_tokenizer`: default settings by name; flags override them.
 
-`small` is for every kind, `small64` for hrvq, vqvae and vqgan. `paperN` is for the VQ-VAE family and images of N pixels: the code grids
-of the HR-VQVAE paper; the rest is VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open:
-networks 128 channels wide, 2 residual blocks, codewords of 64, 512 codes, batches of 128 at a
-learning rate of 3e-4. The others are for `vqgan`: the networks of the published checkpoints, and
-one for a megapixel. Their learning rate is 4.5e-6 times the batch size, and they have no k-means
-start, which is slow for so many codes.
+`small` is for every kind, `small64` for hrvq, vqvae and vqgan, both on two CPU cores. `paperN` is
+for the VQ-VAE family and images of N pixels: the code grids of the HR-VQVAE paper; the rest is
+VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open: networks 128 channels wide, 2
+residual blocks, codewords of 64, 512 codes, batches of 128 at a learning rate of 3e-4. The others
+are for `vqgan`: the networks of the published checkpoints, and one for a megapixel. Their learning
+rate is 4.5e-6 times the batch size, and they have no k-means start, which is slow for so many
+codes.
 """
 
 from dataclasses import replace
