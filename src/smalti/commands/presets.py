@@ -12,6 +12,7 @@ codes.
 from dataclasses import replace
 from typing import Any
 
+from smalti.commands.model_paths import trained_config
 from smalti.commands.train_tokenizer import Preset, TrainTokenizer
 from smalti.core import models
 from smalti.core.errors import UserError
@@ -21,6 +22,7 @@ from smalti.training.config import FitConfig
 VQVAE2_LEVELS = 3  # in the HR-VQVAE paper
 LONG: dict[str, Any] = {"codebook_decay": 0.99, "revive_below": 0.01}
 """Codebook learning for hundreds of thousands of steps: the papers' decay, slower than the defaults."""
+DEFAULT_KIND = "hrvq"
 LIKELIHOOD_FIT = FitConfig(
     steps=4_000, batch_size=32, learning_rate=2e-3, optimizer="adamax", clip_norm=100.0, ema_decay=0.995
 )
@@ -173,17 +175,27 @@ PRESETS = {
 }
 
 
-def default_config(name: str, kind: str) -> tuple[Any, TrainTokenizer[Any]]:
+def default_config(name: str, kind: str | None, init: str | None = None) -> tuple[Any, TrainTokenizer[Any]]:
     """Returns the config class for a kind of tokenizer, and an instance with the preset's defaults.
 
     The class is a generic alias of `TrainTokenizer`, not a `type`, hence `Any`.
 
+    Args:
+        name: of the preset.
+        kind: of the tokenizer; None for that of `init`, or else the default.
+        init: a trained tokenizer to start from: the network's defaults are its settings.
+
     Raises:
-        UserError: if there is no such kind, no such preset, or the preset is not for this kind.
+        UserError: if there is no such kind, no such preset, no such model, or the preset is not for this kind.
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}; presets: {', '.join(PRESETS)}")
-    return TrainTokenizer[models.class_of_kind("tokenizer", kind).config_class], PRESETS[name](kind)
+    trained = None if init is None else trained_config(init, "tokenizer")
+    kind = kind or (trained.kind if trained else DEFAULT_KIND)
+    config = PRESETS[name](kind)
+    if trained and trained.kind == kind:
+        config = replace(config, model=trained.config)
+    return TrainTokenizer[models.class_of_kind("tokenizer", kind).config_class], config
 
 
 def _paper(kind: str, *, size: int, stages: int) -> TrainTokenizer[Any]:
