@@ -61,7 +61,7 @@ def small64(kind: str) -> TrainTokenizer[Any]:
     tree: dict[str, Any] = {"depth": 3, "branching": 16}
     networks: dict[str, dict[str, Any]] = {
         "hrvq": {"widths": (48, 96, 128), **tree},
-        "vqvae": {"widths": (48, 96, 128), "branching": 4096},
+        "vqvae": {"widths": (48, 96, 128), "codebook_size": 4096},
         "vqgan": {"widths": (32, 64, 96, 128), "discriminator_width": 32, **tree},
     }
     if kind not in networks:
