@@ -26,7 +26,7 @@ MOST_FILES_OF_A_FOLDER = 14
 RANKS = {
     "core": 0,
     **dict.fromkeys(["flags", "images", "training", "latentsets", "priors", "tokenizers.layers"], 1),
-    **dict.fromkeys(["metrics", "tokenizers", "tokenizers.quantizers", "priors.methods"], 2),
+    **dict.fromkeys(["metrics", "tokenizers", "transfer", "tokenizers.quantizers", "priors.methods"], 2),
     **dict.fromkeys(["tokenizers.vq", "tokenizers.hqa", "tokenizers.selfvae", "priors.networks"], 3),
     "tokenizers.vqgan": 4,
     **dict.fromkeys(["commands", "cli"], 5),

@@ -9,7 +9,9 @@ from torch import nn
 from smalti.training import optimizers
 from smalti.training.optimizers import (
     BETAS,
+    MUON,
     MUON_RATE_FACTOR,
+    BatchedMuon,
     CombinedOptimizer,
     make_optimizer,
     orthogonalized,
@@ -30,9 +32,10 @@ def step(module, optimizer, seed):
 
 def test_muon_trains_weights_of_linear_layers_and_adamw_the_rest():
     module = network()
+    assert MUON.keys() < torch.optim.Muon([nn.Parameter(torch.zeros(2, 2))]).defaults.keys()
     adamw, muon = make_optimizer(module, "muon", learning_rate=0.1, weight_decay=0.5).parts
     assert isinstance(adamw, torch.optim.AdamW)
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, BatchedMuon)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     trained = [{names[id(p)] for group in part.param_groups for p in group["params"]} for part in (adamw, muon)]
     assert trained == [{"0.weight", "1.bias", "2.weight", "2.bias"}, {"1.weight", "3.weight"}]
@@ -40,9 +43,27 @@ def test_muon_trains_weights_of_linear_layers_and_adamw_the_rest():
     assert {group["lr"] for group in muon.param_groups} == {MUON_RATE_FACTOR * 0.1}
 
 
-def test_module_without_linear_layers_gets_adamw_alone():
-    (part,) = make_optimizer(nn.Conv2d(3, 4, 3), "muon", learning_rate=0.1).parts
+def test_module_without_matrices_gets_adamw_alone():
+    (part,) = make_optimizer(
+        nn.Sequential(nn.LayerNorm(4), nn.Conv2d(4, 4, 3, groups=2)), "muon", learning_rate=1
+    ).parts
     assert isinstance(part, torch.optim.AdamW)
+
+
+def test_muon_takes_a_convolution_as_the_matrix_of_its_kernels():
+    """In either memory layout, its steps are those of a linear layer with the same matrix."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        convolution, linear = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(27, 4, bias=False)
+        linear.weight.data.copy_(convolution.weight.data.flatten(1))
+        convolution.to(memory_format=layout)
+        optimizers_of_both = [make_optimizer(each, "muon", learning_rate=0.01) for each in (convolution, linear)]
+        for seed in range(3):
+            gradient = torch.randn(4, 27, generator=torch.Generator().manual_seed(seed))
+            convolution.weight.grad = gradient.view(4, 3, 3, 3).to(memory_format=layout)
+            linear.weight.grad = gradient
+            for optimizer in optimizers_of_both:
+                optimizer.step()
+        torch.testing.assert_close(convolution.weight.flatten(1), linear.weight)
 
 
 def test_muon_update_is_nearly_orthogonal():
@@ -87,6 +108,18 @@ def test_orthogonalization_is_equal_in_bf16_and_fp32(monkeypatch: pytest.MonkeyP
         results[dtype] = orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)
         assert results[dtype].dtype == dtype
     assert (results[torch.bfloat16].float() - results[torch.float32]).norm() < 0.05 * results[torch.float32].norm()
+
+
+@pytest.mark.parametrize("shape", [(8, 17), (8, 72), (64, 576)])
+def test_iterations_of_the_gram_matrix_equal_those_of_the_matrix(monkeypatch: pytest.MonkeyPatch, shape):
+    monkeypatch.setattr(optimizers, "has_native_bf16", lambda kind: False)
+    matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    matrices[:, 0] = matrices[:, 1] + 1e-4 * matrices[:, 0]  # nearly singular
+    results = []
+    for aspect in (optimizers.GRAM_FROM_ASPECT, 1_000):
+        monkeypatch.setattr(optimizers, "GRAM_FROM_ASPECT", aspect)
+        results.append(orthogonalized(matrices, MUON["ns_coefficients"], 5, 1e-7))
+    torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
 
 
 def test_adamw_equals_torchs():

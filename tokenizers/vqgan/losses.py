@@ -7,6 +7,7 @@ Legend: b batch, c channels, h w image, p q grid of patches.
 
 import math
 from collections import deque
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -50,7 +51,8 @@ def phases(tokenizer: OneGrid, fit: FitConfig) -> list[Phase]:
     result = [Phase("generator", generator_loss, fit.optimizer_of(generator_loss, betas=BETAS))]
     if discriminator is not None:
         discriminator_loss = DiscriminatorLoss(discriminator, generator_loss.reconstructions)
-        result.append(Phase("discriminator", discriminator_loss, fit.optimizer_of(discriminator_loss, betas=BETAS)))
+        plain = replace(fit, optimizer="adamw") if fit.optimizer == "muon" else fit
+        result.append(Phase("discriminator", discriminator_loss, plain.optimizer_of(discriminator_loss, betas=BETAS)))
     return result
 
 

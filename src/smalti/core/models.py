@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -258,11 +259,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return described
 
 
-def digest(kind: str, config: Any, state: dict[str, Tensor]) -> str:
-    """Returns a SHA-256 over kind, config and weights; see `Checkpointed.digest`."""
+def digest(kind: str, config: Any, state: dict[str, Tensor], *, without: Collection[str] = ()) -> str:
+    """Returns a SHA-256 over kind, config and weights, without the config's fields in `without`."""
     settings = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
-        if ADDED in field.metadata and settings[field.name] == field.default:
+        if field.name in without or (ADDED in field.metadata and settings[field.name] == field.default):
             del settings[field.name]
     sha = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
     for name in sorted(state):

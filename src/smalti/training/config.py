@@ -32,8 +32,8 @@ class FitConfig:
     learning_rate: float = 1e-3
     """Learning rate after warm-up."""
     optimizer: OptimizerName = "adamw"
-    """`adamw`; `muon`, which trains linear layers with Muon at five times the learning rate and the rest with AdamW; or
-    `adamax` (arXiv 1412.6980), which selfVAE uses."""
+    """`adamw`; `muon`, which trains linear layers and convolutions with Muon at five times the learning rate and the
+    rest with AdamW; or `adamax` (arXiv 1412.6980), which selfVAE uses."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from zero."""
     decay_fraction: float = 0.5
