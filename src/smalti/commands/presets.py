@@ -43,8 +43,11 @@ def small(kind: str) -> TrainTokenizer[Any]:
     whose discriminator starts halfway, are not tuned.
     """
     model = models.class_of_kind("tokenizer", kind).config_class()
+    by_layers = FitConfig(steps=2_000, batch_size=32)
     fits = {
         "vqgan": FitConfig(steps=2_000, batch_size=32, learning_rate=3e-4, ema_decay=0.99),
+        "hqa": by_layers,
+        "hams": by_layers,
         "vae": LIKELIHOOD_FIT,
         "selfvae": LIKELIHOOD_FIT,
     }
@@ -68,7 +71,6 @@ def small64(kind: str) -> TrainTokenizer[Any]:
         raise UserError(f"the preset small64 is for hrvq, vqvae and vqgan, not for {kind}; leave --preset out")
     model = models.class_of_kind("tokenizer", kind).config_class(height=64, width=64, **networks[kind])
     fit = replace(small(kind).fit, steps=2_000 if kind == "vqgan" else 2_500, batch_size=16)
-    fit = fit if kind == "vqgan" else replace(fit, optimizer="muon")
     return TrainTokenizer(model=model, fit=fit, tokenizer=kind, preset="small64")
 
 

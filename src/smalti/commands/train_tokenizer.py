@@ -60,7 +60,7 @@ class TrainTokenizer(Generic[C]):
 
     model: C
     """The network."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2_000, batch_size=32))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=3_000, batch_size=16, optimizer="muon"))
     tokenizer: str = "hrvq"
     """Kind of tokenizer. Each kind has its own options: see `--tokenizer KIND --help`."""
     preset: Preset = "small"
