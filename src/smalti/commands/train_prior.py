@@ -173,6 +173,7 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
         "level": config.level,
         "image_source": latents.provenance.image_source,
         "image_fingerprint": latents.provenance.image_fingerprint,
+        "images": latents.count_images(),
         "preprocessing": latents.provenance.preprocessing,
         "label_names": names,
         "label_counts": label_counts(labels, latents.held_out, classes).tolist(),  # unlabelled rows first
