@@ -156,18 +156,6 @@ def add_digests(path: Path, layout: Layout, provenance: Provenance, content_dige
         _write_text(file, "content_digest", content_digest)
 
 
-def replace_texts(path: Path, layout: Layout, provenance: Provenance) -> None:
-    """Replaces the attributes of a whole set by those of another provenance, and the digest of the attributes.
-
-    The content digest stays, so the provenance must have the same meaning (see `MEANING`).
-    """
-    with h5py.File(path, "r+", libver=LIBRARY, locking=False) as file:
-        digest = file.attrs["content_digest"]
-        texts = {**attribute_texts(layout, provenance), "content_digest": digest.decode()}  # pyright: ignore
-        for name, text in {**provenance.to_attributes(), "attributes_digest": attributes_digest(texts)}.items():
-            _write_text(file, name, text)
-
-
 def _write_text(file: h5py.File, name: str, text: str) -> None:
     """Writes a text attribute of fixed length. Those of variable length would need a heap of at least 4 KiB."""
     encoded = text.encode()

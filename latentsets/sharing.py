@@ -4,7 +4,7 @@ The uploaded copy has the same content digest: only attributes that it does not 
 """
 
 import os
-import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -12,18 +12,20 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from smalti.core.codes import Layout
+from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME, code, front_matter, license_line, listed, require_license, table
 from smalti.core.hub.download import MOST_NAMES, download
 from smalti.core.hub.ids import HubId, find_hub_id
-from smalti.core.hub.public_names import has_folders, public_values
+from smalti.core.hub.public_names import has_folders, public_command, public_values
 from smalti.core.hub.upload import Files
-from smalti.latentsets.format import MEANING, replace_texts
+from smalti.latentsets.format import COLUMNS, MEANING
 from smalti.latentsets.provenance import Provenance
+from smalti.latentsets.writer import LatentSetWriter
 
 SUFFIXES = (".h5", ".hdf5")
 DATA_SUFFIXES = (*SUFFIXES, ".parquet")
+ROWS_AT_ONCE = 4096
 MOST_COUNTED_CODES = 1 << 24
 """Largest codebook whose usage the card has."""
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
@@ -43,6 +45,10 @@ class SetToShare(Protocol):
     source_ids: Int64[Tensor, " rows"]
     held_out: Bool[Tensor, " rows"]
     flipped: Bool[Tensor, " rows"]
+
+    def batch(self, rows: Sequence[int]) -> Codes:
+        """Returns the codes of the given rows."""
+        ...
 
     def count_images(self) -> dict[str, int]:
         """Returns the number of source images of each split."""
@@ -126,17 +132,21 @@ def files_to_share(
     file = latent_set.path
     if latent_set.version > 2 and provenance != latent_set.provenance:
         file = scratch / latent_set.path.name
-        shutil.copyfile(latent_set.path, file)
-        replace_texts(file, latent_set.layout, provenance)
+        _copy(latent_set, provenance, file)
     elif provenance != latent_set.provenance:
         raise UserError(f"{file} has format version 2; convert it to Parquet and back (convert_latents.py) first")
-    own_card = latent_set.path.parent / f"{latent_set.path.stem}.md"
-    card = (
-        own_card.read_text(encoding="utf-8")
-        if own_card.is_file()
-        else latent_set_card(latent_set, provenance, target, license=license)
-    )
+    card = latent_set_card(latent_set, provenance, target, license=license)
     return {CARD_NAME: card.encode(), latent_set.path.name: file}
+
+
+def _copy(latent_set: SetToShare, provenance: Provenance, path: Path) -> None:
+    """Writes a set anew with another provenance of the same meaning: a replaced attribute may stay in a file's gaps."""
+    rows = len(latent_set.labels)
+    columns = {name: getattr(latent_set, name) for name in COLUMNS}
+    with LatentSetWriter(path, latent_set.layout, **columns, provenance=provenance) as writer:
+        writer.expected_digest = latent_set.content_digest
+        for start in range(0, rows, ROWS_AT_ONCE):
+            writer.write(start, latent_set.batch(range(start, min(start + ROWS_AT_ONCE, rows))))
 
 
 def _public(latent_set: SetToShare, tokenizer: str | None) -> Provenance:
@@ -183,7 +193,7 @@ def latent_set_card(
         "tokenizer": f"{code(provenance.tokenizer_kind)}, from {code(source)}",
         "digest of the tokenizer": code(provenance.tokenizer_digest),
         "digest of the content": code(latent_set.content_digest),
-        "made": f"{provenance.created} by {code(provenance.command)}",
+        "made": f"{provenance.created} by {code(public_command(provenance.command))}",
         "software": ", ".join(f"{software} {number}" for software, number in provenance.software.items()),
     }
     missing = "" if known else "\n`TOKENIZER` stands for the tokenizer with the digest below.\n"
@@ -191,8 +201,8 @@ def latent_set_card(
 # {target.title}
 
 A latent set of smalti: the codes of images, as a tokenizer encoded them, in one HDF5 file (`{name}`). A prior trains on
-it without the images and without running the tokenizer. The codes are valid for the tokenizer with the digest below
-only; with it, they can be decoded to images close to the originals.
+it without the images and without running the tokenizer. The codes are valid only for the tokenizer with the digest
+below. Whoever has that tokenizer can decode them to images close to the originals.
 
 ## Use
 
@@ -244,7 +254,7 @@ def _flips(latent_set: SetToShare) -> str:
 
 def _crops(provenance: Provenance) -> str:
     crops, smallest = provenance.preprocessing.get("crops"), provenance.preprocessing.get("smallest_crop", 1)
-    return f"{crops} random crops of each training image, of {smallest:.0%} of its side at least" if crops else "none"
+    return f"{crops} random crop(s) of each training image, of {smallest:.0%} of its side at least" if crops else "none"
 
 
 def _classes(latent_set: SetToShare) -> str:

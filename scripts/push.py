@@ -4,8 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from smalti import cli
 from smalti.commands.model_paths import PRIORS, TOKENIZERS, require_same_codes, tokenizer_beside
@@ -38,10 +39,10 @@ More: docs/guide/share.md"""
 class Push:
     """Settings of `push`."""
 
-    source: Positional[str]
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
     """The folder of a trained tokenizer or prior, a kind (the one in runs/tokenizers/KIND or runs/priors/KIND), or the
     file of a latent set."""
-    target: Positional[str]
+    target: Annotated[Positional[str], arg(metavar="OWNER/NAME")]
     """The id on the hub to upload to: owner/name. A model may also go into a folder: owner/name/folder."""
     license: str | None = None
     """The licence, as the hub writes it, such as mit, apache-2.0, cc-by-4.0 or other [default: the card gives none]."""
@@ -73,6 +74,7 @@ def push(config: Push) -> None:
         kind, files, inputs, following = _collect(config, target, Path(scratch))
         if config.preview is None:
             _print_files(files)
+            _print_notes(config, files)
             print(upload(files, target, kind, private=config.private, message=config.message))
             print(f"next: {following}")
         else:
@@ -82,6 +84,7 @@ def push(config: Push) -> None:
             ):
                 write_files(files, config.preview)
             _print_files(files)
+            _print_notes(config, files)
             print(f"nothing was uploaded; the files are in {config.preview}, and {CARD_NAME} is the card")
 
 
@@ -132,6 +135,20 @@ def _print_files(files: Files) -> None:
     width = max(map(len, files))
     for name, contents in files.items():
         print(f"  {name:{width}}  {size_text(size_of(contents))}")
+
+
+def _print_notes(config: Push, files: Files) -> None:
+    """Prints what others will see: pictures of images, and the lack of a licence."""
+    if "reconstructions.png" in files:
+        print("reconstructions.png shows held-out images; --no-sheet leaves it out")
+    if config.license is None and "license:" not in _front_matter(files):
+        print("the card gives no license; --license NAME does")
+
+
+def _front_matter(files: Files) -> str:
+    card = files[CARD_NAME]
+    text = card if isinstance(card, bytes) else card.read_bytes()
+    return text.decode().split("\n---", 1)[0]
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ class FakeHub:
     refusal: tuple[int, str] | None = None
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An answer with an error's status."""
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
@@ -83,7 +83,7 @@ def handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(f"{self.command} {self.path}")
             try:
                 status, headers, body = answer(hub, self)
-            except Refused as refused:
+            except RefusedError as refused:
                 status, body = refused.status, json.dumps({"error": refused.message}).encode()
                 headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             self.send_response(status)
@@ -114,7 +114,7 @@ def answer(hub: FakeHub, request: Any) -> tuple[int, dict[str, str], bytes]:
     token = (request.headers.get("Authorization") or "").removeprefix("Bearer ")
     path, method = request.path, request.command
     if token not in ("", TOKEN, READER):
-        raise Refused(401, message="Invalid credentials in Authorization header")
+        raise RefusedError(401, message="Invalid credentials in Authorization header")
     if match := re.fullmatch(r"/lfs/(\w+)", path):
         if method == "PUT":
             assert hashlib.sha256(request.body).hexdigest() == match[1]
@@ -128,36 +128,40 @@ def answer(hub: FakeHub, request: Any) -> tuple[int, dict[str, str], bytes]:
     if match := re.fullmatch(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/(\w+)/(.+)|)", path):
         repo = find(hub, f"{match[1]}/{match[2]}", token)
         if method == "POST" and token != TOKEN:
-            raise Refused(403, message="you need write access")
+            raise RefusedError(403, message="you need write access")
         return api(hub, repo, f"{match[1]}/{match[2]}", match[3] or "revision", match[4] or "main", request)
     if match := re.fullmatch(r"/(datasets/)?([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
         find(hub, f"{match[1] or 'models/'}{match[2]}", token)
         wanted = json.loads(request.body)["objects"]
         actions = [
             {"oid": each["oid"], "size": each["size"]}
-            | ({} if each["oid"] in hub.large else {"actions": {"upload": {"href": f"{hub.endpoint}/lfs/{each['oid']}"}}})
+            | (
+                {}
+                if each["oid"] in hub.large
+                else {"actions": {"upload": {"href": f"{hub.endpoint}/lfs/{each['oid']}"}}}
+            )
             for each in wanted
         ]
         return 200, {}, json.dumps({"transfer": "basic", "objects": actions}).encode()
     if match := re.fullmatch(r"/(datasets/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
         repo = find(hub, f"{match[1] or 'models/'}{match[2]}", token)
         return resolve(hub, repo, match[3], match[4])
-    raise Refused(404, message=f"the fake has no route {method} {path}")
+    raise RefusedError(404, message=f"the fake has no route {method} {path}")
 
 
 def find(hub: FakeHub, name: str, token: str) -> Repo:
     """Returns a repository that the token may read."""
     repo = hub.repos.get(name)
     if repo is None or (repo.private and not token):
-        raise Refused(404 if token else 401, "RepoNotFound", "Repository not found")
+        raise RefusedError(404 if token else 401, "RepoNotFound", "Repository not found")
     if repo.gated and token != TOKEN:
-        raise Refused(403, "GatedRepo", "Access is restricted")
+        raise RefusedError(403, "GatedRepo", "Access is restricted")
     return repo
 
 
 def create(hub: FakeHub, wanted: dict[str, Any], token: str) -> tuple[int, dict[str, str], bytes]:
     if token != TOKEN:
-        raise Refused(403 if token else 401, message="you need write access" if token else "log in")
+        raise RefusedError(403 if token else 401, message="you need write access" if token else "log in")
     name = f"{wanted['organization']}/{wanted['name']}"
     key = f"{wanted.get('type') or 'model'}s/{name}"
     address = json.dumps({"url": f"{hub.endpoint}/{key.removeprefix('models/')}"}).encode()
@@ -173,11 +177,11 @@ def api(
     """Answers what is asked of one repository."""
     if action == "branch":
         if revision in repo.branches:
-            raise Refused(409, message="the branch exists")
+            raise RefusedError(409, message="the branch exists")
         repo.branches[revision] = repo.branches["main"]
         return 200, {}, b"{}"
     if revision not in repo.branches and revision not in repo.commits:
-        raise Refused(404, "RevisionNotFound", "Invalid rev id")
+        raise RefusedError(404, "RevisionNotFound", "Invalid rev id")
     sha, files = repo.branches.get(revision, revision), repo.files(revision)
     if action == "revision":
         listed = [{"rfilename": path} for path in files]
@@ -199,7 +203,7 @@ def api(
         return 200, {}, json.dumps({"files": modes}).encode()
     assert action == "commit"
     if hub.refusal:
-        raise Refused(hub.refusal[0], message=hub.refusal[1])
+        raise RefusedError(hub.refusal[0], message=hub.refusal[1])
     return commit(hub, repo, name, revision, request.body)
 
 
@@ -232,9 +236,9 @@ def described(path: str, contents: bytes) -> dict[str, Any]:
 def resolve(hub: FakeHub, repo: Repo, revision: str, path: str) -> tuple[int, dict[str, str], bytes]:
     """Answers with a file; large ones are elsewhere, as on the hub."""
     if revision not in repo.branches and revision not in repo.commits:
-        raise Refused(404, "RevisionNotFound", "Invalid rev id")
+        raise RefusedError(404, "RevisionNotFound", "Invalid rev id")
     if path not in repo.files(revision):
-        raise Refused(404, "EntryNotFound", "Entry not found")
+        raise RefusedError(404, "EntryNotFound", "Entry not found")
     contents, entry = repo.files(revision)[path], described(path, repo.files(revision)[path])
     headers = {"X-Repo-Commit": repo.branches.get(revision, revision), "ETag": f'"{entry["oid"]}"'}
     if "lfs" in entry:

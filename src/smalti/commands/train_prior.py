@@ -62,7 +62,7 @@ class TrainPrior(Generic[C, Objective]):
     prior: str = "hourglass"
     """Kind of prior. Each kind has its own options: see `--prior KIND --help`."""
     latents: Path = LATENTS / "hrvq.h5"
-    """The latent set to train on, from build_latents.py."""
+    """The latent set to train on: a file from build_latents.py, or the hub id of a data set."""
     level: int = 0
     """Level of the latent set to learn, 0 being the coarsest. The prior is conditioned on the coarser levels' codes."""
     tokenizer: str | None = None

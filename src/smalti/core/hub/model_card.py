@@ -63,7 +63,7 @@ def model_card(
     if measured := _measured(run, provenance.get("steps")):
         parts.append(
             "## Held-out numbers\n\nMeasured at the last step, on images that the training did not see.\n\n"
-            f"{table({code(name): f'{value:.5g}' for name, value in measured.items()})}\n"
+            f"{table({code(name): _number(name, value) for name, value in measured.items()})}\n"
         )
     parts.append(f"## Recipe\n\n{_recipe(record, provenance)}\n")
     parts.append(f"## Licence\n\n{license_line(license, 'weights')}\n")
@@ -129,13 +129,13 @@ def _data(provenance: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
     flips = provenance.get("flips", prepared.get("flips"))
     ways = [
         f"{size} pixels" if size else "",
-        f"fitted by {prepared['fit']}" if "fit" in prepared else "",
+        f"fit: {prepared['fit']}" if "fit" in prepared else "",
         "" if flips is None else "with mirror images" if flips else "no mirror images",
-        f"{prepared['crops']} random crops of each" if "crops" in prepared else "",
+        f"{prepared['crops']} random crop(s) of each" if "crops" in prepared else "",
     ]
     return {
         "trained on": ", ".join(filter(None, [code(_source(provenance)) if _source(provenance) else "", number])),
-        "images as": ", ".join(filter(None, ways)),
+        "images as": "; ".join(filter(None, ways)),
         "classes": f"{classes}: {listed(list(names))}" if names else str(classes or ""),
         "left out": f"{provenance['skipped_images']} damaged images" if "skipped_images" in provenance else "",
         "converted from": code(str(provenance["converted_from"])) if "converted_from" in provenance else "",
@@ -160,6 +160,10 @@ def _measured(run: Path, steps: int | None) -> dict[str, float]:
         for name, value in metrics.items()
         if name.startswith(MEASURED) and not any(part in name for part in NOT_MEASURED)
     }
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.1%}" if name.startswith("codes_used") else f"{value:.5g}"
 
 
 def _software(described: dict[str, Any], record: dict[str, Any]) -> str:

@@ -30,17 +30,20 @@ def public_path(text: str) -> str:
 
 def public_command(command: str) -> str:
     """Returns a command line that trained or encoded something, as `smalti COMMAND ...` and without local folders."""
+    program, *rest = _without_folders_in_words(command).split(" ", 1)
+    if program.removesuffix(".py") in SCRIPTS:
+        program = f"{PROGRAM} {program.removesuffix('.py').replace('_', '-')}"
+    return " ".join([program, *rest])
+
+
+def _without_folders_in_words(command: str) -> str:
+    """Returns a command line in which paths have only their last part; the same text if none has more."""
     try:
-        program, *words = shlex.split(command)
+        words = shlex.split(command)
     except ValueError:
         return _without_folders(command)
-    if program == PROGRAM:
-        head = PROGRAM
-    elif program.removesuffix(".py") in SCRIPTS:
-        head = f"{PROGRAM} {program.removesuffix('.py').replace('_', '-')}"
-    else:
-        head = shlex.quote(program)
-    return " ".join([head, *(shlex.quote(_public_word(word)) for word in words)])
+    public = [_public_word(word) for word in words]
+    return shlex.join(public) if public != words else command
 
 
 def _public_word(word: str) -> str:
@@ -56,7 +59,7 @@ def public_values(values: dict[str, Any]) -> dict[str, Any]:
 def _public_value(name: str, value: Any) -> Any:
     if isinstance(value, str):
         if name == "command":
-            return public_command(value)
+            return _without_folders_in_words(value)
         return public_path(value) if name in PATHS else _without_folders(value)
     if isinstance(value, dict):
         return public_values(value)

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.core.hub.ids import HubId, RepoType
-from smalti.core.hub.problems import HUB_ERRORS, describe_problem
+from smalti.core.hub.problems import HUB_ERRORS, LOG_IN, describe_problem
 
 Files: TypeAlias = Mapping[str, Path | bytes]
 """The files to upload: the path in the target's folder, and the file that is uploaded as it is, or its contents."""
@@ -35,9 +35,14 @@ def upload(
     """
     api = HfApi()
     try:
+        if get_token() is None:
+            raise UserError(f"nothing was uploaded to {target}: no token is set; {LOG_IN}")
         address = str(api.create_repo(target.repo, repo_type=kind, private=private or None, exist_ok=True))
         if private and not api.repo_info(target.repo, repo_type=kind).private:
-            raise UserError(f"{target.repo} exists and is public; make it private on its page, or give another name")
+            raise UserError(
+                f"nothing was uploaded: {target.repo} exists and is public; make it private on its page, or give "
+                "another name"
+            )
         if target.revision:
             api.create_branch(target.repo, branch=target.revision, repo_type=kind, exist_ok=True)
         api.create_commit(
