@@ -223,17 +223,21 @@ def perplexity(counts: Int64[Tensor, " codes"]) -> float:
     return float(torch.exp(-(frequencies * frequencies.log()).sum()))
 
 
-def require_tokenizer(latent_set: LatentSet, digest: str) -> None:
-    """Checks that the tokenizer with this digest made the codes. No other tokenizer can decode them.
+def require_tokenizer(latent_set: LatentSet, digests: Sequence[str]) -> None:
+    """Checks that a tokenizer encodes as the one that made the codes. No other tokenizer can decode them.
+
+    Args:
+        latent_set: the set.
+        digests: those of all tokenizers that encode as the tokenizer at hand does, its own first.
 
     Raises:
-        UserError: if the digests differ.
+        UserError: if the digest of the set's tokenizer is not among them.
     """
     provenance = latent_set.provenance
-    if digest != provenance.tokenizer_digest:
+    if provenance.tokenizer_digest not in digests:
         maker = f"{provenance.tokenizer_digest[:12]} ({provenance.tokenizer_kind}, {provenance.tokenizer_source})"
         raise UserError(
-            f"{latent_set.path} was made by the tokenizer {maker}, but the tokenizer given is {digest[:12]}; "
+            f"{latent_set.path} was made by the tokenizer {maker}, but the tokenizer given is {digests[0][:12]}; "
             "use the set's tokenizer, or build the latent set again"
         )
 

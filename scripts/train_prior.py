@@ -7,6 +7,7 @@ ABOUT = """Trains a prior: a model that generates the codes of new images.
 
 $ accelerate launch scripts/train_prior.py                               # on runs/latents/hrvq.h5
 $ accelerate launch scripts/train_prior.py --latents my.h5 --out runs/priors/mine --steps 20000
+$ accelerate launch scripts/train_prior.py --init portraits --latents my.h5 --out runs/priors/mine        # fine-tune
 $ accelerate launch scripts/train_prior.py --prior pixelcnn              # another kind
 $ accelerate launch scripts/train_prior.py --latents two.h5 --level 1    # one prior for each level of the tokenizer
 $ accelerate launch --num_processes 8 scripts/train_prior.py --batch-size 512   # eight GPUs share each batch
@@ -28,7 +29,7 @@ def main() -> None:
     """Runs the command line."""
     cli.run(
         lambda config: print_end_of_prior(train_prior(config), config.latents, config.level),
-        lambda: default_config(cli.chosen("--prior", "hourglass")),
+        lambda: default_config(cli.chosen("--prior", "") or None, cli.chosen("--init", "") or None),
         about=ABOUT,
     )
 

@@ -9,6 +9,7 @@ ABOUT = """Trains a tokenizer: a model that turns images into grids of codes, an
 $ python scripts/train_tokenizer.py                          # on the embedded portraits, in minutes on two CPU cores
 $ python scripts/train_tokenizer.py --images my/photos       # on a folder of images
 $ python scripts/train_tokenizer.py --tokenizer hqa          # another kind
+$ python scripts/train_tokenizer.py --init portraits --images my/faces --out runs/tokenizers/faces   # fine-tune
 $ accelerate launch scripts/train_tokenizer.py --tokenizer vqvae2 --preset paper64 --images my/photos
 $ accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f16-1024 --images my/photos
 
@@ -31,7 +32,9 @@ def main() -> None:
     """Runs the command line."""
     cli.run(
         lambda config: print_end_of_tokenizer(train_tokenizer(config)),
-        lambda: default_config(cli.chosen("--preset", "small"), cli.chosen("--tokenizer", "hrvq")),
+        lambda: default_config(
+            cli.chosen("--preset", "small"), cli.chosen("--tokenizer", "") or None, cli.chosen("--init", "") or None
+        ),
         about=ABOUT,
     )
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from smalti.core.provenance import machine
 from smalti.evaluation.real_images import RealImages
 from smalti.images.decoding import to_float, to_uint8
 from smalti.tokenizers.base import Tokenizer
+from smalti.training.run_folder import METRICS_NAME, RUN_NAME
 
 IMAGES_AT_ONCE = 100
 """Images that are reconstructed in one batch."""
@@ -59,6 +61,15 @@ class Trial:
 def count_parameters(*modules: nn.Module) -> int:
     """Returns the number of parameters of some modules together."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def logged_hours(run: Path) -> float:
+    """Returns the hours of a training from its logged rows per second, however often it was resumed."""
+    lines = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
+    batch_size = json.loads((run / RUN_NAME).read_text())["settings"]["batch_size"]
+    logged = [(line["step"], line["rows_per_second"]) for line in lines if "rows_per_second" in line]
+    seconds = sum((step - before) * batch_size / rate for (before, _), (step, rate) in pairwise([(0, 1.0), *logged]))
+    return seconds / 3600
 
 
 class Evaluator(ABC):

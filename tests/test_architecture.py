@@ -28,7 +28,7 @@ ONE_FILE_A_COMMAND = ROOT / "scripts"
 RANKS = {
     "core": 0,
     **dict.fromkeys(["flags", "images", "training", "latentsets", "priors", "tokenizers.layers"], 1),
-    **dict.fromkeys(["metrics", "tokenizers", "tokenizers.quantizers", "priors.methods"], 2),
+    **dict.fromkeys(["metrics", "tokenizers", "transfer", "tokenizers.quantizers", "priors.methods"], 2),
     **dict.fromkeys(["tokenizers.vq", "tokenizers.hqa", "tokenizers.selfvae", "priors.networks"], 3),
     "tokenizers.vqgan": 4,
     **dict.fromkeys(["commands", "cli"], 5),

@@ -6,9 +6,9 @@ that suit most tokenizers. `tokenizers/vq/vqvae.py` is a short example.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
-from smalti.core.models import Checkpointed, Family
+from smalti.core.models import Checkpointed, Family, digest
 from smalti.training.config import FitConfig, Phase
 
 ConfigT = TypeVar("ConfigT")
+SAME_CODES = "same_codes"
+PartName: TypeAlias = Literal["encoder", "decoder", "codebook"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
         uses: batch entries that `forward` takes after the images. `seeds`, int64 `(b,)`: one per image; every random
             draw must depend on them alone, so that runs are reproducible. `progress`, float `(b,)`: training progress
             from 0 to 1, e.g. for a temperature.
+        parts: names of the modules that make the encoder, the decoder and the codebooks; empty if they cannot be
+            trained apart. Those of the decoder have no influence on `encode`.
+        training_settings: names of config fields that matter in training alone.
         config: settings from which the tokenizer is rebuilt.
         image_channels: 3 for colour images, 1 for grey ones.
         downsampling: factor by which height and width of the images must be divisible.
@@ -78,6 +83,8 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
 
     family: ClassVar[Family] = "tokenizer"
     uses: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[Mapping[PartName, tuple[str, ...]]] = {}
+    training_settings: ClassVar[frozenset[str]] = frozenset()
     config: ConfigT
     image_channels: int
     downsampling: int
@@ -121,6 +128,46 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
             seeds: one per image; every random draw depends on them alone.
         """
         return self.decode(codes)
+
+    def code_digest(self) -> str:
+        """Returns a SHA-256 over what decides the codes of an image: kind, config and all weights but the decoder's.
+
+        Tokenizers with equal code digests encode alike, so each decodes the codes of the other. Settings that matter
+        in training alone do not count.
+        """
+        decoder = self.parts.get("decoder", ())
+        state = {name: tensor for name, tensor in self.state_dict().items() if name.partition(".")[0] not in decoder}
+        return digest(self.kind, self.config, state, without=self.training_settings)
+
+    def digests_of_codes(self) -> list[str]:
+        """Returns the digests of all tokenizers that are known to encode as this one does; the first is its own.
+
+        The others are those it was trained from with encoder and codebook frozen (`same_codes` in its provenance).
+        They do not count if its own code digest has changed since then.
+        """
+        recorded = self.provenance.get(SAME_CODES)
+        if not isinstance(recorded, dict) or recorded.get("code_digest") != self.code_digest():
+            return [self.digest()]
+        digests = recorded.get("digests")
+        return [self.digest(), *(digests if isinstance(digests, list) else [])]
+
+    def keep_codes_of(self, other: "Tokenizer") -> None:
+        """Records that this tokenizer, which has the weights of the other one's encoder and codebooks, keeps them."""
+        self.provenance[SAME_CODES] = {"code_digest": self.code_digest(), "digests": other.digests_of_codes()}
+
+    def freeze(self, parts: Sequence[PartName]) -> None:
+        """Keeps parts of the tokenizer as they are in training.
+
+        Raises:
+            UserError: if this kind has no such parts, or nothing is left to train.
+        """
+        if parts and not self.parts:
+            raise UserError(f"--freeze is not for {self.kind}, whose parts cannot be trained apart")
+        for part in parts:
+            for name in self.parts[part]:
+                self.get_submodule(name).requires_grad_(False)
+        if parts and set(parts) >= {"encoder", "decoder"}:
+            raise UserError("--freeze encoder decoder leaves nothing to train; leave one of them out")
 
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
         """Data-dependent initialization, called once before training with some training images; default: none."""

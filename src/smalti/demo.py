@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from smalti.commands.build_latents import BuildLatents, build_latents
-from smalti.commands.inpainting import fill
+from smalti.commands.inpainting import save_example_fills
 from smalti.commands.model_paths import RUNS, load_only_prior, load_prior, load_tokenizer, shipped_models
 from smalti.commands.sample import Sample, generate_images, sample
 from smalti.commands.train_prior import TrainPrior, train_prior
@@ -22,14 +22,12 @@ from smalti.commands.train_tokenizer import TrainTokenizer, save_reconstructions
 from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
-from smalti.core.devices import Precision, autocast, best_device, resolve
+from smalti.core.devices import Precision, best_device, resolve
 from smalti.core.files import whole_file
 from smalti.core.provenance import versions
-from smalti.core.randomness import row_seeds
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
-from smalti.images.masks import blank, examples
-from smalti.images.sheets import embedded_settings, save_animation, save_sheet
+from smalti.images.sheets import embedded_settings, save_animation
 from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet, perplexity
 from smalti.metrics.image_errors import mse
@@ -47,7 +45,6 @@ REPORT_NAME, DONE_NAME = "report.md", "demo.json"
 SHIPPED_MODEL = "portraits"
 TOKENIZER = HRVQConfig(branching=16)
 PRIOR_BATCH_SIZE = 64
-IMAGES_PER_MASK, FILLS_PER_IMAGE = 2, 3
 ANIMATED_SAMPLES = 32
 
 
@@ -110,10 +107,20 @@ def _demo(config: Demo, settings: dict[str, Any]) -> None:
     with _timed(seconds, "samples"):
         _sample(config, str(prior_folder), SAMPLES)
         _animate(config, prior_folder)
-    with _timed(seconds, "fills"):
-        _inpaint(config, prior_folder)
-    tokenizer = load_tokenizer(str(tokenizer_folder))
+    prior, tokenizer = load_prior(str(prior_folder), None)
     rows = _held_out(config, tokenizer)
+    with _timed(seconds, "fills"):
+        save_example_fills(
+            prior.to(best_device()),
+            tokenizer.to(best_device()),
+            rows,
+            config.out / INPAINTING,
+            sampling=SundaeFilling(),
+            seed=config.seed,
+            precision=config.precision,
+            settings=flatten(config),
+        )
+    tokenizer = load_tokenizer(str(tokenizer_folder))
     save_reconstructions(tokenizer, rows, config.out / RECONSTRUCTIONS)
     text = _report(config, tokenizer, rows, LatentSet(latents), last_metrics(prior_folder), seconds)
     report = config.out / REPORT_NAME
@@ -196,36 +203,6 @@ def _animate(config: Demo, prior_folder: Path) -> None:
     )
     frames = [tokenizer.decode(codes).cpu() for codes in steps]
     save_animation(config.out / DENOISING, frames, settings=flatten(config))
-
-
-@torch.no_grad()
-def _inpaint(config: Demo, prior_folder: Path) -> None:
-    """Writes a sheet: for each example mask, held-out images as they are, masked, and inpainted several times."""
-    device = best_device()
-    prior, tokenizer = load_prior(str(prior_folder), None)
-    prior, tokenizer = prior.to(device), tokenizer.to(device)
-    rows = _held_out(config, tokenizer)
-    masks = examples(tokenizer.config.height, tokenizer.config.width)
-    count = len(masks) * IMAGES_PER_MASK
-    images = rows.__getitems__([(2 * i + 1) * len(rows) // (2 * count) for i in range(count)])["images"]
-    mask = torch.stack(list(masks.values())).repeat_interleave(IMAGES_PER_MASK, 0)
-    with autocast(device, config.precision):
-        filled = fill(
-            [prior],
-            tokenizer,
-            images.repeat_interleave(FILLS_PER_IMAGE, 0),
-            mask.repeat_interleave(FILLS_PER_IMAGE, 0),
-            seeds=row_seeds(config.seed, torch.arange(count * FILLS_PER_IMAGE)),
-            sampling=SundaeFilling(),
-        )
-    columns = [
-        to_float(images)[:, None],
-        blank(to_float(images), mask)[:, None],
-        to_float(filled).unflatten(0, (count, FILLS_PER_IMAGE)),
-    ]
-    captions = [f"{name}: image, masked, {FILLS_PER_IMAGE} fills; and another" for name in masks]
-    sheet_rows = torch.cat(columns, 1).flatten(0, 1).chunk(len(masks))
-    save_sheet(config.out / INPAINTING, dict(zip(captions, sheet_rows, strict=True)), settings=flatten(config))
 
 
 def _held_out(config: Demo, tokenizer: Tokenizer) -> ImageRows:

@@ -1,7 +1,5 @@
 """The model card of the portraits: what is measured of the models in the package, and the sheets beside it."""
 
-import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,18 @@ from smalti.commands.train_tokenizer import save_reconstructions
 from smalti.core.devices import best_device
 from smalti.core.files import whole_file, write_json
 from smalti.core.provenance import machine
-from smalti.core.randomness import Stream, choose
 from smalti.evaluation.prior import COPY_QUANTILE
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.sheets import save_sheet
 from smalti.latentsets.reader import LatentSet, perplexity
 from smalti.metrics.extractors import find_extractor
-from smalti.metrics.frechet import Moments, frechet_distance, nearest, precision_recall
 from smalti.priors.base import Prior
-from smalti.studies.experiment import count_parameters, measure_once, reconstruct, table_row
+from smalti.studies.against_real import AgainstReal
+from smalti.studies.experiment import count_parameters, logged_hours, measure_once, table_row
 from smalti.studies.portraits.recipe import ReproducePortraits, train
 from smalti.tokenizers.base import Tokenizer
-from smalti.training.run_folder import METRICS_NAME, last_metrics
+from smalti.training.run_folder import last_metrics
 
 SAMPLES = 2_000
 """Number of samples that are measured, and of real images that are measured as if they were samples."""
@@ -55,66 +52,37 @@ def measure(config: ReproducePortraits, prior: Prior, tokenizer: Tokenizer) -> d
     prior, tokenizer = prior.to(device), tokenizer.to(device)
     size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
     images = open_images(tokenizer.provenance["image_source"], **size)
-    training, held_out = (ImageRows(images, split=split, flips=False) for split in ("train", "held_out"))
-    extractor = find_extractor("lite0", device)
-    known = torch.cat([extractor(training.__getitems__(rows)["images"]) for rows in _batches(len(training))])
-    pixels = held_out.__getitems__(range(len(held_out)))["images"]
-    unknown = extractor(pixels)
+    real = AgainstReal(images, find_extractor("lite0", device), samples=SAMPLES, seed=config.seed)
     samples = to_uint8(
         generate_images([prior], tokenizer, num=SAMPLES, seed=config.seed, sampling=prior.method.sampling())
     )
-    features = extractor(samples)
-
-    as_samples = torch.zeros(len(training), dtype=torch.bool)
-    as_samples[choose(len(training), SAMPLES, config.seed, Stream.EVALUATION_REFERENCE)] = True
-    reference = Moments.of(known[~as_samples])
-    rebuilt = reconstruct(tokenizer, pixels)
+    scores, rebuilt = real.score(samples), real.score_reconstructions(tokenizer)
     usage = LatentSet(config.latents).usage()
-    distances, neighbours = nearest(features, known)
-    copy_distance = nearest(unknown, known)[0].quantile(COPY_QUANTILE)
-    manifolds = precision_recall(known[as_samples], features)
-
-    _save_neighbours(config.package / NEIGHBOURS_NAME, samples[:SHOWN], training, neighbours[:SHOWN])
-    save_reconstructions(tokenizer, held_out, config.package / RECONSTRUCTIONS_NAME)
+    _save_neighbours(config.package / NEIGHBOURS_NAME, samples[:SHOWN], real.training, scores.neighbours[:SHOWN])
+    save_reconstructions(tokenizer, real.held_out, config.package / RECONSTRUCTIONS_NAME)
     return {
-        "images": {"training": len(training), "held_out": len(held_out), "fingerprint": images.fingerprint},
+        "images": {"training": len(real.training), "held_out": len(real.held_out), "fingerprint": images.fingerprint},
         "tokenizer": {
             "digest": tokenizer.digest(),
             "parameters": count_parameters(tokenizer),
-            "mse": float((to_float(rebuilt) - to_float(pixels)).div(2).square().mean()),
+            "mse": rebuilt["mse"],
             "codes": len(usage),
             "codes_used": int((usage > 0).sum()),
             "perplexity": perplexity(usage),
-            "frechet_of_reconstructions": frechet_distance(Moments.of(extractor(rebuilt)), reference),
-            "hours": _hours(config.tokenizer_run),
+            "frechet_of_reconstructions": rebuilt["frechet"],
+            "hours": logged_hours(config.tokenizer_run),
         },
         "prior": {
             "digest": prior.digest(),
             "parameters": count_parameters(prior),
             "loss": last_metrics(config.prior_run)["loss"],
             "held_out_loss": last_metrics(config.prior_run)["held_out_loss"],
-            "frechet": frechet_distance(Moments.of(features), reference),
-            "frechet_of_real_images": frechet_distance(Moments.of(known[as_samples]), reference),
-            "precision": manifolds.precision,
-            "recall": manifolds.recall,
-            "share_too_near": float((distances < copy_distance).double().mean()),
-            "hours": _hours(config.prior_run),
+            **scores.numbers,
+            "frechet_of_real_images": real.floor(),
+            "hours": logged_hours(config.prior_run),
         },
         "machine": machine(),
     }
-
-
-def _batches(count: int, size: int = 256) -> list[range]:
-    return [range(*pair) for pair in pairwise([*range(0, count, size), count])]
-
-
-def _hours(run: Path) -> float:
-    """Computes the hours of a training from its logged rows per second, however often it was resumed."""
-    lines = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
-    batch_size = json.loads((run / "run.json").read_text())["settings"]["batch_size"]
-    logged = [(line["step"], line["rows_per_second"]) for line in lines if "rows_per_second" in line]
-    seconds = sum((step - before) * batch_size / rate for (before, _), (step, rate) in pairwise([(0, 1.0), *logged]))
-    return seconds / 3600
 
 
 def _save_neighbours(path: Path, samples: Tensor, training: ImageRows, indices: Int64[Tensor, " n"]) -> None:

@@ -39,6 +39,16 @@ def test_the_small_preset_equals_the_defaults():
     assert config.model.discriminator_start < config.fit.steps
 
 
+@pytest.mark.parametrize("kind", ["hrvq", "vqvae", "vqgan"])
+def test_small64_has_a_grid_of_8x8_with_4096_codes(kind):
+    _, config = default_config("small64", kind)
+    (level,) = models.class_of_kind("tokenizer", kind)(config.model).layout.levels
+    assert (level.height, level.width, level.codebook_size) == (8, 8, 4096)
+    assert (config.tokenizer, config.preset) == (kind, "small64")
+    with pytest.raises(UserError, match="for hrvq, vqvae and vqgan, not for hqa"):
+        default_config("small64", "hqa")
+
+
 def test_flags_override_a_preset(monkeypatch):
     configs = []
     monkeypatch.setattr(train_tokenizer, "train_tokenizer", configs.append)
@@ -52,5 +62,5 @@ def test_flags_override_a_preset(monkeypatch):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(UserError, match="no preset 'paper16'; presets: small, paper32"):
+    with pytest.raises(UserError, match="no preset 'paper16'; presets: small, small64, paper32"):
         default_config("paper16", "hrvq")

@@ -62,7 +62,7 @@ def test_perplexity_is_between_one_and_the_number_of_used_codes(counts):
 def test_another_tokenizer_is_refused(tmp_path):
     small_set(tmp_path / "latents.h5")
     latent_set = LatentSet(tmp_path / "latents.h5")
-    require_tokenizer(latent_set, PROVENANCE.tokenizer_digest)
+    require_tokenizer(latent_set, ["cd" * 32, PROVENANCE.tokenizer_digest])
     with pytest.raises(UserError, match=r"tokenizer abababababab .* but the tokenizer given is cdcdcdcdcdcd") as caught:
-        require_tokenizer(latent_set, "cd" * 32)
+        require_tokenizer(latent_set, ["cd" * 32])
     assert "\n" not in str(caught.value)

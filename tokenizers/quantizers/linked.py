@@ -100,6 +100,10 @@ class LinkedQuantizer(nn.Module):
             codewords are then scaled to length 1 first, EMA averages the scaled vectors, and a codeword is the
             direction of its average.
 
+    Attributes:
+        frozen: whether codewords stay as they are in training: neither moving averages nor revival. Codewords that
+            learn by gradients need `requires_grad_(False)` as well.
+
     Raises:
         UserError: if `code_width` or `depth` is below 1, `branching` below 2, `commitment_weight` negative, `decay` or
             `revive_below` not from 0 to below 1, there are more than 2**31 - 1 leaves, or `cosine` is used with several
@@ -142,6 +146,7 @@ class LinkedQuantizer(nn.Module):
                 self.register_buffer(f"codebook_{layer}", codebook)
             if self._counts_choices:
                 self.register_buffer(f"counts_{layer}", torch.ones(branching**layer, branching))
+        self.frozen = False
         self._quantized: list[tuple[Tensor, Tensor]] = []  # vectors and paths of this step's micro-batches
 
     @property
@@ -171,7 +176,7 @@ class LinkedQuantizer(nn.Module):
         b, _, h, w = z_e.shape
         vectors = self._vectors(z_e)
         paths = nearest_paths(vectors, self.codebooks)
-        if self._counts_choices and self.training and torch.is_grad_enabled():
+        if self._counts_choices and not self.frozen and self.training and torch.is_grad_enabled():
             self._quantized.append((vectors.detach(), paths))
         codebook_loss = commitment_loss = torch.zeros((), device=z_e.device)
         combined, residual = torch.zeros_like(vectors), vectors

@@ -6,6 +6,7 @@ Legend: b batch, c channels, h w image or grid, d code width.
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from smalti.core.codes import Codes, Layout, Level
 from smalti.core.errors import UserError
 from smalti.core.models import register
-from smalti.tokenizers.base import Tokenizer, TokenizerOutput, require_size
+from smalti.tokenizers.base import PartName, Tokenizer, TokenizerOutput, require_size
 from smalti.tokenizers.layers import conv
 from smalti.tokenizers.layers.strips import in_bounded_memory
 from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
@@ -64,6 +65,10 @@ class VQFamily(Tokenizer[VQConfigT]):
         UserError: if there is no stage, or the image size is not divisible by the downsampling.
     """
 
+    training_settings: ClassVar[frozenset[str]] = frozenset(
+        {"commitment_weight", "codebook_learning", "codebook_decay", "revive_below", "kmeans_start"}
+    )
+
     def __init__(self, config: VQConfigT, *, downsampling: int) -> None:
         super().__init__(config)
         if not config.widths or min(config.widths) < 1:
@@ -93,6 +98,13 @@ class VQFamily(Tokenizer[VQConfigT]):
         require_size(images.shape[2], images.shape[3], self.downsampling)
         return images.contiguous(memory_format=torch.channels_last)
 
+    def freeze(self, parts: Sequence[PartName]) -> None:
+        """See `Tokenizer.freeze`. Codebooks that are frozen have no moving averages either, and no revival."""
+        super().freeze(parts)
+        for module in self.modules():
+            if isinstance(module, LinkedQuantizer):
+                module.frozen = "codebook" in parts
+
     def collapse_remedy(self) -> str:
         """Names the first remedy against codebook collapse that the config leaves off."""
         if not self.config.kmeans_start:
@@ -111,6 +123,12 @@ class OneGrid(VQFamily[VQConfigT]):
 
     `encode` runs in bounded memory, whatever the size of the images; so does `decode` under `torch.no_grad`.
     """
+
+    parts: ClassVar[Mapping[PartName, tuple[str, ...]]] = {
+        "encoder": ("encoder",),
+        "decoder": ("decoder",),
+        "codebook": ("quantizer",),
+    }
 
     encoder: nn.Sequential
     quantizer: LinkedQuantizer | GumbelQuantizer

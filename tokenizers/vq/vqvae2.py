@@ -5,7 +5,7 @@ Codebook search, losses and updates are in `quantizers/linked.py`, the convoluti
 Legend: b batch, c channels, h w image or grid, d code width, l level, the coarsest first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smalti.core.codes import Codes, Layout, Level
 from smalti.core.errors import UserError
 from smalti.core.models import register
-from smalti.tokenizers.base import TokenizerOutput
+from smalti.tokenizers.base import PartName, TokenizerOutput
 from smalti.tokenizers.layers import conv
 from smalti.tokenizers.layers.strips import in_bounded_memory
 from smalti.tokenizers.quantizers.linked import LinkedQuantizer
@@ -49,6 +49,11 @@ class VQVAE2(VQFamily[VQVAE2Config]):
 
     kind: ClassVar[str] = "vqvae2"
     config_class: ClassVar[type] = VQVAE2Config
+    parts: ClassVar[Mapping[PartName, tuple[str, ...]]] = {
+        "encoder": ("encoder", "encoders", "to_code", "conditions", "upsamplings"),
+        "decoder": ("decoder",),
+        "codebook": ("quantizers",),
+    }
 
     def __init__(self, config: VQVAE2Config) -> None:
         if config.levels not in (2, 3):

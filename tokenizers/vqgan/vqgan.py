@@ -5,6 +5,7 @@ Its layers are in `layers/attention_blocks.py`, its perceptual and adversarial l
 Legend: b batch, c channels, h w image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 
 from smalti.core.errors import UserError
 from smalti.core.models import register
-from smalti.tokenizers.base import TokenizerOutput
+from smalti.tokenizers.base import PartName, TokenizerOutput
 from smalti.tokenizers.layers import attention_blocks
 from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
-from smalti.tokenizers.vq.vqvae import OneGrid, VQConfig
+from smalti.tokenizers.vq.vqvae import OneGrid, VQConfig, VQFamily
 from smalti.tokenizers.vqgan import losses
 from smalti.tokenizers.vqgan.perceptual import PerceptualName
 from smalti.training.config import FitConfig, Phase
@@ -83,6 +84,10 @@ class VQGAN(OneGrid[VQGANConfig]):
 
     kind: ClassVar[str] = "vqgan"
     config_class: ClassVar[type] = VQGANConfig
+    training_settings: ClassVar[frozenset[str]] = VQFamily.training_settings | {
+        *("kl_weight", "temperature", "perceptual", "perceptual_weight", "adversarial_weight"),
+        *("discriminator_start", "discriminator_ramp", "discriminator_width", "discriminator_layers"),
+    }
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config, downsampling=2 ** (len(config.widths) - 1) if config.widths else 1)
@@ -138,6 +143,16 @@ class VQGAN(OneGrid[VQGANConfig]):
                 the discriminator, or `fit` asks to compile the networks.
         """
         return losses.phases(self, fit)
+
+    def freeze(self, parts: Sequence[PartName]) -> None:
+        """See `Tokenizer.freeze`.
+
+        Raises:
+            UserError: also for a frozen decoder with an adversarial loss, whose weight follows the decoder's gradients.
+        """
+        if "decoder" in parts and self.config.adversarial_weight:
+            raise UserError("--freeze decoder needs --adversarial-weight 0: the discriminator trains the decoder")
+        super().freeze(parts)
 
     def collapse_remedy(self) -> str:
         """Advice against codebook collapse, for a Gumbel quantizer or as in `VQFamily`."""

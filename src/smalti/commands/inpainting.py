@@ -7,8 +7,9 @@ Legend: b batch, k candidates, c channels, h w pixels, y x codes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,13 @@ from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.images.blending import compose
 from smalti.images.decoding import to_float
-from smalti.images.masks import DILATION_CODES, blank, known_codes
+from smalti.images.image_set import ImageRows
+from smalti.images.masks import DILATION_CODES, blank, examples, known_codes
+from smalti.images.sheets import save_sheet
 from smalti.priors.base import CodePrior, Prior
 from smalti.tokenizers.base import Tokenizer
 
+EXAMPLES_PER_MASK, FILLS_PER_EXAMPLE = 2, 3
 MOST_AROUND = 1000
 """Largest dilation, in codes, and feather band, in pixels."""
 
@@ -279,3 +283,50 @@ def _nearest(
     """Returns, for each image, the candidate with the least squared error at the scored pixels."""
     errors = ((candidates - images.unsqueeze(1)).square().sum(2) * scored.unsqueeze(1)).sum((2, 3))
     return candidates[torch.arange(len(images), device=images.device), errors.argmin(1)]
+
+
+@torch.no_grad()
+def save_example_fills(
+    prior: Prior,
+    tokenizer: Tokenizer,
+    rows: ImageRows,
+    path: Path,
+    *,
+    sampling: Any,
+    seed: int = 0,
+    precision: Precision = "auto",
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a sheet: for each example mask, some of the images as they are, masked, and filled several times.
+
+    Args:
+        prior: the prior of a tokenizer with one level.
+        tokenizer: the tokenizer, on the same device.
+        rows: the images, of which evenly spread ones are shown.
+        path: the PNG file to write.
+        sampling: the sampler's config.
+        seed: of the fills.
+        precision: of the networks.
+        settings: embedded in the file.
+    """
+    masks = examples(tokenizer.config.height, tokenizer.config.width)
+    count = len(masks) * EXAMPLES_PER_MASK
+    images = rows.__getitems__([(2 * i + 1) * len(rows) // (2 * count) for i in range(count)])["images"]
+    mask = torch.stack(list(masks.values())).repeat_interleave(EXAMPLES_PER_MASK, 0)
+    with autocast(next(tokenizer.parameters()).device, precision):
+        filled = fill(
+            [prior],
+            tokenizer,
+            images.repeat_interleave(FILLS_PER_EXAMPLE, 0),
+            mask.repeat_interleave(FILLS_PER_EXAMPLE, 0),
+            seeds=row_seeds(seed, torch.arange(count * FILLS_PER_EXAMPLE)),
+            sampling=sampling,
+        )
+    columns = [
+        to_float(images)[:, None],
+        blank(to_float(images), mask)[:, None],
+        to_float(filled).unflatten(0, (count, FILLS_PER_EXAMPLE)),
+    ]
+    captions = [f"{name}: image, masked, {FILLS_PER_EXAMPLE} fills; and another" for name in masks]
+    sheet_rows = torch.cat(columns, 1).flatten(0, 1).chunk(len(masks))
+    save_sheet(path, dict(zip(captions, sheet_rows, strict=True)), settings=settings)

@@ -85,7 +85,7 @@ def _inspect(config: InspectLatents, latent_set: LatentSet, settings: dict[str, 
         print(f"  verified      the {covered}; codes, labels, sources and splits are valid")
     if config.codes:
         tokenizer = load_tokenizer(config.tokenizer or latent_set.provenance.tokenizer_source)
-        require_tokenizer(latent_set, tokenizer.digest())
+        require_tokenizer(latent_set, tokenizer.digests_of_codes())
         save_codes(config.codes, latent_set, tokenizer, settings=settings)
         print(f"  codes         {config.codes}")
     if config.plot:

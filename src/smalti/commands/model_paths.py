@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 from smalti.core import models
 from smalti.core.config import config_from_json
@@ -65,6 +65,35 @@ def find_model(source: str, family: models.Family) -> Path:
     )
 
 
+def init_digest(source: str | None, family: models.Family) -> str | None:
+    """Returns the digest of the model that a training starts from; None if it starts untrained.
+
+    Raises:
+        UserError: as `find_model` and `smalti.core.models.read_config` do.
+    """
+    return None if source is None else read_config(find_model(source, family))["digest"]
+
+
+class TrainedConfig(NamedTuple):
+    """The kind and the config of a trained model, read without its weights."""
+
+    kind: str
+    config: Any
+
+
+def trained_config(source: str, family: models.Family) -> TrainedConfig:
+    """Returns the kind and the config of a trained model, given by any name that `find_model` takes.
+
+    Raises:
+        UserError: as `find_model` does, or if the folder holds no model of this family.
+    """
+    folder = find_model(source, family)
+    cls = class_of_checkpoint(folder, family)
+    return TrainedConfig(
+        cls.kind, config_from_json(cls.config_class, read_config(folder)["config"], str(folder / CONFIG_NAME))
+    )
+
+
 def shipped_models(family: models.Family) -> list[str]:
     """Returns the names of the tokenizers or priors in the package, sorted."""
     names = (folder.name for folder in SHIPPED.glob("*"))
@@ -106,8 +135,8 @@ def layer_source(source: str, layer: int | None) -> str:
     if layer is None:
         return source
     folder = find_model(source, "tokenizer")
-    checkpoint, cls = read_config(folder), cast(type[Tokenizer], class_of_checkpoint(folder, "tokenizer"))
-    stages = cls.stages(config_from_json(cls.config_class, checkpoint["config"], str(folder / CONFIG_NAME)))
+    cls = cast(type[Tokenizer], class_of_checkpoint(folder, "tokenizer"))
+    stages = cls.stages(trained_config(str(folder), "tokenizer").config)
     if not 1 <= layer <= len(stages):
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
     return str(folder if layer == len(stages) else folder / layer_name(layer))
@@ -193,7 +222,7 @@ def require_same_codes(
     names: Sequence[str] = (),
     decoder_name: str = "the tokenizer given",
 ) -> None:
-    """Refuses a tokenizer that did not make the codes of the priors.
+    """Refuses a tokenizer that does not encode as the one that made the codes of the priors.
 
     Args:
         priors: trained priors.
@@ -204,13 +233,13 @@ def require_same_codes(
     Raises:
         UserError: naming the first prior that was trained on other codes.
     """
-    digest = tokenizer.digest()
+    digests = tokenizer.digests_of_codes()
     for number, prior in enumerate(priors):
         expected = prior.provenance.get("tokenizer_digest")
-        if digest != expected:
+        if expected not in digests:
             raise UserError(
                 f"the prior {names[number] if names else prior.kind} was trained on codes of the tokenizer "
-                f"{str(expected)[:12]}, but {decoder_name} is {digest[:12]}; give the one it was trained with"
+                f"{str(expected)[:12]}, but {decoder_name} is {digests[0][:12]}; give the one it was trained with"
             )
 
 

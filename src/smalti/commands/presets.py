@@ -1,16 +1,18 @@
 """Presets of `train_tokenizer`: default settings by name; flags override them.
 
-`small` is for every kind, `small64` for hrvq, vqvae and vqgan. `paperN` is for the VQ-VAE family and images of N pixels: the code grids
-of the HR-VQVAE paper; the rest is VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open:
-networks 128 channels wide, 2 residual blocks, codewords of 64, 512 codes, batches of 128 at a
-learning rate of 3e-4. The others are for `vqgan`: the networks of the published checkpoints, and
-one for a megapixel. Their learning rate is 4.5e-6 times the batch size, and they have no k-means
-start, which is slow for so many codes.
+`small` is for every kind, `small64` for hrvq, vqvae and vqgan, both on two CPU cores. `paperN` is
+for the VQ-VAE family and images of N pixels: the code grids of the HR-VQVAE paper; the rest is
+VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open: networks 128 channels wide, 2
+residual blocks, codewords of 64, 512 codes, batches of 128 at a learning rate of 3e-4. The others
+are for `vqgan`: the networks of the published checkpoints, and one for a megapixel. Their learning
+rate is 4.5e-6 times the batch size, and they have no k-means start, which is slow for so many
+codes.
 """
 
 from dataclasses import replace
 from typing import Any
 
+from smalti.commands.model_paths import trained_config
 from smalti.commands.train_tokenizer import Preset, TrainTokenizer
 from smalti.core import models
 from smalti.core.errors import UserError
@@ -20,6 +22,7 @@ from smalti.training.config import FitConfig
 VQVAE2_LEVELS = 3  # in the HR-VQVAE paper
 LONG: dict[str, Any] = {"codebook_decay": 0.99, "revive_below": 0.01}
 """Codebook learning for hundreds of thousands of steps: the papers' decay, slower than the defaults."""
+DEFAULT_KIND = "hrvq"
 LIKELIHOOD_FIT = FitConfig(
     steps=4_000, batch_size=32, learning_rate=2e-3, optimizer="adamax", clip_norm=100.0, ema_decay=0.995
 )
@@ -58,7 +61,7 @@ def small64(kind: str) -> TrainTokenizer[Any]:
     tree: dict[str, Any] = {"depth": 3, "branching": 16}
     networks: dict[str, dict[str, Any]] = {
         "hrvq": {"widths": (48, 96, 128), **tree},
-        "vqvae": {"widths": (48, 96, 128), "branching": 4096},
+        "vqvae": {"widths": (48, 96, 128), "codebook_size": 4096},
         "vqgan": {"widths": (32, 64, 96, 128), "discriminator_width": 32, **tree},
     }
     if kind not in networks:
@@ -172,17 +175,27 @@ PRESETS = {
 }
 
 
-def default_config(name: str, kind: str) -> tuple[Any, TrainTokenizer[Any]]:
+def default_config(name: str, kind: str | None, init: str | None = None) -> tuple[Any, TrainTokenizer[Any]]:
     """Returns the config class for a kind of tokenizer, and an instance with the preset's defaults.
 
     The class is a generic alias of `TrainTokenizer`, not a `type`, hence `Any`.
 
+    Args:
+        name: of the preset.
+        kind: of the tokenizer; None for that of `init`, or else the default.
+        init: a trained tokenizer to start from: the network's defaults are its settings.
+
     Raises:
-        UserError: if there is no such kind, no such preset, or the preset is not for this kind.
+        UserError: if there is no such kind, no such preset, no such model, or the preset is not for this kind.
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}; presets: {', '.join(PRESETS)}")
-    return TrainTokenizer[models.class_of_kind("tokenizer", kind).config_class], PRESETS[name](kind)
+    trained = None if init is None else trained_config(init, "tokenizer")
+    kind = kind or (trained.kind if trained else DEFAULT_KIND)
+    config = PRESETS[name](kind)
+    if trained and trained.kind == kind:
+        config = replace(config, model=trained.config)
+    return TrainTokenizer[models.class_of_kind("tokenizer", kind).config_class], config
 
 
 def _paper(kind: str, *, size: int, stages: int) -> TrainTokenizer[Any]:

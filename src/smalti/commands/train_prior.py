@@ -13,7 +13,15 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from smalti.commands.class_labels import draw_labels, label_counts, trained_classes
-from smalti.commands.model_paths import LATENTS, PRIORS, load_tokenizer, prior_class
+from smalti.commands.model_paths import (
+    LATENTS,
+    PRIORS,
+    init_digest,
+    load_only_prior,
+    load_tokenizer,
+    prior_class,
+    trained_config,
+)
 from smalti.commands.sample import generate_codes
 from smalti.core import models
 from smalti.core.codes import Level
@@ -34,12 +42,16 @@ from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run
+from smalti.transfer.weights import take_classes, take_weights
 
 C = TypeVar("C")
 Objective = TypeVar("Objective")
 
+DEFAULT_KIND = "hourglass"
 MOST_NAMES = 20
 """Names of classes in a warning."""
+RESIZABLE = frozenset({"classes", "radices", "height", "width"})
+"""Settings of a network that may differ from those of `--init`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,10 @@ class TrainPrior(Generic[C, Objective]):
     )
     prior: str = "hourglass"
     """Kind of prior. Each kind has its own options: see `--prior KIND --help`."""
+    init: str | None = None
+    """Start from the weights of this trained prior: the name of one in the package, a kind, a folder, or a hub id.
+    Network settings that are not given are its own. The classes and the number of codes may be others: classes are
+    matched by name, and what does not fit starts untrained [default: start untrained]."""
     latents: Path = LATENTS / "hrvq.h5"
     """The latent set to train on: a file from build_latents.py, or the hub id of a data set."""
     level: int = 0
@@ -100,16 +116,21 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     require_no_input([folder], [config.latents, *local_paths(latents.provenance.image_source)])
     process = accelerator(config.precision, config.fit.trackers, folder, config.device)
     tokenizer = load_tokenizer(config.tokenizer or latents.provenance.tokenizer_source)
-    require_tokenizer(latents, tokenizer.digest())
+    require_tokenizer(latents, tokenizer.digests_of_codes())
     torch.manual_seed(config.fit.seed)
     config, prior = _new_prior(config, latents)
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
+    settings["init_digest"] = init_digest(config.init, "prior")
     with process.main_process_first():  # it may delete an earlier run
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
     if ending := run.end(config.fit.steps, config.fit.patience):
         process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
         return folder
+    if config.init is not None:
+        prior.provenance |= {"init": config.init, "init_digest": settings["init_digest"]}
+        if not run.step:
+            _take_weights(config.init, prior, quiet=not process.is_main_process)
     if process.is_main_process:
         _warn_of_untrained_classes(prior)
         _save_tokenizer(tokenizer, folder)
@@ -179,6 +200,25 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
         "label_counts": label_counts(labels, latents.held_out, classes).tolist(),  # unlabelled rows first
     }
     return config, prior
+
+
+def _take_weights(init: str, prior: Prior, *, quiet: bool) -> None:
+    """Takes the weights of `--init`, and says what is new on standard error, unless `quiet`.
+
+    Raises:
+        UserError: if the two networks do not fit.
+    """
+    other = load_only_prior(init)
+    taken = take_weights(prior, other, init, resizable=RESIZABLE)
+    matched = take_classes(prior, other)
+    if quiet:
+        return
+    print_note(taken.table(init, other.digest()))
+    if matched:
+        print_note(f"classes that {init} knows: {', '.join(matched[:MOST_NAMES])}")
+    codes = [each.provenance.get("tokenizer_digest") for each in (prior, other)]
+    if codes[0] != codes[1]:
+        print_note(f"note: {init} was trained on the codes of another tokenizer, {str(codes[1])[:12]}")
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -282,7 +322,22 @@ def _held_out(latents: LatentSet, level: int) -> LatentRows | None:
         return None
 
 
-def default_config(kind: str) -> Any:
-    """Returns the config class for a kind of prior: a generic alias of `TrainPrior`, not a `type`."""
+def default_config(kind: str | None, init: str | None = None) -> Any:
+    """Returns the config class for a kind of prior, and with `init` also an instance with that prior's network.
+
+    The class is a generic alias of `TrainPrior`, not a `type`.
+
+    Args:
+        kind: of the prior; None for that of `init`, or else the default.
+        init: a trained prior to start from.
+
+    Raises:
+        UserError: if there is no such kind or model.
+    """
+    trained = None if init is None else trained_config(init, "prior")
+    kind = kind or (trained.kind if trained else DEFAULT_KIND)
     prior = prior_class(kind)
-    return TrainPrior[prior.config_class, prior.method.objective_config]
+    cls = TrainPrior[prior.config_class, prior.method.objective_config]
+    if trained is None or trained.kind != kind:
+        return cls
+    return cls, TrainPrior(model=trained.config, objective=prior.method.objective_config(), prior=kind)

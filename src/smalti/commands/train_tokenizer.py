@@ -6,10 +6,11 @@ from shlex import quote
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
+from accelerate import Accelerator
 
 from smalti.commands.codebook_usage import CodebookAlarm
 from smalti.commands.feature_cache import with_feature_cache
-from smalti.commands.model_paths import TOKENIZERS, layer_name, load_tokenizer
+from smalti.commands.model_paths import TOKENIZERS, find_model, init_digest, layer_name, layer_source, load_tokenizer
 from smalti.core import models
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
@@ -21,13 +22,15 @@ from smalti.images.image_set import ImageRows, ImageSet
 from smalti.images.reading import Reading, read_images
 from smalti.images.sheets import save_sheet
 from smalti.images.sources import local_paths
-from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.base import PartName, Tokenizer
 from smalti.tokenizers.reconstruction import Reconstruction
 from smalti.training.accelerator import accelerator, main_first, tracked
 from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end
 from smalti.training.loop import fit
 from smalti.training.run_folder import Resume, Run
+from smalti.training.snapshots import Snapshots
+from smalti.transfer.weights import discriminator_of, take_weights
 
 C = TypeVar("C")
 Preset: TypeAlias = Literal[
@@ -46,6 +49,8 @@ Preset: TypeAlias = Literal[
 # Codebooks start from the features of this many images: enough for START_VECTORS vectors, within these limits.
 START_IMAGES, MOST_START_IMAGES = 512, 2**14
 START_VECTORS, START_PIXELS = 2**15, 2**25
+RESIZABLE = frozenset({"image_channels", "branching", "depth", "codebook_size", "height", "width"})
+"""Settings of a network that may differ from those of `--init`."""
 SHEET_IMAGES = 12
 
 
@@ -61,6 +66,13 @@ class TrainTokenizer(Generic[C]):
     preset: Preset = "small"
     """Defaults of the other settings: `small` and `small64` are for 32x32 and 64x64 images on two CPU cores, the
     others for GPUs. Use `paperN` for the VQ-VAE family and images of N pixels, `fN-...` for vqgan."""
+    init: str | None = None
+    """Start from the weights of this trained tokenizer: the name of one in the package, a kind, a folder, or a hub id.
+    Network settings that are not given are its own. The image channels and the number of codes may be others: what does
+    not fit them starts untrained [default: start untrained]."""
+    freeze: tuple[PartName, ...] = ()
+    """Parts that keep the weights of --init. With encoder and codebook frozen, all codes stay the same: latent sets
+    and priors of the old tokenizer remain valid [default: train all parts]."""
     images: str = "portraits"
     """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
     reading: Reading = field(default_factory=Reading)
@@ -107,7 +119,8 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     lower = None
     for number, (model, layer_fit) in enumerate(zip(lower_models, lower_fits, strict=True), 1):
         resume = config.resume if config.resume == "never" else "auto"  # a step number is for the top layer alone
-        stage = replace(config, model=model, fit=layer_fit, out=folder / layer_name(number), resume=resume)
+        init = config.init and layer_source(config.init, number)
+        stage = replace(config, model=model, fit=layer_fit, init=init, out=folder / layer_name(number), resume=resume)
         lower, images = _train(stage, images, lower)
     return _train(replace(config, model=top_model, fit=top_fit, out=folder), images, lower)[0]
 
@@ -147,6 +160,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         images = main_first(process, lambda: read_images(*asked, **size, shown=main))
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
     settings["fit"] = None if config.reading.fit == "crop" else config.reading.fit  # the default, and that of old runs
+    settings["init_digest"] = init_digest(config.init, "tokenizer")
     lower = load_tokenizer(str(lower_folder)) if lower_folder else None
     if lower:
         tokenizer.build_on(lower)
@@ -166,8 +180,11 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         "preprocessing": images.preprocessing,
         "flips": config.flips,
         **({"skipped_images": int(images.left_out.sum())} if images.left_out.any() else {}),
+        **({"init": config.init, "init_digest": settings["init_digest"]} if config.init else {}),
     }
-    if not run.step:
+    new = _take_weights(config, tokenizer, quiet=run.step > 0 or not process.is_main_process)
+    tokenizer.freeze(config.freeze)
+    if not run.step and _needs_codebooks(tokenizer, config, new):
         if process.is_main_process:
             print_note("initializing the codebooks from training images")
         _init_codebooks(tokenizer, train, config.model.height * config.model.width)
@@ -175,6 +192,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
     if not phases:
         objective = Reconstruction(tokenizer)
         phases = [Phase("tokenizer", objective, config.fit.optimizer_of(objective))]
+    if config.init and not run.step:
+        _take_discriminator(config.init, phases, process)
     shown, alarm = held_out if len(held_out) else train, CodebookAlarm()
     with tracked(process, settings):
         fit(
@@ -190,6 +209,49 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
             what=f"training {folder.name}",
         )
     return folder, images
+
+
+def _take_weights(config: TrainTokenizer[Any], tokenizer: Tokenizer, *, quiet: bool) -> list[str]:
+    """Takes the weights of `--init`; returns the names of the tensors that are new, which are said unless `quiet`.
+
+    Raises:
+        UserError: if the two networks do not fit, a frozen part is new, or `--freeze` is used without `--init`.
+    """
+    if config.init is None:
+        if config.freeze:
+            raise UserError("--freeze keeps the weights of --init, so it needs --init")
+        return []
+    other = load_tokenizer(config.init)
+    taken = take_weights(tokenizer, other, config.init, resizable=RESIZABLE)
+    if not quiet:
+        print_note(taken.table(config.init, other.digest()))
+    for part in config.freeze:
+        if untrained := [name for name in taken.new if name.partition(".")[0] in tokenizer.parts.get(part, ())]:
+            raise UserError(f"--freeze {part} keeps the weights of --init, which has no {untrained[0]} of this size")
+    if {"encoder", "codebook"} <= set(config.freeze):
+        tokenizer.keep_codes_of(other)
+    return list(taken.new)
+
+
+def _needs_codebooks(tokenizer: Tokenizer, config: TrainTokenizer[Any], new: list[str]) -> bool:
+    """Returns whether the codebooks must be initialized: not if they are those of `--init`."""
+    modules = tokenizer.parts.get("codebook")
+    return config.init is None or any(modules is None or name.partition(".")[0] in modules for name in new)
+
+
+def _take_discriminator(init: str, phases: list[Phase], process: Accelerator) -> None:
+    """Takes the discriminator of the run that `--init` names, if it has snapshots of one of the same size."""
+    if len(phases) < 2:
+        return
+    name, objective = phases[1].name, phases[1].objective
+    saved, own = discriminator_of(Snapshots(find_model(init, "tokenizer"))), objective.state_dict()
+    fits = saved is not None and {key: each.shape for key, each in saved.items()} == {
+        key: each.shape for key, each in own.items()
+    }
+    if saved is not None and fits:
+        objective.load_state_dict(saved)
+    if process.is_main_process:
+        print_note(f"the {name} starts {'from that of the run ' + init if fits else 'untrained'}")
 
 
 def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -> None:

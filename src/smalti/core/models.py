@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -301,11 +302,11 @@ def locate(source: str | Path) -> Path:
         raise UserError(f"no checkpoint at {source}: there is no such folder, and on the hub: {error}") from error
 
 
-def digest(kind: str, config: Any, state: dict[str, Tensor]) -> str:
-    """Returns a SHA-256 over kind, config and weights; see `Checkpointed.digest`."""
+def digest(kind: str, config: Any, state: dict[str, Tensor], *, without: Collection[str] = ()) -> str:
+    """Returns a SHA-256 over kind, config and weights, without the config's fields in `without`."""
     settings = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
-        if ADDED in field.metadata and settings[field.name] == field.default:
+        if field.name in without or (ADDED in field.metadata and settings[field.name] == field.default):
             del settings[field.name]
     sha = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
     for name in sorted(state):

@@ -36,6 +36,7 @@ FREE_SETTINGS = frozenset(
 _NOT_FLAGS = {
     "image_fingerprint": "images with the fingerprint",
     "below": "lower layers with the digest",
+    "init_digest": "initial weights with the digest",
 }
 
 

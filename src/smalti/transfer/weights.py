@@ -1,0 +1,127 @@
+"""Starting a training from the weights of another model: what fits is taken, what is new stays as it was initialized.
+
+Commands decide which settings may differ between the two models; nothing else may.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smalti.core.errors import UserError
+from smalti.core.models import Checkpointed
+from smalti.priors.base import Prior
+from smalti.priors.conditioning import ClassEmbedding
+from smalti.training.snapshots import Snapshots
+
+MOST_LINES = 12
+"""Most tensors that the table of new weights names."""
+
+
+class Taken(NamedTuple):
+    """What a model took from another one.
+
+    Attributes:
+        tensors: names of the tensors that were taken.
+        new: the other tensors by name: their shape, and the shape that the other model has, if it has any.
+    """
+
+    tensors: list[str]
+    new: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]]
+
+    def table(self, source: str, digest: str) -> str:
+        """Describes it: one line, and a line for each new tensor."""
+        begin = f"weights from {source} (digest {digest[:12]}): {len(self.tensors)} tensors"
+        if not self.new:
+            return f"{begin}, which is all"
+        lines = [
+            f"  {name} {_shape(own)}{f', there {_shape(theirs)}' if theirs else ''}"
+            for name, (own, theirs) in list(self.new.items())[:MOST_LINES]
+        ]
+        more = [f"  and {len(self.new) - MOST_LINES} more"] if len(self.new) > MOST_LINES else []
+        return "\n".join([f"{begin}; {len(self.new)} are new and start untrained:", *lines, *more])
+
+
+@torch.no_grad()
+def take_weights(model: Checkpointed, other: Checkpointed, source: str, *, resizable: Collection[str]) -> Taken:
+    """Copies every tensor of the other model that has the same name and shape.
+
+    Args:
+        model: the model that is to be trained.
+        other: a trained model of the same kind.
+        source: the other model's name, for errors.
+        resizable: config fields that may change the shapes of tensors, or their number.
+
+    Raises:
+        UserError: if the models' kinds differ, or a tensor differs for another reason than the resizable fields; the
+            message names the first one, with both shapes.
+    """
+    if model.kind != other.kind:
+        raise UserError(f"{source} is a {other.kind}, not a {model.kind}; leave --{model.family} out, or --init")
+    own, theirs = model.state_dict(), other.state_dict()
+    _refuse_other_network(model, other, source, own, resizable)
+    taken = [name for name, tensor in own.items() if name in theirs and theirs[name].shape == tensor.shape]
+    for name in taken:
+        own[name].copy_(theirs[name])
+    new = {
+        name: (tuple(tensor.shape), tuple(theirs[name].shape) if name in theirs else None)
+        for name, tensor in own.items()
+        if name not in taken
+    }
+    return Taken(taken, new)
+
+
+def _refuse_other_network(
+    model: Checkpointed, other: Checkpointed, source: str, own: Mapping[str, Tensor], resizable: Collection[str]
+) -> None:
+    """Compares the model with the other one as it would be with the model's values of the resizable fields."""
+    settings, others = (dataclasses.asdict(each) for each in (model.config, other.config))
+    changed = {name: getattr(model.config, name) for name in resizable if name in settings}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        resized = type(other)(dataclasses.replace(other.config, **changed)).state_dict()
+    for name in dict.fromkeys((*own, *resized)):
+        shapes = [tuple(state[name].shape) if name in state else None for state in (resized, own)]
+        if shapes[0] == shapes[1]:
+            continue
+        flags = [f"--{field.replace('_', '-')}" for field in settings if settings[field] != others[field]]
+        differing = [flag for flag in flags if flag[2:].replace("-", "_") not in resizable]
+        there, here = (_shape(shape) if shape else "absent" for shape in shapes)
+        raise UserError(
+            f"{source} does not fit: {name} is {there} there and {here} here; the settings that differ are "
+            f"{' '.join(differing)}"
+        )
+
+
+@torch.no_grad()
+def take_classes(prior: Prior, other: Prior) -> list[str]:
+    """Copies the vectors of the classes that both priors have by name, and that of no class; returns their names.
+
+    The vectors of other classes start at zero, as in an untrained prior. Without any names, classes are matched by
+    number if there are as many.
+    """
+    mine, others = prior.of_class, other.of_class
+    if not isinstance(mine, ClassEmbedding) or not isinstance(others, ClassEmbedding):
+        return []
+    own, theirs = mine.vectors.weight, others.vectors.weight
+    names, known = (list(each.provenance.get("label_names", ())) for each in (prior, other))
+    if not names and not known and own.shape == theirs.shape:
+        return []
+    own.zero_()
+    own[0] = theirs[0]
+    matched = [name for name in names if name in known]
+    for name in matched:
+        own[1 + names.index(name)] = theirs[1 + known.index(name)]
+    return matched
+
+
+def discriminator_of(run: Snapshots) -> dict[str, Tensor] | None:
+    """Returns the tensors of the discriminator in a run's newest snapshot; None if there is none."""
+    step = run.newest(warn=False)
+    phases = run.load(step)["phases"] if step else []
+    return phases[1]["objective"] if len(phases) > 1 else None
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "one number"

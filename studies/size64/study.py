@@ -1,0 +1,253 @@
+"""The study of 64x64 pixels: HR-VQVAE and VQ-GAN with 8x8 and 16x16 codes, each with a prior, on sets of images.
+
+The tokenizers are those of the preset `small64`. Models and scores are kept, so a study that was stopped resumes.
+"""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from tyro.conf import Positional
+
+from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.inpainting import save_example_fills
+from smalti.commands.model_paths import RUNS, load_prior
+from smalti.commands.presets import small64
+from smalti.commands.sample import generate_images
+from smalti.commands.train_prior import TrainPrior, train_prior
+from smalti.commands.train_tokenizer import save_reconstructions, train_tokenizer
+from smalti.core.devices import Precision, best_device
+from smalti.core.errors import require_at_least_one
+from smalti.images.decoding import to_float, to_uint8
+from smalti.images.image_set import open_images
+from smalti.images.sheets import save_grid
+from smalti.latentsets.reader import LatentSet, perplexity
+from smalti.metrics.extractors import find_extractor
+from smalti.priors.methods.sundae import SundaeConfig
+from smalti.priors.networks.hourglass import HourglassConfig
+from smalti.studies.against_real import AgainstReal
+from smalti.studies.experiment import (
+    count_parameters,
+    logged_hours,
+    measure_once,
+    picture_path,
+    table_row,
+    write_section,
+)
+from smalti.training.run_folder import last_metrics
+
+KindName: TypeAlias = Literal["hrvq", "vqgan"]
+
+SIZE = 64
+"""Side of the images, in pixels."""
+SHOWN_SAMPLES = 48
+COLUMNS = (
+    *("tokenizer", "codes", "parameters", "steps", "hours", "held-out MSE", "Fréchet, reconstructions"),
+    *("prior's steps", "hours", "held-out nats a code", "Fréchet, samples", "precision, recall", "too near"),
+)
+SAMPLES_NAME, FILLS_NAME, RECONSTRUCTIONS_NAME = "samples.png", "fills.png", "reconstructions.png"
+
+
+class Cell(NamedTuple):
+    """A tokenizer of the study, with its prior.
+
+    Attributes:
+        kind: the tokenizer's kind.
+        side: the side of its grid of codes.
+        widths: the channels of its stages.
+    """
+
+    kind: KindName
+    side: int
+    widths: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the cell's files."""
+        return f"{self.kind}-{self.side}x{self.side}"
+
+
+CELLS = (
+    Cell("hrvq", 8, (48, 96, 128)),
+    Cell("vqgan", 8, (32, 64, 96, 128)),
+    Cell("hrvq", 16, (48, 96)),
+    Cell("vqgan", 16, (32, 64, 96)),
+)
+PRIOR = HourglassConfig()
+
+
+@dataclass(frozen=True)
+class ReproduceSize64:
+    """Settings of the study.
+
+    Raises:
+        UserError: for a number below 1.
+    """
+
+    study: Positional[Literal["size64"]]
+    """The study: smalti's own study of images of 64x64 pixels."""
+    images: tuple[str, ...]
+    """Sets of images to train on, each as `--images` of train_tokenizer takes them, with at least 64 pixels a side."""
+    kinds: tuple[KindName, ...] = ("hrvq", "vqgan")
+    """Kinds of tokenizer."""
+    sides: tuple[Literal[8, 16], ...] = (8, 16)
+    """Sides of the grid of codes."""
+    tokenizer_steps: int | None = None
+    """Training steps of each tokenizer, of 16 images [default: those of the preset small64]."""
+    prior_steps: int = 2_000
+    """Training steps of each prior, of 64 images."""
+    samples: int = 1_000
+    """Samples of each prior that are measured, if the training images are at least twice as many."""
+    precision: Precision = "auto"
+    """Precision of the networks in training."""
+    work: Path = RUNS / "size64"
+    """Folder of the runs."""
+    out: Path = Path("docs/reproductions/size64.md")
+    """The Markdown report. Its measured sections are replaced; pictures are written beside it."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "prior_steps", "samples")
+
+
+def trained(cell: Cell, images: str, config: ReproduceSize64) -> Path:
+    """Returns the folder of a cell, whose `tokenizer`, `latents.h5` and `prior` are finished.
+
+    Raises:
+        Interrupted: if a signal stopped a training; the same call resumes it.
+    """
+    folder = config.work / f"{data_name(images)}-{cell.name}"
+    defaults = small64(cell.kind)
+    fit = replace(defaults.fit, steps=config.tokenizer_steps or defaults.fit.steps)
+    settings = replace(defaults, model=replace(defaults.model, widths=cell.widths), images=images, fit=fit)
+    train_tokenizer(replace(settings, precision=config.precision, out=folder / "tokenizer"))
+    build = BuildLatents(tokenizer=str(folder / "tokenizer"), flips=False, out=folder / "latents.h5")
+    latents = build_latents(build)
+    prior = TrainPrior(model=PRIOR, objective=SundaeConfig())
+    fit = replace(prior.fit, steps=config.prior_steps, batch_size=64)
+    train_prior(replace(prior, fit=fit, latents=latents, precision=config.precision, out=folder / "prior"))
+    return folder
+
+
+def data_name(images: str) -> str:
+    """Returns the name of a set of images: of its file or folder without suffix, or the name of embedded images."""
+    return Path(images).stem
+
+
+class RealImagesOnce:
+    """The real images of a set, opened when the first score is measured."""
+
+    def __init__(self, images: str, config: ReproduceSize64) -> None:
+        self._images, self._config = images, config
+
+    @cached_property
+    def scores(self) -> AgainstReal:
+        """Scores against the images."""
+        images = open_images(self._images, height=SIZE, width=SIZE)
+        return AgainstReal(images, find_extractor("lite0", best_device()), samples=self._config.samples)
+
+
+@torch.no_grad()
+def measured(folder: Path, real: RealImagesOnce, config: ReproduceSize64) -> dict[str, Any]:
+    """Returns what is measured of a finished cell, and writes its sheets into its folder."""
+    prior, tokenizer = load_prior(str(folder / "prior"), None)
+    prior, tokenizer = prior.to(best_device()), tokenizer.to(best_device())
+
+    def measure() -> dict[str, Any]:
+        against = real.scores
+        samples = to_uint8(
+            generate_images([prior], tokenizer, num=config.samples, seed=0, sampling=prior.method.sampling())
+        )
+        usage = LatentSet(folder / "latents.h5").usage()
+        save_grid(folder / SAMPLES_NAME, to_float(samples[:SHOWN_SAMPLES]))
+        save_reconstructions(tokenizer, against.held_out, folder / RECONSTRUCTIONS_NAME)
+        save_example_fills(prior, tokenizer, against.held_out, folder / FILLS_NAME, sampling=prior.method.filling())
+        return {
+            "tokenizer": against.score_reconstructions(tokenizer)
+            | {"perplexity": perplexity(usage), "codes": len(usage), "hours": logged_hours(folder / "tokenizer")}
+            | {"parameters": count_parameters(tokenizer), "steps": last_metrics(folder / "tokenizer")["step"]},
+            "prior": against.score(samples).numbers
+            | {"held_out_loss": last_metrics(folder / "prior")["held_out_loss"]}
+            | {"hours": logged_hours(folder / "prior"), "steps": last_metrics(folder / "prior")["step"]},
+            "floor": against.floor(),
+            "images": [len(against.training), len(against.held_out)],
+        }
+
+    digests = f"{tokenizer.digest()[:12]}-{prior.digest()[:12]}"
+    return measure_once(folder / f"scores-{digests}-{config.samples}.json", measure)
+
+
+def reproduce_size64(config: ReproduceSize64) -> None:
+    """Trains and measures what is missing, and writes a set's section of the report after each of its cells.
+
+    Raises:
+        UserError: for images that cannot be used.
+        Interrupted: if a signal stopped a training; the same command resumes it.
+    """
+    cells = [cell for cell in CELLS if cell.kind in config.kinds and cell.side in config.sides]
+    real = {images: RealImagesOnce(images, config) for images in config.images}
+    results: dict[str, dict[Cell, dict[str, Any]]] = {images: {} for images in config.images}
+    for cell in cells:
+        for images in config.images:
+            folder = trained(cell, images, config)
+            results[images][cell] = measured(folder, real[images], config)
+            name = data_name(images)
+            for picture in (SAMPLES_NAME, FILLS_NAME):
+                shutil.copy(folder / picture, _picture(config, name, cell, picture))
+            write_section(config.out, name, section(name, results[images], config), "priors in batches of 64")
+
+
+def section(name: str, results: dict[Cell, dict[str, Any]], config: ReproduceSize64) -> str:
+    """Returns a set's section: a table with a row for each cell, and the pictures."""
+    first = next(iter(results.values()))
+    training, held_out = first["images"]
+    rows = [
+        f"`{name}` at {SIZE}×{SIZE}: {training} training images, {held_out} held out. Fréchet distances (lite0) of "
+        f"the reconstructions of the held-out images, and of {config.samples} samples; real images have "
+        f"{first['floor']:.0f}.",
+        "",
+        table_row(COLUMNS),
+        table_row(["---", "---", *["---:"] * (len(COLUMNS) - 2)]),
+    ]
+    for cell, result in results.items():
+        tokenizer, prior = result["tokenizer"], result["prior"]
+        rows.append(
+            table_row(
+                [
+                    cell.kind,
+                    f"{cell.side}×{cell.side} of 16³",
+                    f"{tokenizer['parameters'] / 1e6:.2f} M",
+                    f"{tokenizer['steps']:.0f}",
+                    f"{tokenizer['hours']:.1f}",
+                    f"{tokenizer['mse']:.5f}",
+                    f"{tokenizer['frechet']:.0f}",
+                    f"{prior['steps']:.0f}",
+                    f"{prior['hours']:.1f}",
+                    f"{prior['held_out_loss']:.3f}",
+                    f"{prior['frechet']:.0f}",
+                    f"{prior['precision']:.2f}, {prior['recall']:.2f}",
+                    f"{prior['share_too_near']:.3f}",
+                ]
+            )
+        )
+    return "\n".join([*rows, *_pictures(name, results, config)])
+
+
+def _pictures(name: str, cells: Iterable[Cell], config: ReproduceSize64) -> list[str]:
+    lines = []
+    for cell in cells:
+        caption = f"{name}, {cell.kind} with {cell.side}×{cell.side} codes"
+        for picture, what in ((SAMPLES_NAME, "samples, none selected"), (FILLS_NAME, "fills of held-out images")):
+            lines += [
+                "",
+                f"![{caption}: {what}]({_picture(config, name, cell, picture).name})",
+                f"*{caption}: {what}.*",
+            ]
+    return lines
+
+
+def _picture(config: ReproduceSize64, name: str, cell: Cell, picture: str) -> Path:
+    return picture_path(config.out, name, cell.name, Path(picture).stem)

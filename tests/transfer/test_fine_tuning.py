@@ -1,0 +1,174 @@
+"""Fine-tuning by the commands: `--init` and `--freeze` of tokenizers and priors, and what stays valid of old codes."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers.build_toys import one_thread, write_images
+from helpers.command_toys import run
+
+from smalti.commands.model_paths import load_only_prior, load_tokenizer
+from smalti.core.models import read_config
+from smalti.latentsets.reader import LatentSet
+from smalti.scripts import build_latents, sample, train_prior, train_tokenizer
+
+SIZE = ("--height", "8", "--width", "8", "--device", "cpu")
+NETWORK = ("--widths", "6", "8", "--residual-blocks", "1", "--code-width", "6", "--depth", "2", "--branching", "4")
+FIT = ("--steps", "3", "--batch-size", "8", "--warmup-steps", "1")
+PRIOR = ("--model-width", "16", "--heads", "2", "--depth", "0", "1", "0", "--sheet-samples", "4")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Yields a folder with images of two classes, `old` (a tokenizer), `old.h5` and `prior`."""
+    folder = tmp_path_factory.mktemp("fine-tuning")
+    for seed, label in enumerate(("a", "b")):
+        write_images(folder / "img" / label, 30, seed)
+    commands = {
+        train_tokenizer: ["--images", "img", *SIZE, *NETWORK, *FIT, "--out", "old"],
+        build_latents: ["--tokenizer", "old", "--out", "old.h5", "--workers", "0", "--device", "cpu"],
+        train_prior: ["--latents", "old.h5", "--out", "prior", *PRIOR, *FIT, "--device", "cpu"],
+    }
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.chdir(folder)
+        for module, arguments in commands.items():
+            AcceleratorState._reset_state(reset_partial_state=True)
+            patch.setattr(sys, "argv", ["command.py", *arguments])
+            module.main()
+        yield folder
+
+
+def tune(capfd, *arguments):
+    return run(capfd, train_tokenizer.main, "--images", "img", "--device", "cpu", *FIT, *arguments)
+
+
+def test_a_tuned_decoder_keeps_the_codes_of_a_latent_set_and_its_prior(trained, capfd):
+    status, _, err = tune(capfd, "--init", "old", "--freeze", "encoder", "codebook", "--seed", "1", "--out", "tuned")
+    assert status == 0
+    old, tuned = load_tokenizer("old"), load_tokenizer("tuned")
+    assert f"weights from old (digest {old.digest()[:12]}): {len(old.state_dict())} tensors, which is all" in err
+    assert "initializing the codebooks" not in err
+    images = torch.rand(16, 3, 8, 8) * 2 - 1
+    assert torch.equal(old.encode(images)[0], tuned.encode(images)[0])
+    assert not torch.equal(old.decode(old.encode(images)), tuned.decode(old.encode(images)))
+    assert tuned.digest() != old.digest()
+    assert tuned.code_digest() == old.code_digest()
+    assert tuned.digests_of_codes() == [tuned.digest(), old.digest()]
+    frozen = {name for name, tensor in old.state_dict().items() if torch.equal(tensor, tuned.state_dict()[name])}
+    assert frozen == {name for name in old.state_dict() if not name.startswith("decoder.")}
+    settings = json.loads((trained / "tuned" / "run.json").read_text())["settings"]
+    assert (settings["init"], settings["init_digest"]) == ("old", old.digest())
+
+    common = ("--device", "cpu", "--overwrite")
+    assert run(capfd, sample.main, "--prior", "prior", "--tokenizer", "tuned", "--num", "2", *common)[0] == 0
+    arguments = ("--latents", "old.h5", "--tokenizer", "tuned", "--out", "tuned-prior", *PRIOR, *FIT, "--device", "cpu")
+    assert run(capfd, train_prior.main, *arguments)[0] == 0
+    assert run(capfd, sample.main, "--prior", "tuned-prior", "--num", "2", *common)[0] == 0  # with the copy beside it
+    build = ("--tokenizer", "tuned", "--out", "tuned.h5", "--workers", "0", "--device", "cpu")
+    assert run(capfd, build_latents.main, *build)[0] == 0
+    rows = torch.arange(len(LatentSet("old.h5")))
+    assert torch.equal(LatentSet("old.h5").batch(rows)[0], LatentSet("tuned.h5").batch(rows)[0])
+
+
+def test_a_decoder_tuned_twice_still_has_the_first_ones_codes_but_not_if_its_encoder_changed(trained, capfd):
+    frozen = ("--freeze", "encoder", "codebook")
+    assert tune(capfd, "--init", "old", *frozen, "--out", "once")[0] == 0
+    assert tune(capfd, "--init", "once", *frozen, "--out", "twice")[0] == 0
+    twice = load_tokenizer("twice")
+    assert twice.digests_of_codes()[1:] == [load_tokenizer("once").digest(), load_tokenizer("old").digest()]
+    assert tune(capfd, "--init", "twice", "--freeze", "encoder", "--out", "other-codes")[0] == 0
+    other = load_tokenizer("other-codes")
+    assert other.digests_of_codes() == [other.digest()]
+    status, _, err = run(capfd, sample.main, "--prior", "prior", "--tokenizer", "other-codes", "--out", "x.png")
+    assert status == 2
+    assert "was trained on codes of the tokenizer" in err
+    with torch.no_grad():
+        next(twice.encoder.parameters()).add_(1)  # the record does not count for other weights
+    assert len(twice.digests_of_codes()) == 1
+
+
+def test_what_fits_is_taken_and_what_is_new_is_named(trained, capfd):
+    status, _, err = tune(capfd, "--init", "old", "--image-channels", "1", "--out", "grey")
+    assert status == 0
+    assert "2 are new and start untrained" in err or "3 are new and start untrained" in err
+    assert "encoder.0.weight 6x1x4x4, there 6x3x4x4" in err
+    assert "initializing the codebooks" not in err
+    status, _, err = tune(capfd, "--init", "old", "--branching", "6", "--out", "more-codes")
+    assert status == 0
+    assert "quantizer.codebook_0 1x6x6, there 1x4x6" in err
+    assert "initializing the codebooks" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--init", "old", "--widths", "6", "10"),
+            "encoder.2.weight is 8x6x4x4 there and 10x6x4x4 here; the settings that differ are --widths",
+        ),
+        (("--init", "old", "--residual-blocks", "2"), "the settings that differ are --residual-blocks"),
+        (("--init", "old", "--tokenizer", "vqvae", *SIZE[:4]), "old is a hrvq, not a vqvae"),
+        (("--init", "prior"), "holds a prior"),
+        (("--init", "absent"), "no checkpoint at absent"),
+        (("--init", "old", "--freeze", "encoder", "decoder"), "leaves nothing to train"),
+        (("--init", "old", "--freeze", "codebook", "--branching", "6"), "which has no quantizer.codebook_0"),
+        (("--freeze", "encoder"), "so it needs --init"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(trained, capfd, arguments, message):
+    status, _, err = tune(capfd, *arguments, "--out", "refused")
+    assert status == 2
+    (error,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert message in error
+    assert not (trained / "refused" / "model.safetensors").exists()
+
+
+def test_a_run_resumes_only_from_the_weights_it_began_with(trained, capfd):
+    shutil.copytree("old", "start", ignore=shutil.ignore_patterns("states"))
+    assert tune(capfd, "--init", "start", "--out", "resumed")[0] == 0
+    status, _, err = tune(capfd, "--init", "start", "--out", "resumed", "--steps", "4")
+    assert status == 0
+    assert "weights from start" not in err
+    shutil.rmtree("start")
+    shutil.copytree("resumed", "start", ignore=shutil.ignore_patterns("states"))
+    status, _, err = tune(capfd, "--init", "start", "--out", "resumed", "--steps", "5")
+    assert status == 2
+    assert "holds a run with initial weights with the digest" in err
+
+
+def test_discriminators_come_from_the_run_that_has_one(trained, capfd):
+    vqgan = ("--tokenizer", "vqgan", "--widths", "8", "8", "--norm-groups", "4", "--latent-width", "4")
+    vqgan += ("--code-width", "4", "--branching", "4", "--perceptual-weight", "0", "--discriminator-width", "4")
+    vqgan += ("--discriminator-layers", "1", "--discriminator-start", "0")
+    assert tune(capfd, *vqgan, *SIZE[:4], "--out", "gan")[0] == 0
+    states = ("--init", "gan", "--discriminator-start", "0")
+    assert "the discriminator starts from that of the run gan" in tune(capfd, *states, "--out", "gan-2")[2]
+    shutil.rmtree(trained / "gan" / "states")
+    assert "the discriminator starts untrained" in tune(capfd, *states, "--out", "gan-3")[2]
+    status, _, err = tune(capfd, *states, "--freeze", "decoder", "--out", "gan-4")
+    assert status == 2
+    assert "--freeze decoder needs --adversarial-weight 0" in err
+
+
+def test_a_prior_starts_from_another_and_finds_its_classes_by_name(trained, capfd):
+    for seed, label in enumerate(("b", "c", "d")):
+        write_images(trained / "new" / label, 30, seed)
+    build = ("--tokenizer", "old", "--images", "new", "--out", "new.h5", "--workers", "0", "--device", "cpu")
+    assert run(capfd, build_latents.main, *build)[0] == 0
+    arguments = ("--latents", "new.h5", "--init", "prior", *FIT, "--device", "cpu", "--learning-rate", "1e-12")
+    status, _, err = run(capfd, train_prior.main, *arguments, "--ema-decay", "0", "--out", "new-prior")
+    assert status == 0
+    assert "of_class.vectors.weight 4x16, there 3x16" in err
+    assert "classes that prior knows: b" in err
+    old, new = load_only_prior("prior"), load_only_prior("new-prior")
+    assert new.config.model_width == 16  # taken from the prior, no flag names it
+    before, after = old.of_class.vectors.weight, new.of_class.vectors.weight
+    assert torch.allclose(after[:2], before[[0, 2]], atol=1e-6)  # no class, b
+    assert torch.allclose(after[2:], torch.zeros(2, 16), atol=1e-6)
+    assert read_config(trained / "new-prior")["provenance"]["init_digest"] == old.digest()
+    status, _, err = run(capfd, train_prior.main, *arguments, "--model-width", "32", "--out", "wide")
+    assert status == 2
+    assert "the settings that differ are --model-width" in err
