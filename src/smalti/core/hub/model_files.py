@@ -68,7 +68,7 @@ def model_files(
                 f"{folder} has no {TOKENIZER_FOLDER}/ with the tokenizer of the prior; give the folder of the training"
             )
         tokenizer = public_config(copy)
-        if tokenizer["digest"] != described["provenance"].get("tokenizer_digest", tokenizer["digest"]):
+        if described["provenance"].get("tokenizer_digest", tokenizer["digest"]) not in digests_of_codes(tokenizer):
             raise UserError(f"{copy} is not the tokenizer that made the codes of the prior; give that one")
         files |= {f"{TOKENIZER_FOLDER}/{name}": contents for name, contents in _two_files(copy, tokenizer).items()}
     pictures = {name: path for name in SHEETS for path in (_first(records, name),) if path is not None and sheet}
@@ -91,6 +91,14 @@ def public_config(folder: Path) -> dict[str, Any]:
     """Reads the config of a model, without local folders in its provenance, which no digest covers."""
     described = read_config(folder)
     return {**described, "provenance": public_values(described["provenance"])}
+
+
+def digests_of_codes(described: dict[str, Any]) -> list[str]:
+    """Returns the digests of the tokenizers that encode as the one with this config: its own first, then those that it
+    was trained from with encoder and codebook frozen. Loading it checks that they did not change since."""
+    recorded = described["provenance"].get("same_codes")
+    digests = recorded.get("digests") if isinstance(recorded, dict) else None
+    return [described["digest"], *(digests if isinstance(digests, list) else [])]
 
 
 def _two_files(folder: Path, described: dict[str, Any]) -> dict[str, Path | bytes]:

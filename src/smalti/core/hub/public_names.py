@@ -10,7 +10,7 @@ from smalti.core.errors import PROGRAM, SCRIPTS
 
 OWN_FOLDERS = "runs/"
 """The folder that commands write to by default. Paths below it say nothing of the machine."""
-PATHS = ("image_source", "tokenizer_source", "converted_from")
+PATHS = ("image_source", "tokenizer_source", "init", "converted_from")
 """Fields of a provenance that are paths, or names of other kinds."""
 NAMES_OF_DATA = ("label_names", "label_column", "image_column")
 """Fields that are kept as they are, because they decide what the data mean."""
