@@ -180,7 +180,7 @@ def latent_set_card(
     size = next((label for limit, label in SIZES.items() if rows < limit), "n>10M")
     front = front_matter(license, tags=["smalti", "latent-set", "hdf5"], size_categories=[size])
     source = provenance.tokenizer_source
-    known = find_hub_id(source) is not None and not source.startswith("runs/")
+    known = find_hub_id(source) is not None
     tokenizer = source if known else "TOKENIZER"
     facts = {
         "rows": f"{rows:,}, of which {int(latent_set.held_out.sum()):,} are held out",

@@ -127,7 +127,8 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
             UserError: if a prior has no tokenizer, or one that did not make its codes; or for an unsuitable licence.
         """
         folder, records = self.folder, [scratch, *([self.folder] if self.folder else [])]
-        if folder is None or read_config(folder)["digest"] != self.digest():
+        stored = folder is not None and (folder / CONFIG_NAME).is_file()
+        if folder is None or not stored or read_config(folder)["digest"] != self.digest():
             self.save(folder := scratch)
         if tokenizer is not None:
             tokenizer.save(scratch / TOKENIZER_FOLDER)

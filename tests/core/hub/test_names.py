@@ -20,7 +20,20 @@ from smalti.core.hub.public_names import has_folders, public_command, public_pat
         ("me/photos@refs/pr/3", ("me/photos", "refs/pr/3", "")),
         ("me/photos@refs/pr/3/sub", ("me/photos", "refs/pr/3", "sub")),
         ("me/photos@wip%2Fnew/sub", ("me/photos", "wip/new", "sub")),
-        *((text, None) for text in ("photos", "", "/me/photos", "./me/photos", "../me", "~/photos", "me//photos")),
+        *(
+            (text, None)
+            for text in (
+                "photos",
+                "runs/photos",
+                "runs/priors/photos",
+                "",
+                "/me/photos",
+                "./me/photos",
+                "../me",
+                "~/photos",
+                "me//photos",
+            )
+        ),
         *(
             (text, None)
             for text in ("me/photos/../x", "me/photos/*", "me/photos@", "me/ph otos", "me/photos\0", "a@b/c")

@@ -18,6 +18,8 @@ _PULL_REQUEST = re.compile(r"refs/pr/\d+")
 _UNSAFE_PART = re.compile(r"\.{0,2}|.*[*?\[\]\\].*")
 """Parts of a folder's name that would lead out of it, or that stand for several names."""
 LONGEST_ID = 500
+OWN_FOLDERS = "runs/"
+"""The folder that commands write to by default. A name below it is always local, and says nothing of the machine."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class HubId:
 
 
 def find_hub_id(text: str) -> HubId | None:
-    """Parses `owner/name`, `owner/name@revision` and `owner/name@revision/folder`; returns None for any other text.
+    """Parses `owner/name`, `owner/name@revision` and `owner/name@revision/folder`; returns None for any other text,
+    and for names below `runs/`.
 
     A slash in a revision is written `%2F`, except in `refs/pr/N`.
     """
-    match = _HUB_ID.fullmatch(text) if len(text) <= LONGEST_ID else None
+    match = _HUB_ID.fullmatch(text) if len(text) <= LONGEST_ID and not text.startswith(OWN_FOLDERS) else None
     if match is None or "--" in match["repo"] or ".." in match["repo"] or match["repo"].endswith(".git"):
         return None
     folder = (match["folder"] or "").rstrip("/")

@@ -7,9 +7,8 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from smalti.core.errors import PROGRAM, SCRIPTS
+from smalti.core.hub.ids import OWN_FOLDERS
 
-OWN_FOLDERS = "runs/"
-"""The folder that commands write to by default. Paths below it say nothing of the machine."""
 PATHS = ("image_source", "tokenizer_source", "init", "converted_from")
 """Fields of a provenance that are paths, or names of other kinds."""
 NAMES_OF_DATA = ("label_names", "label_column", "image_column")
