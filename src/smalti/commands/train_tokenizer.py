@@ -176,6 +176,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
     tokenizer.provenance = {
         "image_source": config.images,
         "image_fingerprint": images.fingerprint,
+        "images": {"training": len(train) // (1 + config.flips), "held_out": len(held_out)},
         "preprocessing": images.preprocessing,
         "flips": config.flips,
         **({"skipped_images": int(images.left_out.sum())} if images.left_out.any() else {}),
