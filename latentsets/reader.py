@@ -7,6 +7,7 @@ safe. Training reads through `dataset.py`.
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
+from smalti.core.hub.ids import parse_target
+from smalti.core.hub.upload import upload
 from smalti.latentsets.format import (
     COLUMNS,
     attribute_texts,
@@ -25,6 +28,7 @@ from smalti.latentsets.format import (
     stored_dtype,
 )
 from smalti.latentsets.provenance import Provenance
+from smalti.latentsets.sharing import files_to_share, find_file
 
 BLOCK_VALUES = 1 << 18
 """Codes that are counted at a time; numpy widens each to 8 bytes."""
@@ -37,7 +41,7 @@ class LatentSet:
     """A latent set on disk. It opens quickly, and it is pickled by its path, so spawned workers map the file anew.
 
     Attributes:
-        path: The file.
+        path: The file; of a hub id, the copy in the hub's cache.
         layout: The layout of its codes.
         provenance: Where the codes come from.
         version: The version of its format.
@@ -48,6 +52,10 @@ class LatentSet:
         held_out: True if a row is held out from training; equal for all rows of a source image.
         flipped: True if a row is the mirror image of its source.
         stored: The memory maps of the codes, one array `(rows, *level.shape)` per level, in the stored dtype.
+
+    Args:
+        path: a file, or the id of a data set on the hub: `owner/name`, `owner/name@revision`, or
+            `owner/name@revision/file.h5` if it has several latent sets.
 
     Raises:
         UserError: if the file does not exist, is not HDF5, is truncated or damaged, is not a latent set, has another
@@ -60,7 +68,7 @@ class LatentSet:
     flipped: Bool[Tensor, " rows"]
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = find_file(path)
         contents = read_contents(self.path)
         self.layout: Layout = contents.layout
         self.provenance: Provenance = contents.provenance
@@ -82,6 +90,43 @@ class LatentSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.content_digest)
+
+    def count_images(self) -> dict[str, int]:
+        """Returns the number of source images in the training split and held out from it."""
+        return {
+            split: len(self.source_ids[self.held_out == held_out].unique())
+            for split, held_out in (("training", False), ("held_out", True))
+        }
+
+    def push_to_hub(
+        self,
+        hub_id: str,
+        *,
+        license: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        message: str | None = None,
+        tokenizer: str | None = None,
+    ) -> str:
+        """Uploads the set with a card to a data set repository of the Hugging Face hub; returns its page's address.
+
+        The uploaded copy has the same content digest. Local folders are left out of its names.
+
+        Args:
+            hub_id: `owner/name`.
+            license: the licence for the card's front matter, such as `mit`; by default the card gives none.
+            private: create a private repository.
+            revision: the branch, which is created if needed; by default the main one.
+            message: the commit's message.
+            tokenizer: the hub id of the tokenizer, which the uploaded copy records as the source of its codes.
+
+        Raises:
+            UserError: if the set is damaged or unsuitable, or with the reason why nothing was uploaded.
+        """
+        target = parse_target(hub_id, revision)
+        with TemporaryDirectory(prefix="smalti-push-") as scratch:
+            files = files_to_share(self, target, Path(scratch), license=license, tokenizer=tokenizer)
+            return upload(files, target, "dataset", private=private, message=message)
 
     def batch(self, rows: Sequence[int] | Int64[Tensor, " b"]) -> Codes:
         """Returns the codes of the given rows, in their order.

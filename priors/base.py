@@ -17,7 +17,7 @@ import tyro
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.codes import Level
+from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
 from smalti.core.models import Checkpointed, Family
 from smalti.core.randomness import Stream, derive, uniform
@@ -108,6 +108,12 @@ class Prior(Checkpointed):
     level: Level
     classes: int = 0
     upper_levels: int = 0
+
+    def facts(self) -> dict[str, str]:
+        """Returns what the model's card says of the prior."""
+        below = f"conditioned on those of {self.upper_levels} coarser level(s)" if self.upper_levels else ""
+        codes = ", ".join(filter(None, [str(Layout((self.level,))), below]))
+        return {"codes of an image": codes, **super().facts()}
 
 
 class CodePrior(Prior, ABC):

@@ -18,7 +18,7 @@ $ python scripts/convert_latents.py --latents hrvq.parquet --out again.h5
 
 Nothing is lost: both files have the same content digest.
 
-To push a latent set to the hub, use `smalti.latentsets.table.to_dataset` in Python."""
+To share a latent set on the hub: push.py"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class ConvertLatents:
     """Settings of `convert`; the suffixes of the two files decide the direction."""
 
     latents: str = str(LATENTS / "hrvq.h5")
-    """A latent set, or a Parquet file made from one. For several Parquet files, a glob in quotes."""
+    """A latent set (a file or a hub id), or a Parquet file made from one. For several Parquet files, a glob in
+    quotes."""
     out: Path | None = None
     """File to write: NAME.parquet converts a latent set to Parquet, any other name converts Parquet to a latent set
     [default: the name of --latents with the other suffix, .parquet or .h5, beside it]."""
@@ -48,6 +49,8 @@ def convert(config: ConvertLatents) -> None:
     if from_table == (out.suffix == ".parquet"):
         raise UserError(f"{config.latents} to {out}: exactly one of the two must end in .parquet")
     latent_set = None if from_table else LatentSet(config.latents)
+    if config.out is None and latent_set is not None and latent_set.path != Path(config.latents):
+        raise UserError(f"{config.latents} was downloaded from the hub; give --out too")
     inputs = local_paths(config.latents)
     if latent_set is not None:
         inputs += local_paths(latent_set.provenance.image_source)

@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from PIL import Image
 
 from smalti import cli
 from smalti.core.files import write_json
+from smalti.tokenizers.vq.hrvq import HRVQConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -91,6 +93,13 @@ def describe_prior(folder: Path) -> None:
     write_json(folder / "config.json", fields)
 
 
+def describe_tokenizer(folder: Path) -> None:
+    """Writes the `config.json` of a tokenizer, whose network the flags of `--init` begin with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {"family": "tokenizer", "kind": "hrvq", "config": asdict(HRVQConfig()), "digest": "", "provenance": {}}
+    write_json(folder / "config.json", fields)
+
+
 def test_commands_of_all_pages_parse(monkeypatch, tmp_path, capsys):
     """Each is parsed by its own parser, so that no page names a command or a flag that does not exist."""
     monkeypatch.chdir(tmp_path)
@@ -102,6 +111,9 @@ def test_commands_of_all_pages_parse(monkeypatch, tmp_path, capsys):
             for prior in values(arguments, "--prior"):
                 if "/" in prior:
                     describe_prior(Path(prior))
+            for tokenizer in values(arguments, "--init"):
+                if "/" in tokenizer:
+                    describe_tokenizer(Path(tokenizer))
             count += 1
             if status := call(monkeypatch, name, arguments):
                 said = capsys.readouterr().err.strip()

@@ -79,6 +79,8 @@ WRITERS = {
     "evaluation again": Writer("evaluate", "--again again.json", "e.json"),
     "compressed": Writer("compress", "--tokenizer pair/tokenizer --images one.png", "c.smalti"),
     "decompressed": Writer("compress", "--tokenizer pair/tokenizer --codes one.smalti", "back", "one.png"),
+    "pushed": Writer("push", "pair me/pair", "look", "README.md", flag="--preview"),
+    "pushed codes": Writer("push", "latents.h5 me/codes", "codes", "README.md", flag="--preview"),
     "converted": Writer("convert", "--source trained/vqgan --to diffusers", "vqmodel"),
 }
 EACH = pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)

@@ -114,6 +114,12 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
             UserError: if the codes do not have that many digits.
         """
 
+    def facts(self) -> dict[str, str]:
+        """Returns what the model's card says of the tokenizer."""
+        height, width = self.config.height, self.config.width  # pyright: ignore[reportAttributeAccessIssue]
+        channels = "grey" if self.image_channels == 1 else "colour" if self.image_channels == 3 else "other"
+        return {"images": f"{height}×{width}, {channels}", "codes of an image": str(self.layout), **super().facts()}
+
     def draw(self, codes: Codes, seeds: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """Decodes codes that a prior sampled. Override it if codes leave details open, and sample them from `seeds`.
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "Measure a tokenizer, a prior or its fills against held-out images",
     "compress": "Compress images to files of codes, and decompress them",
     "convert": "Convert a VQ-GAN from taming-transformers or diffusers, or to diffusers",
+    "push": "Share a model or a latent set on the Hugging Face hub, with a card",
     "benchmark": "Measure the speed of the hot paths (from a checkout)",
     "reproduce": "Repeat a paper's experiments and compare (from a checkout)",
 }

@@ -33,7 +33,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
     Args:
         source: `"portraits"`, the one in the package; a folder; a kind (`"hrvq"` is the one in
-            `runs/tokenizers/hrvq`); or a hub id.
+            `runs/tokenizers/hrvq`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`.
 
     Raises:
         UserError: if there is no tokenizer, it is damaged, or its weights do not fit its config.
@@ -46,7 +46,7 @@ def load_prior(source: str | Path) -> Prior:
 
     Args:
         source: `"portraits"`, the one in the package; a folder; a kind (`"hourglass"` is the one in
-            `runs/priors/hourglass`); or a hub id.
+            `runs/priors/hourglass`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`.
 
     Raises:
         UserError: if there is no prior, it is damaged, or its weights do not fit its config.

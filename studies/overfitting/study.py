@@ -30,6 +30,7 @@ from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.studies.against_real import AgainstReal
 from smalti.studies.experiment import logged_hours, measure_once, table_row, write_section
 from smalti.tokenizers.vq.hrvq import HRVQConfig
+from smalti.training.config import FitConfig
 from smalti.training.run_folder import METRICS_NAME
 from smalti.training.snapshots import Snapshots
 
@@ -90,7 +91,7 @@ class Overfitting:
     def tokenizer_folder(self) -> Path:
         """The folder of the tokenizer, trained."""
         defaults = TrainTokenizer(model=TOKENIZER)
-        fit = replace(defaults.fit, steps=self.config.tokenizer_steps)
+        fit = FitConfig(steps=self.config.tokenizer_steps, batch_size=32)
         settings = replace(defaults, images=self.config.images, fit=fit, precision=self.config.precision)
         return train_tokenizer(replace(settings, out=self.config.work / "tokenizer"))
 

@@ -19,6 +19,7 @@ from smalti.core.models import Checkpointed
 from smalti.priors.methods.sundae import SundaeConfig
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.vq.hrvq import HRVQConfig
+from smalti.training.config import FitConfig
 
 TOKENIZER = HRVQConfig(depth=3, branching=16, codebook_decay=0.99, revive_below=0.01)
 PRIOR = HourglassConfig()
@@ -73,7 +74,7 @@ def train(config: ReproducePortraits) -> None:
     package.
     """
     defaults = TrainTokenizer(model=TOKENIZER)
-    fit = replace(defaults.fit, steps=config.tokenizer_steps, report_steps=1_000, save_steps=500, seed=config.seed)
+    fit = FitConfig(steps=config.tokenizer_steps, batch_size=32, report_steps=1_000, save_steps=500, seed=config.seed)
     train_tokenizer(
         replace(defaults, images=config.images, fit=fit, precision=config.precision, out=config.tokenizer_run)
     )

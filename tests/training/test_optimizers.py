@@ -45,7 +45,7 @@ def test_muon_trains_weights_of_linear_layers_and_adamw_the_rest():
 
 def test_module_without_matrices_gets_adamw_alone():
     (part,) = make_optimizer(
-        nn.Sequential(nn.LayerNorm(4), nn.Conv2d(4, 4, 3, groups=2)), "muon", learning_rate=1
+        nn.Sequential(nn.LayerNorm(4), nn.Conv2d(4, 4, 3, groups=2)), "muon", learning_rate=0.1
     ).parts
     assert isinstance(part, torch.optim.AdamW)
 

@@ -321,7 +321,9 @@ class _Blocks(Dataset):
 
 
 def _provenance_of(path: Path) -> Provenance | None:
-    """Returns the provenance of a latent set; None for any other file."""
+    """Returns the provenance of a latent set; None for any other file, or if there is none."""
+    if not path.exists():  # otherwise it could be a hub id
+        return None
     try:
         return LatentSet(path).provenance
     except UserError:

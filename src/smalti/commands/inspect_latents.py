@@ -33,7 +33,7 @@ class InspectLatents:
     """Settings of `inspect_latents`."""
 
     latents: Path = LATENTS / "hrvq.h5"
-    """The latent set."""
+    """The latent set: a file, or the hub id of a data set."""
     verify: bool = False
     """Read the whole file and check it: that no byte and no attribute differs from what was written (digests), and that
     codes, labels, sources and splits are valid."""

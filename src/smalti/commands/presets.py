@@ -43,8 +43,11 @@ def small(kind: str) -> TrainTokenizer[Any]:
     whose discriminator starts halfway, are not tuned.
     """
     model = models.class_of_kind("tokenizer", kind).config_class()
+    by_layers = FitConfig(steps=2_000, batch_size=32)
     fits = {
         "vqgan": FitConfig(steps=2_000, batch_size=32, learning_rate=3e-4, ema_decay=0.99),
+        "hqa": by_layers,
+        "hams": by_layers,
         "vae": LIKELIHOOD_FIT,
         "selfvae": LIKELIHOOD_FIT,
     }

@@ -78,7 +78,7 @@ class TrainPrior(Generic[C, Objective]):
     Network settings that are not given are its own. The classes and the number of codes may be others: classes are
     matched by name, and what does not fit starts untrained [default: start untrained]."""
     latents: Path = LATENTS / "hrvq.h5"
-    """The latent set to train on, from build_latents.py."""
+    """The latent set to train on: a file from build_latents.py, or the hub id of a data set."""
     level: int = 0
     """Level of the latent set to learn, 0 being the coarsest. The prior is conditioned on the coarser levels' codes."""
     tokenizer: str | None = None
@@ -194,6 +194,7 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
         "level": config.level,
         "image_source": latents.provenance.image_source,
         "image_fingerprint": latents.provenance.image_fingerprint,
+        "images": latents.count_images(),
         "preprocessing": latents.provenance.preprocessing,
         "label_names": names,
         "label_counts": label_counts(labels, latents.held_out, classes).tolist(),  # unlabelled rows first

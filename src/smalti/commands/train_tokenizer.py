@@ -60,7 +60,7 @@ class TrainTokenizer(Generic[C]):
 
     model: C
     """The network."""
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=2_000, batch_size=32))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=3_000, batch_size=16, optimizer="muon"))
     tokenizer: str = "hrvq"
     """Kind of tokenizer. Each kind has its own options: see `--tokenizer KIND --help`."""
     preset: Preset = "small"
@@ -176,6 +176,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
     tokenizer.provenance = {
         "image_source": config.images,
         "image_fingerprint": images.fingerprint,
+        "images": {"training": len(train) // (1 + config.flips), "held_out": len(held_out)},
         "preprocessing": images.preprocessing,
         "flips": config.flips,
         **({"skipped_images": int(images.left_out.sum())} if images.left_out.any() else {}),

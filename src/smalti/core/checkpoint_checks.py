@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from smalti.core.config import LARGEST_JSON_BYTES, parse_json
-from smalti.core.errors import UserError
+from smalti.core.config import LARGEST_JSON_BYTES, parse_json, read_json
+from smalti.core.errors import UserError, unreadable
 from smalti.core.files import open_regular
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -34,6 +37,32 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads `config.json`.
+
+    Raises:
+        UserError: if it is missing, not JSON, or not smalti's.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        described = read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
+    except UserError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); the checkpoint is damaged") from error
+    types = {"family": str, "kind": str, "config": dict, "digest": str, "provenance": dict}
+    fields = described if isinstance(described, dict) else {}
+    if missing := types.keys() - fields.keys():
+        raise UserError(f"{path} is not smalti's: it lacks {', '.join(sorted(missing))}")
+    if wrong := [name for name, kind in types.items() if not isinstance(fields[name], kind)]:
+        raise UserError(f"{path} is not smalti's: its {wrong[0]} has the wrong type")
+    return described
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -13,7 +13,7 @@ from typing import Any
 PROGRAM = "smalti"
 SCRIPTS = (
     *("app", "benchmark", "build_latents", "compress", "convert", "convert_latents", "demo", "evaluate", "inpaint"),
-    *("inspect_latents", "reproduce", "sample", "train_prior", "train_tokenizer"),
+    *("inspect_latents", "push", "reproduce", "sample", "train_prior", "train_tokenizer"),
 )
 _SCRIPT = re.compile(
     r"(?:(?P<launch>accelerate launch(?: --?\w+(?: \d+)?)*) |python )scripts/(?P<name>\w+)\.py"

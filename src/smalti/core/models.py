@@ -15,22 +15,30 @@ from collections.abc import Collection
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar, cast
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smalti.core.checkpoint_checks import read_header, require_matching, require_shapes, require_sizes, some
-from smalti.core.config import ADDED, config_from_json, read_json
-from smalti.core.errors import UserError, unreadable
+from smalti.core.checkpoint_checks import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    read_config,
+    read_header,
+    require_matching,
+    require_shapes,
+    require_sizes,
+    some,
+)
+from smalti.core.config import ADDED, config_from_json
+from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
-
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
+from smalti.core.hub.ids import FORMS, HubId, find_hub_id, parse_target
+from smalti.core.hub.model_files import TOKENIZER_FOLDER, download_model, model_files
+from smalti.core.hub.upload import Files, upload
 
 Family: TypeAlias = Literal["tokenizer", "prior"]
 
@@ -99,6 +107,64 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         for tensor in self.state_dict().values():
             if tensor.dtype == torch.float32 and (rounded := tensor.half()).isfinite().all():
                 tensor.copy_(rounded)
+
+    def facts(self) -> dict[str, str]:
+        """Returns what the model's card says of its network, by title."""
+        return {"parameters": f"{sum(weights.numel() for weights in self.parameters()):,}"}
+
+    def files_to_share(
+        self,
+        target: HubId,
+        scratch: Path,
+        *,
+        license: str | None = None,
+        sheet: bool = True,
+        tokenizer: "Checkpointed | None" = None,
+    ) -> Files:
+        """Returns what `push_to_hub` uploads, by name. A model that differs from its `folder` is saved in `scratch`.
+
+        Raises:
+            UserError: if a prior has no tokenizer, or one that did not make its codes; or for an unsuitable licence.
+        """
+        folder, records = self.folder, [scratch, *([self.folder] if self.folder else [])]
+        stored = folder is not None and (folder / CONFIG_NAME).is_file()
+        if folder is None or not stored or read_config(folder)["digest"] != self.digest():
+            self.save(folder := scratch)
+        if tokenizer is not None:
+            tokenizer.save(scratch / TOKENIZER_FOLDER)
+        return model_files(folder, records, target, facts=self.facts(), license=license, sheet=sheet)
+
+    def push_to_hub(
+        self,
+        hub_id: str,
+        *,
+        license: str | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        message: str | None = None,
+        sheet: bool = True,
+        tokenizer: "Checkpointed | None" = None,
+    ) -> str:
+        """Uploads the model with a card to the Hugging Face hub in one commit; returns the address of its page.
+
+        Snapshots, optimizer states and logs stay here, and names in the uploaded copy have no local folders.
+
+        Args:
+            hub_id: `owner/name`, or a folder in it: `owner/name/folder`.
+            license: the licence for the card's front matter, such as `mit`; by default the card gives none.
+            private: create a private repository.
+            revision: the branch, which is created if needed; by default the main one.
+            message: the commit's message.
+            sheet: upload the run's sheet of pictures too, which shows training or held-out images.
+            tokenizer: of a prior, by default the copy in the folder that the prior was loaded from.
+
+        Raises:
+            UserError: as `files_to_share` does, or with the reason why nothing was uploaded.
+        """
+        target = parse_target(hub_id, revision)
+        with TemporaryDirectory(prefix="smalti-push-") as scratch:
+            files = self.files_to_share(target, Path(scratch), license=license, sheet=sheet, tokenizer=tokenizer)
+            return upload(files, target, private=private, message=message)
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
@@ -169,7 +235,12 @@ def class_of_checkpoint(source: str | Path, family: Family) -> type[Checkpointed
     Raises:
         UserError: if there is no checkpoint at `source`, or it is of another family or an unknown kind.
     """
-    described = read_config(locate(source))
+    return _class_in(locate(source), source, family)
+
+
+def _class_in(folder: Path, source: str | Path, family: Family) -> type[Checkpointed]:
+    """Returns the class of the model in a folder, which errors call `source`."""
+    described = read_config(folder)
     if described["family"] != family:
         raise UserError(f"{source} holds a {described['family']} ({described['kind']}), but a {family} is needed here")
     return class_of_kind(family, described["kind"])
@@ -183,8 +254,8 @@ def load(source: str | Path, family: Family) -> Any:
             its weights have missing or unknown names, other shapes or NaN, or the digest does not match. Nothing of
             a declared size is allocated before the names and shapes match the weights' file.
     """
-    folder, cls = locate(source), class_of_checkpoint(source, family)
-    described = read_config(folder)
+    folder = locate(source)
+    cls, described = _class_in(folder, source, family), read_config(folder)
     config = config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME))
     header = read_header(folder / WEIGHTS_NAME)
     require_sizes(described["config"], header, folder / CONFIG_NAME, folder / WEIGHTS_NAME)
@@ -213,50 +284,23 @@ def load(source: str | Path, family: Family) -> Any:
 
 
 def locate(source: str | Path) -> Path:
-    """Returns the folder of a checkpoint. Anything that is not a folder is downloaded as a hub id.
+    """Returns the folder of a checkpoint: a local one, or that of a hub id, which is downloaded.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if it is neither, or with the reason why it cannot be downloaded.
     """
     if os.path.isdir(source):  # unlike `Path.is_dir`, returns False for names that are too long
         return Path(source)
-    try:
-        return Path(
-            snapshot_download(
-                str(source), allow_patterns=[WEIGHTS_NAME, CONFIG_NAME, f"*/{WEIGHTS_NAME}", f"*/{CONFIG_NAME}"]
-            )
-        )
-    except (HFValidationError, OSError) as error:  # OSError: not found, no network, a damaged cache
+    hub_id = find_hub_id(source.as_posix() if isinstance(source, Path) else source)
+    if hub_id is None or os.path.isfile(source):
         raise UserError(
-            f"no checkpoint at {source}: there is no such folder, and no hub model of that name could be fetched; "
-            "check the name, or train one first"
-        ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads `config.json`.
-
-    Raises:
-        UserError: if it is missing, not JSON, or not smalti's.
-    """
-    path = folder / CONFIG_NAME
+            f"no checkpoint at {source}: there is no such folder, and it is no hub id ({FORMS}); check the name, or "
+            "train one first"
+        )
     try:
-        described = read_json(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
-    except UserError:
-        raise
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); the checkpoint is damaged") from error
-    types = {"family": str, "kind": str, "config": dict, "digest": str, "provenance": dict}
-    fields = described if isinstance(described, dict) else {}
-    if missing := types.keys() - fields.keys():
-        raise UserError(f"{path} is not smalti's: it lacks {', '.join(sorted(missing))}")
-    if wrong := [name for name, kind in types.items() if not isinstance(fields[name], kind)]:
-        raise UserError(f"{path} is not smalti's: its {wrong[0]} has the wrong type")
-    return described
+        return download_model(hub_id)
+    except UserError as error:
+        raise UserError(f"no checkpoint at {source}: there is no such folder, and on the hub: {error}") from error
 
 
 def digest(kind: str, config: Any, state: dict[str, Tensor], *, without: Collection[str] = ()) -> str:

@@ -1,5 +1,6 @@
-"""Provenance of artifacts: software versions, the command line, the git commit and the machine."""
+"""Provenance of artifacts: software versions, the command line, the git commit, the machine, and a run's records."""
 
+import json
 import os
 import platform
 import re
@@ -12,6 +13,19 @@ from pathlib import Path
 import torch
 
 from smalti.core.devices import best_device, resolve
+
+RUN_NAME, METRICS_NAME = "run.json", "metrics.jsonl"
+"""Files that a training leaves beside its model: settings and versions; what was measured at each step."""
+
+
+def last_metrics(folder: Path, *, until: int | None = None) -> dict[str, float]:
+    """Returns the newest value of every metric of the run at `folder`, up to a step."""
+    newest: dict[str, float] = {}
+    for line in (folder / METRICS_NAME).read_text().splitlines():
+        values = json.loads(line)
+        if until is None or values["step"] <= until:
+            newest |= {name: float(value) for name, value in values.items()}
+    return newest
 
 
 def versions() -> dict[str, str]:

@@ -14,10 +14,10 @@ from smalti.core import locks
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
-from smalti.core.provenance import command, git_commit, versions
+from smalti.core.provenance import METRICS_NAME, RUN_NAME, command, git_commit, versions
+from smalti.core.provenance import last_metrics as last_metrics  # for those who read a run
 from smalti.training.snapshots import Snapshots
 
-RUN_NAME, METRICS_NAME = "run.json", "metrics.jsonl"
 MODEL_NAMES = (WEIGHTS_NAME, CONFIG_NAME)
 
 Resume: TypeAlias = Literal["auto", "never"] | int
@@ -156,16 +156,6 @@ class Run:
             rounded = {name: float(f"{value:.6g}") for name, value in measured.items() if math.isfinite(value)}
             with (self.folder / METRICS_NAME).open("a") as metrics:
                 metrics.write(json.dumps({"step": step, **rounded}) + "\n")
-
-
-def last_metrics(folder: Path, *, until: int | None = None) -> dict[str, float]:
-    """Returns the newest value of every metric of the run at `folder`, up to a step."""
-    newest: dict[str, float] = {}
-    for line in (folder / METRICS_NAME).read_text().splitlines():
-        values = json.loads(line)
-        if until is None or values["step"] <= until:
-            newest |= {name: float(value) for name, value in values.items()}
-    return newest
 
 
 def _as_typed(setting: str, value: Any) -> str:

@@ -21,7 +21,7 @@ MOST_LINES = 12
 
 
 class Taken(NamedTuple):
-    """What a model took from another one.
+    """The weights that a model took from another one.
 
     Attributes:
         tensors: names of the tensors that were taken.

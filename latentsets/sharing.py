@@ -1,0 +1,281 @@
+"""Latent sets on the hub: the file that a hub id names, and what is uploaded of a set, with its card.
+
+The uploaded copy has the same content digest: only attributes that it does not cover lose their local folders.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from smalti.core.codes import Codes, Layout
+from smalti.core.errors import UserError
+from smalti.core.hub.cards import CARD_NAME, code, front_matter, license_line, listed, require_license, table
+from smalti.core.hub.download import MOST_NAMES, download
+from smalti.core.hub.ids import HubId, find_hub_id
+from smalti.core.hub.public_names import has_folders, public_command, public_values
+from smalti.core.hub.upload import Files
+from smalti.latentsets.format import COLUMNS, MEANING
+from smalti.latentsets.provenance import Provenance
+from smalti.latentsets.writer import LatentSetWriter
+
+SUFFIXES = (".h5", ".hdf5")
+DATA_SUFFIXES = (*SUFFIXES, ".parquet")
+ROWS_AT_ONCE = 4096
+MOST_COUNTED_CODES = 1 << 24
+"""Largest codebook whose usage the card has."""
+SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
+"""The hub's classes of sizes, by the first number of rows beyond each."""
+
+
+@runtime_checkable
+class SetToShare(Protocol):
+    """The members of a latent set that its card is made from."""
+
+    path: Path
+    layout: Layout
+    provenance: Provenance
+    version: int
+    content_digest: str
+    labels: Int64[Tensor, " rows"]
+    source_ids: Int64[Tensor, " rows"]
+    held_out: Bool[Tensor, " rows"]
+    flipped: Bool[Tensor, " rows"]
+
+    def batch(self, rows: Sequence[int]) -> Codes:
+        """Returns the codes of the given rows."""
+        ...
+
+    def count_images(self) -> dict[str, int]:
+        """Returns the number of source images of each split."""
+        ...
+
+    def usage(self, level: int = 0, digits: int | None = None) -> Int64[Tensor, " codes"]:
+        """Counts how often each code occurs."""
+        ...
+
+    def perplexity(self, level: int = 0, digits: int | None = None) -> float:
+        """Returns the perplexity of the usage."""
+        ...
+
+    def verify(self) -> None:
+        """Checks every byte."""
+        ...
+
+
+def find_file(source: str | Path) -> Path:
+    """Returns the file of a latent set; downloads it if `source` is no local file but the id of a data set.
+
+    A file in the repository is named with a revision, `owner/name@main/file.h5`, because `owner/name/file.h5` looks
+    like a local path.
+
+    Raises:
+        UserError: if there is no such data set, or it has no latent set or several.
+    """
+    hub_id = find_hub_id(source.as_posix() if isinstance(source, Path) else source)
+    path = Path(source)
+    named = hub_id is not None and not hub_id.repo.endswith(DATA_SUFFIXES) and (hub_id.revision or not hub_id.folder)
+    if hub_id is None or not named or os.path.lexists(path):
+        return path
+    try:
+        return _download(hub_id)
+    except UserError as error:
+        raise UserError(
+            f"there is no latent set at {source}: there is no such file, and on the hub: {error}"
+        ) from error
+
+
+def _download(hub_id: HubId) -> Path:
+    root, file = HubId(hub_id.repo, hub_id.revision), hub_id.folder
+    folder = download(root, [file] if file else [f"*{suffix}" for suffix in SUFFIXES], "dataset")
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
+    if file:
+        files = [path for path in files if path == folder / file]
+    if not files:
+        raise UserError(f"{hub_id} is no latent set: it lacks {file or 'a file *.h5'}; check the name")
+    if len(files) > 1:
+        revision = hub_id.revision or "main"
+        names = [str(HubId(hub_id.repo, revision, path.relative_to(folder).as_posix())) for path in files[:MOST_NAMES]]
+        raise UserError(f"{hub_id} has several latent sets; give one of {', '.join(names)}")
+    return files[0]
+
+
+def files_to_share(
+    latent_set: SetToShare, target: HubId, scratch: Path, *, license: str | None = None, tokenizer: str | None = None
+) -> Files:
+    """Returns what is uploaded of a latent set, by name: the file and its card.
+
+    Args:
+        latent_set: the set, which is checked to the last byte.
+        target: the data set's repository and branch.
+        scratch: an empty folder for a copy of the file, if its attributes have local folders.
+        license: the licence for the card, or None.
+        tokenizer: the hub id of the tokenizer, recorded in the copy.
+
+    Raises:
+        UserError: for a damaged set, or one that records local folders where the content digest covers them; for a
+            target in a folder, or an unsuitable licence or tokenizer.
+    """
+    require_license(license)
+    if target.folder:
+        raise UserError(f"{target} is a folder; a latent set needs a repository of its own: owner/name")
+    if tokenizer is not None and find_hub_id(tokenizer) is None:
+        raise UserError(
+            f"--tokenizer {tokenizer} is not a hub id; give the owner/name of the tokenizer that was pushed"
+        )
+    latent_set.verify()
+    provenance = _public(latent_set, tokenizer)
+    file = latent_set.path
+    if latent_set.version > 2 and provenance != latent_set.provenance:
+        file = scratch / latent_set.path.name
+        _copy(latent_set, provenance, file)
+    elif provenance != latent_set.provenance:
+        raise UserError(f"{file} has format version 2; convert it to Parquet and back (convert_latents.py) first")
+    card = latent_set_card(latent_set, provenance, target, license=license)
+    return {CARD_NAME: card.encode(), latent_set.path.name: file}
+
+
+def _copy(latent_set: SetToShare, provenance: Provenance, path: Path) -> None:
+    """Writes a set anew with another provenance of the same meaning: a replaced attribute may stay in a file's gaps."""
+    rows = len(latent_set.labels)
+    columns = {name: getattr(latent_set, name) for name in COLUMNS}
+    with LatentSetWriter(path, latent_set.layout, **columns, provenance=provenance) as writer:
+        writer.expected_digest = latent_set.content_digest
+        for start in range(0, rows, ROWS_AT_ONCE):
+            writer.write(start, latent_set.batch(range(start, min(start + ROWS_AT_ONCE, rows))))
+
+
+def _public(latent_set: SetToShare, tokenizer: str | None) -> Provenance:
+    """Returns the provenance without local folders, which may not change what the content digest covers."""
+    before = latent_set.provenance
+    values = public_values(vars(before))
+    kept = {name: getattr(before, name) for name in MEANING if name != "layout"}
+    for image in before.skipped:
+        if has_folders(reason := str(image.get("reason", ""))):
+            raise UserError(
+                f"{latent_set.path} records the folder of an image that was left out ({reason}), and its digest covers "
+                "that; build it again with images that are given relative to the working folder"
+            )
+    if tokenizer is not None:
+        values["tokenizer_source"] = tokenizer
+    return replace(before, **{**values, **kept})
+
+
+def latent_set_card(
+    latent_set: SetToShare, provenance: Provenance, target: HubId, *, license: str | None = None
+) -> str:
+    """Returns the card of a latent set as Markdown, with the front matter that the hub reads.
+
+    Args:
+        latent_set: the set. It is read once or twice to count codes.
+        provenance: the provenance without local folders.
+        target: where it will be on the hub.
+        license: the licence, or None for none.
+    """
+    rows, images, name = len(latent_set.labels), latent_set.count_images(), latent_set.path.name
+    size = next((label for limit, label in SIZES.items() if rows < limit), "n>10M")
+    front = front_matter(license, tags=["smalti", "latent-set", "hdf5"], size_categories=[size])
+    source = provenance.tokenizer_source
+    known = find_hub_id(source) is not None
+    tokenizer = source if known else "TOKENIZER"
+    facts = {
+        "rows": f"{rows:,}, of which {int(latent_set.held_out.sum()):,} are held out",
+        "images": f"{code(provenance.image_source)}: {images['training']:,} to train, {images['held_out']:,} held out",
+        "flips": _flips(latent_set),
+        "crops": _crops(provenance),
+        "classes": _classes(latent_set),
+        "left out": f"{len(provenance.skipped)} damaged images" if provenance.skipped else "",
+        "layout of the codes": str(latent_set.layout),
+        "tokenizer": f"{code(provenance.tokenizer_kind)}, from {code(source)}",
+        "digest of the tokenizer": code(provenance.tokenizer_digest),
+        "digest of the content": code(latent_set.content_digest),
+        "made": f"{provenance.created} by {code(public_command(provenance.command))}",
+        "software": ", ".join(f"{software} {number}" for software, number in provenance.software.items()),
+    }
+    missing = "" if known else "\n`TOKENIZER` stands for the tokenizer with the digest below.\n"
+    return f"""{front}
+# {target.title}
+
+A latent set of smalti: the codes of images, as a tokenizer encoded them, in one HDF5 file (`{name}`). A prior trains on
+it without the images and without running the tokenizer. The codes are valid only for the tokenizer with the digest
+below. Whoever has that tokenizer can decode them to images close to the originals.
+
+## Use
+
+```python
+from smalti import LatentSet
+
+latents = LatentSet("{target}")
+codes = latents.batch([0, 1, 2])  # a tuple with one tensor per level
+```
+
+Or from the command line:
+
+```
+smalti inspect-latents --latents {target} --verify
+smalti train-prior --latents {target} --tokenizer {tokenizer}
+```
+{missing}
+Without smalti, any HDF5 tool opens the file:
+
+```python
+import h5py
+from huggingface_hub import hf_hub_download
+
+file = h5py.File(hf_hub_download("{target.repo}", "{name}", repo_type="dataset"{_revision(target)}))
+codes = file["codes/0"][:3]
+```
+
+## The set
+
+{table(facts)}
+
+## Usage of the codes
+
+{_usage(latent_set)}
+## Licence
+
+{license_line(license, "codes")}
+"""
+
+
+def _revision(target: HubId) -> str:
+    return f', revision="{target.revision}"' if target.revision else ""
+
+
+def _flips(latent_set: SetToShare) -> str:
+    flipped = int(latent_set.flipped.sum())
+    return f"{flipped:,} rows are mirror images" if flipped else "no mirror images"
+
+
+def _crops(provenance: Provenance) -> str:
+    crops, smallest = provenance.preprocessing.get("crops"), provenance.preprocessing.get("smallest_crop", 1)
+    return f"{crops} random crop(s) of each training image, of {smallest:.0%} of its side at least" if crops else "none"
+
+
+def _classes(latent_set: SetToShare) -> str:
+    names, labels = latent_set.provenance.label_names, latent_set.labels
+    without = int((labels < 0).sum())
+    if without == len(labels):
+        return "none"
+    classes = f"{len(names)}: {listed(list(names))}" if names else str(int(labels.max()) + 1)
+    return f"{classes}; {without:,} rows have none" if without else classes
+
+
+def _usage(latent_set: SetToShare) -> str:
+    """Returns the share of codes that occur, and their perplexity, for each level."""
+    lines = ["| level | codes | used | perplexity |", "|---|---|---|---|"]
+    for number, level in enumerate(latent_set.layout.levels):
+        if level.channels:
+            lines.append(f"| {number} | {level.channels} real-valued channels | | |")
+        elif level.codebook_size > MOST_COUNTED_CODES:
+            lines.append(f"| {number} | {level.codebook_size:,} | not counted | |")
+        else:
+            used = int((latent_set.usage(number) > 0).sum())
+            share = f"{used:,} ({used / level.codebook_size:.1%})"
+            lines.append(f"| {number} | {level.codebook_size:,} | {share} | {latent_set.perplexity(number):,.1f} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,192 @@
+"""The card of a model on the hub (`README.md`), from its config and the records of its training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from smalti.core.hub.cards import code, front_matter, license_line, listed, table
+from smalti.core.hub.ids import HubId
+from smalti.core.hub.public_names import public_command
+from smalti.core.provenance import RUN_NAME, last_metrics
+
+PIPELINES = {"tokenizer": "image-feature-extraction", "prior": "unconditional-image-generation"}
+"""The hub's task of each family, by which it lists models."""
+TAGS = {"tokenizer": ["image-tokenizer", "vector-quantization"], "prior": ["image-generation", "inpainting"]}
+MEASURED = ("held_out_", "codes_used", "code_perplexity")
+"""Beginnings of the names of the metrics that a card has."""
+NOT_MEASURED = ("_first_",)
+PICTURES = {
+    "samples.png": "Samples, not selected",
+    "reconstructions.png": "Images, and below each the reconstructions from its codes",
+    "neighbours.png": "Samples, and below each the nearest training image",
+}
+
+
+def model_card(
+    described: dict[str, Any],
+    run: Path,
+    target: HubId,
+    *,
+    facts: dict[str, str],
+    license: str | None,
+    picture: str | None,
+) -> str:
+    """Returns the card of a model as Markdown, with the front matter that the hub reads.
+
+    Args:
+        described: the model's `config.json`, without local folders.
+        run: the folder of its training, which may have no records.
+        target: where the model will be on the hub.
+        facts: what it says of the network, by title.
+        license: the licence, or None for none.
+        picture: the name of the sheet beside the card, or None.
+    """
+    family, kind, provenance = described["family"], described["kind"], described["provenance"]
+    record = _read_record(run)
+    front = front_matter(
+        license, library_name="smalti", pipeline_tag=PIPELINES[family], tags=["smalti", *TAGS[family], kind]
+    )
+    parts = [front, f"# {target.title}\n", _introduction(family, kind, provenance)]
+    if picture:
+        parts.append(f"![{PICTURES[picture]}]({picture})\n\n*{PICTURES[picture]}.*\n")
+    parts.append(f"## Use\n\n{_usage(family, target, provenance)}")
+    rows = {
+        "kind": code(kind),
+        **facts,
+        **_data(provenance, described["config"]),
+        "steps": f"{provenance['steps']:,}" if "steps" in provenance else "",
+        "digest": code(described["digest"]),
+        "encodes as": ", ".join(map(code, _same_codes(provenance))),
+        "digest of its tokenizer": code(provenance["tokenizer_digest"]) if "tokenizer_digest" in provenance else "",
+        "software": _software(described, record),
+    }
+    parts.append(f"## The model\n\n{table(rows)}\n")
+    if measured := _measured(run, provenance.get("steps")):
+        parts.append(
+            "## Held-out numbers\n\nMeasured at the last step, on images that the training did not see.\n\n"
+            f"{table({code(name): _number(name, value) for name, value in measured.items()})}\n"
+        )
+    parts.append(f"## Recipe\n\n{_recipe(record, provenance)}\n")
+    parts.append(f"## Licence\n\n{license_line(license, 'weights')}\n")
+    return "\n".join(parts)
+
+
+def _introduction(family: str, kind: str, provenance: dict[str, Any]) -> str:
+    data = f" It was trained on the images {code(str(provenance['image_source']))}." if _source(provenance) else ""
+    if family == "tokenizer":
+        does = "turns images into grids of discrete codes, and codes into images"
+        if kind in ("selfvae", "vae"):
+            does = "turns images into latents, and latents into images"
+        return f"A tokenizer (`{kind}`) of smalti, which {does}.{data}\n"
+    return f"A prior (`{kind}`) of smalti, which draws new images and fills masked parts of images.{data}\n"
+
+
+def _usage(family: str, target: HubId, provenance: dict[str, Any]) -> str:
+    """Returns how to load the model, in three lines, and the command."""
+    if family == "tokenizer":
+        program = [
+            "from smalti import load_tokenizer",
+            "",
+            f'tokenizer = load_tokenizer("{target}")',
+            "codes = tokenizer.encode(images)  # images: float (b, c, h, w) in [-1, 1]",
+            "reconstructions = tokenizer.decode(codes)",
+        ]
+        commands = [f"smalti build-latents --tokenizer {target} --images my/photos"]
+        rest = ""
+    elif provenance.get("level"):
+        program = ["from smalti import load_prior", "", f'prior = load_prior("{target}")']
+        commands = [f"smalti sample --prior COARSER {target}"]
+        rest = "\nIt draws one of several levels; sampling needs the priors of the coarser levels too.\n"
+    else:
+        program = [
+            "from smalti import load_prior, sample",
+            "",
+            f'prior = load_prior("{target}")',
+            "images = sample(prior, num=16)  # uint8 (16, c, h, w)",
+        ]
+        commands = [
+            f"smalti sample --prior {target}",
+            f"smalti inpaint --prior {target} --image in.png --mask mask.png",
+        ]
+        copy = HubId(target.repo, target.revision, target.within("tokenizer"))
+        rest = f'\nIts tokenizer is in the folder `tokenizer`: `load_tokenizer("{copy}")`.\n'
+    lines = "\n".join(["```python", *program, "```"])
+    shell = "\n".join(["```", *commands, "```"])
+    return f"{lines}\n\nOr from the command line:\n\n{shell}\n{rest}"
+
+
+def _source(provenance: dict[str, Any]) -> str:
+    source = provenance.get("image_source")
+    return source if isinstance(source, str) else ""
+
+
+def _data(provenance: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
+    """Returns what is known of the training images."""
+    names, counts = provenance.get("label_names") or [], provenance.get("images") or {}
+    classes = len(names) or config.get("classes") or 0
+    prepared = provenance.get("preprocessing") or {}
+    size = f"{prepared['height']}×{prepared['width']}" if {"height", "width"} <= prepared.keys() else ""
+    number = f"{counts['training']:,} to train, {counts['held_out']:,} held out" if counts else ""
+    flips = provenance.get("flips", prepared.get("flips"))
+    ways = [
+        f"{size} pixels" if size else "",
+        f"fit: {prepared['fit']}" if "fit" in prepared else "",
+        "" if flips is None else "with mirror images" if flips else "no mirror images",
+        f"{prepared['crops']} random crop(s) of each" if "crops" in prepared else "",
+    ]
+    return {
+        "trained on": ", ".join(filter(None, [code(_source(provenance)) if _source(provenance) else "", number])),
+        "images as": "; ".join(filter(None, ways)),
+        "classes": f"{classes}: {listed(list(names))}" if names else str(classes or ""),
+        "left out": f"{provenance['skipped_images']} damaged images" if "skipped_images" in provenance else "",
+        "started from": code(str(provenance["init"])) if "init" in provenance else "",
+        "converted from": code(str(provenance["converted_from"])) if "converted_from" in provenance else "",
+    }
+
+
+def _same_codes(provenance: dict[str, Any]) -> list[str]:
+    """Returns the digests of the tokenizers whose codes this one decodes too, as its encoder and codebook were kept."""
+    recorded = provenance.get("same_codes")
+    return [str(digest) for digest in recorded.get("digests", ())] if isinstance(recorded, dict) else []
+
+
+def _read_record(run: Path) -> dict[str, Any]:
+    """Returns `run.json`; nothing if there is none, as of a converted model."""
+    try:
+        return json.loads((run / RUN_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _measured(run: Path, steps: int | None) -> dict[str, float]:
+    try:
+        metrics = last_metrics(run, until=steps)
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name.startswith(MEASURED) and not any(part in name for part in NOT_MEASURED)
+    }
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.1%}" if name.startswith("codes_used") else f"{value:.5g}"
+
+
+def _software(described: dict[str, Any], record: dict[str, Any]) -> str:
+    versions = record.get("versions") or ({"smalti": described["smalti"]} if "smalti" in described else {})
+    commit = [f"commit {record['git_commit']}"] if record.get("git_commit") else []
+    return ", ".join([*(f"{name} {number}" for name, number in versions.items()), *commit])
+
+
+def _recipe(record: dict[str, Any], provenance: dict[str, Any]) -> str:
+    if not record.get("command"):
+        return "The command that trained it is not recorded beside it."
+    seed = record.get("settings", {}).get("seed")
+    seeded = f" The seed is {seed}." if seed is not None else ""
+    command = public_command(str(record["command"]))
+    text = f"```\n{command}\n```\n\nAll settings of the network are in `config.json`.{seeded}"
+    if "tokenizer_digest" in provenance:
+        text += " The codes were made by the tokenizer in the folder `tokenizer`."
+    return text

@@ -1,0 +1,222 @@
+"""Models on the hub, against a local fake: what is pushed is what loads, and every failure is one line."""
+
+import json
+import socket
+
+import pytest
+import yaml
+from helpers import fake_hub
+from helpers.command_toys import save_pair
+from helpers.toys import untrained_pair
+
+from smalti.api import load_prior, load_tokenizer, sample
+from smalti.core import models
+from smalti.core.errors import UserError
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with fake_hub.serving() as served:
+        fake_hub.use(monkeypatch, served.endpoint, str(tmp_path / "cache"))
+        yield served
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A prior with its tokenizer, beside files of its training that must stay."""
+    folder = save_pair(tmp_path / "home/jane/pair")
+    for path, family in ((folder, "prior"), (folder / "tokenizer", "tokenizer")):
+        model = models.load(path, family)
+        model.provenance |= {"image_source": str(tmp_path / "home/jane/photos"), "steps": 20, "label_names": ["a", "b"]}
+        model.save(path)
+    (folder / "states/step_00000020").mkdir(parents=True)
+    for name in ("states/step_00000020/optimizer.safetensors", "samples.png", ".lock"):
+        (folder / name).write_bytes(b"contents")
+    settings = {"seed": 7, "out": str(folder)}
+    command = f"train_prior.py --latents {tmp_path}/home/jane/codes.h5 --out {folder}"
+    (folder / "run.json").write_text(json.dumps({"command": command, "settings": settings, "versions": {"torch": "9"}}))
+    lines = [{"step": 20, "held_out_loss": 2.5, "loss": 1.0}, {"step": 30, "held_out_loss": 9.0}]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def error_of(source):
+    with pytest.raises(UserError) as refused:
+        load_prior(source)
+    assert str(refused.value).isprintable()
+    return str(refused.value)
+
+
+def test_a_pushed_prior_loads_by_id_revision_commit_and_folder(hub, pair):
+    prior = load_prior(pair)
+    assert prior.push_to_hub("me/pair", license="mit", message="First") == f"{hub.endpoint}/me/pair"
+    assert prior.push_to_hub("me/pair", revision="wip/new") == f"{hub.endpoint}/me/pair/tree/wip/new"
+    assert prior.push_to_hub("me/many/level-0") == f"{hub.endpoint}/me/many"
+    commit = hub.repos["models/me/pair"].branches["main"]
+    for source in ("me/pair", "me/pair@main", "me/pair@wip%2Fnew", f"me/pair@{commit}", "me/many/level-0"):
+        loaded = load_prior(source)
+        assert loaded.digest() == prior.digest()
+        assert load_tokenizer(f"{source}/tokenizer").digest() == prior.provenance["tokenizer_digest"]
+    assert type(prior).load("me/pair").digest() == prior.digest()
+    assert sample(loaded, num=2).equal(sample(prior, num=2))  # with the tokenizer beside it
+    assert hub.repos["models/me/pair"].messages == ["First", "Upload pair with smalti"]
+    assert not hub.repos["models/me/pair"].private
+
+
+def test_only_what_makes_the_model_is_uploaded(hub, pair):
+    load_prior(pair).push_to_hub("me/pair")
+    files = hub.repos["models/me/pair"].files()
+    copy = ["tokenizer/config.json", "tokenizer/model.safetensors"]
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors", "samples.png", *copy]
+    assert set(hub.large.values()) == {files[name] for name in ("model.safetensors", "samples.png", copy[1])}
+    assert files["model.safetensors"] == (pair / "model.safetensors").read_bytes()
+    assert not any(b"home" in contents or b"jane" in contents for contents in files.values())
+    assert json.loads(files["config.json"])["provenance"]["image_source"] == "photos"
+    load_prior(pair).push_to_hub("me/bare", sheet=False)
+    assert sorted(hub.repos["models/me/bare"].files()) == ["README.md", "config.json", "model.safetensors", *copy]
+
+
+def test_the_card_says_what_the_run_knows(hub, pair):
+    prior = load_prior(pair)
+    prior.push_to_hub("me/pair", license="cc-by-4.0")
+    card = hub.repos["models/me/pair"].files()["README.md"].decode()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == "cc-by-4.0"
+    assert (front["library_name"], front["pipeline_tag"]) == ("smalti", "unconditional-image-generation")
+    assert "![Samples, not selected](samples.png)" in card
+    assert 'prior = load_prior("me/pair")' in card
+    assert "smalti train-prior --latents codes.h5 --out pair\n" in card
+    assert "| `held_out_loss` | 2.5 |" in card  # of the last step, not of a later one
+    for part in ("`photos`", "2: `a`, `b`", prior.digest(), "| steps | 20 |", "torch 9", "The seed is 7"):
+        assert part in card
+    load_tokenizer(pair / "tokenizer").push_to_hub("me/tokenizer")
+    card = hub.repos["models/me/tokenizer"].files()["README.md"].decode()
+    assert "license" not in yaml.safe_load(card.split("---\n")[1])
+    assert "No licence of the weights is given." in card
+    assert "| codes of an image | 4×8 of 3·3 |" in card
+
+
+def test_a_card_beside_the_model_is_kept(hub, pair):
+    (pair / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    load_prior(pair).push_to_hub("me/pair")
+    assert hub.repos["models/me/pair"].files()["README.md"] == b"---\nlicense: mit\n---\n# Mine\n"
+    assert "samples.png" not in hub.repos["models/me/pair"].files()  # the card does not show it
+    with pytest.raises(UserError, match="put the license into its front matter"):
+        load_prior(pair).push_to_hub("me/pair", license="mit")
+
+
+def test_models_that_are_not_saved_are_pushed_as_they_are(hub, pair):
+    prior, tokenizer = untrained_pair()
+    with pytest.raises(UserError, match="has no tokenizer/ with the tokenizer of the prior"):
+        prior.push_to_hub("me/new")
+    prior.push_to_hub("me/new", tokenizer=tokenizer)
+    assert load_prior("me/new").digest() == prior.digest()
+    assert load_tokenizer("me/new/tokenizer").digest() == tokenizer.digest()
+    changed = load_prior(pair)
+    changed.head.weight.data += 1
+    changed.push_to_hub("me/changed")
+    assert load_prior("me/changed").digest() == changed.digest() != load_prior(pair).digest()
+    changed.provenance["tokenizer_digest"] = "other"
+    with pytest.raises(UserError, match="is not the tokenizer that made the codes"):
+        changed.push_to_hub("me/changed")
+
+
+def test_missing_things_are_named(hub, pair):
+    load_prior(pair).push_to_hub("me/pair")
+    assert f"{hub.endpoint} has no model me/none, or the token may not read it" in error_of("me/none")
+    assert "me/pair has no revision v9; give a branch, a tag or a commit" in error_of("me/pair@v9")
+    assert "me/pair has no folder other; give me/pair or me/pair/tokenizer" in error_of("me/pair/other")
+    assert "holds a tokenizer (hrvq), but a prior is needed here" in error_of("me/pair/tokenizer")
+    hub.repos["models/me/empty"] = fake_hub.Repo()
+    assert "me/empty is not smalti's: it lacks config.json or model.safetensors" in error_of("me/empty")
+
+
+def test_models_of_others_are_refused_before_their_weights_are_downloaded(hub):
+    repo = hub.repos["models/me/text"] = fake_hub.Repo()
+    repo.files().update({"config.json": b'{"architectures": ["Other"]}', "model.safetensors": b"large"})
+    assert "me/text/config.json is not smalti's: it lacks config, digest" in error_of("me/text")
+    assert not [request for request in hub.requests if "model.safetensors" in request]
+
+
+def test_private_and_gated_models_need_a_token(hub, pair, monkeypatch, tmp_path):
+    prior = load_prior(pair)
+    prior.push_to_hub("me/secret", private=True)
+    prior.push_to_hub("me/gated")
+    hub.repos["models/me/gated"].gated = True
+    assert hub.repos["models/me/secret"].private
+    fake_hub.use(monkeypatch, hub.endpoint, str(tmp_path / "other"), token=None)
+    message = error_of("me/secret")
+    assert "it is private, and no token is set; check the name, or log in with `hf auth login`" in message
+    assert "access to me/gated must be granted first; ask for it at" in error_of("me/gated")
+    fake_hub.use(monkeypatch, hub.endpoint, str(tmp_path / "other"), token="hf_wrong")
+    assert f"{hub.endpoint} refuses the token; log in with `hf auth login`, or set HF_TOKEN" in error_of("me/secret")
+
+
+def test_a_public_repository_never_gets_what_is_private(hub, pair):
+    prior = load_prior(pair)
+    prior.push_to_hub("me/open", sheet=False)
+    before = dict(hub.repos["models/me/open"].files())
+    with pytest.raises(UserError, match="me/open exists and is public; make it private on its page"):
+        prior.push_to_hub("me/open", private=True)
+    assert hub.repos["models/me/open"].files() == before
+    prior.push_to_hub("me/closed", private=True)
+    prior.push_to_hub("me/closed", private=True)
+
+
+def test_failed_uploads_change_nothing(hub, pair, monkeypatch, tmp_path):
+    prior = load_prior(pair)
+    prior.push_to_hub("me/pair", sheet=False)
+    before = dict(hub.repos["models/me/pair"].files())
+    changed = load_prior(pair)
+    changed.head.weight.data += 1
+
+    def refusal():
+        with pytest.raises(UserError) as refused:
+            changed.push_to_hub("me/pair")
+        assert str(refused.value).startswith("nothing was uploaded to me/pair: ")
+        assert str(refused.value).isprintable()
+        assert hub.repos["models/me/pair"].files() == before
+        return str(refused.value)
+
+    hub.refusal = (500, "out of order")
+    assert f"{hub.endpoint} answers with status 500 (out of order); try again later" in refusal()
+    hub.refusal = None
+    for token, reason in [
+        ("hf_wrong", f"{hub.endpoint} refuses the token"),
+        (fake_hub.READER, "the token may not do this (you need write access); use one with write access to me/pair"),
+        (None, "no token is set; log in with `hf auth login`, or set HF_TOKEN"),
+    ]:
+        fake_hub.use(monkeypatch, hub.endpoint, str(tmp_path / "other"), token=token)
+        assert reason in refusal()
+    fake_hub.use(monkeypatch, dead_endpoint(), str(tmp_path / "other"))
+    assert "cannot be reached (" in refusal()
+
+
+def dead_endpoint():
+    """Returns an address at which nothing answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_without_a_network_the_cache_is_used(hub, pair, monkeypatch, tmp_path):
+    prior = load_prior(pair)
+    prior.push_to_hub("me/pair")
+    load_prior("me/pair")
+    endpoint = dead_endpoint()
+    fake_hub.use(monkeypatch, endpoint, str(tmp_path / "cache"))
+    assert load_prior("me/pair").digest() == prior.digest()
+    assert f"{endpoint} cannot be reached (" in error_of("me/other")
+    assert "check the network, or HF_ENDPOINT" in error_of("me/other")
+    monkeypatch.setattr(fake_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_prior("me/pair").digest() == prior.digest()
+    assert "HF_HUB_OFFLINE is set and me/other is not in the cache; unset HF_HUB_OFFLINE" in error_of("me/other")
+
+
+def test_names_that_are_no_hub_ids_are_not_sent(hub, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").write_text("no folder")
+    for source in ("missing", "/not/there", "./me/pair", "a/file", "n" * 300, "a/../b"):
+        assert "there is no such folder, and it is no hub id (owner/name" in error_of(source)
+    assert hub.requests == []

@@ -1,0 +1,115 @@
+"""`smalti push`: a preview, an upload and a load as a person runs them, and mistakes as one line with exit status 2."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import fake_hub, toys
+from helpers.command_toys import run, save_pair
+from helpers.latents import small_set
+
+from smalti.core import models
+from smalti.core.models import load
+from smalti.scripts import inspect_latents, push
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_pair(tmp_path / "pair")
+    (tmp_path / "pair/tokenizer/reconstructions.png").write_bytes(b"a picture")
+    return tmp_path
+
+
+@pytest.fixture
+def hub(monkeypatch, workspace):
+    with fake_hub.serving() as served:
+        fake_hub.use(monkeypatch, served.endpoint, str(workspace / "cache"))
+        yield served
+
+
+def refusal(capfd, *arguments):
+    status, out, err = run(capfd, push.main, *arguments)
+    assert (status, out, err.count("\n"), err[:7]) == (2, "", 1, "error: "), err
+    return err
+
+
+def test_a_preview_has_what_would_be_uploaded(hub, capfd):
+    status, out, _ = run(capfd, push.main, "pair/tokenizer", "me/tokenizer", "--license", "mit", "--preview", "look")
+    assert status == 0
+    assert hub.requests == []
+    assert [line.split()[0] for line in out.splitlines()[:4]] == sorted(os.listdir("look"))
+    assert "reconstructions.png shows held-out images; --no-sheet leaves it out" in out
+    assert "nothing was uploaded; the files are in look, and README.md is the card" in out
+    before = {name: Path("look", name).read_bytes() for name in os.listdir("look")}
+    assert "look/README.md exists" in refusal(capfd, "pair/tokenizer", "me/tokenizer", "--preview", "look")
+    again = ["--license", "mit", "--preview", "look", "--overwrite"]
+    assert run(capfd, push.main, "pair/tokenizer", "me/tokenizer", *again)[0] == 0
+    assert {name: Path("look", name).read_bytes() for name in os.listdir("look")} == before
+    assert run(capfd, push.main, "pair/tokenizer", "me/tokenizer", "--license", "mit")[0] == 0
+    assert hub.repos["models/me/tokenizer"].files() == before
+    assert load("look", "tokenizer").digest() == load("me/tokenizer", "tokenizer").digest()
+
+
+def test_a_kind_is_the_one_that_was_trained_here(hub, capfd):
+    torch.manual_seed(0)
+    models.class_of_kind("tokenizer", "vqvae")(toys.TINY["vqvae"]).save("runs/tokenizers/vqvae")
+    status, out, _ = run(capfd, push.main, "vqvae", "me/vqvae", "--private", "--revision", "v1", "--message", "Mine")
+    assert status == 0
+    assert f"{hub.endpoint}/me/vqvae/tree/v1\nnext: smalti build-latents --tokenizer me/vqvae@v1\n" in out
+    assert "the card gives no license; --license NAME does" in out
+    repo = hub.repos["models/me/vqvae"]
+    assert (repo.private, repo.messages, repo.files()) == (True, ["Mine"], {})
+    assert "config.json" in repo.files("v1")
+
+
+def test_a_latent_set_goes_to_a_data_set(hub, capfd):
+    small_set(Path("codes.h5"))
+    status, out, _ = run(capfd, push.main, "codes.h5", "me/codes", "--tokenizer", "me/tokenizer")
+    assert status == 0
+    assert out.endswith(f"{hub.endpoint}/datasets/me/codes\nnext: smalti train-prior --latents me/codes\n")
+    status, shown, _ = run(capfd, inspect_latents.main, "--latents", "me/codes", "--verify")
+    assert status == 0
+    assert "the digests match" in shown
+    assert "hrvq from me/tokenizer" in shown
+
+
+def test_mistakes_are_one_line(hub, capfd, workspace):
+    small_set(Path("codes.h5"))
+    assert "there is no model at nothing (there is nothing); give the folder of" in refusal(capfd, "nothing", "me/x")
+    assert "pair is not a hub id; give owner/name" in refusal(capfd, "pair", "pair")
+    assert "is not a name such as mit, apache-2.0" in refusal(capfd, "pair", "me/x", "--license", "My Own")
+    assert "--tokenizer is for latent sets" in refusal(capfd, "pair", "me/x", "--tokenizer", "me/y")
+    assert "a latent set needs a repository of its own" in refusal(capfd, "codes.h5", "me/x/sub")
+    assert "--tokenizer pair is not a hub id" in refusal(capfd, "codes.h5", "me/x", "--tokenizer", "pair")
+    shutil.copytree("pair", "damaged")
+    weights = Path("damaged/tokenizer/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    assert "do not belong together (digests differ)" in refusal(capfd, "damaged", "me/x")
+    assert hub.requests == []
+    assert hub.repos == {}
+
+
+def test_the_environment_names_the_endpoint_and_the_token(hub, workspace):
+    """In new processes, as `huggingface_hub` reads both when it is imported."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HUB_CACHE": str(workspace / "other"), "HF_TOKEN": fake_hub.TOKEN}
+    program = (
+        "import sys; from smalti.__main__ import main; sys.argv = ['smalti', 'push', 'pair', 'me/pair']; main()\n"
+        "from smalti import load_prior; print(load_prior('me/pair@main').digest())"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == load("pair", "prior").digest()
+    before = dict(hub.repos["models/me/pair"].files())
+    done = subprocess.run(
+        command, env={**environment, "HF_TOKEN": "hf_wrong"}, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: nothing was uploaded to me/pair: {hub.endpoint} refuses the token; log in")
+    assert hub.repos["models/me/pair"].files() == before
