@@ -67,7 +67,7 @@ def _convert(config: Convert) -> VQGAN:
         to_diffusers(model, config.out)
     else:
         model = import_checkpoint(config.source, config.description)
-        print(f"{config.source}: {model.provenance['format']}")
+        print(f"{config.source}: recognised as {model.provenance['format']}")
         model.save(config.out)
     return model
 

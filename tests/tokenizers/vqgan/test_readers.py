@@ -17,7 +17,7 @@ def test_converted_tokenizer_computes_the_same(name, tmp_path, capsys):
     (tmp_path / "published").mkdir()
     source, theirs = writer(tmp_path / "published")
     convert.convert(Convert(source, out=tmp_path / "converted"))
-    assert capsys.readouterr().out.splitlines()[0] == f"{source}: {recognised}"
+    assert capsys.readouterr().out.splitlines()[0] == f"{source}: recognised as {recognised}"
     agree(load_tokenizer(str(tmp_path / "converted")), theirs, size=16)
 
 

@@ -33,7 +33,7 @@ def test_missing_and_unknown_weights_are_named(name, tmp_path):
     writer, recognised = FORMATS[name]
     source, _ = writer(tmp_path, lambda state: without(state, "decoder.norm_out.bias"))
     assert "it lacks decoder.norm_out.bias" in (message := refusal(source))
-    assert f"is not a whole {recognised}" in message
+    assert f" was recognised as {recognised}; for " in message
     source, _ = writer(tmp_path, lambda state: {**state, "encoder.extra.weight": torch.zeros(2)})
     assert "it also has encoder.extra.weight" in refusal(source)
     source, _ = writer(tmp_path, lambda state: {**without(state, "decoder.conv_in.bias"), "decoder.b": torch.zeros(2)})
@@ -83,7 +83,10 @@ def test_smalti_folders_are_refused(tmp_path):
     ("model", "message"),
     [
         ({"target": "ldm.models.autoencoder.AutoencoderKL"}, "describes a AutoencoderKL; convert reads VQModel, "),
-        ({"target": "taming.models.vqgan.GumbelVQ"}, "is not a whole GumbelVQ as last.yaml describes it: it lacks"),
+        (
+            {"target": "taming.models.vqgan.GumbelVQ"},
+            "was recognised as GumbelVQ; for the network in last.yaml, it lacks",
+        ),
         ({"class_path": "src.Open_MAGVIT2.models.lfqgan.LFQ", "init_args": {}}, "describes a LFQ; convert reads"),
         ({"class_path": "src.IBQ.models.ibqgan.IBQ", "init_args": {}}, "lacks ddconfig, embed_dim, n_embed"),
         ({"params": {"first_stage_config": {"target": "x"}}}, "lacks params"),
@@ -184,6 +187,6 @@ def test_many_views_of_few_values_are_refused(tmp_path):
 def test_command_prints_one_line_and_fails(tmp_path, capfd):
     source, _ = FORMATS["maskgit"][0](tmp_path, lambda state: without(state, "encoder.mid.0.conv1.weight"))
     status, out, err = run(capfd, convert.main, "--source", str(source), "--out", str(tmp_path / "converted"))
-    line = f"error: {source} is not a whole MaskGIT-VQGAN: it lacks encoder.mid.0.conv1.weight\n"
-    assert (status, out, err) == (2, "", line)
+    problem = "was recognised as MaskGIT-VQGAN; for this network, it lacks encoder.mid.0.conv1.weight"
+    assert (status, out, err) == (2, "", f"error: {source} {problem}\n")
     assert not (tmp_path / "converted").exists()

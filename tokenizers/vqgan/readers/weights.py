@@ -39,6 +39,11 @@ class Checkpoint:
         state = {name: tensor for name, tensor in self.state.items() if name not in names}
         return dataclasses.replace(self, state=state)
 
+    def refusal(self, problem: str) -> UserError:
+        """Returns the error that the weights differ from those of the recognised network."""
+        network = "this network" if self.source == self.description else f"the network in {self.description.name}"
+        return UserError(f"{self.source} was recognised as {self.format}; for {network}, {problem}")
+
     def axes(self, name: str, count: int) -> tuple[int, ...]:
         """Returns the shape of a weight from which sizes are derived.
 
@@ -46,10 +51,10 @@ class Checkpoint:
             UserError: if there is no such weight, or it has another number of axes.
         """
         if name not in self.state:
-            raise UserError(f"{self.source} is not a whole {self.format}: it lacks {name}")
+            raise self.refusal(f"it lacks {name}")
         shape = tuple(self.state[name].shape)
         if len(shape) != count:
-            raise UserError(f"{self.source} is not a {self.format}: {name} is {shape[:8]}, not of {count} axes")
+            raise self.refusal(f"{name} is {shape[:8]}, not of {count} axes")
         return shape
 
     def count(self, pattern: str) -> int:
@@ -108,14 +113,12 @@ def import_weights(
     if missing or unknown:
         problems = (("lacks", missing), ("also has", unknown))
         examples = [f"{verb} {some(sorted(which))}" for verb, which in problems if which]
-        whole = f"{checkpoint.format}{'' if source == description else f' as {description.name} describes it'}"
-        raise UserError(f"{source} is not a whole {whole}: it {' and '.join(examples)}")
+        raise checkpoint.refusal(f"it {' and '.join(examples)}")
     converted: dict[str, Tensor] = {}
     for mine, theirs in matched.items():
         tensor, needed = state[theirs], expected[mine].shape
         if [n for n in tensor.shape if n > 1] != [n for n in needed if n > 1]:  # 1x1 convolutions may be matrices
-            shapes = f"{tuple(tensor.shape)}, not {tuple(needed)}"
-            raise UserError(f"{source} is not the {checkpoint.format} that it should be: {theirs} is {shapes}")
+            raise checkpoint.refusal(f"{theirs} is {tuple(tensor.shape)}, not {tuple(needed)}")
         converted[mine] = tensor.float().reshape(needed) if tensor.is_floating_point() else tensor
         if not tensor.is_floating_point() or not converted[mine].isfinite().all():
             raise UserError(f"{source}: {theirs} has values that are not finite numbers; download it again")
