@@ -44,7 +44,6 @@ REPORT_NAME, DONE_NAME = "report.md", "demo.json"
 
 SHIPPED_MODEL = "portraits"
 TOKENIZER = HRVQConfig(branching=16)
-PRIOR_BATCH_SIZE = 64
 ANIMATED_SAMPLES = 32
 
 
@@ -54,13 +53,11 @@ class Demo:
 
     images: str = "portraits"
     """Images to train on, at 32x32 pixels: `portraits` or `emoji` (embedded), a folder, Parquet files or a hub id."""
-    tokenizer_steps: int = 700
+    tokenizer_steps: int = 1_000
     """Training steps of the tokenizer."""
-    prior_steps: int = 500
+    prior_steps: int = 900
     """Training steps of the prior. More steps are the surest way to better samples."""
-    sampling: SundaeSampling = field(
-        default_factory=lambda: SundaeSampling(steps=25, temperature=(0.8, 0.8), proportion=(0.5, 0.5))
-    )
+    sampling: SundaeSampling = field(default_factory=SundaeSampling)
     """Sampler settings for the new images; fills use the defaults for filling."""
     samples: int = 48
     """Number of new images."""
@@ -149,12 +146,7 @@ def _train(config: Demo, seconds: dict[str, float]) -> tuple[Path, Path, Path]:
             BuildLatents(tokenizer=str(tokenizer_folder), flips=False, out=config.out / "latents.h5")
         )
     with _timed(seconds, "prior"):
-        fit = replace(
-            TrainPrior(model=None, objective=None).fit,
-            steps=config.prior_steps,
-            batch_size=PRIOR_BATCH_SIZE,
-            seed=config.seed,
-        )
+        fit = replace(TrainPrior(model=None, objective=None).fit, steps=config.prior_steps, seed=config.seed)
         prior_folder = train_prior(
             TrainPrior(
                 model=HourglassConfig(),

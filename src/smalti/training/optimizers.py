@@ -68,7 +68,7 @@ class BatchedMuon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, **MUON})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - as torch's own
         """Takes one step of every weight that has a gradient."""
         assert closure is None
         for group in self.param_groups:
