@@ -53,9 +53,9 @@ class Demo:
 
     images: str = "portraits"
     """Images to train on, at 32x32 pixels: `portraits` or `emoji` (embedded), a folder, Parquet files or a hub id."""
-    tokenizer_steps: int = 1_000
+    tokenizer_steps: int = 800
     """Training steps of the tokenizer."""
-    prior_steps: int = 900
+    prior_steps: int = 600
     """Training steps of the prior. More steps are the surest way to better samples."""
     sampling: SundaeSampling = field(default_factory=SundaeSampling)
     """Sampler settings for the new images; fills use the defaults for filling."""
