@@ -6,7 +6,7 @@ import pytest
 
 from smalti.scripts import reproduce
 
-FLAGS = {"selfvae": "--steps", "portraits": "--seed"}
+FLAGS = {"selfvae": "--steps", "size64": "--samples", "portraits": "--seed"}
 
 
 def run(monkeypatch, *arguments):
@@ -21,7 +21,7 @@ def run(monkeypatch, *arguments):
 
 def test_first_argument_chooses_the_study(monkeypatch):
     for name, study in reproduce.STUDIES.items():
-        images = ("--images", "img") if name == "hr-vqvae" else ()
+        images = ("--images", "img") if name in ("hr-vqvae", "size64") else ()
         (config,) = run(monkeypatch, name, *images, FLAGS.get(name, "--seeds"), "2")
         assert type(config) is study.config_class
 
@@ -44,7 +44,7 @@ def test_command_line_without_a_study_is_refused_in_one_line(monkeypatch, capsys
     with pytest.raises(SystemExit) as exit_status:
         run(monkeypatch, *arguments)
     assert exit_status.value.code == 2
-    advice = "the first argument must be hr-vqvae, hqa, selfvae, priors or portraits"
+    advice = "the first argument must be hr-vqvae, hqa, selfvae, priors, overfitting, size64 or portraits"
     assert capsys.readouterr().err == f"error: {problem}; {advice}\n"
 
 
