@@ -80,8 +80,8 @@ class Run:
         foreign = [name for name in MODEL_NAMES if (self.folder / name).exists()]
         if foreign and not (self.folder / RUN_NAME).exists():
             raise UserError(
-                f"{self.folder} has a model that was not trained there, such as a converted one; give another --out, "
-                f"or remove {self.folder / foreign[0]} first"
+                f"{self.folder} has a model that was not trained there, such as a converted one; give another --out "
+                f"(--init {self.folder} starts from its weights), or remove {self.folder / foreign[0]} first"
             )
 
     def _intact(self, step: int) -> int:
