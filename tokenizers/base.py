@@ -116,7 +116,7 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
 
     def facts(self) -> dict[str, str]:
         """Returns what the model's card says of the tokenizer."""
-        height, width = self.config.height, self.config.width  # pyright: ignore[reportAttributeAccessIssue]
+        height, width = self.config.height, self.config.width  # pyright: ignore[reportAttributeAccessIssue] - of every config
         channels = "grey" if self.image_channels == 1 else "colour" if self.image_channels == 3 else "other"
         return {"images": f"{height}×{width}, {channels}", "codes of an image": str(self.layout), **super().facts()}
 

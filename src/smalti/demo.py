@@ -15,7 +15,7 @@ import torch
 
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.inpainting import save_example_fills
-from smalti.commands.model_paths import RUNS, load_only_prior, load_prior, load_tokenizer, shipped_models
+from smalti.commands.model_paths import RUNS, load_only_prior, load_prior, shipped_models
 from smalti.commands.sample import Sample, generate_images, sample
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
@@ -100,7 +100,7 @@ def _demo(config: Demo, settings: dict[str, Any]) -> None:
     if SHIPPED_MODEL in shipped_models("prior"):
         with _timed(seconds, "samples of the shipped model"):
             print(_sample(config, SHIPPED_MODEL, SHIPPED_SAMPLES))
-    tokenizer_folder, latents, prior_folder = _train(config, seconds)
+    latents, prior_folder = _train(config, seconds)
     with _timed(seconds, "samples"):
         _sample(config, str(prior_folder), SAMPLES)
         _animate(config, prior_folder)
@@ -117,7 +117,7 @@ def _demo(config: Demo, settings: dict[str, Any]) -> None:
             precision=config.precision,
             settings=flatten(config),
         )
-    tokenizer = load_tokenizer(str(tokenizer_folder))
+    tokenizer = tokenizer.cpu()
     save_reconstructions(tokenizer, rows, config.out / RECONSTRUCTIONS)
     text = _report(config, tokenizer, rows, LatentSet(latents), last_metrics(prior_folder), seconds)
     report = config.out / REPORT_NAME
@@ -128,8 +128,8 @@ def _demo(config: Demo, settings: dict[str, Any]) -> None:
     print(f"\n{text}\nSee {report} and the pictures beside it.")
 
 
-def _train(config: Demo, seconds: dict[str, float]) -> tuple[Path, Path, Path]:
-    """Trains a tokenizer, builds a latent set and trains a prior; returns the paths of the three."""
+def _train(config: Demo, seconds: dict[str, float]) -> tuple[Path, Path]:
+    """Trains a tokenizer, builds a latent set and trains a prior; returns the paths of the set and the prior."""
     with _timed(seconds, "tokenizer"):
         fit = replace(TrainTokenizer(model=None).fit, steps=config.tokenizer_steps, seed=config.seed)
         tokenizer_folder = train_tokenizer(
@@ -157,7 +157,7 @@ def _train(config: Demo, seconds: dict[str, float]) -> tuple[Path, Path, Path]:
                 out=config.out / "prior",
             )
         )
-    return tokenizer_folder, latents, prior_folder
+    return latents, prior_folder
 
 
 def _sample(config: Demo, prior: str, name: str) -> Path:

@@ -9,15 +9,18 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
+
+from smalti.core.errors import UserError
 
 TOKEN = "hf_writes"
 READER = "hf_reads"
@@ -262,6 +265,22 @@ def serving() -> Iterator[FakeHub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def in_use(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Any]:
+    """Serves a fake hub that `huggingface_hub` of this process uses within the block; see `use`."""
+    with serving() as served:
+        use(monkeypatch, served.endpoint, str(cache))
+        yield served
+
+
+def error_of(load: Callable[[str], Any], source: str) -> str:
+    """Returns the one line with which a hub id is refused."""
+    with pytest.raises(UserError) as refused:
+        load(source)
+    assert str(refused.value).isprintable()
+    return str(refused.value)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: str, token: str | None = TOKEN) -> None:

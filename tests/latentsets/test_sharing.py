@@ -25,16 +25,12 @@ LOCAL = dataclasses.replace(
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with fake_hub.serving() as served:
-        fake_hub.use(monkeypatch, served.endpoint, str(tmp_path / "cache"))
+    with fake_hub.in_use(monkeypatch, tmp_path / "cache") as served:
         yield served
 
 
 def error_of(source):
-    with pytest.raises(UserError) as refused:
-        LatentSet(source)
-    assert str(refused.value).isprintable()
-    return str(refused.value)
+    return fake_hub.error_of(LatentSet, source)
 
 
 def test_a_pushed_set_opens_by_its_id(hub, tmp_path):

@@ -65,24 +65,15 @@ def find_model(source: str, family: models.Family) -> Path:
     )
 
 
-def init_digest(source: str | None, family: models.Family) -> str | None:
-    """Returns the digest of the model that a training starts from; None if it starts untrained.
-
-    Raises:
-        UserError: as `find_model` and `smalti.core.models.read_config` do.
-    """
-    return None if source is None else read_config(find_model(source, family))["digest"]
-
-
 class TrainedConfig(NamedTuple):
-    """The kind and the config of a trained model, read without its weights."""
+    """The class and the config of a trained model, read without its weights."""
 
-    kind: str
+    model_class: type[models.Checkpointed]
     config: Any
 
 
 def trained_config(source: str, family: models.Family) -> TrainedConfig:
-    """Returns the kind and the config of a trained model, given by any name that `find_model` takes.
+    """Returns the class and the config of a trained model, given by any name that `find_model` takes.
 
     Raises:
         UserError: as `find_model` does, or if the folder holds no model of this family.
@@ -90,7 +81,7 @@ def trained_config(source: str, family: models.Family) -> TrainedConfig:
     folder = find_model(source, family)
     cls = class_of_checkpoint(folder, family)
     return TrainedConfig(
-        cls.kind, config_from_json(cls.config_class, read_config(folder)["config"], str(folder / CONFIG_NAME))
+        cls, config_from_json(cls.config_class, read_config(folder)["config"], str(folder / CONFIG_NAME))
     )
 
 
@@ -135,8 +126,8 @@ def layer_source(source: str, layer: int | None) -> str:
     if layer is None:
         return source
     folder = find_model(source, "tokenizer")
-    cls = cast(type[Tokenizer], class_of_checkpoint(folder, "tokenizer"))
-    stages = cls.stages(trained_config(str(folder), "tokenizer").config)
+    cls, config = trained_config(str(folder), "tokenizer")
+    stages = cast(type[Tokenizer], cls).stages(config)
     if not 1 <= layer <= len(stages):
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
     return str(folder if layer == len(stages) else folder / layer_name(layer))

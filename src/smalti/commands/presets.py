@@ -194,9 +194,9 @@ def default_config(name: str, kind: str | None, init: str | None = None) -> tupl
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}; presets: {', '.join(PRESETS)}")
     trained = None if init is None else trained_config(init, "tokenizer")
-    kind = kind or (trained.kind if trained else DEFAULT_KIND)
+    kind = kind or (trained.model_class.kind if trained else DEFAULT_KIND)
     config = PRESETS[name](kind)
-    if trained and trained.kind == kind:
+    if trained and trained.model_class.kind == kind:
         config = replace(config, model=trained.config)
     return TrainTokenizer[models.class_of_kind("tokenizer", kind).config_class], config
 

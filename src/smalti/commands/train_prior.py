@@ -16,7 +16,6 @@ from smalti.commands.class_labels import draw_labels, label_counts, trained_clas
 from smalti.commands.model_paths import (
     LATENTS,
     PRIORS,
-    init_digest,
     load_only_prior,
     load_tokenizer,
     prior_class,
@@ -121,16 +120,17 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     config, prior = _new_prior(config, latents)
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
-    settings["init_digest"] = init_digest(config.init, "prior")
+    other = load_only_prior(config.init) if config.init else None
+    settings["init_digest"] = other.digest() if other else None
     with process.main_process_first():  # it may delete an earlier run
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
     if ending := run.end(config.fit.steps, config.fit.patience):
         process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
         return folder
-    if config.init is not None:
+    if config.init is not None and other is not None:
         prior.provenance |= {"init": config.init, "init_digest": settings["init_digest"]}
         if not run.step:
-            _take_weights(config.init, prior, quiet=not process.is_main_process)
+            _take_weights(config.init, prior, other, quiet=not process.is_main_process)
     if process.is_main_process:
         _warn_of_untrained_classes(prior)
         _save_tokenizer(tokenizer, folder)
@@ -202,13 +202,12 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
     return config, prior
 
 
-def _take_weights(init: str, prior: Prior, *, quiet: bool) -> None:
-    """Takes the weights of `--init`, and says what is new on standard error, unless `quiet`.
+def _take_weights(init: str, prior: Prior, other: Prior, *, quiet: bool) -> None:
+    """Takes the weights of `--init`, and reports what is new on standard error, unless `quiet`.
 
     Raises:
         UserError: if the two networks do not fit.
     """
-    other = load_only_prior(init)
     taken = take_weights(prior, other, init, resizable=RESIZABLE)
     matched = take_classes(prior, other)
     if quiet:
@@ -335,9 +334,9 @@ def default_config(kind: str | None, init: str | None = None) -> Any:
         UserError: if there is no such kind or model.
     """
     trained = None if init is None else trained_config(init, "prior")
-    kind = kind or (trained.kind if trained else DEFAULT_KIND)
+    kind = kind or (trained.model_class.kind if trained else DEFAULT_KIND)
     prior = prior_class(kind)
     cls = TrainPrior[prior.config_class, prior.method.objective_config]
-    if trained is None or trained.kind != kind:
+    if trained is None or trained.model_class.kind != kind:
         return cls
     return cls, TrainPrior(model=trained.config, objective=prior.method.objective_config(), prior=kind)

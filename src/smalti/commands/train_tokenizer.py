@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from smalti.commands.codebook_usage import CodebookAlarm
 from smalti.commands.feature_cache import with_feature_cache
-from smalti.commands.model_paths import TOKENIZERS, find_model, init_digest, layer_name, layer_source, load_tokenizer
+from smalti.commands.model_paths import TOKENIZERS, find_model, layer_name, layer_source, load_tokenizer
 from smalti.core import models
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
@@ -160,7 +160,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         images = main_first(process, lambda: read_images(*asked, **size, shown=main))
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
     settings["fit"] = None if config.reading.fit == "crop" else config.reading.fit  # the default, and that of old runs
-    settings["init_digest"] = init_digest(config.init, "tokenizer")
+    other = load_tokenizer(config.init) if config.init else None
+    settings["init_digest"] = other.digest() if other else None
     lower = load_tokenizer(str(lower_folder)) if lower_folder else None
     if lower:
         tokenizer.build_on(lower)
@@ -182,7 +183,7 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         **({"skipped_images": int(images.left_out.sum())} if images.left_out.any() else {}),
         **({"init": config.init, "init_digest": settings["init_digest"]} if config.init else {}),
     }
-    new = _take_weights(config, tokenizer, quiet=run.step > 0 or not process.is_main_process)
+    new = _take_weights(config, tokenizer, other, quiet=run.step > 0 or not process.is_main_process)
     tokenizer.freeze(config.freeze)
     if not run.step and _needs_codebooks(tokenizer, config, new):
         if process.is_main_process:
@@ -211,17 +212,18 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
     return folder, images
 
 
-def _take_weights(config: TrainTokenizer[Any], tokenizer: Tokenizer, *, quiet: bool) -> list[str]:
-    """Takes the weights of `--init`; returns the names of the tensors that are new, which are said unless `quiet`.
+def _take_weights(
+    config: TrainTokenizer[Any], tokenizer: Tokenizer, other: Tokenizer | None, *, quiet: bool
+) -> list[str]:
+    """Takes the weights of `--init`; returns the names of the new tensors, which are printed unless `quiet`.
 
     Raises:
         UserError: if the two networks do not fit, a frozen part is new, or `--freeze` is used without `--init`.
     """
-    if config.init is None:
+    if config.init is None or other is None:
         if config.freeze:
             raise UserError("--freeze keeps the weights of --init, so it needs --init")
         return []
-    other = load_tokenizer(config.init)
     taken = take_weights(tokenizer, other, config.init, resizable=RESIZABLE)
     if not quiet:
         print_note(taken.table(config.init, other.digest()))
@@ -244,11 +246,9 @@ def _take_discriminator(init: str, phases: list[Phase], process: Accelerator) ->
     if len(phases) < 2:
         return
     name, objective = phases[1].name, phases[1].objective
-    saved, own = discriminator_of(Snapshots(find_model(init, "tokenizer"))), objective.state_dict()
-    fits = saved is not None and {key: each.shape for key, each in saved.items()} == {
-        key: each.shape for key, each in own.items()
-    }
-    if saved is not None and fits:
+    saved, own = discriminator_of(Snapshots(find_model(init, "tokenizer"))) or {}, objective.state_dict()
+    fits = {key: each.shape for key, each in saved.items()} == {key: each.shape for key, each in own.items()}
+    if fits:
         objective.load_state_dict(saved)
     if process.is_main_process:
         print_note(f"the {name} starts {'from that of the run ' + init if fits else 'untrained'}")

@@ -82,8 +82,7 @@ class BatchedMuon(torch.optim.Optimizer):
                 updates = orthogonalized(_wide(momenta), group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rate = group["lr"] * 0.2 * math.sqrt(columns)  # arXiv 2502.16982, Eq. 4
                 for parameter, update in zip(parameters, updates, strict=True):
-                    rows, columns_of_parameter = _matrix_shape(parameter)
-                    update = (update.T if rows > columns_of_parameter else update).reshape(parameter.shape)
+                    update = (update if len(update) == len(parameter) else update.T).reshape(parameter.shape)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     local_shard(parameter).add_(shard_of(update, parameter), alpha=-rate)
 

@@ -79,14 +79,14 @@ def _refuse_other_network(
     """Compares the model with the other one as it would be with the model's values of the resizable fields."""
     settings, others = (dataclasses.asdict(each) for each in (model.config, other.config))
     changed = {name: getattr(model.config, name) for name in resizable if name in settings}
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):
         resized = type(other)(dataclasses.replace(other.config, **changed)).state_dict()
     for name in dict.fromkeys((*own, *resized)):
         shapes = [tuple(state[name].shape) if name in state else None for state in (resized, own)]
         if shapes[0] == shapes[1]:
             continue
-        flags = [f"--{field.replace('_', '-')}" for field in settings if settings[field] != others[field]]
-        differing = [flag for flag in flags if flag[2:].replace("-", "_") not in resizable]
+        fields = [field for field in settings if settings[field] != others[field] and field not in resizable]
+        differing = [f"--{field.replace('_', '-')}" for field in fields]
         there, here = (_shape(shape) if shape else "absent" for shape in shapes)
         raise UserError(
             f"{source} does not fit: {name} is {there} there and {here} here; the settings that differ are "

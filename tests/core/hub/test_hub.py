@@ -17,8 +17,7 @@ from smalti.core.errors import UserError
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with fake_hub.serving() as served:
-        fake_hub.use(monkeypatch, served.endpoint, str(tmp_path / "cache"))
+    with fake_hub.in_use(monkeypatch, tmp_path / "cache") as served:
         yield served
 
 
@@ -42,10 +41,7 @@ def pair(tmp_path):
 
 
 def error_of(source):
-    with pytest.raises(UserError) as refused:
-        load_prior(source)
-    assert str(refused.value).isprintable()
-    return str(refused.value)
+    return fake_hub.error_of(load_prior, source)
 
 
 def test_a_pushed_prior_loads_by_id_revision_commit_and_folder(hub, pair):

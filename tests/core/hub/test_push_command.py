@@ -27,8 +27,7 @@ def workspace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, workspace):
-    with fake_hub.serving() as served:
-        fake_hub.use(monkeypatch, served.endpoint, str(workspace / "cache"))
+    with fake_hub.in_use(monkeypatch, workspace / "cache") as served:
         yield served
 
 

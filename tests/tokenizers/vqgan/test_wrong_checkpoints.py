@@ -1,4 +1,4 @@
-"""Checkpoints that no reader takes: each gives one line that says what is wrong and names the weight or the field."""
+"""Checkpoints that no reader takes: each is refused in one line that names the weight or the field."""
 
 import json
 

@@ -32,7 +32,8 @@ def described(kind: type[T], fields: Any, source: Path) -> T:
     """
     if not isinstance(fields, dict):
         raise UserError(f"{source} does not describe a VQ-GAN: it lacks the fields of {kind.__name__.strip('_')}")
-    names = [field.name for field in dataclasses.fields(kind) if field.name in fields]  # type: ignore[arg-type]
+    known = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType] - `kind` is a dataclass
+    names = [field.name for field in known if field.name in fields]
     return config_from_json(kind, {name: fields[name] for name in names}, str(source))
 
 
