@@ -19,7 +19,6 @@ from smalti.core.models import Checkpointed
 from smalti.priors.methods.sundae import SundaeConfig
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.vq.hrvq import HRVQConfig
-from smalti.training.config import FitConfig
 
 TOKENIZER = HRVQConfig(depth=3, branching=16, codebook_decay=0.99, revive_below=0.01)
 PRIOR = HourglassConfig()
@@ -33,10 +32,10 @@ class ReproducePortraits:
     """The study: the models of the portraits that the package contains."""
     images: str = "portraits"
     """Images to train on; any source that `--images` of train_tokenizer takes."""
-    tokenizer_steps: int = 12_000
-    """Training steps of the tokenizer, of 32 images."""
-    prior_steps: int = 4_000
-    """Training steps of the prior, of 64 images."""
+    tokenizer_steps: int = 10_000
+    """Training steps of the tokenizer, of 16 images."""
+    prior_steps: int = 10_000
+    """Training steps of the prior, of 32 images."""
     precision: Precision = "auto"
     """Precision of the training."""
     seed: int = 0
@@ -74,16 +73,14 @@ def train(config: ReproducePortraits) -> None:
     package.
     """
     defaults = TrainTokenizer(model=TOKENIZER)
-    fit = FitConfig(steps=config.tokenizer_steps, batch_size=32, report_steps=1_000, save_steps=500, seed=config.seed)
+    fit = replace(defaults.fit, steps=config.tokenizer_steps, report_steps=1_000, save_steps=500, seed=config.seed)
     train_tokenizer(
         replace(defaults, images=config.images, fit=fit, precision=config.precision, out=config.tokenizer_run)
     )
     _save_half(load_tokenizer(str(config.tokenizer_run)), config.rounded_tokenizer)
     latents = build_latents(BuildLatents(tokenizer=str(config.rounded_tokenizer), flips=False, out=config.latents))
     defaults = TrainPrior(model=PRIOR, objective=SundaeConfig())
-    fit = replace(
-        defaults.fit, steps=config.prior_steps, batch_size=64, report_steps=1_000, save_steps=500, seed=config.seed
-    )
+    fit = replace(defaults.fit, steps=config.prior_steps, report_steps=1_000, save_steps=500, seed=config.seed)
     train_prior(replace(defaults, fit=fit, latents=latents, precision=config.precision, out=config.prior_run))
     export(config)
 
