@@ -1,6 +1,6 @@
 """The benchmark runner: times the variants of every section and writes Markdown tables of the results.
 
-The sections themselves are in `training.py`, `priors.py`, `latents.py`, `strips.py`, `blending.py` and `megapixel.py`.
+The sections are in `training.py`, `priors.py`, `head.py`, `latents.py`, `strips.py`, `blending.py` and `megapixel.py`.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from smalti.benchmarks import blending, latents, megapixel, priors, strips, training
+from smalti.benchmarks import blending, head, latents, megapixel, priors, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
@@ -38,7 +38,7 @@ SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "latents": latents.latents,
     "prior": priors.prior,
     "hourglass": priors.hourglass,
-    "head": priors.head,
+    "head": head.head,
     "sampler": priors.sampler,
     "ancestral": priors.ancestral,
     "training": training.training,
