@@ -41,7 +41,7 @@ DataName: TypeAlias = Literal["mnist", "cifar10"]
 KINDS = ("vqvae", "vqvae2", "hrvq")
 NAMES = {"vqvae": "VQ-VAE", "vqvae2": "VQ-VAE-2", "hrvq": "HR-VQVAE"}
 LEAVES, DEPTH, DEPTHS, DEPTH_LEAVES, SIZES = 512, 3, (1, 2, 3, 6), 64, (512, 4_096, 32_768)
-PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "kmeans_start": False}
+PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "codebook_init": "uniform"}
 """Codebook settings of the papers: learning by the losses alone. All other settings are smalti's defaults."""
 CODES_OF_IMAGES = 10_000
 """Images whose codes are searched in Table 2."""

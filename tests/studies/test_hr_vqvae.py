@@ -143,7 +143,7 @@ def test_plain_training_changes_only_the_codebook_settings():
     for kind in ("hrvq", "vqvae", "vqvae2"):
         plain, best = (asdict(model_of(TokenizerSpec(kind, plain, 1, 8), config_of())) for plain in (True, False))
         changed = {name for name in plain if plain[name] != best[name]}
-        assert changed == {"codebook_learning", "revive_below", "kmeans_start"}
+        assert changed == {"codebook_learning", "revive_below", "codebook_init"}
     deep = model_of(TokenizerSpec("hrvq", False, 1, leaves=64, depth=6), config_of())
     assert (deep.depth, deep.branching) == (6, 2)
 
