@@ -2,7 +2,7 @@
 
 Maps vectors to codes and back; images are not handled here. The search is in `search.py`, the codebook updates without
 gradients (EMA, revival of dead codewords) in `codebook_updates.py`, the k-means initialization in `kmeans.py`, settings
-of single layers in `layers.py`.
+of single layers in `tree.py`.
 
 Legend: b batch, d code width, h w grid, m branching, n layers.
 """
@@ -24,8 +24,8 @@ from smalti.core.errors import UserError
 from smalti.core.randomness import derive, uniform
 from smalti.tokenizers.quantizers.codebook_updates import dead_codeword_revivals, ema_update, scatter_rows
 from smalti.tokenizers.quantizers.kmeans import linked_kmeans
-from smalti.tokenizers.quantizers.layers import RandomStart, depth_of, radices_of, start_bound, weights_of
 from smalti.tokenizers.quantizers.search import nearest_paths
+from smalti.tokenizers.quantizers.tree import RandomStart, depth_of, radices_of, start_bound, weights_of
 from smalti.training.fsdp import full, split_like
 
 CodebookLearning: TypeAlias = Literal["gradient", "ema"]

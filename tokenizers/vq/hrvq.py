@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from smalti.core.models import register
-from smalti.tokenizers.quantizers.layers import Branching, depth_of, radices_of
+from smalti.tokenizers.quantizers.tree import Branching, depth_of, radices_of
 from smalti.tokenizers.vq.vqvae import ConvolutionalVQ, VQConfig
 
 DEPTH = 3

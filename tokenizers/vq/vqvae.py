@@ -24,8 +24,8 @@ from smalti.tokenizers.layers import conv
 from smalti.tokenizers.layers.strips import in_bounded_memory
 from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
 from smalti.tokenizers.quantizers.inner_product import InnerProductQuantizer
-from smalti.tokenizers.quantizers.layers import LayerWeights
 from smalti.tokenizers.quantizers.linked import DECAY, REVIVE_BELOW, CodebookLearning, LinkedQuantizer
+from smalti.tokenizers.quantizers.tree import LayerWeights
 
 
 @dataclass(frozen=True)

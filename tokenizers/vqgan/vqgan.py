@@ -22,8 +22,8 @@ from smalti.tokenizers.base import PartName, TokenizerOutput
 from smalti.tokenizers.layers import attention_blocks, maskgit_blocks
 from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
 from smalti.tokenizers.quantizers.inner_product import InnerProductQuantizer
-from smalti.tokenizers.quantizers.layers import Branching, depth_of, radices_of, weights_of
 from smalti.tokenizers.quantizers.linked import LinkedQuantizer
+from smalti.tokenizers.quantizers.tree import Branching, depth_of, radices_of, weights_of
 from smalti.tokenizers.vq.vqvae import OneGrid, VQConfig, VQFamily
 from smalti.tokenizers.vqgan import losses
 from smalti.tokenizers.vqgan.perceptual import PerceptualName

@@ -16,8 +16,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from smalti import HRVQ, VQVAE, VQVAE2, HRVQConfig, LatentSet, Layout, Level, UserError, VQVAE2Config, VQVAEConfig
+from smalti import (
+    HRVQ,
+    VQVAE,
+    VQVAE2,
+    HRVQConfig,
+    LatentSet,
+    Layout,
+    Level,
+    UserError,
+    VQGANConfig,
+    VQVAE2Config,
+    VQVAEConfig,
+)
 from smalti.commands.codebook_usage import CodebookAlarm
+from smalti.core.models import digest
 from smalti.images.image_set import ImageRows, open_images
 from smalti.scripts import inspect_latents, train_tokenizer
 
@@ -50,6 +63,20 @@ def test_vqvae_equals_hrvqvae_with_one_layer():
     with pytest.raises(UserError, match=r"1 digit; cannot decode slice\(1, 3, None\)"):
         flat.decode(one.codes, slice(1, 3))
     assert flat.decode(one.codes, slice(0, 1)).equal(flat.decode(one.codes))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (HRVQConfig(depth=4, branching=16, commitment_weight=0.5), "0670516cc97732bc"),
+        (HRVQConfig(codebook_init="uniform"), "e94d7942a1f63e1c"),
+        (VQVAEConfig(codebook_init="uniform"), "f245036b4cdf077e"),
+        (VQVAE2Config(), "63bcb8383db5d36e"),
+        (VQGANConfig(depth=2, branching=9, codebook_init="uniform"), "9b8b09c2da0852c5"),
+    ],
+)
+def test_digests_are_those_of_the_version_without_settings_of_single_layers(config, expected):
+    assert digest(type(config).__name__, config, {"w": torch.ones(2)}).startswith(expected)
 
 
 @given(rows=st.integers(1, 3), columns=st.integers(1, 3), stages=st.integers(1, 2), levels=st.integers(2, 3))
