@@ -216,7 +216,7 @@ def test_an_existing_latent_set_is_not_built_again(latents, capfd):
     status, out, _ = run(capfd, build_latents.main, "--tokenizer", "whole", "--out", "latents.h5")
     assert status == 0
     assert "latents.h5 already holds these codes." in out
-    assert "80, 2×2 of 4·4" in out
+    assert "80, 2×2 of 4·2·3" in out
     assert latents.read_bytes() == before
     assert run(capfd, build_latents.main, "--tokenizer", "whole", "--out", "latents.h5", "--no-flips")[0] == 0
     assert latents.read_bytes() != before

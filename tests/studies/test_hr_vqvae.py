@@ -279,7 +279,7 @@ def test_both_heads_learn_the_same_codes(folder):
 
 def test_report_has_every_part_with_measured_numbers(folder):
     text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
-    assert text.count("<!-- measured: mnist ") == 8
+    assert text.count("<!-- measured: mnist ") == 9
     assert "not run" not in text
     tokenizer = read(folder / "runs/reproductions/mnist" / f"hrvq-8-depth3-best-{SHARED}" / RESULT_NAME)
     assert f"| {tokenizer['mse']:.5f} |" in report_row(folder, "| HR-VQVAE | 0.00011 | 0.27 |")
@@ -287,7 +287,7 @@ def test_report_has_every_part_with_measured_numbers(folder):
     row = report_row(folder, "| HR-VQVAE | 1 | 11.75 |")
     scores = [read(path / f"{prior}-{BUDGET}" / "sampled-lite0-8-of-1000.json") for prior in ("pixelcnn", "hourglass")]
     assert all(f"| {each['frechet']:.1f} |" in row and f"| {each['parameters']:,} |" in row for each in scores)
-    for name in ("layers", "size", "samples"):
+    for name in ("layers", "depth", "size", "samples"):
         assert f"(hr-vqvae-mnist-{name}.png)" in text
         assert Image.open(folder / f"docs/reproductions/hr-vqvae-mnist-{name}.png").width > 100
 

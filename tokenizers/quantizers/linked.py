@@ -151,7 +151,9 @@ class LinkedQuantizer(nn.Module):
             if not 0 <= share < 1:
                 raise UserError(f"a codebook's {name} must be from 0 to below 1, not {share}")
         if cosine and self.depth > 1:
-            raise UserError(f"cosine similarity needs codes of one layer; use depth 1, not {self.depth}")
+            raise UserError(
+                f"cosine similarity needs codes of one layer; use depth 1 and one branching, not {self.depth} layers"
+            )
         self.combined_weight, self.learning, self.decay = combined, learning, decay
         self.revive_below, self.cosine = revive_below, cosine
         for layer, m in enumerate(self.radices):

@@ -64,9 +64,8 @@ def weights_of(weights: float | Sequence[float], depth: int) -> tuple[float, ...
     """
     values = (weights,) * depth if isinstance(weights, int | float) else tuple(weights)
     if len(values) != depth:
-        raise UserError(
-            f"commitment_weight has {len(values)} values, but codes have {depth} layers; give one value, or {depth}"
-        )
+        layers = f"{depth} layers; give one value, or {depth}" if depth > 1 else "1 layer; give one value"
+        raise UserError(f"commitment_weight has {len(values)} values, but codes have {layers}")
     if negative := [value for value in values if not value >= 0]:
         raise UserError(f"commitment_weight must not be negative, got {negative[0]}; 0.25 is usual")
     return values

@@ -214,7 +214,8 @@ def _check(config: VQGANConfig) -> None:
     if absent := [stage for stage in config.attention_stages if not 0 <= stage < len(config.widths)]:
         raise UserError(f"there is no stage {absent[0]} for attention; stages are 0 to {len(config.widths) - 1}")
     if config.quantizer in ("gumbel", "dot") and config.depth > 1:
-        raise UserError(f"--quantizer {config.quantizer} needs codes of one digit; use --depth 1, not {config.depth}")
+        use = f"use --depth 1 and one --branching, not {config.depth} layers"
+        raise UserError(f"--quantizer {config.quantizer} needs codes of one digit; {use}")
     if config.architecture == "maskgit":
         if config.attention_stages or config.middle_attention:
             raise UserError("--architecture maskgit has no attention; use --no-middle-attention")

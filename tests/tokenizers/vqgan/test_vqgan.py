@@ -98,7 +98,11 @@ def test_settings_added_later_leave_digests_alone(tmp_path):
     [
         ({"norm_groups": 4}, "width of 6 is not divisible into 4 groups"),
         ({"attention_stages": (1, 3)}, "no stage 3 for attention; stages are 0 to 2"),
-        ({"quantizer": "gumbel", "depth": 2}, "gumbel needs codes of one digit"),
+        (
+            {"quantizer": "gumbel", "branching": (3, 2)},
+            "gumbel needs codes of one digit; use --depth 1 and one --branch",
+        ),
+        ({"quantizer": "dot", "commitment_weight": (0.1, 0.2)}, "2 values, but codes have 1 layer;"),
         ({"quantizer": "dot", "depth": 2}, "dot needs codes of one digit"),
         ({"quantizer": "dot", "branching": 1}, "branching at least 2, not 1 and 1"),
         ({"architecture": "maskgit"}, "has no attention; use --no-middle-attention"),
