@@ -11,7 +11,7 @@ from helpers import toys
 from safetensors.torch import load_file, save_file
 
 from smalti.core import models
-from smalti.core.config import added, config_from_json, renamed
+from smalti.core.config import added, config_from_json, replacing
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME, digest, load
 from smalti.tokenizers.vq.hrvq import HRVQ
@@ -75,11 +75,11 @@ class Switch:
 @dataclasses.dataclass(frozen=True)
 class Choice:
     height: int = 4
-    filter: str = renamed("blurred", on="blur", off="none", default="blur")
+    filter: str = replacing("blurred", on="blur", off="none", default="blur")
 
 
 @pytest.mark.parametrize(("switch", "choice"), [(True, "blur"), (False, "none")])
-def test_renamed_setting_keeps_old_checkpoints_and_digests_valid(switch, choice):
+def test_setting_in_place_of_a_switch_keeps_old_checkpoints_and_digests_valid(switch, choice):
     state, kept = {"w": torch.ones(2)}, dataclasses.asdict(Switch(blurred=switch))
     assert config_from_json(Choice, kept, "kept") == Choice(filter=choice)
     assert config_from_json(Choice, dataclasses.asdict(Choice(filter=choice)), "kept") == Choice(filter=choice)

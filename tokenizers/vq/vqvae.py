@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smalti.core.codes import Codes, Digits, Layout, Level
-from smalti.core.config import added, renamed
+from smalti.core.config import added, replacing
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.tokenizers.base import PartName, Tokenizer, TokenizerOutput, require_size
@@ -58,7 +58,7 @@ class VQConfig:
     revive_below: float = REVIVE_BELOW
     """Against codebook collapse: a codeword used less than this share of its codebook's mean is dead, and moves to an
     encoder output. 0 revives none."""
-    codebook_init: Literal["kmeans", "uniform", "unit-variance", "scaled"] = renamed(
+    codebook_init: Literal["kmeans", "uniform", "unit-variance", "scaled"] = replacing(
         "kmeans_start", on="kmeans", off="uniform", default="kmeans"
     )
     """Initialization of the codebooks: `kmeans` takes k-means centres of the untrained encoder's outputs. The others

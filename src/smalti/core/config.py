@@ -96,18 +96,18 @@ def added(off: T) -> T:
     return cast(T, dataclasses.field(default=off, metadata={ADDED: True}))
 
 
-RENAMED = "renamed"
-"""Key in the metadata of the fields that `renamed` makes."""
+SWITCH = "switch"
+"""Key in the metadata of the fields that `replacing` makes."""
 
 
-class Renamed(NamedTuple):
+class FormerSwitch(NamedTuple):
     """The former name of a config field that replaces a switch, and the field's values for the switch on and off."""
 
     former: str
     values: dict[bool, Any]
 
 
-def renamed(former: str, *, on: T, off: T, default: T) -> T:
+def replacing(former: str, *, on: T, off: T, default: T) -> T:
     """Marks a config field that replaces a switch. Checkpoints and runs with the switch load with its present value.
 
     While a field has a value that the switch had, a model's digest has the switch instead, so that digests of older
@@ -119,27 +119,27 @@ def renamed(former: str, *, on: T, off: T, default: T) -> T:
         off: the field's value for the switch off.
         default: the field's default.
     """
-    return cast(T, dataclasses.field(default=default, metadata={RENAMED: Renamed(former, {True: on, False: off})}))
+    return cast(T, dataclasses.field(default=default, metadata={SWITCH: FormerSwitch(former, {True: on, False: off})}))
 
 
-def renamed_fields(config: Any) -> dict[str, Renamed]:
-    """Returns the fields of a dataclass that `renamed` made, by present name."""
-    return {each.name: each.metadata[RENAMED] for each in dataclasses.fields(config) if RENAMED in each.metadata}
+def former_switches(config: Any) -> dict[str, FormerSwitch]:
+    """Returns the switches that fields of a dataclass replace, by the fields' names."""
+    return {each.name: each.metadata[SWITCH] for each in dataclasses.fields(config) if SWITCH in each.metadata}
 
 
-def with_present_names(settings: dict[str, Any], renames: Mapping[str, Renamed]) -> dict[str, Any]:
-    """Returns settings of any version with the present names and values of renamed fields."""
+def without_switches(settings: dict[str, Any], switches: Mapping[str, FormerSwitch]) -> dict[str, Any]:
+    """Returns settings of any version with every switch replaced by the field that is there now."""
     settings = dict(settings)
-    for name, (former, values) in renames.items():
+    for name, (former, values) in switches.items():
         if name not in settings and isinstance(settings.get(former), bool):
             settings[name] = values[settings.pop(former)]
     return settings
 
 
-def with_former_names(settings: dict[str, Any], renames: Mapping[str, Renamed]) -> dict[str, Any]:
-    """Returns settings with the former names and values of renamed fields, where a value existed under that name."""
+def with_switches(settings: dict[str, Any], switches: Mapping[str, FormerSwitch]) -> dict[str, Any]:
+    """Returns settings as older versions had them: with the switch, where it could be set to what the field is."""
     settings = dict(settings)
-    for name, (former, values) in renames.items():
+    for name, (former, values) in switches.items():
         for switch, value in values.items():
             if name in settings and settings[name] == value:
                 del settings[name]
@@ -163,7 +163,7 @@ def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> 
             version must not replace a value that the file lacks, except for fields that were `added`.
     """
     plain = get_origin(config_class) or config_class
-    expected, fields = dataclasses.fields(plain), with_present_names(fields, renamed_fields(plain))
+    expected, fields = dataclasses.fields(plain), without_switches(fields, former_switches(plain))
     if missing := {field.name for field in expected if ADDED not in field.metadata} - set(fields):
         raise UserError(f"{source} lacks {', '.join(sorted(missing))}")
     if unknown := set(fields) - {field.name for field in expected}:

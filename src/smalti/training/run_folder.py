@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from smalti.core import locks
-from smalti.core.config import Renamed, with_present_names
+from smalti.core.config import FormerSwitch, without_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
@@ -52,7 +52,7 @@ class Run:
         settings: the settings that determine the result, as flat JSON values; paths are written as given.
         main: whether this process writes.
         resume: see `Resume`. With `never`, other processes must wait until the main process has deleted the old run.
-        renames: settings that runs of older versions have under another name.
+        switches: settings of older versions that others replace; see `smalti.core.config.replacing`.
 
     Attributes:
         step: number of steps done in the snapshot to resume from; 0 if there is none.
@@ -71,7 +71,7 @@ class Run:
         *,
         main: bool = True,
         resume: Resume = "auto",
-        renames: Mapping[str, Renamed] | None = None,
+        switches: Mapping[str, FormerSwitch] | None = None,
     ) -> None:
         self.folder, self.main, self.states = folder, main, Snapshots(folder)
         self.settings = json.loads(json.dumps(settings, default=str))  # as JSON reads them: tuples become lists
@@ -85,7 +85,7 @@ class Run:
         self.step = (self.states.newest(warn=main) or 0) if isinstance(resume, str) else self._intact(resume)
         if self.step:
             before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))["settings"]
-            self._compare(with_present_names(before, renames or {}))
+            self._compare(without_switches(before, switches or {}))
 
     def _require_own_model(self) -> None:
         """Refuses a folder with a model that no training run made, such as a converted one, which would be replaced."""
