@@ -37,6 +37,11 @@ class GumbelQuantizer(nn.Module):
         self.logits = nn.Conv2d(code_width, codebook_size, 1)
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_width))
 
+    @property
+    def radices(self) -> tuple[int, ...]:
+        """Radices of a code: the codebook size alone."""
+        return (len(self.codebook),)
+
     def forward(self, z_e: Float[Tensor, "b d h w"], seeds: Int64[Tensor, " b"] | None = None) -> QuantizerOutput:
         """Samples codes, each image from its own seed; without seeds, takes the most probable code per position."""
         k, (h, w) = len(self.codebook), z_e.shape[2:]

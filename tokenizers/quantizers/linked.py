@@ -21,6 +21,7 @@ from smalti.core.distributed import total
 from smalti.core.errors import UserError
 from smalti.core.randomness import derive, uniform
 from smalti.tokenizers.quantizers.codebook_updates import dead_codeword_revivals, ema_update, scatter_rows
+from smalti.tokenizers.quantizers.gradients import Gradient, with_gradient
 from smalti.tokenizers.quantizers.kmeans import linked_kmeans
 from smalti.tokenizers.quantizers.search import nearest_paths
 from smalti.training.fsdp import full, split_like
@@ -99,6 +100,7 @@ class LinkedQuantizer(nn.Module):
         cosine: whether codewords are found by cosine similarity (ViT-VQGAN, arXiv 2110.04627, Sec. 3.2). Vectors and
             codewords are then scaled to length 1 first, EMA averages the scaled vectors, and a codeword is the
             direction of its average.
+        gradient: how the gradient of z_q reaches z_e; see `with_gradient`.
 
     Attributes:
         frozen: whether codewords stay as they are in training: neither moving averages nor revival. Codewords that
@@ -121,6 +123,7 @@ class LinkedQuantizer(nn.Module):
         decay: float = DECAY,
         revive_below: float = REVIVE_BELOW,
         cosine: bool = False,
+        gradient: Gradient = "straight-through",
     ) -> None:
         super().__init__()
         if min(depth, code_width) < 1 or branching < 2:
@@ -138,6 +141,7 @@ class LinkedQuantizer(nn.Module):
             raise UserError(f"cosine similarity needs codes of one layer; use depth 1, not {depth}")
         self.depth, self.branching, self.commitment_weight = depth, branching, commitment_weight
         self.learning, self.decay, self.revive_below, self.cosine = learning, decay, revive_below, cosine
+        self.gradient: Gradient = gradient
         for layer in range(depth):
             codebook = torch.zeros(branching**layer, branching, code_width).uniform_(-(0.5**layer), 0.5**layer)
             if learning == "gradient":
@@ -148,6 +152,11 @@ class LinkedQuantizer(nn.Module):
                 self.register_buffer(f"counts_{layer}", torch.ones(branching**layer, branching))
         self.frozen = False
         self._quantized: list[tuple[Tensor, Tensor]] = []  # vectors and paths of this step's micro-batches
+
+    @property
+    def radices(self) -> tuple[int, ...]:
+        """Radices of a code: the branching of each layer."""
+        return (self.branching,) * self.depth
 
     @property
     def codebooks(self) -> list[Float[Tensor, "_nodes m d"]]:
@@ -176,8 +185,7 @@ class LinkedQuantizer(nn.Module):
         b, _, h, w = z_e.shape
         vectors = self._vectors(z_e)
         paths = nearest_paths(vectors, self.codebooks)
-        if self._counts_choices and not self.frozen and self.training and torch.is_grad_enabled():
-            self._quantized.append((vectors.detach(), paths))
+        self.observe(vectors, paths)
         codebook_loss = commitment_loss = torch.zeros((), device=z_e.device)
         combined, residual = torch.zeros_like(vectors), vectors
         for layer in range(self.depth):
@@ -190,12 +198,17 @@ class LinkedQuantizer(nn.Module):
             codebook_loss = codebook_loss + F.mse_loss(combined, vectors.detach())  # Eq. 5
             commitment_loss = commitment_loss + F.mse_loss(vectors, combined.detach())  # Eq. 5, times beta
         losses = {"codebook": codebook_loss} if self.learning == "gradient" else {}
-        z_q = vectors + (combined - vectors).detach()  # straight-through estimator
+        z_q = with_gradient(vectors, combined, self.gradient)
         return QuantizerOutput(
             z_q=rearrange(z_q, "(b h w) d -> b d h w", b=b, h=h, w=w),
             codes=rearrange(paths, "(b h w) -> b h w", b=b, h=h, w=w),
             losses={**losses, "commitment": self.commitment_weight * commitment_loss},
         )
+
+    def observe(self, vectors: Float[Tensor, "n d"], paths: Int64[Tensor, " n"]) -> None:
+        """Keeps quantized vectors for `after_step`, as many for each image; does nothing outside of training."""
+        if self._counts_choices and not self.frozen and self.training and torch.is_grad_enabled():
+            self._quantized.append((vectors.detach(), paths))
 
     @torch.no_grad()
     def after_step(self, seeds: Int64[Tensor, " b"] | None = None, bad: Bool[Tensor, ""] | None = None) -> None:

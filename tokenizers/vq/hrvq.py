@@ -1,20 +1,26 @@
 """HR-VQVAE: VQ-VAE with linked codebooks. Networks and losses are VQ-VAE's; only the shape of the tree differs."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from smalti.core.config import added
 from smalti.core.models import register
-from smalti.tokenizers.vq.vqvae import ConvolutionalVQ, VQConfig
+from smalti.tokenizers.vq.vqvae import ConvolutionalVQ, OneGridConfig
 
 
 @dataclass(frozen=True)
-class HRVQConfig(VQConfig):
+class HRVQConfig(OneGridConfig):
     """Settings of an HR-VQVAE. The defaults give 8*8*8 = 512 codes."""
 
     depth: int = 3
     """Layers of linked codebooks: the number of digits of a code."""
     branching: int = 8
     """Codewords per codebook: the number of values of a digit."""
+    quantizer: Literal["linked", "residual"] = added("linked")
+    """`linked`: the codeword of one layer chooses the codebook of the next. `residual`: each layer has one codebook for
+    all residuals (residual VQ), so there are far fewer codewords."""
+    shared_codebooks: bool = added(False)
+    """With `residual`: all layers use one codebook (RQ-VAE)."""
 
 
 @register

@@ -69,7 +69,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
             nn.Conv2d(width if coarsest else 2 * width, d, 1) for coarsest in (True, *(False for _ in finer))
         )
         self.quantizers = nn.ModuleList(
-            self.quantizer_of(depth=1, branching=config.codebook_size) for _ in range(config.levels)
+            cast(LinkedQuantizer, self.quantizer_of("flat", (config.codebook_size,))) for _ in range(config.levels)
         )
         self.conditions = nn.ModuleList(conv.decoder(**half, code_width=(1 + level) * d) for level in finer)
         self.upsamplings = nn.ModuleList(
