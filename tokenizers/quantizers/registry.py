@@ -140,21 +140,21 @@ def code_radices(name: QuantizerName, sizes: tuple[int, ...], levels: tuple[int,
         name: of the quantizer.
         sizes: codewords of each layer of codebooks, as the config has them; a single number of codes for quantizers
             without layers.
-        levels: of FSQ; empty for those that its paper recommends for the number of codes.
+        levels: of FSQ, others do not use them; empty for those that its paper recommends for the number of codes.
 
     Raises:
         UserError: if the quantizer has no codes of these sizes.
     """
-    if levels and name != "fsq":
-        raise UserError(f"--levels is for --quantizer fsq, not {name}; leave it out")
     if name in ("linked", "residual"):
         return sizes
     if len(sizes) != 1:
         raise UserError(f"--quantizer {name} needs codes of one layer; use --depth 1, not {len(sizes)}")
     size = sizes[0]
+    if size < 2:
+        raise UserError(f"--quantizer {name} needs at least 2 codes, not {size}")
     if name == "lfq":
-        if size < 2 or size & (size - 1):
-            nearest = 2 ** max(1, round(math.log2(max(size, 2))))
+        if size & (size - 1):
+            nearest = 2 ** round(math.log2(size))
             raise UserError(f"--quantizer lfq needs a power of two codes, such as {nearest}, not {size}")
         return (2,) * (size.bit_length() - 1)
     if name == "fsq":
@@ -191,3 +191,20 @@ def unused_settings(name: QuantizerName, levels: tuple[int, ...] = ()) -> set[st
         used.add("levels")
         every.update(_SIZES if levels else ())
     return every - used
+
+
+def require_used(config: Any, defaults: Any) -> None:
+    """Refuses a config of a tokenizer with settings that its quantizer does not use, unless they are the defaults.
+
+    Args:
+        config: a config with a `quantizer`; any other passes.
+        defaults: the config of the same kind before the person changed it.
+
+    Raises:
+        UserError: naming the first such setting.
+    """
+    if not hasattr(config, "quantizer"):
+        return
+    for field in sorted(unused_settings(config.quantizer, getattr(config, "levels", ()))):
+        if getattr(config, field, None) != getattr(defaults, field, None):
+            raise UserError(f"--quantizer {config.quantizer} does not use --{field.replace('_', '-')}; leave it out")

@@ -161,7 +161,6 @@ class OneGrid(VQFamily[OneGridConfigT]):
     training_settings: ClassVar[frozenset[str]] = VQFamily.training_settings | {
         *("kl_weight", "temperature", "entropy_weight"),
     }
-    uses: ClassVar[tuple[str, ...]] = ("seeds",)
 
     encoder: nn.Sequential
     quantizer: Quantizer
@@ -279,6 +278,7 @@ class VQVAE(ConvolutionalVQ[VQVAEConfig]):
 
     kind: ClassVar[str] = "vqvae"
     config_class: ClassVar[type] = VQVAEConfig
+    uses: ClassVar[tuple[str, ...]] = ("seeds",)
 
     @property
     def radices(self) -> tuple[int, ...]:

@@ -98,9 +98,9 @@ def test_settings_added_later_leave_digests_alone(tmp_path):
     [
         ({"norm_groups": 4}, "width of 6 is not divisible into 4 groups"),
         ({"attention_stages": (1, 3)}, "no stage 3 for attention; stages are 0 to 2"),
-        ({"quantizer": "gumbel", "depth": 2}, "gumbel needs codes of one digit"),
-        ({"quantizer": "dot", "depth": 2}, "dot needs codes of one digit"),
-        ({"quantizer": "dot", "branching": 1}, "--branching must be at least 2"),
+        ({"quantizer": "gumbel", "depth": 2}, "gumbel needs codes of one layer"),
+        ({"quantizer": "dot", "depth": 2}, "dot needs codes of one layer"),
+        ({"quantizer": "dot", "branching": 1}, "dot needs at least 2 codes"),
         ({"architecture": "maskgit"}, "has no attention; use --no-middle-attention"),
         ({"architecture": "maskgit", "middle_attention": False}, "--latent-width equal to --code-width, not 5 and 3"),
         ({"widths": ()}, "at least one stage"),
