@@ -226,6 +226,6 @@ def table(name: str, side: int, bits: int, results: dict[str, list[dict[str, Any
     best_first = sorted(results.items(), key=lambda each: statistics.mean(run["mse"] for run in each[1]))
     for label, runs in best_first:
         forms = {"mse": ".5f", "codes_used": ".0f", "perplexity": ".0f", "seconds": ".3f"}
-        cells = [in_spread([run[key] for run in runs], form) for key, form in forms.items()]
+        cells = [in_spread([float(run[key]) for run in runs], form) for key, form in forms.items()]
         rows.append(table_row([label, str(2**bits), str(len(runs)), *cells]))
     return "\n".join(rows)

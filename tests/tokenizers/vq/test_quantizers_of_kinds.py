@@ -15,6 +15,7 @@ from helpers.command_toys import run
 from smalti.commands.codebook_usage import CodebookAlarm
 from smalti.commands.model_paths import load_tokenizer
 from smalti.core import models
+from smalti.images.image_set import ImageRows, open_images
 from smalti.latentsets.reader import LatentSet
 from smalti.scripts import build_latents, sample, train_prior, train_tokenizer
 from smalti.tokenizers.quantizers.registry import QUANTIZERS
@@ -36,6 +37,7 @@ CASES = [
     for kind in OF_KIND
     for name in get_args(get_type_hints(models.class_of_kind("tokenizer", kind).config_class)["quantizer"])
 ]
+FIRST_KIND = {name: kind for kind, name in reversed(CASES)}
 of_every_case = pytest.mark.parametrize(("kind", "name"), CASES, ids=[f"{kind}-{name}" for kind, name in CASES])
 
 
@@ -64,7 +66,10 @@ def test_every_quantizer_has_a_kind():
 
 @of_every_case
 def test_commands_train_resume_and_sample(folder, capfd, kind, name):
-    """A run that goes back to its first snapshot trains the same weights again, to the bit."""
+    """A run that goes back to its first snapshot trains the same weights again, to the bit.
+
+    A prior sees nothing of a tokenizer but its latent set, so one kind of each quantizer has one.
+    """
     out, fit = f"{kind}-{name}", ("--steps", "4", "--save-steps", "2", "--keep-states", "3")
     command = (*flags(kind, name), *fit, "--out", out)
     status, _, err = train(capfd, *command)
@@ -77,6 +82,8 @@ def test_commands_train_resume_and_sample(folder, capfd, kind, name):
     common = ("--device", "cpu", "--out")
     assert run(capfd, build_latents.main, "--tokenizer", out, "--workers", "0", *common, f"{out}.h5")[0] == 0
     assert LatentSet(folder / f"{out}.h5").layout == whole.layout
+    if FIRST_KIND[name] != kind:
+        return
     prior = ("--latents", f"{out}.h5", *PRIOR, *FIT, "--out", f"{out}-prior")
     status, _, err = run(capfd, train_prior.main, *prior)
     assert status == 0, err
@@ -187,21 +194,12 @@ def test_settings_of_a_preset_are_not_refused(folder, capfd):
         ("hrvq", "residual", "--revive-below"),
     ],
 )
-def test_collapse_warning_names_the_quantizers_remedy(capfd, kind, name, remedy):
+def test_collapse_warning_names_the_quantizers_remedy(folder, capfd, kind, name, remedy):
     changes = {"revive_below": 0.0} if name == "residual" else {}
     tokenizer = tiny(kind, name, **changes)
     with torch.no_grad():
         for parameter in tokenizer.encoder.parameters():
             parameter.zero_()  # one vector, so one code
-    CodebookAlarm().measure(tokenizer, Rows())
+    rows = ImageRows(open_images("img", height=8, width=8), split="train", flips=False)
+    CodebookAlarm().measure(tokenizer, rows)
     assert f"Try {remedy}" in capfd.readouterr().err
-
-
-class Rows:
-    """Sixteen noisy images."""
-
-    def __len__(self):
-        return 16
-
-    def __getitems__(self, rows):
-        return {"images": torch.randint(256, (len(rows), 3, 8, 8), dtype=torch.uint8)}
