@@ -95,6 +95,18 @@ def added(off: T) -> T:
     return cast(T, dataclasses.field(default=off, metadata={ADDED: True}))
 
 
+def added_values(config: Any) -> dict[str, Any]:
+    """Returns the `off` values of the fields of a nested config dataclass that were `added`, by name."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= added_values(value)
+        elif ADDED in field.metadata:
+            values[field.name] = field.default
+    return values
+
+
 RENAMED = "renamed"
 """Key in the metadata of the fields that `renamed` makes."""
 
