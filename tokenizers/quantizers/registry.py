@@ -64,8 +64,7 @@ class Registered:
     Attributes:
         build: builds it from `code_width`, `radices` and the arguments that `settings` names.
         settings: the config fields that it uses, with its names for them.
-        digits: whether the digits of its codes go from coarse to fine, so that the first ones alone can be decoded to
-            an image; others have digits that decode to no image of their own, or a single one.
+        coarse_to_fine: whether its codes have digits of which the first ones alone decode to a coarser image.
         starts_from_data: whether `init_from_data` does anything.
         samples: whether it takes seeds.
         remedy: its own remedy against codebook collapse, if it has one.
@@ -73,7 +72,7 @@ class Registered:
 
     build: Callable[..., Quantizer]
     settings: Mapping[str, str]
-    digits: bool = False
+    coarse_to_fine: bool = False
     starts_from_data: bool = False
     samples: bool = False
     remedy: str = ""
@@ -114,7 +113,7 @@ _ENTROPY = {**_COMMITMENT, "entropy_weight": "entropy_weight"}
 _MORE_ENTROPY = "a higher --entropy-weight"
 
 QUANTIZERS: dict[QuantizerName, Registered] = {
-    "linked": Registered(_linked, _CODEBOOK, digits=True, starts_from_data=True),
+    "linked": Registered(_linked, _CODEBOOK, coarse_to_fine=True, starts_from_data=True),
     "flat": Registered(_linked, _CODEBOOK, starts_from_data=True),
     "cosine": Registered(_cosine, _CODEBOOK, starts_from_data=True),
     "gumbel": Registered(
@@ -123,13 +122,15 @@ QUANTIZERS: dict[QuantizerName, Registered] = {
         samples=True,
         remedy="a higher --kl-weight",
     ),
-    "residual": Registered(_residual, {**_CODEBOOK, "shared_codebooks": "shared"}, digits=True, starts_from_data=True),
+    "residual": Registered(
+        _residual, {**_CODEBOOK, "shared_codebooks": "shared"}, coarse_to_fine=True, starts_from_data=True
+    ),
     "fsq": Registered(FSQ, {}),
     "lfq": Registered(_lfq, _ENTROPY, remedy=_MORE_ENTROPY),
     "simvq": Registered(_simvq, _NEAREST, starts_from_data=True),
     "dot": Registered(_dot, _ENTROPY, remedy=_MORE_ENTROPY),
 }
-_OF_DATA = "kmeans_start"
+_START_FROM_DATA = "kmeans_start"
 _SIZES = ("codebook_size", "branching", "depth")
 
 
@@ -185,8 +186,11 @@ def unused_settings(name: QuantizerName, levels: tuple[int, ...] = ()) -> set[st
 
     With `levels`, FSQ uses no other size.
     """
-    every = {field for registered in QUANTIZERS.values() for field in registered.settings} | {_OF_DATA, "levels"}
-    used = {*QUANTIZERS[name].settings, *([_OF_DATA] if QUANTIZERS[name].starts_from_data else [])}
+    every = {field for registered in QUANTIZERS.values() for field in registered.settings} | {
+        _START_FROM_DATA,
+        "levels",
+    }
+    used = {*QUANTIZERS[name].settings, *([_START_FROM_DATA] if QUANTIZERS[name].starts_from_data else [])}
     if name == "fsq":
         used.add("levels")
         every.update(_SIZES if levels else ())

@@ -94,7 +94,7 @@ class SimVQ(nn.Module):
     @torch.no_grad()
     def init_from_data(self, z_e: Float[Tensor, "b d h w"]) -> None:
         """Sets the map so that the codewords have the second moments of the vectors: they start where vectors are."""
-        vectors = rearrange(z_e, "b d h w -> (b h w) d").double()
+        vectors = rearrange(z_e, "b d h w -> (b h w) d").cpu().double()  # not every device has float64
         variances, axes = torch.linalg.eigh(vectors.T @ vectors / len(vectors))
         root = axes * variances.clamp_min(0).sqrt() @ axes.T
         self.map.weight.copy_(root * vectors.shape[1] ** 0.5)  # frozen codewords have the covariance 1 / d

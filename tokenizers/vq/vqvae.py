@@ -61,8 +61,8 @@ class VQConfig:
     kmeans_start: bool = True
     """Initialize the codebooks by k-means on the untrained encoder's outputs, not at random."""
     gradient: Literal["straight-through", "rotation"] = added("straight-through")
-    """Gradient through the choice of a codeword: `straight-through` copies it to the encoder's output, `rotation` turns
-    and scales it as the codeword is to that output (the rotation trick)."""
+    """Gradient through the choice of a codeword: `straight-through` copies it to the encoder's output; `rotation` also
+    rotates and scales it, by what takes that output to the codeword (the rotation trick)."""
 
 
 VQConfigT = TypeVar("VQConfigT", bound=VQConfig)
@@ -206,7 +206,7 @@ class OneGrid(VQFamily[OneGridConfigT]):
     @torch.no_grad()
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
         """See `Tokenizer.reconstructions`. First digits are decoded only if digits go from coarse to fine."""
-        if QUANTIZERS[self.config.quantizer].digits:
+        if QUANTIZERS[self.config.quantizer].coarse_to_fine:
             return super().reconstructions(images)
         return {f"from {str(self.layout).replace('×', 'x')}": self.decode(self.encode(images))}
 

@@ -108,7 +108,7 @@ def test_codes_survive_saving_and_code_digests_ignore_training_settings(folder, 
     assert other.code_digest() == tokenizer.code_digest()
     assert tokenizer.facts()["quantizer"] == name
     captions = tokenizer.reconstructions(images)
-    assert len(captions) == (len(tokenizer.radices) if QUANTIZERS[name].digits else 1)
+    assert len(captions) == (len(tokenizer.radices) if QUANTIZERS[name].coarse_to_fine else 1)
 
 
 def tiny(kind, name, **changes):
