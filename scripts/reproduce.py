@@ -18,11 +18,14 @@ from smalti.studies.portraits.card import reproduce_portraits
 from smalti.studies.portraits.recipe import ReproducePortraits
 from smalti.studies.priors.report import reproduce_priors
 from smalti.studies.priors.study import ReproducePriors
+from smalti.studies.quantizers.study import ReproduceQuantizers, reproduce_quantizers
 from smalti.studies.selfvae.report import reproduce_selfvae
 from smalti.studies.selfvae.study import ReproduceSelfVAE
 from smalti.studies.size64.study import ReproduceSize64, reproduce_size64
 
-StudyName: TypeAlias = Literal["hr-vqvae", "hqa", "selfvae", "priors", "overfitting", "size64", "portraits"]
+StudyName: TypeAlias = Literal[
+    "hr-vqvae", "hqa", "selfvae", "priors", "quantizers", "overfitting", "size64", "portraits"
+]
 
 
 class Study(NamedTuple):
@@ -44,6 +47,7 @@ STUDIES: dict[StudyName, Study] = {
     "hqa": Study("HQA, HAMs and VQ-VAE on MNIST", reproduce_hqa, ReproduceHQA),
     "selfvae": Study("VAE and selfVAE on CIFAR10 or emoji", reproduce_selfvae, ReproduceSelfVAE),
     "priors": Study("smalti's own study of its priors and samplers", reproduce_priors, ReproducePriors),
+    "quantizers": Study("smalti's own comparison of quantizers", reproduce_quantizers, ReproduceQuantizers),
     "overfitting": Study(
         "dropout, crops and early stopping on small sets", reproduce_overfitting, ReproduceOverfitting
     ),
@@ -64,12 +68,13 @@ $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mni
 $ python scripts/reproduce.py selfvae --data cifar10 --images cifar10-train.parquet --models vae selfvae-downscale
 $ python scripts/reproduce.py priors --parts samplers canvas
 $ python scripts/reproduce.py priors --data mnist --images mnist-train.parquet --parts resampling
+$ python scripts/reproduce.py quantizers --images portraits --seeds 3
 $ python scripts/reproduce.py overfitting --images emoji
 $ python scripts/reproduce.py size64 --images my/photos other.parquet
 $ python scripts/reproduce.py portraits
 
-The reports are docs/reproductions/hr-vqvae.md, hqa.md, selfvae.md, priors.md and size64.md, and the card of the models
-in the package; trained models are kept in runs/. If a study is stopped (Ctrl-C), the same
+The reports are docs/reproductions/hr-vqvae.md, hqa.md, selfvae.md, priors.md and size64.md, docs/guide/quantizers.md,
+and the card of the models in the package; trained models are kept in runs/. If a study is stopped (Ctrl-C), the same
 command resumes it."""
 
 

@@ -1,8 +1,11 @@
 """Trains a tokenizer; see `smalti.commands.train_tokenizer`."""
 
+from typing import Any
+
 from smalti import cli
 from smalti.commands.presets import default_config
-from smalti.commands.train_tokenizer import print_end_of_tokenizer, train_tokenizer
+from smalti.commands.train_tokenizer import TrainTokenizer, print_end_of_tokenizer, train_tokenizer
+from smalti.tokenizers.quantizers.registry import require_used
 
 ABOUT = """Trains a tokenizer: a model that turns images into grids of codes, and back.
 
@@ -28,15 +31,21 @@ More: docs/guide/many-gpus-and-resuming.md
 Next step: python scripts/build_latents.py"""
 
 
+def defaults() -> tuple[Any, TrainTokenizer[Any]]:
+    """Returns the config class and the defaults for the kind, the preset and the --init of the command line."""
+    kind, init = (cli.chosen(flag, "") or None for flag in ("--tokenizer", "--init"))
+    return default_config(cli.chosen("--preset", "small"), kind, init)
+
+
+def train(config: TrainTokenizer[Any]) -> None:
+    """Trains a tokenizer, unless a flag was given that its quantizer does not use."""
+    require_used(config.model, defaults()[1].model)
+    print_end_of_tokenizer(train_tokenizer(config))
+
+
 def main() -> None:
     """Runs the command line."""
-    cli.run(
-        lambda config: print_end_of_tokenizer(train_tokenizer(config)),
-        lambda: default_config(
-            cli.chosen("--preset", "small"), cli.chosen("--tokenizer", "") or None, cli.chosen("--init", "") or None
-        ),
-        about=ABOUT,
-    )
+    cli.run(train, defaults, about=ABOUT)
 
 
 if __name__ == "__main__":

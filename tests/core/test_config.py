@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalti.core.config import config_from_json, flatten
+from smalti.core.config import added, added_values, config_from_json, flatten, renamed
 from smalti.core.errors import UserError
 
 S = TypeVar("S")
@@ -100,3 +100,32 @@ def test_flatten_returns_the_names_of_flags():
         seed: int = 3
 
     assert flatten(Nested()) == {"rate": 0.5, "seed": 3}
+
+
+@dataclass(frozen=True)
+class Grown:
+    word: str = renamed("new", {"old": "new", "older": "new"})
+    later: float = added(0.5)
+
+
+@dataclass(frozen=True)
+class Nesting:
+    grown: Grown
+    size: int
+    levels: tuple[int, ...] = added(())
+
+
+@pytest.mark.parametrize(("stored", "read"), [("old", "new"), ("older", "new"), ("new", "new"), ("other", "other")])
+def test_renamed_values_are_read_by_their_old_names(stored, read):
+    assert config_from_json(Grown, {"word": stored}, "config.json") == Grown(read, 0.5)
+
+
+def test_wrong_types_of_renamed_fields_are_refused():
+    with pytest.raises(UserError, match="word is 3, which is not str"):
+        config_from_json(Grown, {"word": 3}, "config.json")
+    with pytest.raises(UserError, match="word is"):
+        config_from_json(Grown, {"word": ["old"]}, "config.json")
+
+
+def test_off_values_of_added_fields_do_not_depend_on_what_is_set():
+    assert added_values(Nesting(Grown("other", 3.0), 2, (4,))) == {"later": 0.5, "levels": ()}

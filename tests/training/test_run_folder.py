@@ -137,6 +137,15 @@ def test_setting_that_the_old_run_lacks_counts_as_off(tmp_path, off):
         Run(tmp_path, fewer)
 
 
+def test_setting_that_the_old_run_lacks_has_its_off_value(tmp_path):
+    """The off value may be a word or a number, which alone would not count as off."""
+    started(tmp_path)
+    off = {"gradient": "copied", "weights": (1, 2)}
+    assert Run(tmp_path, {**SETTINGS, **off}, off=off).step == 5
+    with pytest.raises(UserError, match="not --gradient turned"):
+        Run(tmp_path, {**SETTINGS, **off, "gradient": "turned"}, off=off)
+
+
 def test_resume_never_deletes_the_run(tmp_path):
     started(tmp_path)
     other = Run(tmp_path, SETTINGS, main=False, resume="never")

@@ -38,6 +38,11 @@ class GumbelQuantizer(nn.Module):
         self.logits = nn.Conv2d(code_width, codebook_size, 1)
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_width))
 
+    @property
+    def radices(self) -> tuple[int, ...]:
+        """Radices of a code: the codebook size alone."""
+        return (len(self.codebook),)
+
     def forward(self, z_e: Float[Tensor, "b d h w"], seeds: Int64[Tensor, " b"] | None = None) -> QuantizerOutput:
         """Samples codes, each image from its own seed; without seeds, takes the most probable code per position."""
         k, (h, w) = len(self.codebook), z_e.shape[2:]
@@ -50,7 +55,8 @@ class GumbelQuantizer(nn.Module):
         hard = rearrange(F.one_hot(codes, k), "b h w k -> b k h w") + soft - soft.detach()  # straight-through
         log_p = logits.log_softmax(1)
         kl = reduce(log_p.exp() * (log_p + math.log(k)), "b k h w -> b h w", "sum").mean()
-        z_q = einsum(hard, self.codebook, "b k h w, k d -> b d h w")
+        with torch.autocast(z_e.device.type, enabled=False):
+            z_q = einsum(hard, self.codebook, "b k h w, k d -> b d h w")
         return QuantizerOutput(z_q=z_q, codes=codes, losses={"kl": self.kl_weight * kl})
 
     def encode(self, z_e: Float[Tensor, "b d h w"]) -> Int64[Tensor, "b h w"]:

@@ -41,6 +41,11 @@ class InnerProductQuantizer(nn.Module):
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_width))
 
+    @property
+    def radices(self) -> tuple[int, ...]:
+        """Radices of a code: the codebook size alone."""
+        return (len(self.codebook),)
+
     def forward(self, z_e: Float[Tensor, "b d h w"]) -> QuantizerOutput:
         """Quantizes a grid of any size and computes the losses of codebook and encoder."""
         with torch.autocast(z_e.device.type, enabled=False):

@@ -23,6 +23,7 @@ from smalti.core.distributed import total
 from smalti.core.errors import UserError
 from smalti.core.randomness import derive, uniform
 from smalti.tokenizers.quantizers.codebook_updates import dead_codeword_revivals, ema_update, scatter_rows
+from smalti.tokenizers.quantizers.gradients import Gradient, with_gradient
 from smalti.tokenizers.quantizers.kmeans import linked_kmeans
 from smalti.tokenizers.quantizers.search import nearest_paths
 from smalti.tokenizers.quantizers.tree import RandomStart, depth_of, radices_of, start_bound, weights_of
@@ -111,6 +112,7 @@ class LinkedQuantizer(nn.Module):
         cosine: whether codewords are found by cosine similarity (ViT-VQGAN, arXiv 2110.04627, Sec. 3.2). Vectors and
             codewords are then scaled to length 1 first, EMA averages the scaled vectors, and a codeword is the
             direction of its average.
+        gradient: how the gradient of z_q reaches z_e; see `with_gradient`.
 
     Attributes:
         radices: the branching of each layer, which are the radices of a code.
@@ -137,6 +139,7 @@ class LinkedQuantizer(nn.Module):
         decay: float = DECAY,
         revive_below: float = REVIVE_BELOW,
         cosine: bool = False,
+        gradient: Gradient = "straight-through",
     ) -> None:
         super().__init__()
         if code_width < 1:
@@ -156,6 +159,7 @@ class LinkedQuantizer(nn.Module):
             )
         self.combined_weight, self.learning, self.decay = combined, learning, decay
         self.revive_below, self.cosine = revive_below, cosine
+        self.gradient: Gradient = gradient
         for layer, m in enumerate(self.radices):
             nodes = math.prod(self.radices[:layer])
             bound = start_bound(start, layer=layer, branching=m, code_width=code_width)
@@ -196,8 +200,7 @@ class LinkedQuantizer(nn.Module):
         b, _, h, w = z_e.shape
         vectors = self._vectors(z_e)
         paths = nearest_paths(vectors, self.codebooks)
-        if self._counts_choices and not self.frozen and self.training and torch.is_grad_enabled():
-            self._quantized.append((vectors.detach(), paths))
+        self.observe(vectors, paths)
         codebook_loss = commitment_loss = torch.zeros((), device=z_e.device)
         combined, residual = torch.zeros_like(vectors), vectors
         for layer, beta in enumerate(self.commitment_weights):
@@ -210,12 +213,17 @@ class LinkedQuantizer(nn.Module):
             codebook_loss = codebook_loss + F.mse_loss(combined, vectors.detach())  # Eq. 5
             commitment_loss = commitment_loss + self.combined_weight * F.mse_loss(vectors, combined.detach())  # Eq. 5
         losses = {"codebook": codebook_loss} if self.learning == "gradient" else {}
-        z_q = vectors + (combined - vectors).detach()  # straight-through estimator
+        z_q = with_gradient(vectors, combined, self.gradient)
         return QuantizerOutput(
             z_q=rearrange(z_q, "(b h w) d -> b d h w", b=b, h=h, w=w),
             codes=rearrange(paths, "(b h w) -> b h w", b=b, h=h, w=w),
             losses={**losses, "commitment": commitment_loss},
         )
+
+    def observe(self, vectors: Float[Tensor, "n d"], paths: Int64[Tensor, " n"]) -> None:
+        """Keeps quantized vectors for `after_step`, as many for each image; does nothing outside of training."""
+        if self._counts_choices and not self.frozen and self.training and torch.is_grad_enabled():
+            self._quantized.append((vectors.detach(), paths))
 
     @torch.no_grad()
     def after_step(self, seeds: Int64[Tensor, " b"] | None = None, bad: Bool[Tensor, ""] | None = None) -> None:

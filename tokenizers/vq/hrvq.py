@@ -1,18 +1,19 @@
 """HR-VQVAE: VQ-VAE with linked codebooks. Networks and losses are VQ-VAE's; only the shape of the tree differs."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from smalti.core.config import added
 from smalti.core.models import register
 from smalti.tokenizers.quantizers.tree import Branching, depth_of, radices_of
-from smalti.tokenizers.vq.vqvae import ConvolutionalVQ, VQConfig
+from smalti.tokenizers.vq.vqvae import ConvolutionalVQ, OneGridConfig
 
 DEPTH = 3
 """Layers of the paper's examples."""
 
 
 @dataclass(frozen=True)
-class HRVQConfig(VQConfig):
+class HRVQConfig(OneGridConfig):
     """Settings of an HR-VQVAE. The defaults give 8*8*8 = 512 codes.
 
     Raises:
@@ -25,6 +26,11 @@ class HRVQConfig(VQConfig):
     branching: Branching = 8
     """Codewords per codebook: the number of values of a digit. One number for every layer, or a number for each, the
     first layer's first: `--branching 8 4 2`."""
+    quantizer: Literal["linked", "residual"] = added("linked")
+    """`linked`: the codeword of one layer chooses the codebook of the next. `residual`: each layer has one codebook for
+    all residuals (residual VQ), so there are far fewer codewords."""
+    shared_codebooks: bool = added(False)
+    """With `residual`: all layers use one codebook (RQ-VAE)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "depth", depth_of(self.branching, self.depth, default=DEPTH))

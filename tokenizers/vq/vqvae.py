@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.codes import Codes, Digits, Layout, Level
@@ -22,9 +22,14 @@ from smalti.core.models import register
 from smalti.tokenizers.base import PartName, Tokenizer, TokenizerOutput, require_size
 from smalti.tokenizers.layers import conv
 from smalti.tokenizers.layers.strips import in_bounded_memory
-from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
-from smalti.tokenizers.quantizers.inner_product import InnerProductQuantizer
-from smalti.tokenizers.quantizers.linked import DECAY, REVIVE_BELOW, CodebookLearning, LinkedQuantizer
+from smalti.tokenizers.quantizers.linked import DECAY, REVIVE_BELOW, CodebookLearning, LinkedQuantizer, QuantizerOutput
+from smalti.tokenizers.quantizers.registry import (
+    QUANTIZERS,
+    Quantizer,
+    QuantizerName,
+    build_quantizer,
+    code_radices,
+)
 from smalti.tokenizers.quantizers.tree import LayerWeights
 
 
@@ -64,6 +69,9 @@ class VQConfig:
     """Initialization of the codebooks: `kmeans` takes k-means centres of the untrained encoder's outputs. The others
     are uniform random numbers, for comparisons: `uniform` up to ±0.5**i in layer i, counted from 0, `unit-variance` up
     to ±sqrt(3/D) for codewords of length D, `scaled` up to ±1/K for K codewords in a codebook."""
+    gradient: Literal["straight-through", "rotation"] = added("straight-through")
+    """Gradient through the choice of a codeword: `straight-through` copies it to the encoder's output; `rotation` also
+    rotates and scales it, by what takes that output to the codeword (the rotation trick)."""
 
 
 VQConfigT = TypeVar("VQConfigT", bound=VQConfig)
@@ -79,7 +87,7 @@ class VQFamily(Tokenizer[VQConfigT]):
     training_settings: ClassVar[frozenset[str]] = frozenset(
         {
             *("commitment_weight", "combined_commitment_weight", "codebook_learning", "codebook_decay"),
-            *("revive_below", "codebook_init"),
+            *("revive_below", "codebook_init", "gradient"),
         }
     )
 
@@ -90,20 +98,9 @@ class VQFamily(Tokenizer[VQConfigT]):
         self.image_channels, self.downsampling = config.image_channels, downsampling
         require_size(config.height, config.width, downsampling)
 
-    def quantizer_of(self, radices: tuple[int, ...], *, cosine: bool = False) -> LinkedQuantizer:
-        """Returns a quantizer of a branching for each layer, with the config's settings for codebook learning."""
-        init = self.config.codebook_init
-        return LinkedQuantizer(
-            code_width=self.config.code_width,
-            branching=radices,
-            commitment_weight=self.config.commitment_weight,
-            combined_commitment_weight=self.config.combined_commitment_weight,
-            start="uniform" if init == "kmeans" else init,
-            learning=self.config.codebook_learning,
-            decay=self.config.codebook_decay,
-            revive_below=self.config.revive_below,
-            cosine=cosine,
-        )
+    def quantizer_of(self, name: QuantizerName, radices: tuple[int, ...]) -> Quantizer:
+        """Returns a quantizer with the config's settings."""
+        return build_quantizer(name, code_width=self.config.code_width, radices=radices, config=self.config)
 
     def prepared(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Checks the size of images and returns them in channels-last layout, in which the convolutions are faster.
@@ -134,7 +131,34 @@ class VQFamily(Tokenizer[VQConfigT]):
         return [module for module in self.modules() if isinstance(module, conv.ResidualBlock)]
 
 
-class OneGrid(VQFamily[VQConfigT]):
+@dataclass(frozen=True)
+class OneGridConfig(VQConfig):
+    """Settings that tokenizers with one grid of codes share."""
+
+    quantizer: QuantizerName = "linked"
+    """The quantizer; each kind of tokenizer has its own choice and default."""
+
+
+@dataclass(frozen=True)
+class OneCodebookConfig(OneGridConfig):
+    """Settings of the quantizers without layers of codebooks."""
+
+    levels: tuple[int, ...] = added(())
+    """With `fsq`: levels of each dimension, such as `8 5 5 5`; their product is the number of codes [default: those of
+    the paper for the number of codes]."""
+    kl_weight: float = added(1e-8)
+    """With `gumbel`: weight of the KL divergence of the codes' distribution from the uniform one. Raise it against
+    codebook collapse."""
+    temperature: float = added(1.0)
+    """With `gumbel`: temperature of the Gumbel-softmax. Lower it for gradients of harder samples."""
+    entropy_weight: float = added(0.05)
+    """With `dot` and `lfq`: weight of the entropy loss. Raise it against codebook collapse."""
+
+
+OneGridConfigT = TypeVar("OneGridConfigT", bound=OneGridConfig)
+
+
+class OneGrid(VQFamily[OneGridConfigT]):
     """Base class of tokenizers with one grid of codes. Subclasses build `encoder`, `quantizer` and `decoder`.
 
     `encode` runs in bounded memory, whatever the size of the images; so does `decode` under `torch.no_grad`.
@@ -146,20 +170,30 @@ class OneGrid(VQFamily[VQConfigT]):
         "codebook": ("quantizer",),
     }
 
+    training_settings: ClassVar[frozenset[str]] = VQFamily.training_settings | {
+        *("kl_weight", "temperature", "entropy_weight"),
+    }
+
     encoder: nn.Sequential
-    quantizer: LinkedQuantizer | GumbelQuantizer | InnerProductQuantizer
+    quantizer: Quantizer
     decoder: nn.Sequential
 
     @property
     @abstractmethod
     def radices(self) -> tuple[int, ...]:
-        """Radices of a code: the codewords per codebook in each layer of codebooks."""
+        """Radices of a code, those of the quantizer."""
 
     @property
     def layout(self) -> Layout:
         """One level, at 1 / `downsampling` of the image size."""
         height, width = self.config.height // self.downsampling, self.config.width // self.downsampling
         return Layout((Level(height, width, self.radices),))
+
+    def quantize(self, z_e: Float[Tensor, "b d h w"], seeds: Int64[Tensor, " b"] | None) -> QuantizerOutput:
+        """Quantizes the encoder's outputs; a quantizer that samples does so if there are seeds."""
+        if seeds is None or not QUANTIZERS[self.config.quantizer].samples:
+            return self.quantizer(z_e)
+        return self.quantizer(z_e, seeds)
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
@@ -177,15 +211,33 @@ class OneGrid(VQFamily[VQConfigT]):
         if self.config.codebook_init == "kmeans":
             self.quantizer.init_from_data(self.encoder(self.prepared(images)))
 
+    def facts(self) -> dict[str, str]:
+        """See `Tokenizer.facts`."""
+        return {**super().facts(), "quantizer": self.config.quantizer}
 
-class ConvolutionalVQ(OneGrid[VQConfigT]):
+    @torch.no_grad()
+    def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
+        """See `Tokenizer.reconstructions`. First digits are decoded only if digits go from coarse to fine."""
+        if QUANTIZERS[self.config.quantizer].coarse_to_fine:
+            return super().reconstructions(images)
+        return {f"from {str(self.layout).replace('×', 'x')}": self.decode(self.encode(images))}
+
+    def collapse_remedy(self) -> str:
+        """Names the quantizer's own remedy against codebook collapse, or that of `VQFamily` if it revives codewords."""
+        registered = QUANTIZERS[self.config.quantizer]
+        if "revive_below" in registered.settings:
+            return super().collapse_remedy()
+        return registered.remedy or Tokenizer.collapse_remedy(self)
+
+
+class ConvolutionalVQ(OneGrid[OneGridConfigT]):
     """Base class of VQ-VAE and HR-VQVAE, which differ only in the `radices` of their codes.
 
     Raises:
-        UserError: as `VQFamily` and `LinkedQuantizer` do.
+        UserError: as `VQFamily` and the quantizers do.
     """
 
-    def __init__(self, config: VQConfigT) -> None:
+    def __init__(self, config: OneGridConfigT) -> None:
         super().__init__(config, downsampling=2 ** len(config.widths))
         encoder, decoder = (
             make(
@@ -197,29 +249,38 @@ class ConvolutionalVQ(OneGrid[VQConfigT]):
             for make in (conv.encoder, conv.decoder)
         )
         self.encoder, self.decoder = encoder, decoder
-        self.quantizer = self.quantizer_of(self.radices)
+        self.quantizer = self.quantizer_of(config.quantizer, self.radices)
         # convolutions are 1.3-2 times faster in this layout, on CPUs and GPUs
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:
-        """Computes the losses `reconstruction` (squared error), `commitment` and, without EMA, `codebook`."""
-        quantized = self.quantizer(self.encoder(self.prepared(images)))
+    def forward(self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None) -> TokenizerOutput:
+        """Computes the losses `reconstruction` (squared error) and those of the quantizer.
+
+        Args:
+            images: images in [-1, 1].
+            seeds: one per image, for a quantizer that samples; without seeds it takes the most probable codes.
+        """
+        quantized = self.quantize(self.encoder(self.prepared(images)), seeds)
         reconstruction = self.decoder(quantized.z_q).float()
         losses = {"reconstruction": F.mse_loss(reconstruction, images), **quantized.losses}  # Eqs. 2 and 5
         return TokenizerOutput(reconstruction, (quantized.codes,), losses)
 
 
 @dataclass(frozen=True)
-class VQVAEConfig(VQConfig):
+class VQVAEConfig(OneCodebookConfig):
     """Settings of a VQ-VAE."""
 
     codebook_size: int = 512
-    """Number of codewords."""
+    """Number of codewords, or of codes for the quantizers without a codebook."""
+    quantizer: Literal["flat", "cosine", "dot", "simvq", "gumbel", "fsq", "lfq"] = added("flat")
+    """`flat` takes the nearest codeword, `cosine` that of largest cosine similarity, for a small --code-width such as
+    8; `dot` that of largest inner product (IBQ), `simvq` the nearest of mapped frozen codewords, both for large
+    codebooks; `gumbel` samples codes by the Gumbel-softmax; `fsq` rounds and `lfq` takes signs, without a codebook."""
 
 
 @register
 class VQVAE(ConvolutionalVQ[VQVAEConfig]):
-    """VQ-VAE (arXiv 1711.00937; HR-VQVAE, Eqs. 1 and 2): one grid of codes with a flat codebook.
+    """VQ-VAE (arXiv 1711.00937; HR-VQVAE, Eqs. 1 and 2): one grid of codes, by default from a flat codebook.
 
     The HR-VQVAE paper calls the codebook size m, the VQ-VAE paper K.
 
@@ -229,8 +290,9 @@ class VQVAE(ConvolutionalVQ[VQVAEConfig]):
 
     kind: ClassVar[str] = "vqvae"
     config_class: ClassVar[type] = VQVAEConfig
+    uses: ClassVar[tuple[str, ...]] = ("seeds",)
 
     @property
     def radices(self) -> tuple[int, ...]:
-        """Radices of a code: the codebook size alone."""
-        return (self.config.codebook_size,)
+        """Radices of a code: the codebook size alone, FSQ's levels, or LFQ's bits."""
+        return code_radices(self.config.quantizer, (self.config.codebook_size,), self.config.levels)

@@ -68,7 +68,9 @@ class VQVAE2(VQFamily[VQVAE2Config]):
         self.to_code = nn.ModuleList(
             nn.Conv2d(width if coarsest else 2 * width, d, 1) for coarsest in (True, *(False for _ in finer))
         )
-        self.quantizers = nn.ModuleList(self.quantizer_of((config.codebook_size,)) for _ in range(config.levels))
+        self.quantizers = nn.ModuleList(
+            cast(LinkedQuantizer, self.quantizer_of("flat", (config.codebook_size,))) for _ in range(config.levels)
+        )
         self.conditions = nn.ModuleList(conv.decoder(**half, code_width=(1 + level) * d) for level in finer)
         self.upsamplings = nn.ModuleList(
             nn.ConvTranspose2d((1 + level) * d, (1 + level) * d, 4, 2, 1) for level in finer

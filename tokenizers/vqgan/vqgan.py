@@ -15,23 +15,21 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.config import added
+from smalti.core.config import added, renamed
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.tokenizers.base import PartName, TokenizerOutput
 from smalti.tokenizers.layers import attention_blocks, maskgit_blocks
-from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
-from smalti.tokenizers.quantizers.inner_product import InnerProductQuantizer
-from smalti.tokenizers.quantizers.linked import LinkedQuantizer
-from smalti.tokenizers.quantizers.tree import Branching, depth_of, radices_of, weights_of
-from smalti.tokenizers.vq.vqvae import OneGrid, VQConfig, VQFamily
+from smalti.tokenizers.quantizers.registry import code_radices
+from smalti.tokenizers.quantizers.tree import Branching, depth_of, radices_of
+from smalti.tokenizers.vq.vqvae import OneCodebookConfig, OneGrid
 from smalti.tokenizers.vqgan import losses
 from smalti.tokenizers.vqgan.perceptual import PerceptualName
 from smalti.training.config import FitConfig, Phase
 
 
 @dataclass(frozen=True)
-class VQGANConfig(VQConfig):
+class VQGANConfig(OneCodebookConfig):
     """Settings of a VQ-GAN. The defaults are for 32x32 colour images on two CPU cores: 8x8 codes."""
 
     widths: tuple[int, ...] = (32, 64, 64)
@@ -50,22 +48,26 @@ class VQGANConfig(VQConfig):
     """Channels between the networks and the 1x1 convolutions to and from codewords."""
     norm_groups: int = 32
     """Groups of every GroupNorm. Every width must be divisible by it."""
-    quantizer: Literal["nearest", "cosine", "gumbel", "dot"] = "nearest"
-    """`nearest` takes the nearest codeword, or the nearest path through linked codebooks. `cosine` takes the codeword
-    of largest cosine similarity; use it with a small --code-width such as 8. `gumbel` samples codes by the
-    Gumbel-softmax. `dot` takes the codeword of largest inner product (IBQ), for large codebooks."""
+    quantizer: Literal["linked", "residual", "cosine", "dot", "simvq", "gumbel", "fsq", "lfq"] = renamed(
+        "linked", {"nearest": "linked"}
+    )
+    """`linked` takes the nearest codeword, or the nearest path through --depth linked codebooks; `residual` adds
+    codewords of --depth codebooks; `cosine` takes the codeword of largest cosine similarity, for a small --code-width
+    such as 8; `dot` that of largest inner product (IBQ), `simvq` the nearest of mapped frozen codewords, both for large
+    codebooks; `gumbel` samples codes by the Gumbel-softmax; `fsq` rounds and `lfq` takes signs, without a codebook."""
     branching: Branching = 512
-    """Codewords per codebook: one number for every layer, or a number for each, the first layer's first."""
+    """Codewords per codebook, or number of codes for the quantizers without one: one number for every layer, or a
+    number for each, the first layer's first."""
     depth: int = 1
-    """Layers of linked codebooks: the number of digits of a code. 1 is a flat codebook. With a --branching for each
-    layer it is their number."""
+    """With `linked` and `residual`: layers of codebooks, the number of digits of a code. 1 is a flat codebook. With a
+    --branching for each layer it is their number."""
+    shared_codebooks: bool = added(False)
+    """With `residual`: all layers use one codebook (RQ-VAE)."""
     kl_weight: float = 1e-8
     """With `gumbel`: weight of the KL divergence of the codes' distribution from the uniform one. Raise it against
     codebook collapse."""
     temperature: float = 1.0
     """With `gumbel`: temperature of the Gumbel-softmax. Lower it for gradients of harder samples."""
-    entropy_weight: float = added(0.05)
-    """With `dot`: weight of the entropy loss. Raise it against codebook collapse."""
     perceptual: PerceptualName = "lite0"
     """Network of the perceptual loss: `lite0` is EfficientNet-Lite0, from the extra `metrics`; `lpips-vgg` is LPIPS as
     in the paper, from the extra `lpips`, which downloads VGG-16's weights once."""
@@ -90,19 +92,15 @@ class VQGANConfig(VQConfig):
 class VQGAN(OneGrid[VQGANConfig]):
     """VQ-GAN (arXiv 2012.09841): one grid of codes, a network with attention, perceptual and adversarial losses.
 
-    The codebook is flat, or compared by cosine similarity (ViT-VQGAN) or inner products (IBQ), or sampled from
-    (Gumbel-softmax), or linked as in HR-VQVAE.
-
     Raises:
-        UserError: as `VQFamily` and `LinkedQuantizer` do; if there is no stage of a number in `attention_stages`, a
-            width is not divisible by `norm_groups`, `gumbel` or `dot` codes have several digits, or MaskGIT's network
-            is to have attention.
+        UserError: as `VQFamily` and the quantizers do; if there is no stage of a number in `attention_stages`, a width
+            is not divisible by `norm_groups`, or MaskGIT's network is to have attention.
     """
 
     kind: ClassVar[str] = "vqgan"
     config_class: ClassVar[type] = VQGANConfig
-    training_settings: ClassVar[frozenset[str]] = VQFamily.training_settings | {
-        *("kl_weight", "temperature", "entropy_weight", "perceptual", "perceptual_weight", "adversarial_weight"),
+    training_settings: ClassVar[frozenset[str]] = OneGrid.training_settings | {
+        *("perceptual", "perceptual_weight", "adversarial_weight"),
         *("discriminator_start", "discriminator_ramp", "discriminator_width", "discriminator_layers"),
     }
 
@@ -110,33 +108,15 @@ class VQGAN(OneGrid[VQGANConfig]):
         super().__init__(config, downsampling=2 ** (len(config.widths) - 1) if config.widths else 1)
         _check(config)
         self.encoder, self.decoder = _networks(config)
-        self.quantizer = self._quantizer()
+        self.quantizer = self.quantizer_of(config.quantizer, self.radices)
         # convolutions are 1.3-2 times faster in this layout, on CPUs and GPUs
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
 
-    def _quantizer(self) -> LinkedQuantizer | GumbelQuantizer | InnerProductQuantizer:
-        config = self.config
-        match config.quantizer:
-            case "gumbel":
-                return GumbelQuantizer(
-                    code_width=config.code_width,
-                    codebook_size=self.radices[0],
-                    temperature=config.temperature,
-                    kl_weight=config.kl_weight,
-                )
-            case "dot":
-                return InnerProductQuantizer(
-                    code_width=config.code_width,
-                    codebook_size=self.radices[0],
-                    commitment_weight=weights_of(config.commitment_weight, 1)[0],
-                    entropy_weight=config.entropy_weight,
-                )
-        return self.quantizer_of(self.radices, cosine=config.quantizer == "cosine")
-
     @property
     def radices(self) -> tuple[int, ...]:
-        """Radices of a code: the branching of each layer."""
-        return radices_of(self.config.branching, self.config.depth)
+        """Radices of a code: the branching of each layer, FSQ's levels, or LFQ's bits."""
+        config = self.config
+        return code_radices(config.quantizer, radices_of(config.branching, config.depth), config.levels)
 
     def forward(self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None) -> TokenizerOutput:
         """Computes the losses `reconstruction` (absolute error) and those of the quantizer.
@@ -145,11 +125,9 @@ class VQGAN(OneGrid[VQGANConfig]):
 
         Args:
             images: images in [-1, 1].
-            seeds: one per image, for the samples of a Gumbel quantizer; without seeds it takes the most probable codes.
+            seeds: one per image, for a quantizer that samples; without seeds it takes the most probable codes.
         """
-        z_e = self.encoder(self.prepared(images))
-        samples = isinstance(self.quantizer, GumbelQuantizer)
-        quantized = self.quantizer(z_e, seeds) if samples else self.quantizer(z_e)
+        quantized = self.quantize(self.encoder(self.prepared(images)), seeds)
         reconstruction = self.decoder(quantized.z_q).float()
         losses = {"reconstruction": F.l1_loss(reconstruction, images), **quantized.losses}
         return TokenizerOutput(reconstruction, (quantized.codes,), losses)
@@ -172,11 +150,6 @@ class VQGAN(OneGrid[VQGANConfig]):
         if "decoder" in parts and self.config.adversarial_weight:
             raise UserError("--freeze decoder needs --adversarial-weight 0: the discriminator trains the decoder")
         super().freeze(parts)
-
-    def collapse_remedy(self) -> str:
-        """Advice against codebook collapse: the weight of the quantizer's own remedy, or as in `VQFamily`."""
-        weights = {"gumbel": "a higher --kl-weight", "dot": "a higher --entropy-weight"}
-        return weights.get(self.config.quantizer) or super().collapse_remedy()
 
     def recomputable(self) -> list[nn.Module]:
         """Returns every residual block and every attention layer."""
@@ -213,9 +186,6 @@ def _check(config: VQGANConfig) -> None:
         raise UserError(f"a width of {odd[0]} is not divisible into {config.norm_groups} groups; change --norm-groups")
     if absent := [stage for stage in config.attention_stages if not 0 <= stage < len(config.widths)]:
         raise UserError(f"there is no stage {absent[0]} for attention; stages are 0 to {len(config.widths) - 1}")
-    if config.quantizer in ("gumbel", "dot") and config.depth > 1:
-        use = f"use --depth 1 and one --branching, not {config.depth} layers"
-        raise UserError(f"--quantizer {config.quantizer} needs codes of one digit; {use}")
     if config.architecture == "maskgit":
         if config.attention_stages or config.middle_attention:
             raise UserError("--architecture maskgit has no attention; use --no-middle-attention")

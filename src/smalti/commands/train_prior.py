@@ -24,7 +24,7 @@ from smalti.commands.model_paths import (
 from smalti.commands.sample import generate_codes
 from smalti.core import models
 from smalti.core.codes import Level
-from smalti.core.config import flatten
+from smalti.core.config import added_values, flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
@@ -123,7 +123,8 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     other = load_only_prior(config.init) if config.init else None
     settings["init_digest"] = other.digest() if other else None
     with process.main_process_first():  # it may delete an earlier run
-        run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
+        off = added_values(config)
+        run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off)
     if ending := run.end(config.fit.steps, config.fit.patience):
         process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
         return folder

@@ -12,7 +12,7 @@ from smalti.commands.codebook_usage import CodebookAlarm
 from smalti.commands.feature_cache import with_feature_cache
 from smalti.commands.model_paths import TOKENIZERS, find_model, layer_name, layer_source, load_tokenizer
 from smalti.core import models
-from smalti.core.config import flatten, former_switches
+from smalti.core.config import added_values, flatten, former_switches
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
@@ -49,7 +49,12 @@ Preset: TypeAlias = Literal[
 # Codebooks start from the features of this many images: enough for START_VECTORS vectors, within these limits.
 START_IMAGES, MOST_START_IMAGES = 512, 2**14
 START_VECTORS, START_PIXELS = 2**15, 2**25
-RESIZABLE = frozenset({"image_channels", "branching", "depth", "codebook_size", "height", "width"})
+RESIZABLE = frozenset(
+    {
+        *("image_channels", "height", "width"),
+        *("quantizer", "branching", "depth", "codebook_size", "levels", "shared_codebooks"),
+    }
+)
 """Settings of a network that may differ from those of `--init`."""
 SHEET_IMAGES = 12
 
@@ -68,8 +73,8 @@ class TrainTokenizer(Generic[C]):
     others for GPUs. Use `paperN` for the VQ-VAE family and images of N pixels, `fN-...` for vqgan."""
     init: str | None = None
     """Start from the weights of this trained tokenizer: the name of one in the package, a kind, a folder, or a hub id.
-    Network settings that are not given are its own. The image channels and the number of codes may be others: what does
-    not fit them starts untrained [default: start untrained]."""
+    Network settings that are not given are its own. The image channels, the quantizer and the number of codes may be
+    others: what does not fit them starts untrained [default: start untrained]."""
     freeze: tuple[PartName, ...] = ()
     """Parts that keep the weights of --init. With encoder and codebook frozen, all codes stay the same: latent sets
     and priors of the old tokenizer remain valid [default: train all parts]."""
@@ -167,8 +172,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         tokenizer.build_on(lower)
         settings["below"] = lower.digest()  # a run does not resume on other lower layers than it was trained on
     with process.main_process_first():  # it may delete an earlier run
-        switches = former_switches(config.model)
-        run = Run(folder, settings, main=process.is_main_process, resume=config.resume, switches=switches)
+        off, switches = added_values(config), former_switches(config.model)
+        run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off, switches=switches)
     if ending := run.end(config.fit.steps, config.fit.patience):
         process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
         return folder, images

@@ -147,6 +147,35 @@ def with_switches(settings: dict[str, Any], switches: Mapping[str, FormerSwitch]
     return settings
 
 
+def added_values(config: Any) -> dict[str, Any]:
+    """Returns the `off` values of the fields of a nested config dataclass that were `added`, by name."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= added_values(value)
+        elif ADDED in field.metadata:
+            values[field.name] = field.default
+    return values
+
+
+RENAMED = "renamed"
+"""Key in the metadata of the fields that `renamed` makes."""
+
+
+def renamed(default: T, old_values: dict[Any, T]) -> T:
+    """Marks a config field some of whose values had other names, by which checkpoints may still call them.
+
+    Reading replaces an old value by the new one. Digests use the old ones, so that those of older checkpoints stay
+    valid.
+
+    Args:
+        default: the field's default.
+        old_values: the new value of each old one.
+    """
+    return cast(T, dataclasses.field(default=default, metadata={RENAMED: old_values}))
+
+
 def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> Any:
     """Rebuilds a frozen dataclass from the JSON of its `dataclasses.asdict`.
 
@@ -170,12 +199,22 @@ def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> 
         raise UserError(f"{source} has unknown fields: {', '.join(sorted(unknown))}")
     parameters = dict(zip(getattr(plain, "__parameters__", ()), get_args(config_class), strict=True))
     hints = get_type_hints(plain)
+    fields = {
+        **fields,
+        **{field.name: _renamed(field, fields[field.name]) for field in expected if field.name in fields},
+    }
     return config_class(
         **{
             name: _from_json(_substituted(hints[name], parameters), value, source, name)
             for name, value in fields.items()
         }
     )
+
+
+def _renamed(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Returns the value of a field that was `renamed`; any other value as it is."""
+    old_values = field.metadata.get(RENAMED, {})
+    return old_values.get(value, value) if isinstance(value, str) else value
 
 
 def _substituted(hint: Any, parameters: dict[Any, Any]) -> Any:

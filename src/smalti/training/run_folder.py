@@ -51,6 +51,8 @@ class Run:
         folder: created if missing.
         settings: the settings that determine the result, as flat JSON values; paths are written as given.
         main: whether this process writes.
+        off: the values of settings with which a run behaves as one from before there was the setting; see
+            `smalti.core.config.added`.
         resume: see `Resume`. With `never`, other processes must wait until the main process has deleted the old run.
         switches: settings of older versions that others replace; see `smalti.core.config.replacing`.
 
@@ -71,10 +73,12 @@ class Run:
         *,
         main: bool = True,
         resume: Resume = "auto",
+        off: dict[str, Any] | None = None,
         switches: Mapping[str, FormerSwitch] | None = None,
     ) -> None:
         self.folder, self.main, self.states = folder, main, Snapshots(folder)
-        self.settings = json.loads(json.dumps(settings, default=str))  # as JSON reads them: tuples become lists
+        # as JSON reads them: tuples become lists
+        self.settings, self.off = (json.loads(json.dumps(each, default=str)) for each in (settings, off or {}))
         if main:
             held = locks.hold(folder, folder=True)
             weakref.finalize(self, held.close)  # also when the process ends
@@ -106,9 +110,10 @@ class Run:
 
     def _compare(self, before: dict[str, Any]) -> None:
         def differs(name: str) -> bool:
-            now, then = self.settings.get(name), before.get(name)
             # a setting that one of the two versions does not have counts as off
-            return now != then if name in self.settings and name in before else bool(now or then)
+            now, then = (each.get(name, self.off.get(name)) for each in (self.settings, before))
+            known = name in self.off or (name in self.settings and name in before)
+            return now != then if known else bool(now or then)
 
         changed = sorted(filter(differs, (before.keys() | self.settings.keys()) - FREE_SETTINGS))
         if changed:

@@ -27,7 +27,7 @@ def images_of(b=2, h=16, w=16, seed=0):
     return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-@given(rows=st.integers(1, 4), columns=st.integers(1, 4), quantizer=st.sampled_from(["nearest", "gumbel", "dot"]))
+@given(rows=st.integers(1, 4), columns=st.integers(1, 4), quantizer=st.sampled_from(["linked", "gumbel", "dot"]))
 @settings(max_examples=8)
 def test_accepts_any_size_divisible_by_the_downsampling(rows, columns, quantizer):
     tokenizer = vqgan(quantizer=quantizer, attention_stages=(0, 2))
@@ -100,10 +100,10 @@ def test_settings_added_later_leave_digests_alone(tmp_path):
         ({"attention_stages": (1, 3)}, "no stage 3 for attention; stages are 0 to 2"),
         (
             {"quantizer": "gumbel", "branching": (3, 2)},
-            "gumbel needs codes of one digit; use --depth 1 and one --branch",
+            "gumbel needs codes of one layer; use --depth 1 and",
         ),
         ({"quantizer": "dot", "commitment_weight": (0.1, 0.2)}, "2 values, but codes have 1 layer;"),
-        ({"quantizer": "dot", "depth": 2}, "dot needs codes of one digit"),
+        ({"quantizer": "dot", "depth": 2}, "dot needs codes of one layer"),
         ({"quantizer": "dot", "branching": 1}, "branching at least 2, not 1 and 1"),
         ({"architecture": "maskgit"}, "has no attention; use --no-middle-attention"),
         ({"architecture": "maskgit", "middle_attention": False}, "--latent-width equal to --code-width, not 5 and 3"),

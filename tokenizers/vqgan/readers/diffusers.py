@@ -84,7 +84,7 @@ def to_diffusers(model: VQGAN, folder: Path) -> None:
         UserError: if diffusers does not support the model's quantizer or network.
     """
     config = model.config
-    if config.quantizer != "nearest" or config.depth > 1:
+    if config.quantizer != "linked" or config.depth > 1:
         raise UserError(
             "diffusers supports only flat codebooks with nearest-codeword search; this VQ-GAN's quantizer differs"
         )

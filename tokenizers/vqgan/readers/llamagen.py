@@ -54,7 +54,7 @@ def from_llamagen(checkpoint: Checkpoint) -> VQGAN:
         widths=tuple(checkpoint.axes(f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in stages),
         residual_blocks=checkpoint.count("encoder.conv_blocks.0.res.{}.conv1.weight"),
         attention_stages=tuple(i for i in stages if f"encoder.conv_blocks.{i}.attn.0.q.weight" in checkpoint.state),
-        quantizer="cosine" if settings.codebook_l2_norm else "nearest",
+        quantizer="cosine" if settings.codebook_l2_norm else "linked",
         **sizes,
     )
     return import_weights(config, checkpoint, partial(matched_names, names=LLAMAGEN))

@@ -20,8 +20,8 @@ from smalti.tokenizers.vqgan.readers.names import TAMING, matched_names
 from smalti.tokenizers.vqgan.readers.weights import MOST_STAGES, Checkpoint, config_of, import_weights
 from smalti.tokenizers.vqgan.vqgan import VQGAN
 
-_QUANTIZERS: dict[str, Literal["nearest", "gumbel", "dot"]] = {
-    **dict.fromkeys(["VQModel", "VQModelInterface", "VQSegmentationModel", "VQNoDiscModel"], "nearest"),
+_QUANTIZERS: dict[str, Literal["linked", "gumbel", "dot"]] = {
+    **dict.fromkeys(["VQModel", "VQModelInterface", "VQSegmentationModel", "VQNoDiscModel"], "linked"),
     "GumbelVQ": "gumbel",
     "IBQ": "dot",
 }
@@ -133,7 +133,7 @@ def from_chameleon(checkpoint: Checkpoint) -> VQGAN:
         double_z=fields.double_latent,
         attn_type=fields.attn_type or "none",
     )
-    return _import(checkpoint, network, _Params(fields.embed_dim, fields.num_embeddings, {}), quantizer="nearest")
+    return _import(checkpoint, network, _Params(fields.embed_dim, fields.num_embeddings, {}), quantizer="linked")
 
 
 def _model(content: Any, path: Path) -> _Model:
@@ -148,7 +148,7 @@ def _model(content: Any, path: Path) -> _Model:
 
 
 def _import(
-    checkpoint: Checkpoint, network: _Network, params: _Params, *, quantizer: Literal["nearest", "gumbel", "dot"]
+    checkpoint: Checkpoint, network: _Network, params: _Params, *, quantizer: Literal["linked", "gumbel", "dot"]
 ) -> VQGAN:
     attends = network.attn_type == "vanilla" and not network.use_linear_attn
     if network.ch_mult[:1] != (1,) or network.in_channels != network.out_ch or network.double_z:
