@@ -113,7 +113,7 @@ def test_settings_are_fields_of_vqgan_and_arguments(name):
     assert not unused_settings(name) & set(registered.settings)
     assert unused_settings(name) | set(registered.settings) >= set(changed) - {
         "codebook_init"
-    }  # SimVQ has a use of its own for it
+    }
 
 
 def test_unused_settings_of_each_quantizer():
