@@ -87,7 +87,7 @@ def values(arguments: list[str], flag: str) -> list[str]:
 
 def describe_prior(folder: Path) -> None:
     """Writes the `config.json` of a prior whose kind is a part of the folder's name; flags depend on the kind."""
-    kinds = [kind for kind in ("pixelcnn", "maskgit", "realnvp") if kind in folder.name]
+    kinds = [kind for kind in ("pixelcnn", "transformer", "maskgit", "realnvp") if kind in folder.name]
     folder.mkdir(parents=True, exist_ok=True)
     fields = {"family": "prior", "kind": (*kinds, "hourglass")[0], "config": {}, "digest": "", "provenance": {}}
     write_json(folder / "config.json", fields)

