@@ -30,9 +30,7 @@ def window_features(
     b, h, w = codes.shape
     windows = Windows.over(prior, h, w, upper)
     row, column = (each.to(codes.device) for each in chosen_windows(windows, h, w))
-    return windows.features(
-        prior, codes, labels, upper, row[:, None].expand(b, h, w), column.expand(b, h, w).contiguous()
-    )
+    return windows.features(prior, codes, labels, upper, row[:, None].expand(b, h, w), column.expand(b, h, w))
 
 
 def decode_windows(

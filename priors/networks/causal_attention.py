@@ -23,8 +23,8 @@ class CausalAttention(nn.Module):
     Args:
         width: channels of a position, a multiple of 4 x heads.
         heads: attention heads.
-        qk_norm: whether a LayerNorm per head normalizes queries and keys (QK-norm, arXiv 2302.05442, Section 2), which
-            bounds the attention logits.
+        qk_norm: whether a LayerNorm normalizes the queries and keys of each head (QK-norm, as in arXiv 2302.05442), so
+            that their scale cannot grow the attention logits.
         dropout: probability of zeroing an output in training.
     """
 
