@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the set-ups below write to one environment
-.PHONY: help setup demo lint type test bench docs clean
+.PHONY: help setup demo lint type test bench gpu docs clean
 
 unexport PYTHONDONTWRITEBYTECODE # with it, every process would compile its imports again, which takes seconds
 
@@ -68,6 +68,10 @@ test: $(DEV) ## run the tests
 
 bench: $(RUNTIME) ## measure the speeds that the documentation states
 	$(PYTHON) scripts/benchmark.py
+
+gpu: export MINUTES ?=
+gpu: $(RUNTIME) ## measure and train what needs a GPU: the commands of docs/gpu.md
+	$(PYTHON) -m smalti.benchmarks.gpu
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(DOCS) ## build the documentation as a site, into site/

@@ -1,10 +1,10 @@
-"""Benchmarks of priors: training steps, the factorized head, the hourglass, and SUNDAE's sampler.
+"""Benchmarks of priors: training steps, the hourglass, and SUNDAE's sampler.
 
-Each function yields comparisons; measuring and the report are in `comparison.py` and `run.py`.
+Each function yields comparisons; measuring and the report are in `comparison.py` and `run.py`. The head is in
+`head.py`, ancestral sampling in `ancestral.py`.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,18 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
+from smalti.benchmarks.comparison import Comparison, Variant
 from smalti.core.devices import Precision, autocast, best_device
 from smalti.core.randomness import row_seeds
 from smalti.priors.base import CodePrior
-from smalti.priors.head import FactorizedHead
-from smalti.priors.methods.autoregressive import (
-    Likelihood,
-    LikelihoodConfig,
-)
 from smalti.priors.methods.sundae import Sundae, SundaeConfig, SundaeSampling, sample_sundae
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
-from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
+from smalti.priors.networks.pixelcnn import PixelCNNConfig
 from smalti.training.config import FitConfig
 from smalti.training.optimizers import MUON_RATE_FACTOR, CombinedOptimizer
 
@@ -124,86 +119,6 @@ def hourglass(*, batch: int = 4, side: int = 32, width: int = 256, blocks: int =
             Variant(f"{name}, {size:.3f} M", partial(step, network), target=SHORTER_TARGET if number else None)
             for number, (name, size, network) in enumerate(zip(names, sizes, networks, strict=True))
         ],
-    )
-
-
-def head(
-    *,
-    positions: int = 1024,
-    width: int = 192,
-    radices: tuple[int, ...] = (32, 32, 32),
-    batch: int = 2,
-    side: int = 32,
-    config: PixelCNNConfig = DEMONSTRATION_PIXELCNN,
-) -> Iterator[Comparison]:
-    """Compares the factorized head with one softmax over all leaves.
-
-    Measured are loss and gradients, the memory of the saved activations, and a training step of a PixelCNN with
-    either head.
-    """
-    device = best_device()
-    ours, flat = (FactorizedHead(tree, width).to(device) for tree in (radices, (math.prod(radices),)))
-    codes = torch.randint(ours.codebook_size, (1, positions), device=device)
-    features = torch.randn(1, positions, width, device=device, requires_grad=True)
-
-    def loss(head: FactorizedHead) -> Tensor:
-        with autocast(device, "auto"):
-            return head.nll(features, codes).mean()
-
-    def work(head: FactorizedHead) -> None:
-        head.zero_grad()
-        loss(head).backward()
-
-    def saved(head: FactorizedHead) -> Measured:
-        storages: dict[int, int] = {}
-        known = {parameter.untyped_storage().data_ptr() for parameter in head.parameters()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss(head)
-        return Measured(sum(storages.values()))
-
-    title = f"head of {'·'.join(map(str, radices))} leaves, {positions} positions of width {width}"
-    heads = {"smalti, digit by digit": ours, "one softmax over all": flat}
-    yield Comparison(f"{title}, loss and gradients", [Variant(name, partial(work, one)) for name, one in heads.items()])
-    yield Comparison(
-        f"{title}, kept for the gradients",
-        [Variant(name, partial(saved, one)) for name, one in heads.items()],
-        readable=in_mebibytes,
-        varies=False,
-    )
-    yield head_of_pixelcnn(batch, replace(config, height=side, width=side, radices=radices))
-
-
-def head_of_pixelcnn(batch: int, config: PixelCNNConfig) -> Comparison:
-    """Compares training steps of a PixelCNN, optimizer included, with the factorized head and with one softmax."""
-    device = best_device()
-    flat = replace(config, radices=(math.prod(config.radices),))
-
-    def stepping(shape: PixelCNNConfig) -> Callable[[], float]:
-        network = PixelCNN(shape).to(device)
-        objective, codes = Likelihood(network, LikelihoodConfig()), random_codes(network, batch)
-        optimizer = FitConfig(optimizer="muon").optimizer_of(objective)
-
-        def step() -> float:
-            with autocast(device, "auto"):
-                loss, _ = objective({"codes": codes})
-            objective.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.item()
-
-        return step
-
-    return Comparison(
-        f"training step of a PixelCNN, {batch} grids of {config.height}×{config.width}, "
-        f"{'·'.join(map(str, config.radices))} leaves",
-        [Variant("smalti, digit by digit", stepping(config)), Variant("one softmax over all", stepping(flat))],
     )
 
 

@@ -1,6 +1,6 @@
 """The benchmark runner: times the variants of every section and writes Markdown tables of the results.
 
-The sections themselves are in `training.py`, `priors.py`, `ancestral.py`, `latents.py`, `strips.py`, `blending.py` and
+The sections are in `training.py`, `priors.py`, `head.py`, `ancestral.py`, `latents.py`, `strips.py`, `blending.py` and
 `megapixel.py`.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from smalti.benchmarks import ancestral, blending, latents, megapixel, priors, strips, training
+from smalti.benchmarks import ancestral, blending, head, latents, megapixel, priors, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
@@ -39,7 +39,7 @@ SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "latents": latents.latents,
     "prior": priors.prior,
     "hourglass": priors.hourglass,
-    "head": priors.head,
+    "head": head.head,
     "sampler": priors.sampler,
     "ancestral": ancestral.ancestral,
     "training": training.training,

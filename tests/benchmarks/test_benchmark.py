@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import toys
 
-from smalti.benchmarks import ancestral, blending, latents, megapixel, priors, run, strips, training
+from smalti.benchmarks import ancestral, blending, head, latents, megapixel, priors, run, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
 from smalti.benchmarks.run import Benchmark, clock, insert, medians, table
 from smalti.core.devices import best_device
@@ -124,18 +124,24 @@ def test_hourglass_size_is_between_those_of_the_flat_transformers():
 
 def test_memory_kept_by_a_head_is_counted():
     """A softmax over all leaves keeps the logits, of at least two bytes each."""
-    times, kept, _ = priors.head(positions=16, width=8, radices=(16, 16, 16), side=4, config=TINY_CAUSAL)
+    times, kept, *_ = head.head(positions=16, width=8, radices=(16, 16, 16), side=4, config=TINY_CAUSAL)
     assert all(seconds > 0 for seconds in medians(times, 1))
     digits, leaves = (variant.work() for variant in kept.variants)
     assert leaves > 16 * 4096 * 2
     assert digits < leaves
 
 
+def test_every_way_to_multiply_with_nodes_gives_the_same():
+    ours, *plain = (variant.work() for variant in head.products(24, 8, nodes=5, radix=3).variants)
+    for products in plain:
+        torch.testing.assert_close(ours, products)
+
+
 def test_both_heads_of_a_pixelcnn_learn():
     """Both start at the entropy of 9 codes, and training lowers both losses."""
     torch.manual_seed(0)
     config = replace(TINY_CAUSAL, height=4, width=4)
-    for variant in priors.head_of_pixelcnn(2, config).variants:
+    for variant in head.head_of_pixelcnn(2, config).variants:
         losses = [variant.work() for _ in range(20)]
         assert losses[0] == pytest.approx(math.log(9), abs=0.1)
         assert losses[-1] < losses[0] - 0.05

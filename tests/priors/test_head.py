@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds, uniform
-from smalti.priors.head import DENSE_NODES, FactorizedHead, inverse_cdf, nucleus
+from smalti.priors.head import DENSE_NODES, FactorizedHead, inverse_cdf, node_products, nucleus
 
 WIDTH = 6
 TREES = [(5,), (2, 3), (3, 2, 4), (DENSE_NODES + 2, 2), (2, DENSE_NODES, 3)]  # the last two are not all dense
@@ -54,6 +54,22 @@ def log_prob_by_definition(head: FactorizedHead, feature: Tensor, code: int) -> 
         )
         total = total + siblings.log_softmax(0)[digit]
     return total
+
+
+@given(n=st.integers(0, 40), p=st.integers(1, 9), r=st.integers(1, 3), some=st.integers(1, 9), seed=st.integers(0, 99))
+def test_node_products_equal_a_loop_over_positions(n, p, r, some, seed):
+    generator = torch.Generator().manual_seed(seed)
+    features, weights, cotangent = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((n, 4), (p, r, 4), (n, r))
+    )
+    nodes = torch.randint(min(some, p), (n,), generator=generator)  # nodes from `some` on are reached by no position
+    inputs = features.requires_grad_(), weights.requires_grad_()
+    products = node_products(*inputs, nodes)
+    expected = torch.stack([weights[nodes[i]] @ features[i] for i in range(n)]) if n else products.new_zeros(0, r)
+    torch.testing.assert_close(products, expected)
+    if n:
+        gradients = torch.autograd.grad(products, inputs, cotangent)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, cotangent))
 
 
 @pytest.mark.parametrize("radices", TREES)
