@@ -10,6 +10,7 @@ from einops import rearrange
 from helpers.causal import prior_of, random_conditioning, receptive_field
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rotary_embedding_torch import RotaryEmbedding
 from x_transformers import Decoder
 from x_transformers.x_transformers import FeedForward
 
@@ -81,6 +82,19 @@ def test_features_equal_those_of_x_transformers():
     assert torch.allclose(prior.features(codes, labels), theirs, atol=2e-4)
     turned = decoder_with_weights_of(prior)(x, rotary_pos_emb=(AxialRotary(16)(5, 3), None))
     assert not torch.allclose(turned, theirs, atol=0.1)
+
+
+@pytest.mark.parametrize("head_width", [8, 12, 32, 64])
+def test_rotary_frequencies_are_the_librarys(head_width):
+    assert torch.equal(AxialRotary(head_width).rotary.freqs, RotaryEmbedding(head_width // 2, theta=100).freqs)
+
+
+@torch.no_grad()
+def test_narrowest_heads_have_one_frequency_for_each_axis():
+    """The library alone cannot make it: it divides by zero."""
+    angles = AxialRotary(4)(2, 3)[0]  # each angle stands twice, for the two channels that it rotates
+    assert angles.tolist() == [[row, row, column, column] for row in range(2) for column in range(3)]
+    assert transformer_of(heads=4).features(torch.zeros(1, 4, 8, dtype=torch.int64)).isfinite().all()
 
 
 def test_every_earlier_code_is_seen():
