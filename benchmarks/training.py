@@ -3,6 +3,7 @@
 Each section is a generator that removes its files from the disk when it is exhausted or closed.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -34,8 +35,11 @@ from smalti.training.config import FitConfig, Phase
 from smalti.training.loop import fit
 from smalti.training.run_folder import Run
 
-SEARCH_TARGETS = {8: 10.0, 16: 25.0, 32: 120.0}
-"""Target speed-up of the linked search over flat search, by branching, on two CPU cores."""
+SEARCH_TREES = ((8, 8, 8), (16, 16, 16), (32, 32, 32), (32, 16, 8))
+"""Branchings of the layers of the linked codebooks that are searched."""
+
+SEARCH_TARGETS = {512: 10.0, 4_096: 25.0, 32_768: 120.0}
+"""Target speed-up of the linked search over flat search, by number of leaves, on two CPU cores."""
 
 LARGEST_OVERHEAD = 1.03
 """Target: a step of the training loop takes at most this many times as long as the bare step."""
@@ -44,25 +48,31 @@ FLAT_TILE = {"cpu": (256, 512), "cuda": (4096, 32_768), "mps": (4096, 32_768)}
 """Vectors and leaves per tile of the tuned flat search, by device; on CPUs the scores of a tile fit into the cache."""
 
 
-def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] = (8, 16, 32)) -> Iterator[Comparison]:
-    """Compares the linked search of three layers with flat search over the same number of leaves."""
+def search(
+    *, vectors: int = 65_536, width: int = 64, trees: Sequence[tuple[int, ...]] = SEARCH_TREES
+) -> Iterator[Comparison]:
+    """Compares the linked search with flat search over the same number of leaves."""
     device = best_device()
     z = torch.randn(vectors, width, device=device)
-    for m in branchings:
-        books = [torch.randn(m**i, m, width, device=device) * 0.5**i for i in range(3)]
+    for tree in trees:
+        nodes = [math.prod(tree[:layer]) for layer in range(len(tree))]
+        books = [
+            torch.randn(n, m, width, device=device) * 0.5**i for i, (n, m) in enumerate(zip(nodes, tree, strict=True))
+        ]
         leaves = books[0].view(-1, width)
         for book in books[1:]:
             leaves = (leaves[:, None] + book).view(-1, width)
-        all_layers = torch.randn(width, 3 * m, device=device)
-        product = torch.empty(vectors, 3 * m, device=device)
+        all_layers = torch.randn(width, sum(tree), device=device)
+        product = torch.empty(vectors, sum(tree), device=device)
+        shape = f"{tree[0]}³" if tree == (tree[0],) * 3 else "·".join(map(str, tree))
         yield Comparison(
-            f"linked search, {m}³ leaves, {vectors} vectors of width {width}",
+            f"linked search, {shape} leaves, {vectors} vectors of width {width}",
             (
                 Variant("smalti", lambda books=books: nearest_paths(z, books)),
                 Variant(
                     "flat search, product and argmin in blocks of 8192 vectors",
                     lambda leaves=leaves: plain_flat_search(z, leaves),
-                    target=SEARCH_TARGETS.get(m),
+                    target=SEARCH_TARGETS.get(len(leaves)),
                 ),
                 Variant(
                     "flat search tuned: fused sum and minimum, in tiles that the cache holds",
@@ -75,12 +85,12 @@ def search(*, vectors: int = 65_536, width: int = 64, branchings: Sequence[int] 
                     "limit: one matrix product of the linked search's multiply-adds",
                     lambda product=product, all_layers=all_layers: torch.mm(z, all_layers, out=product),
                 ),
-                *peers(z, m),
+                *peers(z, tree),
             ),
         )
 
 
-def peers(vectors: Tensor, branching: int, block: int = 8192) -> list[Variant]:
+def peers(vectors: Tensor, tree: tuple[int, ...], block: int = 8192) -> list[Variant]:
     """Returns variants of vector-quantize-pytorch, if it is installed.
 
     They are a flat search over as many leaves, and residual VQ with as many layers of one codebook each (no tree).
@@ -90,8 +100,8 @@ def peers(vectors: Tensor, branching: int, block: int = 8192) -> list[Variant]:
     except ImportError:
         return []
     width = vectors.shape[1]
-    flat = VectorQuantize(dim=width, codebook_size=branching**3).to(vectors.device).eval()
-    residual = ResidualVQ(dim=width, codebook_size=branching, num_quantizers=3).to(vectors.device).eval()
+    flat = VectorQuantize(dim=width, codebook_size=math.prod(tree)).to(vectors.device).eval()
+    residual = ResidualVQ(dim=width, codebook_size=tree, num_quantizers=len(tree)).to(vectors.device).eval()
 
     @torch.no_grad()
     def codes(module: nn.Module) -> Tensor:

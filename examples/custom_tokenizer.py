@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smalti import Codes, Layout, Level, Tokenizer, TokenizerOutput
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
+from smalti.core.codes import Digits, chosen_digits
 from smalti.core.models import register
 from smalti.training.config import FitConfig
 
@@ -58,9 +59,10 @@ class FSQ(Tokenizer):
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:  # noqa: D102 - as in Tokenizer
         return (self.layout.levels[0].join((self.rounded(images) + self.middle).round().long().movedim(1, -1)),)
 
-    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:  # noqa: D102
+    def decode(self, codes: Codes, digits: Digits | None = None) -> Float[Tensor, "b c h w"]:  # noqa: D102
         values = self.layout.levels[0].split(codes[0]).movedim(-1, 1) - self.middle
-        kept = torch.arange(values.shape[1]).view(-1, 1, 1) < (digits or values.shape[1])
+        kept = torch.zeros(values.shape[1], 1, 1, device=values.device)
+        kept[list(chosen_digits(digits, len(kept)))] = 1
         return self.decoder(values * kept).clamp(-1, 1)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:  # noqa: D102

@@ -64,6 +64,21 @@ def test_help_says_what_the_command_does(monkeypatch, capsys):
     assert "A rate." in shown
 
 
+def test_a_flag_of_one_or_several_numbers_names_its_values(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command.py", "--branching", "8", "x"])
+    with pytest.raises(SystemExit) as left:
+        train_tokenizer.main()
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Error parsing --branching: no type matching INT [INT ...] could be instantiated from ['8', 'x']" in line
+    assert "Got errors" not in line
+    monkeypatch.setattr(sys, "argv", ["command.py", "--branching", "8", "4", "2", "--depth", "2"])
+    with pytest.raises(SystemExit):
+        train_tokenizer.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "branching 8 4 2 has one value for each of 3 layers, but depth is 2; give 2 values of branching" in line
+
+
 @pytest.mark.parametrize(
     ("main", "wrong", "right"),
     [

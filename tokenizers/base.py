@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smalti.core.codes import Codes, Layout
+from smalti.core.codes import Codes, Digits, Layout
 from smalti.core.errors import UserError
 from smalti.core.models import Checkpointed, Family, digest
 from smalti.training.config import FitConfig, Phase
@@ -103,15 +103,16 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
         """
 
     @abstractmethod
-    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
+    def decode(self, codes: Codes, digits: Digits | None = None) -> Float[Tensor, "b c h w"]:
         """Decodes codes to images, clamped to [-1, 1]. Deterministic.
 
         Args:
             codes: one tensor per level, on grids of any size.
-            digits: decode only the first `digits` digits of each code, for coarser images; None decodes all.
+            digits: decode only some digits of each code: a number for the first ones, for coarser images, or a slice,
+                such as `slice(1, None)` for what all but the first add; None decodes all.
 
         Raises:
-            UserError: if the codes do not have that many digits.
+            UserError: if the codes do not have these digits.
         """
 
     def facts(self) -> dict[str, str]:

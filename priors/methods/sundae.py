@@ -30,17 +30,22 @@ class SundaeConfig(ObjectiveConfig):
     """Settings of the SUNDAE loss (step-unrolled denoising).
 
     Raises:
-        UserError: for fewer than one unrolled step, or a label dropout outside [0, 1].
+        UserError: for fewer than one unrolled step, or a share of the training or label dropout outside [0, 1].
     """
 
     unrolled_steps: int = 2
     """Denoising steps per training step. The first denoises corrupted codes, each further one denoises a sample of the
     step before."""
+    unroll_after: float = 0.6
+    """Share of the training, at its start, that has one denoising step per training step and so takes about half the
+    time. 0 unrolls from the first training step on, as in the SUNDAE papers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.unrolled_steps < 1:
             raise UserError(f"unrolled_steps must be at least 1, got {self.unrolled_steps}")
+        if not 0 <= self.unroll_after <= 1:
+            raise UserError(f"unroll_after must be from 0 to 1, a share of the training, got {self.unroll_after}")
 
 
 class Sundae(nn.Module):
@@ -49,12 +54,20 @@ class Sundae(nn.Module):
     The codes are corrupted (see `corrupt`) and the prior predicts the original codes. A sample of the
     prediction, at temperature 1 and without gradient, is the input of the next unrolled step. The loss is the
     mean cross-entropy over all unrolled steps and all positions, corrupted or not.
+
+    Deviation: further steps set in after a share of the training, `unroll_after`, since samples of an untrained network
+    teach little; the papers unroll from the start. Losses in evaluation mode always have all steps.
     """
 
     def __init__(self, prior: CodePrior, config: SundaeConfig) -> None:
         super().__init__()
         self.prior = prior
         self.config = config
+        self._training_steps = config.unrolled_steps
+
+    def set_progress(self, progress: float) -> None:
+        """Sets the unrolled steps of the next training step; see `smalti.training.config.FollowsProgress`."""
+        self._training_steps = 1 if progress < self.config.unroll_after else self.config.unrolled_steps
 
     def forward(self, batch: dict[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Returns the loss, in nats per code, and its metrics.
@@ -74,7 +87,7 @@ class Sundae(nn.Module):
         conditioning = self.prior.conditioning(batch, self.config.label_dropout if self.training else 0.0)
         features = self.prior.features(corrupt(head, codes, seeds), **conditioning)  # b n d
         scores = [head.score(features, target)]
-        for step in range(1, self.config.unrolled_steps):
+        for step in range(1, self._training_steps if self.training else self.config.unrolled_steps):
             draws = uniform(derive(seeds, Stream.SUNDAE_UNROLL, step), h * w, len(head.radices))
             features = self.prior.features(head.sample(features, draws).view_as(codes), **conditioning)
             scores.append(head.score(features, target))

@@ -39,6 +39,8 @@ _DISK_ERRORS = {
 _LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
 """Variables that torchrun and `accelerate launch` set for the processes that they start."""
 _MOST_SECONDS_LATER = 20.0
+_ONE_OR_SEVERAL = re.compile(r"\b(\w+)\|\{\[\1 \[\1 \.\.\.\]\]\}")
+"""tyro's name of the values of a flag that takes one number, or several."""
 _NO_COMPILER = "No working C++ compiler found"
 """Part of torch's message, whose exception is a `RuntimeError`; importing its class would import the compiler."""
 _NO_MEMORY = re.compile(
@@ -141,6 +143,9 @@ def _parse(cls: Any, arguments: list[str], about: str, defaults: dict[str, Any])
         lines = [line if line.startswith("╭") else line.strip("│ ") for line in output.getvalue().splitlines()]
         after_title = dropwhile(lambda line: not _is_rule(line), lines)
         message = " ".join(takewhile(lambda line: not _is_rule(line), [*after_title][1:])).strip().rstrip(".")
+        message = _ONE_OR_SEVERAL.sub(
+            r"\1 [\1 ...]", message.partition(" Got errors:")[0]
+        )  # of each type that was tried
         suggests = any(phrase in output.getvalue() for phrase in ("Perhaps you meant", "similar to"))
         similar = [line.split()[0] for line in lines if line.startswith("--")] if suggests else []
         advice = f"did you mean {' or '.join(similar)}?" if similar else "--help lists the flags"
@@ -202,6 +207,8 @@ def _one_paragraph(field: Any) -> Any:
 def _metavar(field_type: Any) -> str | None:
     """Returns `PATH` for `Path | None`, and so on, where tyro writes `{None}|PATH`; None leaves it to tyro."""
     others = [kind for kind in get_args(field_type) if kind is not type(None)]
+    if len(others) == 2 and others[1] == tuple[others[0], ...]:  # one number, or several
+        return f"{others[0].__name__.upper()} [{others[0].__name__.upper()} ...]"
     optional = len(others) == 1 and len(get_args(field_type)) == 2
     return others[0].__name__.upper() if optional and others[0] in (int, float, str, Path) else None
 

@@ -11,7 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from smalti.benchmarks.comparison import in_spread
 from smalti.core.codes import Codes
@@ -32,6 +34,7 @@ from smalti.studies.hr_vqvae.study import (
     DataName,
     ReproduceHRVQVAE,
     TokenizerSpec,
+    branching_of,
     open_data,
     result,
     search_seconds,
@@ -81,6 +84,8 @@ def reproduce_hr_vqvae(config: ReproduceHRVQVAE) -> None:
             write(config, part, search_table(config, images))
         if part == "methods":
             pictures(config, images)
+        if part == "depth":
+            depth_pictures(config, specs, images)
 
 
 def write(config: ReproduceHRVQVAE, part: str, text: str) -> None:
@@ -121,13 +126,13 @@ def depth_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
         f"Fig. 5, {config.data}: HR-VQVAE of {DEPTH_LEAVES} leaves by depth, {config.steps} steps; held-out MSE, the "
         f"mean of {config.seeds} seed(s) and from the least to the most; in how many seeds it is below the row above.",
         "",
-        "| layers | codewords of a codebook | trained as the paper | below | leaves in use | perplexity "
+        "| layers | codewords of a codebook, by layer | trained as the paper | below | leaves in use | perplexity "
         "| at its best | below | leaves in use | perplexity |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     by_depth = {(spec.depth, spec.plain, spec.seed): result(spec, config) for spec in specs}
     for before, depth in pairwise((0, *DEPTHS)):
-        row = [str(depth), str(round(DEPTH_LEAVES ** (1 / depth)))]
+        row = [str(depth), "·".join(map(str, branching_of(DEPTH_LEAVES, depth)))]
         for plain in (True, False):
             seeds = range(config.seeds)
             pairs = [(by_depth[depth, plain, seed], by_depth.get((before, plain, seed))) for seed in seeds]
@@ -184,20 +189,43 @@ def search_table(config: ReproduceHRVQVAE, images: ImageSet) -> str:
 
 @torch.no_grad()
 def pictures(config: ReproduceHRVQVAE, images: ImageSet) -> None:
-    """Draws Figs. 1 and 8: decodes of the first layers of HR-VQVAE, and of the coarsest levels of VQ-VAE-2."""
+    """Draws Figs. 1 and 8: decodes of single layers of HR-VQVAE, and of the coarsest levels of VQ-VAE-2."""
     rows = ImageRows(images, split="held_out", flips=False)
     batch = to_float(rows.spread(SHOWN)).to(best_device())
     linked, levels = (_model(config, kind, images) for kind in ("hrvq", "vqvae2"))
-    codes = linked.encode(batch)
-    sheet = {"original": batch}
-    digits = len(linked.layout.levels[0].radices)
-    for count in range(digits, 0, -1):
-        sheet[f"HR-VQVAE, {count} of {digits} layers"] = linked.decode(codes, count)
+    sheet = {"original": batch, **layer_rows(linked, batch)}
     codes = levels.encode(batch)
     for count in range(len(codes), 0, -1):
         sheet[f"VQ-VAE-2, {count} of {len(codes)} levels"] = levels.decode(_coarsest(codes, count))
     save_sheet(path := config.picture("layers"), {caption: row.cpu() for caption, row in sheet.items()})
     write(config, "pictures", f"![What each layer and each level adds]({path.name})")
+
+
+def layer_rows(linked: Tokenizer, batch: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
+    """Decodes the codes of images by layers: all, then without the last ones, then without the first ones (Fig. 1)."""
+    codes, depth = linked.encode(batch), len(linked.layout.levels[0].radices)
+    chosen = [(0, end) for end in range(depth, 0, -1)] + [(first, depth) for first in range(1, depth)]
+    return {
+        f"HR-VQVAE, layer{f's {first + 1} to' if end - first > 1 else ''} {end}": linked.decode(
+            codes, slice(first, end)
+        )
+        for first, end in chosen
+    }
+
+
+@torch.no_grad()
+def depth_pictures(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], images: ImageSet) -> None:
+    """Draws Fig. 4: reconstructions by depth, of the first seed, trained as the paper and at their best."""
+    batch = to_float(ImageRows(images, split="held_out", flips=False).spread(SHOWN))
+    sheet = {"original": batch}
+    for spec in specs:
+        if spec.seed == 0:
+            tokenizer = trained(spec, config, images).tokenizer()
+            tree = "x".join(map(str, branching_of(spec.leaves, spec.depth)))
+            reconstructed = tokenizer.decode(tokenizer.encode(batch.to(best_device()))).cpu()
+            sheet[f"{tree}, {'as the paper' if spec.plain else 'at its best'}"] = reconstructed
+    save_sheet(path := config.picture("depth"), sheet)
+    write(config, "depth pictures", f"![Reconstructions by the layers' branchings]({path.name})")
 
 
 def _coarsest(codes: Codes, count: int) -> Codes:

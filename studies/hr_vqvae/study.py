@@ -40,8 +40,8 @@ DataName: TypeAlias = Literal["mnist", "cifar10"]
 
 KINDS = ("vqvae", "vqvae2", "hrvq")
 NAMES = {"vqvae": "VQ-VAE", "vqvae2": "VQ-VAE-2", "hrvq": "HR-VQVAE"}
-LEAVES, DEPTH, DEPTHS, DEPTH_LEAVES, SIZES = 512, 3, (1, 2, 3, 6), 64, (512, 4_096, 32_768)
-PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "kmeans_start": False}
+LEAVES, DEPTH, DEPTHS, DEPTH_LEAVES, SIZES = 512, 3, (1, 2, 3, 4, 5, 6), 64, (512, 4_096, 32_768)
+PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "codebook_init": "uniform"}
 """Codebook settings of the papers: learning by the losses alone. All other settings are smalti's defaults."""
 CODES_OF_IMAGES = 10_000
 """Images whose codes are searched in Table 2."""
@@ -211,10 +211,18 @@ def model_of(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> VQConfig:
         **(PLAIN if spec.plain else {}),
     }
     if spec.kind == "hrvq":
-        return HRVQConfig(**shared, depth=spec.depth, branching=round(spec.leaves ** (1 / spec.depth)))
+        tree = branching_of(spec.leaves, spec.depth)
+        return HRVQConfig(**shared, depth=spec.depth, branching=tree[0] if len(set(tree)) == 1 else tree)
     if spec.kind == "vqvae2":
         return VQVAE2Config(**shared, codebook_size=spec.leaves, levels=3)
     return VQVAEConfig(**shared, codebook_size=spec.leaves)
+
+
+def branching_of(leaves: int, depth: int) -> tuple[int, ...]:
+    """Returns the branching of each layer of a tree with a power of two of leaves: equal up to a factor of 2, the
+    larger ones first."""
+    bits = leaves.bit_length() - 1
+    return tuple(2 ** (bits // depth + (layer < bits % depth)) for layer in range(depth))
 
 
 def open_data(config: ReproduceHRVQVAE) -> ImageSet:

@@ -32,8 +32,9 @@ def test_composing_is_measured_at_every_size():
     assert [tuple(variant.work().shape) for variant in comparison.variants] == [(1, 3, 40, 30), (1, 3, 300, 260)]
 
 
-def test_search_variants_find_the_same_codes():
-    (comparison,) = training.search(vectors=5000, width=8, branchings=(4,))
+@pytest.mark.parametrize("tree", [(4, 4, 4), (4, 2, 6)])
+def test_search_variants_find_the_same_codes(tree):
+    (comparison,) = training.search(vectors=5000, width=8, trees=[tree])
     ours, flat, large_blocks, gathered, _, *peers = (variant.work() for variant in comparison.variants)
     assert [len(codes) for codes in peers] == [5000, 5000]
     assert gathered.equal(ours)

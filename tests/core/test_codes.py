@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalti.core.codes import LARGEST_CODEBOOK_SIZE, Layout, Level
+from smalti.core.codes import LARGEST_CODEBOOK_SIZE, Layout, Level, chosen_digits
 from smalti.core.errors import UserError
 
 RADICES = st.lists(st.integers(2, 40), min_size=1, max_size=5).map(tuple).filter(lambda r: math.prod(r) < 2**31)
@@ -46,6 +46,23 @@ def test_prefix_of_linked_layers_is_division_by_a_power(branching, depth, seed):
     level = Level(3, 4, (branching,) * depth)
     for first in range(1, depth + 1):
         assert torch.equal(level.prefix(codes, first), codes // branching ** (depth - first))
+
+
+@given(st.integers(1, 6), st.integers(-2, 8), st.none() | st.integers(-6, 8))
+def test_chosen_digits_are_those_of_pythons_slices(count, start, stop):
+    """A number is the first digits. Digits that codes do not have, or none at all, are refused."""
+    if 1 <= start <= count:
+        assert list(chosen_digits(start, count)) == list(range(count))[:start]
+    else:
+        with pytest.raises(UserError, match=f"cannot decode {start} of them"):
+            chosen_digits(start, count)
+    expected = list(range(count))[start:stop]
+    if expected and (stop or 0) <= count:
+        assert list(chosen_digits(slice(start, stop), count)) == expected
+    else:
+        with pytest.raises(UserError, match=f"these codes have {count} digits?; cannot decode slice"):
+            chosen_digits(slice(start, stop), count)
+    assert list(chosen_digits(None, count)) == list(range(count))
 
 
 def test_split_keeps_shape_and_adds_digits_last():

@@ -11,7 +11,7 @@ from helpers import toys
 from safetensors.torch import load_file, save_file
 
 from smalti.core import models
-from smalti.core.config import added, config_from_json
+from smalti.core.config import added, config_from_json, replacing
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME, digest, load
 from smalti.tokenizers.vq.hrvq import HRVQ
@@ -64,6 +64,36 @@ def test_added_setting_keeps_old_checkpoints_and_digests_valid():
         config_from_json(Before, {**kept, "sharper": True}, "kept")
     with pytest.raises(UserError, match="kept lacks height"):
         config_from_json(After, {"sharper": True}, "kept")
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    height: int = 4
+    blurred: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    height: int = 4
+    filter: str = replacing("blurred", on="blur", off="none", default="blur")
+
+
+@pytest.mark.parametrize(("switch", "choice"), [(True, "blur"), (False, "none")])
+def test_setting_in_place_of_a_switch_keeps_old_checkpoints_and_digests_valid(switch, choice):
+    state, kept = {"w": torch.ones(2)}, dataclasses.asdict(Switch(blurred=switch))
+    assert config_from_json(Choice, kept, "kept") == Choice(filter=choice)
+    assert config_from_json(Choice, dataclasses.asdict(Choice(filter=choice)), "kept") == Choice(filter=choice)
+    assert digest("a", Choice(filter=choice), state) == digest("a", Switch(blurred=switch), state)
+    assert digest("a", Choice(filter="sharpen"), state) not in {
+        digest("a", each, state) for each in (Switch(), Switch(blurred=False), Choice(), Choice(filter="none"))
+    }
+    without = {"without": {"filter"}}
+    assert digest("a", Choice(filter=choice), state, **without) == digest("a", Before(), state)
+    for damaged in ({"blurred": "yes"}, {"blurred": 1}, {}):
+        with pytest.raises(UserError, match="kept lacks filter"):
+            config_from_json(Choice, {"height": 4, **damaged}, "kept")
+    with pytest.raises(UserError, match="kept has unknown fields: blurred"):
+        config_from_json(Choice, {**kept, "filter": choice}, "kept")
 
 
 @of_every_kind

@@ -143,9 +143,42 @@ def test_plain_training_changes_only_the_codebook_settings():
     for kind in ("hrvq", "vqvae", "vqvae2"):
         plain, best = (asdict(model_of(TokenizerSpec(kind, plain, 1, 8), config_of())) for plain in (True, False))
         changed = {name for name in plain if plain[name] != best[name]}
-        assert changed == {"codebook_learning", "revive_below", "kmeans_start"}
+        assert changed == {"codebook_learning", "revive_below", "codebook_init"}
     deep = model_of(TokenizerSpec("hrvq", False, 1, leaves=64, depth=6), config_of())
     assert (deep.depth, deep.branching) == (6, 2)
+
+
+def test_trees_of_any_depth_have_the_same_leaves():
+    trees = [study.branching_of(64, depth) for depth in range(1, 7)]
+    assert trees == [(64,), (8, 8), (4, 4, 4), (4, 4, 2, 2), (4, 2, 2, 2, 2), (2,) * 6]
+    assert [study.branching_of(leaves, 3) for leaves in (512, 4096, 32_768)] == [(8,) * 3, (16,) * 3, (32,) * 3]
+    mixed = model_of(TokenizerSpec("hrvq", False, 1, leaves=64, depth=4), config_of())
+    assert (mixed.depth, mixed.branching) == (4, (4, 4, 2, 2))
+    assert model_of(TokenizerSpec("hrvq", False, 1, leaves=512, depth=3), config_of()).branching == 8
+
+
+@torch.no_grad()
+def test_rows_of_the_first_figure_decode_sums_of_single_layers(folder):
+    tokenizer = load(folder / f"runs/reproductions/mnist/hrvq-8-depth3-best-{SHARED}", "tokenizer")
+    batch = to_float(images_of_split("held_out"))[:3]
+    (codes,), books = tokenizer.encode(batch), [book.flatten(0, 1) for book in tokenizer.quantizer.codebooks]
+    layers = [books[0][codes // 4], books[1][codes // 2], books[2][codes]]
+    expected = {"1 to 3": (0, 3), "1 to 2": (0, 2), "1": (0, 1), "2 to 3": (1, 3), "3": (2, 3)}
+    rows = report.layer_rows(tokenizer, batch)
+    names = [f"HR-VQVAE, layer{'s' if ' ' in name else ''} {name}" for name in expected]
+    assert list(rows) == names
+    for row, (first, end) in zip(rows.values(), expected.values(), strict=True):
+        decoded = tokenizer.decoder(sum(layers[first:end]).movedim(-1, 1)).clamp(-1, 1)
+        torch.testing.assert_close(row, decoded)
+
+
+def test_pictures_by_depth_show_every_tree(folder):
+    text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
+    assert "(hr-vqvae-mnist-depth.png)" in text
+    picture = Image.open(folder / "docs/reproductions/hr-vqvae-mnist-depth.png")
+    layers = Image.open(folder / "docs/reproductions/hr-vqvae-mnist-layers.png")
+    assert picture.width == layers.width
+    assert picture.height * 9 == pytest.approx(layers.height * 5, rel=0.05)  # rows: original and 2 depths of 2 ways
 
 
 def test_finished_study_trains_and_measures_nothing_again(folder):
@@ -246,7 +279,7 @@ def test_both_heads_learn_the_same_codes(folder):
 
 def test_report_has_every_part_with_measured_numbers(folder):
     text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
-    assert text.count("<!-- measured: mnist ") == 8
+    assert text.count("<!-- measured: mnist ") == 9
     assert "not run" not in text
     tokenizer = read(folder / "runs/reproductions/mnist" / f"hrvq-8-depth3-best-{SHARED}" / RESULT_NAME)
     assert f"| {tokenizer['mse']:.5f} |" in report_row(folder, "| HR-VQVAE | 0.00011 | 0.27 |")
@@ -254,7 +287,7 @@ def test_report_has_every_part_with_measured_numbers(folder):
     row = report_row(folder, "| HR-VQVAE | 1 | 11.75 |")
     scores = [read(path / f"{prior}-{BUDGET}" / "sampled-lite0-8-of-1000.json") for prior in ("pixelcnn", "hourglass")]
     assert all(f"| {each['frechet']:.1f} |" in row and f"| {each['parameters']:,} |" in row for each in scores)
-    for name in ("layers", "size", "samples"):
+    for name in ("layers", "depth", "size", "samples"):
         assert f"(hr-vqvae-mnist-{name}.png)" in text
         assert Image.open(folder / f"docs/reproductions/hr-vqvae-mnist-{name}.png").width > 100
 

@@ -205,6 +205,13 @@ def test_signal_during_the_last_report_is_not_lost(tmp_path):
     assert Run(tmp_path, {"settings": "same"}).step == CONFIG.steps
 
 
+def test_objectives_receive_the_share_of_the_steps_done(tmp_path, monkeypatch):
+    seen, (_, objective, *_) = [], toys.toy()
+    monkeypatch.setattr(type(objective), "set_progress", lambda self, share: seen.append(share), raising=False)
+    train(tmp_path / "whole")
+    assert seen == [step / CONFIG.steps for step in range(CONFIG.steps)]
+
+
 def test_reports_receive_the_averaged_model_in_evaluation_mode(tmp_path):
     seen, (model, objective, rows, held_out) = [], toys.toy()
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from smalti.core.config import former_switches
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
+from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.training.run_folder import METRICS_NAME, RUN_NAME, Run, last_metrics
 from smalti.training.snapshots import STATE_NAME
 
@@ -54,6 +56,16 @@ def test_run_resumes_from_the_requested_snapshot(tmp_path):
     assert last_metrics(tmp_path)["step"] == 2
     with pytest.raises(UserError, match="none at all"):
         Run(tmp_path / "empty", SETTINGS, resume=2)
+
+
+def test_run_of_an_older_version_resumes_under_the_present_names(tmp_path):
+    """Older runs have a switch where there is a choice now; other choices than the switch's are other settings."""
+    names = former_switches(HRVQConfig())
+    started(tmp_path, kmeans_start=False)
+    assert Run(tmp_path, {**SETTINGS, "codebook_init": "uniform"}, switches=names).step == 5
+    gc.collect()
+    with pytest.raises(UserError, match="holds a run with --codebook-init uniform, not --codebook-init kmeans"):
+        Run(tmp_path, {**SETTINGS, "codebook_init": "kmeans"}, switches=names)
 
 
 def test_damaged_snapshot_is_skipped_with_one_line(tmp_path, capsys):

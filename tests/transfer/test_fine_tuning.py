@@ -100,6 +100,11 @@ def test_what_fits_is_taken_and_what_is_new_is_named(trained, capfd):
     assert status == 0
     assert "quantizer.codebook_0 1x6x6, there 1x4x6" in err
     assert "initializing the codebooks" in err
+    status, _, err = tune(capfd, "--init", "old", "--branching", "4", "3", "--out", "mixed")
+    assert status == 0
+    assert "quantizer.codebook_0" not in err
+    assert "quantizer.codebook_1 4x3x6, there 4x4x6" in err
+    assert load_tokenizer("mixed").layout.levels[0].radices == (4, 3)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +120,10 @@ def test_what_fits_is_taken_and_what_is_new_is_named(trained, capfd):
         (("--init", "absent"), "no checkpoint at absent"),
         (("--init", "old", "--freeze", "encoder", "decoder"), "leaves nothing to train"),
         (("--init", "old", "--freeze", "codebook", "--branching", "6"), "which has no quantizer.codebook_0"),
+        (
+            ("--init", "old", "--branching", "4", "3", "2"),
+            "each of 3 layers, but depth is 2; give 2 values of branching",
+        ),
         (("--freeze", "encoder"), "so it needs --init"),
     ],
 )

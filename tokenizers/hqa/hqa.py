@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.codes import Codes, Layout, Level
+from smalti.core.codes import Codes, Digits, Layout, Level
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.core.randomness import Stream, derive, row_seeds
@@ -173,7 +173,7 @@ class HQA(Tokenizer[HQAConfig]):
     def decode(
         self,
         codes: Codes,
-        digits: int | None = None,
+        digits: Digits | None = None,
         layer: int | None = None,
         seeds: Int64[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
@@ -183,7 +183,7 @@ class HQA(Tokenizer[HQAConfig]):
         prediction of the decoder above it (HAMs). Without seeds they are the most probable ones.
 
         Raises:
-            UserError: if there is no such layer, or the codes have fewer digits.
+            UserError: if there is no such layer, or the codes do not have these digits.
         """
         (grid,) = codes
         number = self._number(layer)

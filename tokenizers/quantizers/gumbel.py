@@ -13,6 +13,7 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from smalti.core.codes import Digits
 from smalti.core.randomness import gumbel
 from smalti.tokenizers.quantizers.linked import QuantizerOutput, codewords
 
@@ -56,11 +57,11 @@ class GumbelQuantizer(nn.Module):
         """Returns the most probable code at each position."""
         return self._logits(z_e).argmax(1)
 
-    def lookup(self, codes: Int64[Tensor, "b h w"], digits: int | None = None) -> Float[Tensor, "b d h w"]:
+    def lookup(self, codes: Int64[Tensor, "b h w"], digits: Digits | None = None) -> Float[Tensor, "b d h w"]:
         """Returns the codewords of codes.
 
         Raises:
-            UserError: if `digits` is not 1, the number of digits of these codes.
+            UserError: if `digits` are others than the one digit of these codes.
         """
         return codewords(self.codebook, codes, digits)
 

@@ -11,6 +11,7 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from smalti.core.codes import Digits
 from smalti.tokenizers.quantizers.linked import QuantizerOutput, codewords
 from smalti.tokenizers.quantizers.search import largest_products
 
@@ -63,11 +64,11 @@ class InnerProductQuantizer(nn.Module):
         codes = largest_products(rearrange(z_e, "b d h w -> (b h w) d"), self.codebook)
         return rearrange(codes, "(b h w) -> b h w", b=b, h=h, w=w)
 
-    def lookup(self, codes: Int64[Tensor, "b h w"], digits: int | None = None) -> Float[Tensor, "b d h w"]:
+    def lookup(self, codes: Int64[Tensor, "b h w"], digits: Digits | None = None) -> Float[Tensor, "b d h w"]:
         """Returns the codewords of codes.
 
         Raises:
-            UserError: if `digits` is not 1, the number of digits of these codes.
+            UserError: if `digits` are others than the one digit of these codes.
         """
         return codewords(self.codebook, codes, digits)
 

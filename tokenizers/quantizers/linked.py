@@ -1,12 +1,14 @@
 """Vector quantization through linked codebooks, the bottleneck of HR-VQVAE; with one layer it is VQ-VAE's.
 
 Maps vectors to codes and back; images are not handled here. The search is in `search.py`, the codebook updates without
-gradients (EMA, revival of dead codewords) in `codebook_updates.py`, the k-means initialization in `kmeans.py`.
+gradients (EMA, revival of dead codewords) in `codebook_updates.py`, the k-means initialization in `kmeans.py`, settings
+of single layers in `tree.py`.
 
 Legend: b batch, d code width, h w grid, m branching, n layers.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -16,13 +18,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.codes import LARGEST_CODEBOOK_SIZE
+from smalti.core.codes import Digits, chosen_digits
 from smalti.core.distributed import total
 from smalti.core.errors import UserError
 from smalti.core.randomness import derive, uniform
 from smalti.tokenizers.quantizers.codebook_updates import dead_codeword_revivals, ema_update, scatter_rows
 from smalti.tokenizers.quantizers.kmeans import linked_kmeans
 from smalti.tokenizers.quantizers.search import nearest_paths
+from smalti.tokenizers.quantizers.tree import RandomStart, depth_of, radices_of, start_bound, weights_of
 from smalti.training.fsdp import full, split_like
 
 CodebookLearning: TypeAlias = Literal["gradient", "ema"]
@@ -39,7 +42,7 @@ class QuantizerOutput:
 
     Attributes:
         z_q: quantized vectors, e_C (HR-VQVAE, Eq. 4). The straight-through estimator copies its gradient to `z_e`.
-        codes: codes from 0 to m**n - 1: the paths through the tree of codebooks.
+        codes: codes below m_1 * ... * m_n: the paths through the tree of codebooks.
         losses: scalar terms by name, already weighted; their sum is the quantizer's part of the objective (HR-VQVAE,
             Eqs. 5 and 6).
     """
@@ -50,23 +53,23 @@ class QuantizerOutput:
 
 
 def codewords(
-    codebook: Float[Tensor, "k d"], codes: Int64[Tensor, "b h w"], digits: int | None
+    codebook: Float[Tensor, "k d"], codes: Int64[Tensor, "b h w"], digits: Digits | None
 ) -> Float[Tensor, "b d h w"]:
     """Looks codes up in a flat codebook; for quantizers without linked codebooks.
 
     Raises:
-        UserError: if `digits` is not 1, the number of digits of these codes.
+        UserError: if `digits` are others than the one digit of these codes.
     """
-    if digits not in (None, 1):
-        raise UserError(f"these codes have 1 digit; cannot decode {digits} of them")
+    chosen_digits(digits, 1)
     return rearrange(F.embedding(codes, codebook), "b h w d -> b d h w")
 
 
 class LinkedQuantizer(nn.Module):
     """Residual quantization through linked codebooks (HR-VQVAE, Eqs. 3-6); with `depth=1` it is VQ-VAE's (Eqs. 1-2).
 
-    Layer i holds `branching**(i-1)` codebooks of `branching` codewords; the codeword chosen in layer i-1 decides which
-    one layer i searches. A path from the first layer to the last is one code in [0, branching**depth).
+    Layer i holds a codebook of m_i codewords for each codeword of layer i-1, and the first layer a single one; the
+    codeword chosen in layer i-1 decides which one layer i searches. A path from the first layer to the last is one code
+    in [0, m_1 * ... * m_n), whose digits have the radices m_1, ..., m_n. In the paper all layers have the same m.
 
     Codewords learn either from the codebook terms of the loss, or as exponential moving averages (EMA) of the vectors
     that choose them (VQ-VAE, App. A.1). With EMA there are no codebook terms. Against codebook collapse, dead codewords
@@ -80,18 +83,27 @@ class LinkedQuantizer(nn.Module):
             ...  # a loss of decoder(output.z_q), plus sum(output.losses.values()); backward; optimizer.step()
             quantizer.after_step()
 
-    The paper gives no values for beta; here all layers share one, 0.25 by default as in VQ-VAE. Search, losses, sums
-    and moving averages are float32 under autocast: half precision swaps near neighbours.
+    The paper gives no values for the betas; all are 0.25 by default as in VQ-VAE. Search, losses, sums and moving
+    averages are float32 under autocast: half precision swaps near neighbours.
 
     Deviations: the squared norms of Eqs. 2, 5 and 6 are means over positions and channels, so that the weights do not
     depend on the sizes. With one layer, Eq. 5's terms over the whole equal Eq. 6's over the layer; they count once, as
-    in Eq. 2.
+    in Eq. 2, with that layer's weight. In the commitment term of Eq. 6, the residual xi^(i-1) = xi^0 - e^1 - ... -
+    e^(i-1) is detached from the codewords of the lower layers: the term reaches the encoder alone, as its purpose and
+    Eq. 2 have it. Eq. 6 as written would also move lower codewords, towards what upper layers leave over;
+    docs/notebook/tokenizers.md compares the two.
 
     Args:
         code_width: length of a codeword.
-        depth: number of layers, which is the number of digits of a code.
-        branching: codewords per codebook, which is the number of values of a digit.
-        commitment_weight: weight of the commitment loss, beta.
+        depth: number of layers, which is the number of digits of a code; with several branchings, their number.
+        branching: codewords per codebook, which is the number of values of a digit: one number for all layers, or a
+            number for each, from the first to the last.
+        commitment_weight: weights beta_1, ..., beta_n of the layers' commitment losses (Eq. 6): one for all, or one for
+            each.
+        combined_commitment_weight: weight beta_0 of the commitment loss over the sum of all layers (Eq. 5); by default
+            that of the first layer, whose term is about the same vectors.
+        start: the range of the uniform random numbers that codewords start as; see `start_bound`. `init_from_data`
+            replaces them.
         learning: how codewords learn: by EMA or by gradients.
         decay: decay per step of the moving averages and counts.
         revive_below: a codeword is dead, and revived after the step, if it is chosen less often than this share of its
@@ -101,13 +113,15 @@ class LinkedQuantizer(nn.Module):
             direction of its average.
 
     Attributes:
+        radices: the branching of each layer, which are the radices of a code.
         frozen: whether codewords stay as they are in training: neither moving averages nor revival. Codewords that
             learn by gradients need `requires_grad_(False)` as well.
 
     Raises:
-        UserError: if `code_width` or `depth` is below 1, `branching` below 2, `commitment_weight` negative, `decay` or
-            `revive_below` not from 0 to below 1, there are more than 2**31 - 1 leaves, or `cosine` is used with several
-            layers: residuals of directions are not directions.
+        UserError: if `code_width` or `depth` is below 1, a branching below 2, a weight negative, the number of
+            branchings or weights another than that of layers, `decay` or `revive_below` not from 0 to below 1, there
+            are more than 2**31 - 1 leaves, or `cosine` is used with several layers: residuals of directions are not
+            directions.
     """
 
     def __init__(
@@ -115,43 +129,49 @@ class LinkedQuantizer(nn.Module):
         *,
         code_width: int,
         depth: int = 1,
-        branching: int,
-        commitment_weight: float = 0.25,
+        branching: int | Sequence[int],
+        commitment_weight: float | Sequence[float] = 0.25,
+        combined_commitment_weight: float | None = None,
+        start: RandomStart = "uniform",
         learning: CodebookLearning = "ema",
         decay: float = DECAY,
         revive_below: float = REVIVE_BELOW,
         cosine: bool = False,
     ) -> None:
         super().__init__()
-        if min(depth, code_width) < 1 or branching < 2:
-            values = f"{depth}, {code_width} and {branching}"
-            raise UserError(f"depth and code_width must be at least 1 and branching at least 2, not {values}")
-        if commitment_weight < 0:
-            raise UserError(f"commitment_weight must not be negative, got {commitment_weight}; 0.25 is usual")
+        if code_width < 1:
+            raise UserError(f"code_width must be at least 1, not {code_width}")
+        self.radices = radices_of(branching, depth_of(branching, depth, default=1))
+        self.depth = len(self.radices)
+        self.commitment_weights = weights_of(commitment_weight, self.depth)
+        combined = self.commitment_weights[0] if combined_commitment_weight is None else combined_commitment_weight
+        if not combined >= 0:
+            raise UserError(f"combined_commitment_weight must not be negative, got {combined}; 0.25 is usual")
         for name, share in {"decay": decay, "revive_below": revive_below}.items():
             if not 0 <= share < 1:
                 raise UserError(f"a codebook's {name} must be from 0 to below 1, not {share}")
-        if depth * math.log2(branching) >= 31:  # before the power, which might never end
-            leaves = f"{branching}**{depth} leaves are more than {LARGEST_CODEBOOK_SIZE}"
-            raise UserError(f"{leaves}; take a smaller depth or branching")
-        if cosine and depth > 1:
-            raise UserError(f"cosine similarity needs codes of one layer; use depth 1, not {depth}")
-        self.depth, self.branching, self.commitment_weight = depth, branching, commitment_weight
-        self.learning, self.decay, self.revive_below, self.cosine = learning, decay, revive_below, cosine
-        for layer in range(depth):
-            codebook = torch.zeros(branching**layer, branching, code_width).uniform_(-(0.5**layer), 0.5**layer)
+        if cosine and self.depth > 1:
+            raise UserError(
+                f"cosine similarity needs codes of one layer; use depth 1 and one branching, not {self.depth} layers"
+            )
+        self.combined_weight, self.learning, self.decay = combined, learning, decay
+        self.revive_below, self.cosine = revive_below, cosine
+        for layer, m in enumerate(self.radices):
+            nodes = math.prod(self.radices[:layer])
+            bound = start_bound(start, layer=layer, branching=m, code_width=code_width)
+            codebook = torch.zeros(nodes, m, code_width).uniform_(-bound, bound)
             if learning == "gradient":
                 self.register_parameter(f"codebook_{layer}", nn.Parameter(codebook))
             else:
                 self.register_buffer(f"codebook_{layer}", codebook)
             if self._counts_choices:
-                self.register_buffer(f"counts_{layer}", torch.ones(branching**layer, branching))
+                self.register_buffer(f"counts_{layer}", torch.ones(nodes, m))
         self.frozen = False
         self._quantized: list[tuple[Tensor, Tensor]] = []  # vectors and paths of this step's micro-batches
 
     @property
-    def codebooks(self) -> list[Float[Tensor, "_nodes m d"]]:
-        """Codebooks of each layer, (m**(i-1), m, d), as the search uses them: scaled to length 1 with `cosine`."""
+    def codebooks(self) -> list[Float[Tensor, "_nodes _m d"]]:
+        """Codebooks of each layer, (nodes, m, d), as the search uses them: scaled to length 1 with `cosine`."""
         return [self._scaled(codebook) for codebook in self._stored]
 
     @property
@@ -180,21 +200,21 @@ class LinkedQuantizer(nn.Module):
             self._quantized.append((vectors.detach(), paths))
         codebook_loss = commitment_loss = torch.zeros((), device=z_e.device)
         combined, residual = torch.zeros_like(vectors), vectors
-        for layer in range(self.depth):
+        for layer, beta in enumerate(self.commitment_weights):
             codeword = self._codewords(layer, paths)
             codebook_loss = codebook_loss + F.mse_loss(codeword, residual.detach())  # HR-VQVAE, Eq. 6
-            commitment_loss = commitment_loss + F.mse_loss(residual, codeword.detach())  # Eq. 6, times beta
+            commitment_loss = commitment_loss + beta * F.mse_loss(residual, codeword.detach())  # Eq. 6
             combined = combined + codeword  # Eq. 4
             residual = residual - codeword.detach()  # not in place: every layer's commitment must reach the encoder
         if self.depth > 1:
             codebook_loss = codebook_loss + F.mse_loss(combined, vectors.detach())  # Eq. 5
-            commitment_loss = commitment_loss + F.mse_loss(vectors, combined.detach())  # Eq. 5, times beta
+            commitment_loss = commitment_loss + self.combined_weight * F.mse_loss(vectors, combined.detach())  # Eq. 5
         losses = {"codebook": codebook_loss} if self.learning == "gradient" else {}
         z_q = vectors + (combined - vectors).detach()  # straight-through estimator
         return QuantizerOutput(
             z_q=rearrange(z_q, "(b h w) d -> b d h w", b=b, h=h, w=w),
             codes=rearrange(paths, "(b h w) -> b h w", b=b, h=h, w=w),
-            losses={**losses, "commitment": self.commitment_weight * commitment_loss},
+            losses={**losses, "commitment": commitment_loss},
         )
 
     @torch.no_grad()
@@ -258,21 +278,23 @@ class LinkedQuantizer(nn.Module):
         paths = nearest_paths(self._vectors(z_e), self.codebooks)
         return rearrange(paths, "(b h w) -> b h w", b=b, h=h, w=w)
 
-    def lookup(self, codes: Int64[Tensor, "b h w"], digits: int | None = None) -> Float[Tensor, "b d h w"]:
-        """Returns the sum of the codewords on each code's path, e_C (Eq. 4), or only of its first `digits` layers.
+    def lookup(self, codes: Int64[Tensor, "b h w"], digits: Digits | None = None) -> Float[Tensor, "b d h w"]:
+        """Returns the sum of the codewords on each code's path, e_C (Eq. 4), or only of the layers of some digits.
+
+        Args:
+            codes: codes on a grid.
+            digits: a number i for the first i layers, or a slice of layers counted from 0: the sum over `slice(1, 3)`
+                is e^2 + e^3. None is all layers.
 
         Raises:
-            UserError: if the codes do not have that many digits.
+            UserError: if the codes do not have these digits.
         """
-        digits = self.depth if digits is None else digits
-        if not 1 <= digits <= self.depth:
-            raise UserError(f"these codes have {self.depth} digits; cannot decode {digits} of them")
-        combined = torch.stack([self._codewords(layer, codes) for layer in range(digits)]).sum(0)
+        combined = torch.stack([self._codewords(layer, codes) for layer in chosen_digits(digits, self.depth)]).sum(0)
         return rearrange(combined, "b h w d -> b d h w")
 
     def _prefixes(self, layer: int, paths: Tensor) -> Tensor:
         """Returns the index, among all codewords of the layer, of the one on each path."""
-        return paths // self.branching ** (self.depth - 1 - layer)
+        return paths // math.prod(self.radices[layer + 1 :])
 
     def _codewords(self, layer: int, paths: Tensor) -> Tensor:
         return F.embedding(self._prefixes(layer, paths), self.codebooks[layer].flatten(0, 1))

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from smalti.core.codes import Digits
 from smalti.core.distributed import collected, total
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, gumbel, normal, uniform
@@ -136,11 +137,11 @@ class StochasticQuantizer(nn.Module):
         """Returns the most probable codes, or samples from the posterior (Eq. 3) if seeds, one per image, are given."""
         return sample_codes(self.logits(z_e), seeds)
 
-    def lookup(self, codes: Int64[Tensor, "b h w"], digits: int | None = None) -> Float[Tensor, "b d h w"]:
+    def lookup(self, codes: Int64[Tensor, "b h w"], digits: Digits | None = None) -> Float[Tensor, "b d h w"]:
         """Returns the codewords of codes.
 
         Raises:
-            UserError: if `digits` is not 1, the number of digits of these codes.
+            UserError: if `digits` are others than the one digit of these codes.
         """
         return codewords(self.codebook, codes, digits)
 

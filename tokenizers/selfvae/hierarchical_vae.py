@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.codes import Codes, Layout, Level
+from smalti.core.codes import Codes, Digits, Layout, Level
 from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.randomness import Stream, derive, normal, row_seeds
 from smalti.core.realnvp_flow import Flow
@@ -202,10 +202,10 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         """Returns the mean of q(u | y_K); see `Tokenizer.encode`."""
         return (self.posterior(self.top, self.representations(images)[-1]).mean,)
 
-    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
+    def decode(self, codes: Codes, digits: Digits | None = None) -> Float[Tensor, "b c h w"]:
         """Decodes u by the mean of every distribution; see `Tokenizer.decode`."""
         if digits is not None:
-            raise UserError(f"{self.kind} cannot decode the first digits of codes: its latents are real-valued")
+            raise UserError(f"{self.kind} cannot decode some digits of codes: its latents are real-valued")
         (u,) = codes
         return self.decode_from(Transmitted(u=u))
 

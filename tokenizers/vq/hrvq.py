@@ -4,24 +4,37 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from smalti.core.models import register
+from smalti.tokenizers.quantizers.tree import Branching, depth_of, radices_of
 from smalti.tokenizers.vq.vqvae import ConvolutionalVQ, VQConfig
+
+DEPTH = 3
+"""Layers of the paper's examples."""
 
 
 @dataclass(frozen=True)
 class HRVQConfig(VQConfig):
-    """Settings of an HR-VQVAE. The defaults give 8*8*8 = 512 codes."""
+    """Settings of an HR-VQVAE. The defaults give 8*8*8 = 512 codes.
 
-    depth: int = 3
-    """Layers of linked codebooks: the number of digits of a code."""
-    branching: int = 8
-    """Codewords per codebook: the number of values of a digit."""
+    Raises:
+        UserError: if there are several branchings, but not `depth`.
+    """
+
+    depth: int = DEPTH
+    """Layers of linked codebooks: the number of digits of a code. With a --branching for each layer it is their
+    number."""
+    branching: Branching = 8
+    """Codewords per codebook: the number of values of a digit. One number for every layer, or a number for each, the
+    first layer's first: `--branching 8 4 2`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "depth", depth_of(self.branching, self.depth, default=DEPTH))
 
 
 @register
 class HRVQ(ConvolutionalVQ[HRVQConfig]):
     """Hierarchical residual learning VQ-VAE (HR-VQVAE, Eqs. 3-6 and Fig. 2): one grid of `branching**depth` codes.
 
-    The paper calls the depth n and the branching m.
+    The paper calls the depth n and the branching m, which is the same in all layers there; here each may have its own.
 
     Raises:
         UserError: as `ConvolutionalVQ` does.
@@ -32,5 +45,5 @@ class HRVQ(ConvolutionalVQ[HRVQConfig]):
 
     @property
     def radices(self) -> tuple[int, ...]:
-        """Radices of a code: `branching` in each of `depth` layers."""
-        return (self.config.branching,) * self.config.depth
+        """Radices of a code: the branching of each layer."""
+        return radices_of(self.config.branching, self.config.depth)

@@ -8,14 +8,15 @@ Legend: b batch, c channels, h w image or grid, d code width.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smalti.core.codes import Codes, Layout, Level
+from smalti.core.codes import Codes, Digits, Layout, Level
+from smalti.core.config import added, replacing
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.tokenizers.base import PartName, Tokenizer, TokenizerOutput, require_size
@@ -24,6 +25,7 @@ from smalti.tokenizers.layers.strips import in_bounded_memory
 from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
 from smalti.tokenizers.quantizers.inner_product import InnerProductQuantizer
 from smalti.tokenizers.quantizers.linked import DECAY, REVIVE_BELOW, CodebookLearning, LinkedQuantizer
+from smalti.tokenizers.quantizers.tree import LayerWeights
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,12 @@ class VQConfig:
     """Residual blocks per stage, in encoder and decoder."""
     code_width: int = 64
     """Length of a codeword."""
-    commitment_weight: float = 0.25
-    """Weight of the commitment loss, beta. Raise it if encoder outputs drift away from the codewords."""
+    commitment_weight: LayerWeights = 0.25
+    """Weight of the commitment loss, beta: one value, or a value for each layer of linked codebooks, the first one
+    first. Raise it if encoder outputs drift away from the codewords."""
+    combined_commitment_weight: float | None = added(None)
+    """With several layers of codebooks: weight of the commitment to the sum of their codewords [default: that of the
+    first layer]."""
     codebook_learning: CodebookLearning = "ema"
     """Update of codewords: `ema`, as exponential moving averages of the vectors that choose them, or `gradient`, by the
     codebook loss."""
@@ -52,8 +58,12 @@ class VQConfig:
     revive_below: float = REVIVE_BELOW
     """Against codebook collapse: a codeword used less than this share of its codebook's mean is dead, and moves to an
     encoder output. 0 revives none."""
-    kmeans_start: bool = True
-    """Initialize the codebooks by k-means on the untrained encoder's outputs, not at random."""
+    codebook_init: Literal["kmeans", "uniform", "unit-variance", "scaled"] = replacing(
+        "kmeans_start", on="kmeans", off="uniform", default="kmeans"
+    )
+    """Initialization of the codebooks: `kmeans` takes k-means centres of the untrained encoder's outputs. The others
+    are uniform random numbers, for comparisons: `uniform` up to ±0.5**i in layer i, counted from 0, `unit-variance` up
+    to ±sqrt(3/D) for codewords of length D, `scaled` up to ±1/K for K codewords in a codebook."""
 
 
 VQConfigT = TypeVar("VQConfigT", bound=VQConfig)
@@ -67,7 +77,10 @@ class VQFamily(Tokenizer[VQConfigT]):
     """
 
     training_settings: ClassVar[frozenset[str]] = frozenset(
-        {"commitment_weight", "codebook_learning", "codebook_decay", "revive_below", "kmeans_start"}
+        {
+            *("commitment_weight", "combined_commitment_weight", "codebook_learning", "codebook_decay"),
+            *("revive_below", "codebook_init"),
+        }
     )
 
     def __init__(self, config: VQConfigT, *, downsampling: int) -> None:
@@ -77,13 +90,15 @@ class VQFamily(Tokenizer[VQConfigT]):
         self.image_channels, self.downsampling = config.image_channels, downsampling
         require_size(config.height, config.width, downsampling)
 
-    def quantizer_of(self, *, depth: int, branching: int, cosine: bool = False) -> LinkedQuantizer:
-        """Returns a quantizer with the config's settings for codebook learning."""
+    def quantizer_of(self, radices: tuple[int, ...], *, cosine: bool = False) -> LinkedQuantizer:
+        """Returns a quantizer of a branching for each layer, with the config's settings for codebook learning."""
+        init = self.config.codebook_init
         return LinkedQuantizer(
             code_width=self.config.code_width,
-            depth=depth,
-            branching=branching,
+            branching=radices,
             commitment_weight=self.config.commitment_weight,
+            combined_commitment_weight=self.config.combined_commitment_weight,
+            start="uniform" if init == "kmeans" else init,
             learning=self.config.codebook_learning,
             decay=self.config.codebook_decay,
             revive_below=self.config.revive_below,
@@ -108,8 +123,8 @@ class VQFamily(Tokenizer[VQConfigT]):
 
     def collapse_remedy(self) -> str:
         """Names the first remedy against codebook collapse that the config leaves off."""
-        if not self.config.kmeans_start:
-            return "--kmeans-start, which initializes the codebooks from images"
+        if self.config.codebook_init != "kmeans":
+            return "--codebook-init kmeans, which initializes the codebooks from images"
         if not self.config.revive_below:
             return f"--revive-below {REVIVE_BELOW}, which revives dead codewords"
         return super().collapse_remedy()
@@ -151,7 +166,7 @@ class OneGrid(VQFamily[VQConfigT]):
         """See `Tokenizer.encode`."""
         return (self.quantizer.encode(in_bounded_memory(self.encoder, self.prepared(images))),)
 
-    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
+    def decode(self, codes: Codes, digits: Digits | None = None) -> Float[Tensor, "b c h w"]:
         """See `Tokenizer.decode`."""
         (grid,) = codes
         return in_bounded_memory(self.decoder, self.quantizer.lookup(grid, digits)).float().clamp(-1, 1)
@@ -159,7 +174,7 @@ class OneGrid(VQFamily[VQConfigT]):
     @torch.no_grad()
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
         """Initializes the codebooks by k-means on the encoder's outputs for these images, if so configured."""
-        if self.config.kmeans_start:
+        if self.config.codebook_init == "kmeans":
             self.quantizer.init_from_data(self.encoder(self.prepared(images)))
 
 
@@ -182,7 +197,7 @@ class ConvolutionalVQ(OneGrid[VQConfigT]):
             for make in (conv.encoder, conv.decoder)
         )
         self.encoder, self.decoder = encoder, decoder
-        self.quantizer = self.quantizer_of(depth=len(self.radices), branching=self.radices[0])
+        self.quantizer = self.quantizer_of(self.radices)
         # convolutions are 1.3-2 times faster in this layout, on CPUs and GPUs
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
 

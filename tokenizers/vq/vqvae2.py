@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smalti.core.codes import Codes, Layout, Level
+from smalti.core.codes import Codes, Digits, Layout, Level
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.tokenizers.base import PartName, TokenizerOutput
@@ -68,9 +68,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
         self.to_code = nn.ModuleList(
             nn.Conv2d(width if coarsest else 2 * width, d, 1) for coarsest in (True, *(False for _ in finer))
         )
-        self.quantizers = nn.ModuleList(
-            self.quantizer_of(depth=1, branching=config.codebook_size) for _ in range(config.levels)
-        )
+        self.quantizers = nn.ModuleList(self.quantizer_of((config.codebook_size,)) for _ in range(config.levels))
         self.conditions = nn.ModuleList(conv.decoder(**half, code_width=(1 + level) * d) for level in finer)
         self.upsamplings = nn.ModuleList(
             nn.ConvTranspose2d((1 + level) * d, (1 + level) * d, 4, 2, 1) for level in finer
@@ -112,7 +110,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
         self._quantize_levels(images, quantize)
         return tuple(codes)
 
-    def decode(self, codes: Codes, digits: int | None = None) -> Float[Tensor, "b c h w"]:
+    def decode(self, codes: Codes, digits: Digits | None = None) -> Float[Tensor, "b c h w"]:
         """See `Tokenizer.decode`."""
         codewords = [quantizer.lookup(grid, digits) for quantizer, grid in zip(self._quantizers, codes, strict=True)]
         combined = codewords[0]
@@ -131,7 +129,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
             quantizer.init_from_data(z_e)
             return quantizer.lookup(quantizer.encode(z_e))
 
-        if self.config.kmeans_start:
+        if self.config.codebook_init == "kmeans":
             self._quantize_levels(images, quantize)
 
     @property

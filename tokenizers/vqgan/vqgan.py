@@ -23,6 +23,7 @@ from smalti.tokenizers.layers import attention_blocks, maskgit_blocks
 from smalti.tokenizers.quantizers.gumbel import GumbelQuantizer
 from smalti.tokenizers.quantizers.inner_product import InnerProductQuantizer
 from smalti.tokenizers.quantizers.linked import LinkedQuantizer
+from smalti.tokenizers.quantizers.tree import Branching, depth_of, radices_of, weights_of
 from smalti.tokenizers.vq.vqvae import OneGrid, VQConfig, VQFamily
 from smalti.tokenizers.vqgan import losses
 from smalti.tokenizers.vqgan.perceptual import PerceptualName
@@ -53,10 +54,11 @@ class VQGANConfig(VQConfig):
     """`nearest` takes the nearest codeword, or the nearest path through linked codebooks. `cosine` takes the codeword
     of largest cosine similarity; use it with a small --code-width such as 8. `gumbel` samples codes by the
     Gumbel-softmax. `dot` takes the codeword of largest inner product (IBQ), for large codebooks."""
-    branching: int = 512
-    """Codewords per codebook."""
+    branching: Branching = 512
+    """Codewords per codebook: one number for every layer, or a number for each, the first layer's first."""
     depth: int = 1
-    """Layers of linked codebooks: the number of digits of a code. 1 is a flat codebook."""
+    """Layers of linked codebooks: the number of digits of a code. 1 is a flat codebook. With a --branching for each
+    layer it is their number."""
     kl_weight: float = 1e-8
     """With `gumbel`: weight of the KL divergence of the codes' distribution from the uniform one. Raise it against
     codebook collapse."""
@@ -79,6 +81,9 @@ class VQGANConfig(VQConfig):
     """Channels of the discriminator's first layer."""
     discriminator_layers: int = 3
     """Layers of the discriminator that halve the size. More layers compare larger patches."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "depth", depth_of(self.branching, self.depth, default=1))
 
 
 @register
@@ -115,23 +120,23 @@ class VQGAN(OneGrid[VQGANConfig]):
             case "gumbel":
                 return GumbelQuantizer(
                     code_width=config.code_width,
-                    codebook_size=config.branching,
+                    codebook_size=self.radices[0],
                     temperature=config.temperature,
                     kl_weight=config.kl_weight,
                 )
             case "dot":
                 return InnerProductQuantizer(
                     code_width=config.code_width,
-                    codebook_size=config.branching,
-                    commitment_weight=config.commitment_weight,
+                    codebook_size=self.radices[0],
+                    commitment_weight=weights_of(config.commitment_weight, 1)[0],
                     entropy_weight=config.entropy_weight,
                 )
-        return self.quantizer_of(depth=config.depth, branching=config.branching, cosine=config.quantizer == "cosine")
+        return self.quantizer_of(self.radices, cosine=config.quantizer == "cosine")
 
     @property
     def radices(self) -> tuple[int, ...]:
-        """Radices of a code: `branching` in each of `depth` layers."""
-        return (self.config.branching,) * self.config.depth
+        """Radices of a code: the branching of each layer."""
+        return radices_of(self.config.branching, self.config.depth)
 
     def forward(self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None) -> TokenizerOutput:
         """Computes the losses `reconstruction` (absolute error) and those of the quantizer.
@@ -209,9 +214,8 @@ def _check(config: VQGANConfig) -> None:
     if absent := [stage for stage in config.attention_stages if not 0 <= stage < len(config.widths)]:
         raise UserError(f"there is no stage {absent[0]} for attention; stages are 0 to {len(config.widths) - 1}")
     if config.quantizer in ("gumbel", "dot") and config.depth > 1:
-        raise UserError(f"--quantizer {config.quantizer} needs codes of one digit; use --depth 1, not {config.depth}")
-    if config.quantizer == "dot" and config.branching < 2:
-        raise UserError(f"--branching must be at least 2, not {config.branching}")
+        use = f"use --depth 1 and one --branching, not {config.depth} layers"
+        raise UserError(f"--quantizer {config.quantizer} needs codes of one digit; {use}")
     if config.architecture == "maskgit":
         if config.attention_stages or config.middle_attention:
             raise UserError("--architecture maskgit has no attention; use --no-middle-attention")

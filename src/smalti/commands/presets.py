@@ -229,5 +229,5 @@ def _vqgan(
         save_steps=2_000,
     )
     model = {"discriminator_start": 10_000, "discriminator_ramp": 0, **model}
-    network = VQGANConfig(height=size, width=size, kmeans_start=False, **LONG, **model)
+    network = VQGANConfig(height=size, width=size, codebook_init="uniform", **LONG, **model)
     return TrainTokenizer(model=network, fit=fit, tokenizer=kind, preset=name)

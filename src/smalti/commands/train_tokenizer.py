@@ -12,7 +12,7 @@ from smalti.commands.codebook_usage import CodebookAlarm
 from smalti.commands.feature_cache import with_feature_cache
 from smalti.commands.model_paths import TOKENIZERS, find_model, layer_name, layer_source, load_tokenizer
 from smalti.core import models
-from smalti.core.config import flatten
+from smalti.core.config import flatten, former_switches
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
@@ -167,7 +167,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         tokenizer.build_on(lower)
         settings["below"] = lower.digest()  # a run does not resume on other lower layers than it was trained on
     with process.main_process_first():  # it may delete an earlier run
-        run = Run(folder, settings, main=process.is_main_process, resume=config.resume)
+        switches = former_switches(config.model)
+        run = Run(folder, settings, main=process.is_main_process, resume=config.resume, switches=switches)
     if ending := run.end(config.fit.steps, config.fit.patience):
         process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
         return folder, images

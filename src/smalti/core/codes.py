@@ -21,6 +21,23 @@ for a continuous level."""
 
 LARGEST_CODEBOOK_SIZE = 2**31 - 1
 
+Digits: TypeAlias = int | slice
+"""The digits of codes that are decoded: the first i, or a slice of them, counted from 0."""
+
+
+def chosen_digits(digits: Digits | None, count: int) -> range:
+    """Returns the indices of the chosen digits of codes that have `count` digits; None chooses all.
+
+    Raises:
+        UserError: if there are no such digits, or none is chosen.
+    """
+    chosen = digits if isinstance(digits, slice) else slice(count if digits is None else max(digits, 0))
+    indices = range(count)[chosen]
+    if not indices or (chosen.stop or 0) > count:
+        has = f"these codes have {count} digit{'s' if count > 1 else ''}"
+        raise UserError(f"{has}; cannot decode {digits} of them")
+    return indices
+
 
 @dataclass(frozen=True)
 class Level:

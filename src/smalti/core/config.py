@@ -8,8 +8,9 @@ import dataclasses
 import json
 import math
 import types
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from smalti.core.errors import UserError
 from smalti.core.files import open_regular
@@ -95,6 +96,57 @@ def added(off: T) -> T:
     return cast(T, dataclasses.field(default=off, metadata={ADDED: True}))
 
 
+SWITCH = "switch"
+"""Key in the metadata of the fields that `replacing` makes."""
+
+
+class FormerSwitch(NamedTuple):
+    """The former name of a config field that replaces a switch, and the field's values for the switch on and off."""
+
+    former: str
+    values: dict[bool, Any]
+
+
+def replacing(former: str, *, on: T, off: T, default: T) -> T:
+    """Marks a config field that replaces a switch. Checkpoints and runs with the switch load with its present value.
+
+    While a field has a value that the switch had, a model's digest has the switch instead, so that digests of older
+    checkpoints stay valid.
+
+    Args:
+        former: the switch's name.
+        on: the field's value for the switch on.
+        off: the field's value for the switch off.
+        default: the field's default.
+    """
+    return cast(T, dataclasses.field(default=default, metadata={SWITCH: FormerSwitch(former, {True: on, False: off})}))
+
+
+def former_switches(config: Any) -> dict[str, FormerSwitch]:
+    """Returns the switches that fields of a dataclass replace, by the fields' names."""
+    return {each.name: each.metadata[SWITCH] for each in dataclasses.fields(config) if SWITCH in each.metadata}
+
+
+def without_switches(settings: dict[str, Any], switches: Mapping[str, FormerSwitch]) -> dict[str, Any]:
+    """Returns settings of any version with every switch replaced by the field that is there now."""
+    settings = dict(settings)
+    for name, (former, values) in switches.items():
+        if name not in settings and isinstance(settings.get(former), bool):
+            settings[name] = values[settings.pop(former)]
+    return settings
+
+
+def with_switches(settings: dict[str, Any], switches: Mapping[str, FormerSwitch]) -> dict[str, Any]:
+    """Returns settings as older versions had them: with the switch, where it could be set to what the field is."""
+    settings = dict(settings)
+    for name, (former, values) in switches.items():
+        for switch, value in values.items():
+            if name in settings and settings[name] == value:
+                del settings[name]
+                settings[former] = switch
+    return settings
+
+
 def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> Any:
     """Rebuilds a frozen dataclass from the JSON of its `dataclasses.asdict`.
 
@@ -111,7 +163,7 @@ def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> 
             version must not replace a value that the file lacks, except for fields that were `added`.
     """
     plain = get_origin(config_class) or config_class
-    expected = dataclasses.fields(plain)
+    expected, fields = dataclasses.fields(plain), without_switches(fields, former_switches(plain))
     if missing := {field.name for field in expected if ADDED not in field.metadata} - set(fields):
         raise UserError(f"{source} lacks {', '.join(sorted(missing))}")
     if unknown := set(fields) - {field.name for field in expected}:
@@ -137,12 +189,13 @@ def _substituted(hint: Any, parameters: dict[Any, Any]) -> Any:
 def _from_json(hint: Any, value: Any, source: str, name: str) -> Any:
     """Converts one JSON value to the type of its field."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):  # of unions, only those with None are converted
+    if origin in (Union, types.UnionType):
         members = [member for member in arguments if member is not types.NoneType]
         if value is None and len(members) < len(arguments):
             return None
-        if len(members) == 1:
-            return _from_json(members[0], value, source, name)
+        fitting = members if len(members) == 1 else [member for member in members if _has_type(value, member)]
+        if fitting:
+            return _from_json(fitting[0], value, source, name)
     if dataclasses.is_dataclass(origin or hint):
         if not isinstance(value, dict):
             has = f"{source} has {_short(value)}"

@@ -33,7 +33,7 @@ from smalti.core.checkpoint_checks import (
     require_sizes,
     some,
 )
-from smalti.core.config import ADDED, config_from_json
+from smalti.core.config import ADDED, config_from_json, former_switches, with_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.hub.ids import FORMS, HubId, find_hub_id, parse_target
@@ -310,6 +310,7 @@ def digest(kind: str, config: Any, state: dict[str, Tensor], *, without: Collect
     for field in dataclasses.fields(config):
         if field.name in without or (ADDED in field.metadata and settings[field.name] == field.default):
             del settings[field.name]
+    settings = with_switches(settings, former_switches(config))
     sha = hashlib.sha256(json.dumps([kind, settings], sort_keys=True).encode())
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

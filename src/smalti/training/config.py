@@ -116,6 +116,15 @@ class Phase:
 
 
 @runtime_checkable
+class FollowsProgress(Protocol):
+    """A module within an objective whose loss changes in the course of a training."""
+
+    def set_progress(self, progress: float) -> None:
+        """Receives the share of the steps done, from 0 to below 1. Called before each step, on every process."""
+        ...
+
+
+@runtime_checkable
 class LearnsAfterSteps(Protocol):
     """A module within an objective that learns without gradients, such as a codebook of running means."""
 

@@ -27,7 +27,7 @@ from smalti.core.randomness import derive, row_seeds
 from smalti.training.accelerator import refuse_accumulation, seed_layers, subnormals_flushed
 from smalti.training.batches import Batch, RowData, StepRows, batches
 from smalti.training.checkpoints_and_logs import CheckpointsAndLogs, Draw, OnReport
-from smalti.training.config import FitConfig, LearnsAfterSteps, Phase
+from smalti.training.config import FitConfig, FollowsProgress, LearnsAfterSteps, Phase
 from smalti.training.ema import EMA
 from smalti.training.expected_time import ExpectedTime
 from smalti.training.fsdp import fsdp_plugin, is_sharded, refuse_engines, shard
@@ -184,19 +184,22 @@ def _batches(accelerator: Accelerator, data: RowData, config: FitConfig, steps: 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A phase, its objective wrapped for data-parallel training, its buffers, and modules that learn after steps."""
+    """A phase, its objective wrapped for data-parallel training, its buffers, and modules with a part in every step."""
 
     phase: Phase
     wrapped: nn.Module
     buffers: Buffers
+    followers: Sequence[FollowsProgress]
     learners: Sequence[LearnsAfterSteps]
 
 
 def _prepare(accelerator: Accelerator, phase: Phase) -> _Prepared:
     # in evaluation mode Accelerate adds only autocast: a sharded module needs no data-parallel wrapper
     wrapped = accelerator.prepare_model(phase.objective, evaluation_mode=is_sharded(phase.objective))
-    learners = [module for module in phase.objective.modules() if isinstance(module, LearnsAfterSteps)]
-    return _Prepared(phase, wrapped, Buffers(phase.objective), learners)
+    modules = [*phase.objective.modules()]
+    followers = [module for module in modules if isinstance(module, FollowsProgress)]
+    learners = [module for module in modules if isinstance(module, LearnsAfterSteps)]
+    return _Prepared(phase, wrapped, Buffers(phase.objective), followers, learners)
 
 
 def _step(
@@ -218,6 +221,8 @@ def _step(
         phase = part.phase
         for group in phase.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * config.rate(step)
+        for module in part.followers:
+            module.set_progress(step / config.steps)
         part.buffers.keep()
         values = _gradients(accelerator, part.wrapped, batch, config.accumulation)
         if accelerator.scaler is not None:

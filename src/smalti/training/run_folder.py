@@ -6,11 +6,13 @@ The model's two files are written by `core/models.py`, the snapshots by `snapsho
 import json
 import math
 import weakref
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from smalti.core import locks
+from smalti.core.config import FormerSwitch, without_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
@@ -50,6 +52,7 @@ class Run:
         settings: the settings that determine the result, as flat JSON values; paths are written as given.
         main: whether this process writes.
         resume: see `Resume`. With `never`, other processes must wait until the main process has deleted the old run.
+        switches: settings of older versions that others replace; see `smalti.core.config.replacing`.
 
     Attributes:
         step: number of steps done in the snapshot to resume from; 0 if there is none.
@@ -61,7 +64,15 @@ class Run:
             damaged.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, main: bool = True, resume: Resume = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        main: bool = True,
+        resume: Resume = "auto",
+        switches: Mapping[str, FormerSwitch] | None = None,
+    ) -> None:
         self.folder, self.main, self.states = folder, main, Snapshots(folder)
         self.settings = json.loads(json.dumps(settings, default=str))  # as JSON reads them: tuples become lists
         if main:
@@ -73,7 +84,8 @@ class Run:
             (folder / METRICS_NAME).unlink(missing_ok=True)  # `run.json` is replaced by `begin`
         self.step = (self.states.newest(warn=main) or 0) if isinstance(resume, str) else self._intact(resume)
         if self.step:
-            self._compare(json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))["settings"])
+            before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))["settings"]
+            self._compare(without_switches(before, switches or {}))
 
     def _require_own_model(self) -> None:
         """Refuses a folder with a model that no training run made, such as a converted one, which would be replaced."""

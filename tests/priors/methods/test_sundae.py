@@ -79,6 +79,30 @@ def test_fewer_than_one_unrolled_step_is_refused():
         SundaeConfig(unrolled_steps=0)
 
 
+@pytest.mark.parametrize("unroll_after", [-0.1, 1.1])
+def test_shares_of_the_training_outside_0_to_1_are_refused(unroll_after):
+    with pytest.raises(UserError, match="from 0 to 1"):
+        SundaeConfig(unroll_after=unroll_after)
+
+
+@pytest.mark.parametrize(("progress", "steps"), [(0.0, 1), (0.49, 1), (0.5, 3), (0.99, 3)])
+def test_training_unrolls_after_a_share_of_the_steps_and_evaluation_always(progress, steps):
+    objective = Sundae(tiny(), SundaeConfig(unrolled_steps=3, unroll_after=0.5))
+    batch = {"codes": torch.randint(6, (4, 2, 3)), "seeds": row_seeds(1, torch.arange(4))}
+    objective.set_progress(progress)
+    _, metrics = objective.train()(batch)
+    assert sum(name.startswith("loss_") for name in metrics) == steps
+    _, metrics = objective.eval()(batch)
+    assert "loss_3" in metrics
+
+
+def test_unrolling_from_the_start_is_the_papers_loss():
+    objective = Sundae(tiny(), SundaeConfig(unroll_after=0.0))
+    objective.set_progress(0.0)
+    _, metrics = objective({"codes": torch.randint(6, (4, 2, 3)), "seeds": row_seeds(1, torch.arange(4))})
+    assert "loss_2" in metrics
+
+
 def test_stripes_are_learned_and_sampled():
     """Training grids have one random code along each row: the loss falls, and samples have stripes of all codes."""
     prior = tiny(height=2, width=6, radices=(2, 2), model_width=32)

@@ -3,6 +3,8 @@
 Equality of one and several processes, for every tokenizer, is tested with the training loop.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ from smalti.tokenizers.quantizers.codebook_updates import (
 )
 
 
-def quantizer_of(depth: int, branching: int, *, width: int = 3, **more) -> LinkedQuantizer:
+def quantizer_of(depth: int, branching: int | tuple[int, ...], *, width: int = 3, **more) -> LinkedQuantizer:
     torch.manual_seed(0)
     return LinkedQuantizer(code_width=width, depth=depth, branching=branching, **more)
 
@@ -59,11 +61,11 @@ def step_by_hand(books, counts, sums, z_e, decay):
                 sums[layer][node] = book[node] * smoothed[:, None]
 
 
-@given(depth=st.integers(1, 3), branching=st.integers(2, 4), decay=st.sampled_from([0.0, 0.7, 0.99]))
+@given(tree=st.lists(st.integers(2, 4), min_size=1, max_size=3), decay=st.sampled_from([0.0, 0.7, 0.99]))
 @settings(max_examples=15)
-def test_ema_update_equals_the_papers_sums_and_counts(depth, branching, decay):
+def test_ema_update_equals_the_papers_sums_and_counts(tree, decay):
     """Compares six steps with explicit sums and counts; every count starts as one vector at its codeword."""
-    quantizer = quantizer_of(depth, branching, decay=decay, revive_below=0.0)
+    quantizer = quantizer_of(len(tree), tuple(tree), decay=decay, revive_below=0.0)
     books = [book.double().numpy().copy() for book in quantizer.codebooks]
     counts, sums = [np.ones(book.shape[:2]) for book in books], [book.copy() for book in books]
     for step in range(6):
@@ -79,7 +81,7 @@ def test_ema_update_equals_the_papers_sums_and_counts(depth, branching, decay):
 def test_micro_batches_of_a_step_equal_one_batch(learning):
     """Vectors quantized between two calls count together, in order: codewords, counts and revivals are the same."""
     z_e, seeds = features(6), row_seeds(3, torch.arange(6))
-    whole, split = (quantizer_of(2, 3, learning=learning, revive_below=0.9, decay=0.5) for _ in range(2))
+    whole, split = (quantizer_of(2, (4, 2), learning=learning, revive_below=0.9, decay=0.5) for _ in range(2))
     whole(z_e)
     for micro_batch in z_e.chunk(3):
         split(micro_batch)
@@ -249,9 +251,10 @@ def test_without_revival_dead_codewords_stay_dead():
         quantizer.after_step()
 
 
-def test_dead_subtree_is_revived_from_its_root():
+@pytest.mark.parametrize("tree", [(3, 3, 3), (3, 2, 4)])
+def test_dead_subtree_is_revived_from_its_root(tree):
     """Two of three subtrees start out of reach; in the end every leaf is used."""
-    quantizer = quantizer_of(3, 3, decay=0.5)
+    quantizer = quantizer_of(3, tree, decay=0.5)
     with torch.no_grad():
         quantizer.codebooks[0][0, 1:] += 1000
         quantizer.codebooks[1][1:] -= 500
@@ -259,7 +262,7 @@ def test_dead_subtree_is_revived_from_its_root():
     for _ in range(60):
         quantizer(z_e)
         quantizer.after_step()
-    assert quantizer(z_e).codes.unique().numel() == 27
+    assert quantizer(z_e).codes.unique().numel() == math.prod(tree)
 
 
 @pytest.mark.parametrize(

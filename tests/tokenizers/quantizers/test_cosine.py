@@ -93,5 +93,5 @@ def test_vqgan_with_cosine_codebook():
     assert codes.equal(output.codes[0])
     assert len(codes.unique()) > 2
     torch.testing.assert_close(tokenizer.decode((codes,)), output.reconstruction.clamp(-1, 1), atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match="one layer; use depth 1, not 2"):
+    with pytest.raises(UserError, match="one layer; use depth 1 and one branching, not 2 layers"):
         VQGAN(VQGANConfig(**config, quantizer="cosine", depth=2))

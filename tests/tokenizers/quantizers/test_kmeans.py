@@ -30,23 +30,20 @@ def clusters(centres: Tensor, each: int, spread: float) -> Tensor:
     return (centres[:, None] + spread * noise).flatten(0, 1)
 
 
-def empty_books(depth: int, branching: int, width: int) -> list[Tensor]:
-    return list(quantizer_of(depth, branching, width=width).codebooks)
-
-
-def test_kmeans_finds_nested_clusters():
-    """Three clusters far apart each consist of three nearer ones. Every centre must be the mean of its members."""
-    coarse = torch.tensor([[100.0, 0, 0], [0, 100, 0], [0, 0, 100]])
-    fine = (coarse[:, None] + torch.eye(3) * 10).flatten(0, 1)
+@pytest.mark.parametrize(("outer", "inner"), [(3, 3), (3, 2), (2, 3)])
+def test_kmeans_finds_nested_clusters(outer, inner):
+    """A few clusters far apart each consist of nearer ones. Every centre must be the mean of its members."""
+    coarse = torch.tensor([[100.0, 0, 0], [0, 100, 0], [0, 0, 100]])[:outer]
+    fine = (coarse[:, None] + torch.eye(3)[:inner] * 10).flatten(0, 1)
     vectors = clusters(fine, 20, 0.1)
-    books = linked_kmeans(vectors, empty_books(2, 3, 3), seed=0)
+    books = linked_kmeans(vectors, [torch.zeros(1, outer, 3), torch.zeros(outer, inner, 3)], seed=0)
     residual, node = vectors, torch.zeros(len(vectors), dtype=torch.long)
     for book in books:
         child = nearest_children(residual, book, node)
-        for path in range(book.shape[0] * 3):
+        for path in range(book.shape[0] * book.shape[1]):
             torch.testing.assert_close(book.view(-1, 3)[path], residual[child == path].mean(0), atol=1e-4, rtol=0)
         residual, node = residual - book.view(-1, 3)[child], child
-    assert node.bincount(minlength=9).tolist() == [20] * 9
+    assert node.bincount(minlength=outer * inner).tolist() == [20] * outer * inner
 
 
 @given(

@@ -3,6 +3,7 @@
 Losses and lookup are tested in test_linked.py.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -32,10 +33,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def problem(n: int, depth: int, branching: int, *, seed: int = 0, width: int = WIDTH) -> tuple[Tensor, list[Tensor]]:
-    """Random vectors, and codebooks that shrink with depth as residuals do."""
+def problem(n: int, *tree: int, seed: int = 0, width: int = WIDTH) -> tuple[Tensor, list[Tensor]]:
+    """Random vectors, and codebooks that shrink with depth as residuals do; the tree is the branching of each layer."""
     generator = torch.Generator().manual_seed(seed)
-    books = [torch.randn(branching**i, branching, width, generator=generator) * 0.5**i for i in range(depth)]
+    books = [torch.randn(math.prod(tree[:i]), m, width, generator=generator) * 0.5**i for i, m in enumerate(tree)]
     return torch.randn(n, width, generator=generator), books
 
 
@@ -45,13 +46,12 @@ def assert_greedy(paths: Tensor, vectors: Tensor, codebooks: list[Tensor]) -> No
     Distances are compared, not indices: of two children that tie within float32 rounding, either is correct.
     """
     residual, books = vectors.double().numpy(), [codebook.double().numpy() for codebook in codebooks]
-    branching = books[0].shape[1]
     node = np.zeros(len(residual), dtype=np.int64)
     for layer, book in enumerate(books):
         children = ((residual[:, None] - book[node]) ** 2).sum(-1)
-        path = paths.numpy() // branching ** (len(books) - 1 - layer)
-        assert (path // branching == node).all()
-        chosen = np.take_along_axis(children, (path % branching)[:, None], axis=1)[:, 0]
+        path = paths.numpy() // math.prod(each.shape[1] for each in books[layer + 1 :])
+        assert (path // book.shape[1] == node).all()
+        chosen = np.take_along_axis(children, (path % book.shape[1])[:, None], axis=1)[:, 0]
         scale = (residual**2).sum(-1) + (book**2).sum(-1).max()
         assert (chosen - children.min(1) <= 1e-6 * scale).all()
         node, residual = path, residual - book.reshape(-1, book.shape[-1])[path]
@@ -63,28 +63,29 @@ def agreement(paths: Tensor, others: Tensor) -> float:
 
 @given(
     n=st.integers(0, 40),
-    depth=st.integers(1, 3),
-    branching=st.integers(2, 8),
+    tree=st.lists(st.integers(2, 8), min_size=1, max_size=4),
     spread=st.sampled_from([1e-4, 1.0, 1e4]),
     seed=st.integers(0, 2**16),
 )
-def test_search_takes_the_nearest_child_at_every_layer(n, depth, branching, spread, seed):
-    vectors, books = problem(n, depth, branching, seed=seed)
+def test_search_takes_the_nearest_child_at_every_layer(n, tree, spread, seed):
+    vectors, books = problem(n, *tree, seed=seed)
     vectors, books = vectors * spread, [book * spread for book in books]
     assert_greedy(nearest_paths(vectors, books, compiled=False), vectors, books)
+    if len(vectors):  # what the compiler gets: layers of up to 8 are unrolled, layer by layer
+        assert_greedy(search._fusable(vectors, books, search._offsets(books)), vectors, books)
 
 
-@pytest.mark.parametrize(("depth", "branching"), [(2, 20), (3, 7), (1, 2 * DENSE_CODEWORDS)])
-def test_gathering_and_dense_layers_take_the_nearest_child(depth, branching):
+@pytest.mark.parametrize("tree", [(20, 20), (7, 7, 7), (2 * DENSE_CODEWORDS,), (3, 17, 2, 5), (100, 2, 4)])
+def test_gathering_and_dense_layers_take_the_nearest_child(tree):
     """The last layer has more than `DENSE_CODEWORDS` codewords; the last block of vectors is not full."""
-    vectors, books = problem(2 * EAGER_VECTORS + 3, depth, branching)
-    assert books[-1].shape[0] * branching > DENSE_CODEWORDS
+    vectors, books = problem(2 * EAGER_VECTORS + 3, *tree)
+    assert math.prod(tree) > DENSE_CODEWORDS
     assert_greedy(nearest_paths(vectors, books, compiled=False), vectors, books)
 
 
 def test_large_flat_codebook_is_searched_tile_by_tile(monkeypatch):
     """The last tile is not full. Of equally near codewords in several tiles the first is taken, as without tiles."""
-    vectors, (book,) = problem(EAGER_VECTORS + 3, 1, 120)
+    vectors, (book,) = problem(EAGER_VECTORS + 3, 120)
     book = torch.cat([book, book], 1)  # each codeword twice, most pairs in two tiles
     whole = nearest_paths(vectors, [book], compiled=False)
     monkeypatch.setattr(search, "TILE_CODEWORDS", 50)
@@ -96,21 +97,21 @@ def test_large_flat_codebook_is_searched_tile_by_tile(monkeypatch):
 
 def test_large_flat_codebook_gathers_no_candidates(monkeypatch):
     """A single node is one matrix product. Gathering would copy the whole codebook for each vector."""
-    vectors, books = problem(EAGER_VECTORS, 1, 4 * DENSE_CODEWORDS)
+    vectors, books = problem(EAGER_VECTORS, 4 * DENSE_CODEWORDS)
     monkeypatch.setattr(torch, "baddbmm", None)
     assert_greedy(nearest_paths(vectors, books), vectors, books)
 
 
 @pytest.mark.parametrize("branching", [4, 20])
 def test_nearest_children_is_one_layer_of_the_search(branching):
-    vectors, books = problem(EAGER_VECTORS + 1, 2, branching)
+    vectors, books = problem(EAGER_VECTORS + 1, branching, branching)
     first = nearest_paths(vectors, books[:1])
     residual = vectors - books[0].view(-1, WIDTH)[first]
     assert nearest_children(residual, books[1], first).equal(nearest_paths(vectors, books))
 
 
 def test_search_is_float32_for_any_dtype_and_under_autocast():
-    vectors, books = problem(600, 3, 8, width=64)
+    vectors, books = problem(600, 8, 8, 8, width=64)
     half = vectors.bfloat16()
     expected = nearest_paths(half.float(), books)
     with torch.autocast("cpu", torch.bfloat16):
@@ -127,8 +128,8 @@ def test_small_and_dense_searches_are_not_compiled(monkeypatch):
     monkeypatch.setattr(
         search, "_fused", lambda: lambda *block: compiled.append(len(block[0])) or search._eager(*block)
     )
-    gathering, dense = problem(search.COMPILED_FROM_VECTORS, 3, 16), problem(BLOCK_VECTORS, 2, 16)
-    few_leaves = problem(search.COMPILED_FROM_VECTORS, 3, 8)
+    gathering, dense = problem(search.COMPILED_FROM_VECTORS, 16, 16, 16), problem(BLOCK_VECTORS, 16, 16)
+    few_leaves = problem(search.COMPILED_FROM_VECTORS, 8, 8, 8)
     nearest_paths(gathering[0][1:], gathering[1])
     nearest_paths(*dense)
     nearest_paths(*few_leaves)
@@ -147,10 +148,11 @@ def fused(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("depth", "branching"), [(3, 2), (2, 16)])
-def test_compiled_search_equals_brute_force(fused, depth, branching):
-    """Covers the unrolled form (branching 2) and the reduction (16), a padded last block, and no vectors at all."""
-    vectors, books = problem(2 * 64 + 5, depth, branching)
+@pytest.mark.parametrize("tree", [(2, 2, 2), (16, 16), (3, 16, 2)])
+def test_compiled_search_equals_brute_force(fused, tree):
+    """Covers the unrolled form (branching 2) and the reduction (16), alone and in one tree, a padded last block, and no
+    vectors at all."""
+    vectors, books = problem(2 * 64 + 5, *tree)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs eagerly")  # no fallback
         paths = nearest_paths(vectors, books, compiled=True)
@@ -158,10 +160,10 @@ def test_compiled_search_equals_brute_force(fused, depth, branching):
     assert nearest_paths(vectors[:0], books, compiled=True).shape == (0,)
 
 
-@pytest.mark.parametrize("branching", [2, 8, 16])
-def test_compiler_input_takes_the_nearest_child(branching):
+@pytest.mark.parametrize("tree", [(2, 2), (8, 8), (16, 16), (20, 4, 9)])
+def test_compiler_input_takes_the_nearest_child(tree):
     """Runs the function that is compiled without compiling it, which is quick for every branching."""
-    vectors, books = problem(300, 2, branching)
+    vectors, books = problem(300, *tree)
     offsets = search._offsets(books)
     assert_greedy(search._fusable(vectors, books, offsets), vectors, books)
 
@@ -174,7 +176,7 @@ def test_failed_compilation_falls_back_with_one_warning(fused, monkeypatch):
         raise InductorError(RuntimeError("no compiler"), None)
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
-    vectors, books = problem(200, 2, 3)
+    vectors, books = problem(200, 3, 3)
     with pytest.warns(UserWarning, match="runs eagerly") as warned:
         results = [nearest_paths(vectors, books, compiled=True) for _ in range(2)]
     assert len(warned) == 1

@@ -146,6 +146,6 @@ def test_invalid_settings_are_refused():
         SelfVAEConfig(mixtures=0)
     with pytest.raises(UserError, match="warm_up must be a share from 0 to 1, not 2"):
         SelfVAEConfig(warm_up=2.0)
-    with pytest.raises(UserError, match="cannot decode the first digits"):
+    with pytest.raises(UserError, match="cannot decode some digits"):
         model_of(VAE, toys.TINY["vae"]).decode((torch.zeros(1, 2, 4, 6),), 1)
     assert models.class_of_kind("tokenizer", "vae") is VAE

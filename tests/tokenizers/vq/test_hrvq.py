@@ -3,6 +3,9 @@
 Codebooks and their losses are tested in quantizers/test_linked.py.
 """
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smalti.core.codes import Layout, Level
+from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
 from smalti.images.decoding import to_float
 from smalti.tokenizers.reconstruction import Reconstruction
@@ -59,8 +63,26 @@ def test_refuses_widths_without_stages_or_channels(widths):
 def test_layout_has_one_digit_per_layer():
     tokenizer = tokenizer_of(height=32, width=24, depth=2, branching=5)
     assert tokenizer.layout == Layout((Level(8, 6, radices=(5, 5)),))
+    assert tokenizer_of(branching=(4, 2, 3)).layout == Layout((Level(4, 4, radices=(4, 2, 3)),))
     assert HRVQ(HRVQConfig()).layout == Layout((Level(8, 8, radices=(8, 8, 8)),))
     assert tokenizer.downsampling == 4
+
+
+def test_a_branching_for_each_layer_sets_the_depth():
+    for values in ((64,), (8, 8), (4, 4, 2, 2), (2,) * 6):
+        config = HRVQConfig(branching=values)
+        assert (config.depth, HRVQ(config).radices) == (len(values), values)
+    assert dataclasses.replace(HRVQConfig(branching=(4, 2)), branching=8, depth=3) == HRVQConfig()
+    with pytest.raises(UserError, match="branching 4 4 2 2 has one value for each of 4 layers, but depth is 2"):
+        HRVQConfig(branching=(4, 4, 2, 2), depth=2)
+
+
+def test_config_with_values_for_layers_round_trips_through_json():
+    config = HRVQConfig(branching=(4, 2, 3), commitment_weight=(0.25, 0.25, 0.1), combined_commitment_weight=0.5)
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config_from_json(HRVQConfig, fields, "config.json") == config
+    with pytest.raises(UserError, match="branching is"):
+        config_from_json(HRVQConfig, {**fields, "branching": [4, "2"]}, "config.json")
 
 
 def test_codes_depend_only_on_their_receptive_field():
@@ -96,6 +118,18 @@ def test_partial_decoding_uses_only_the_first_digits():
     assert not tokenizer.decode(codes, 1).allclose(tokenizer.decode(codes))
     with pytest.raises(UserError, match="3 digits; cannot decode 4"):
         tokenizer.decode(codes, 4)
+
+
+def test_slices_decode_what_single_layers_add():
+    """The rows of the paper's Fig. 1: all layers, the second and third, and the third alone."""
+    tokenizer, images = tokenizer_of(branching=(4, 2, 3)), images_of()
+    (codes,) = tokenizer.encode(images)
+    books = [book.flatten(0, 1) for book in tokenizer.quantizer.codebooks]
+    layers = [books[0][codes // 6], books[1][codes // 3], books[2][codes]]
+    for digits, sums in {(1, 3): layers[1] + layers[2], (2, 3): layers[2], (0, 3): sum(layers)}.items():
+        expected = tokenizer.decoder(sums.movedim(-1, 1)).clamp(-1, 1)
+        torch.testing.assert_close(tokenizer.decode((codes,), slice(*digits)), expected)
+    assert not tokenizer.decode((codes,), slice(2, 3)).allclose(tokenizer.decode((codes,), 1))
 
 
 def test_decoded_images_equal_the_clamped_reconstruction_of_forward():

@@ -16,8 +16,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from smalti import HRVQ, VQVAE, VQVAE2, HRVQConfig, LatentSet, Layout, Level, UserError, VQVAE2Config, VQVAEConfig
+from smalti import (
+    HRVQ,
+    VQVAE,
+    VQVAE2,
+    HRVQConfig,
+    LatentSet,
+    Layout,
+    Level,
+    UserError,
+    VQGANConfig,
+    VQVAE2Config,
+    VQVAEConfig,
+)
 from smalti.commands.codebook_usage import CodebookAlarm
+from smalti.core.models import digest
 from smalti.images.image_set import ImageRows, open_images
 from smalti.scripts import inspect_latents, train_tokenizer
 
@@ -45,8 +58,25 @@ def test_vqvae_equals_hrvqvae_with_one_layer():
     assert one.codes[0].equal(other.codes[0])
     assert one.reconstruction.equal(other.reconstruction)
     assert one.losses == other.losses
-    with pytest.raises(UserError, match="1 digits; cannot decode 2"):
+    with pytest.raises(UserError, match="1 digit; cannot decode 2"):
         flat.decode(one.codes, 2)
+    with pytest.raises(UserError, match=r"1 digit; cannot decode slice\(1, 3, None\)"):
+        flat.decode(one.codes, slice(1, 3))
+    assert flat.decode(one.codes, slice(0, 1)).equal(flat.decode(one.codes))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (HRVQConfig(depth=4, branching=16, commitment_weight=0.5), "0670516cc97732bc"),
+        (HRVQConfig(codebook_init="uniform"), "e94d7942a1f63e1c"),
+        (VQVAEConfig(codebook_init="uniform"), "f245036b4cdf077e"),
+        (VQVAE2Config(), "63bcb8383db5d36e"),
+        (VQGANConfig(depth=2, branching=9, codebook_init="uniform"), "9b8b09c2da0852c5"),
+    ],
+)
+def test_digests_are_those_of_the_version_without_settings_of_single_layers(config, expected):
+    assert digest(type(config).__name__, config, {"w": torch.ones(2)}).startswith(expected)
 
 
 @given(rows=st.integers(1, 3), columns=st.integers(1, 3), stages=st.integers(1, 2), levels=st.integers(2, 3))
@@ -116,11 +146,15 @@ def test_losses_are_the_sums_over_levels():
 
 
 @pytest.mark.parametrize("make", [vqvae2_of, lambda **more: VQVAE(VQVAEConfig(**SMALL, widths=(6, 8), **more))])
-def test_kmeans_start_uses_all_codewords_and_can_be_turned_off(make):
-    tokenizer, images = make(kmeans_start=False), images_of(16)
-    before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
-    tokenizer.init_from_data(images)
-    assert all(tensor.equal(before[name]) for name, tensor in tokenizer.state_dict().items())
+def test_kmeans_uses_all_codewords_and_other_initializations_are_random(make):
+    images, bounds = images_of(16), {"uniform": 1.0, "unit-variance": (3 / 4) ** 0.5, "scaled": 1 / 9}
+    for init, bound in bounds.items():
+        tokenizer = make(codebook_init=init, codebook_size=9)
+        before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
+        largest = {tensor.abs().max().item() for name, tensor in before.items() if "codebook_" in name}
+        assert all(0.8 * bound < each <= bound for each in largest)
+        tokenizer.init_from_data(images)
+        assert all(tensor.equal(before[name]) for name, tensor in tokenizer.state_dict().items())
     tokenizer = make(codebook_size=6)
     tokenizer.init_from_data(images)
     assert all(codes.unique().numel() == 6 for codes in tokenizer.encode(images))
@@ -165,7 +199,7 @@ def test_codebook_collapse_warns_once_with_a_remedy(rows, capsys):
     assert "of 64 codes are in use, perplexity " in warning
     assert warning.endswith("Try fewer codes, more images, or a lower --learning-rate")
     assert "Try --revive-below 0.05" in collapsed(revive_below=0.0)[0]
-    assert "Try --kmeans-start" in collapsed(kmeans_start=False)[0]
+    assert "Try --codebook-init kmeans" in collapsed(codebook_init="scaled")[0]
 
 
 def test_vqvae2_commands_train_build_and_inspect(tmp_path, monkeypatch, capfd):

@@ -177,7 +177,7 @@ def test_held_out_losses_leave_out_the_adversarial_loss():
 
 
 def test_gumbel_vqgan_samples_codes_only_in_training():
-    generator, _ = make(quantizer="gumbel", depth=1)
+    generator, _ = make(quantizer="gumbel", depth=1, branching=5)
     batch, losses_seen = batch_of(), []
     for mode in (True, True, False):
         objective = generator.objective.train(mode)

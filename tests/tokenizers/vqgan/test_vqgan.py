@@ -43,15 +43,15 @@ def test_accepts_any_size_divisible_by_the_downsampling(rows, columns, quantizer
 
 def test_vqgan_with_linked_codebooks():
     """Codes are paths, fewer digits give other images, and a flat codebook is the case of one layer."""
-    tokenizer = vqgan(depth=3, branching=4)
+    tokenizer = vqgan(branching=(4, 2, 3))
     tokenizer.init_from_data(images_of(16))
     (codes,) = tokenizer.encode(images_of())
-    assert tokenizer.layout == Layout((Level(8, 8, (4, 4, 4)),))
-    assert codes.max() >= 16
+    assert tokenizer.layout == Layout((Level(8, 8, (4, 2, 3)),))
+    assert 6 <= codes.max() < 24
     pictures = [tokenizer.decode((codes,), digits) for digits in (1, 2, 3)]
     assert not pictures[0].equal(pictures[1])
     assert pictures[2].equal(tokenizer.decode((codes,)))
-    assert pictures[0].equal(tokenizer.decode((codes // 16 * 16,), 1))
+    assert pictures[0].equal(tokenizer.decode((codes // 6 * 6,), 1))
     assert vqgan().layout == Layout((Level(8, 8, (5,)),))
 
 
@@ -98,9 +98,13 @@ def test_settings_added_later_leave_digests_alone(tmp_path):
     [
         ({"norm_groups": 4}, "width of 6 is not divisible into 4 groups"),
         ({"attention_stages": (1, 3)}, "no stage 3 for attention; stages are 0 to 2"),
-        ({"quantizer": "gumbel", "depth": 2}, "gumbel needs codes of one digit"),
+        (
+            {"quantizer": "gumbel", "branching": (3, 2)},
+            "gumbel needs codes of one digit; use --depth 1 and one --branch",
+        ),
+        ({"quantizer": "dot", "commitment_weight": (0.1, 0.2)}, "2 values, but codes have 1 layer;"),
         ({"quantizer": "dot", "depth": 2}, "dot needs codes of one digit"),
-        ({"quantizer": "dot", "branching": 1}, "--branching must be at least 2"),
+        ({"quantizer": "dot", "branching": 1}, "branching at least 2, not 1 and 1"),
         ({"architecture": "maskgit"}, "has no attention; use --no-middle-attention"),
         ({"architecture": "maskgit", "middle_attention": False}, "--latent-width equal to --code-width, not 5 and 3"),
         ({"widths": ()}, "at least one stage"),

@@ -101,7 +101,7 @@ def to_diffusers(model: VQGAN, folder: Path) -> None:
         "layers_per_block": config.residual_blocks,
         "latent_channels": config.latent_width,
         "sample_size": config.height,
-        "num_vq_embeddings": config.branching,
+        "num_vq_embeddings": model.radices[0],
         "norm_num_groups": config.norm_groups,
         "vq_embed_dim": config.code_width,
         "mid_block_add_attention": config.middle_attention,

@@ -82,7 +82,7 @@ def config_of(
         raise UserError(f"{source} does not describe a VQ-GAN: it has {len(widths)} stages, the most is {MOST_STAGES}")
     if odd := [width for width in widths if width < 1 or width % norm_groups]:
         raise UserError(f"{source} does not describe a VQ-GAN: a width of {odd[0]} has no {norm_groups} groups")
-    training = {"codebook_learning": "gradient", "kmeans_start": False, "revive_below": 0.0}
+    training = {"codebook_learning": "gradient", "codebook_init": "uniform", "revive_below": 0.0}
     network |= {"height": size, "width": size, "widths": widths, "norm_groups": norm_groups}
     return VQGANConfig(**training, **network)
 
