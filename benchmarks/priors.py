@@ -1,6 +1,7 @@
-"""Benchmarks of priors: training steps, the hourglass, and the samplers; the head is in `head.py`.
+"""Benchmarks of priors: training steps, the hourglass, and SUNDAE's sampler.
 
-Each function yields comparisons; measuring and the report are in `comparison.py` and `run.py`.
+Each function yields comparisons; measuring and the report are in `comparison.py` and `run.py`. The head is in
+`head.py`, ancestral sampling in `ancestral.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,20 +14,13 @@ from torch import Tensor
 
 from smalti.benchmarks.comparison import Comparison, Variant
 from smalti.core.devices import Precision, autocast, best_device
-from smalti.core.randomness import Stream, derive, row_seeds, uniform
-from smalti.priors.base import CausalPrior, CodePrior
-from smalti.priors.methods.autoregressive import (
-    AncestralSampling,
-    sample_ancestral,
-)
+from smalti.core.randomness import row_seeds
+from smalti.priors.base import CodePrior
 from smalti.priors.methods.sundae import Sundae, SundaeConfig, SundaeSampling, sample_sundae
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
-from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
+from smalti.priors.networks.pixelcnn import PixelCNNConfig
 from smalti.training.config import FitConfig
 from smalti.training.optimizers import MUON_RATE_FACTOR, CombinedOptimizer
-
-CACHED_TARGET = 100.0
-"""Factor by which cached ancestral sampling must be faster than the naive sampler, at 32x32 and 16 samples."""
 
 DEMONSTRATION = HourglassConfig()
 
@@ -181,72 +175,6 @@ def ways_to_draw(
     )
     limit = Variant("limit: features and the logits of every node", forward, units, target=target)
     return [Variant("smalti", partial(ours, chain), units), limit, *compiled_variant]
-
-
-def ancestral(
-    *,
-    batches: Sequence[int] = (16, 1, 64),
-    side: int = 32,
-    positions: int = 1,
-    config: PixelCNNConfig = DEMONSTRATION_PIXELCNN,
-) -> Iterator[Comparison]:
-    """Compares cached ancestral sampling with recomputing the whole grid for each position.
-
-    The naive sampler takes equally long for every position, so it samples only the first `positions`.
-    """
-    device = best_device()
-    network = PixelCNN(replace(config, height=side, width=side)).to(device).eval()
-    for batch in batches:
-        codes, seeds = random_codes(network, batch), row_seeds(0, torch.arange(batch, device=device))
-        nothing = torch.zeros_like(codes, dtype=torch.bool)
-        rest = (torch.arange(side * side, device=device) >= positions).view(side, side).expand(batch, -1, -1)
-        yield Comparison(
-            f"codes of a {side}x{side} grid drawn one by one, a position of {batch} samples",
-            (
-                Variant(
-                    "smalti",
-                    partial(sample_ancestral, network, known=codes, known_mask=nothing, seeds=seeds),
-                    side * side,
-                ),
-                Variant(
-                    f"the whole grid anew for each position ({positions} of {side * side} timed)",
-                    partial(sample_naively, network, codes, rest, seeds, AncestralSampling()),
-                    positions,
-                    target=CACHED_TARGET if batch == 16 else None,
-                ),
-            ),
-        )
-
-
-@torch.no_grad()
-def sample_naively(
-    prior: CausalPrior,
-    known: Tensor,
-    known_mask: Tensor,
-    seeds: Tensor,
-    sampling: AncestralSampling,
-    labels: Tensor | None = None,
-    upper: tuple[Tensor, ...] = (),
-) -> Tensor:
-    """Ancestral sampling without caches: it recomputes the features of the whole grid at each position.
-
-    It returns the codes of `sample_ancestral`. Positions known in every row cost nothing.
-    """
-    head, (b, h, w) = prior.head, known.shape
-    codes = torch.where(known_mask, known, 0)
-    first = derive(derive(seeds, Stream.PARTICLE, torch.zeros_like(seeds)), Stream.AUTOREGRESSIVE_DRAW)
-    draws = uniform(first, h * w, len(head.radices))
-    for position in (~known_mask).flatten(1).any(0).nonzero().flatten().tolist():
-        features, unconditional = prior.features(codes, labels, upper), None
-        if labels is not None and sampling.guidance != 1:
-            unconditional = prior.features(codes, torch.full_like(labels, -1), upper)
-        sampled = head.sample(
-            features, draws, sampling.temperature, unconditional=unconditional, guidance=sampling.guidance
-        )
-        current = torch.zeros_like(known_mask).view(b, -1)
-        current[:, position] = True
-        codes = torch.where(current.view_as(known_mask) & ~known_mask, sampled.view_as(codes), codes)
-    return codes
 
 
 def random_codes(network: CodePrior, batch: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The benchmark runner: times the variants of every section and writes Markdown tables of the results.
 
-The sections are in `training.py`, `priors.py`, `head.py`, `latents.py`, `strips.py`, `blending.py` and `megapixel.py`.
+The sections are in `training.py`, `priors.py`, `head.py`, `ancestral.py`, `latents.py`, `strips.py`, `blending.py` and
+`megapixel.py`.
 """
 
 import re
@@ -13,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from smalti.benchmarks import blending, head, latents, megapixel, priors, strips, training
+from smalti.benchmarks import ancestral, blending, head, latents, megapixel, priors, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
@@ -40,7 +41,7 @@ SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "hourglass": priors.hourglass,
     "head": head.head,
     "sampler": priors.sampler,
-    "ancestral": priors.ancestral,
+    "ancestral": ancestral.ancestral,
     "training": training.training,
     "strips": strips.strips,
     "blending": blending.blending,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
 
 import tyro
+from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -209,9 +210,28 @@ class CausalPrior(CodePrior):
     """An autoregressive prior: features of a position depend only on the codes before it in raster order.
 
     The product of the head's probabilities over all positions is then the exact likelihood of a grid
-    (chain rule), and ancestral sampling draws one code after the other. Canvases are not split into windows:
-    grids of any size must work.
+    (chain rule), and ancestral sampling draws one code after the other. Samplers do not split canvases into
+    windows: grids of any size must work. A network whose receptive field is not bounded by convolutions reads larger
+    grids through `smalti.priors.methods.causal_canvas`.
     """
+
+    def condition_vectors(
+        self,
+        b: int,
+        h: int,
+        w: int,
+        labels: Int64[Tensor, " b"] | None,
+        upper: tuple[Int64[Tensor, "b _y _x"], ...],
+    ) -> Float[Tensor, "b _h _w d"] | None:
+        """Returns the sum of the vectors of class and coarser levels.
+
+        There is one for each position, or a single one (1x1) without coarser levels. None without any conditioning.
+        """
+        vectors = self.of_upper(upper, h, w) if self.of_upper else None
+        if self.of_class:
+            class_vector = rearrange(self.of_class(labels, b), "b d -> b 1 1 d")
+            vectors = class_vector if vectors is None else vectors + class_vector
+        return vectors
 
     @abstractmethod
     def decode_stepwise(

@@ -1,7 +1,7 @@
 """Conditioning of priors: embeddings of the image class and of the coarser levels' codes.
 
-How a network uses these vectors is its own matter: the hourglass adds them to its input, the
-PixelCNN adds them inside every gate.
+How a network uses these vectors is its own matter: the hourglass and the transformer add them to their input,
+the PixelCNN adds them inside every gate.
 
 Legend: b batch, y x grid of a coarser level, h w grid of the prior's level, s factor between them, d width.
 """

@@ -15,7 +15,8 @@ $ accelerate launch --num_processes 8 scripts/train_prior.py --batch-size 512   
 Kinds of prior (for the options of one: --prior KIND --help):
   hourglass   transformer that samples by denoising steps (SUNDAE)
   maskgit     transformer that samples by masked decoding steps
-  pixelcnn    autoregressive; has exact likelihoods
+  transformer autoregressive: each code from all codes before it; has exact likelihoods
+  pixelcnn    autoregressive, by convolutions; has exact likelihoods
   realnvp     normalizing flow over real-valued latents, such as selfvae's
 
 If it is stopped (Ctrl-C) or killed, run the same command to resume; see --resume.

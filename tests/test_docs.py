@@ -17,6 +17,7 @@ from PIL import Image
 
 from smalti import cli
 from smalti.core.files import write_json
+from smalti.core.models import class_of_kind
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 
 ROOT = Path(__file__).parents[1]
@@ -86,10 +87,12 @@ def values(arguments: list[str], flag: str) -> list[str]:
 
 
 def describe_prior(folder: Path) -> None:
-    """Writes the `config.json` of a prior whose kind is a part of the folder's name; flags depend on the kind."""
-    kinds = [kind for kind in ("pixelcnn", "maskgit", "realnvp") if kind in folder.name]
+    """Writes the `config.json` of a prior, whose flags depend on it; its kind is a part of the folder's name."""
+    kinds = [kind for kind in ("pixelcnn", "transformer", "maskgit", "realnvp") if kind in folder.name]
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {"family": "prior", "kind": (*kinds, "hourglass")[0], "config": {}, "digest": "", "provenance": {}}
+    kind = (*kinds, "hourglass")[0]
+    network = asdict(class_of_kind("prior", kind).config_class())
+    fields = {"family": "prior", "kind": kind, "config": network, "digest": "", "provenance": {}}
     write_json(folder / "config.json", fields)
 
 
@@ -111,9 +114,10 @@ def test_commands_of_all_pages_parse(monkeypatch, tmp_path, capsys):
             for prior in values(arguments, "--prior"):
                 if "/" in prior:
                     describe_prior(Path(prior))
-            for tokenizer in values(arguments, "--init"):
-                if "/" in tokenizer:
-                    describe_tokenizer(Path(tokenizer))
+            describe = describe_prior if name == "train-prior" else describe_tokenizer
+            for other in values(arguments, "--init"):
+                if "/" in other:
+                    describe(Path(other))
             count += 1
             if status := call(monkeypatch, name, arguments):
                 said = capsys.readouterr().err.strip()

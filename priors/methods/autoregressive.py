@@ -1,6 +1,6 @@
 """Autoregressive priors: maximum likelihood with teacher forcing, and ancestral sampling.
 
-A causal prior (`CausalPrior`, such as the PixelCNN) predicts each code from those before it in raster order.
+A causal prior (`CausalPrior`: PixelCNN, transformer) predicts each code from those before it in raster order.
 Training sees all true codes at once (teacher forcing) and minimizes the exact negative log-likelihood. Ancestral
 sampling draws one code after the other; the prior caches what it computed for earlier positions
 (`CausalPrior.decode_stepwise`). For inpainting, several particles account for known codes that come later.

@@ -1,13 +1,15 @@
 """Features on canvases larger than the grids in training, through overlapping windows of the trained size.
 
 Samplers of non-causal priors read every grid through `canvas_features`. Which codes change at a step,
-and when, is up to the samplers.
+and when, is up to the samplers. Causal priors are in `causal_canvas.py`.
 
 Legend: b batch, h w canvas, y x window, n positions (n = h w), d width.
 """
 
 import math
 from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int64
@@ -44,37 +46,79 @@ def canvas_features(
         seeds: one per row and step; they decide the choice of windows.
     """
     b, h, w = codes.shape
-    y, x = min(h, prior.level.height), min(w, prior.level.width)
-    if (h, w) == (y, x):
+    if (h, w) == window_size(prior, h, w):
         return prior.features(codes, labels, upper)
-    factors = [h // coarser.shape[1] for coarser in upper]
-    step = math.lcm(*factors)
-    tops, lefts = (
-        window_starts(size // step, window // step).to(codes.device) * step for size, window in ((h, y), (w, x))
-    )
-    windows = len(tops) * len(lefts)
-
-    def crops(grids: Tensor, factor: int) -> Tensor:
-        size_y, size_x = y // factor, x // factor
-        starts = [(top // factor, left // factor) for top in tops.tolist() for left in lefts.tolist()]
-        cropped = [grids[:, top : top + size_y, left : left + size_x] for top, left in starts]
-        return torch.stack(cropped, 1).flatten(0, 1)  # (b windows) y x
-
-    window_labels = None if labels is None else labels.repeat_interleave(windows)
-    window_upper = tuple(crops(coarser, factor) for coarser, factor in zip(upper, factors, strict=True))
-    features = _in_batches(prior, crops(codes, 1), window_labels, window_upper)  # (b windows) (y x) d
+    windows = Windows.over(prior, h, w, upper)
     draws = uniform(seeds, h, w, 2)
     (first_row, row_shares), (first_column, column_shares) = (
         [each.to(codes.device) for each in window_shares(starts, size, window)]
-        for starts, size, window in ((tops, h, y), (lefts, w, x))
+        for starts, size, window in zip((windows.tops, windows.lefts), (h, w), windows.size, strict=True)
     )
     row = first_row[:, None] + inverse_cdf(row_shares[:, None].expand(b, h, w, -1), draws[..., 0])  # b h w
     column = first_column + inverse_cdf(column_shares.expand(b, h, w, -1), draws[..., 1])
-    down = torch.arange(h, device=codes.device)[:, None] - tops[row]
-    right = torch.arange(w, device=codes.device) - lefts[column]
-    index = ((row * len(lefts) + column) * y + down) * x + right
-    flat = features.view(b, windows * y * x, -1)
-    return flat.gather(1, index.view(b, -1, 1).expand(-1, -1, flat.shape[-1]))
+    return windows.features(prior, codes, labels, upper, row, column)
+
+
+def window_size(prior: CodePrior, h: int, w: int) -> tuple[int, int]:
+    """Returns the rows and columns of a window on a canvas: those of training, or of the canvas if it has fewer."""
+    return min(h, prior.level.height), min(w, prior.level.width)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Overlapping windows of one size on a canvas, numbered by rows and columns of windows.
+
+    Attributes:
+        size: rows and columns of a window.
+        tops: the first row of the windows in each row of windows.
+        lefts: the first column of the windows in each column of windows.
+    """
+
+    size: tuple[int, int]
+    tops: Int64[Tensor, " rows"]
+    lefts: Int64[Tensor, " columns"]
+
+    @classmethod
+    def over(cls, prior: CodePrior, h: int, w: int, upper: tuple[Int64[Tensor, "b _y _x"], ...]) -> "Windows":
+        """Returns windows of the trained size, at most half a window apart.
+
+        They start where a code of every coarser level starts.
+        """
+        step = math.lcm(*(h // coarser.shape[1] for coarser in upper))
+        size = window_size(prior, h, w)
+        tops, lefts = (window_starts(n // step, window // step) * step for n, window in zip((h, w), size, strict=True))
+        return cls(size, tops, lefts)
+
+    def crop(self, grids: Int64[Tensor, "b _h _w"], row: int, column: int, factor: int = 1) -> Int64[Tensor, "b _y _x"]:
+        """Returns a window of grids that are `factor` times coarser than the canvas."""
+        top, left = int(self.tops[row]) // factor, int(self.lefts[column]) // factor
+        return grids[:, top : top + self.size[0] // factor, left : left + self.size[1] // factor]
+
+    def features(
+        self,
+        prior: CodePrior,
+        codes: Int64[Tensor, "b h w"],
+        labels: Int64[Tensor, " b"] | None,
+        upper: tuple[Int64[Tensor, "b _y _x"], ...],
+        row: Int64[Tensor, "b h w"],
+        column: Int64[Tensor, "b h w"],
+    ) -> Float[Tensor, "b n d"]:
+        """Computes the features of each position in the window whose row and column of windows are given for it."""
+        (b, h, w), (y, x), device = codes.shape, self.size, codes.device
+        windows = len(self.tops) * len(self.lefts)
+
+        def crops(grids: Tensor, factor: int = 1) -> Tensor:
+            numbers = product(range(len(self.tops)), range(len(self.lefts)))
+            return torch.stack([self.crop(grids, *each, factor) for each in numbers], 1).flatten(0, 1)
+
+        window_labels = None if labels is None else labels.repeat_interleave(windows)
+        window_upper = tuple(crops(coarser, h // coarser.shape[1]) for coarser in upper)
+        features = _in_batches(prior, crops(codes), window_labels, window_upper)  # (b windows) (y x) d
+        down = torch.arange(h, device=device)[:, None] - self.tops.to(device)[row]
+        right = torch.arange(w, device=device) - self.lefts.to(device)[column]
+        index = ((row * len(self.lefts) + column) * y + down) * x + right
+        flat = features.view(b, windows * y * x, -1)
+        return flat.gather(1, index.view(b, -1, 1).expand(-1, -1, flat.shape[-1]))
 
 
 def window_starts(size: int, window: int) -> Int64[Tensor, " windows"]:

@@ -193,7 +193,7 @@ class PixelCNN(CausalPrior):
         """Computes features; see `CodePrior.features`. Those of a position depend only on the codes before it."""
         b, h, w = codes.shape
         x = self.head.embed(codes)  # b n d
-        condition = self._condition(b, h, w, labels, upper)  # b h w d, b 1 1 d or None
+        condition = self.condition_vectors(b, h, w, labels, upper)  # b h w d, b 1 1 d or None
         vertical, horizontal = (
             rearrange(F.pad(x[:, :-shift], (0, 0, shift, 0)), "b (h w) d -> b h w d", h=h) for shift in (w, 1)
         )
@@ -214,7 +214,7 @@ class PixelCNN(CausalPrior):
         A row of the vertical stack is computed once, when the row above is complete, together with its contribution
         to the horizontal stack. A position then costs two matrix products per layer.
         """
-        condition = self._condition(b, h, w, labels, upper)
+        condition = self.condition_vectors(b, h, w, labels, upper)
         layers, d, c = cast(list[GatedLayer], list(self.layers)), self.config.model_width, self.config.kernel // 2 + 1
         zeros = self.norm.weight.new_zeros
         row_caches = [zeros(b, c - 1, w, d) for _ in layers]  # convolution cache: the rows above that each layer reads
@@ -239,11 +239,3 @@ class PixelCNN(CausalPrior):
                 codes = yield self.norm(x)[:, None]
                 x = self.head.embed(codes)[:, 0]
                 embedded[:, column] = x
-
-    def _condition(self, b: int, h: int, w: int, labels: Tensor | None, upper: tuple[Tensor, ...]) -> Tensor | None:
-        """Returns the conditioning vectors of all positions, `(b, h, w, d)` or `(b, 1, 1, d)`; None without any."""
-        vectors = self.of_upper(upper, h, w) if self.of_upper else None
-        if self.of_class:
-            class_vector = rearrange(self.of_class(labels, b), "b d -> b 1 1 d")
-            vectors = class_vector if vectors is None else vectors + class_vector
-        return vectors

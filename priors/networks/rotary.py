@@ -1,4 +1,4 @@
-"""Axial rotary embeddings (RoPE) of grid positions, for attention in the hourglass and the PixelCNN.
+"""Axial rotary embeddings (RoPE) of grid positions, for attention in the hourglass, the transformer and the PixelCNN.
 
 Legend: h w grid, n positions (n = h w), a rotated channels of a head.
 """
@@ -25,8 +25,13 @@ class AxialRotary(nn.Module):
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
+        axis_width = head_width // 2
+        # computed here, since the library divides by zero for an axis of two channels
+        frequencies = 1.0 / ROTARY_THETA ** (torch.arange(0, axis_width, 2).float() / axis_width)
         # without the library's cache, which ignores which positions are asked for
-        self.rotary = RotaryEmbedding(head_width // 2, theta=ROTARY_THETA, cache_if_possible=False, cache_max_seq_len=1)
+        self.rotary = RotaryEmbedding(
+            head_width, custom_freqs=frequencies, cache_if_possible=False, cache_max_seq_len=1
+        )
 
     def forward(self, h: int, w: int) -> Float[Tensor, "1 n a"]:
         """Returns the rotation angles of each position of a grid, in raster order."""

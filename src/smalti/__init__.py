@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
     from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
     from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
+    from smalti.priors.networks.transformer import Transformer, TransformerConfig
     from smalti.tokenizers.base import Tokenizer, TokenizerOutput
     from smalti.tokenizers.quantizers.linked import LinkedQuantizer
     from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
@@ -50,6 +51,8 @@ __all__ = [
     "SundaeSampling",
     "Tokenizer",
     "TokenizerOutput",
+    "Transformer",
+    "TransformerConfig",
     "UserError",
     "VQGANConfig",
     "VQVAE2Config",
@@ -76,6 +79,7 @@ _MODULES = {
     "priors.methods.sundae": ("SundaeSampling", "sample_sundae"),
     "priors.networks.hourglass": ("Hourglass", "HourglassConfig"),
     "priors.networks.pixelcnn": ("PixelCNN", "PixelCNNConfig"),
+    "priors.networks.transformer": ("Transformer", "TransformerConfig"),
     "tokenizers.base": ("Tokenizer", "TokenizerOutput"),
     "tokenizers.quantizers.linked": ("LinkedQuantizer",),
     "tokenizers.vq.hrvq": ("HRVQ", "HRVQConfig"),

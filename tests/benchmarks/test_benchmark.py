@@ -12,16 +12,19 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import toys
 
-from smalti.benchmarks import blending, head, latents, megapixel, priors, run, strips, training
+from smalti.benchmarks import ancestral, blending, head, latents, megapixel, priors, run, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
 from smalti.benchmarks.run import Benchmark, clock, insert, medians, table
 from smalti.core.devices import best_device
 from smalti.core.errors import UserError
-from smalti.priors.networks.hourglass import HourglassConfig
-from smalti.priors.networks.pixelcnn import PixelCNNConfig
+from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+from smalti.priors.networks.maskgit import MaskGIT
+from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
+from smalti.priors.networks.transformer import Transformer, TransformerConfig
 
 TINY = HourglassConfig(height=4, width=4, radices=(3, 3), model_width=8, heads=1, depth=(1, 1, 1))
 TINY_CAUSAL = PixelCNNConfig(radices=(3, 3), model_width=8, layers=2)
+TINY_TRANSFORMER = TransformerConfig(radices=(3, 3), model_width=8, heads=2, layers=2)
 
 
 def test_composing_is_measured_at_every_size():
@@ -146,10 +149,18 @@ def test_both_heads_of_a_pixelcnn_learn():
 
 
 def test_cached_and_naive_ancestral_sampling_draw_the_same_codes():
-    for comparison in priors.ancestral(batches=(2, 1), side=4, positions=5, config=TINY_CAUSAL):
+    causal = [(PixelCNN, TINY_CAUSAL, 1.0), (Transformer, TINY_TRANSFORMER, 1.0)]
+    parallel = [(Hourglass, TINY), (MaskGIT, TINY)]
+    *cached, samples = ancestral.ancestral(
+        batches=(2, 1), side=4, sides=(4,), positions=5, causal=causal, parallel=parallel
+    )
+    assert len(cached) == 4
+    for comparison in cached:
         ours, naive = (variant.work().flatten(1) for variant in comparison.variants)
         assert torch.equal(ours[:, :5], naive[:, :5])
         assert [variant.units for variant in comparison.variants] == [16, 5]
+    assert [variant.name for variant in samples.variants] == ["transformer", "pixelcnn", "hourglass", "maskgit"]
+    assert all(variant.work().shape == (variant.units, 4, 4) for variant in samples.variants)
 
 
 def test_loop_time_excludes_start_and_saving():

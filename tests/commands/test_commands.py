@@ -22,7 +22,10 @@ from accelerate.state import AcceleratorState
 from helpers.command_toys import run
 from PIL import Image
 
-from smalti.scripts import build_latents, inpaint, sample, train_prior, train_tokenizer
+from smalti.commands.model_paths import load_prior
+from smalti.images.decoding import to_float
+from smalti.images.image_set import ImageRows, open_images
+from smalti.scripts import build_latents, evaluate, inpaint, sample, train_prior, train_tokenizer
 from smalti.training.run_folder import METRICS_NAME
 from smalti.training.snapshots import STATES_NAME, Snapshots
 
@@ -290,3 +293,36 @@ def test_only_masked_pixels_change(prior, workspace, capfd):
         filled = np.array(Image.open(workspace / "filled" / name))
         assert np.array_equal(filled[mask == 0], pixels[mask == 0])
         assert not np.array_equal(filled[mask > 0], pixels[mask > 0])
+
+
+def test_a_transformer_is_trained_sampled_inpainted_and_evaluated(latents, workspace, capfd):
+    """Also on canvases larger than in training. The likelihood equals the enumerated one."""
+    train = "--prior transformer --steps 40 --latents latents.h5 --model-width 16 --heads 2 --layers 2"
+    assert run(capfd, train_prior.main, *train.split(), *STEPS.split(), "--out", "causal")[0] == 0
+    flags = ["--prior", "causal", "--precision", "fp32", "--temperature", "0.9", "--top-p", "0.95"]
+    for name in ("one.png", "same.png"):
+        wide = ["--num", "3", "--width", "20", "--out", name]
+        assert run(capfd, sample.main, *flags, *wide)[0] == 0
+    one, same = (np.array(Image.open(workspace / name)) for name in ("one.png", "same.png"))
+    assert np.array_equal(one, same)
+    pixels, mask = np.random.default_rng(1).integers(0, 256, (12, 16, 3)).astype(np.uint8), np.zeros((12, 16), np.uint8)
+    mask[2:6, 3:9] = 255
+    Image.fromarray(pixels).save(workspace / "large.png")
+    Image.fromarray(mask).save(workspace / "large-mask.png")
+    fill = ["--image", "large.png", "--mask", "large-mask.png", "--num", "1", "--particles", "2", "--candidates", "2"]
+    assert run(capfd, inpaint.main, *flags, *fill, "--out", "large-filled.png")[0] == 0
+    filled = np.array(Image.open(workspace / "large-filled.png"))
+    assert np.array_equal(filled[mask == 0], pixels[mask == 0])
+    assert not np.array_equal(filled[mask > 0], pixels[mask > 0])
+    (workspace / "more").mkdir()
+    for index, image in enumerate(np.random.default_rng(2).integers(0, 256, (100, 8, 8, 3)).astype(np.uint8)):
+        Image.fromarray(image).save(workspace / "more" / f"{index}.png")
+    score = ["--of", "prior", "--prior", "causal", "--images", "more", "--num", "50", "--reference", "12"]
+    assert run(capfd, evaluate.main, *score, "--precision", "fp32", "--out", "scores.json")[0] == 0
+    (scored,) = json.loads((workspace / "scores.json").read_text())["scores"]["bits_per_code"].values()
+    rows = ImageRows(open_images("more", height=8, width=8), split="held_out", flips=False)
+    trained, encoder = load_prior("causal", None)
+    (codes,) = encoder.encode(to_float(rows.__getitems__(range(len(rows)))["images"]))
+    log_probs = trained.head.log_probs(trained.features(codes)).detach()
+    log_p = log_probs.gather(-1, codes.flatten(1)[..., None])
+    assert scored == pytest.approx(-float(log_p.mean()) / np.log(2), abs=1e-3)

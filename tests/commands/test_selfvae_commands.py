@@ -195,7 +195,7 @@ def test_a_prior_on_the_latents_u_samples_images(folder, capfd, monkeypatch):
 def test_code_priors_and_latent_priors_refuse_each_others_latent_sets(folder, capfd):
     status, _, err = run(capfd, train_prior.main, "--prior", "hourglass", "--latents", "runs/latents/selfvae.h5")
     assert (status, "--prior realnvp learns" in err) == (2, True), err
-    with pytest.raises(UserError, match="--prior hourglass, maskgit and pixelcnn learn"):
+    with pytest.raises(UserError, match="--prior hourglass, maskgit, pixelcnn and transformer learn"):
         continuous_grid(LatentSet("runs/latents/selfvae.h5").layout.resized([(4, 4)]).levels * 2, 0)
 
 

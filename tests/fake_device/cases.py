@@ -22,6 +22,7 @@ from smalti.tokenizers.base import Tokenizer
 from smalti.training.signals import Interrupted
 
 SMALL = "--height 8 --width 8 --widths 6 8 --residual-blocks 1 --code-width 6 --depth 2 --branching 4 --precision fp32"
+CAUSAL = ("pixelcnn", "transformer")
 STEPS = "--steps 6 --batch-size 8 --precision fp32"
 
 
@@ -132,7 +133,7 @@ def test_sampling_synchronizes_equally_often_for_many_and_few_steps(kind):
     codes = columns["codes"]
     first_two = torch.arange(codes[0].numel()).view(model.level.shape) < 2
     known = {"known": codes, "known_mask": first_two.expand_as(codes)}
-    samplings = [model.method.sampling()] if kind == "pixelcnn" else [model.method.sampling(steps=n) for n in (3, 9)]
+    samplings = [model.method.sampling()] if kind in CAUSAL else [model.method.sampling(steps=n) for n in (3, 9)]
     if kind == "hourglass":
         samplings = [replace(sampling, min_steps=sampling.steps) for sampling in samplings]
 
@@ -158,7 +159,7 @@ def test_sampling_synchronizes_equally_often_for_many_and_few_steps(kind):
     assert 0 < counts[0] < 9  # the inputs are checked before sampling and the result after it
 
 
-@pytest.mark.parametrize("prior", ["hourglass", "maskgit", "pixelcnn"])
+@pytest.mark.parametrize("prior", ["hourglass", "maskgit", "pixelcnn", "transformer"])
 def test_commands_give_the_results_of_the_cpu(prior, tmp_path, monkeypatch, capfd):
     (tmp_path / "img").mkdir()
     random = np.random.default_rng(0)

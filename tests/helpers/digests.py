@@ -46,6 +46,7 @@ PRIORS = {  # name: tokenizer, flags of train_prior.py, flags of sample.py
     "hourglass": ("hrvq", ["--prior", "hourglass"], ["--steps", "5"]),
     "maskgit": ("hrvq", ["--prior", "maskgit"], ["--steps", "5"]),
     "pixelcnn": ("hrvq", ["--prior", "pixelcnn", "--model-width", "32"], []),
+    "transformer": ("hrvq", ["--prior", "transformer", "--model-width", "48"], []),
     "realnvp": ("vae", ["--prior", "realnvp"], []),
     "hourglass-top": ("vqvae2", ["--prior", "hourglass", "--level", "0"], []),
     "hourglass-bottom": ("vqvae2", ["--prior", "hourglass", "--level", "1"], []),
@@ -120,7 +121,7 @@ def main() -> None:
             training = ["--latents", work / f"{tokenizer}.h5", "--out", folder, "--steps", "2", "--batch-size", "8"]
             run("train_prior", *flags, *training, "--precision", "fp32", "--sheet-samples", "0")
             show(f"prior {name}", model_digest(folder))
-        for name in ("hourglass", "maskgit", "pixelcnn", "realnvp"):
+        for name in ("hourglass", "maskgit", "pixelcnn", "transformer", "realnvp"):
             out = work / f"{name}.png"
             sampling = ["--prior", work / "priors" / name, "--num", "4", "--precision", "fp32", "--out", out]
             run("sample", *sampling, *PRIORS[name][2])
@@ -134,7 +135,7 @@ def main() -> None:
         mask[8:20, 4:24] = 255
         Image.fromarray(noise).save(work / "image.png")
         Image.fromarray(mask).save(work / "mask.png")
-        for name in ("hourglass", "maskgit", "pixelcnn"):
+        for name in ("hourglass", "maskgit", "pixelcnn", "transformer"):
             out = work / f"fill-{name}.png"
             filling = ["--prior", work / "priors" / name, "--image", work / "image.png", "--mask", work / "mask.png"]
             run("inpaint", *filling, "--precision", "fp32", "--out", out, "--candidates", "2")

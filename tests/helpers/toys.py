@@ -15,6 +15,7 @@ from smalti.core.randomness import uniform
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.priors.networks.pixelcnn import PixelCNNConfig
 from smalti.priors.networks.realnvp import RealNVPConfig
+from smalti.priors.networks.transformer import TransformerConfig
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.hqa.hams import HAMsConfig
 from smalti.tokenizers.hqa.hqa import HQAConfig
@@ -74,6 +75,17 @@ TINY = {
         layers=2,
         attention_every=2,
         heads=1,
+        classes=2,
+    ),
+    "transformer": TransformerConfig(
+        height=4,
+        width=6,
+        radices=(3, 3),
+        upper_radices=((4,),),
+        upper_factors=(2,),
+        model_width=8,
+        layers=2,
+        heads=2,
         classes=2,
     ),
 }

@@ -284,7 +284,7 @@ def continuous_grid(levels: Sequence[Level], number: int) -> dict[str, Any]:
     if len(levels) > 1 or number or not levels[0].channels:
         raise UserError(
             "--prior realnvp learns latent sets with one level of real-valued latents, such as selfvae's; this one "
-            "holds codes, which --prior hourglass, maskgit and pixelcnn learn"
+            "holds codes, which --prior hourglass, maskgit, pixelcnn and transformer learn"
         )
     return {"height": levels[0].height, "width": levels[0].width, "channels": levels[0].channels}
 

@@ -195,6 +195,7 @@ _MODULES: dict[tuple[Family, str], str] = {
     ("prior", "maskgit"): "smalti.priors.networks.maskgit",
     ("prior", "pixelcnn"): "smalti.priors.networks.pixelcnn",
     ("prior", "realnvp"): "smalti.priors.networks.realnvp",
+    ("prior", "transformer"): "smalti.priors.networks.transformer",
 }
 _CLASSES: dict[tuple[Family, str], type[Checkpointed]] = {}
 

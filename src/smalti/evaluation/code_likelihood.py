@@ -59,7 +59,7 @@ def count_bits(
     bits = []
     for index, (prior, level) in enumerate(zip(priors, levels, strict=True)):
         if not isinstance(prior, CausalPrior):
-            raise UserError(f"a {prior.kind} has no exact likelihood of codes; use a pixelcnn")
+            raise UserError(f"a {prior.kind} has no exact likelihood of codes; use a transformer or a pixelcnn")
         if (prior.level.radices, prior.upper_levels) != (level.radices, index):
             raise UserError(f"the prior given for level {index} of {latents.path} is not for codes of {level.radices}")
         bits.append(_bits_per_row(prior, LatentRows(latents, split=split, level=index), batch_size))

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from helpers.pixelcnn import OPTIONS, of_every_option, prior_of, told_of
+from helpers.causal import OPTIONS, of_every_option, prior_of, random_conditioning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalti.benchmarks.priors import sample_naively
+from smalti.benchmarks.ancestral import sample_naively
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
 from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling, sample_ancestral
@@ -28,7 +28,7 @@ def draw(prior, seeds, h=4, w=8, known=None, mask=None, sampling=PLAIN, **more):
 def test_cached_sampler_equals_naive_sampler(options, sampling):
     """Also with known codes. The naive sampler recomputes the features of the whole grid at each position."""
     prior, seeds = prior_of(**options), row_seeds(3, torch.arange(6))
-    conditioning = told_of(prior, 6, 4, 8)
+    conditioning = random_conditioning(prior, 6, 4, 8)
     known, shares = torch.randint(6, (6, 4, 8)), torch.tensor([0.0, 0.0, 0.1, 0.3, 0.6, 1.0])
     mask = torch.rand(6, 4, 8) < shares[:, None, None]
     cached = draw(prior, seeds, known=known, mask=mask, sampling=sampling, **conditioning)
@@ -96,7 +96,7 @@ def test_many_particles_sample_the_posterior():
 @given(data=st.data(), options=st.sampled_from(list(OPTIONS.values())), particles=st.integers(1, 3))
 def test_known_codes_are_kept_and_unknown_values_ignored(data, options, particles):
     prior, cells = prior_of(**options), 2 * 4 * 4
-    conditioning = told_of(prior, 2, 4, 4)
+    conditioning = random_conditioning(prior, 2, 4, 4)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=cells, max_size=cells))).view(2, 4, 4)
     codes = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=cells, max_size=cells))).view(2, 4, 4)
     seeds, sampling = row_seeds(0, torch.arange(2)), AncestralSampling(particles=particles)

@@ -243,7 +243,7 @@ def test_known_codes_outside_the_codebook_are_refused(bad):
         sample_sundae(prior_of(), known=known, known_mask=known == bad, seeds=row_seeds(0, torch.arange(1)))
 
 
-@pytest.mark.parametrize("kind", ["hourglass", "maskgit", "pixelcnn"])
+@pytest.mark.parametrize("kind", ["hourglass", "maskgit", "pixelcnn", "transformer"])
 def test_small_top_p_samples_the_likeliest_code(kind):
     """It equals a low temperature; a top-p of 1 does not."""
     torch.manual_seed(0)

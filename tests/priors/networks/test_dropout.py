@@ -13,10 +13,17 @@ from smalti.core.errors import UserError
 from smalti.core.models import class_of_kind
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.priors.networks.pixelcnn import PixelCNNConfig
+from smalti.priors.networks.transformer import TransformerConfig
 
 HOURGLASS = HourglassConfig(height=4, width=6, radices=(3, 4), model_width=32, heads=2, depth=(1, 1, 1))
 PIXELCNN = PixelCNNConfig(height=4, width=6, radices=(3, 4), model_width=32, layers=3)
-KINDS: list[tuple[str, Any]] = [("hourglass", HOURGLASS), ("maskgit", HOURGLASS), ("pixelcnn", PIXELCNN)]
+TRANSFORMER = TransformerConfig(height=4, width=6, radices=(3, 4), model_width=32, heads=2, layers=3)
+KINDS: list[tuple[str, Any]] = [
+    ("hourglass", HOURGLASS),
+    ("maskgit", HOURGLASS),
+    ("pixelcnn", PIXELCNN),
+    ("transformer", TRANSFORMER),
+]
 
 
 def features_of(kind: str, config: Any, *, training: bool, dropout: float, seed: int = 0) -> torch.Tensor:
@@ -45,7 +52,7 @@ def test_every_layer_drops_the_given_share_of_its_outputs(kind, config):
         if isinstance(module, nn.Dropout) and module.p:
             module.register_forward_hook(lambda _module, inputs, out: shares.append((out == 0) & (inputs[0] != 0)))
     model.features(torch.arange(960).view(40, 4, 6) % 12)
-    sublayers = 2 * config.layers if kind == "pixelcnn" else 2 * sum(config.depth)
+    sublayers = 2 * (config.layers if kind in ("pixelcnn", "transformer") else sum(config.depth))
     assert len(shares) == sublayers
     assert all(0.2 < share.float().mean() < 0.3 for share in shares)
 
@@ -66,6 +73,6 @@ def test_gradient_checkpointing_recomputes_the_same_dropout(kind, config):
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
 def test_dropout_outside_its_range_is_refused(dropout):
-    for config in (HOURGLASS, PIXELCNN):
+    for config in (HOURGLASS, PIXELCNN, TRANSFORMER):
         with pytest.raises(UserError, match="dropout must be at least 0 and less than 1"):
             replace(config, dropout=dropout)
