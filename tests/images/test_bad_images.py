@@ -16,7 +16,8 @@ from PIL import Image
 from smalti.commands import build_latents
 from smalti.core.errors import UserError
 from smalti.core.files import file_digest
-from smalti.images.decoding import BadImageError, bad_images_error, decode, load_image, load_transparency, to_float
+from smalti.images.decoding import decode, load_image, load_transparency, to_float
+from smalti.images.formats.opening import BadImageError, bad_images_error
 from smalti.images.image_set import ImageSet, open_images
 from smalti.latentsets.reader import LatentSet
 from smalti.tokenizers.vq.hrvq import HRVQ

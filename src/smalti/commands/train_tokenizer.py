@@ -51,6 +51,8 @@ START_IMAGES, MOST_START_IMAGES = 512, 2**14
 START_VECTORS, START_PIXELS = 2**15, 2**25
 RESIZABLE = frozenset({"image_channels", "branching", "depth", "codebook_size", "height", "width"})
 """Settings of a network that may differ from those of `--init`."""
+EIGHT_BIT_KINDS = ("selfvae", "vae")
+"""Kinds whose likelihood is one of the 256 values of a pixel."""
 SHEET_IMAGES = 12
 
 
@@ -112,7 +114,9 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         Interrupted: if a signal stopped the run.
     """
     folder = config.out or TOKENIZERS / config.tokenizer
-    require_no_input([folder], local_paths(config.images))
+    require_no_input([folder], [*local_paths(config.images), *config.reading.held_out_paths])
+    if config.reading.image_depth == 16 and config.tokenizer in EIGHT_BIT_KINDS:
+        raise UserError(f"{config.tokenizer} models pixels of 8 bits; leave --image-depth out")
     kind = cast(type[Tokenizer], models.class_of_kind("tokenizer", config.tokenizer))
     *lower_models, top_model = kind.stages(config.model)
     *lower_fits, top_fit = _layer_fits(config, len(lower_models) + 1)
@@ -269,7 +273,9 @@ def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -
 @torch.no_grad()
 def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> Path:
     """Saves a sheet of images and their reconstructions, from whole codes and from parts of them; returns its path."""
-    device, shown = next(tokenizer.parameters()).device, to_float(rows.spread(min(SHEET_IMAGES, len(rows))))
+    device, pixels = next(tokenizer.parameters()).device, rows.spread(min(SHEET_IMAGES, len(rows)))
+    shown = to_float(pixels)
     reconstructions = tokenizer.reconstructions(shown.to(device))
-    save_sheet(path, {"original": shown, **{caption: images.cpu() for caption, images in reconstructions.items()}})
+    original = "original" if pixels.dtype == torch.uint8 else "original, 8 of 16 bits"
+    save_sheet(path, {original: shown, **{caption: images.cpu() for caption, images in reconstructions.items()}})
     return path
