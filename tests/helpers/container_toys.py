@@ -71,10 +71,10 @@ def _with_sidecars(files: Mapping[str, bytes], suffix: str) -> dict[str, bytes]:
 
 
 def _shards(folder: Path, files: Mapping[str, bytes]) -> str:
-    samples = list(_with_sidecars(files, "cls").items())
+    names = list(files)
     for number in range(3):
-        part = samples[number * len(samples) // 3 : (number + 1) * len(samples) // 3]
-        write_tar(folder / f"shards-{number:04}.tar", dict(part))
+        part = {name: files[name] for name in names[number * len(names) // 3 : (number + 1) * len(names) // 3]}
+        write_tar(folder / f"shards-{number:04}.tar", _with_sidecars(part, "cls"))
     return f"{folder}/shards-{{0000..0002}}.tar"
 
 

@@ -50,7 +50,7 @@ class RealImages:
         if len(held_out) < 4:
             raise UserError(
                 f"only {len(held_out)} image(s) of {images.source} are held out, and an evaluation needs 4; "
-                "give more --images"
+                "give more --images, or another --held-out"
             )
         self._extractor, self._training = extractor, training
         self._chosen = choose(len(training), settings.reference, settings.seed, Stream.EVALUATION_REFERENCE)

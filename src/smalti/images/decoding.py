@@ -194,6 +194,11 @@ def to_float(pixels: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return pixels.float() / (top / 2) - 1
 
 
+def to_8_bits(pixels: Integer[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Returns uint8 pixels as they are, and scales int32 pixels of 16 bits to 8."""
+    return pixels if pixels.dtype == torch.uint8 else to_uint8(to_float(pixels))
+
+
 def visible(images: Shaped[Tensor, "*b c h w"]) -> Shaped[Tensor, "*b _shown h w"]:
     """Returns the channels that pictures and feature extractors show: the first of two, the first three of more."""
     return images[..., : 1 if images.shape[-3] < 3 else 3, :, :]

@@ -187,7 +187,7 @@ def _named_archives(source: str) -> list[str]:
         UserError: if a URL is not that of archives, or matches none.
     """
     names = expand_braces(source) or ([source] if "://" in source else [])
-    if "://" in source and has_magic(names[0]):
+    if "://" in source and re.search(r"[*\[]", names[0]):  # a `?` begins a query
         try:
             filesystem, pattern = url_to_fs(names[0])
             names = sorted(filesystem.unstrip_protocol(path) for path in filesystem.glob(pattern))
@@ -195,7 +195,7 @@ def _named_archives(source: str) -> list[str]:
             raise UserError(f"{source} cannot be listed ({' '.join(str(error).split())}); check the address") from error
         if not names:
             raise UserError(f"there is nothing at {source}; check the address")
-    suffixes = {PurePosixPath(name).suffix.lower() for name in names}
+    suffixes = {archives.suffix_of(name) for name in names}
     if names and not all(CONTAINERS.get(suffix) == "archives" for suffix in suffixes):
         raise UserError(
             f"{source} names {', '.join(sorted(suffixes))} files; ranges and URLs are those of .tar or .zip"

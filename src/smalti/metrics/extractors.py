@@ -15,7 +15,7 @@ from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.images.decoding import to_float, to_uint8, visible
+from smalti.images.decoding import to_8_bits, visible
 from smalti.metrics.frechet import Moments
 
 ExtractorName: TypeAlias = Literal["lite0", "inception"]
@@ -62,8 +62,7 @@ class Extractor(ABC):
     @torch.no_grad()
     def __call__(self, pixels: Integer[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """Returns the features, on the CPU, of images of any size: of their visible channels, in 8 bits."""
-        features, pixels = [], visible(pixels)
-        pixels = pixels if pixels.dtype == torch.uint8 else to_uint8(to_float(pixels))
+        features, pixels = [], to_8_bits(visible(pixels))
         for batch in pixels.split(_IMAGES_AT_ONCE):
             with torch.autocast(self._device.type, enabled=False):
                 features.append(self.features(batch.to(self._device).expand(-1, 3, -1, -1)).cpu())

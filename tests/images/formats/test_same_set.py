@@ -5,6 +5,8 @@ import shutil
 import zipfile
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.container_toys import CLASSES, CONTAINERS, labelled_images, write_files, write_tar, write_zip
 from hypothesis import given
@@ -182,15 +184,37 @@ def test_held_out_images_may_be_a_fraction_none_or_another_source(expected, tmp_
     other["mouse/9.png"], other["dog/copy.png"] = other.pop("dog/003.png"), FILES["cat/002.png"]
     archive = str(write_zip(tmp_path / "val.zip", other))
     images = open_images(folder, held_out=archive, **SIZE)
-    assert images.held_out.nonzero().squeeze(1).tolist() == [2, 12, 13, 14, 15]  # row 2 is also in the archive
+    assert images.held_out.nonzero().squeeze(1).tolist() == [2, 12, 13, 14, 15, 16]  # row 2 is also in the archive
     assert images.label_names == (*CLASSES, "mouse")
-    assert images.labels[12:].tolist() == [0, 0, 1, 2]
+    assert images.labels[12:].tolist() == [0, 0, 1, 1, 2]
     assert any("1 of 12 images are also in" in note for note in images.notes)
     assert len(ImageRows(images, split="train", flips=False)) == 11
     assert ImageRows(images, split="held_out", flips=False).__getitems__([4])["images"].shape == (1, 3, 8, 8)
     for wrong in ("1.5", "20", "-0.1"):
         with pytest.raises(UserError, match="is no fraction; give one between 0 and 1, a folder, or none"):
             open_images(folder, held_out=wrong, **SIZE)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "member:",
+        "member:{}",
+        "member:[1]",
+        "member:[1, 2, 3, 4, 5, 6, 7]",
+        'member:["no/such.tar", "a", 0, 1, 1, null, null]',
+    ],
+)
+def test_paths_of_foreign_tables_cannot_break_reading(path, tmp_path):
+    """A Parquet file may name anything as the path of an image."""
+    image = pa.array([{"bytes": None, "path": path}], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"image": image}), tmp_path / "x.parquet")
+    assert "cannot be read" in open_images(str(tmp_path / "x.parquet"), **SIZE).check().errors[0]
+
+
+def test_the_query_of_a_url_is_no_suffix():
+    assert archives.suffix_of("https://host/a.TAR?key=1.zip") == ".tar"
+    assert archives.suffix_of("odd?name.zip") == ".zip"
 
 
 def test_hard_links_in_a_tar_are_images(tmp_path):

@@ -80,7 +80,19 @@ class Index(NamedTuple):
 
 def member_of(path: str) -> Member | None:
     """Returns the member that `Member.to_path` gave as text; None for the path of a file."""
-    return Member(*json.loads(path.removeprefix(_MARK))) if path.startswith(_MARK) else None
+    if not path.startswith(_MARK):
+        return None
+    try:
+        member = Member(*json.loads(path.removeprefix(_MARK)))
+    except (ValueError, TypeError):  # the name of a file, or a table that anyone may have written
+        return None
+    valid = isinstance(member.archive, str) and isinstance(member.name, str)
+    return member if valid and all(type(number) is int and number >= 0 for number in member[2:5]) else None
+
+
+def suffix_of(archive: str) -> str:
+    """Returns the suffix of an archive's path, or of its URL without a query, in lower case."""
+    return PurePosixPath(archive.split("?", 1)[0] if "://" in archive else archive).suffix.lower()
 
 
 def shown_path(path: str) -> str:
@@ -163,8 +175,8 @@ def _build(archive: str) -> Index:
     with _named(archive):
         filesystem, path = url_to_fs(archive)
         with filesystem.open(path, "rb") as file:
-            is_zip = PurePosixPath(archive).suffix.lower() == ".zip"
-            pairs = sorted((_zip_pairs if is_zip else _tar_pairs)(archive, file), key=lambda pair: pair[0].name)
+            read_pairs = _zip_pairs if suffix_of(archive) == ".zip" else _tar_pairs
+            pairs = sorted(read_pairs(archive, file), key=lambda pair: pair[0].name)
     for (member, _), (following, _) in pairwise(pairs):
         if member.name == following.name:
             raise UserError(f"{archive} holds two files called {member.name}; give each a name of its own")

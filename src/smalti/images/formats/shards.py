@@ -21,7 +21,7 @@ from smalti.images.formats.annotations import (
     read_sidecars,
     stem_of,
 )
-from smalti.images.formats.archives import Member, Text, index_of
+from smalti.images.formats.archives import Member, index_of
 from smalti.images.listing import METADATA, arrange, describe_passed_over, is_image_file
 
 
@@ -90,12 +90,9 @@ def _read(archive: str, extension: str | None, label_column: str | None) -> _Arc
     sidecars, sidecar_notes = read_sidecars(texts, keys, label_column)
     if sidecars:
         _require_one_image(archive, keys)
-    used = {text.name for text in index.texts if _is_used(text, keys, sidecars)}
-    others = [
-        PurePosixPath(member.name)
-        for member in index.members
-        if not is_image_file(PurePosixPath(member.name)) and member.name not in used
-    ]
+    used = {*texts} if sidecars else {name for name in texts if PurePosixPath(name).name.lower() in METADATA}
+    paths = (PurePosixPath(member.name) for member in index.members if member.name not in used)
+    others = [path for path in paths if not is_image_file(path)]
     return _Archive(
         images, _without_own_folder(archive, keys), {**sidecars, **columns}, [*notes, *sidecar_notes], others
     )
@@ -105,10 +102,6 @@ def _is_wanted(name: str, extension: str | None) -> bool:
     if extension is not None:
         return name.lower().endswith("." + extension.lower().lstrip("."))
     return is_image_file(PurePosixPath(name))
-
-
-def _is_used(text: Text, keys: Sequence[str], sidecars: Columns) -> bool:
-    return bool(sidecars) or PurePosixPath(text.name).name.lower() in METADATA or not keys
 
 
 def _require_one_image(archive: str, keys: Sequence[str]) -> None:
