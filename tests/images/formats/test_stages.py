@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,18 +55,35 @@ def digest(tmp_path_factory):
     return LatentSet(folder / "latents.h5").content_digest
 
 
-@pytest.mark.parametrize("container", ["tar", "webdataset", "shards", "zip", "metadata.csv", "csv list", "parquet"])
-def test_a_killed_and_resumed_build_gives_the_digest_of_the_folder(container, digest, tmp_path):
-    save_tokenizer(tmp_path / "tokenizer")
-    source = CONTAINERS[container](tmp_path / "x", FILES)
+def killed_and_resumed(folder: Path, source: str) -> str:
+    """Returns the digest of a latent set whose first build was killed after two blocks."""
+    save_tokenizer(folder / "tokenizer")
     flags = [*FLAGS, "--out", "latents.h5"]
     flags[flags.index("img")] = source
-    killed = Builders(tmp_path, *flags, dies_at=("smalti.latentsets.shards", "Shards.append", 3))
+    killed = Builders(folder, *flags, dies_at=("smalti.latentsets.shards", "Shards.append", 3))
     assert killed.join() == [-signal.SIGKILL]
-    assert not (tmp_path / "latents.h5").exists()
-    builders = Builders(tmp_path, *flags)
+    assert not (folder / "latents.h5").exists()
+    builders = Builders(folder, *flags)
+    assert builders.join() == [0], (folder / "log").read_text()
+    return LatentSet(folder / "latents.h5").content_digest
+
+
+@pytest.mark.parametrize("container", ["tar", "webdataset", "shards", "zip", "metadata.csv", "csv list", "parquet"])
+def test_a_killed_and_resumed_build_gives_the_digest_of_the_folder(container, digest, tmp_path):
+    assert killed_and_resumed(tmp_path, CONTAINERS[container](tmp_path / "x", FILES)) == digest
+
+
+def test_a_killed_and_resumed_build_of_arrays_is_that_of_a_folder_of_arrays(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    (tmp_path / "img").mkdir()
+    for number, image in enumerate(images):
+        np.save(tmp_path / "img" / f"{number:02}.npy", image)
+    save_tokenizer(tmp_path / "tokenizer")
+    builders = Builders(tmp_path, *FLAGS, "--out", "whole.h5")
     assert builders.join() == [0], (tmp_path / "log").read_text()
-    assert LatentSet(tmp_path / "latents.h5").content_digest == digest
+    np.savez_compressed(tmp_path / "x.npz", images=images.transpose(0, 3, 1, 2))
+    digest = killed_and_resumed(tmp_path, str(tmp_path / "x.npz"))
+    assert digest == LatentSet(tmp_path / "whole.h5").content_digest
 
 
 @pytest.mark.parametrize("container", ["shards", "zip"])
@@ -136,7 +154,10 @@ def test_deep_and_many_channelled_images_go_through_every_stage(write, workspace
         assert (result[known] == image[known]).all()
         assert np.load(next(path for path in decoded if path.suffix == ".npy")).shape == (8, 8, 5)
     pytest.importorskip("efficientnet_lite_pytorch")
-    quick = ["--num", "4", "--reference", "4", "--precision", "fp32", "--held-out", "0.5", "--out", "scores.json"]
-    status, _, err = run(capfd, evaluate.main, "--of", "tokenizer", "--tokenizer", "tok", *quick)
-    assert status == 0, err
-    assert json.loads((workspace / "scores.json").read_text())["conditions"]["note"] == note
+    quick = ["--num", "4", "--reference", "4", "--precision", "fp32", "--held-out", "0.5"]
+    sampling = ["--prior", "prior", "--steps", "2", "--min-steps", "1"]
+    models = {"tokenizer": ["--tokenizer", "tok"], "prior": sampling, "inpainting": [*sampling, "--fills", "1"]}
+    for kind, of_model in models.items():
+        status, _, err = run(capfd, evaluate.main, "--of", kind, *of_model, *quick, "--out", f"{kind}.json")
+        assert status == 0, (kind, err)
+        assert json.loads((workspace / f"{kind}.json").read_text())["conditions"]["note"] == note
