@@ -94,7 +94,7 @@ def list_files(source: str, split: str | None = None) -> Listing | None:
     if not data_files:
         found = f" ({passed_over[0]})" if passed_over else ""
         raise UserError(f"{source} holds no images and no Parquet files{found}; give a folder, file or glob that does")
-    if pipes := [file for file in data_files if kinds != ["images"] and not file.is_file()]:
+    if pipes := [file for file in data_files if file.suffix.lower() in CONTAINERS and not file.is_file()]:
         raise UserError(f"{pipes[0]} is not a regular file; remove it")
     if len(kinds) > 1:
         raise UserError(

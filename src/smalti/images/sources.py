@@ -31,6 +31,7 @@ from smalti.images.formats.annotations import (
     choose_labels,
     join_metadata,
     read_list,
+    read_text,
 )
 from smalti.images.formats.shards import list_members
 from smalti.images.listing import CONTAINERS, Listing, arrange, is_data_file, list_files
@@ -240,13 +241,7 @@ def _read_image_list(path: Path, image_column: str | None, label_column: str | N
 def _read_image_files(source: str, listing: Listing, label_column: str | None) -> Table:
     """Opens image files as a table, one row each, with the columns of their metadata."""
     paths = [str(path.absolute()) for path in listing.paths]
-    try:
-        texts = [
-            MetadataFile(str(path), path.parent.absolute().as_posix(), path.read_text(encoding="utf-8-sig"))
-            for path in listing.metadata
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the metadata of {source} cannot be read ({error}); write it in UTF-8") from error
+    texts = [MetadataFile(str(path), path.parent.absolute().as_posix(), read_text(path)) for path in listing.metadata]
     columns, notes = join_metadata(texts, [Path(path).as_posix() for path in paths], os.path.exists)
     labels = choose_labels(columns, listing.labels, source, label_column)
     rows = _read_paths(source, paths, labels, [_stamp(path) for path in listing.paths])

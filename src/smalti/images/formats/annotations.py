@@ -19,6 +19,7 @@ from datasets.features.features import generate_from_arrow_type
 
 from smalti.core.config import parse_json
 from smalti.core.errors import UserError
+from smalti.core.files import open_regular
 from smalti.images.columns import describe_unread_labels, find_label_column
 
 LIST_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".jsonl"})
@@ -61,11 +62,7 @@ def read_list(path: Path, column: str | None) -> tuple[list[str], Columns]:
     Raises:
         UserError: if the list cannot be read, has no column of paths, names an image twice, or one outside its folder.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a list in UTF-8") from error
-    columns = _parse(text, path.suffix.lower(), str(path))
+    columns = _parse(read_text(path), path.suffix.lower(), str(path))
     usual = [name for name in columns if name.lower() in _PATH_COLUMNS]
     if column is None and len(usual) != 1:
         found = "several columns" if usual else "no column"
@@ -78,6 +75,19 @@ def read_list(path: Path, column: str | None) -> tuple[list[str], Columns]:
         raise UserError(f"{path} lists no images; give one with a path for each image")
     _require_distinct(paths, str(path))
     return paths, columns
+
+
+def read_text(path: Path) -> str:
+    """Reads a file of text.
+
+    Raises:
+        UserError: if it cannot be read, is not a regular file, or is not UTF-8.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); write it in UTF-8, and make it readable") from error
 
 
 def join_metadata(
