@@ -60,8 +60,9 @@ class BuildLatents:
     layer: int | None = None
     """Layer whose codes are stored, counted from 1 at the image; only for hqa and hams [default: the top layer]."""
     images: str | None = None
-    """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: the images
-    that the tokenizer was trained on]."""
+    """`portraits` or `emoji` (embedded), a folder of images, tar or zip archives such as 'shards-{000..127}.tar', a
+    list of paths (.csv, .txt), arrays (.npz), Parquet files, or a data set's hub id [default: the images that the
+    tokenizer was trained on]."""
     reading: Reading = field(default_factory=Reading)
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""

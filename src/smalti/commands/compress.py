@@ -46,8 +46,8 @@ class Compress:
     """Layer whose codes are kept, counted from 1 at the image; only for hqa and hams. A lower layer takes more bits and
     has less error [default: the top layer]."""
     images: str | None = None
-    """An image, a folder of images, Parquet files or a hub id [default: the images that the tokenizer was trained
-    on]."""
+    """An image, a folder of images, or any other source that `train-tokenizer` reads [default: the images that the
+    tokenizer was trained on]."""
     reading: Reading = field(default_factory=Reading)
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""

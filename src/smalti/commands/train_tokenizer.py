@@ -76,7 +76,8 @@ class TrainTokenizer(Generic[C]):
     """Parts that keep the weights of --init. With encoder and codebook frozen, all codes stay the same: latent sets
     and priors of the old tokenizer remain valid [default: train all parts]."""
     images: str = "portraits"
-    """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
+    """`portraits` or `emoji` (embedded), a folder of images, tar or zip archives such as 'shards-{000..127}.tar', a
+    list of paths (.csv, .txt), arrays (.npz), Parquet files, or a data set's hub id."""
     reading: Reading = field(default_factory=Reading)
     flips: bool = True
     """Also train on the mirror images."""
