@@ -10,19 +10,20 @@ Legend: c channels, h w pixels.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer, Shaped, UInt8
+from jaxtyping import Float, Int32, Integer, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.files import open_regular
 from smalti.images.fitting import Crop, Fit, fitted
-from smalti.images.formats.arrays import NPY_MAGIC
+from smalti.images.formats.arrays import NPY_MAGIC, read_npy
 from smalti.images.formats.opening import BadImageError, opened
 from smalti.images.formats.planes import DEEP_GREY_MODES, MODES, TOP, Depth, flatten, planes_of, to_tensor
 
@@ -139,8 +140,12 @@ def declared_pixels(path: str | Path) -> int:
     Raises:
         UserError: as `load_image` does.
     """
-    with _named(path), opened(_read(path), channels=1, load=False) as image:
-        return image.width * image.height
+    with _named(path):
+        encoded = _read(path)
+        if encoded.startswith(NPY_MAGIC):
+            return prod(read_npy(encoded, channels=1).shape[:2])
+        with opened(encoded, channels=1, load=False) as image:
+            return image.width * image.height
 
 
 def load_transparency(path: str | Path) -> UInt8[Tensor, "h w"] | None:
@@ -188,13 +193,13 @@ def load_layers(path: str | Path, *, channels: int) -> Layers:
             return Layers(to_tensor([flat]), None if alpha is None else torch.from_numpy(alpha), profile)
 
 
-def to_float(pixels: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def to_float(pixels: UInt8[Tensor, "*shape"] | Int32[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Maps uint8 (0..255) or int32 (0..65535) to float32 in [-1, 1], on the tensor's own device."""
     top = TOP[8] if pixels.dtype == torch.uint8 else TOP[16]
     return pixels.float() / (top / 2) - 1
 
 
-def to_8_bits(pixels: Integer[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+def to_8_bits(pixels: UInt8[Tensor, "*shape"] | Int32[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Returns uint8 pixels as they are, and scales int32 pixels of 16 bits to 8."""
     return pixels if pixels.dtype == torch.uint8 else to_uint8(to_float(pixels))
 
