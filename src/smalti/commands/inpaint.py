@@ -31,7 +31,7 @@ from smalti.images.decoding import (
     to_float,
 )
 from smalti.images.formats.opening import most_pixels
-from smalti.images.listing import is_image_file
+from smalti.images.listing import images_among
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
 from smalti.images.sheets import embedded_settings, image_paths, require_png, save_image, save_sheet
 from smalti.images.sources import EXAMPLE_IMAGE
@@ -255,7 +255,7 @@ def _size(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer:
 
 def _image_files(folder: Path) -> list[Path]:
     """Returns the images in a folder, without subfolders, sorted by name."""
-    files = sorted(path for path in folder.iterdir() if is_image_file(path) and not path.name.startswith("."))
+    files = sorted(images_among(path for path in folder.iterdir() if not path.name.startswith(".")))
     if not files:
         raise UserError(f"{folder} holds no images; give an image or a folder of images")
     return files

@@ -7,13 +7,13 @@ only one split is read, by default that of training. Opening the files is in `so
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from glob import glob, has_magic
 from itertools import takewhile
 from pathlib import Path, PurePath
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from PIL import Image
 
@@ -29,6 +29,7 @@ _UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow re
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 _MOST_SUFFIXES = 8
 
+P = TypeVar("P", bound=PurePath)
 Kind: TypeAlias = Literal["images", "Parquet files", "archives", "arrays"]
 """The kinds of files that a source consists of; one source has files of one kind."""
 CONTAINERS: dict[str, Kind] = {
@@ -84,8 +85,13 @@ def list_files(source: str, split: str | None = None) -> Listing | None:
         return None
     unnamed = [file for file in paths if not _is_unicode(file)]  # which tables cannot hold
     paths = [file for file in paths if _is_unicode(file)]
-    data_files = sorted(filter(is_data_file, paths), key=Path.as_posix)
-    others = [file for file in paths if not is_data_file(file)]
+    images = images_among(paths)
+    containers = [file for file in paths if file.suffix.lower() in CONTAINERS]
+    if images:  # a backup among photographs is passed over, but Parquet files are the images of a data set
+        containers = [file for file in containers if CONTAINERS[file.suffix.lower()] == "Parquet files"]
+    data_files = sorted([*images, *containers], key=Path.as_posix)
+    read = {*data_files}
+    others = [file for file in paths if file not in read]
     metadata = sorted(file for file in others if file.name.lower() in METADATA)
     passed_over = describe_passed_over([file for file in others if file not in metadata])
     if unnamed:
@@ -162,7 +168,16 @@ def is_data_file(path: PurePath) -> bool:
 
 def is_image_file(path: PurePath) -> bool:
     """Returns whether a file's suffix is that of NumPy's format or of one that this Pillow decodes."""
-    return path.suffix.lower() in _suffixes()
+    return path.suffix.lower() in _suffixes() or path.suffix.lower() == ".npy"
+
+
+def images_among(files: Iterable[P]) -> list[P]:
+    """Returns the images among files: those that Pillow decodes, or arrays if there are none.
+
+    Arrays beside images are something else, such as features of them.
+    """
+    files = [file for file in files if is_image_file(file)]
+    return [file for file in files if file.suffix.lower() in _suffixes()] or files
 
 
 def _is_unicode(path: Path) -> bool:
@@ -181,7 +196,7 @@ def _suffixes() -> frozenset[str]:
         for suffix, kind in Image.registered_extensions().items()
         if kind in Image.OPEN and kind not in _UNDECODED_FORMATS
     )
-    return frozenset((".npy", *decoded))
+    return frozenset(decoded)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

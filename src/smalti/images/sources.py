@@ -171,7 +171,8 @@ def _list_files(source: str, split: str | None) -> Listing | None:
     A name that is both a glob and a hub id, such as `id:train[:50%]`, is a hub id.
     """
     path = Path(source).expanduser()
-    hub_id = _HUB_ID.fullmatch(source) and not is_data_file(path)
+    is_file = is_data_file(path) or path.suffix.lower() in LIST_SUFFIXES
+    hub_id = _HUB_ID.fullmatch(source) and not is_file
     listing = list_files(source, split) if path.exists() or not _HUB_ID.fullmatch(source) else None
     if listing is None and not hub_id:
         raise UserError(

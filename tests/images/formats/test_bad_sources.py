@@ -67,6 +67,7 @@ def files(**texts):
         (tar(a_png=IMAGE, a_json=b"{", a_cls=b"1"), "x.tar", None),
         (tar(a_png=IMAGE, a_json=b"{"), "x.tar", r"the \.json beside a\.png cannot be read"),
         (tar(a_png=IMAGE, a_cls=b"\xff"), "x.tar", r"x\.tar/a\.cls is not text in UTF-8"),
+        (None, "none.csv", r"there is nothing at .*none\.csv; give a folder of images"),
         (None, "x-{0..1}.tar", r"there is no .*x-0\.tar; check the name"),
         (None, "x-{5..1}.tar", r"names -3 files; give one of 1 to"),
         (None, "x-{0..1}.png", r"names \.png files; ranges and URLs are those of \.tar or \.zip"),

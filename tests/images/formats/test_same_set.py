@@ -217,6 +217,17 @@ def test_the_query_of_a_url_is_no_suffix():
     assert archives.suffix_of("odd?name.zip") == ".zip"
 
 
+@pytest.mark.parametrize("write", [write_files, lambda path, files: write_tar(path.with_suffix(".tar"), files)])
+def test_arrays_and_archives_beside_images_are_passed_over(write, expected, tmp_path):
+    """Shards of WebDataset often hold features of each image."""
+    extra = {"cat/000.npy": b"features", "backup.zip": b"", "x.npz": b""}
+    images = open_images(str(write(tmp_path / "x", {**FILES, **extra})), **SIZE)
+    assert images.fingerprint == expected.fingerprint
+    (note,) = images.notes
+    for counted in (".npy (1 file)", ".zip (1 file)", ".npz (1 file)"):
+        assert counted in note
+
+
 def test_hard_links_in_a_tar_are_images(tmp_path):
     folder = write_files(tmp_path / "pets", {"a.png": FILES["cat/000.png"]})
     (folder / "b.png").hardlink_to(folder / "a.png")

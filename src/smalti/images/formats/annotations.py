@@ -222,9 +222,8 @@ def _parse(text: str, suffix: str, name: str) -> Columns:
             )
     except (ValueError, OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{name} cannot be read as a table ({reason}); give a header and one line for each image"
-        ) from (error)
+        advice = "give a header and one line for each image"
+        raise UserError(f"{name} cannot be read as a table ({reason}); {advice}") from error
     if repeated := [each for each, count in Counter(table.column_names).items() if count > 1]:
         raise UserError(f"{name} has several columns called {repeated[0]!r}; give each a name of its own")
     return {each: table[each].to_pylist() for each in table.column_names}

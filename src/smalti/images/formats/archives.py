@@ -267,7 +267,7 @@ def _named(archive: str) -> Iterator[None]:
     except (*_DAMAGED, ImportError, NotImplementedError) as error:
         raise UserError(
             f"{archive} cannot be opened ({_one_line(error)}); give a whole, uncompressed tar or a zip"
-        ) from (error)
+        ) from error
 
 
 def _kept_path(archive: str) -> Path:

@@ -22,7 +22,7 @@ from smalti.images.formats.annotations import (
     stem_of,
 )
 from smalti.images.formats.archives import Member, index_of
-from smalti.images.listing import METADATA, arrange, describe_passed_over, is_image_file
+from smalti.images.listing import METADATA, arrange, describe_passed_over, images_among
 
 
 class Members(NamedTuple):
@@ -77,7 +77,7 @@ def list_members(
 
 def _read(archive: str, extension: str | None, label_column: str | None) -> _Archive:
     index = index_of(archive)
-    images = [member for member in index.members if _is_wanted(member.name, extension)]
+    images = _images(index.members, extension)
     keys = [member.name for member in images]
     texts = {text.name: text.text for text in index.texts}
     files = [
@@ -90,18 +90,20 @@ def _read(archive: str, extension: str | None, label_column: str | None) -> _Arc
     sidecars, sidecar_notes = read_sidecars(texts, keys, label_column)
     if sidecars:
         _require_one_image(archive, keys)
-    used = {*texts} if sidecars else {name for name in texts if PurePosixPath(name).name.lower() in METADATA}
-    paths = (PurePosixPath(member.name) for member in index.members if member.name not in used)
-    others = [path for path in paths if not is_image_file(path)]
+    used = {member.name for member in images}
+    used |= {*texts} if sidecars else {name for name in texts if PurePosixPath(name).name.lower() in METADATA}
+    others = [PurePosixPath(member.name) for member in index.members if member.name not in used]
     return _Archive(
         images, _without_own_folder(archive, keys), {**sidecars, **columns}, [*notes, *sidecar_notes], others
     )
 
 
-def _is_wanted(name: str, extension: str | None) -> bool:
+def _images(members: Sequence[Member], extension: str | None) -> list[Member]:
     if extension is not None:
-        return name.lower().endswith("." + extension.lower().lstrip("."))
-    return is_image_file(PurePosixPath(name))
+        ending = "." + extension.lower().lstrip(".")
+        return [member for member in members if member.name.lower().endswith(ending)]
+    names = {*images_among(PurePosixPath(member.name) for member in members)}
+    return [member for member in members if PurePosixPath(member.name) in names]
 
 
 def _require_one_image(archive: str, keys: Sequence[str]) -> None:
