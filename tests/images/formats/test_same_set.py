@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from smalti.core.errors import UserError
 from smalti.images.formats import archives
 from smalti.images.image_set import ImageRows, open_images
+from smalti.images.reading import Reading, read_images, read_images_for
 from smalti.images.sources import expand_braces, local_paths
 
 FILES = labelled_images()
@@ -215,6 +216,23 @@ def test_paths_of_foreign_tables_cannot_break_reading(path, tmp_path):
 def test_the_query_of_a_url_is_no_suffix():
     assert archives.suffix_of("https://host/a.TAR?key=1.zip") == ".tar"
     assert archives.suffix_of("odd?name.zip") == ".zip"
+
+
+@pytest.mark.parametrize("kind", ["0.5", "none", "val.tar"])
+def test_a_model_keeps_what_its_training_held_out(kind, tmp_path):
+    source = CONTAINERS["folder"](tmp_path / "x", FILES)
+    write_tar(tmp_path / "val.tar", labelled_images(4, seed=1))
+    requested = str(tmp_path / kind) if kind == "val.tar" else kind
+    trained = read_images(source, Reading(held_out=requested), **SIZE, channels=3)
+    provenance = {"image_source": source, "image_fingerprint": trained.fingerprint}
+    provenance["preprocessing"] = trained.preprocessing
+    again = read_images_for(provenance, "it", None, Reading(), **SIZE, channels=3)
+    assert again.held_out.equal(trained.held_out)
+    assert again.preprocessing == trained.preprocessing
+    other = read_images_for(provenance, "it", source, Reading(), **SIZE, channels=3)
+    expected = open_images(source, held_out=None if kind == "val.tar" else kind, **SIZE).held_out
+    assert other.held_out.equal(expected)  # images of another source are not added to it
+    assert Reading(held_out=requested).held_out_paths == ([tmp_path / kind] if kind == "val.tar" else [])
 
 
 @pytest.mark.parametrize("write", [write_files, lambda path, files: write_tar(path.with_suffix(".tar"), files)])
