@@ -15,6 +15,7 @@ ANY_COUNT = (0, 10**9)
 RANGES: dict[str, tuple[int, int]] = {
     "seed": (-(2**63), 2**63 - 1),
     "port": (0, 2**16 - 1),
+    "most_pixels": (1, 2**40),
     **dict.fromkeys(("batch_size", "prior_batch_size", "layer_batch_sizes", "height", "width"), (1, 2**16)),
     **dict.fromkeys(
         ("workers", "accumulation", "depth", "layers", "levels", "stages", "heads", "particles"), (0, 2**10)

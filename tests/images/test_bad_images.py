@@ -16,7 +16,8 @@ from PIL import Image
 from smalti.commands import build_latents
 from smalti.core.errors import UserError
 from smalti.core.files import file_digest
-from smalti.images.decoding import BadImageError, bad_images_error, decode, load_image, load_transparency, to_float
+from smalti.images.decoding import decode, load_image, load_transparency, to_float
+from smalti.images.formats.opening import BadImageError, bad_images_error
 from smalti.images.image_set import ImageSet, open_images
 from smalti.latentsets.reader import LatentSet
 from smalti.tokenizers.vq.hrvq import HRVQ
@@ -192,6 +193,9 @@ def test_named_pipes_are_refused_instead_of_waited_for(tmp_path):
         open_images(str(tmp_path / "img"))
     (tmp_path / "img" / "1.parquet").unlink()
     assert "it is not a regular file" in open_images(str(tmp_path / "img")).check().errors[0]
+    os.mkfifo(tmp_path / "img" / "metadata.csv")
+    with pytest.raises(UserError, match=r"metadata\.csv is not a regular file"):
+        open_images(str(tmp_path / "img"))
 
 
 def test_images_with_a_very_long_side_are_refused(tmp_path):

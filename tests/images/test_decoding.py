@@ -14,9 +14,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from smalti.core.errors import UserError
-from smalti.images import decoding
 from smalti.images.decoding import (
-    BadImageError,
     decode,
     load_image,
     load_layers,
@@ -24,6 +22,8 @@ from smalti.images.decoding import (
     to_float,
     to_uint8,
 )
+from smalti.images.formats import opening, planes
+from smalti.images.formats.opening import BadImageError
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -302,7 +302,7 @@ def test_declared_sizes_are_checked_before_pixels_are_decoded(monkeypatch, width
 
 def test_large_images_are_decoded_if_they_hold_what_they_declare(monkeypatch):
     """A photograph is not compressed as much as a bomb, and a flat mask of 12 megapixels is not large."""
-    monkeypatch.setattr(decoding, "_MOST_MEMORY", 1000)
+    monkeypatch.setattr(opening, "_MOST_MEMORY", 1000)
     assert decode(encode(Image.effect_noise((64, 64), 50)), channels=3).shape == (3, 64, 64)
     with pytest.raises(BadImageError, match="declares 64x640 pixels"):
         decode(encode(Image.new("RGB", (64, 640))), channels=3)
@@ -314,7 +314,7 @@ def test_deep_grey_is_scaled_in_strips(monkeypatch):
     deep = RNG.integers(0, 65536, (50, 7), dtype=np.uint16)
     deep[20, 3] = 65535
     whole = pixels_of(encode(Image.fromarray(deep)), channels=1)
-    monkeypatch.setattr(decoding, "_VALUES_AT_ONCE", 20)
+    monkeypatch.setattr(planes, "_VALUES_AT_ONCE", 20)
     assert (pixels_of(encode(Image.fromarray(deep)), channels=1) == whole).all()
     deeper = deep.astype(np.int32)
     deeper[49, 6] = 2**31 - 1  # the peak in the last strip sets the scale of all

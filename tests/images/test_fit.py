@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from smalti.images.decoding import decode, decode_crops
-from smalti.images.fitting import Crop, describe, fitted, random_crops, recorded_fit
+from smalti.images.fitting import Crop, describe, fitted, random_crops, recorded_fit, ten_crops
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
@@ -82,6 +82,15 @@ def test_crops_are_parts_of_the_original_image():
     right, whole = decode_crops(encode(Image.fromarray(pixels)), crops, **size, fit="crop")
     assert right.equal(torch.from_numpy(pixels[3:9, 12:]).permute(2, 0, 1))
     assert whole.equal(decode(encode(Image.fromarray(pixels)), **size))
+
+
+def test_the_ten_crops_are_corners_and_centre_of_the_original_image():
+    pixels = np.random.default_rng(0).integers(0, 256, (22, 30, 3), dtype=np.uint8)
+    size = {"channels": 3, "height": 20, "width": 20}
+    crops = decode_crops(encode(Image.fromarray(pixels)), ten_crops(), **size, fit="crop")
+    corners = [(0, 0), (0, 10), (2, 0), (2, 10), (1, 5)]  # top and left
+    for crop, (top, left) in zip(crops, corners, strict=True):
+        assert crop.equal(torch.from_numpy(pixels[top : top + 20, left : left + 20]).permute(2, 0, 1))
 
 
 def test_random_crops_depend_on_image_and_number_and_are_spread():

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from smalti.core.errors import UserError
-from smalti.images.decoding import BadImageError
+from smalti.images.formats.opening import BadImageError
 from smalti.images.image_set import ImageRows, ImageSet, open_images
 from smalti.images.splits import held_out
 

@@ -6,11 +6,12 @@ from PIL import Image
 
 from smalti.core.errors import UserError
 from smalti.images import checks
-from smalti.images.decoding import BadImageError
+from smalti.images.formats.opening import BadImageError
 from smalti.images.image_set import ImageRows
 from smalti.images.reading import Reading, read_images, read_images_for
 
 SIZE = {"height": 8, "width": 8, "channels": 3}
+FORM = {"channels": 3, "depth": 8, "limit": None}
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_a_check_that_cannot_be_kept_is_made_again(folder, monkeypatch, tmp_path
     monkeypatch.setattr(checks, "HF_DATASETS_CACHE", str(tmp_path / "file" / "below"))
     first, again = (read_images(str(folder), Reading(), **SIZE).check() for _ in range(2))
     assert first.sizes == again.sizes
-    assert not checks.load_checks("a fingerprint", 3)
+    assert not checks.load_checks("a fingerprint", FORM)
 
 
 def test_an_unreadable_file_is_checked_again(folder):
@@ -88,4 +89,4 @@ def test_an_unreadable_file_is_checked_again(folder):
     (folder / "0.png").symlink_to(folder / "nowhere.png")
     images = read_images(str(folder), Reading(on_bad_image="skip"), **SIZE)
     assert images.left_out.sum() == 1
-    assert checks.load_checks(images.fingerprint, 3) is None
+    assert checks.load_checks(images.fingerprint, FORM) is None

@@ -22,19 +22,21 @@ def workspace(tmp_path, monkeypatch):
         yield tmp_path
 
 
+@pytest.mark.parametrize("count", [2, None])
 @pytest.mark.parametrize("flips", [True, False])
-def test_training_images_have_crops_and_held_out_images_have_none(workspace, capfd, flips):
+def test_training_images_have_crops_and_held_out_images_have_none(workspace, capfd, flips, count):
     more = ["--on-bad-image", "skip", *(() if flips else ("--no-flips",))]
-    status, _, error = run(capfd, *FLAGS, "--out", "crops.h5", "--crops", "2", *more)
+    status, _, error = run(capfd, *FLAGS, "--out", "crops.h5", *(("--crops", "2") if count else ("--ten-crop",)), *more)
     assert status == 0, error
     latents, images = LatentSet("crops.h5"), open_images("img", height=8, width=8)
-    assert latents.provenance.preprocessing["crops"] == 2
+    assert latents.provenance.preprocessing.get("crops") == count
+    assert ("ten_crop_side" in latents.provenance.preprocessing) == (count is None)
     out, tokenizer, expected = held_out(images.source_ids), HRVQ.load("tokenizer"), []
     for number in range(len(images)):
         if number != 3:
             pixels = images.pixels([number])
             if not out[number]:
-                pixels = torch.cat([pixels, images.crops([number], 2)[0]])
+                pixels = torch.cat([pixels, images.crops([number], count)[0]])
             rows = [row for each in to_float(pixels) for row in ((each, each.flip(-1)) if flips else (each,))]
             expected.append((rows, bool(out[number])))
     codes = torch.cat([tokenizer.encode(row[None])[0] for rows, _ in expected for row in rows])
@@ -51,6 +53,8 @@ def test_crops_that_cannot_be_made_are_refused_in_one_line(workspace, capfd):
     for flags, message in (
         (("--crops", "-1"), "--crops must be from 0 to 1000"),
         (("--crops", "1", "--fit", "pad"), "white borders"),
+        (("--ten-crop", "--fit", "pad"), "white borders"),
+        (("--ten-crop", "--crops", "1"), "--crops and --ten-crop are two choices of crops; leave one out"),
     ):
         status, _, error = run(capfd, *FLAGS, "--out", "crops.h5", "--on-bad-image", "skip", *flags)
         assert status == 2

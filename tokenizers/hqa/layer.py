@@ -34,7 +34,8 @@ class HQAConfig:
     width: int = 32
     """Width of the images in pixels."""
     image_channels: int = 3
-    """3 for colour images, 1 for grey ones."""
+    """3 for colour images, 1 for grey ones; 4 and 2 keep their alpha, other numbers are for images that have as many
+    channels."""
     widths: tuple[int, ...] = (32, 32, 32, 80, 128)
     """Channels of each layer's networks, from the image upwards. Every layer halves height and width."""
     residual_blocks: int = 1

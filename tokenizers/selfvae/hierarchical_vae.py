@@ -42,7 +42,8 @@ class VAEConfig:
     width: int = 32
     """Width of the images in pixels."""
     image_channels: int = 3
-    """3 for colour images, 1 for grey ones."""
+    """3 for colour images, 1 for grey ones; 4 and 2 keep their alpha, other numbers are for images that have as many
+    channels."""
     channels: int = 48
     """Channels of the networks."""
     growth: int = 16

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.core.errors import UserError
+from smalti.images.decoding import visible
 from smalti.metrics.extractors import lite0_network
 
 PerceptualName: TypeAlias = Literal["lite0", "lpips-vgg"]
@@ -31,9 +32,12 @@ class PerceptualDistance(ABC):
         self._network = network  # frozen, in evaluation mode
 
     def __call__(self, images: Float[Tensor, "b c h w"], others: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-        """Returns the mean distance between two batches of images in [-1, 1], grey or colour; both get gradients."""
+        """Returns the mean distance between two batches of images in [-1, 1], grey or colour; both get gradients.
+
+        Of images with alpha or more channels, it is the distance of the channels that pictures show.
+        """
         self._network.to(images.device)
-        return self.distance(images.expand(-1, 3, -1, -1), others.expand(-1, 3, -1, -1))
+        return self.distance(*(visible(each).expand(-1, 3, -1, -1) for each in (images, others)))
 
     @abstractmethod
     def distance(self, images: Float[Tensor, "b 3 h w"], others: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:

@@ -25,12 +25,12 @@ from smalti.core.devices import Device, autocast, device
 from smalti.core.errors import UserError
 from smalti.core.progress import bar
 from smalti.core.provenance import command, versions
-from smalti.images.decoding import BadImageError, to_float
-from smalti.images.fitting import SMALLEST_CROP, recorded_fit
+from smalti.images.decoding import to_float
+from smalti.images.fitting import SMALLEST_CROP, TEN_CROP_SIDE, recorded_fit, ten_crops
+from smalti.images.formats.opening import BadImageError
 from smalti.images.image_set import ImageSet
 from smalti.images.reading import Reading, read_images_for
 from smalti.images.sources import local_paths
-from smalti.images.splits import held_out
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.shards import Job, Shards
@@ -60,8 +60,9 @@ class BuildLatents:
     layer: int | None = None
     """Layer whose codes are stored, counted from 1 at the image; only for hqa and hams [default: the top layer]."""
     images: str | None = None
-    """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id [default: the images
-    that the tokenizer was trained on]."""
+    """`portraits` or `emoji` (embedded), a folder of images, tar or zip archives such as 'shards-{000..127}.tar', a
+    list of paths (.csv, .txt), arrays (.npz), Parquet files, or a data set's hub id [default: the images that the
+    tokenizer was trained on]."""
     reading: Reading = field(default_factory=Reading)
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""
@@ -71,6 +72,9 @@ class BuildLatents:
     """Also store the mirror image of every image, as a row of its own."""
     crops: int = 0
     """Random crops of every training image to store too, as rows of their own, against overfitting of small sets."""
+    ten_crop: bool = False
+    """Also store the four corners and the centre of every training image, instead of random --crops; with their mirror
+    images these are the ten crops that some priors are trained on."""
     batch_size: int = 256
     """Rows that each process encodes at once, mirror images and crops included. Lower it if memory runs out. A
     stopped build repeats at most one batch for each process."""
@@ -86,6 +90,11 @@ class BuildLatents:
     """The file to write [default: runs/latents/KIND.h5, or KIND-layer-N.h5 with --layer N]."""
     overwrite: bool = False
     """Replace an existing file. Without it, only a latent set of the same tokenizer and images is replaced."""
+
+    @property
+    def crops_per_image(self) -> int:
+        """The number of crops of every training image, without mirror images."""
+        return len(ten_crops()) if self.ten_crop else self.crops
 
 
 def build_latents(config: BuildLatents) -> Path:
@@ -107,6 +116,8 @@ def build_latents(config: BuildLatents) -> Path:
         )
     if not 0 <= config.crops <= MOST_CROPS:
         raise UserError(f"--crops must be from 0 to {MOST_CROPS}, not {config.crops}")
+    if config.crops and config.ten_crop:
+        raise UserError("--crops and --ten-crop are two choices of crops; leave one out")
     wanted = device(config.device)
     process = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
     own_device = process.device  # with several GPUs, each process has its own
@@ -117,9 +128,10 @@ def build_latents(config: BuildLatents) -> Path:
     images = main_first(process, lambda: images_for(tokenizer, *asked, shown=process.is_main_process))
     name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
     path = config.out or LATENTS / f"{name}.h5"
-    if config.crops and recorded_fit(images.preprocessing) == "pad":
-        raise UserError("--crops would cut into white borders; leave it out, or train the tokenizer with another --fit")
+    if config.crops_per_image and recorded_fit(images.preprocessing) == "pad":
+        raise UserError("crops would cut into white borders; leave them out, or train the tokenizer with another --fit")
     crops = {"crops": config.crops, "smallest_crop": SMALLEST_CROP} if config.crops else {}
+    crops |= {"ten_crop_side": TEN_CROP_SIDE} if config.ten_crop else {}
     precision = {} if config.precision == "fp32" else {"precision": config.precision}
     provenance = Provenance(
         tokenizer_kind=tokenizer.kind,
@@ -171,8 +183,7 @@ def encode(
         except KeyboardInterrupt:
             process.print("\nFinished blocks are kept: run the same command to resume.")
             raise
-        out = held_out(images.source_ids)
-        columns = {"labels": images.labels, "source_ids": images.source_ids, "held_out": out}
+        columns = {"labels": images.labels, "source_ids": images.source_ids, "held_out": images.held_out}
         _on_all_processes(process, lambda: shards.merge(provenance, **columns) if main else None, shards)
 
 
@@ -190,9 +201,9 @@ def job_of(tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Prove
         path,
         tokenizer.layout.resized([(grid.shape[-2], grid.shape[-1]) for grid in codes]),
         images=len(images),
-        block_images=max(1, config.batch_size // ((1 + config.crops) * (1 + config.flips))),
+        block_images=max(1, config.batch_size // ((1 + config.crops_per_image) * (1 + config.flips))),
         flips=config.flips,
-        crops=config.crops,
+        crops=config.crops_per_image,
         key={
             "tokenizer_digest": provenance.tokenizer_digest,
             "image_fingerprint": provenance.image_fingerprint,
@@ -294,7 +305,7 @@ def decoded(
 ) -> Iterator[Block]:
     """Yields the blocks in the given order, decoded by worker processes and moved to the device."""
     loader = DataLoader(
-        _Blocks(images, job),
+        _Blocks(images, job, None if config.ten_crop else config.crops),
         batch_size=None,
         sampler=blocks,
         num_workers=config.workers,
@@ -308,15 +319,15 @@ def decoded(
 class _Blocks(Dataset):
     """Decoded blocks of images. Errors are returned as text: an exception of a worker would arrive as a traceback."""
 
-    def __init__(self, images: ImageSet, job: Job) -> None:
-        self.images, self.job = images, job
+    def __init__(self, images: ImageSet, job: Job, crops: int | None) -> None:
+        self.images, self.job, self.crops = images, job, crops  # None for the ten crops
 
     def __getitem__(self, block: int) -> Block:
         bad: dict[int, str] = {}
-        numbers, crops = self.job.images_of(block), self.job.crops
+        numbers = self.job.images_of(block)
         pixels = self.images.pixels(numbers, bad=bad)
-        if crops:
-            pixels = torch.cat([pixels.unsqueeze(1), self.images.crops(numbers, crops)], 1).flatten(0, 1)
+        if self.job.crops:
+            pixels = torch.cat([pixels.unsqueeze(1), self.images.crops(numbers, self.crops)], 1).flatten(0, 1)
         return block, pixels, bad
 
 

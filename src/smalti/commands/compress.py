@@ -24,10 +24,10 @@ from smalti.core.files import file_digest
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
-from smalti.images.decoding import to_float
+from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageSet
 from smalti.images.reading import Reading
-from smalti.images.sheets import embedded_settings, save_png, to_image
+from smalti.images.sheets import embedded_settings, image_paths, save_image
 from smalti.latentsets.packed_file import bits_per_image, find_name_error, read_codes, read_header, write_codes
 from smalti.metrics.image_errors import mse, psnr
 from smalti.tokenizers.base import Tokenizer
@@ -46,8 +46,8 @@ class Compress:
     """Layer whose codes are kept, counted from 1 at the image; only for hqa and hams. A lower layer takes more bits and
     has less error [default: the top layer]."""
     images: str | None = None
-    """An image, a folder of images, Parquet files or a hub id [default: the images that the tokenizer was trained
-    on]."""
+    """An image, a folder of images, or any other source that `train-tokenizer` reads [default: the images that the
+    tokenizer was trained on]."""
     reading: Reading = field(default_factory=Reading)
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""
@@ -180,10 +180,11 @@ def decompress(config: Decompress) -> Path:
     settings = {"command": "decompress", "codes_sha256": file_digest(config.codes)}
 
     def is_own(path: Path) -> bool:
-        return embedded_settings(path).items() >= settings.items()
+        return embedded_settings(path.with_suffix(".png")).items() >= settings.items()
 
     names = packed.header.get("names") or [f"{row:05d}" for row in range(images)]
-    outputs = [out / _png_name(name, number) for name in names for number in range(config.decodes + 1)]
+    pictures = [out / _png_name(name, number) for name in names for number in range(config.decodes + 1)]
+    outputs = [path for picture in pictures for path in image_paths(picture, tokenizer.image_channels)]
     if len({str(path).casefold() for path in outputs}) < len(outputs):
         raise UserError(f"an image of {config.codes} has the name of another's sample; leave --decodes out")
     inputs = [config.codes, *image_inputs(None, tokenizer=config.tokenizer)]
@@ -216,7 +217,7 @@ def _write_images(
             seeds = derive(row_seeds(config.seed, rows), number).to(decoding_device) if number else None
             for row, image in zip(rows.tolist(), _decode(tokenizer, codes, seeds), strict=True):
                 path = firsts[row].with_name(_png_name(firsts[row].name, number))
-                save_png(path, to_image(image), {**settings, "row": row})
+                save_image(path, to_uint8(image), {**settings, "row": row})
 
 
 def _require_layout(config: Decompress, layout: Layout, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, UInt8
-from PIL import Image
 from torch import Tensor
 
 from smalti.commands.class_labels import find_classes, first_class_conditional
@@ -29,11 +28,12 @@ from smalti.images.decoding import (
     load_image,
     load_layers,
     load_transparency,
-    most_pixels,
     to_float,
 )
+from smalti.images.formats.opening import most_pixels
+from smalti.images.listing import images_among
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
-from smalti.images.sheets import embedded_settings, require_png, save_png, save_sheet, to_image
+from smalti.images.sheets import embedded_settings, image_paths, require_png, save_image, save_sheet
 from smalti.images.sources import EXAMPLE_IMAGE
 from smalti.tokenizers.base import Tokenizer
 
@@ -136,7 +136,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
     inputs = None
     image_digests = [image_sha256(job.image) for job in jobs]
     with ExitStack() as stack:
-        stack.enter_context(_claimed(config, image, jobs, image_digests))
+        stack.enter_context(_claimed(config, image, jobs, image_digests, tokenizer.image_channels))
         for job in jobs:  # reads every image before the first fill, so that any bad file is reported at once
             inputs = _read(config, job, tokenizer.image_channels)
             calls.append(callback_calls(priors, tokenizer, config.sampling, _size(config, job, inputs[1], tokenizer)))
@@ -215,13 +215,14 @@ def _distinct_output_names(firsts: Sequence[Path], num: int) -> list[tuple[tuple
 
 
 def _claimed(
-    config: Inpaint[Any], image: Path, jobs: Sequence[_Job], digests: Sequence[str]
+    config: Inpaint[Any], image: Path, jobs: Sequence[_Job], digests: Sequence[str], channels: int
 ) -> AbstractContextManager[None]:
     """Claims all outputs. A rerun recognises its own by the SHA-256 of their images."""
-    digest_of = {path: digest for job, digest in zip(jobs, digests, strict=True) for path in (*job.fills, job.sheet)}
+    outputs = [[*(path for fill in job.fills for path in image_paths(fill, channels)), job.sheet] for job in jobs]
+    digest_of = {path: digest for paths, digest in zip(outputs, digests, strict=True) for path in paths}
 
     def is_own(path: Path) -> bool:
-        settings = embedded_settings(path)
+        settings = embedded_settings(path.with_suffix(".png"))
         return settings.get("command") == "inpaint" and settings.get("image_sha256") == digest_of[path]
 
     files = (path for job in jobs for path in (image, config.mask, job.image, job.mask) if path is not None)
@@ -254,10 +255,7 @@ def _size(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer:
 
 def _image_files(folder: Path) -> list[Path]:
     """Returns the images in a folder, without subfolders, sorted by name."""
-    suffixes = Image.registered_extensions()
-    files = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")
-    )
+    files = sorted(images_among(path for path in folder.iterdir() if not path.name.startswith(".")))
     if not files:
         raise UserError(f"{folder} holds no images; give an image or a folder of images")
     return files
@@ -312,7 +310,7 @@ def _write(
             padding = (left, right, top, bottom)
             colours, alpha = F.pad(layers.colours, padding), F.pad(layers.alpha, padding, value=255)
             result = restore_transparency(result, pixels, mask, colours=colours, alpha=alpha)
-        save_png(path, to_image(result), {**settings, "fill": index}, icc_profile=layers.profile)
+        save_image(path, result, {**settings, "fill": index}, icc_profile=layers.profile)
     image, shown_mask = to_float(_shown(pixels.unsqueeze(0))), _shown(mask[None, None].to(torch.uint8))[:, 0] > 0
     rows = {"image": image, "masked": blank(image, shown_mask), "fills": to_float(_shown(results))}
     save_sheet(job.sheet, rows, settings=settings)

@@ -21,7 +21,7 @@ from smalti.core.errors import UserError, require_finite
 from smalti.core.progress import bar, counting
 from smalti.core.provenance import versions
 from smalti.core.randomness import Stream, derive, require_seed, row_seeds
-from smalti.images.decoding import most_pixels
+from smalti.images.formats.opening import most_pixels
 from smalti.images.sheets import (
     embedded_settings,
     require_png,

@@ -38,8 +38,8 @@ class SampleMode:
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (read from runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None
-    """Images to transmit, from their held-out split: `portraits`, `emoji`, a folder, Parquet files or a hub id
-    [default: the images that the tokenizer was trained on]."""
+    """Images to transmit, from their held-out split: `portraits`, `emoji`, a folder, or any other source that
+    `train-tokenizer` reads [default: the images that the tokenizer was trained on]."""
     reading: Reading = field(default_factory=Reading)
     num: int = 16
     """Number of images."""

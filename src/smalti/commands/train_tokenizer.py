@@ -56,6 +56,8 @@ RESIZABLE = frozenset(
     }
 )
 """Settings of a network that may differ from those of `--init`."""
+EIGHT_BIT_KINDS = ("selfvae", "vae")
+"""Kinds whose likelihood is one of the 256 values of a pixel."""
 SHEET_IMAGES = 12
 
 
@@ -79,7 +81,8 @@ class TrainTokenizer(Generic[C]):
     """Parts that keep the weights of --init. With encoder and codebook frozen, all codes stay the same: latent sets
     and priors of the old tokenizer remain valid [default: train all parts]."""
     images: str = "portraits"
-    """`portraits` or `emoji` (embedded), a folder of images, Parquet files, or a data set's hub id."""
+    """`portraits` or `emoji` (embedded), a folder of images, tar or zip archives such as 'shards-{000..127}.tar', a
+    list of paths (.csv, .txt), arrays (.npz), Parquet files, or a data set's hub id."""
     reading: Reading = field(default_factory=Reading)
     flips: bool = True
     """Also train on the mirror images."""
@@ -117,7 +120,9 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         Interrupted: if a signal stopped the run.
     """
     folder = config.out or TOKENIZERS / config.tokenizer
-    require_no_input([folder], local_paths(config.images))
+    require_no_input([folder], [*local_paths(config.images), *config.reading.held_out_paths])
+    if config.reading.image_depth == 16 and config.tokenizer in EIGHT_BIT_KINDS:
+        raise UserError(f"{config.tokenizer} models pixels of 8 bits; leave --image-depth out")
     kind = cast(type[Tokenizer], models.class_of_kind("tokenizer", config.tokenizer))
     *lower_models, top_model = kind.stages(config.model)
     *lower_fits, top_fit = _layer_fits(config, len(lower_models) + 1)
@@ -275,7 +280,9 @@ def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -
 @torch.no_grad()
 def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> Path:
     """Saves a sheet of images and their reconstructions, from whole codes and from parts of them; returns its path."""
-    device, shown = next(tokenizer.parameters()).device, to_float(rows.spread(min(SHEET_IMAGES, len(rows))))
+    device, pixels = next(tokenizer.parameters()).device, rows.spread(min(SHEET_IMAGES, len(rows)))
+    shown = to_float(pixels)
     reconstructions = tokenizer.reconstructions(shown.to(device))
-    save_sheet(path, {"original": shown, **{caption: images.cpu() for caption, images in reconstructions.items()}})
+    original = "original" if pixels.dtype == torch.uint8 else "original, 8 of 16 bits"
+    save_sheet(path, {original: shown, **{caption: images.cpu() for caption, images in reconstructions.items()}})
     return path

@@ -27,9 +27,9 @@ class EvaluationSettings:
     """
 
     images: str | None = None
-    """Real images: `portraits`, `emoji`, a folder, Parquet files or a hub id [default: those that the model was trained
-    on]. The split is that of training: the model is compared with held-out images, and training images are the
-    reference set."""
+    """Real images: `portraits`, `emoji`, a folder, or any other source that `train-tokenizer` reads [default: those
+    that the model was trained on]. The split is that of training: the model is compared with held-out images, and
+    training images are the reference set."""
     reading: Reading = field(default_factory=Reading, metadata={ADDED: True})
     num: int = 1000
     """Number of held-out images; all of them if there are fewer. Fréchet distances depend on it, so compare only
@@ -145,8 +145,8 @@ class LikelihoodEvaluation:
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None
-    """Images, of which the held-out ones are used: `portraits`, `emoji`, a folder, Parquet files or a hub id
-    [default: those that the tokenizer was trained on]."""
+    """Images, of which the held-out ones are used: `portraits`, `emoji`, a folder, or any other source that
+    `train-tokenizer` reads [default: those that the tokenizer was trained on]."""
     reading: Reading = field(default_factory=Reading, metadata={ADDED: True})
     num: int = 100
     """Number of held-out images; all of them if there are fewer."""

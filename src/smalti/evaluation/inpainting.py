@@ -17,7 +17,7 @@ from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.evaluation.config import InpaintingEvaluation
 from smalti.evaluation.real_images import open_priors
 from smalti.evaluation.scores import Conditions, Scores
-from smalti.images.decoding import to_float, to_uint8
+from smalti.images.decoding import to_8_bits, to_float, to_uint8
 from smalti.images.masks import blank, strokes
 from smalti.metrics.baselines import biharmonic
 from smalti.metrics.image_errors import diversity, masked_mse, seam_steps
@@ -34,15 +34,16 @@ def evaluate_inpainting(config: InpaintingEvaluation[Any]) -> tuple[Scores, Cond
         UserError: if the priors, the tokenizer, the images or the extractor cannot be loaded.
     """
     torch_device, _, priors, tokenizer, real = open_priors(config)
-    originals, seeds = to_float(real.judged), row_seeds(config.protocol.seed, torch.arange(len(real.judged)))
+    judged = to_8_bits(real.judged)
+    originals, seeds = to_float(judged), row_seeds(config.protocol.seed, torch.arange(len(judged)))
     mask = strokes(derive(seeds, Stream.EVALUATION_MASKS), *originals.shape[2:])
-    filled = _fill(config, priors, tokenizer, real.judged, mask, derive(seeds, Stream.EVALUATION_FILLS), torch_device)
+    filled = _fill(config, priors, tokenizer, judged, mask, derive(seeds, Stream.EVALUATION_FILLS), torch_device)
     fills = to_float(filled)
     completed = {
         "model": filled[:, 0],
-        "real": real.judged,
+        "real": judged,
         "mean_colour": to_uint8(blank(originals, mask)),
-        "biharmonic": biharmonic(real.judged, mask),
+        "biharmonic": biharmonic(judged, mask),
     }
     errors = {who: masked_mse(to_float(each), originals, mask) for who, each in completed.items()}
     steps = {who: float(seam_steps(to_float(each), mask).mean()) for who, each in completed.items()}

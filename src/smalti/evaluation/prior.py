@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Integer
 from torch import Tensor
 
 from smalti.commands.sample import generate_images
@@ -79,7 +79,7 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
 
 @torch.no_grad()
 def _bits_per_code(
-    priors: Sequence[Prior], tokenizer: Tokenizer, pixels: UInt8[Tensor, "n c h w"], torch_device: torch.device
+    priors: Sequence[Prior], tokenizer: Tokenizer, pixels: Integer[Tensor, "n c h w"], torch_device: torch.device
 ) -> Scores:
     """Returns bits per code of held-out images, without class conditioning, for priors with an exact likelihood."""
     scores: Scores = {}

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from smalti.commands.model_paths import load_priors
@@ -18,7 +18,7 @@ from smalti.core.randomness import Stream, choose
 from smalti.evaluation.config import EvaluationSettings, InpaintingEvaluation, PriorEvaluation
 from smalti.evaluation.scores import Conditions
 from smalti.images.image_set import ImageRows, ImageSet
-from smalti.images.reading import read_images_for
+from smalti.images.reading import describe_pictures, read_images_for
 from smalti.metrics.extractors import Extractor, find_extractor, moments
 from smalti.metrics.frechet import Moments, frechet_distance
 from smalti.priors.base import Prior
@@ -37,7 +37,7 @@ class RealImages:
         extractor: computes the features of all distances.
 
     Attributes:
-        judged: the held-out images, uint8 `(n, c, h, w)`.
+        judged: the held-out images, uint8 or int32 `(n, c, h, w)`.
         features: the features of the held-out images, `(n, d)`.
         conditions: the part of a result that describes the images and the extractor, as JSON.
 
@@ -50,11 +50,11 @@ class RealImages:
         if len(held_out) < 4:
             raise UserError(
                 f"only {len(held_out)} image(s) of {images.source} are held out, and an evaluation needs 4; "
-                "give more --images"
+                "give more --images, or another --held-out"
             )
         self._extractor, self._training = extractor, training
         self._chosen = choose(len(training), settings.reference, settings.seed, Stream.EVALUATION_REFERENCE)
-        self.judged: UInt8[Tensor, "n c h w"] = held_out.__getitems__(
+        self.judged: Integer[Tensor, "n c h w"] = held_out.__getitems__(
             choose(len(held_out), settings.num, settings.seed, Stream.EVALUATION_HELD_OUT)
         )["images"]
         self.features = extractor(self.judged)
@@ -65,11 +65,12 @@ class RealImages:
             "images_fingerprint": images.fingerprint,
             "preprocessing": images.preprocessing,
             **({"images_left_out": int(images.left_out.sum())} if images.left_out.any() else {}),
+            **({"note": note} if (note := describe_pictures(images.preprocessing)) else {}),
             **extractor.describe(),
             "feature_dimensions": extractor.width,
         }
 
-    def training(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b c h w"]:
+    def training(self, indices: Int64[Tensor, " b"]) -> Integer[Tensor, "b c h w"]:
         """Returns images of the reference set by their indices in it."""
         return self._training.__getitems__([self._chosen[index] for index in indices.tolist()])["images"]
 
@@ -79,7 +80,7 @@ class RealImages:
         progress = bar(batches, what="features of the reference", unit="batch", delay_seconds=SLOW_SECONDS)
         return torch.cat([self._extractor(self._training.__getitems__(batch)["images"]) for batch in progress])
 
-    def distance(self, pixels: UInt8[Tensor, "n c h w"]) -> float:
+    def distance(self, pixels: Integer[Tensor, "n c h w"]) -> float:
         """Returns the Fréchet distance of images to the reference set."""
         return frechet_distance(moments(self._extractor, pixels.split(BATCH_SIZE)), self.reference_moments)
 

@@ -6,7 +6,7 @@ LPIPS is not among the scores: here it is a training loss (`smalti.tokenizers.vq
 import time
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 from smalti.commands.model_paths import load_tokenizer
@@ -15,7 +15,7 @@ from smalti.core.devices import Precision, autocast, device
 from smalti.evaluation.config import TokenizerEvaluation
 from smalti.evaluation.real_images import BATCH_SIZE, real_for
 from smalti.evaluation.scores import Conditions, Scores, level_score
-from smalti.images.decoding import to_float, to_uint8
+from smalti.images.decoding import to_8_bits, to_float, to_uint8
 from smalti.latentsets.reader import perplexity
 from smalti.metrics.baselines import ssim
 from smalti.metrics.extractors import find_extractor
@@ -42,7 +42,7 @@ def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, Conditions]
     scores: Scores = {
         "mse": {"model": float(errors.mean())},
         "psnr_db": {"model": float(psnr(errors).mean())},
-        "ssim": {"model": ssim(images, real.judged)},
+        "ssim": {"model": ssim(images, to_8_bits(real.judged))},
         "frechet_to_originals": {"model": frechet_distance(features, originals)},
         "frechet": {
             "model": frechet_distance(features, reference),
@@ -61,7 +61,7 @@ def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, Conditions]
 
 @torch.no_grad()
 def _reconstruct(
-    tokenizer: Tokenizer, pixels: UInt8[Tensor, "n c h w"], torch_device: torch.device, precision: Precision
+    tokenizer: Tokenizer, pixels: Integer[Tensor, "n c h w"], torch_device: torch.device, precision: Precision
 ) -> tuple[UInt8[Tensor, "n c h w"], Codes, float]:
     """Returns reconstructions, their codes, and the seconds taken."""
     reconstructions, codes, start = [], [], time.perf_counter()

@@ -7,15 +7,17 @@ the same set decodes nothing. Decoding itself is in `image_set.py`.
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import PIL
 from datasets.config import HF_DATASETS_CACHE
 
 from smalti.core.files import write_json
-from smalti.images.decoding import most_pixels
+from smalti.images.formats.opening import most_pixels
 
 _RECIPE = "smalti 1"  # change it whenever decoding accepts other images
 _SAME_PROPORTIONS = 0.02
@@ -46,27 +48,28 @@ class Checks:
         )
 
 
-def load_checks(fingerprint: str, channels: int) -> Checks | None:
+def load_checks(fingerprint: str, form: Mapping[str, Any]) -> Checks | None:
     """Returns the kept result for a set; None if there is none or it cannot be read."""
     try:
-        kept = json.loads(_path(fingerprint, channels).read_text(encoding="utf-8"))
+        kept = json.loads(_path(fingerprint, form).read_text(encoding="utf-8"))
         errors = {int(index): str(error) for index, error in kept["errors"].items()}
         return Checks(errors, Counter({(height, width): count for height, width, count in kept["sizes"]}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def save_checks(checks: Checks, fingerprint: str, channels: int) -> None:
+def save_checks(checks: Checks, fingerprint: str, form: Mapping[str, Any]) -> None:
     """Keeps the result for a set, unless a file was unreadable, or there is no room: the next command checks again."""
     if checks.unreadable:
         return
     sizes = [[height, width, count] for (height, width), count in sorted(checks.sizes.items())]
     with suppress(OSError):
-        write_json(_path(fingerprint, channels), {"errors": checks.errors, "sizes": sizes})
+        write_json(_path(fingerprint, form), {"errors": checks.errors, "sizes": sizes})
 
 
-def _path(fingerprint: str, channels: int) -> Path:
-    """Returns the file for a result, which depends on the images, on Pillow and on its limit of pixels."""
-    key = f"{_RECIPE} {fingerprint} {channels} {PIL.__version__} {most_pixels()}"
+def _path(fingerprint: str, form: Mapping[str, Any]) -> Path:
+    """Returns the file for a result, which depends on the images, on Pillow and on the limit of pixels."""
+    key = f"{_RECIPE} {fingerprint} {form['channels']} {PIL.__version__} {form['limit'] or most_pixels()}"
+    key += "" if form["depth"] == 8 else f" {form['depth']}"
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return Path(HF_DATASETS_CACHE) / "smalti-checks" / f"{name}.json"

@@ -19,6 +19,9 @@ _DESCRIBED_FITS: dict[Fit, str] = {
 SMALLEST_CROP = 0.8
 """Smallest side of a random crop, as a share of the side of the whole image's largest crop of the same proportions."""
 
+TEN_CROP_SIDE = 1 / 1.1
+"""Side of the crops of a ten-crop, as a share of the side of the whole image's largest crop."""
+
 
 class Crop(NamedTuple):
     """A part of an image: its side as a share of the largest crop, and its place, each from 0 (left, top) to 1."""
@@ -37,6 +40,16 @@ def random_crops(numbers: Int64[Tensor, " n"], count: int) -> list[list[Crop]]:
     return [[Crop(SMALLEST_CROP + (1 - SMALLEST_CROP) * side, x, y) for side, x, y in image] for image in draws]
 
 
+def ten_crops() -> list[Crop]:
+    """Returns the four corners and the centre of an image: with their mirror images, ten crops.
+
+    They are the ten crops of AlexNet's evaluation ("ImageNet Classification with Deep Convolutional Neural Networks",
+    section 4.1), which LlamaGen stores as training data, from images whose shorter side is 1.1 of the crop's.
+    """
+    corners = [Crop(TEN_CROP_SIDE, across, down) for down in (0.0, 1.0) for across in (0.0, 1.0)]
+    return [*corners, Crop(TEN_CROP_SIDE, 0.5, 0.5)]
+
+
 def fitted(image: Image.Image, *, height: int, width: int, fit: Fit, crop: Crop | None = None) -> Image.Image:
     """Resamples an image, or a crop of it, to a size (Lanczos); see `decoding.decode`.
 
@@ -46,7 +59,7 @@ def fitted(image: Image.Image, *, height: int, width: int, fit: Fit, crop: Crop 
         assert crop is None
         scale = max(image.width / width, image.height / height)
         size = (max(1, round(image.width / scale)), max(1, round(image.height / scale)))
-        padded = Image.new(image.mode, (width, height), "white")
+        padded = Image.new(image.mode, (width, height), 2.0**16 - 1 if image.mode == "F" else "white")
         corner = ((width - size[0]) // 2, (height - size[1]) // 2)
         padded.paste(image.resize(size, Image.Resampling.LANCZOS), corner)
         return padded
@@ -59,7 +72,7 @@ def fitted(image: Image.Image, *, height: int, width: int, fit: Fit, crop: Crop 
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def describe(*, height: int, width: int, channels: int, fit: Fit = "crop") -> dict[str, Any]:
+def describe(*, height: int, width: int, channels: int, fit: Fit = "crop", depth: int = 8) -> dict[str, Any]:
     """Describes what `decode` does to every image, as JSON for latent sets; keep it in step with `decode`."""
     return {
         "height": height,
@@ -68,6 +81,7 @@ def describe(*, height: int, width: int, channels: int, fit: Fit = "crop") -> di
         "fit": _DESCRIBED_FITS[fit],
         "resampling": "lanczos",
         "background": "white",
+        **({} if depth == 8 else {"image_depth": depth}),  # sets from before there was a choice have no such entry
     }
 
 

@@ -1,12 +1,11 @@
 """Image sets: pixels, labels and source ids, and the rows of a split for training.
 
-Decoding is in `decoding.py`, the sources of images in `sources.py`, the rule of the split in
-`splits.py`.
+Decoding is in `decoding.py`, the sources of images in `sources.py`, labels and the held-out split in
+`contents.py`.
 
 Legend: n images in a set, b rows of a batch, c channels, h w pixels.
 """
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Int64, Integer
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,16 +22,12 @@ from smalti.core.errors import UserError
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images import sources
 from smalti.images.checks import Checks, load_checks, save_checks
-from smalti.images.decoding import (
-    BadImageError,
-    Decoded,
-    UnreadableImageError,
-    bad_images_error,
-    decode_crops,
-    decode_with_size,
-)
-from smalti.images.fitting import Fit, describe, random_crops
-from smalti.images.splits import held_out
+from smalti.images.contents import Contents, encoded, file_names, read_contents
+from smalti.images.decoding import Decoded, decode_crops, decode_with_size
+from smalti.images.fitting import Fit, describe, random_crops, ten_crops
+from smalti.images.formats.archives import shown_path
+from smalti.images.formats.opening import BadImageError, TooLargeError, UnreadableImageError, bad_images_error
+from smalti.images.formats.planes import Depth
 
 CACHE_BYTES = 2**30
 _SHOWN_CLASSES = 10  # the largest ones, in a summary
@@ -50,8 +45,8 @@ class ImageSet:
         source_ids: one for each image, in [0, 2**63). Images of one original, such as an emoji in
             several skin tones, share one.
         fingerprint: SHA-256 over source ids, labels and encoded images in order; the same on every machine.
-        preprocessing: the description of the preprocessing, as JSON; see `fitting.describe`. It also names the
-            columns that were requested.
+        held_out: marks the images that training never uses.
+        preprocessing: the description of the preprocessing and of the requested selection, as JSON.
         notes: what of the source was left out and why, a sentence each.
         left_out: marks the images that `leave_out` excluded from all splits.
     """
@@ -59,35 +54,27 @@ class ImageSet:
     def __init__(
         self,
         source: str,
-        table: sources.Table,
+        contents: Contents,
         *,
-        height: int,
-        width: int,
-        channels: int,
-        fit: Fit,
-        columns: dict[str, str],
+        size: dict[str, Any],
+        most_pixels: int | None,
+        selection: dict[str, Any],
         cache_bytes: int,
     ) -> None:
-        self.source = source
-        self.notes = table.notes
-        described = describe(height=height, width=width, channels=channels, fit=fit)
-        self.preprocessing: dict[str, Any] = {**described, **columns}
-        self.labels, self.label_names = sources.read_labels(table)
-        self.source_ids: Int64[Tensor, " n"] = sources.read_source_ids(table)
-        self.fingerprint = hashlib.sha256(
-            b"".join(
-                part.numpy().astype("<i8").tobytes()
-                for part in (self.source_ids, self.labels, sources.read_contents(table))
-            )
-        ).hexdigest()
+        self.source, self.notes = source, contents.notes
+        self.preprocessing: dict[str, Any] = {**describe(**size), **selection}
+        self.labels, self.label_names = contents.labels, contents.label_names
+        self.source_ids: Int64[Tensor, " n"] = contents.source_ids
+        self.held_out: Bool[Tensor, " n"] = contents.held_out
+        self.fingerprint = contents.fingerprint
         self.left_out: Bool[Tensor, " n"] = torch.zeros(len(self.source_ids), dtype=torch.bool)
-        self._encoded = table.rows.select_columns(table.image_column)
-        self._column = table.image_column
-        self._shape = (channels, height, width)
-        self._fit_kind: Fit = fit
+        self._encoded, self._column = contents.images, contents.column
+        self._form: dict[str, Any] = {**size, "limit": most_pixels}
+        self._shape = (size["channels"], size["height"], size["width"])
+        self._dtype, self._cached_dtype = {8: (torch.uint8,) * 2, 16: (torch.int32, torch.uint16)}[size["depth"]]
         self._errors: dict[int, str] = {}
         self._cache_bytes = cache_bytes
-        self._cache: UInt8[Tensor, "n c h w"] | None = None
+        self._cache: Integer[Tensor, "n c h w"] | None = None
 
     def __len__(self) -> int:
         return len(self.source_ids)
@@ -107,8 +94,8 @@ class ImageSet:
 
     def pixels(
         self, indices: Sequence[int] | Int64[Tensor, " b"], *, bad: dict[int, str] | None = None
-    ) -> UInt8[Tensor, "b c h w"]:
-        """Returns the images at `indices`, from the cache if it is filled, else decoded now.
+    ) -> Integer[Tensor, "b c h w"]:
+        """Returns the images at `indices`, from the cache if it is filled, else decoded now; see `open_images`.
 
         Args:
             indices: in [0, len), in any order, repeated or not.
@@ -121,10 +108,10 @@ class ImageSet:
         indices = list(map(int, indices))
         if self._cache is not None:
             errors = {index: self._errors[index] for index in indices if index in self._errors}
-            pixels = self._cache[torch.tensor(indices, dtype=torch.int64)]
+            pixels = self._cache[torch.tensor(indices, dtype=torch.int64)].to(self._dtype)
         else:
             errors = {}
-            pixels = torch.zeros((len(indices), *self._shape), dtype=torch.uint8)
+            pixels = torch.zeros((len(indices), *self._shape), dtype=self._dtype)
             for position, (index, image) in enumerate(zip(indices, self._encoded[indices][self._column], strict=True)):
                 try:
                     pixels[position] = self._decode(image).pixels
@@ -137,18 +124,18 @@ class ImageSet:
             bad.update(named)
         return pixels
 
-    def crops(self, indices: Sequence[int], count: int) -> UInt8[Tensor, "b n c h w"]:
-        """Returns `count` random crops of each image, the same ones every time; see `fitting.random_crops`.
+    def crops(self, indices: Sequence[int], count: int | None) -> Integer[Tensor, "b n c h w"]:
+        """Returns `count` random crops of each image, the same every time, or `fitting.ten_crops` if it is None.
 
         They are taken from the original images, of any size. Those of an image that cannot be decoded are black.
         """
-        size = dict(zip(("channels", "height", "width"), self._shape, strict=True))
-        pixels = torch.zeros((len(indices), count, *self._shape), dtype=torch.uint8)
-        drawn = random_crops(torch.tensor(indices, dtype=torch.int64), count)
+        fixed, numbers = ten_crops(), torch.tensor(indices, dtype=torch.int64)
+        drawn = [fixed] * len(indices) if count is None else random_crops(numbers, count)
+        pixels = torch.zeros((len(indices), count or len(fixed), *self._shape), dtype=self._dtype)
         images = self._encoded[list(indices)][self._column]
         for position, (image, crops) in enumerate(zip(images, drawn, strict=True)):
             with suppress(BadImageError):
-                pixels[position] = decode_crops(sources.encoded(image), crops, **size, fit=self._fit_kind)
+                pixels[position] = decode_crops(encoded(image), crops, **self._form)
         return pixels
 
     def check(self) -> Checks:
@@ -156,16 +143,15 @@ class ImageSet:
 
         A set that fits into `cache_bytes` stays in memory. The errors name the file and row.
         """
-        channels = self._shape[0]
-        checks = load_checks(self.fingerprint, channels)
+        checks = load_checks(self.fingerprint, self._form)
         if checks is None or any(index >= len(self) for index in checks.errors):
             checks = self._decode_all(keep=self._fits())
-            save_checks(checks, self.fingerprint, channels)
+            save_checks(checks, self.fingerprint, self._form)
         return Checks(self._named(checks.errors), checks.sizes)
 
     def file_names(self) -> list[str] | None:
         """Returns the name of each image's file, with its subfolders; None if an image is in no file of its own."""
-        return sources.file_names(self._encoded, self._column)
+        return file_names(self._encoded, self._column)
 
     def leave_out(self, bad: dict[int, str]) -> None:
         """Excludes images from all splits of `ImageRows`; the fingerprint stays that of the whole set.
@@ -194,14 +180,14 @@ class ImageSet:
                 raise bad_images_error(self._named(unexpected))
 
     def _fits(self) -> bool:
-        return torch.Size((len(self), *self._shape)).numel() <= self._cache_bytes
+        return torch.Size((len(self), *self._shape)).numel() * self._cached_dtype.itemsize <= self._cache_bytes
 
     def _decode_all(self, *, keep: bool) -> Checks:
         """Decodes every image; with `keep`, fills the cache, with black for images that cannot be decoded."""
         errors: dict[int, str] = {}
         unreadable: list[int] = []
         sizes: list[tuple[int, int] | None] = [None] * len(self)
-        cache = torch.empty((len(self) if keep else 0, *self._shape), dtype=torch.uint8)
+        cache = torch.empty((len(self) if keep else 0, *self._shape), dtype=self._cached_dtype)
 
         def fill(index: int, image: Any) -> None:
             try:
@@ -227,20 +213,20 @@ class ImageSet:
         return Checks(errors, Counter(size for size in sizes if size is not None), bool(unreadable))
 
     def _decode(self, image: Any) -> Decoded:
-        channels, height, width = self._shape
-        return decode_with_size(
-            sources.encoded(image), channels=channels, height=height, width=width, fit=self._fit_kind
-        )
+        try:
+            return decode_with_size(encoded(image), **self._form)
+        except TooLargeError as error:
+            raise BadImageError(f"{error}, or raise --most-pixels") from error
 
     def _named(self, errors: dict[int, str]) -> dict[int, str]:
         """Adds the file's name, or the table's, and the row to errors."""
         if not errors:
             return {}
         images = self._encoded[list(errors)][self._column]
-        names = [image.get("path") if isinstance(image, dict) else None for image in images]
+        paths = [image.get("path") if isinstance(image, dict) else None for image in images]
+        names = [shown_path(path) if path else self.source for path in paths]
         return {
-            index: f"{name or self.source}, row {index}: {error}"
-            for name, (index, error) in zip(names, errors.items(), strict=True)
+            index: f"{name}, row {index}: {error}" for name, (index, error) in zip(names, errors.items(), strict=True)
         }
 
 
@@ -251,8 +237,13 @@ def open_images(
     width: int = 32,
     channels: int = 3,
     fit: Fit = "crop",
+    depth: Depth = 8,
     image_column: str | None = None,
     label_column: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    held_out: str | None = None,
+    most_pixels: int | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> ImageSet:
     """Opens a set of images, without decoding them yet.
@@ -260,35 +251,45 @@ def open_images(
     Args:
         source: `portraits` or `emoji` (9 000 drawn portraits and 3 786 Noto emoji of 32x32 pixels,
             both in the package); a folder, read recursively in the order of sorted names, with the
-            subfolders' names as labels; one image; a Parquet file, or a folder or glob of them; or
-            a hub id, optionally as `id@config:split` (the default split is `train`).
+            subfolders' names as labels; one image; tar or zip archives; arrays (`.npy`, `.npz`); a list
+            of paths (`.csv`, `.tsv`, `.txt`, `.jsonl`); a Parquet file; a folder or glob of any one
+            kind; a range or URL of archives (`shards-{0000..0127}.tar`); or a hub id, optionally as
+            `id@config:split` (the default split is `train`).
         height: in pixels.
         width: in pixels.
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB; 2 and 4 keep the alpha channel; see `decoding.decode`.
         fit: what happens to images of other proportions; see `decoding.decode`.
+        depth: 16 gives pixels as int32 from 0 to 65535 instead of uint8.
         image_column: the column of images, if a table has several.
         label_column: the column of labels; by default `label` or the only column of classes.
-        cache_bytes: limit of the decoded size (uint8) up to which `ImageRows` keeps a set in memory.
+        split: the split to read; by default that of training.
+        limit: the number of images to read, the first ones.
+        held_out: `none`, a fraction such as `0.05`, or another source, whose images are added and are
+            the held-out split; by default the fraction 0.1.
+        most_pixels: the most pixels of an image; by default Pillow's limit, and less for files that
+            look like decompression bombs.
+        cache_bytes: limit of the decoded size up to which `ImageRows` keeps a set in memory.
 
     Raises:
         UserError: if there is nothing at `source`, it cannot be read or holds no images; if a column
-            is missing or ambiguous; or if the size or the number of channels is invalid.
+            or split is missing or ambiguous; or if the size or the number of channels is invalid.
     """
     if height < 1 or width < 1:
         raise UserError(f"images of {height}x{width} pixels are empty; give a height and width of at least 1")
-    if channels not in (1, 3):
-        raise UserError(f"images cannot have {channels} channels; give 1 for grey or 3 for RGB")
-    table = sources.open_table(source, image_column=image_column, label_column=label_column)
-    requested = {"image_column": image_column, "label_column": label_column}
-    columns = {name: column for name, column in requested.items() if column is not None}
+    if channels < 1:
+        raise UserError(f"images cannot have {channels} channels; give 1 for grey, 3 for RGB or as many as they have")
+    for flag, value in (("limit", limit), ("most-pixels", most_pixels)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} must be at least 1, not {value}")
+    columns = {"image_column": image_column, "label_column": label_column, "split": split, "limit": limit}
+    table = sources.open_table(source, **columns, channels=channels)
+    selection = {name: value for name, value in {**columns, "held_out": held_out}.items() if value is not None}
     return ImageSet(
         source,
-        table,
-        height=height,
-        width=width,
-        channels=channels,
-        fit=fit,
-        columns=columns,
+        read_contents(table, held_out, channels),
+        size={"channels": channels, "height": height, "width": width, "fit": fit, "depth": depth},
+        most_pixels=most_pixels,
+        selection=selection,
         cache_bytes=cache_bytes,
     )
 
@@ -296,8 +297,7 @@ def open_images(
 class ImageRows(Dataset):
     """The rows of one split. `__getitems__` returns whole batches, for a `DataLoader` with an identity `collate_fn`.
 
-    With `flips` every image is two rows: 2i is the image, 2i + 1 its mirror image. Both share one
-    source id, and `held_out` splits by source id, so both are in the same split.
+    With `flips` every image is two rows: 2i is the image, 2i + 1 its mirror image, in the same split.
 
     The constructor decodes the set into memory if it fits (see `open_images`), so that workers need
     not do so.
@@ -307,7 +307,7 @@ class ImageRows(Dataset):
     """
 
     def __init__(self, image_set: ImageSet, *, split: Literal["train", "held_out", "all"], flips: bool) -> None:
-        out = held_out(image_set.source_ids)
+        out = image_set.held_out
         selected = {"train": ~out, "held_out": out, "all": torch.ones_like(out)}[split]
         selected = selected & ~image_set.left_out
         if split == "train" and not selected.any():
@@ -322,7 +322,7 @@ class ImageRows(Dataset):
     def __len__(self) -> int:
         return len(self._images) * self._rows_per_image
 
-    def spread(self, count: int) -> UInt8[Tensor, "b c h w"]:
+    def spread(self, count: int) -> Integer[Tensor, "b c h w"]:
         """Returns the images of `count` evenly spaced rows; with fewer rows than that, some repeat."""
         return self.__getitems__([i * len(self) // count for i in range(count)])["images"]
 
@@ -333,7 +333,7 @@ class ImageRows(Dataset):
             rows: numbers in [0, len), in any order, repeated or not.
 
         Returns:
-            `images` uint8 `(b, c, h, w)` and, for each row, `labels` int64 (-1 if none), `source_ids`
+            `images` `(b, c, h, w)`, uint8 or int32, and, for each row, `labels` int64 (-1 if none), `source_ids`
             int64, `flipped` bool and `rows` int64.
         """
         numbers = torch.as_tensor(rows, dtype=torch.int64)

@@ -1,18 +1,19 @@
-"""Lists the image or Parquet files of a folder, file or glob, and describes what it leaves out and why.
+"""Lists the files of a folder, file or glob, divides names into splits and classes, and describes what is left out.
 
-Labels come from folder names. Folders and Parquet files named for a split (`train`, `test`, ...) are
-not classes: only the training split is read. Opening the files is in `sources.py`.
+Labels come from folder names. Folders and files named for a split (`train`, `test`, ...) are not classes:
+only one split is read, by default that of training. Opening the files is in `sources.py`.
 """
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from glob import glob, has_magic
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from PIL import Image
 
@@ -20,12 +21,24 @@ from smalti.core.errors import UserError
 
 TRAINING = frozenset({"train", "training"})
 SPLITS = TRAINING | {"val", "valid", "validation", "dev", "test", "testing", "eval"}
-"""Names of folders, and of Parquet files before a `-`, `_` or `.`, that divide a set; in any case."""
+"""Names of folders, and of containers before a `-`, `_` or `.`, that divide a set; in any case."""
 GENERIC_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpeg", "jpg", "png"})
 """Names of folders that hold the images of the class above them."""
 METADATA = frozenset({"metadata.csv", "metadata.jsonl"})
 _UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow recognises but does not decode these
+_COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 _MOST_SUFFIXES = 8
+
+P = TypeVar("P", bound=PurePath)
+Kind: TypeAlias = Literal["images", "Parquet files", "archives", "arrays"]
+"""The kinds of files that a source consists of; one source has files of one kind."""
+CONTAINERS: dict[str, Kind] = {
+    ".parquet": "Parquet files",
+    ".tar": "archives",
+    ".zip": "archives",
+    ".npz": "arrays",
+}
+"""The kinds of files that hold many images, by suffix."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +47,30 @@ class Listing:
 
     Attributes:
         root: the folder that the source names, or the one of its file or glob.
-        paths: the image files or the Parquet files, sorted by name.
+        kind: of all files.
+        paths: the files, sorted by name.
         labels: one for each path, the name of its class or None.
         notes: what was left out and why, a sentence each.
+        metadata: the files `metadata.csv` and `metadata.jsonl` among the images.
+        single: whether the source names one file.
+        divided: whether the files are those of a split.
     """
 
     root: Path
+    kind: Kind
     paths: tuple[Path, ...]
     labels: tuple[str | None, ...]
     notes: tuple[str, ...]
+    metadata: tuple[Path, ...] = ()
+    single: bool = False
+    divided: bool = False
 
 
-def list_files(source: str) -> Listing | None:
-    """Returns the images or Parquet files at a path or glob; None if there is nothing there.
+def list_files(source: str, split: str | None = None) -> Listing | None:
+    """Returns the images or containers of images at a path or glob; None if there is nothing there.
 
     Raises:
-        UserError: if there are no images and no Parquet files, or both, or a folder cannot be listed.
+        UserError: if there are none, or of several kinds, if there is no such split, or if a folder cannot be listed.
     """
     path = Path(source).expanduser()
     whole_folder = path.is_dir()
@@ -64,27 +85,99 @@ def list_files(source: str) -> Listing | None:
         return None
     unnamed = [file for file in paths if not _is_unicode(file)]  # which tables cannot hold
     paths = [file for file in paths if _is_unicode(file)]
-    data_files = sorted(filter(is_data_file, paths), key=Path.as_posix)
-    passed_over = _describe_passed_over([file for file in paths if not is_data_file(file)])
+    images = images_among(paths)
+    containers = [file for file in paths if file.suffix.lower() in CONTAINERS]
+    if images:  # a backup among photographs is passed over, but Parquet files are the images of a data set
+        containers = [file for file in containers if CONTAINERS[file.suffix.lower()] == "Parquet files"]
+    data_files = sorted([*images, *containers], key=Path.as_posix)
+    read = {*data_files}
+    others = [file for file in paths if file not in read]
+    metadata = sorted(file for file in others if file.name.lower() in METADATA)
+    passed_over = describe_passed_over([file for file in others if file not in metadata])
     if unnamed:
         passed_over.append(f"passed over, because the name is not UTF-8: {len(unnamed)} file(s); rename them")
-    parquet = [file for file in data_files if file.suffix.lower() == ".parquet"]
+    kinds: list[Kind] = sorted({CONTAINERS.get(file.suffix.lower(), "images") for file in data_files}, key=str.lower)
     if not data_files:
         found = f" ({passed_over[0]})" if passed_over else ""
         raise UserError(f"{source} holds no images and no Parquet files{found}; give a folder, file or glob that does")
-    if pipes := [file for file in parquet if not file.is_file()]:
+    if pipes := [file for file in data_files if file.suffix.lower() in CONTAINERS and not file.is_file()]:
         raise UserError(f"{pipes[0]} is not a regular file; remove it")
-    if parquet and len(parquet) < len(data_files):
-        raise UserError(f"{source} holds images and Parquet files; give a glob of either, such as '{source}/*.parquet'")
-    splits = _splits(root, data_files) if whole_folder else None
-    selected, split_notes = (data_files, []) if splits is None else _training_files(source, data_files, splits)
-    labels = tuple(_label(file.relative_to(root).parent.parts, splits is not None) for file in selected)
-    return Listing(root, tuple(selected), labels, (*split_notes, *passed_over))
+    if len(kinds) > 1:
+        raise UserError(
+            f"{source} holds {' and '.join(kinds)}; give a glob of one kind, such as '{source}/*{data_files[0].suffix}'"
+        )
+    names = [file.relative_to(root) for file in data_files]
+    divided = (whole_folder or split is not None) and divide(names) is not None
+    inside = kinds == ["archives"] and not divided  # the archives may be divided, each in itself
+    chosen = arrange(source, names, None if inside else split, divisible=whole_folder or split is not None)
+    return Listing(
+        root,
+        kinds[0],
+        tuple(data_files[index] for index in chosen.indices),
+        chosen.labels,
+        (*chosen.notes, *passed_over),
+        tuple(metadata),
+        single=path.is_file(),
+        divided=divided,
+    )
 
 
-def is_data_file(path: Path) -> bool:
-    """Returns whether a file's suffix is that of Parquet or of a format that this Pillow decodes."""
-    return path.suffix.lower() in _suffixes()
+class Arrangement(NamedTuple):
+    """The part of a source that is read, with labels.
+
+    Attributes:
+        indices: of the names that are read, in order.
+        labels: one for each index, the name of its class or None.
+        notes: what was left out, a sentence each.
+    """
+
+    indices: list[int]
+    labels: tuple[str | None, ...]
+    notes: list[str]
+
+
+def arrange(source: str, names: Sequence[PurePath], split: str | None, *, divisible: bool = True) -> Arrangement:
+    """Divides names into splits and classes by their folders, and selects one split.
+
+    Args:
+        source: its name, for messages.
+        names: paths of images or containers below the source's root.
+        split: the split to read; None for that of training, or for all if there is none.
+        divisible: whether folders may be splits.
+
+    Raises:
+        UserError: if there is no such split.
+    """
+    splits = divide(names) if divisible else None
+    if splits is None and split is not None:
+        raise UserError(
+            f"{source} is not divided into splits such as train/ and test/, so it has no {split!r}; leave --split out"
+        )
+    indices, notes = list(range(len(names))), list[str]()
+    if splits is not None:
+        unit = "file" if names[0].suffix.lower() in CONTAINERS else "image"
+        indices, notes = _select_split(source, splits, split, unit)
+    labels = tuple(_label(names[index].parent.parts, splits is not None) for index in indices)
+    return Arrangement(indices, labels, notes)
+
+
+def is_data_file(path: PurePath) -> bool:
+    """Returns whether a file's suffix is that of a container or of a format of images that is decoded."""
+    return path.suffix.lower() in CONTAINERS or is_image_file(path)
+
+
+def is_image_file(path: PurePath) -> bool:
+    """Returns whether a file's suffix is that of NumPy's format or of one that this Pillow decodes."""
+    return path.suffix.lower() in _suffixes() or path.suffix.lower() == ".npy"
+
+
+def images_among(files: Iterable[P]) -> list[P]:
+    """Returns the images among files: those that Pillow decodes, or arrays if there are none.
+
+    Arrays beside images are something else, such as features of them.
+    """
+    files = [file for file in files if is_image_file(file)]
+    return [file for file in files if file.suffix.lower() in _suffixes()] or files
 
 
 def _is_unicode(path: Path) -> bool:
@@ -103,7 +196,7 @@ def _suffixes() -> frozenset[str]:
         for suffix, kind in Image.registered_extensions().items()
         if kind in Image.OPEN and kind not in _UNDECODED_FORMATS
     )
-    return frozenset((".parquet", *decoded))
+    return frozenset(decoded)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -119,30 +212,34 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (root / name for name in names if not name.startswith("."))
 
 
-def _splits(root: Path, files: Sequence[Path]) -> list[str | None] | None:
+def divide(names: Sequence[PurePath]) -> list[str | None] | None:
     """Returns the name of each file's split; None if the files are not divided into splits.
 
-    They are if every file below the root's own level is in a folder named for a split, or every Parquet file is named
+    They are if every file below the root's own level is in a folder named for a split, or every container is named
     for one. So a set with the classes `train`, `car` and `ship` has no splits.
     """
-    folders = [file.relative_to(root).parent.parts for file in files]
-    names = [next((part for part in parts if part.lower() in SPLITS), None) for parts in folders]
-    if any(names) and all(name or not parts for name, parts in zip(names, folders, strict=True)):
-        return names
-    stems = [re.split(r"[-_.]", file.name)[0] if file.suffix.lower() == ".parquet" else "" for file in files]
+    folders = [name.parent.parts for name in names]
+    splits = [next((part for part in parts if part.lower() in SPLITS), None) for parts in folders]
+    if any(splits) and all(split or not parts for split, parts in zip(splits, folders, strict=True)):
+        return splits
+    stems = [re.split(r"[-_.]", name.name)[0] if name.suffix.lower() in CONTAINERS else "" for name in names]
     return [*stems] if all(stem.lower() in SPLITS for stem in stems) else None
 
 
-def _training_files(source: str, files: Sequence[Path], splits: Sequence[str | None]) -> tuple[list[Path], list[str]]:
-    """Returns the files of the training split, all files if there is none, and notes of what is left out."""
-    counts, unit = Counter(splits), "image" if files[0].suffix.lower() != ".parquet" else "file"
-    others = {name: count for name, count in counts.items() if (name or "").lower() not in TRAINING}
-    training = sorted(name for name in counts if name and name.lower() in TRAINING)
-    listed = _counted({name or "beside them": count for name, count in others.items()}, unit)
-    if not training:
-        return list(files), [f"{source} is divided into {listed}, but not into train: all of it is read"]
-    notes = [f"{source} is divided: only {', '.join(training)} is read; left out: {listed}"] if others else []
-    return [file for file, split in zip(files, splits, strict=True) if split in training], notes
+def _select_split(
+    source: str, splits: Sequence[str | None], requested: str | None, unit: str
+) -> tuple[list[int], list[str]]:
+    """Returns the indices of the requested split, or of training's, all if there is none, and notes of the others."""
+    counts, wanted = Counter(splits), TRAINING if requested is None else {requested.lower()}
+    chosen = sorted(name for name in counts if name and name.lower() in wanted)
+    others = {name or "beside them": count for name, count in counts.items() if name not in chosen}
+    listed = _counted(others, unit)
+    if not chosen and requested is not None:
+        raise UserError(f"{source} has no split {requested!r}; it is divided into {listed}: give --split one of them")
+    if not chosen:
+        return [*range(len(splits))], [f"{source} is divided into {listed}, but not into train: all of it is read"]
+    notes = [f"{source} is divided: only {', '.join(chosen)} is read; left out: {listed}"] if others else []
+    return [index for index, split in enumerate(splits) if split in chosen], notes
 
 
 def _label(folders: Sequence[str], divided: bool) -> str | None:
@@ -154,22 +251,18 @@ def _label(folders: Sequence[str], divided: bool) -> str | None:
     return named[-1] if named and not divided else None
 
 
-def _describe_passed_over(files: Sequence[Path]) -> list[str]:
-    """Returns notes of the files that are neither images nor Parquet files."""
-    metadata = sorted({file.name for file in files if file.name.lower() in METADATA})
-    counts = Counter(file.suffix.lower() or "no suffix" for file in files if file.name.lower() not in METADATA)
-    notes = []
-    if counts:
-        shown = dict(counts.most_common(_MOST_SUFFIXES))
-        rest = len(counts) - len(shown)
-        kinds = _counted(shown, "file") + (f" and {rest} other kinds" if rest else "")
-        advice = "; save photographs as JPEG or PNG" if counts.keys() & {".heic", ".heif", "no suffix"} else ""
-        notes.append(f"passed over, because the suffix is not of a format that Pillow reads here: {kinds}{advice}")
-    notes += [
-        f"{name} is not read: labels are the names of folders; put the images of each class into a folder of its own"
-        for name in metadata
-    ]
-    return notes
+def describe_passed_over(files: Sequence[PurePath]) -> list[str]:
+    """Returns a note of the files that are neither images nor containers; empty if there are none."""
+    counts = Counter(file.suffix.lower() or "no suffix" for file in files)
+    if not counts:
+        return []
+    shown = dict(counts.most_common(_MOST_SUFFIXES))
+    rest = len(counts) - len(shown)
+    kinds = _counted(shown, "file") + (f" and {rest} other kinds" if rest else "")
+    advice = "; save photographs as JPEG or PNG" if counts.keys() & {".heic", ".heif", "no suffix"} else ""
+    if counts.keys() & _COMPRESSED:
+        advice += "; unpack compressed archives: .tar and .zip are read"
+    return [f"passed over, because the suffix is not of a format that Pillow reads here: {kinds}{advice}"]
 
 
 def _counted(counts: dict[str, int], unit: str) -> str:

@@ -5,15 +5,19 @@ The settings of this are in `Reading`, which the configs of all these commands c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from smalti.core.config import added
 from smalti.core.errors import UserError
 from smalti.core.progress import print_note
 from smalti.images.checks import Checks
-from smalti.images.decoding import BadImageError, bad_images_error
+from smalti.images.contents import held_out_percent
 from smalti.images.fitting import Fit, recorded_fit
+from smalti.images.formats.opening import BadImageError, bad_images_error
 from smalti.images.image_set import ImageSet, open_images
+from smalti.images.sources import local_paths
 
 OnBadImage: TypeAlias = Literal["raise", "skip"]
 
@@ -23,17 +27,38 @@ class Reading:
     """Settings of how a set of images is read."""
 
     image_column: str | None = None
-    """Column of the images, if a table has several [default: as trained, if the images are those of the training]."""
+    """Column of the images, if a table has several; column of the paths in a list; extension of the images in
+    WebDataset shards [default: as trained, if the images are those of the training]."""
     label_column: str | None = None
-    """Column of the labels [default: as trained, if the images are those of the training; else `label`, or the only
-    column of classes]."""
+    """Column of the labels, also of `metadata.csv` or in the `.json` beside an image [default: as trained, if the
+    images are those of the training; else `label`, or the only column of classes, or the names of folders]."""
+    split: str | None = added(None)
+    """Split to read of images that are divided into folders or files such as train, val and test, or of a data set of
+    the hub [default: as trained, if the images are those of the training; else train]."""
+    limit: int | None = added(None)
+    """Number of images to read, the first ones, for a quick try [default: as trained, if the images are those of the
+    training; else all]."""
+    held_out: str | None = added(None)
+    """Images that are held out from training: a fraction such as 0.05; a folder or any other source of images to add;
+    or `none` [default: as trained; else 0.1]."""
     fit: Fit | None = None
     """The way in which images of other proportions get the model's: `crop` keeps the centre, `pad` keeps the whole
     image between white borders, `squash` ignores the proportions. A model keeps the choice of its training [default:
     as trained, else crop]."""
+    image_depth: Literal[8, 16] | None = added(None)
+    """Bits of each channel: 16 keeps those of deep grey images and arrays, for scans and measurements; 8 scales them
+    down. A model keeps the choice of its training [default: as trained, else 8]."""
+    most_pixels: int | None = added(None)
+    """Most pixels of an image; larger ones cannot be read. Raise it for large scans that you trust [default: 178956970,
+    and less for files that look like decompression bombs]."""
     on_bad_image: OnBadImage = "raise"
     """Handling of images that cannot be decoded: all files are decoded at the start, then `raise` names those that
     cannot be, and `skip` leaves them out."""
+
+    @property
+    def held_out_paths(self) -> list[Path]:
+        """The files and folders of this disk that hold the held-out images."""
+        return [] if self.held_out is None or _is_fraction(self.held_out) else local_paths(self.held_out)
 
 
 def read_images(
@@ -46,7 +71,7 @@ def read_images(
         reading: how to read it.
         height: in pixels.
         width: in pixels.
-        channels: 1 for grey, 3 for RGB.
+        channels: see `open_images`.
         shown: whether this process prints.
 
     Raises:
@@ -78,10 +103,10 @@ def read_images_for(
         provenance: of the model.
         name: of the model, for messages.
         source: see `open_images`; None for the images of the training.
-        reading: how to read them. Columns and fit default to those of the training.
+        reading: how to read them. Its other settings default to those of the training.
         height: in pixels.
         width: in pixels.
-        channels: 1 for grey, 3 for RGB.
+        channels: see `open_images`.
         shown: whether this process prints.
 
     Raises:
@@ -90,22 +115,20 @@ def read_images_for(
     """
     recorded = provenance.get("preprocessing") or {}
     trained = provenance if source is None else {}
+    asked = reading
+    same_images = source is None and (asked.split, asked.limit, asked.held_out) == (None, None, None)
     source = source or trained.get("image_source")
     if source is None:
         raise UserError(f"{name} does not record which images it was trained on; give --images")
-
-    def column(requested: str | None, key: str) -> str | None:
-        return requested or trained.get(key) or (recorded.get(key) if trained else None)
-
-    completed = Reading(
-        column(reading.image_column, "image_column"),
-        column(reading.label_column, "label_column"),
-        reading.fit or recorded_fit(recorded),
-        reading.on_bad_image,
-    )
+    kept = {each: trained.get(each, recorded.get(each)) for each in _OF_THE_IMAGES} if trained else {}
+    if not trained and _is_fraction(recorded.get("held_out")):
+        kept["held_out"] = recorded["held_out"]  # another source of held-out images goes with the training's images
+    kept |= {"fit": recorded_fit(recorded), "image_depth": recorded.get("image_depth", 8)}
+    changes = {each: value for each, value in kept.items() if value is not None and getattr(asked, each) is None}
+    completed = replace(asked, **changes)
     images = _open(source, completed, height=height, width=width, channels=channels)
     expected = trained.get("image_fingerprint", images.fingerprint)
-    if images.fingerprint != expected:
+    if same_images and images.fingerprint != expected:
         raise UserError(
             f"{source} does not hold the images that {name} was trained on (fingerprint {images.fingerprint[:12]}, "
             f"not {expected[:12]}): run the command in the folder of the training, or give --images PATH; "
@@ -115,6 +138,15 @@ def read_images_for(
     return images
 
 
+_OF_THE_IMAGES = ("image_column", "label_column", "split", "limit", "held_out")
+"""Settings that a model keeps for the images of its training, but not for others."""
+
+
+def _is_fraction(held_out: str | None) -> bool:
+    """Returns whether a value of `--held-out` names no images."""
+    return held_out is not None and held_out_percent(held_out) is not None
+
+
 def _open(source: str, reading: Reading, *, height: int, width: int, channels: int) -> ImageSet:
     return open_images(
         source,
@@ -122,8 +154,9 @@ def _open(source: str, reading: Reading, *, height: int, width: int, channels: i
         width=width,
         channels=channels,
         fit=reading.fit or "crop",
-        image_column=reading.image_column,
-        label_column=reading.label_column,
+        depth=reading.image_depth or 8,
+        most_pixels=reading.most_pixels,
+        **{each: getattr(reading, each) for each in _OF_THE_IMAGES},
     )
 
 
@@ -144,9 +177,17 @@ def _check(images: ImageSet, reading: Reading, *, trained: bool, shown: bool) ->
     images.leave_out(bad)
     if shown and bad:
         print_note(f"images: {len(bad)} left out: {bad_images_error(bad)}")
-    note = _describe_fit(checks, images.preprocessing, trained)
-    if shown and note:
+    notes = [_describe_fit(checks, images.preprocessing, trained), describe_pictures(images.preprocessing)]
+    for note in filter(None, notes if shown else []):
         print_note(f"images: {note}")
+
+
+def describe_pictures(preprocessing: Mapping[str, Any]) -> str | None:
+    """Returns a sentence about what pictures show of images with alpha, other channels or 16 bits; None for others."""
+    channels, deep = preprocessing["channels"], preprocessing.get("image_depth") == 16
+    parts = {1: "grey", 2: "the first of 2 channels, as grey", 3: "colours"}
+    part = parts.get(channels, f"the first three of {channels} channels, as red, green and blue")
+    return f"pictures show {part}{', in 8 of 16 bits' if deep else ''}" if deep or channels not in (1, 3) else None
 
 
 def _describe_fit(checks: Checks, preprocessing: Mapping[str, Any], trained: bool) -> str | None:

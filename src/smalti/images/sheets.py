@@ -1,4 +1,7 @@
-"""Writes pictures: sheets of captioned rows, plain grids, animations and single images; reads their settings."""
+"""Writes pictures: sheets of captioned rows, plain grids, animations and single images; reads their settings.
+
+Pictures have 8 bits and show grey or RGB: the first channel of two, and the first three of more.
+"""
 
 import json
 import math
@@ -15,11 +18,14 @@ from torch.nn import functional as F
 
 from smalti.core.errors import UserError
 from smalti.core.files import open_regular, whole_file
-from smalti.images.decoding import DAMAGED, to_uint8
+from smalti.images.decoding import to_uint8, visible
+from smalti.images.formats.arrays import npy_bytes
+from smalti.images.formats.opening import DAMAGED
 
 GAP = 4  # pixels between pictures
 SMALLEST_SHOWN = 96  # pixels; smaller pictures are enlarged by a whole factor, so that their pixels stay visible
 CAPTION_SIZE = 16
+MOST_PNG_CHANNELS = 4
 SETTINGS_KEY = "smalti"  # text chunk of our PNGs
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
 
@@ -27,8 +33,8 @@ FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
 def save_sheet(
     path: Path, rows: Mapping[str, Float[Tensor, "_b _c _h _w"]], *, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Saves rows of images in [-1, 1] below each other, each with its caption."""
-    strips = [(caption, _strip(images)) for caption, images in rows.items()]
+    """Saves rows of images in [-1, 1] below each other, each with its caption, which names the channels if not all."""
+    strips = [(caption + _describe_shown(images), _strip(images)) for caption, images in rows.items()]
     width = max(strip.width for _, strip in strips)
     band = CAPTION_SIZE + 2 * GAP
     sheet = Image.new("RGB", (width, sum(strip.height + band for _, strip in strips)), "white")
@@ -106,15 +112,43 @@ def embedded_settings(path: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def save_image(
+    path: Path, image: UInt8[Tensor, "c h w"], settings: Mapping[str, Any] | None = None, **options: Any
+) -> None:
+    """Writes one image as `save_png` does; one of more than four channels also as an array, in `array_path(path)`."""
+    save_png(path, to_image(image), settings, **options)
+    if len(image) > MOST_PNG_CHANNELS:
+        with whole_file(array_path(path)) as partial:
+            partial.write_bytes(npy_bytes(rearrange(image, "c h w -> h w c").cpu().numpy()))
+
+
+def image_paths(path: Path, channels: int) -> list[Path]:
+    """Returns the files that `save_image` writes."""
+    return [path, array_path(path)] if channels > MOST_PNG_CHANNELS else [path]
+
+
+def array_path(path: Path) -> Path:
+    """Returns the file of an image's array, beside the PNG that shows it."""
+    return path.with_name(f"{path.name.removesuffix('.png')}.npy")
+
+
 def to_image(image: Float[Tensor, "c h w"] | UInt8[Tensor, "c h w"]) -> Image.Image:
-    """Converts an image, float in [-1, 1] or uint8, grey or colour, to a Pillow image."""
-    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
-    pixels = pixels.cpu()
+    """Converts an image, float in [-1, 1] or uint8, to a Pillow image; two and four channels are grey or RGB and alpha.
+
+    Of more channels the first three are shown.
+    """
+    pixels = (image if image.dtype == torch.uint8 else to_uint8(image)).cpu()
+    pixels = pixels if len(pixels) <= MOST_PNG_CHANNELS else visible(pixels)
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else rearrange(pixels, "c h w -> h w c").numpy())
+
+
+def _describe_shown(images: Tensor) -> str:
+    channels = images.shape[1]
+    return "" if channels in (1, 3) else f" (channel{' 1' if channels < 3 else 's 1-3'} of {channels})"
 
 
 def _strip(images: Tensor) -> Image.Image:
     factor = max(1, math.ceil(SMALLEST_SHOWN / max(images.shape[-2:])))
-    pixels = repeat(to_uint8(images), "b c h w -> b c (h f1) (w f2)", f1=factor, f2=factor)
+    pixels = repeat(to_uint8(visible(images)), "b c h w -> b c (h f1) (w f2)", f1=factor, f2=factor)
     pixels = F.pad(pixels, (GAP, GAP, GAP, GAP), value=255)
     return to_image(rearrange(pixels, "b c h w -> c h (b w)"))

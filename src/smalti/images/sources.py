@@ -1,45 +1,49 @@
-"""Sources of images: embedded ones, folders, Parquet files and the hub, each opened as a `datasets` table.
+"""Sources of images: embedded ones, files, archives, arrays, lists, Parquet and the hub, each as a `datasets` table.
 
-A table also gives its rows' labels and source ids. Files are listed in `listing.py`, and columns are
-found in `columns.py`. Decoding is in `decoding.py`; splits and batches are in `splits.py` and
-`image_set.py`.
+Files are listed in `listing.py`, and columns are found in `columns.py`; the formats of files are in
+`formats/`. Labels and source ids of a table are in `contents.py`.
 """
 
-import hashlib
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from glob import escape, glob, has_magic
 from importlib.resources import as_file, files
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
 import pyarrow as pa
-import torch
 from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
-from jaxtyping import Int64
-from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.malloc import give_back_freed_memory
 from smalti.images.columns import describe_unread_labels, find_image_column, find_label_column
-from smalti.images.decoding import UnreadableImageError
-from smalti.images.listing import Listing, is_data_file, list_files
+from smalti.images.formats import archives, arrays
+from smalti.images.formats.annotations import (
+    LIST_SUFFIXES,
+    Labels,
+    MetadataFile,
+    choose_labels,
+    join_metadata,
+    read_list,
+    read_text,
+)
+from smalti.images.formats.shards import list_members
+from smalti.images.listing import CONTAINERS, Listing, arrange, is_data_file, list_files
 
 EMBEDDED = {"portraits": "portraits32.parquet", "emoji": "emoji32.parquet"}
 """The files of the image sources that the package contains. The first is the default."""
 DEFAULT = "portraits"
 EXAMPLE_IMAGE = Path(str(files("smalti.images") / "data" / "example.png"))
 """A held-out portrait with a transparent part, which `inpaint` fills without flags."""
-_SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
-_KEY_RECIPE = "smalti 1"  # part of every source id: change it whenever the keys change, so that no cached id is reused
 _ROWS_AT_ONCE = 64  # encoded rows in memory; the `datasets` default fails if the first row group is empty
+_BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choice>[^{}]*,[^{}]*))\}", re.ASCII)
+_MOST_NAMES = 1_000_000
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\-\[\]%:]+))?", re.ASCII)
 
 
@@ -73,32 +77,81 @@ def local_paths(source: str | None) -> list[Path]:
     path = Path(source).expanduser()
     if os.path.exists(path):
         return [path]
-    if not has_magic(source):
+    if expanded := expand_braces(source):
+        return [Path(name) for name in expanded if "://" not in name]
+    if not has_magic(source) or "://" in source:
         return []
-    if path.suffix.lower() == ".parquet":
+    if path.suffix.lower() in CONTAINERS:
         return [*map(Path, glob(str(path), recursive=True))]
     return [Path(*takewhile(lambda part: not has_magic(part), path.parts))]
 
 
-def open_table(source: str, *, image_column: str | None = None, label_column: str | None = None) -> Table:
+def open_table(
+    source: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    channels: int = 3,
+) -> Table:
     """Opens `source` as a table and finds its columns; see `smalti.images.image_set.open_images`.
 
     Raises:
-        UserError: if there is nothing at `source`, it cannot be read or is empty, or a column is
+        UserError: if there is nothing at `source`, it cannot be read or is empty, or a column or split is
             missing or ambiguous.
     """
+    table = _open(source, image_column, label_column, split, channels)
+    if not len(table.rows):
+        raise UserError(f"{source} has no rows; give a data set with images")
+    if limit is not None:
+        table = replace(table, rows=table.rows.select(range(min(limit, len(table.rows)))))
+    return table
+
+
+def expand_braces(source: str) -> list[str]:
+    """Returns the names that a range such as `{0000..0127}`, or a choice such as `{a,b}`, stands for; empty if none.
+
+    Raises:
+        UserError: if a range is empty or has more than a million names.
+    """
+    braces = _BRACES.search(source)
+    if braces is None:
+        return []
+    if braces["choice"] is not None:
+        parts = braces["choice"].split(",")
+    else:
+        first, last, width = int(braces["first"]), int(braces["last"]), len(braces["first"])
+        if not 0 <= last - first < _MOST_NAMES:
+            raise UserError(f"the range in {source} names {last - first + 1} files; give one of 1 to {_MOST_NAMES}")
+        parts = [str(number).zfill(width) for number in range(first, last + 1)]
+    names = [f"{source[: braces.start()]}{part}{source[braces.end() :]}" for part in parts]
+    return [name for each in names for name in expand_braces(each) or [each]]
+
+
+def _open(source: str, image_column: str | None, label_column: str | None, split: str | None, channels: int) -> Table:
     if source in EMBEDDED:
+        if split is not None:
+            raise UserError(f"{source} is not divided into splits; leave --split out")
         with as_file(files("smalti.images") / "data" / EMBEDDED[source]) as path:
             rows = _read_parquet([path], source).cast_column("image", datasets.Image(decode=False))
         key_column = "codepoints" if source == "emoji" else None
         return Table(rows, image_column="image", label_column="label", key_column=key_column)
-    listing = _list_files(source)
-    if listing is None:
-        rows = _read_hub(source)
-    elif listing.paths[0].suffix.lower() == ".parquet":
-        rows = _read_parquet(listing.paths, source)
-    else:
-        rows = _read_files(listing)
+    path = Path(source).expanduser()
+    if not os.path.exists(path) and (named := _named_archives(source)):
+        return _read_archives(source, named, (), image_column, label_column, split)
+    if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+        return _read_image_list(path, image_column, label_column, split)
+    listing = _list_files(source, split)
+    if listing is not None and listing.kind == "archives":
+        inner_split = None if listing.divided else split
+        names = [str(each.absolute()) for each in listing.paths]
+        return _read_archives(source, names, listing.notes, image_column, label_column, inner_split)
+    if listing is not None and (listing.kind == "arrays" or _is_array_set(listing, channels)):
+        return _refusing_columns(_read_arrays(listing, channels), image_column, label_column)
+    if listing is not None and listing.kind == "images":
+        return _refusing_columns(_read_image_files(source, listing, label_column), image_column, None)
+    rows = _read_hub(source, split) if listing is None else _read_parquet(listing.paths, source)
     if not len(rows):
         raise UserError(f"{source} has no rows; give a data set with images")
     image_column = find_image_column(rows.features, source, image_column)
@@ -112,158 +165,132 @@ def open_table(source: str, *, image_column: str | None = None, label_column: st
     return Table(rows, image_column, label_column, key_column, notes)
 
 
-def encoded(image: bytes | dict[str, Any] | None) -> bytes:
-    """Returns the bytes of a table's image, read from its path if the table holds only that.
-
-    Raises:
-        UnreadableImageError: if the row holds no image, or its file cannot be read.
-    """
-    if isinstance(image, bytes):
-        return image
-    if image is None or (image["bytes"] is None and image.get("path") is None):
-        raise UnreadableImageError("there is no image in this row; remove the row")
-    if image["bytes"] is not None:
-        return image["bytes"]
-    try:
-        if "://" in image["path"]:  # inside an archive that `datasets` downloaded
-            filesystem, inner = url_to_fs(image["path"])
-            return filesystem.cat_file(inner)
-        path = Path(image["path"])
-        if path.exists() and not path.is_file():  # opening a named pipe may never return
-            raise UnreadableImageError("it is not a regular file; remove it")
-        return path.read_bytes()
-    except OSError as error:
-        raise UnreadableImageError(
-            f"the file cannot be read ({error.strerror or error}); repair or remove it"
-        ) from error
-
-
-def file_names(rows: datasets.Dataset, column: str) -> list[str] | None:
-    """Returns the paths of the images' files below the folder that all are in; None if an image is in no file."""
-    images = rows.data.column(column)
-    if not pa.types.is_struct(images.type):
-        return None
-    paths = [path for chunk in images.chunks for path in chunk.field("path").to_pylist()]
-    if any(path is None or "://" in path for path in paths):
-        return None
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
-
-
-def read_labels(table: Table) -> tuple[Int64[Tensor, " n"], tuple[str, ...]]:
-    """Returns the labels, -1 for none, and their names.
-
-    If the table declares no names, they are the distinct values, sorted.
-
-    Raises:
-        UserError: if a label is beyond the names that the table declares.
-    """
-    if table.label_column is None:
-        return torch.full((len(table.rows),), -1), ()
-    feature = table.rows.features[table.label_column]
-    values = table.rows[table.label_column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        names = tuple(feature.names)
-        labels = [-1 if value is None else value for value in values]
-        if max(labels) >= len(names):
-            raise UserError(f"column {table.label_column!r} has label {max(labels)} but {len(names)} names; fix it")
-        return torch.tensor(labels).clamp(min=-1), names
-    missing = {value for value in values if value is None or (isinstance(value, int) and value < 0)}
-    distinct = sorted(set(values) - missing)
-    number = {value: index for index, value in enumerate(distinct)} | dict.fromkeys(missing, -1)
-    return torch.tensor([number[value] for value in values]), tuple(map(str, distinct))
-
-
-def read_source_ids(table: Table) -> Int64[Tensor, " n"]:
-    """Returns a source id in [0, 2**63) for each row, the same for all rows of one source; `datasets` caches them.
-
-    It is a hash of the key column if there is one; emoji that differ only in skin tone or style are
-    one source. Otherwise it is a hash of the encoded image, so it does not depend on names or order,
-    and exact duplicates stay together.
-    """
-    kind = "image" if table.key_column is None else "emoji" if table.key_column == "codepoints" else "value"
-    return _hashes(table, table.key_column or table.image_column, kind)
-
-
-def read_contents(table: Table) -> Int64[Tensor, " n"]:
-    """Returns a hash of each row's encoded image, even if a key column identifies the sources; cached as well."""
-    return _hashes(table, table.image_column, "image")
-
-
-def _hashes(table: Table, column: str, kind: str) -> Int64[Tensor, " n"]:
-    options = {"kind": kind, "recipe": _KEY_RECIPE}
-    return torch.tensor(_computed(table.rows, column, _hash_keys, options, datasets.Value("int64"), "hashing"))
-
-
-def _computed(
-    rows: datasets.Dataset, column: str, function: Callable[..., Any], options: dict[str, str], kind: Any, what: str
-) -> list[Any]:
-    """Returns a value for each row, computed from one column, or read from the cache of `datasets`."""
-    # a copy maps the file again, and the pages it read are freed with it
-    copied = pickle.loads(pickle.dumps(rows.select_columns(column)))
-    values = copied.map(
-        function,
-        batched=True,
-        batch_size=_ROWS_AT_ONCE,
-        input_columns=column,
-        remove_columns=column,
-        fn_kwargs=options,
-        features=datasets.Features({"value": kind}),
-        desc=what,
-    )
-    return values["value"][:]
-
-
-def _hash_keys(keys: list[Any], kind: str, recipe: str) -> dict[str, list[int]]:
-    hashes = [hashlib.blake2b(_key_bytes(key, kind), digest_size=8, person=recipe.encode()).digest() for key in keys]
-    return {"value": [int.from_bytes(digest, "big") >> 1 for digest in hashes]}  # 63 bits: torch has no unsigned int64
-
-
-def _key_bytes(key: Any, kind: str) -> bytes:
-    if kind == "emoji":
-        return "-".join(point for point in key.split("-") if point not in _SKIN_TONES_AND_STYLE).encode()
-    if kind == "value":
-        return str(key).encode()
-    try:
-        return encoded(key)
-    except UnreadableImageError:
-        return b"unreadable"  # decoding it will raise the error with its name
-
-
-def _list_files(source: str) -> Listing | None:
+def _list_files(source: str, split: str | None) -> Listing | None:
     """Returns the files of a source, or None for a hub id.
 
     A name that is both a glob and a hub id, such as `id:train[:50%]`, is a hub id.
     """
     path = Path(source).expanduser()
-    hub_id = _HUB_ID.fullmatch(source) and not is_data_file(path)
-    listing = list_files(source) if path.exists() or not _HUB_ID.fullmatch(source) else None
+    is_file = is_data_file(path) or path.suffix.lower() in LIST_SUFFIXES
+    hub_id = _HUB_ID.fullmatch(source) and not is_file
+    listing = list_files(source, split) if path.exists() or not _HUB_ID.fullmatch(source) else None
     if listing is None and not hub_id:
         raise UserError(
-            f"there is nothing at {source}; give a folder of images, Parquet files, a hub id, or "
+            f"there is nothing at {source}; give a folder of images, Parquet files, archives, a list, a hub id, or "
             f"{' or '.join(map(repr, EMBEDDED))}"
         )
     return listing
 
 
-def _read_files(listing: Listing) -> datasets.Dataset:
-    """Opens image files as a table, one row each."""
-    described = {
-        "paths": [str(path.absolute()) for path in listing.paths],
-        "labels": list(listing.labels),
-        "stamps": [_stamp(path) for path in listing.paths],
-    }
+def _named_archives(source: str) -> list[str]:
+    """Returns the archives that a URL or a range in braces names; empty for any other source.
+
+    Raises:
+        UserError: if a URL is not that of archives, or matches none.
+    """
+    names = expand_braces(source) or ([source] if "://" in source else [])
+    if "://" in source and re.search(r"[*\[]", names[0]):  # a `?` begins a query
+        try:
+            filesystem, pattern = url_to_fs(names[0])
+            names = sorted(filesystem.unstrip_protocol(path) for path in filesystem.glob(pattern))
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"{source} cannot be listed ({' '.join(str(error).split())}); check the address") from error
+        if not names:
+            raise UserError(f"there is nothing at {source}; check the address")
+    suffixes = {archives.suffix_of(name) for name in names}
+    if names and not all(CONTAINERS.get(suffix) == "archives" for suffix in suffixes):
+        raise UserError(
+            f"{source} names {', '.join(sorted(suffixes))} files; ranges and URLs are those of .tar or .zip"
+        )
+    return [name if "://" in name else os.path.abspath(os.path.expanduser(name)) for name in names]
+
+
+def _read_archives(
+    source: str,
+    names: Sequence[str],
+    notes: Sequence[str],
+    extension: str | None,
+    label_column: str | None,
+    split: str | None,
+) -> Table:
+    """Opens the images in archives as a table; `extension` is that of the images, if samples have several."""
+    members = list_members(source, names, extension, label_column, split)
+    stamps = {name: archives.stamp(name) for name in names}
+    rows = _read_paths(
+        source,
+        [member.to_path() for member in members.images],
+        members.labels,
+        [stamps[member.archive] for member in members.images],
+    )
+    return Table(rows, "image", "label", None, (*notes, *members.notes, *members.labels.notes))
+
+
+def _read_image_list(path: Path, image_column: str | None, label_column: str | None, split: str | None) -> Table:
+    """Opens the images that a list names, in its order."""
+    paths, columns = read_list(path, image_column)
+    names = [PurePosixPath(os.path.relpath(each, path.parent.absolute()).replace(os.sep, "/")) for each in paths]
+    chosen = arrange(str(path), names, split)
+    columns = {name: [values[index] for index in chosen.indices] for name, values in columns.items()}
+    labels = choose_labels(
+        {name: columns[name] for name in columns if name != image_column}, chosen.labels, str(path), label_column
+    )
+    paths = [paths[index] for index in chosen.indices]
+    rows = _read_paths(str(path), paths, labels, [_stamp(Path(each)) for each in paths])
+    return Table(rows, "image", "label", None, (*chosen.notes, *labels.notes))
+
+
+def _read_image_files(source: str, listing: Listing, label_column: str | None) -> Table:
+    """Opens image files as a table, one row each, with the columns of their metadata."""
+    paths = [str(path.absolute()) for path in listing.paths]
+    texts = [MetadataFile(str(path), path.parent.absolute().as_posix(), read_text(path)) for path in listing.metadata]
+    columns, notes = join_metadata(texts, [Path(path).as_posix() for path in paths], os.path.exists)
+    labels = choose_labels(columns, listing.labels, source, label_column)
+    rows = _read_paths(source, paths, labels, [_stamp(path) for path in listing.paths])
+    return Table(rows, "image", "label", None, (*listing.notes, *notes, *labels.notes))
+
+
+def _read_paths(source: str, paths: list[str], labels: Labels, stamps: list[str]) -> datasets.Dataset:
+    """Opens images as a table, by their paths; the stamps change with the files."""
+    described = {"paths": paths, "labels": labels.values, "stamps": stamps}
     features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.Value("string"), "stamp": datasets.Value("string")}
+        {"image": datasets.Image(decode=False), "label": datasets.Value(labels.kind), "stamp": datasets.Value("string")}
     )
     # A generator instead of a table in memory: source ids are cached only for tables that are backed by a file.
 
     def open_rows() -> Any:
         return datasets.Dataset.from_generator(_describe_files, features, gen_kwargs={"described": described})
 
-    return _opened(
-        open_rows, f"the listing of {listing.root}", "see that HF_DATASETS_CACHE can be written"
-    ).select_columns(["image", "label"])
+    remedy = "see that HF_DATASETS_CACHE can be written"
+    return _opened(open_rows, f"the listing of {source}", remedy).select_columns(["image", "label"])
+
+
+def _is_array_set(listing: Listing, channels: int) -> bool:
+    """Returns whether a source is one `.npy` file of several images; in a folder such a file is one image."""
+    (first, *others) = listing.paths
+    return not others and listing.single and first.suffix.lower() == ".npy" and arrays.is_set(first, channels)
+
+
+def _read_arrays(listing: Listing, channels: int) -> Table:
+    """Opens arrays as a table, one row for each image, which `datasets` keeps in its cache."""
+    paths = [path.absolute() for path in listing.paths]
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.Value(arrays.kind_of_labels(paths))}
+    )
+    described = {"paths": [*map(str, paths)], "stamps": [*map(_stamp, paths)], "channels": channels}
+
+    def open_rows() -> Any:
+        return datasets.Dataset.from_generator(arrays.describe_arrays, features, gen_kwargs={"described": described})
+
+    rows = _opened(open_rows, str(listing.root), "give whole arrays, and see that HF_DATASETS_CACHE can be written")
+    return Table(rows, "image", "label", None, listing.notes)
+
+
+def _refusing_columns(table: Table, image_column: str | None, label_column: str | None) -> Table:
+    """Returns a table of files that have no columns, unless one is requested."""
+    for flag, requested, own in (("image", image_column, "image"), ("label", label_column, "label")):
+        if requested not in (None, own):
+            raise UserError(f"these images have no column {requested!r}; leave --{flag}-column out")
+    return table
 
 
 def _stamp(path: Path) -> str:
@@ -286,10 +313,12 @@ def _read_parquet(paths: Sequence[Path], source: str) -> datasets.Dataset:
     return _opened(open_rows, source, "give whole Parquet files that have the same columns")
 
 
-def _read_hub(source: str) -> datasets.Dataset:
+def _read_hub(source: str, split: str | None) -> datasets.Dataset:
     named = _HUB_ID.fullmatch(source)
     assert named is not None
-    open_rows = partial(datasets.load_dataset, named["id"], named["config"], split=named["split"] or "train")
+    if split is not None and named["split"] is not None:
+        raise UserError(f"{source} names a split already; leave --split out")
+    open_rows = partial(datasets.load_dataset, named["id"], named["config"], split=split or named["split"] or "train")
     return _opened(
         open_rows,
         f"there is no folder {source}, and as a hub data set it",
@@ -302,6 +331,8 @@ def _opened(open_rows: Callable[[], Any], what: str, remedy: str) -> datasets.Da
     try:
         rows = open_rows()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        if isinstance(error.__cause__, UserError):  # raised in a generator of rows
+            raise error.__cause__ from error
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{what} cannot be opened ({reason}); {remedy}") from error
     # frees the row groups of a Parquet file: Arrow would keep some 50 MiB, and the C library 30

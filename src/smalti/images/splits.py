@@ -9,7 +9,7 @@ from smalti.core.randomness import Stream, derive, uniform
 HELD_OUT_PERCENT = 10
 
 
-def held_out(source_ids: Int64[Tensor, " n"], percent: int = HELD_OUT_PERCENT) -> Bool[Tensor, " n"]:
+def held_out(source_ids: Int64[Tensor, " n"], percent: int | float = HELD_OUT_PERCENT) -> Bool[Tensor, " n"]:
     """Marks the held-out rows, which training never uses, by a hash of the source id alone.
 
     All rows of one source are therefore in the same split, in any order and number and on any

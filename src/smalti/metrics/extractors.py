@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from smalti.core.errors import UserError
+from smalti.images.decoding import to_8_bits, visible
 from smalti.metrics.frechet import Moments
 
 ExtractorName: TypeAlias = Literal["lite0", "inception"]
@@ -59,9 +60,9 @@ class Extractor(ABC):
         self._device = device
 
     @torch.no_grad()
-    def __call__(self, pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """Returns the features, on the CPU, of grey or colour images of any size."""
-        features = []
+    def __call__(self, pixels: Integer[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        """Returns the features, on the CPU, of images of any size: of their visible channels, in 8 bits."""
+        features, pixels = [], to_8_bits(visible(pixels))
         for batch in pixels.split(_IMAGES_AT_ONCE):
             with torch.autocast(self._device.type, enabled=False):
                 features.append(self.features(batch.to(self._device).expand(-1, 3, -1, -1)).cpu())

@@ -55,6 +55,13 @@ def assert_gradients_reach_both(distance):
     assert others.grad.abs().sum() > 0
 
 
+def test_distance_of_many_channels_is_that_of_the_visible_ones():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    distance, batches = Lite0Distance(), torch.rand(2, 2, 5, 16, 16) * 2 - 1
+    assert float(distance(*batches)) == float(distance(*batches[:, :, :3]))
+    assert float(distance(*batches[:, :, :2])) == float(distance(*batches[:, :, :1]))
+
+
 def test_small_images_are_refused():
     check_size(16, 20)
     with pytest.raises(UserError, match="images of 15x20 are too small for the perceptual loss"):

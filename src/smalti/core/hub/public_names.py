@@ -9,7 +9,7 @@ from typing import Any
 from smalti.core.errors import PROGRAM, SCRIPTS
 from smalti.core.hub.ids import OWN_FOLDERS
 
-PATHS = ("image_source", "tokenizer_source", "init", "converted_from")
+PATHS = ("image_source", "held_out", "tokenizer_source", "init", "converted_from")
 """Fields of a provenance that are paths, or names of other kinds."""
 NAMES_OF_DATA = ("label_names", "label_column", "image_column")
 """Fields that are kept as they are, because they decide what the data mean."""
