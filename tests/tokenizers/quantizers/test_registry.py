@@ -111,9 +111,7 @@ def test_settings_are_fields_of_vqgan_and_arguments(name):
             holder = built if hasattr(built, attribute) else book  # residual VQ hands some to its codebooks
             assert getattr(holder, attribute) == changed[field]
     assert not unused_settings(name) & set(registered.settings)
-    assert unused_settings(name) | set(registered.settings) >= set(changed) - {
-        "codebook_init"
-    }
+    assert unused_settings(name) | set(registered.settings) >= set(changed) - {"codebook_init"}
 
 
 def test_unused_settings_of_each_quantizer():
