@@ -1,6 +1,4 @@
-"""A tokenizer of your own: finite scalar quantization (FSQ, arXiv 2309.15505) on a small convolutional autoencoder.
-
-One class and one decorator make it a kind: all else takes it from there, as a code is a mixed-radix integer.
+"""A tokenizer of your own, made a kind by one class and a decorator: FSQ (arXiv 2309.15505) on a small autoencoder.
 
     $ python examples/custom_tokenizer.py
 """
@@ -61,8 +59,8 @@ class FSQ(Tokenizer):
 
     def decode(self, codes: Codes, digits: Digits | None = None) -> Float[Tensor, "b c h w"]:  # noqa: D102
         values = self.layout.levels[0].split(codes[0]).movedim(-1, 1) - self.middle
-        kept = torch.zeros(values.shape[1], 1, 1, device=values.device)
-        kept[list(chosen_digits(digits, len(kept)))] = 1
+        chosen = chosen_digits(digits, values.shape[1])
+        kept = values.new_tensor([[[index in chosen]] for index in range(values.shape[1])])
         return self.decoder(values * kept).clamp(-1, 1)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:  # noqa: D102
