@@ -1,6 +1,6 @@
 """A tokenizer of your own, made a kind by one class and a decorator: FSQ (arXiv 2309.15505) on a small autoencoder.
 
-    $ python examples/custom_tokenizer.py
+$ python examples/custom_tokenizer.py
 """
 
 from dataclasses import dataclass
