@@ -138,7 +138,8 @@ than {copies} of the held-out images are.
 
 - **Data**: {images["training"]} of the 9,000 embedded portraits; {images["held_out"]} are held out. Sources and
   licences are in `smalti/images/data/NOTICE.md`.
-- **Recipe**: `python scripts/reproduce.py portraits` trains, measures and exports both models. Trained on
+- **Recipe**: `python scripts/reproduce.py portraits`, at the commit named here, trains, measures and exports both
+  models. Trained on
   {numbers["machine"]}.
 - **Weights**: half precision. The tokenizer was rounded before the prior was trained, so its codes are those that the
   prior learned.

@@ -26,7 +26,7 @@ PRIOR = HourglassConfig()
 
 @dataclass(frozen=True)
 class ReproducePortraits:
-    """Settings of the recipe. The defaults are those of the models in the package."""
+    """Settings of the recipe. The models in the package have the defaults of the commit that their card names."""
 
     study: Positional[Literal["portraits"]]
     """The study: the models of the portraits that the package contains."""
