@@ -215,7 +215,7 @@ def node_products(
     chunk = n // p  # the mean number of positions of a node
     if chunk < 2:
         return torch.bmm(F.embedding(nodes, weights.flatten(1)).view(n, r, d), features[..., None])[..., 0]
-    counts = torch.zeros_like(nodes[:1]).expand(p).index_add(0, nodes, torch.ones_like(nodes))
+    counts = nodes.new_zeros(p).index_add(0, nodes, torch.ones_like(nodes))
     chunks = counts.add(chunk - 1) // chunk  # of each node
     last_chunk = chunks.cumsum(0)
     order = nodes.argsort(stable=True)

@@ -21,7 +21,7 @@ from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.priors.base import CodePrior, PriorConfig, require_dropout
 from smalti.priors.methods.sundae import SUNDAE
-from smalti.priors.networks.rotary import AxialRotary
+from smalti.priors.networks.rotary import AxialRotary, require_rotary_heads
 
 UNFUSED_POSITIONS = 256
 """The most positions for which attention is not fused where the fused kernel is slow; see `Blocks.forward`."""
@@ -54,11 +54,7 @@ class HourglassConfig(PriorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1 or self.model_width < 1 or self.model_width % (4 * self.heads):
-            raise UserError(
-                f"model_width must be a positive multiple of 4 x heads (rotary embeddings rotate pairs of channels on "
-                f"two axes), got {self.model_width} for {self.heads} heads"
-            )
+        require_rotary_heads(self.model_width, self.heads)
         if len(self.depth) != 2 * len(self.shorten) + 1:
             raise UserError(
                 f"shorten {self.shorten} downsamples {len(self.shorten)} time(s), for which depth needs "

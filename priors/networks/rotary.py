@@ -9,9 +9,24 @@ from jaxtyping import Float
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
+from smalti.core.errors import UserError
+
 ROTARY_THETA = 100
 """Base of the rotary frequencies. Wavelengths run from 6 to some 400 positions, the range of code grids. With the
 10 000 of language models most channels of a head would hardly rotate."""
+
+
+def require_rotary_heads(model_width: int, heads: int) -> None:
+    """Refuses a width that `AxialRotary` cannot divide over the heads.
+
+    Raises:
+        UserError: if `model_width` is no positive multiple of 4 x heads.
+    """
+    if heads < 1 or model_width < 1 or model_width % (4 * heads):
+        raise UserError(
+            f"model_width must be a positive multiple of 4 x heads (rotary embeddings rotate pairs of channels on "
+            f"two axes), got {model_width} for {heads} heads"
+        )
 
 
 class AxialRotary(nn.Module):

@@ -22,6 +22,7 @@ from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
 from smalti.priors.methods.causal_canvas import decode_windows, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
+from smalti.priors.networks.rotary import require_rotary_heads
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,7 @@ class TransformerConfig(PriorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1 or self.model_width < 1 or self.model_width % (4 * self.heads):
-            raise UserError(
-                f"model_width must be a positive multiple of 4 x heads (rotary embeddings rotate pairs of channels on "
-                f"two axes), got {self.model_width} for {self.heads} heads"
-            )
+        require_rotary_heads(self.model_width, self.heads)
         if self.layers < 1 or self.feedforward_mult < 1:
             raise UserError(
                 f"layers and feedforward_mult must be at least 1, got {self.layers} and {self.feedforward_mult}"

@@ -21,7 +21,7 @@ from smalti.tokenizers.quantizers.lfq import LFQ
 from smalti.tokenizers.quantizers.linked import LinkedQuantizer, QuantizerOutput
 from smalti.tokenizers.quantizers.residual import ResidualQuantizer
 from smalti.tokenizers.quantizers.simvq import SimVQ
-from smalti.tokenizers.quantizers.tree import LayerWeights, weights_of
+from smalti.tokenizers.quantizers.tree import weights_of
 
 QuantizerName: TypeAlias = Literal["linked", "flat", "cosine", "gumbel", "residual", "fsq", "lfq", "simvq", "dot"]
 
@@ -92,23 +92,13 @@ def _residual(*, radices: tuple[int, ...], **settings: Any) -> ResidualQuantizer
     return ResidualQuantizer(stages=len(radices), codebook_size=radices, **settings)
 
 
-def _gumbel(*, radices: tuple[int, ...], **settings: Any) -> GumbelQuantizer:
-    return GumbelQuantizer(codebook_size=radices[0], **settings)
+def _lfq(*, radices: tuple[int, ...], **settings: Any) -> LFQ:
+    return LFQ(bits=len(radices), **settings)
 
 
-def _dot(*, radices: tuple[int, ...], commitment_weight: LayerWeights, **settings: Any) -> InnerProductQuantizer:
-    (weight,) = weights_of(commitment_weight, 1)
-    return InnerProductQuantizer(codebook_size=radices[0], commitment_weight=weight, **settings)
-
-
-def _simvq(*, radices: tuple[int, ...], commitment_weight: LayerWeights, **settings: Any) -> SimVQ:
-    (weight,) = weights_of(commitment_weight, 1)
-    return SimVQ(codebook_size=radices[0], commitment_weight=weight, **settings)
-
-
-def _lfq(*, radices: tuple[int, ...], commitment_weight: LayerWeights, **settings: Any) -> LFQ:
-    (weight,) = weights_of(commitment_weight, 1)
-    return LFQ(bits=len(radices), commitment_weight=weight, **settings)
+def _of_one_codebook(quantizer: Callable[..., Quantizer]) -> Callable[..., Quantizer]:
+    """Returns a function that builds a quantizer with one codebook, whose size is the only radix."""
+    return lambda *, radices, **settings: quantizer(codebook_size=radices[0], **settings)
 
 
 _COMMITMENT = {"commitment_weight": "commitment_weight"}
@@ -127,7 +117,7 @@ QUANTIZERS: dict[QuantizerName, Registered] = {
     "flat": Registered(_linked, _CODEBOOK, starts_from_data=True),
     "cosine": Registered(_cosine, _CODEBOOK, starts_from_data=True),
     "gumbel": Registered(
-        _gumbel,
+        _of_one_codebook(GumbelQuantizer),
         {"temperature": "temperature", "kl_weight": "kl_weight"},
         samples=True,
         remedy="a higher --kl-weight",
@@ -137,9 +127,11 @@ QUANTIZERS: dict[QuantizerName, Registered] = {
     ),
     "fsq": Registered(FSQ, {}),
     "lfq": Registered(_lfq, _ENTROPY, remedy=_MORE_ENTROPY),
-    "simvq": Registered(_simvq, _NEAREST, starts_from_data=True),
-    "dot": Registered(_dot, _ENTROPY, remedy=_MORE_ENTROPY),
+    "simvq": Registered(_of_one_codebook(SimVQ), _NEAREST, starts_from_data=True),
+    "dot": Registered(_of_one_codebook(InnerProductQuantizer), _ENTROPY, remedy=_MORE_ENTROPY),
 }
+_LAYERED = ("linked", "residual")
+"""The quantizers with several layers of codebooks, which may differ in size and weight."""
 _SIZES = ("codebook_size", "branching", "depth")
 
 
@@ -155,7 +147,7 @@ def code_radices(name: QuantizerName, sizes: tuple[int, ...], levels: tuple[int,
     Raises:
         UserError: if the quantizer has no codes of these sizes.
     """
-    if name in ("linked", "residual"):
+    if name in _LAYERED:
         return sizes
     if len(sizes) != 1:
         use = f"use --depth 1 and one --branching, not {len(sizes)} layers"
@@ -190,6 +182,8 @@ def build_quantizer(name: QuantizerName, *, code_width: int, radices: tuple[int,
     settings = {argument: getattr(config, field) for field, argument in registered.settings.items()}
     if settings.get("start") == "kmeans":  # `init_from_data` then replaces the random numbers
         settings["start"] = "uniform"
+    if "commitment_weight" in settings and name not in _LAYERED:
+        (settings["commitment_weight"],) = weights_of(settings["commitment_weight"], 1)
     return registered.build(code_width=code_width, radices=radices, **settings)
 
 
