@@ -36,10 +36,7 @@ def workspace(tmp_path, monkeypatch):
     """A working folder with thirty images."""
     write_images(tmp_path / "img", 30)
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield tmp_path
-    torch.set_num_threads(before)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

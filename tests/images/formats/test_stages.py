@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from helpers.build_toys import FLAGS, Builders, save_tokenizer
 from helpers.command_toys import run
@@ -37,10 +36,7 @@ PRIOR = [*SMALL_PRIOR.split(), "--steps", "2", "--batch-size", "4", "--out", "pr
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield tmp_path
-    torch.set_num_threads(before)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
