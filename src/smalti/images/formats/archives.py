@@ -264,7 +264,7 @@ def _named(archive: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise UserError(f"there is no {archive}; check the name") from error
-    except (*_DAMAGED, ImportError, NotImplementedError) as error:
+    except (*_DAMAGED, ImportError, NotImplementedError) as error:  # no package for the URL; an unknown kind of zip
         raise UserError(
             f"{archive} cannot be opened ({_one_line(error)}); give a whole, uncompressed tar or a zip"
         ) from error

@@ -144,7 +144,8 @@ def _has_deep_colour(image: Image.Image, encoded: bytes) -> bool:
     if len(image.getbands()) == 1:
         return False
     if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (8,))) > 8  # pyright: ignore[reportAttributeAccessIssue]
+        bits_per_sample = image.tag_v2.get(258, (8,))  # pyright: ignore[reportAttributeAccessIssue] - of every TIFF
+        return max(bits_per_sample) > 8
     return image.format == "PNG" and encoded[24:25] == b"\x10"
 
 
