@@ -159,21 +159,24 @@ def test_sampling_synchronizes_equally_often_for_many_and_few_steps(kind):
     assert 0 < counts[0] < 9  # the inputs are checked before sampling and the result after it
 
 
-@pytest.mark.parametrize("prior", ["hourglass", "maskgit", "pixelcnn", "transformer"])
-def test_commands_give_the_results_of_the_cpu(prior, tmp_path, monkeypatch, capfd):
+def test_commands_give_the_results_of_the_cpu(tmp_path, monkeypatch, capfd):
     (tmp_path / "img").mkdir()
     random = np.random.default_rng(0)
     for index in range(24):
         Image.fromarray(random.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / f"img/{index}.png")
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
-    width = "--model-width 8" if prior == "pixelcnn" else "--model-width 16 --heads 2"
     commands = [
         (train_tokenizer, f"--images img {SMALL} {STEPS} --out tokenizer"),
         (build_latents, "--tokenizer tokenizer --precision fp32 --out latents.h5"),
-        (train_prior, f"--prior {prior} --latents latents.h5 {width} {STEPS} --out prior"),
-        (sample, "--prior prior --num 4 --precision fp32 --out samples.png"),
-        (inpaint, "--prior prior --image ../img/0.png --mask ../mask.png --precision fp32 --out fills.png"),
     ]
+    for prior in ("hourglass", "maskgit", *CAUSAL):
+        width = "--model-width 8" if prior == "pixelcnn" else "--model-width 16 --heads 2"
+        use = f"--prior prior-{prior} --precision fp32 --out {prior}"
+        commands += [
+            (train_prior, f"--prior {prior} --latents latents.h5 {width} {STEPS} --out prior-{prior}"),
+            (sample, f"{use}-samples.png --num 4"),
+            (inpaint, f"{use}-fills.png --image ../img/0.png --mask ../mask.png"),
+        ]
 
     def work(name):
         folder = tmp_path / name
@@ -183,7 +186,8 @@ def test_commands_give_the_results_of_the_cpu(prior, tmp_path, monkeypatch, capf
         for command, flags in commands:
             status, _, shown = run(capfd, command.main, *flags.split())
             assert status == 0, shown
-        pictures = [np.array(Image.open(path)).tolist() for path in ("samples.png", "fills.png")]
+        pictures = {path.name: np.array(Image.open(path)).tolist() for path in Path().glob("*-*s.png")}
+        assert len(pictures) == 8
         latents = LatentSet("latents.h5")
         return [level.tolist() for level in latents.batch(range(len(latents)))], pictures
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,15 +47,19 @@ def program(folder):
 
 
 def draws(folder):
-    """Writes for each sampler whether its compiled draws are equal, and the number of graphs and graph breaks."""
+    """Writes for each sampler whether its compiled draws are equal, and the number of graphs and graph breaks.
+
+    Half a minute of building machine code is spent on one of them.
+    """
     from torch._dynamo.utils import counters
 
-    results, rows = {}, torch.arange(3)
-    for kind, sampler, sampling in (
-        ("hourglass", sample_sundae, SundaeSampling(steps=6, min_steps=2, top_p=0.9)),
-        ("maskgit", sample_masked, MaskedSampling(steps=4, temperature=(1.0, 0.5))),
+    results, rows, compiler = {}, torch.arange(3), torch.compile
+    for kind, sampler, sampling, backend in (
+        ("hourglass", sample_sundae, SundaeSampling(steps=6, min_steps=2, top_p=0.9), "inductor"),
+        ("maskgit", sample_masked, MaskedSampling(steps=4, temperature=(1.0, 0.5)), "eager"),  # the graph alone
     ):
         torch.manual_seed(0)
+        torch.compile = partial(compiler, backend=backend)
         prior = models.class_of_kind("prior", kind)(replace(toys.TINY[kind], depth=(1,), shorten=())).eval()
         known = torch.arange(6).view(1, *prior.level.shape).repeat(3, 1, 1)
         inputs = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "labels": rows - 1}
