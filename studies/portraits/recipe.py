@@ -34,7 +34,7 @@ class ReproducePortraits:
     """Images to train on; any source that `--images` of train_tokenizer takes."""
     tokenizer_steps: int = 10_000
     """Training steps of the tokenizer, of 16 images."""
-    prior_steps: int = 10_000
+    prior_steps: int = 6_000
     """Training steps of the prior, of 32 images."""
     precision: Precision = "auto"
     """Precision of the training."""
