@@ -1,7 +1,8 @@
 """Trains a prior; see `smalti.commands.train_prior`."""
 
 from smalti import cli
-from smalti.commands.train_prior import default_config, print_end_of_prior, train_prior
+from smalti.commands.presets import default_prior_config
+from smalti.commands.train_prior import print_end_of_prior, train_prior
 
 ABOUT = """Trains a prior: a model that generates the codes of new images.
 
@@ -11,6 +12,7 @@ $ accelerate launch scripts/train_prior.py --init portraits --latents my.h5 --ou
 $ accelerate launch scripts/train_prior.py --prior pixelcnn              # another kind
 $ accelerate launch scripts/train_prior.py --latents two.h5 --level 1    # one prior for each level of the tokenizer
 $ accelerate launch --num_processes 8 scripts/train_prior.py --batch-size 512   # eight GPUs share each batch
+$ accelerate launch scripts/train_prior.py --preset ffhq256 --latents ffhq256.h5    # large, for GPUs
 
 Kinds of prior (for the options of one: --prior KIND --help):
   hourglass   transformer that samples by denoising steps (SUNDAE)
@@ -30,7 +32,9 @@ def main() -> None:
     """Runs the command line."""
     cli.run(
         lambda config: print_end_of_prior(train_prior(config), config.latents, config.level),
-        lambda: default_config(cli.chosen("--prior", "") or None, cli.chosen("--init", "") or None),
+        lambda: default_prior_config(
+            cli.chosen("--preset", "small"), cli.chosen("--prior", "") or None, cli.chosen("--init", "") or None
+        ),
         about=ABOUT,
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from smalti import cli
 from smalti.app.server import App
-from smalti.commands import inpaint, presets, sample, train_prior
+from smalti.commands import inpaint, presets, sample
 from smalti.commands.build_latents import BuildLatents
 from smalti.commands.compress import Compress, Decompress
 from smalti.commands.inspect_latents import InspectLatents
@@ -32,7 +32,7 @@ REQUIRED |= {"images": "x", "test_images": "x", "data": "mnist"}
 def config_classes():
     """Yields the dataclass of every command, of every kind of model."""
     for kind in models.kinds("prior"):
-        yield from (module.default_config(kind) for module in (train_prior, sample))
+        yield from (presets.default_prior_config("small", kind), sample.default_config(kind))
         if kind != "realnvp":
             yield from (inpaint.default_config(kind), config_for("prior", kind), config_for("inpainting", kind))
     yield from (presets.default_config("small", kind) for kind in models.kinds("tokenizer"))

@@ -1,14 +1,19 @@
-"""The presets of `train_tokenizer`: the papers' grids of codes, and flags that override presets."""
+"""The presets of `train_tokenizer` and `train_prior`: grids and sizes, and flags that override presets."""
 
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from smalti import UserError
 from smalti.commands import train_tokenizer as training
-from smalti.commands.presets import PRESETS, default_config
+from smalti.commands.presets import PRESETS, PRIOR_PRESETS, default_config, default_prior_config
+from smalti.commands.train_prior import TrainPrior
 from smalti.core import models
-from smalti.scripts import train_tokenizer
+from smalti.priors.methods.sundae import SundaeConfig
+from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+from smalti.scripts import train_prior, train_tokenizer
 
 
 @pytest.mark.parametrize(("name", "grid"), [("paper32", 16), ("paper64", 16), ("paper128", 32), ("paper256", 32)])
@@ -64,3 +69,41 @@ def test_flags_override_a_preset(monkeypatch):
 def test_an_unknown_preset_is_refused():
     with pytest.raises(UserError, match="no preset 'paper16'; presets: small, small64, paper32"):
         default_config("paper16", "hrvq")
+
+
+def test_the_small_preset_of_priors_equals_the_defaults():
+    _, config = default_prior_config("small", None)
+    assert config == TrainPrior(model=HourglassConfig(), objective=SundaeConfig())
+    assert config.preset == next(iter(PRIOR_PRESETS)) == "small"
+
+
+@pytest.mark.parametrize(
+    ("name", "codes", "side", "depth", "millions"),
+    [("ffhq256", 1024, 16, (2, 10, 2), 187), ("ffhq1024", 8192, 32, (2, 12, 2), 227)],
+)
+def test_presets_for_ffhq_have_the_authors_networks(name, codes, side, depth, millions):
+    _, config = default_prior_config(name, None)
+    assert (config.model.model_width, config.model.heads, config.model.depth) == (1024, 8, depth)
+    assert (config.fit.optimizer, config.fit.ema_decay, config.fit.clip_norm) == ("adamw", 0, 0)
+    assert {config.fit.rate(step) for step in range(0, config.fit.steps, 50_000)} == {1.0}
+    with torch.device("meta"):
+        prior = Hourglass(replace(config.model, height=side, width=side, radices=(codes,)))
+    assert round(sum(weights.numel() for weights in prior.parameters()) / 1e6) == millions
+
+
+def test_presets_of_priors_are_refused_for_other_kinds_and_names():
+    with pytest.raises(UserError, match="the preset ffhq256 is for hourglass, not for pixelcnn"):
+        default_prior_config("ffhq256", "pixelcnn")
+    with pytest.raises(UserError, match="no preset 'paper'; presets: small, ffhq256, ffhq1024"):
+        default_prior_config("paper", None)
+
+
+def test_flags_override_a_preset_of_priors(monkeypatch):
+    configs = []
+    monkeypatch.setattr(train_prior, "train_prior", configs.append)
+    monkeypatch.setattr(train_prior, "print_end_of_prior", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train_prior.py", "--preset", "ffhq1024", "--model-width", "64", "--steps", "7"])
+    train_prior.main()
+    (config,) = configs
+    assert (config.model.model_width, config.model.depth, config.fit.steps) == (64, (2, 12, 2), 7)
+    assert (config.preset, config.objective.unrolled_steps, config.fit.batch_size) == ("ffhq1024", 3, 10)

@@ -293,7 +293,7 @@ def test_phases_do_not_share_gradients(tmp_path):
         Phase("one", Half(model, first=True), sgd(model.net[0])),
         Phase("two", Half(model, first=False), sgd(model.net[3])),
     ]
-    config = FitConfig(steps=3, batch_size=2, warmup_steps=0, decay_fraction=0.0, clip_norm=1e9, log_steps=1)
+    config = FitConfig(steps=3, batch_size=2, warmup_steps=0, decay_fraction=0.0, clip_norm=0.0, log_steps=1)
     a, b = model.net[0].weight.detach().double().clone(), model.net[3].weight.detach().double().clone()
     fit(accelerator("fp32"), phases, rows, config, model=model, run=Run(tmp_path, {}))
     for _ in range(3):
@@ -339,7 +339,7 @@ def test_snapshot_with_the_best_held_out_loss_is_kept(tmp_path, monkeypatch):
         ("patience", -1),
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
-        ("clip_norm", 0.0),
+        ("clip_norm", -1.0),
         ("decay_fraction", 1.5),
         ("ema_decay", 1.0),
         ("seed", 2**63),

@@ -1,4 +1,4 @@
-"""Presets of `train_tokenizer`: default settings by name; flags override them.
+"""Presets of `train_tokenizer` and `train_prior`: default settings by name; flags override them.
 
 `small` is for every kind, `small64` for hrvq, vqvae and vqgan, both on two CPU cores. `paperN` is
 for the VQ-VAE family and images of N pixels: the code grids of the HR-VQVAE paper; the rest is
@@ -7,15 +7,21 @@ residual blocks, codewords of 64, 512 codes, batches of 128 at a learning rate o
 are for `vqgan`: the networks of the published checkpoints, and one for a megapixel. Their learning
 rate is 4.5e-6 times the batch size, and they have no k-means start, which is slow for so many
 codes.
+
+The presets of priors are at the end: `small`, and the recipe of SUNDAE on VQ-GAN codes (arXiv
+2206.12351) from its authors' published settings.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from smalti.commands.model_paths import trained_config
+from smalti.commands.model_paths import prior_class, trained_config
+from smalti.commands.train_prior import PriorPreset, TrainPrior
 from smalti.commands.train_tokenizer import Preset, TrainTokenizer
 from smalti.core import models
 from smalti.core.errors import UserError
+from smalti.priors.methods.sundae import SundaeConfig
+from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.vqgan.vqgan import VQGANConfig
 from smalti.training.config import FitConfig
 
@@ -23,6 +29,7 @@ VQVAE2_LEVELS = 3  # in the HR-VQVAE paper
 LONG: dict[str, Any] = {"codebook_decay": 0.99, "revive_below": 0.01}
 """Codebook learning for hundreds of thousands of steps: the papers' decay, slower than the defaults."""
 DEFAULT_KIND = "hrvq"
+DEFAULT_PRIOR = "hourglass"
 LIKELIHOOD_FIT = FitConfig(
     steps=4_000, batch_size=32, learning_rate=2e-3, optimizer="adamax", clip_norm=100.0, ema_decay=0.995
 )
@@ -231,3 +238,79 @@ def _vqgan(
     model = {"discriminator_start": 10_000, "discriminator_ramp": 0, **model}
     network = VQGANConfig(height=size, width=size, codebook_init="uniform", **LONG, **model)
     return TrainTokenizer(model=network, fit=fit, tokenizer=kind, preset=name)
+
+
+def small_prior(kind: str) -> TrainPrior[Any, Any]:
+    """Defaults: minutes on two CPU cores; also the prior of the demonstration."""
+    prior = prior_class(kind)
+    return TrainPrior(model=prior.config_class(), objective=prior.method.objective_config(), prior=kind)
+
+
+def ffhq256(kind: str) -> TrainPrior[Any, Any]:
+    """Hourglass of 187 million parameters for FFHQ at 256x256, on 16x16 codes of `f16-1024`.
+
+    For a GPU: `accelerate launch scripts/train_prior.py --preset ffhq256 --latents ffhq256.h5`.
+    """
+    return _sundae(kind, "ffhq256", middle=10, unrolled_steps=2, batch_size=64, learning_rate=3e-5)
+
+
+def ffhq1024(kind: str) -> TrainPrior[Any, Any]:
+    """Hourglass of 227 million parameters for FFHQ at 1024x1024, on 32x32 codes of `f32-megapixel`.
+
+    For a GPU: `accelerate launch scripts/train_prior.py --preset ffhq1024 --latents ffhq1024.h5`.
+    """
+    return _sundae(kind, "ffhq1024", middle=12, unrolled_steps=3, batch_size=10, learning_rate=5e-6)
+
+
+PRIOR_PRESETS = {"small": small_prior, "ffhq256": ffhq256, "ffhq1024": ffhq1024}
+
+
+def default_prior_config(name: str, kind: str | None, init: str | None = None) -> tuple[Any, TrainPrior[Any, Any]]:
+    """Returns the config class for a kind of prior, and an instance with the preset's defaults.
+
+    The class is a generic alias of `TrainPrior`, not a `type`, hence `Any`.
+
+    Args:
+        name: of the preset.
+        kind: of the prior; None for that of `init`, or else the default.
+        init: a trained prior to start from: the network's defaults are its settings.
+
+    Raises:
+        UserError: if there is no such kind, no such preset, no such model, or the preset is not for this kind.
+    """
+    if name not in PRIOR_PRESETS:
+        raise UserError(f"there is no preset {name!r}; presets: {', '.join(PRIOR_PRESETS)}")
+    trained = None if init is None else trained_config(init, "prior")
+    kind = kind or (trained.model_class.kind if trained else DEFAULT_PRIOR)
+    config = PRIOR_PRESETS[name](kind)
+    if trained and trained.model_class.kind == kind:
+        config = replace(config, model=trained.config)
+    prior = prior_class(kind)
+    return TrainPrior[prior.config_class, prior.method.objective_config], config
+
+
+def _sundae(
+    kind: str, name: PriorPreset, *, middle: int, unrolled_steps: int, batch_size: int, learning_rate: float
+) -> TrainPrior[Any, Any]:
+    """The authors' settings: a constant learning rate, AdamW, and neither warm-up, EMA nor gradient clipping.
+
+    A head has 128 channels here and 64 there, and AdamW's second beta is 0.95 here. The number of steps is open: the
+    authors name only days.
+    """
+    if kind != "hourglass":
+        raise UserError(f"the preset {name} is for hourglass, not for {kind}; leave --preset or --prior out")
+    fit = FitConfig(
+        steps=500_000,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        optimizer="adamw",
+        weight_decay=0.01,  # the default of torch's AdamW
+        warmup_steps=0,
+        decay_fraction=0.0,
+        clip_norm=0.0,
+        report_steps=5_000,
+        save_steps=2_000,
+    )
+    model = HourglassConfig(model_width=1024, heads=8, depth=(2, middle, 2), shorten=(2,))
+    objective = SundaeConfig(unrolled_steps=unrolled_steps)
+    return TrainPrior(model=model, objective=objective, fit=fit, prior=kind, preset=name)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -18,13 +18,11 @@ from smalti.commands.model_paths import (
     PRIORS,
     load_only_prior,
     load_tokenizer,
-    prior_class,
-    trained_config,
 )
 from smalti.commands.sample import generate_codes
 from smalti.core import models
 from smalti.core.codes import Level
-from smalti.core.config import added_values, flatten
+from smalti.core.config import added, added_values, flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
@@ -45,8 +43,8 @@ from smalti.transfer.weights import take_classes, take_weights
 
 C = TypeVar("C")
 Objective = TypeVar("Objective")
+PriorPreset: TypeAlias = Literal["small", "ffhq256", "ffhq1024"]
 
-DEFAULT_KIND = "hourglass"
 MOST_NAMES = 20
 """Names of classes in a warning."""
 RESIZABLE = frozenset({"classes", "radices", "height", "width"})
@@ -72,6 +70,9 @@ class TrainPrior(Generic[C, Objective]):
     )
     prior: str = "hourglass"
     """Kind of prior. Each kind has its own options: see `--prior KIND --help`."""
+    preset: PriorPreset = added(off="small")  # noqa: RUF009 - it makes a field
+    """Default settings: `small`, for two CPU cores, or those of SUNDAE on VQ-GAN codes for FFHQ (hourglass only), for
+    GPUs. Other flags override them."""
     init: str | None = None
     """Start from the weights of this trained prior: the name of one in the package, a kind, a folder, or a hub id.
     Network settings that are not given are its own. The classes and the number of codes may be others: classes are
@@ -320,24 +321,3 @@ def _held_out(latents: LatentSet, level: int) -> LatentRows | None:
         return LatentRows(latents, split="held_out", level=level)
     except UserError:
         return None
-
-
-def default_config(kind: str | None, init: str | None = None) -> Any:
-    """Returns the config class for a kind of prior, and with `init` also an instance with that prior's network.
-
-    The class is a generic alias of `TrainPrior`, not a `type`.
-
-    Args:
-        kind: of the prior; None for that of `init`, or else the default.
-        init: a trained prior to start from.
-
-    Raises:
-        UserError: if there is no such kind or model.
-    """
-    trained = None if init is None else trained_config(init, "prior")
-    kind = kind or (trained.model_class.kind if trained else DEFAULT_KIND)
-    prior = prior_class(kind)
-    cls = TrainPrior[prior.config_class, prior.method.objective_config]
-    if trained is None or trained.model_class.kind != kind:
-        return cls
-    return cls, TrainPrior(model=trained.config, objective=prior.method.objective_config(), prior=kind)

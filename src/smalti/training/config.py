@@ -41,7 +41,8 @@ class FitConfig:
     weight_decay: float = 0.0
     """Weight decay, on matrices only. It is decoupled, except in AdaMax."""
     clip_norm: float = 1.0
-    """Gradient clipping: largest norm of all gradients together; longer gradients are scaled down to it."""
+    """Gradient clipping: largest norm of all gradients together; longer gradients are scaled down to it. 0 turns it
+    off."""
     ema_decay: float = 0.0
     """Decay of the EMA (moving average) of the weights, which is then what is saved; 0 saves the weights themselves."""
     seed: int = 0
@@ -69,12 +70,11 @@ class FitConfig:
         require_at_least_one(
             self, "steps", "batch_size", "accumulation", "log_steps", "report_steps", "save_steps", "keep_states"
         )
-        for name in ("warmup_steps", "weight_decay", "patience", "workers", "stall_seconds"):
-            if getattr(self, name) < 0:
+        for name in ("warmup_steps", "weight_decay", "patience", "workers", "stall_seconds", "clip_norm"):
+            if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate must be above 0, not {self.learning_rate}")
         if not (0 <= self.decay_fraction <= 1 and 0 <= self.ema_decay < 1):
             raise UserError(
                 f"decay_fraction must be from 0 to 1, and ema_decay from 0 to below 1, "

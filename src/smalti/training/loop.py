@@ -10,6 +10,7 @@ scaling on CPUs only; it has not been run on a GPU.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ def _step(
         if accelerator.scaler is not None:
             unscale(accelerator.scaler, phase.optimizer)
         trained = [parameter for group in phase.optimizer.param_groups for parameter in group["params"]]
-        norm = values["gradient_norm"] = clip(trained, config.clip_norm)
+        norm = values["gradient_norm"] = clip(trained, config.clip_norm or math.inf)
         bad = ~norm.isfinite()  # equal on all processes, because their gradients are
         step_unless(phase.optimizer, bad)
         for module in part.learners:
