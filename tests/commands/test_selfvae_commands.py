@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.build_toys import trained_in
 from helpers.command_toys import run
+from helpers.extractors import MeanColours
 from PIL import Image
 from torch import nn
 
@@ -23,7 +24,6 @@ from smalti.evaluation import modes, real_images
 from smalti.evaluation.image_likelihood import bits, log_weights
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
-from smalti.metrics.extractors import Extractor
 from smalti.priors.networks.realnvp import FlowSampling
 from smalti.scripts import build_latents, evaluate, inpaint, reproduce, sample, train_prior
 from smalti.studies.selfvae import study
@@ -108,15 +108,6 @@ def test_the_likelihood_evaluation_and_its_repetition(folder, capfd):
     assert 0 < scores["bits_per_dim_sampling_error"]["model"] < scores["bits_per_dim_standard_error"]["model"]
     status, out, _ = run(capfd, evaluate.main, "--again", "bits.json")
     assert (status, "the same as bits.json" in out) == (0, True)
-
-
-class MeanColours(Extractor):
-    """Replaces a network that takes seconds to load."""
-
-    name, width, size, resampling = "lite0", 3, 8, "none"
-
-    def features(self, colour):
-        return colour.float().mean((2, 3))
 
 
 def test_every_mode_is_evaluated_with_the_bytes_it_transmits(folder, capfd, monkeypatch):
@@ -204,8 +195,9 @@ def test_the_study_reports_every_result_beside_the_papers(folder, capfd, monkeyp
     tiny = {"latent_channels": 2, "mixtures": 1, "flow_layers": 2, "flow_width": 2}
     models = {name: replace(config, **tiny) for name, config in study.MODELS.items()}
     monkeypatch.setattr(study, "MODELS", models)
-    flags = "selfvae --images img --models vae selfvae-downscale --channels 4 --steps 1 --batch-size 4 --num 8"
-    flags += " --growth 2 --dense-layers 1"
+    sizes = dict.fromkeys(models, study.NetworkSize(channels=4, growth=2, dense_layers=1))
+    monkeypatch.setattr(study, "PAPER_SIZES", {32: sizes, 64: {}})
+    flags = "selfvae --images img --models vae selfvae-downscale --size paper --steps 1 --batch-size 4 --num 8"
     flags = [*flags.split(), "--likelihood-num", "2", "--samples", "2", "--out", "study/selfvae.md"]
     assert run(capfd, reproduce.main, *flags)[0] == 0
     text = (folder / "study/selfvae.md").read_text()

@@ -1,4 +1,4 @@
-"""The studies of overfitting, 64x64 pixels and quantizers, with tiny networks: what they train, measure and write."""
+"""The studies of overfitting, 64x64 pixels, quantizers and selfVAE, with tiny networks: what they train and write."""
 
 import json
 import math
@@ -10,10 +10,12 @@ from helpers.image_toys import write_patches
 
 from smalti import UserError
 from smalti.commands.model_paths import load_tokenizer
+from smalti.core import models
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.studies.overfitting import study as overfitting
 from smalti.studies.quantizers import study as quantizers
+from smalti.studies.selfvae import study as selfvae
 from smalti.studies.size64 import study as size64
 from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
 from smalti.tokenizers.vq.vqvae import VQVAE
@@ -144,3 +146,16 @@ def test_every_variant_has_a_folder_of_its_own(tmp_path):
 def test_a_study_of_no_quantizer_is_refused():
     with pytest.raises(UserError, match="at least one of each"):
         quantizers.ReproduceQuantizers("quantizers", quantizers=())
+
+
+@pytest.mark.parametrize("data", ["cifar10", "celeba"])
+def test_models_of_selfvae_have_the_papers_size_and_latents(data):
+    config = selfvae.ReproduceSelfVAE("selfvae", data=data, size="paper")
+    for name in selfvae.MODELS:
+        with torch.device("meta"):
+            model = models.class_of_kind("tokenizer", "vae" if name == "vae" else "selfvae")(
+                selfvae.model_of(name, config)
+            )
+        assert 32e6 < sum(weights.numel() for weights in model.parameters()) < 42e6
+        (level,) = model.layout.levels
+        assert (level.height, level.width, level.channels) == (8, 8, 16)
