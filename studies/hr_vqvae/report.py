@@ -21,7 +21,8 @@ from smalti.core.devices import best_device, resolve
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet
 from smalti.images.sheets import save_sheet
-from smalti.studies.experiment import save_figure, table_row, write_section
+from smalti.studies.experiment import measure_once, save_figure, table_row, write_section
+from smalti.studies.hr_vqvae.rate_distortion import bits_of, gaussian_distortion, pixel_variances
 from smalti.studies.hr_vqvae.samples_report import distances, heads, samples
 from smalti.studies.hr_vqvae.study import (
     CODES_OF_IMAGES,
@@ -30,6 +31,7 @@ from smalti.studies.hr_vqvae.study import (
     KINDS,
     LEAVES,
     NAMES,
+    PAPER_GRID,
     SIZES,
     DataName,
     ReproduceHRVQVAE,
@@ -67,10 +69,11 @@ def reproduce_hr_vqvae(config: ReproduceHRVQVAE) -> None:
     """
     torch.manual_seed(0)
     images = open_data(config)
+    ideal = partial(_ideal_mse, config, images)
     tables: dict[str, Callable[[ReproduceHRVQVAE, list[TokenizerSpec]], str]] = {
-        "methods": methods_table,
+        "methods": partial(methods_table, ideal=ideal),
         "depth": depth_table,
-        "size": size_table,
+        "size": partial(size_table, ideal=ideal),
     }
     evaluated = {"distances": distances, "samples": samples, "heads": heads}
     for part, specs in specs_by_part(config).items():
@@ -94,8 +97,15 @@ def write(config: ReproduceHRVQVAE, part: str, text: str) -> None:
     write_section(config.out, f"{config.data} {part}", text, f"{budget}, trained in {resolve(config.precision)}")
 
 
-def methods_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
-    """Formats Table 1: the mean over seeds with minimum and maximum."""
+def _ideal_mse(config: ReproduceHRVQVAE, images: ImageSet, leaves: int) -> float:
+    """Returns the error of an ideal coder of a Gaussian source with the images' covariance, at the bits of one grid."""
+    path = config.work / config.data / f"variances-{images.fingerprint[:12]}.json"
+    variances = measure_once(path, lambda: {"variances": pixel_variances(images)})["variances"]
+    return gaussian_distortion(torch.tensor(variances), bits_of(PAPER_GRID**2, leaves))
+
+
+def methods_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal: Callable[[int], float]) -> str:
+    """Formats Table 1: the mean over seeds with minimum and maximum. `ideal` gives an ideal coder's error by leaves."""
     paper = PAPER_MSE[config.data]
     lines = [
         f"Table 1, {config.data}: held-out MSE in [0, 1] units, the mean of {config.seeds} seed(s) and from the "
@@ -117,7 +127,12 @@ def methods_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
             row += [errors, ratio, _used(ours[0]) if ours else NONE]
         lines.append(table_row(row))
     seconds = statistics.mean([each["train_seconds"] for seeds in results.values() for each in seeds] or [0.0])
-    return "\n".join([*lines, "", f"A run took {seconds:.0f} s on average, other work on the machine beside it."])
+    below = (
+        f"At the {bits_of(PAPER_GRID**2, LEAVES):.0f} bits of VQ-VAE and HR-VQVAE, an ideal coder of a Gaussian source "
+        f"with the covariance of the training images has an MSE of {ideal(LEAVES):.3g}."
+    )
+    time = f"A run took {seconds:.0f} s on average, other work on the machine beside it."
+    return "\n".join([*lines, "", f"{below} {time}"])
 
 
 def depth_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
@@ -145,8 +160,8 @@ def depth_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
     return "\n".join(lines)
 
 
-def size_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
-    """Formats Fig. 6, and draws it beside the report."""
+def size_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal: Callable[[int], float]) -> str:
+    """Formats Fig. 6, and draws it beside the report, with an ideal coder's error by leaves."""
     lines = [
         f"Fig. 6, {config.data}: by leaves, {config.size_steps} steps, one seed; use and perplexity over "
         f"{config.usage_images} training images at most, of a flat codebook of {SIZES[-1]} over an eighth of them.",
@@ -164,8 +179,8 @@ def size_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
     axes = figure.add_subplot(xlabel="leaves", ylabel="held-out MSE", xscale="log", yscale="log")
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    if curves:
-        axes.legend()
+    axes.plot(SIZES, [ideal(leaves) for leaves in SIZES], "k--", label="ideal coder, Gaussian source")
+    axes.legend()
     save_figure(figure, path := config.picture("size"))
     return "\n".join([*lines, "", f"![MSE by leaves]({path.name})"])
 

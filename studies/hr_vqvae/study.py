@@ -185,7 +185,8 @@ def specs_by_part(config: ReproduceHRVQVAE) -> dict[Part, list[TokenizerSpec]]:
     size = [
         TokenizerSpec(kind, plain, config.size_steps, leaves, depths[kind])
         for leaves in SIZES
-        for kind, plain in (("hrvq", False), ("vqvae", False), ("vqvae", True))
+        for plain in (False, True)
+        for kind in reversed(KINDS)
     ]
     specs: dict[Part, list[TokenizerSpec]] = {
         "methods": methods,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.build_toys import trained_in
 from helpers.command_toys import run
-from helpers.extractors import MeanColours
+from helpers.image_toys import MeanColours
 from PIL import Image
 from torch import nn
 
