@@ -22,9 +22,11 @@ from smalti.studies.quantizers.study import ReproduceQuantizers, reproduce_quant
 from smalti.studies.selfvae.report import reproduce_selfvae
 from smalti.studies.selfvae.study import ReproduceSelfVAE
 from smalti.studies.size64.study import ReproduceSize64, reproduce_size64
+from smalti.studies.sundae.report import reproduce_sundae
+from smalti.studies.sundae.study import ReproduceSundae
 
 StudyName: TypeAlias = Literal[
-    "hr-vqvae", "hqa", "selfvae", "priors", "quantizers", "overfitting", "size64", "portraits"
+    "hr-vqvae", "hqa", "selfvae", "sundae", "priors", "quantizers", "overfitting", "size64", "portraits"
 ]
 
 
@@ -45,7 +47,8 @@ class Study(NamedTuple):
 STUDIES: dict[StudyName, Study] = {
     "hr-vqvae": Study("VQ-VAE, VQ-VAE-2 and HR-VQVAE on MNIST or CIFAR10", reproduce_hr_vqvae, ReproduceHRVQVAE),
     "hqa": Study("HQA, HAMs and VQ-VAE on MNIST", reproduce_hqa, ReproduceHQA),
-    "selfvae": Study("VAE and selfVAE on CIFAR10 or emoji", reproduce_selfvae, ReproduceSelfVAE),
+    "selfvae": Study("VAE and selfVAE on CIFAR10, CelebA, Imagenette or emoji", reproduce_selfvae, ReproduceSelfVAE),
+    "sundae": Study("SUNDAE's unrolled steps and samplers, beside other priors", reproduce_sundae, ReproduceSundae),
     "priors": Study("smalti's own study of its priors and samplers", reproduce_priors, ReproducePriors),
     "quantizers": Study("smalti's own comparison of quantizers", reproduce_quantizers, ReproduceQuantizers),
     "overfitting": Study(
@@ -66,6 +69,7 @@ $ python scripts/reproduce.py hr-vqvae --data mnist --images mnist-train.parquet
 $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet
 $ python scripts/reproduce.py hqa --images mnist-train.parquet --test-images mnist-test.parquet --seeds 3 --steps 20000
 $ python scripts/reproduce.py selfvae --data cifar10 --images cifar10-train.parquet --models vae selfvae-downscale
+$ python scripts/reproduce.py sundae --images portraits
 $ python scripts/reproduce.py priors --parts samplers canvas
 $ python scripts/reproduce.py priors --data mnist --images mnist-train.parquet --parts resampling
 $ python scripts/reproduce.py quantizers --images portraits --seeds 3
@@ -73,9 +77,9 @@ $ python scripts/reproduce.py overfitting --images emoji
 $ python scripts/reproduce.py size64 --images my/photos other.parquet
 $ python scripts/reproduce.py portraits
 
-The reports are docs/reproductions/hr-vqvae.md, hqa.md, selfvae.md, priors.md and size64.md, docs/guide/quantizers.md,
-and the card of the models in the package; trained models are kept in runs/. If a study is stopped (Ctrl-C), the same
-command resumes it."""
+The reports are docs/reproductions/hr-vqvae.md, hqa.md, selfvae.md, sundae.md, priors.md and size64.md,
+docs/guide/quantizers.md, and the card of the models in the package; trained models are kept in runs/. If a study is
+stopped (Ctrl-C), the same command resumes it."""
 
 
 @dataclass(frozen=True)

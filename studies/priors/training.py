@@ -21,7 +21,7 @@ from smalti.commands.model_paths import prior_class
 from smalti.commands.train_prior import TrainPrior, grids, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.config import flatten
-from smalti.core.devices import autocast, best_device, resolve
+from smalti.core.devices import Precision, autocast, best_device, resolve
 from smalti.core.files import write_json
 from smalti.core.models import load
 from smalti.core.randomness import generator_for, row_seeds
@@ -148,17 +148,19 @@ def step_seconds(part: Part, config: ReproducePriors) -> dict[str, float]:
     affecting = {"models": models, "batch": batch, "precision": resolve(config.precision), "device": best_device()}
     path = config.work / f"{keyed(f'seconds-{part}', affecting)}.json"
     if not path.exists():
-        variants = [Variant(name, training_step(*model, batch, config)) for name, model in networks.items()]
+        variants = [Variant(name, training_step(*model, batch, config.precision)) for name, model in networks.items()]
         write_json(path, dict(zip(networks, medians(Comparison(part, variants), REPETITIONS), strict=True)))
     return json.loads(path.read_text())
 
 
-def training_step(kind: str, network_config: Any, batch: int, config: ReproducePriors) -> Callable[[], None]:
+def training_step(
+    kind: str, network_config: Any, batch: int, precision: Precision, objective_config: Any = None
+) -> Callable[[], None]:
     """Returns a function that trains one step on random codes: loss, gradients, optimizer."""
     device, cls = best_device(), prior_class(kind)
     prior = cls(network_config).to(device)
     assert isinstance(prior, CodePrior)
-    objective = cls.method.objective(prior, cls.method.objective_config())
+    objective = cls.method.objective(prior, objective_config or cls.method.objective_config())
     optimizer = TrainPrior(model=None, objective=None).fit.optimizer_of(objective)
     shape, size = (batch, prior.level.height, prior.level.width), prior.level.codebook_size
     codes = torch.randint(size, shape, generator=generator_for(0)).to(device)
@@ -166,7 +168,7 @@ def training_step(kind: str, network_config: Any, batch: int, config: ReproduceP
 
     def step() -> None:
         prior.zero_grad()
-        with autocast(device, config.precision):
+        with autocast(device, precision):
             loss, _ = objective(rows)
         loss.backward()
         optimizer.step()

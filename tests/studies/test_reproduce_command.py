@@ -44,7 +44,8 @@ def test_command_line_without_a_study_is_refused_in_one_line(monkeypatch, capsys
     with pytest.raises(SystemExit) as exit_status:
         run(monkeypatch, *arguments)
     assert exit_status.value.code == 2
-    advice = "the first argument must be hr-vqvae, hqa, selfvae, priors, quantizers, overfitting, size64 or portraits"
+    studies = "hr-vqvae, hqa, selfvae, sundae, priors, quantizers, overfitting, size64 or portraits"
+    advice = f"the first argument must be {studies}"
     assert capsys.readouterr().err == f"error: {problem}; {advice}\n"
 
 
