@@ -33,7 +33,7 @@ CodebookLearning: TypeAlias = Literal["gradient", "ema"]
 
 DECAY, REVIVE_BELOW = 0.95, 0.05
 """Defaults for trainings of hundreds or thousands of steps. A codeword that is no longer chosen is revived after
-log(REVIVE_BELOW) / log(DECAY) = 58 steps. With 0.99, the papers' decay, and 0.01 that takes 458 steps: suited to large
+log(REVIVE_BELOW) / log(DECAY) = 58 steps. With 0.99, VQ-VAE-2's decay, and 0.01 that takes 458 steps: suited to large
 codebooks and long trainings, where averages over many steps are more precise."""
 
 

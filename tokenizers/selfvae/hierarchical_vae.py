@@ -33,7 +33,7 @@ START_IMAGES = 128  # images used by the data-dependent initialization
 class VAEConfig:
     """Settings that VAE and selfVAE share. The defaults are for 32x32 images on two CPU cores.
 
-    The paper's networks have about 40 million parameters. It calls `mixtures` I (Eqs. 14 and 16) and `flow_layers` F
+    The paper's networks have 32 to 42 million parameters. It calls `mixtures` I (Eqs. 14 and 16) and `flow_layers` F
     (Eq. 13).
     """
 
@@ -62,7 +62,7 @@ class VAEConfig:
     """Channels of the coupling layers' networks."""
     warm_up: float = 0.0
     """KL warm-up: share of the training over which the weight of the latents' KL terms rises linearly to 1. Raise it
-    against posterior collapse; the paper uses 0."""
+    against posterior collapse; the paper mentions none."""
 
     def __post_init__(self) -> None:
         require_at_least_one(

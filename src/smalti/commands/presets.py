@@ -3,7 +3,9 @@
 `small` is for every kind, `small64` for hrvq, vqvae and vqgan, both on two CPU cores. `paperN` is
 for the VQ-VAE family and images of N pixels: the code grids of the HR-VQVAE paper; the rest is
 VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open: networks 128 channels wide, 2
-residual blocks, codewords of 64, 512 codes, batches of 128 at a learning rate of 3e-4. The others
+residual blocks, codewords of 64, 512 codes, batches of 128 at a learning rate of 3e-4. Unlike there,
+residual branches are as wide as their stage and not 32 wide, SiLU replaces ReLU, pixel shuffles
+replace transposed convolutions, and k-means starts the codebooks. The others
 are for `vqgan`: the networks of the published checkpoints, and one for a megapixel. Their learning
 rate is 4.5e-6 times the batch size, and they have no k-means start, which is slow for so many
 codes.
@@ -27,7 +29,7 @@ from smalti.training.config import FitConfig
 
 VQVAE2_LEVELS = 3  # in the HR-VQVAE paper
 LONG: dict[str, Any] = {"codebook_decay": 0.99, "revive_below": 0.01}
-"""Codebook learning for hundreds of thousands of steps: the papers' decay, slower than the defaults."""
+"""Codebook learning for hundreds of thousands of steps: the decay of VQ-VAE-2, slower than the defaults."""
 DEFAULT_KIND = "hrvq"
 DEFAULT_PRIOR = "hourglass"
 LIKELIHOOD_FIT = FitConfig(
