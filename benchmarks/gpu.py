@@ -4,6 +4,7 @@ A command whose output is kept in `runs/gpu/` is finished and is not run again.
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,8 @@ SMALTI = (sys.executable, "-m", "smalti")
 
 def commands(page: str) -> list[str]:
     """Returns the `smalti` commands in the indented blocks of a page of Markdown, in order."""
-    return [line.strip() for line in page.splitlines() if line.startswith("    smalti ")]
+    lines = re.sub(r"\\\n\s*", "", page).splitlines()  # continued lines are joined
+    return [line.strip() for line in lines if line.startswith("    smalti ")]
 
 
 def run_all(lines: Sequence[str], logs: Path, *, minutes: float | None = None, program: Sequence[str] = SMALTI) -> bool:

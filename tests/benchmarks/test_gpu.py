@@ -12,8 +12,8 @@ run_all = partial(run_with, program=(sys.executable, "-S", "-c", FAILS_IF_ASKED)
 
 
 def test_only_indented_commands_of_smalti_are_taken():
-    page = "smalti sample\n\n    smalti sample --num 4\n    accelerate launch x\n    smalti inpaint\n"
-    assert commands(page) == ["smalti sample --num 4", "smalti inpaint"]
+    page = "smalti sample\n\n    smalti sample --num 4\n    torchrun x\n    smalti inpaint \\\n        --num 2\n"
+    assert commands(page) == ["smalti sample --num 4", "smalti inpaint --num 2"]
 
 
 def test_finished_commands_are_not_run_again(tmp_path: Path):

@@ -74,6 +74,8 @@ class ResidualQuantizer(nn.Module):
         if stages < 1:
             raise UserError(f"residual quantization needs at least 1 stage, not {stages}")
         radices = radices_of(codebook_size, stages)
+        if len(radices) != stages:
+            raise UserError(f"{stages} stages need as many codebook sizes, or one for all, not {len(radices)}")
         if shared and len(set(radices)) > 1:
             raise UserError(f"a shared codebook has one size for all stages, not {' '.join(map(str, radices))}")
         self.level, self.shared, self.learning = Level(1, 1, radices), shared, learning

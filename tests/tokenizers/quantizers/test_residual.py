@@ -205,6 +205,8 @@ def test_impossible_sizes_are_refused():
         residual_of(4, 2**9)
     with pytest.raises(UserError, match="one size for all stages, not 4 2"):
         ResidualQuantizer(code_width=3, stages=2, codebook_size=(4, 2), shared=True)
+    with pytest.raises(UserError, match="3 stages need as many codebook sizes, or one for all, not 2"):
+        ResidualQuantizer(code_width=3, stages=3, codebook_size=(4, 2))
 
 
 def test_stages_may_differ_in_size_and_weight():
