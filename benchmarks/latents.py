@@ -19,9 +19,11 @@ from accelerate import PartialState
 from torch import Tensor
 
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
-from smalti.commands.build_latents import BuildLatents, decoded, encode, encode_block, job_of
+from smalti.commands.build_latents import BuildLatents, job_of
 from smalti.core.codes import Codes, Layout, Level
 from smalti.core.devices import best_device
+from smalti.encoding.build import encode
+from smalti.encoding.encoder import Encoder, decoded, encode_block
 from smalti.images.image_set import open_images
 from smalti.images.sources import open_table
 from smalti.images.splits import held_out
@@ -111,15 +113,16 @@ def building(folder: Path, *, rows: int, config: HRVQConfig) -> Comparison:
     settings, process, path = BuildLatents(), PartialState(), folder / "built.h5"
     tokenizer = HRVQ(config).to(best_device()).eval()
     job = job_of(tokenizer, images, path, empty_provenance(), settings)
+    encoder = Encoder(tokenizer, images, job, settings.random_crops, settings.device, settings.precision)
 
     def build() -> LatentSet:
         path.unlink(missing_ok=True)
-        encode(tokenizer, images, job, empty_provenance(), settings, process)
+        encode(encoder, empty_provenance(), process, settings.workers, skips=False)
         return LatentSet(path)
 
     @torch.no_grad()
     def bare_loop() -> list[Codes]:
-        loader = decoded(images, job, [*range(job.blocks)], settings, best_device())
+        loader = decoded(encoder, range(job.blocks), settings.workers, best_device())
         return [encode_block(tokenizer, pixels, flips=job.flips) for _, pixels, _ in loader]
 
     return Comparison(
