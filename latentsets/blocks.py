@@ -55,8 +55,7 @@ class BlockStore:
     def __init__(self, job: Job, *, process: int = 0) -> None:
         self.job, self.process, self.record = job, process, job.record
         self.folder = job.path.with_name(f".{job.path.name}.building")
-        self._locked = ExitStack()
-        self._blocks: BinaryIO | None = None
+        self._open: dict[int, tuple[BinaryIO, ExitStack]] = {}  # the file of blocks of each shard, and its lock
         self._numbers: SourceNumbers | None = None
 
     def __enter__(self) -> "BlockStore":
@@ -80,7 +79,7 @@ class BlockStore:
         before = json.loads(key_file.read_text()) if key_file.exists() else {}
         changed = sorted(name for name in {*before, *key} if before.get(name) != key.get(name))
         if changed:  # old blocks are deleted before the new key is written: a kill in between must not mix them
-            self._delete_blocks()
+            self._delete_blocks("*")
             shutil.rmtree(self.folder / SHARDS_NAME, ignore_errors=True)
             write_json(key_file, key)
         if with_bad:
@@ -99,7 +98,7 @@ class BlockStore:
         The blocks of all processes are read.
         """
         images = self.job.images_of
-        finished = [b for b, record in self._scan().items() if not with_bad or record.kept.sum() == len(images(b))]
+        finished = [b for b, record in self._scan(shard).items() if not with_bad or record.kept.sum() == len(images(b))]
         return sorted({*self.job.shards[shard]} - {*finished})
 
     def require_room(self, blocks: int, shards: Sequence[int] = (0,)) -> None:
@@ -127,19 +126,22 @@ class BlockStore:
         Raises:
             UserError: if codes are outside the layout, another process uses the same file, or the disk is full.
         """
-        self.append_record(self.job.pack(block, codes, bad), bad)
+        self.append_record(block, self.job.pack(block, codes, bad), bad)
 
-    def append_record(self, record: bytes, bad: Mapping[int, str]) -> None:
+    def append_record(self, block: int, record: bytes, bad: Mapping[int, str]) -> None:
         """Appends a block that was packed elsewhere (`Job.pack`); see `append`."""
+        shard = self.job.shard_of(block)
         with reporting_full_disk(self.job.path):
             if bad:
-                with self._file("skipped").open("a") as notes:
+                with self._file(shard, "skipped").open("a") as notes:
                     # Each note starts with its line break, so that a truncated note damages only its own line.
                     notes.writelines("\n" + json.dumps({"row": row, "reason": bad[row]}) for row in sorted(bad))
-            self._blocks = self._blocks or self._open_blocks()
+            if shard not in self._open:
+                self._open[shard] = self._open_blocks(shard)
+            blocks, _ = self._open[shard]
             rest = memoryview(record)
             while rest:
-                rest = rest[self._blocks.write(rest) :]
+                rest = rest[blocks.write(rest) :]
 
     def abandon(self) -> None:
         """Marks the build as failed, so that the other processes stop at their next block."""
@@ -173,7 +175,7 @@ class BlockStore:
         Raises:
             UserError: if no image could be decoded, or the disk is full. The blocks then stay for another attempt.
         """
-        records, job, blocks = self._scan(), self.job, self.job.shards[shard]
+        records, job, blocks = self._scan(shard), self.job, self.job.shards[shard]
         images = job.images_of_blocks(blocks)
         kept = torch.from_numpy(np.concatenate([records[block].kept for block in blocks])[: len(images)])
         if not kept.any():
@@ -187,7 +189,7 @@ class BlockStore:
         rows = self._kept_rows(held_out_of_kept)
         columns = {name: column.repeat_interleave(job.rows_per_image)[rows] for name, column in per_image.items()}
         columns["flipped"] = (torch.arange(len(rows)) % (1 + job.flips) == 1)[rows]
-        provenance = replace(provenance, skipped=self._skipped(kept, images.start))
+        provenance = replace(provenance, skipped=self._skipped(shard, kept, images.start))
         path = self._shard_path(shard)
         with LatentSetWriter(path, job.layout, **columns, provenance=provenance, source_numbers=numbers) as writer:
             start = 0
@@ -196,7 +198,8 @@ class BlockStore:
                 writer.write(start, codes)
                 start += len(codes[0])
         if job.shard_blocks:
-            self._delete_blocks()
+            self.close()
+            self._delete_blocks(f"{shard:05}")
 
     def finish(self) -> None:
         """Completes a set whose shards are all written, and removes the folder. Only the main process calls it."""
@@ -216,11 +219,11 @@ class BlockStore:
         shutil.rmtree(self.folder)
 
     def close(self) -> None:
-        """Closes this process's file of blocks, after the last block of a shard, and releases the locks."""
-        if self._blocks:
-            self._blocks.close()
-        self._blocks = None
-        self._locked.close()
+        """Closes this process's files of blocks and releases their locks, after the last block of a shard."""
+        for blocks, lock in self._open.values():
+            blocks.close()
+            lock.close()
+        self._open = {}
 
     def _shard_path(self, shard: int) -> Path:
         return self.folder / SHARDS_NAME / f"{shard:05}.h5" if self.job.shard_blocks else self.job.path
@@ -233,8 +236,9 @@ class BlockStore:
         shards = range(len(self.job.shards)) if self.job.shard_blocks else ()
         return [*takewhile(lambda shard: self._shard_path(shard).exists(), shards)]
 
-    def _delete_blocks(self) -> None:
-        for stale in (*self.folder.glob("*.blocks"), *self.folder.glob("*.skipped")):
+    def _delete_blocks(self, shard: str) -> None:
+        """Deletes the blocks of a shard, or with `*` all."""
+        for stale in (*self.folder.glob(f"{shard}-*.blocks"), *self.folder.glob(f"{shard}-*.skipped")):
             stale.unlink()
 
     def _source_numbers(
@@ -255,20 +259,20 @@ class BlockStore:
         added = {"crops": job.crops, "shard_blocks": job.shard_blocks}
         return {"layout": job.layout.to_json(), **shape, **{name: value for name, value in added.items() if value}}
 
-    def _file(self, suffix: str) -> Path:
-        return self.folder / f"{self.process:05}.{suffix}"
+    def _file(self, shard: int, suffix: str) -> Path:
+        return self.folder / f"{shard:05}-{self.process:05}.{suffix}"
 
-    def _open_blocks(self) -> BinaryIO:
+    def _open_blocks(self, shard: int) -> tuple[BinaryIO, ExitStack]:
         """Opens this process's file for appending and truncates an incomplete record at its end, if there is one."""
-        self._locked.enter_context(locks.writing(self._file("blocks"), required=True))
-        blocks = self._file("blocks").open("ab", buffering=0)
+        lock = locks.hold(self._file(shard, "blocks"), required=True)
+        blocks = self._file(shard, "blocks").open("ab", buffering=0)
         blocks.truncate(blocks.tell() // self.record.itemsize * self.record.itemsize)
-        return blocks
+        return blocks, lock
 
-    def _scan(self) -> dict[int, "_Record"]:
-        """Locates the record of each finished block; of several, the one in which the most images were decoded."""
+    def _scan(self, shard: int) -> dict[int, "_Record"]:
+        """Locates the record of each finished block of a shard; of several, that with the most decoded images."""
         records: dict[int, _Record] = {}
-        for blocks in sorted(self.folder.glob("*.blocks")):
+        for blocks in sorted(self.folder.glob(f"{shard:05}-*.blocks")):
             with blocks.open("rb") as file:
                 while len(content := file.read(self.record.itemsize)) == self.record.itemsize:
                     values = np.frombuffer(content, self.record)[0]
@@ -293,10 +297,10 @@ class BlockStore:
         dtypes = [np.int64 if level.radices else np.float32 for level in self.job.layout.levels]
         return tuple(torch.from_numpy(values[f"codes/{i}"][rows].astype(dtype)) for i, dtype in enumerate(dtypes))
 
-    def _skipped(self, kept: Bool[Tensor, " n"], first: int) -> tuple[dict[str, Any], ...]:
+    def _skipped(self, shard: int, kept: Bool[Tensor, " n"], first: int) -> tuple[dict[str, Any], ...]:
         """Returns the reason for each image from `first` on that is not kept. A redone block may have notes twice."""
         reasons: dict[int, str] = {}
-        for notes in sorted(self.folder.glob("*.skipped")):
+        for notes in sorted(self.folder.glob(f"{shard:05}-*.skipped")):
             for line in notes.read_text().splitlines():
                 with suppress(json.JSONDecodeError):  # a truncated note
                     note = json.loads(line)

@@ -56,6 +56,10 @@ class Job:
         step = self.shard_blocks or self.blocks
         return [range(start, min(start + step, self.blocks)) for start in range(0, self.blocks, step)]
 
+    def shard_of(self, block: int) -> int:
+        """Returns the number of the file that a block belongs to."""
+        return block // self.shard_blocks if self.shard_blocks else 0
+
     def images_of(self, block: int) -> range:
         """Returns the images of one block."""
         return self.images_of_blocks(range(block, block + 1))

@@ -194,6 +194,10 @@ class LatentSet:
         self._require_valid(level, grid)
         return grid
 
+    def codes_in_order(self, level: int, rows: int | None = None) -> Iterator[np.ndarray]:
+        """Yields the codes of all rows at one level in the stored dtype, at most `rows` at once, from memory maps."""
+        return self._codes[level].blocks(rows or max(1, BLOCK_VALUES // math.prod(self.layout.levels[level].shape)))
+
     def usage(self, level: int = 0, digits: int | None = None) -> Int64[Tensor, " codes"]:
         """Counts how often each code occurs in the whole set, or each prefix of `digits` digits if that is given.
 
@@ -207,7 +211,7 @@ class LatentSet:
         if (codes := math.prod(radices)) > MOST_COUNTED_CODES:
             raise UserError(f"level {level} of {self.path} has {codes} codes; up to {MOST_COUNTED_CODES} are counted")
         counts = np.zeros(codes, np.int64)
-        for block in self._blocks(level):
+        for block in self.codes_in_order(level):
             self._require_valid(level, block)
             counts += np.bincount(block.ravel(), minlength=len(counts))
         return torch.from_numpy(counts).view(math.prod(radices[:digits]), -1).sum(dim=1)
@@ -239,17 +243,16 @@ class LatentSet:
         current = _reopen(self.path, self.files.identity)
         files, attributes = current.files, current.files.attributes
         several = files.indexed or len(files.extents) > 1
-        if several:
-            for extent in files.extents:
-                LatentSet(extent.path).verify()
         if "attributes_digest" in attributes and attributes_digest(attributes) != attributes["attributes_digest"]:
             raise UserError(f"{self.path}: an attribute was changed after it was written; copy it or build it again")
+        for header in [*files.headers()] if several else ():
+            LatentSet(header.extent.path).verify()
         recorded = attributes.get("content_digest")
         if recorded and (digest := current._digest(attributes)) != recorded:
             digests = f"its content has digest {digest[:12]}, not {recorded[:12]}"
             raise UserError(f"{self.path} is damaged: {digests}; copy it or build it again")
         for index in range(0 if several else len(self.layout.levels)):
-            for block in self._blocks(index):
+            for block in self.codes_in_order(index):
                 self._require_valid(index, block)
 
     def _require_valid(self, index: int, codes: np.ndarray) -> None:
@@ -260,9 +263,6 @@ class LatentSet:
                 raise UserError(f"{self.path} has latents that are not finite at level {index}; build it again")
         elif codes.size and codes.max() >= level.codebook_size:
             raise UserError(f"{self.path} has codes not below {level.codebook_size} at level {index}; rebuild it")
-
-    def _blocks(self, level: int) -> Iterator[np.ndarray]:
-        return self._codes[level].blocks(max(1, BLOCK_VALUES // math.prod(self.layout.levels[level].shape)))
 
 
 def perplexity(counts: Int64[Tensor, " codes"]) -> float:

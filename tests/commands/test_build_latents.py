@@ -272,13 +272,13 @@ def test_a_second_builder_of_the_same_file_is_refused(workspace, latents, capfd)
 def test_an_orphaned_worker_that_holds_its_shard_is_detected(workspace, latents):
     """The main process and the launcher are killed, and another of their processes survives."""
     builders = Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2)
-    wait_for(lambda: (workspace / FOLDER / "00001.blocks").exists())
+    wait_for(lambda: (workspace / FOLDER / "00000-00001.blocks").exists())
     os.kill(builders.processes[1].pid, signal.SIGSTOP)
     builders.processes[0].kill()
     builders.processes[0].join()
     again = Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2)
     assert again.join() == [2, 2]
-    assert "00001.blocks is being written by another process" in (workspace / "log").read_text()
+    assert "00000-00001.blocks is being written by another process" in (workspace / "log").read_text()
     builders.kill()
     assert Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2).join() == [0, 0]
     assert same(latents, "whole.h5")

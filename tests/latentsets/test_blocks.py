@@ -58,7 +58,7 @@ def test_only_undamaged_blocks_count(tmp_path_factory, owners, order, count, dam
     written, lost = set(order[:count]), set()
     own = [block for block in order[:count] if owners[block] == 1]
     if damage != "none" and own:
-        file, size = store.folder / "00001.blocks", store.record.itemsize
+        file, size = store.folder / "00000-00001.blocks", store.record.itemsize
         content, place = bytearray(file.read_bytes()), int(position * len(own) * size)
         if damage == "cut":
             content, lost = content[:place], set(own[place // size :])
@@ -137,7 +137,7 @@ def test_truncated_note_damages_no_other(tmp_path):
     with BlockStore(job(path)) as store:
         store.claim()
         append(store, [0], bad={1, 2})
-        notes = store.folder / "00000.skipped"
+        notes = store.folder / "00000-00000.skipped"
         notes.write_text(notes.read_text()[:-5])
         append(store, [1, 2, 3], bad={4})
         store.merge(PROVENANCE, **COLUMNS)

@@ -3,8 +3,9 @@
 What encodes a block is in `encoder.py`. Finished blocks are kept in `latentsets/blocks.py`, so a stopped build resumes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -25,7 +26,7 @@ from smalti.latentsets.reader import LatentSet
 
 T = TypeVar("T")
 Engine: TypeAlias = Callable[[Encoder, list[int]], Iterable[Mapping[str, Any]]]
-"""Encodes blocks in other processes: yields results of `encoder.EncodeBatches` for the given blocks, in any order."""
+"""Encodes blocks in other processes: yields results of `encoder.EncodeBatches` for given blocks, in any order."""
 
 
 def encode(
@@ -70,31 +71,35 @@ def encode(
         if stale:
             process.print(f"Discarding the blocks of an earlier build with another {stale}.")
         columns = {"labels": images.labels, "source_ids": images.source_ids, "held_out": images.held_out}
-        for shard in unfinished:
+        # An engine encodes the blocks of all files, so that it starts its processes once.
+        for shards in [unfinished] if engine and unfinished else [[shard] for shard in unfinished]:
 
-            def missing_blocks(shard: int = shard) -> list[int]:
-                missing = store.missing(shard, with_bad=not skips)
+            def missing_blocks(shards: list[int] = shards) -> dict[int, list[int]]:
+                missing = {shard: store.missing(shard, with_bad=not skips) for shard in shards}
                 if main:
-                    store.require_room(len(missing), [each for each in unfinished if each >= shard])
+                    rest = [shard for shard in unfinished if shard >= shards[0]]
+                    store.require_room(max(map(len, missing.values())), rest)
                 return missing
 
             missing = _on_all_processes(process, missing_blocks, store)
-            share = missing[process.process_index :: process.num_processes]
-
-            def encode_share(shard: int = shard, share: list[int] = share) -> None:
-                _encode_share(encoder, store, shard, share, process, workers, skips=skips, engine=engine)
-
-            def merge(shard: int = shard) -> None:
-                if main:
-                    store.merge(provenance, **columns, shard=shard)
-
             try:
-                _on_all_processes(process, encode_share, store)
+                if engine:
+                    for shard in _encoded_by(engine, encoder, store, missing, skips=skips):
+                        store.merge(provenance, **columns, shard=shard)
+                    continue
+                share = missing[shards[0]][process.process_index :: process.num_processes]
+                work = partial(_encode_share, encoder, store, shards[0], share, process, workers, skips=skips)
+                _on_all_processes(process, work, store)
             except KeyboardInterrupt:
                 process.print("\nFinished blocks are kept: run the same command to resume.")
                 raise
-            _on_all_processes(process, merge, store)
-        _on_all_processes(process, lambda: store.finish() if main else None, store)
+            merge = partial(store.merge, provenance, **columns, shard=shards[0])
+            _on_all_processes(process, merge if main else _nothing, store)
+        _on_all_processes(process, store.finish if main else _nothing, store)
+
+
+def _nothing() -> None:
+    """Stands for work of the main process on all others."""
 
 
 def _on_all_processes(process: PartialState, work: Callable[[], T], claimed: BlockStore | None = None) -> T:
@@ -116,6 +121,28 @@ def _on_all_processes(process: PartialState, work: Callable[[], T], claimed: Blo
     return result  # pyright: ignore[reportReturnType] - None only if `work` returned None
 
 
+def _encoded_by(
+    engine: Engine, encoder: Encoder, store: BlockStore, missing: Mapping[int, list[int]], *, skips: bool
+) -> Iterator[int]:
+    """Has an engine encode blocks; yields the shards in order, each as soon as it and all before it have all blocks."""
+    job, waiting = encoder.job, {shard: set(blocks) for shard, blocks in missing.items()}
+    blocks = [block for of_shard in missing.values() for block in of_shard]
+    total = sum(len(job.shards[shard]) for shard in missing)
+    with bar(what="encoding", total=total, initial=total - len(blocks), unit="block") as progress:
+        for batch in engine(encoder, blocks) if blocks else ():
+            for block, record, bad in results(batch):
+                _require_whole(bad, skips=skips)
+                store.append_record(block, record, bad)
+                waiting[job.shard_of(block)].discard(block)
+                progress.update()
+            while waiting and not waiting[first := min(waiting)]:
+                del waiting[first]
+                yield first
+    for shard, blocks_left in waiting.items():
+        assert not blocks_left, f"the engine returned no result for the blocks {sorted(blocks_left)}"
+        yield shard
+
+
 @torch.no_grad()
 def _encode_share(
     encoder: Encoder,
@@ -126,39 +153,32 @@ def _encode_share(
     workers: int,
     *,
     skips: bool,
-    engine: Engine | None,
 ) -> None:
-    """Encodes this process's `share` of the missing blocks of a file, or passes it to the engine."""
-    job, shards = encoder.job, len(encoder.job.shards)
+    """Encodes this process's `share` of the missing blocks of a file."""
+    job, blocks = encoder.job, len(encoder.job.shards[shard])
     several = process.num_processes > 1  # the bar then counts the first process's share alone
-    blocks = len(job.shards[shard])
+    file = f" file {shard + 1} of {len(job.shards)}" if job.shard_blocks else ""
     progress = bar(
-        what=f"encoding{f' file {shard + 1} of {shards}' if shards > 1 else ''}"
-        f"{f' (process 1 of {process.num_processes})' if several else ''}",
+        what=f"encoding{file}{f' (process 1 of {process.num_processes})' if several else ''}",
         total=len(share) if several else blocks,
         initial=0 if several else blocks - len(share),
         unit="block",
         shown=process.is_main_process,
     )
-
-    def keep(record: bytes, bad: Mapping[int, str]) -> None:
-        if bad and not skips:
-            raise BadImageError(f"{bad[min(bad)]}, or leave out such images with --on-bad-image skip")
-        store.append_record(record, bad)
-        progress.update()
-
     tokenizer, encoding_device = encoder.tokenizer, next(encoder.tokenizer.parameters()).device
     with progress, autocast(encoding_device, encoder.precision):
-        if engine and share:
-            for batch in engine(encoder, share):
-                for record, bad in results(batch):
-                    keep(record, bad)
-        elif share:
-            for block, pixels, bad in decoded(encoder, share, workers, encoding_device):
-                if store.abandoned:
-                    return
-                keep(job.pack(block, encode_block(tokenizer, pixels, flips=job.flips), bad), bad)
+        for block, pixels, bad in decoded(encoder, share, workers, encoding_device):
+            if store.abandoned:
+                return
+            _require_whole(bad, skips=skips)
+            store.append(block, encode_block(tokenizer, pixels, flips=job.flips), bad)
+            progress.update()
     store.close()
+
+
+def _require_whole(bad: Mapping[int, str], *, skips: bool) -> None:
+    if bad and not skips:
+        raise BadImageError(f"{bad[min(bad)]}, or leave out such images with --on-bad-image skip")
 
 
 def _provenance_of(path: Path) -> Provenance | None:

@@ -83,10 +83,10 @@ class EncodeBatches:
         return result
 
 
-def results(batch: Mapping[str, Sequence[Any]]) -> Iterator[tuple[bytes, dict[int, str]]]:
-    """Yields the records in a result of `EncodeBatches`, and the errors of images by their numbers."""
-    for record, bad in zip(batch["record"], batch["bad"], strict=True):
-        yield bytes(record), {int(image): reason for image, reason in json.loads(str(bad)).items()}
+def results(batch: Mapping[str, Sequence[Any]]) -> Iterator[tuple[int, bytes, dict[int, str]]]:
+    """Yields the blocks in a result of `EncodeBatches`: number, record, and errors of images by their numbers."""
+    for block, record, bad in zip(batch["block"], batch["record"], batch["bad"], strict=True):
+        yield int(block), bytes(record), {int(image): reason for image, reason in json.loads(str(bad)).items()}
 
 
 def encode_block(tokenizer: Tokenizer, pixels: Tensor, *, flips: bool) -> Codes:
