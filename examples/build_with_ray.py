@@ -1,8 +1,7 @@
 """Builds a latent set with Ray Data: a pool of actors encodes the images, one GPU each if there are GPUs.
 
-The set is the one that `build_latents` writes, to the digest. Run the program again after it was stopped: it resumes
-from the finished blocks. An actor that dies is replaced. Ray runs on this machine alone and is reached from nowhere
-else. On a cluster, pass the address of yours to `ray.init`; images and tokenizer must have the same paths everywhere.
+The set is the one that `build_latents` writes, to the digest. Run the program again to resume. An actor that dies is
+replaced. Ray runs on this machine alone; on a cluster, pass its address to `ray.init` (docs/scale.md).
 
 $ pip install 'smalti[ray]'
 $ python examples/build_with_ray.py --tokenizer hrvq --images my/photos --out runs/latents/photos --actors 8 --gpus 1
@@ -23,8 +22,7 @@ from smalti.encoding.encoder import EncodeBatches, Encoder
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported: it reports to nobody
 
-BLOCKS_AT_ONCE = 4
-"""Blocks of a task; they are encoded again if their actor dies."""
+BLOCKS_AT_ONCE = 4  # in a task; they are encoded again if their actor dies
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,8 @@ def ray_engine(actors: int, gpus: float) -> Engine:
 
 def main(config: BuildWithRay) -> Path:
     """Builds the set and returns its file or folder."""
-    settings = BuildLatents(
-        tokenizer=config.tokenizer,
-        images=config.images,
-        out=config.out,
-        shard_rows=config.shard_rows,
-        batch_size=config.batch_size,
-        device="cuda" if config.gpus else "cpu",
-    )
+    given = {name: getattr(config, name) for name in ("tokenizer", "images", "out", "shard_rows", "batch_size")}
+    settings = BuildLatents(**given, device="cuda" if config.gpus else "cpu")
     return build_latents(settings, ray_engine(config.actors, config.gpus))
 
 

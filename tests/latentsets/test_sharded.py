@@ -98,10 +98,14 @@ def test_true_rows_are_those_of_flatnonzero(mask, data):
         assert np.array_equal(rows.take(asked), expected[asked])
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("whole") / "set", range(8), shard_blocks=1).path
+
+
 @pytest.fixture
-def shards(tmp_path) -> Path:
-    build(tmp_path / "set", range(8), shard_blocks=1)
-    return tmp_path / "set"
+def shards(whole, tmp_path) -> Path:
+    return shutil.copytree(whole, tmp_path / "set")
 
 
 def refusal(path: Path, *, verify=False) -> str:
