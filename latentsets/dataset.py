@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -47,17 +46,20 @@ class LatentRows(Dataset):
         if not 0 <= level < len(latent_set.layout.levels):
             raise UserError(f"{latent_set.path} has levels 0 to {len(latent_set.layout.levels) - 1}, not {level}")
         self.latent_set, self.level = latent_set, level
-        held_out = latent_set.overview.held_out
-        sides = {"train": ~held_out, "held_out": held_out, "all": np.full_like(held_out, 255)}
-        self._rows = TrueRows(sides[split], len(latent_set))
-        if not len(self._rows):
+        rows, self._index = len(latent_set), None
+        if split != "all":
+            held_out = np.unpackbits(latent_set.overview.held_out, count=rows).view(bool)
+            numbers = np.arange(rows, dtype=np.min_scalar_type(rows))  # half the memory of int64
+            self._index = numbers[held_out if split == "held_out" else ~held_out]
+        self._length = rows if self._index is None else len(self._index)
+        if not self._length:
             raise UserError(f"{latent_set.path} has no {split} rows among {len(latent_set)}; build it from more images")
         self._labels = latent_set.overview.labels
         self._levels = {"codes": level, **{f"upper_{coarser}": coarser for coarser in range(level)}}
         self._resident: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._length
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Returns one batch, on the CPU or on the device that `to` copied the codes to.
@@ -72,7 +74,7 @@ class LatentRows(Dataset):
             batch = {name: column.index_select(0, numbers) for name, column in self._resident.items()}
             return {**batch, **{name: _widen(batch[name]) for name in self._levels}, "rows": numbers}
         numbers = np.array(rows, np.int64)  # numpy converts a list and gathers rows several times faster than torch
-        index = self._rows.take(numbers)
+        index = numbers if self._index is None else self._index[numbers].astype(np.int64)
         codes = {name: self.latent_set.read(level, index) for name, level in self._levels.items()}
         columns = {"labels": self._labels[index].astype(np.int64), "rows": numbers}
         return codes | {name: torch.from_numpy(column) for name, column in columns.items()}
@@ -101,7 +103,7 @@ class LatentRows(Dataset):
         Raises:
             UserError: if a code is outside its level's codebook.
         """
-        index = self._rows.all()
+        index = np.arange(self._length) if self._index is None else self._index.astype(np.int64)
         self._resident = {"labels": torch.from_numpy(self._labels[index].astype(np.int64)).to(device)}
         for name, level in self._levels.items():
             codes = self.latent_set.read_stored(level, index)
@@ -109,44 +111,6 @@ class LatentRows(Dataset):
                 codes = codes.view(_SIGNED[codes.itemsize])
             self._resident[name] = torch.from_numpy(codes).to(device)
         return self
-
-
-class TrueRows:
-    """The numbers of the rows that are True in a mask, in 0.25 bytes a row instead of 8.
-
-    The mask's bits are divided into words of 64. A row is found by binary search for its word, then within the word.
-
-    Args:
-        bits: The mask, 8 rows a byte (`numpy.packbits`).
-        rows: The number of rows.
-    """
-
-    def __init__(self, bits: UInt8[np.ndarray, " bytes"], rows: int) -> None:
-        self._words = np.zeros((-(-rows // 64), 8), np.uint8)
-        self._words.reshape(-1)[: len(bits)] = bits
-        if rows % 8:
-            self._words.reshape(-1)[len(bits) - 1] &= 256 - (1 << 8 - rows % 8)
-        ones = np.array([number.bit_count() for number in range(256)], np.uint8)
-        self._ends = np.cumsum(ones[self._words].sum(axis=1, dtype=np.int64))
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def all(self) -> Int64[np.ndarray, " rows"]:
-        """Returns all of them."""
-        return np.flatnonzero(np.unpackbits(self._words))
-
-    def take(self, numbers: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
-        """Returns the rows with the given numbers among those that are True, each in [0, len).
-
-        Raises:
-            IndexError: if a number is not below len.
-        """
-        words = np.searchsorted(self._ends, numbers, "right")
-        bits = np.unpackbits(self._words[words], axis=1)
-        before_end = self._ends[words] - numbers  # True rows from this one to the end of its word
-        from_end = np.cumsum(bits[:, ::-1], axis=1, dtype=np.uint8) == before_end[:, None]
-        return words * 64 + 63 - from_end.argmax(axis=1)
 
 
 def _free_bytes(device: torch.device) -> int:

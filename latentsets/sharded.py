@@ -282,9 +282,11 @@ class MappedCodes:
         if len(self._maps) == 1:
             return np.take(self._maps[0], rows, axis=0)
         total, numbers = int(self._ends[-1]), np.asarray(rows, np.int64)
-        if numbers.size and not -total <= numbers.min() <= numbers.max() < total:
-            raise IndexError(f"rows {numbers.min()} to {numbers.max()} are not all in [-{total}, {total})")
-        numbers = np.where(numbers < 0, numbers + total, numbers)
+        lowest, highest = (numbers.min(), numbers.max()) if numbers.size else (0, 0)
+        if not -total <= lowest <= highest < total:
+            raise IndexError(f"rows {lowest} to {highest} are not all in [-{total}, {total})")
+        if lowest < 0:
+            numbers = np.where(numbers < 0, numbers + total, numbers)
         units = self._shifts[np.searchsorted(self._ends, numbers, "right")] + numbers * len(self._within)
         if len(self._within) > 1:
             units = units[:, None] + self._within

@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers.latents import GRID, PROVENANCE, make_codes, opened, write
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
 from smalti.latentsets.blocks import BlockStore
-from smalti.latentsets.dataset import LatentRows, TrueRows
+from smalti.latentsets.dataset import LatentRows
 from smalti.latentsets.jobs import Job
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.summary import describe
@@ -85,17 +84,6 @@ def test_shards_have_the_rows_and_the_digest_of_one_file(tmp_path_factory, sourc
             for name, values in expected.__getitems__(asked).items():
                 assert found.__getitems__(asked)[name].equal(values)
     assert describe(several).splitlines()[2:7] == describe(one).splitlines()[2:7]
-
-
-@given(mask=st.lists(st.booleans(), min_size=1, max_size=300), data=st.data())
-def test_true_rows_are_those_of_flatnonzero(mask, data):
-    rows, expected = TrueRows(np.packbits(mask), len(mask)), np.flatnonzero(mask)
-    inverted = TrueRows(~np.packbits(mask), len(mask))
-    assert (len(rows), len(inverted)) == (len(expected), len(mask) - len(expected))
-    assert np.array_equal(rows.all(), expected)
-    if len(expected):
-        asked = np.array(data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1)))
-        assert np.array_equal(rows.take(asked), expected[asked])
 
 
 @pytest.fixture(scope="module")
