@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 from numpy.lib.stride_tricks import as_strided
+from torch import Tensor
 
 from smalti.core.codes import Layout, Level
 from smalti.core.config import config_from_json, read_json
@@ -273,7 +274,7 @@ class MappedCodes:
         self._ends = np.cumsum([extent.rows for extent in extents])
         self._map_addresses()
 
-    def take(self, rows: Sequence[int] | Int64[np.ndarray, " b"]) -> np.ndarray:
+    def take(self, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]) -> np.ndarray:
         """Returns the codes of rows in any order, `(b, *level.shape)` in the stored dtype.
 
         Raises:

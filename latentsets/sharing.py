@@ -44,12 +44,32 @@ class SetToShare(Protocol):
     layout: Layout
     provenance: Provenance
     version: int
-    content_digest: str
     files: SetFiles
-    labels: Int64[Tensor, " rows"]
-    source_ids: Int64[Tensor, " rows"]
-    held_out: Bool[Tensor, " rows"]
-    flipped: Bool[Tensor, " rows"]
+
+    @property
+    def content_digest(self) -> str:
+        """The digest of the content."""
+        ...
+
+    @property
+    def labels(self) -> Int64[Tensor, " rows"]:
+        """The class of each row."""
+        ...
+
+    @property
+    def source_ids(self) -> Int64[Tensor, " rows"]:
+        """The source image of each row."""
+        ...
+
+    @property
+    def held_out(self) -> Bool[Tensor, " rows"]:
+        """True if a row is held out."""
+        ...
+
+    @property
+    def flipped(self) -> Bool[Tensor, " rows"]:
+        """True if a row is a mirror image."""
+        ...
 
     def batch(self, rows: Sequence[int]) -> Codes:
         """Returns the codes of the given rows."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.core.codes import Codes
-from smalti.core.devices import Device, autocast, device
+from smalti.core.devices import Device, Precision, autocast, device
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageSet
 from smalti.latentsets.jobs import Job
@@ -43,7 +43,7 @@ class Encoder:
     job: Job
     crops: int | None
     device: Device
-    precision: str
+    precision: Precision
 
 
 class EncodeBatches:
