@@ -93,33 +93,37 @@ class LatentSet:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.files.identity)
 
-    @cached_property
+    @property
     def content_digest(self) -> str:
         """SHA-256 of codes, columns and what decides their meaning, when they were written; `verify` computes it again.
 
         Several files without an index do not record it: all are read once.
         """
-        return self.files.attributes.get("content_digest") or self.digest()
+        return self.files.attributes.get("content_digest") or self._computed_digest
 
     @cached_property
+    def _computed_digest(self) -> str:
+        return self.digest()
+
+    @property
     def labels(self) -> Int64[Tensor, " rows"]:
         """The class of each row, -1 for none."""
         return torch.from_numpy(self._columns["labels"])
 
-    @cached_property
+    @property
     def source_ids(self) -> Int64[Tensor, " rows"]:
         """The source image of each row: 0, 1, ... in order of first appearance."""
         return torch.from_numpy(self._columns["source_ids"])
 
-    @cached_property
+    @property
     def held_out(self) -> Bool[Tensor, " rows"]:
         """True if a row is held out from training; equal for all rows of a source image."""
-        return torch.from_numpy(self._columns["held_out"]).bool()
+        return torch.from_numpy(self._columns["held_out"]).view(torch.bool)
 
-    @cached_property
+    @property
     def flipped(self) -> Bool[Tensor, " rows"]:
         """True if the row is the mirror image of its source."""
-        return torch.from_numpy(self._columns["flipped"]).bool()
+        return torch.from_numpy(self._columns["flipped"]).view(torch.bool)
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:

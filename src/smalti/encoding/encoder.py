@@ -66,7 +66,7 @@ class EncodeBatches:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Encodes the blocks of a batch; see the class."""
         encoder = self._encoder
         encoding_device = device(encoder.device)
@@ -83,7 +83,7 @@ class EncodeBatches:
         return result
 
 
-def results(batch: Mapping[str, Sequence[Any]]) -> Iterator[tuple[int, bytes, dict[int, str]]]:
+def results(batch: Mapping[str, Any]) -> Iterator[tuple[int, bytes, dict[int, str]]]:
     """Yields the blocks in a result of `EncodeBatches`: number, record, and errors of images by their numbers."""
     for block, record, bad in zip(batch["block"], batch["record"], batch["bad"], strict=True):
         yield int(block), bytes(record), {int(image): reason for image, reason in json.loads(str(bad)).items()}
