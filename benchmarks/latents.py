@@ -19,9 +19,11 @@ from accelerate import PartialState
 from torch import Tensor
 
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, in_mebibytes
-from smalti.commands.build_latents import BuildLatents, decoded, encode, encode_block, job_of
+from smalti.commands.build_latents import BuildLatents, job_of
 from smalti.core.codes import Codes, Layout, Level
 from smalti.core.devices import best_device
+from smalti.encoding.build import encode
+from smalti.encoding.encoder import Encoder, decoded, encode_block
 from smalti.images.image_set import open_images
 from smalti.images.sources import open_table
 from smalti.images.splits import held_out
@@ -34,6 +36,9 @@ from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
 
 READ_TARGET = 0.9
 """Target: reading random batches takes at most 1 / 0.9 of the time of a bare `numpy.memmap`."""
+
+SEVERAL_FILES_TARGET = 0.85
+"""Target: reading random batches from many files takes at most 1 / 0.85 of the time of a bare `numpy.memmap`."""
 
 BUILD_TARGET = 0.95
 """Target: building takes at most 1 / 0.95 of the time of decoding and encoding alone."""
@@ -61,6 +66,7 @@ def latents(
     side: int = 16,
     batch: int = 256,
     batches: int = 50,
+    files: int = 100,
     build_rows: int = 7_572,
     memory_rows: tuple[int, int] = (5_000, 50_000),
     config: HRVQConfig | None = None,
@@ -68,6 +74,7 @@ def latents(
     """Compares ways to read random batches, a build with a bare loop, and peak memory at two sizes."""
     for compare in (
         partial(reading, rows=rows, side=side, batch=batch, batches=batches),
+        partial(reading_files, files=files, rows=rows // files, side=side, batch=batch, batches=batches),
         partial(building, rows=build_rows, config=config or HRVQConfig()),
         partial(memory, rows=memory_rows),
     ):
@@ -105,21 +112,53 @@ def reading(folder: Path, *, rows: int, side: int, batch: int, batches: int) -> 
     )
 
 
+def reading_files(folder: Path, *, files: int, rows: int, side: int, batch: int, batches: int) -> Comparison:
+    """Compares random batches from a set of many files, one file with the same codes, and a bare `numpy.memmap`."""
+    level = Level(side, side, (1024,))
+    for number in range(files):
+        write_random_latents(folder / "set" / f"{number:05}.h5", rows=rows, level=level)
+    several = LatentSet(folder / "set")
+    plain = np.concatenate([codes for codes in several.codes_in_order(0, rows)])
+    np.save(folder / "plain.npy", plain)
+    write_random_latents(folder / "one.h5", rows=len(several), level=level, codes=plain)
+    one, bare = LatentSet(folder / "one.h5"), np.load(folder / "plain.npy", mmap_mode="r")
+    rng = np.random.default_rng(0)
+    requests = [rng.integers(0, len(several), batch).tolist() for _ in range(batches)]
+
+    def each(read: Callable[[list[int]], Tensor]) -> Callable[[], list[Tensor]]:
+        return lambda: [read(numbers) for numbers in requests]
+
+    return Comparison(
+        f"random batch of {batch} rows, {side}×{side} codes, {files} files of {rows} rows",
+        (
+            Variant("smalti, all files", each(lambda numbers: several.read(0, numbers)), batches),
+            Variant("smalti, one file", each(lambda numbers: one.read(0, numbers)), batches),
+            Variant(
+                "limit: numpy.memmap of one file",
+                each(lambda numbers: torch.from_numpy(bare[numbers].astype(np.int64))),
+                batches,
+                SEVERAL_FILES_TARGET,
+            ),
+        ),
+    )
+
+
 def building(folder: Path, *, rows: int, config: HRVQConfig) -> Comparison:
     """Compares building a set of emoji and mirror images with a bare loop that only decodes and encodes them."""
     images = open_images(str(write_emoji(folder / "images.parquet", rows // 2)))
     settings, process, path = BuildLatents(), PartialState(), folder / "built.h5"
     tokenizer = HRVQ(config).to(best_device()).eval()
     job = job_of(tokenizer, images, path, empty_provenance(), settings)
+    encoder = Encoder(tokenizer, images, job, settings.random_crops, settings.device, settings.precision)
 
     def build() -> LatentSet:
         path.unlink(missing_ok=True)
-        encode(tokenizer, images, job, empty_provenance(), settings, process)
+        encode(encoder, empty_provenance(), process, settings.workers, skips=False)
         return LatentSet(path)
 
     @torch.no_grad()
     def bare_loop() -> list[Codes]:
-        loader = decoded(images, job, [*range(job.blocks)], settings, best_device())
+        loader = decoded(encoder, range(job.blocks), settings.workers, best_device())
         return [encode_block(tokenizer, pixels, flips=job.flips) for _, pixels, _ in loader]
 
     return Comparison(
@@ -156,14 +195,16 @@ def memory(folder: Path, *, rows: tuple[int, int]) -> Comparison:
     )
 
 
-def write_random_latents(path: Path, *, rows: int, level: Level) -> None:
-    """Writes a latent set of random codes; each row has its own source image."""
+def write_random_latents(path: Path, *, rows: int, level: Level, codes: np.ndarray | None = None) -> None:
+    """Writes a latent set of the given codes, or random ones; each row has its own source image."""
     ids, flipped = torch.arange(rows), torch.zeros(rows, dtype=torch.bool)
     columns = {"labels": torch.full_like(ids, -1), "source_ids": ids, "held_out": held_out(ids), "flipped": flipped}
     with LatentSetWriter(path, Layout((level,)), **columns, provenance=empty_provenance()) as writer:
         for start in range(0, rows, 2**14):
             count = min(2**14, rows - start)
-            writer.write(start, (torch.randint(level.codebook_size, (count, *level.shape)),))
+            drawn = torch.randint(level.codebook_size, (count, *level.shape))
+            part = drawn if codes is None else torch.from_numpy(codes[start : start + count].astype(np.int64))
+            writer.write(start, (part,))
 
 
 def write_emoji(path: Path, images: int) -> Path:

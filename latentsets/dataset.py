@@ -46,17 +46,20 @@ class LatentRows(Dataset):
         if not 0 <= level < len(latent_set.layout.levels):
             raise UserError(f"{latent_set.path} has levels 0 to {len(latent_set.layout.levels) - 1}, not {level}")
         self.latent_set, self.level = latent_set, level
-        if split == "all":
-            self._index = np.arange(len(latent_set))
-        else:
-            self._index = np.flatnonzero(latent_set.held_out.numpy() == (split == "held_out"))
-        if not len(self._index):
+        rows, self._index = len(latent_set), None
+        if split != "all":
+            held_out = np.unpackbits(latent_set.overview.held_out, count=rows).view(bool)
+            numbers = np.arange(rows, dtype=np.min_scalar_type(rows))  # half the memory of int64
+            self._index = numbers[held_out if split == "held_out" else ~held_out]
+        self._length = rows if self._index is None else len(self._index)
+        if not self._length:
             raise UserError(f"{latent_set.path} has no {split} rows among {len(latent_set)}; build it from more images")
+        self._labels = latent_set.overview.labels
         self._levels = {"codes": level, **{f"upper_{coarser}": coarser for coarser in range(level)}}
         self._resident: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self._index)
+        return self._length
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Returns one batch, on the CPU or on the device that `to` copied the codes to.
@@ -71,9 +74,9 @@ class LatentRows(Dataset):
             batch = {name: column.index_select(0, numbers) for name, column in self._resident.items()}
             return {**batch, **{name: _widen(batch[name]) for name in self._levels}, "rows": numbers}
         numbers = np.array(rows, np.int64)  # numpy converts a list and gathers rows several times faster than torch
-        index = self._index[numbers]
+        index = numbers if self._index is None else self._index[numbers].astype(np.int64)
         codes = {name: self.latent_set.read(level, index) for name, level in self._levels.items()}
-        columns = {"labels": self.latent_set.labels.numpy()[index], "rows": numbers}
+        columns = {"labels": self._labels[index].astype(np.int64), "rows": numbers}
         return codes | {name: torch.from_numpy(column) for name, column in columns.items()}
 
     @property
@@ -100,9 +103,10 @@ class LatentRows(Dataset):
         Raises:
             UserError: if a code is outside its level's codebook.
         """
-        self._resident = {"labels": self.latent_set.labels[self._index].to(device)}
+        index = np.arange(self._length) if self._index is None else self._index.astype(np.int64)
+        self._resident = {"labels": torch.from_numpy(self._labels[index].astype(np.int64)).to(device)}
         for name, level in self._levels.items():
-            codes = self.latent_set.read_stored(level, self._index)
+            codes = self.latent_set.read_stored(level, index)
             if self.latent_set.layout.levels[level].radices:
                 codes = codes.view(_SIGNED[codes.itemsize])
             self._resident[name] = torch.from_numpy(codes).to(device)

@@ -1,11 +1,11 @@
-"""The HDF5 layout of a latent set: its datasets, columns and attributes, and its digests.
+"""The HDF5 layout of a latent set's file: its datasets, columns and attributes.
 
 This file holds what the writer (`writer.py`) and the reader (`reader.py`) must agree on. Codes are contiguous datasets,
-which a reader can memory-map. The columns beside them are compressed. All numbers are little-endian.
+which a reader can memory-map. The columns beside them are compressed. All numbers are little-endian. The digests are in
+`digests.py`, sets of several files in `sharded.py`.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -21,7 +21,6 @@ from jaxtyping import Int64
 from smalti.core.codes import Layout, Level
 from smalti.core.config import config_from_json, parse_json
 from smalti.core.errors import UserError
-from smalti.core.files import open_regular
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
 
@@ -35,23 +34,11 @@ a page or cache line unnecessarily."""
 COLUMN_CHUNK_ROWS = 65536
 LIBRARY = ("v110", "v110")
 """HDF5 file format bounds. HDF5 1.10 (2016) can read it; older structures take several KiB more."""
-DIGEST_PIECE_BYTES = 1 << 24
 MOST_DIGITS = 31
 """Most radices of a level: each is at least 2, and all codes fit 31 bits."""
 MOST_UNNAMED_CLASSES = 1 << 16
 """Largest number of classes of a set without label names, or its number of rows if that is larger. A prior allocates a
 vector for each class up to the largest label."""
-MEANING = (
-    "layout",
-    "tokenizer_kind",
-    "tokenizer_config",
-    "tokenizer_digest",
-    "image_fingerprint",
-    "preprocessing",
-    "label_names",
-    "skipped",
-)
-"""The attributes that decide what codes and labels mean; the content digest covers them."""
 COLUMNS = {
     "labels": np.dtype("<i8"),
     "source_ids": np.dtype("<i8"),
@@ -60,21 +47,31 @@ COLUMNS = {
 }
 """Datasets beside `codes/0..` with one number per row: the class (-1 for none), the source image (0, 1, ... in order of
 first appearance), whether the row is held out from training, and whether it is a mirror image."""
+SOURCE_NUMBERS = "source_numbers"
+"""The dataset of a shard, a file of a set of several files, with the number of each of its sources in the whole set.
+The shard's own `source_ids` count its sources alone, so that it is a latent set by itself."""
 
 
 @dataclass(frozen=True)
-class Contents:
-    """Everything in a latent set's file except the codes, which are at `offsets` (in bytes, one per level).
+class Extent:
+    """The codes in one file: their number of rows, and the offset of each level in bytes."""
+
+    path: Path
+    rows: int
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything in a latent set's file except the values of codes and columns.
 
     `attributes` holds the texts of all attributes as stored, with both digests.
     """
 
+    extent: Extent
     layout: Layout
     provenance: Provenance
     attributes: dict[str, str]
-    rows: int
-    offsets: tuple[int, ...]
-    columns: dict[str, np.ndarray]
 
 
 def stored_dtype(level: Level) -> np.dtype:
@@ -101,11 +98,21 @@ def find_column_error(columns: Mapping[str, np.ndarray], label_names: Sequence[s
         return f"{wrong[0]} is not a label: labels are -1 for none, or from 0 to {largest_label}"
     if max(held_out.max(), columns["flipped"].max()) > 1:
         return "held_out and flipped are not all 0 or 1"
-    if not np.array_equal(number_sources(ids), ids):
+    first = first_rows(ids)
+    if ids.min() < 0 or not np.array_equal(ids[first], np.arange(len(first))):
         return "source ids are not 0, 1, ... in order of first appearance"
-    if not np.array_equal(held_out[np.unique(ids, return_index=True)[1]][ids], held_out):
+    if not np.array_equal(held_out[first][ids], held_out):
         return "rows of one source image are on both sides of the held-out split"
     return None
+
+
+def first_rows(ids: Int64[np.ndarray, " n"], before: int = -1) -> Int64[np.ndarray, " sources"]:
+    """Returns the row at which each source appears first, in order, if ids are numbered by first appearance.
+
+    Each is then larger by one than all before it. Rows whose ids are at most `before` count as seen.
+    """
+    highest = np.maximum.accumulate(np.concatenate([[before], ids]))
+    return np.flatnonzero(highest[1:] != highest[:-1])
 
 
 def create_file(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
@@ -145,82 +152,21 @@ def add_columns(path: Path, layout: Layout, provenance: Provenance, columns: Map
             if name == "format_version":
                 file.attrs[name] = FORMAT_VERSION
             else:
-                _write_text(file, name, text)
+                write_text(file, name, text)
 
 
-def add_digests(path: Path, layout: Layout, provenance: Provenance, content_digest: str) -> None:
-    """Adds both digests. The content digest completes the file: without it the file is not a latent set."""
-    texts = {**attribute_texts(layout, provenance), "content_digest": content_digest}
-    with h5py.File(path, "r+", libver=LIBRARY, locking=False) as file:
-        _write_text(file, "attributes_digest", attributes_digest(texts))
-        _write_text(file, "content_digest", content_digest)
-
-
-def _write_text(file: h5py.File, name: str, text: str) -> None:
+def write_text(file: h5py.File, name: str, text: str) -> None:
     """Writes a text attribute of fixed length. Those of variable length would need a heap of at least 4 KiB."""
     encoded = text.encode()
     file.attrs.create(name, encoded, dtype=h5py.string_dtype("utf-8", max(1, len(encoded))))
 
 
-def attributes_digest(texts: Mapping[str, str]) -> str:
-    """Returns SHA-256, in hexadecimal, of all attributes but itself, sorted by name; each as `_hashed` writes it."""
-    names = sorted(texts.keys() - {"attributes_digest"})
-    return hashlib.sha256(b"".join(_hashed(name, texts[name]) for name in names)).hexdigest()
-
-
-def _hashed(name: str, text: str) -> bytes:
-    """Returns what digests take of an attribute: a line `name bytes`, the text, and a newline."""
-    encoded = text.encode()
-    return f"{name} {len(encoded)}\n".encode() + encoded + b"\n"
-
-
-def content_digest(
-    path: Path,
-    layout: Layout,
-    offsets: tuple[int, ...],
-    columns: Mapping[str, np.ndarray],
-    attributes: Mapping[str, str],
-) -> str:
-    """Returns the content digest: SHA-256, in hexadecimal, of everything that decides what the set means.
-
-    The hash runs over the attributes in `MEANING` (in version 3), `codes/0..`, then `labels`, `source_ids`,
-    `held_out`, `flipped`. For each array it takes a line `name dtype shape` (`codes/0 <u2 100 16 16`), then the values
-    in row-major order. The digest therefore depends on the numbers and their types, but not on how HDF5 stores them or
-    in which blocks they were written. Attributes about one build, such as its time, are left out, so that two builds
-    of the same codes have one digest. The codes are read piece by piece, not memory-mapped, so that memory use stays
-    constant.
-    """
-    sha, rows = hashlib.sha256(), len(columns["labels"])
-    if attributes["format_version"] != "2":
-        for name in MEANING:
-            sha.update(_hashed(name, attributes[name]))
-
-    def hash_header(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-        sha.update(f"{name} {dtype.str} {' '.join(map(str, shape))}\n".encode())
-
-    with open_regular(path) as file:
-        for index, (level, offset) in enumerate(zip(layout.levels, offsets, strict=True)):
-            hash_header(f"codes/{index}", stored_dtype(level), (rows, *level.shape))
-            file.seek(offset)
-            remaining = level_bytes(level, rows)
-            while remaining:
-                piece = file.read(min(remaining, DIGEST_PIECE_BYTES))
-                assert piece, "the file was truncated while it was read"
-                sha.update(piece)
-                remaining -= len(piece)
-    for name, dtype in COLUMNS.items():
-        hash_header(name, dtype, (rows,))
-        sha.update(np.ascontiguousarray(columns[name], dtype).data)
-    return sha.hexdigest()
-
-
-def read_contents(path: Path) -> Contents:
-    """Reads and checks everything except the codes' values, then closes the file.
+def read_header(path: Path) -> Header:
+    """Reads and checks everything except the values of codes and columns, then closes the file.
 
     Raises:
         UserError: if the file does not exist, is not HDF5, is truncated or damaged, is not a latent set, has another
-            format version, lacks a dataset or an attribute, refers to other files, or has wrong labels, sources or
-            splits.
+            format version, lacks a dataset or an attribute, or refers to other files.
     """
     with opened(path) as file:
         layout, provenance, attributes = _read_attributes(path, file)
@@ -233,40 +179,77 @@ def read_contents(path: Path) -> Contents:
             require_extent(path, datasets[name], name, stored_dtype(level), (rows, *level.shape))
         for name, dtype in COLUMNS.items():
             require_extent(path, datasets[name], name, dtype, (rows,))
-        # Codes take at least one byte a row, so columns of as many rows are not much larger than the file.
         offsets = tuple(contiguous_offset(path, datasets[name], name) for name in grids)
-        columns = {name: column(path, datasets[name], name) for name in COLUMNS}
-    if error := find_column_error(columns, provenance.label_names):
-        raise UserError(f"{path}: {error}; build it again")
-    return Contents(layout, provenance, attributes, rows, offsets, columns)
+    return Header(Extent(path, rows, offsets), layout, provenance, attributes)
+
+
+def read_columns(header: Header, names: Sequence[str] = tuple(COLUMNS)) -> dict[str, np.ndarray]:
+    """Reads columns of a file; with `source_ids` also a shard's `source_numbers`. All of them together are checked.
+
+    Raises:
+        UserError: if the file changed since its header was read, or has wrong labels, sources or splits.
+    """
+    path, columns = header.extent.path, {}
+    with opened(path) as file:
+        for name in names:
+            stored = dataset(path, file, name)
+            # Codes take at least one byte a row, so columns of as many rows are not much larger than the file.
+            require_extent(path, stored, name, COLUMNS[name], (header.extent.rows,))
+            columns[name] = column(path, stored, name)
+        if len(names) == len(COLUMNS) and (error := find_column_error(columns, header.provenance.label_names)):
+            raise UserError(f"{path}: {error}; build it again")
+        if "source_ids" in names and SOURCE_NUMBERS in file:
+            stored = dataset(path, file, SOURCE_NUMBERS)
+            sources = (int(columns["source_ids"].max()) + 1,)
+            require_extent(path, stored, SOURCE_NUMBERS, COLUMNS["source_ids"], sources)
+            columns[SOURCE_NUMBERS] = column(path, stored, SOURCE_NUMBERS)
+    return columns
 
 
 def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, dict[str, str]]:
     try:
         if attribute(file, "format") != FORMAT:
             raise UserError(f"{path} is HDF5 but not a latent set; give one made by build_latents.py")
-        number = attribute(file, "format_version")
-        if not isinstance(number, int):
-            raise ValueError("format_version is not a whole number")
-        if number not in VERSIONS:
-            remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
-            read = " and ".join(map(str, VERSIONS))
-            raise UserError(f"{path} has format version {number}, this smalti reads {read}; {remedy}")
-        described = [field.name for field in dataclasses.fields(Provenance)]
-        digests = ["content_digest", *(["attributes_digest"] if number != 2 else [])]
-        names = ["format", "layout", *described, *digests]
+        names = require_version(path, attribute(file, "format_version"))
         if missing := [name for name in names if name not in file.attrs]:
             raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
-        values = {name: attribute(file, name) for name in names}
-        texts = {name: value for name, value in values.items() if isinstance(value, str)}
-        if wrong := sorted(values.keys() - texts.keys()):
-            raise UserError(f"{path}: the attributes {', '.join(wrong)} are not strings; build the latent set again")
-        layout = layout_from_json(parse_json(texts["layout"]), str(path))
-        return layout, Provenance.from_attributes(texts, str(path)), {**texts, "format_version": str(number)}
+        return described(path, {name: attribute(file, name) for name in (*names, "format_version")})
     except (UserError, OSError):
         raise
     except ValueError as error:
         raise UserError(f"{path}: its attributes are damaged ({error}); build the latent set again") from error
+
+
+def require_version(path: Path, number: Any) -> list[str]:
+    """Returns the names of the text attributes of a format version.
+
+    Raises:
+        UserError: if the version is not read.
+        ValueError: if it is no number.
+    """
+    if not isinstance(number, int):
+        raise ValueError("format_version is not a whole number")
+    if number not in VERSIONS:
+        remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
+        read = " and ".join(map(str, VERSIONS))
+        raise UserError(f"{path} has format version {number}, this smalti reads {read}; {remedy}")
+    digests = ["content_digest", *(["attributes_digest"] if number != 2 else [])]
+    return ["format", "layout", *(field.name for field in dataclasses.fields(Provenance)), *digests]
+
+
+def described(path: Path, values: Mapping[str, Any]) -> tuple[Layout, Provenance, dict[str, str]]:
+    """Returns the layout, the provenance and the texts that attributes hold.
+
+    Raises:
+        UserError: if one is not a text, or describes no layout.
+        ValueError: if a text is damaged.
+    """
+    number = values["format_version"]
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    if wrong := sorted(values.keys() - texts.keys() - {"format_version"}):
+        raise UserError(f"{path}: the attributes {', '.join(wrong)} are not strings; build the latent set again")
+    layout = layout_from_json(parse_json(texts["layout"]), str(path))
+    return layout, Provenance.from_attributes(texts, str(path)), {**texts, "format_version": str(number)}
 
 
 def layout_from_json(levels: Any, source: str) -> Layout:

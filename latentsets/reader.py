@@ -1,33 +1,30 @@
 """Reading a latent set: random rows through a memory map, codebook usage and perplexity, and a check of every byte.
 
-No HDF5 handle stays open after the constructor, so nothing is locked and forked processes (DataLoader workers) are
-safe. Training reads through `dataset.py`.
+No HDF5 handle stays open after a call, so nothing is locked and forked processes (DataLoader workers) are safe.
+Training reads through `dataset.py`. A set of several files (`sharded.py`) reads like one file.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.hub.ids import parse_target
 from smalti.core.hub.upload import upload
-from smalti.latentsets.format import (
-    COLUMNS,
-    attribute_texts,
-    attributes_digest,
-    content_digest,
-    read_contents,
-    stored_dtype,
-)
+from smalti.latentsets.digests import attributes_digest, content_digest
+from smalti.latentsets.format import COLUMNS, attribute_texts, first_rows
 from smalti.latentsets.provenance import Provenance
+from smalti.latentsets.sharded import MappedCodes, SetFiles, digest_of_files, open_files
 from smalti.latentsets.sharing import files_to_share, find_file
 
 BLOCK_VALUES = 1 << 18
@@ -37,66 +34,112 @@ MOST_COUNTED_CODES = 1 << 24
 """Largest codebook whose codes are counted, as each count takes 8 bytes."""
 
 
-class LatentSet:
-    """A latent set on disk. It opens quickly, and it is pickled by its path, so spawned workers map the file anew.
+@dataclass(frozen=True)
+class Overview:
+    """The columns that training needs, in little memory: at most a few bytes a row.
 
     Attributes:
-        path: The file; of a hub id, the copy in the hub's cache.
+        labels: The class of each row, -1 for none, in the smallest dtype; it takes no memory if no row has a class.
+        held_out: Whether each row is held out, 8 rows a byte (`numpy.packbits`).
+        images: The number of source images of each split.
+        label_counts: The number of rows of each split without a class, and of each class.
+    """
+
+    labels: np.ndarray
+    held_out: UInt8[np.ndarray, " bytes"]
+    images: dict[str, int]
+    label_counts: dict[str, Int64[np.ndarray, " classes"]]
+
+    def rows_of_labels(self) -> list[int]:
+        """Returns the number of rows without a class, then of each class, in both splits together."""
+        return _sum(*self.label_counts.values()).tolist()
+
+
+class LatentSet:
+    """A latent set on disk, of one file or several. It opens quickly: what it holds of several files is read on demand.
+
+    It is pickled by its path, so spawned workers map the files anew.
+
+    Attributes:
+        path: The file, folder or pattern; of a hub id, the copy in the hub's cache.
         layout: The layout of its codes.
         provenance: Where the codes come from.
         version: The version of its format.
-        content_digest: SHA-256 of codes, columns and what decides their meaning, when they were written; `verify`
-            computes it again.
-        labels: The class of each row, -1 for none.
-        source_ids: The source image of each row: 0, 1, ... in order of first appearance.
-        held_out: True if a row is held out from training; equal for all rows of a source image.
-        flipped: True if a row is the mirror image of its source.
-        stored: The memory maps of the codes, one array `(rows, *level.shape)` per level, in the stored dtype.
 
     Args:
-        path: a file, or the id of a data set on the hub: `owner/name`, `owner/name@revision`, or
-            `owner/name@revision/file.h5` if it has several latent sets.
+        path: A file; a folder of files, such as `build_latents --shard-rows` writes, or a pattern such as
+            `folder/*.h5`, whose rows are numbered in order of the files' names; or the id of a data set on the hub:
+            `owner/name`, `owner/name@revision`, or `owner/name@revision/file.h5` if it has several latent sets.
 
     Raises:
-        UserError: if the file does not exist, is not HDF5, is truncated or damaged, is not a latent set, has another
-            format version, or lacks a dataset or an attribute.
+        UserError: if a file does not exist, is not HDF5, is truncated or damaged, is not a latent set, has another
+            format version, or lacks a dataset or an attribute; or if several files have another tokenizer,
+            preprocessing, classes or layout.
     """
-
-    labels: Int64[Tensor, " rows"]
-    source_ids: Int64[Tensor, " rows"]
-    held_out: Bool[Tensor, " rows"]
-    flipped: Bool[Tensor, " rows"]
 
     def __init__(self, path: str | Path) -> None:
         self.path = find_file(path)
-        contents = read_contents(self.path)
-        self.layout: Layout = contents.layout
-        self.provenance: Provenance = contents.provenance
-        self._attributes = contents.attributes
-        self.version = int(self._attributes["format_version"])
-        self.content_digest: str = self._attributes["content_digest"]
-        self._columns = contents.columns
-        self.labels, self.source_ids, held_out, flipped = (torch.from_numpy(self._columns[name]) for name in COLUMNS)
-        self.held_out, self.flipped = held_out.bool(), flipped.bool()
-        self._offsets = contents.offsets
-        # Plain arrays over the memory map: indexing an np.memmap builds an instance of the subclass each time.
-        self.stored: tuple[np.ndarray, ...] = tuple(
-            np.asarray(np.memmap(self.path, stored_dtype(level), "r", offset, (contents.rows, *level.shape)))
-            for level, offset in zip(self.layout.levels, self._offsets, strict=True)
-        )
+        self.files: SetFiles = open_files(self.path)
+        self.layout: Layout = self.files.layout
+        self.provenance: Provenance = self.files.provenance
+        self.version = int(self.files.attributes["format_version"])
+        if len(self.files.extents) == 1:
+            _ = self._columns  # so that a damaged file is refused at once
+        self._codes = [MappedCodes(self.files.extents, *each) for each in enumerate(self.layout.levels)]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return sum(extent.rows for extent in self.files.extents)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.content_digest)
+        return _reopen, (self.path, self.files.identity)
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of codes, columns and what decides their meaning, when they were written; `verify` computes it again.
+
+        Several files without an index do not record it: all are read once.
+        """
+        return self.files.attributes.get("content_digest") or self._computed_digest
+
+    @cached_property
+    def _computed_digest(self) -> str:
+        return self.digest()
+
+    @property
+    def labels(self) -> Int64[Tensor, " rows"]:
+        """The class of each row, -1 for none."""
+        return torch.from_numpy(self._columns["labels"])
+
+    @property
+    def source_ids(self) -> Int64[Tensor, " rows"]:
+        """The source image of each row: 0, 1, ... in order of first appearance."""
+        return torch.from_numpy(self._columns["source_ids"])
+
+    @property
+    def held_out(self) -> Bool[Tensor, " rows"]:
+        """True if a row is held out from training; equal for all rows of a source image."""
+        return torch.from_numpy(self._columns["held_out"]).view(torch.bool)
+
+    @property
+    def flipped(self) -> Bool[Tensor, " rows"]:
+        """True if the row is the mirror image of its source."""
+        return torch.from_numpy(self._columns["flipped"]).view(torch.bool)
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        """All columns of all rows, 18 bytes a row. Training on several files needs the `overview` only."""
+        files = list(self.files.columns())
+        return {name: np.concatenate([columns[name] for columns in files]) for name in COLUMNS}
+
+    @cached_property
+    def overview(self) -> Overview:
+        """The columns that training needs; those of several files are read once, one file after another."""
+        columns = [self._columns] if "_columns" in self.__dict__ else self.files.columns()
+        return _overview(columns, len(self))
 
     def count_images(self) -> dict[str, int]:
         """Returns the number of source images in the training split and held out from it."""
-        return {
-            split: len(self.source_ids[self.held_out == held_out].unique())
-            for split, held_out in (("training", False), ("held_out", True))
-        }
+        return self.overview.images
 
     def push_to_hub(
         self,
@@ -151,9 +194,13 @@ class LatentSet:
         self, level: int, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]
     ) -> np.ndarray:
         """Returns the codes of the given rows at one level in the stored dtype; see `read`."""
-        grid = np.take(self.stored[level], rows, axis=0)
+        grid = self._codes[level].take(rows)
         self._require_valid(level, grid)
         return grid
+
+    def codes_in_order(self, level: int, rows: int | None = None) -> Iterator[np.ndarray]:
+        """Yields the codes of all rows at one level in the stored dtype, at most `rows` at once, from memory maps."""
+        return self._codes[level].blocks(rows or max(1, BLOCK_VALUES // math.prod(self.layout.levels[level].shape)))
 
     def usage(self, level: int = 0, digits: int | None = None) -> Int64[Tensor, " codes"]:
         """Counts how often each code occurs in the whole set, or each prefix of `digits` digits if that is given.
@@ -168,7 +215,7 @@ class LatentSet:
         if (codes := math.prod(radices)) > MOST_COUNTED_CODES:
             raise UserError(f"level {level} of {self.path} has {codes} codes; up to {MOST_COUNTED_CODES} are counted")
         counts = np.zeros(codes, np.int64)
-        for block in self._blocks(level):
+        for block in self.codes_in_order(level):
             self._require_valid(level, block)
             counts += np.bincount(block.ravel(), minlength=len(counts))
         return torch.from_numpy(counts).view(math.prod(radices[:digits]), -1).sum(dim=1)
@@ -179,8 +226,14 @@ class LatentSet:
 
     def digest(self) -> str:
         """Returns the content digest that a new set of the same content has, from its current bytes."""
-        texts = attribute_texts(self.layout, self.provenance)
-        return content_digest(self.path, self.layout, self._offsets, self._columns, texts)
+        return self._digest(attribute_texts(self.layout, self.provenance))
+
+    def _digest(self, attributes: Mapping[str, str]) -> str:
+        """Computes the content digest. The columns of one file are in memory already."""
+        if len(self.files.extents) == 1 and not self.files.indexed:
+            columns = self._columns
+            return content_digest(self.layout, attributes, self.files.extents, lambda name: [columns[name]])
+        return digest_of_files(self.files, attributes)
 
     def verify(self) -> None:
         """Checks every byte of the set against its digests, and the values for consistency.
@@ -191,15 +244,19 @@ class LatentSet:
             UserError: if a byte or an attribute differs from what was written, or a code is outside its level's
                 codebook.
         """
-        current = _reopen(self.path, self.content_digest)._attributes
-        if self.version > 2 and attributes_digest(current) != current["attributes_digest"]:
+        current = _reopen(self.path, self.files.identity)
+        files, attributes = current.files, current.files.attributes
+        several = files.indexed or len(files.extents) > 1
+        if "attributes_digest" in attributes and attributes_digest(attributes) != attributes["attributes_digest"]:
             raise UserError(f"{self.path}: an attribute was changed after it was written; copy it or build it again")
-        digest = content_digest(self.path, self.layout, self._offsets, self._columns, current)
-        if digest != self.content_digest:
-            digests = f"its content has digest {digest[:12]}, not {self.content_digest[:12]}"
+        for header in [*files.headers()] if several else ():
+            LatentSet(header.extent.path).verify()
+        recorded = attributes.get("content_digest")
+        if recorded and (digest := current._digest(attributes)) != recorded:
+            digests = f"its content has digest {digest[:12]}, not {recorded[:12]}"
             raise UserError(f"{self.path} is damaged: {digests}; copy it or build it again")
-        for index in range(len(self.layout.levels)):
-            for block in self._blocks(index):
+        for index in range(0 if several else len(self.layout.levels)):
+            for block in self.codes_in_order(index):
                 self._require_valid(index, block)
 
     def _require_valid(self, index: int, codes: np.ndarray) -> None:
@@ -210,11 +267,6 @@ class LatentSet:
                 raise UserError(f"{self.path} has latents that are not finite at level {index}; build it again")
         elif codes.size and codes.max() >= level.codebook_size:
             raise UserError(f"{self.path} has codes not below {level.codebook_size} at level {index}; rebuild it")
-
-    def _blocks(self, level: int) -> Iterator[np.ndarray]:
-        step = max(1, BLOCK_VALUES // math.prod(self.layout.levels[level].shape))
-        for start in range(0, len(self), step):
-            yield self.stored[level][start : start + step]
 
 
 def perplexity(counts: Int64[Tensor, " codes"]) -> float:
@@ -242,8 +294,41 @@ def require_tokenizer(latent_set: LatentSet, digests: Sequence[str]) -> None:
         )
 
 
-def _reopen(path: Path, content_digest: str) -> LatentSet:
+def _overview(files: Iterable[dict[str, np.ndarray]], rows: int) -> Overview:
+    """Reads the columns of one file after another."""
+    labels, held_out = [], np.zeros(rows, bool)
+    counts = [np.zeros(1, np.int64), np.zeros(1, np.int64)]  # in training, held out; rows without a class first
+    images, start, highest = [0, 0], 0, -1
+    for columns in files:
+        ids, kept = columns["source_ids"], columns["held_out"] > 0
+        held_out[start : start + len(kept)] = kept
+        smallest = np.min_scalar_type(-2 - int(columns["labels"].max()))  # of a negative number: a signed dtype
+        labels.append(columns["labels"].astype(smallest))
+        new = kept[first_rows(ids, highest)]
+        for side in (False, True):
+            counts[side] = _sum(counts[side], np.bincount(columns["labels"][kept == side] + 1))
+            images[side] += int((new == side).sum())
+        start, highest = start + len(kept), max(highest, int(ids.max()))
+    splits = ("training", "held_out")
+    unlabelled = all((each == -1).all() for each in labels)
+    return Overview(
+        np.broadcast_to(np.int8(-1), rows) if unlabelled else np.concatenate(labels),
+        np.packbits(held_out),
+        dict(zip(splits, images, strict=True)),
+        dict(zip(splits, counts, strict=True)),
+    )
+
+
+def _sum(one: Int64[np.ndarray, " n"], other: Int64[np.ndarray, " m"]) -> Int64[np.ndarray, " k"]:
+    """Adds two counts, of which the shorter one is continued with zeros."""
+    total = np.zeros(max(len(one), len(other)), np.int64)
+    total[: len(one)] += one
+    total[: len(other)] += other
+    return total
+
+
+def _reopen(path: Path, identity: str) -> LatentSet:
     latent_set = LatentSet(path)
-    if latent_set.content_digest != content_digest:
+    if latent_set.files.identity != identity:
         raise UserError(f"{path} was replaced by another latent set since it was opened; start again")
     return latent_set

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
@@ -19,8 +21,10 @@ from smalti.core.hub.download import MOST_NAMES, download
 from smalti.core.hub.ids import HubId, find_hub_id
 from smalti.core.hub.public_names import has_folders, public_command, public_values
 from smalti.core.hub.upload import Files
-from smalti.latentsets.format import COLUMNS, MEANING
+from smalti.latentsets.digests import MEANING
+from smalti.latentsets.format import SOURCE_NUMBERS, read_columns, read_header
 from smalti.latentsets.provenance import Provenance
+from smalti.latentsets.sharded import INDEX_NAME, MappedCodes, SetFiles, write_index
 from smalti.latentsets.writer import LatentSetWriter
 
 SUFFIXES = (".h5", ".hdf5")
@@ -40,11 +44,32 @@ class SetToShare(Protocol):
     layout: Layout
     provenance: Provenance
     version: int
-    content_digest: str
-    labels: Int64[Tensor, " rows"]
-    source_ids: Int64[Tensor, " rows"]
-    held_out: Bool[Tensor, " rows"]
-    flipped: Bool[Tensor, " rows"]
+    files: SetFiles
+
+    @property
+    def content_digest(self) -> str:
+        """The digest of the content."""
+        ...
+
+    @property
+    def labels(self) -> Int64[Tensor, " rows"]:
+        """The class of each row."""
+        ...
+
+    @property
+    def source_ids(self) -> Int64[Tensor, " rows"]:
+        """The source image of each row."""
+        ...
+
+    @property
+    def held_out(self) -> Bool[Tensor, " rows"]:
+        """True if a row is held out."""
+        ...
+
+    @property
+    def flipped(self) -> Bool[Tensor, " rows"]:
+        """True if a row is a mirror image."""
+        ...
 
     def batch(self, rows: Sequence[int]) -> Codes:
         """Returns the codes of the given rows."""
@@ -91,7 +116,10 @@ def find_file(source: str | Path) -> Path:
 
 def _download(hub_id: HubId) -> Path:
     root, file = HubId(hub_id.repo, hub_id.revision), hub_id.folder
-    folder = download(root, [file] if file else [f"*{suffix}" for suffix in SUFFIXES], "dataset")
+    names = [file] if file else [INDEX_NAME, *(f"*{suffix}" for suffix in SUFFIXES)]
+    folder = download(root, names, "dataset")
+    if not file and (folder / INDEX_NAME).exists():
+        return folder
     files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
     if file:
         files = [path for path in files if path == folder / file]
@@ -107,18 +135,18 @@ def _download(hub_id: HubId) -> Path:
 def files_to_share(
     latent_set: SetToShare, target: HubId, scratch: Path, *, license: str | None = None, tokenizer: str | None = None
 ) -> Files:
-    """Returns what is uploaded of a latent set, by name: the file and its card.
+    """Returns what is uploaded of a latent set, by name: its files, with the index of several ones, and its card.
 
     Args:
         latent_set: the set, which is checked to the last byte.
         target: the data set's repository and branch.
-        scratch: an empty folder for a copy of the file, if its attributes have local folders.
+        scratch: an empty folder for copies of the files, if their attributes have local folders.
         license: the licence for the card, or None.
         tokenizer: the hub id of the tokenizer, recorded in the copy.
 
     Raises:
-        UserError: for a damaged set, or one that records local folders where the content digest covers them; for a
-            target in a folder, or an unsuitable licence or tokenizer.
+        UserError: for a damaged set, or one that records local folders where the content digest covers them; for
+            several files without an index; for a target in a folder, or an unsuitable licence or tokenizer.
     """
     require_license(license)
     if target.folder:
@@ -127,31 +155,50 @@ def files_to_share(
         raise UserError(
             f"--tokenizer {tokenizer} is not a hub id; give the owner/name of the tokenizer that was pushed"
         )
+    indexed, paths = latent_set.files.indexed, [extent.path for extent in latent_set.files.extents]
+    if len(paths) > 1 and not indexed:
+        raise UserError(
+            f"{latent_set.path} is several files without {INDEX_NAME}; push each to a repository of its own"
+        )
     latent_set.verify()
-    provenance = _public(latent_set, tokenizer)
-    file = latent_set.path
-    if latent_set.version > 2 and provenance != latent_set.provenance:
-        file = scratch / latent_set.path.name
-        _copy(latent_set, provenance, file)
-    elif provenance != latent_set.provenance:
-        raise UserError(f"{file} has format version 2; convert it to Parquet and back (convert_latents.py) first")
+    provenance = _public(latent_set, latent_set.provenance, tokenizer)
+    if provenance != latent_set.provenance:
+        if latent_set.version < 3:
+            raise UserError(
+                f"{latent_set.path} has format version 2; convert it to Parquet and back (convert_latents.py) first"
+            )
+        for path in paths:
+            _copy(latent_set, path, scratch / path.name, tokenizer)
+        if indexed:
+            write_index(scratch, latent_set.content_digest)
+        paths = [scratch / path.name for path in paths]
+    names = [*paths, *([paths[0].with_name(INDEX_NAME)] if indexed else [])]
     card = latent_set_card(latent_set, provenance, target, license=license)
-    return {CARD_NAME: card.encode(), latent_set.path.name: file}
+    return {CARD_NAME: card.encode(), **{path.name: path for path in names}}
 
 
-def _copy(latent_set: SetToShare, provenance: Provenance, path: Path) -> None:
-    """Writes a set anew with another provenance of the same meaning: a replaced attribute may stay in a file's gaps."""
-    rows = len(latent_set.labels)
-    columns = {name: getattr(latent_set, name) for name in COLUMNS}
-    with LatentSetWriter(path, latent_set.layout, **columns, provenance=provenance) as writer:
-        writer.expected_digest = latent_set.content_digest
-        for start in range(0, rows, ROWS_AT_ONCE):
-            writer.write(start, latent_set.batch(range(start, min(start + ROWS_AT_ONCE, rows))))
+def _copy(latent_set: SetToShare, path: Path, copy: Path, tokenizer: str | None) -> None:
+    """Writes a file anew with another provenance of the same meaning.
+
+    A replaced attribute may stay in a file's gaps.
+    """
+    header = read_header(path)
+    columns = {name: torch.from_numpy(values) for name, values in read_columns(header).items()}
+    numbers = columns.pop(SOURCE_NUMBERS, None)
+    columns |= {name: columns[name].bool() for name in ("held_out", "flipped")}
+    provenance = _public(latent_set, header.provenance, tokenizer)
+    levels = [MappedCodes([header.extent], *each) for each in enumerate(header.layout.levels)]
+    with LatentSetWriter(copy, header.layout, **columns, provenance=provenance, source_numbers=numbers) as writer:
+        writer.expected_digest = header.attributes["content_digest"]
+        for start in range(0, header.extent.rows, ROWS_AT_ONCE):
+            rows = np.arange(start, min(start + ROWS_AT_ONCE, header.extent.rows))
+            dtypes = [np.int64 if level.radices else np.float32 for level in header.layout.levels]
+            codes = (grid.take(rows).astype(dtype) for grid, dtype in zip(levels, dtypes, strict=True))
+            writer.write(start, tuple(map(torch.from_numpy, codes)))
 
 
-def _public(latent_set: SetToShare, tokenizer: str | None) -> Provenance:
-    """Returns the provenance without local folders, which may not change what the content digest covers."""
-    before = latent_set.provenance
+def _public(latent_set: SetToShare, before: Provenance, tokenizer: str | None) -> Provenance:
+    """Returns a provenance without local folders, which may not change what the content digest covers."""
     values = public_values(vars(before))
     kept = {name: getattr(before, name) for name in MEANING if name != "layout"}
     for image in before.skipped:
@@ -176,7 +223,9 @@ def latent_set_card(
         target: where it will be on the hub.
         license: the licence, or None for none.
     """
-    rows, images, name = len(latent_set.labels), latent_set.count_images(), latent_set.path.name
+    rows, images, name = len(latent_set.labels), latent_set.count_images(), latent_set.files.extents[0].path.name
+    count, last = len(latent_set.files.extents), latent_set.files.extents[-1].path.name
+    files = f"one HDF5 file (`{name}`)" if count == 1 else f"{count:,} HDF5 files (`{name}` to `{last}`)"
     size = next((label for limit, label in SIZES.items() if rows < limit), "n>10M")
     front = front_matter(license, tags=["smalti", "latent-set", "hdf5"], size_categories=[size])
     source = provenance.tokenizer_source
@@ -200,7 +249,7 @@ def latent_set_card(
     return f"""{front}
 # {target.title}
 
-A latent set of smalti: the codes of images, as a tokenizer encoded them, in one HDF5 file (`{name}`). A prior trains on
+A latent set of smalti: the codes of images, as a tokenizer encoded them, in {files}. A prior trains on
 it without the images and without running the tokenizer. The codes are valid only for the tokenizer with the digest
 below. Whoever has that tokenizer can decode them to images close to the originals.
 
@@ -220,7 +269,7 @@ smalti inspect-latents --latents {target} --verify
 smalti train-prior --latents {target} --tokenizer {tokenizer}
 ```
 {missing}
-Without smalti, any HDF5 tool opens the file:
+Without smalti, any HDF5 tool opens {"the file" if count == 1 else "each file"}:
 
 ```python
 import h5py

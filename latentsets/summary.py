@@ -15,8 +15,11 @@ def describe(latent_set: LatentSet) -> str:
     """Describes provenance, contents and codebook usage in lines of text. Reads the whole file once to count codes."""
     provenance = latent_set.provenance
     software = ", ".join(f"{name} {number}" for name, number in provenance.software.items())
+    files = [extent.path for extent in latent_set.files.extents]
+    size = size_text(sum(path.stat().st_size for path in files))
+    several = f" in {len(files)} files, {files[0].name} to {files[-1].name}" if len(files) > 1 else ""
     fields = {
-        "rows": f"{len(latent_set)}, {latent_set.layout}, {size_text(latent_set.path.stat().st_size)}",
+        "rows": f"{len(latent_set)}, {latent_set.layout}, {size}{several}",
         "sources": _sources(latent_set),
         "labels": _labels(latent_set),
         "skipped": _skipped(latent_set),
@@ -41,17 +44,18 @@ def _tokenizer(provenance: Provenance) -> str:
 
 
 def _sources(latent_set: LatentSet) -> str:
-    sources, flipped = len(latent_set.source_ids.unique()), int(latent_set.flipped.sum())
-    held_out = int(latent_set.held_out.sum())
+    overview = latent_set.overview
+    sources, held_out = sum(overview.images.values()), int(overview.label_counts["held_out"].sum())
+    flipped = sum(int(columns["flipped"].sum()) for columns in latent_set.files.columns(["flipped"]))
     return f"{sources} source images, {flipped} rows are mirror images, {held_out} rows are held out"
 
 
 def _labels(latent_set: LatentSet, shown: int = 8) -> str:
-    names, without = latent_set.provenance.label_names, int((latent_set.labels < 0).sum())
+    names, (without, *counts) = latent_set.provenance.label_names, latent_set.overview.rows_of_labels()
     if without == len(latent_set):
         return "none"
-    labels, counts = latent_set.labels[latent_set.labels >= 0].unique(return_counts=True)
-    first = list(zip(labels, counts, strict=True))[:shown]
+    labels = [(label, count) for label, count in enumerate(counts) if count]
+    first = labels[:shown]
     listed = ", ".join(f"{names[label] if names else label} {count}" for label, count in first)
     more = ", …" if len(labels) > shown else ""
     return f"{len(labels)} classes (rows of each: {listed}{more}), {without} rows without"
@@ -87,6 +91,7 @@ def _shortened(text: str) -> str:
 
 def size_text(size_bytes: int) -> str:
     """Returns a number of bytes in the unit in which it is at least 1, such as `512 bytes` or `3.7 MiB`."""
-    if size_bytes < 1 << 10:
-        return f"{size_bytes} bytes"
-    return f"{size_bytes / 1024:.1f} KiB" if size_bytes < 1 << 20 else f"{size_bytes / (1 << 20):.1f} MiB"
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size_bytes >= 1 << power:
+            return f"{size_bytes / (1 << power):.1f} {unit}"
+    return f"{size_bytes} bytes"

@@ -1,6 +1,6 @@
 """Writing a latent set: blocks of rows, in any order, into an HDF5 file that gets its name only when it is complete.
 
-Building a set in several processes, or resuming a build, is in `shards.py`.
+Building a set in several processes, or resuming a build, is in `blocks.py`.
 """
 
 import errno
@@ -19,12 +19,13 @@ from torch import Tensor
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
+from smalti.latentsets.digests import add_digests, content_digest
 from smalti.latentsets.format import (
     COLUMNS,
+    SOURCE_NUMBERS,
+    Extent,
     add_columns,
-    add_digests,
     attribute_texts,
-    content_digest,
     create_file,
     find_column_error,
     level_bytes,
@@ -52,6 +53,7 @@ class LatentSetWriter:
         held_out: Whether a row is held out from training; equal for all rows of a source image.
         flipped: Whether a row is a mirror image.
         provenance: Where the codes come from.
+        source_numbers: For a shard of a larger set, the number of each of its sources in the whole set.
 
     Attributes:
         expected_digest: The content digest that the set must have, if it is known; set it before the block ends.
@@ -72,6 +74,7 @@ class LatentSetWriter:
         held_out: Bool[Tensor, " rows"],
         flipped: Bool[Tensor, " rows"],
         provenance: Provenance,
+        source_numbers: Int64[Tensor, " sources"] | None = None,
     ) -> None:
         self.path, self.layout, self.rows, self.provenance = Path(path), layout, len(labels), provenance
         if not self.rows:
@@ -80,6 +83,7 @@ class LatentSetWriter:
         self._columns = {name: column.numpy().astype(dtype, copy=False) for (name, dtype), column in tensors}
         if error := find_column_error(self._columns, provenance.label_names):
             raise UserError(f"{path} was not written: {error}")
+        self._shard_columns = {} if source_numbers is None else {SOURCE_NUMBERS: source_numbers.numpy()}
         self.expected_digest: str | None = None
         self._written = np.zeros(self.rows, bool)
         self._stack = ExitStack()
@@ -93,7 +97,7 @@ class LatentSetWriter:
             self._offsets = create_file(self._partial, self.layout, self.rows)
             self._file = stack.enter_context(self._partial.open("r+b"))
             self._reserve()
-            add_columns(self._partial, self.layout, self.provenance, self._columns)
+            add_columns(self._partial, self.layout, self.provenance, self._columns | self._shard_columns)
             stack.push(self._finish)  # runs first on exit; if it raises, the partial file is removed
             self._stack = stack.pop_all()
         return self
@@ -135,7 +139,8 @@ class LatentSetWriter:
             )
         self._file.close()
         texts = attribute_texts(self.layout, self.provenance)
-        digest = content_digest(self._partial, self.layout, self._offsets, self._columns, texts)
+        extent = Extent(self._partial, self.rows, self._offsets)
+        digest = content_digest(self.layout, texts, [extent], lambda name: [self._columns[name]])
         if self.expected_digest not in (None, digest):
             raise UserError(
                 f"{self.path} was not written: its values have digest {digest[:12]}, not {self.expected_digest[:12]} "
@@ -146,7 +151,7 @@ class LatentSetWriter:
     def _reserve(self) -> None:
         """Reserves disk space for what HDF5 will write, as HDF5 crashes on a full disk; if possible, also for codes."""
         end = self._partial.stat().st_size
-        columns = sum(column.nbytes for column in self._columns.values())
+        columns = sum(column.nbytes for column in (self._columns | self._shard_columns).values())
         texts = sum(len(text.encode()) for text in self.provenance.to_attributes().values())
         extra = columns + texts + HEADROOM_BYTES
         if hasattr(os, "posix_fallocate"):  # macOS lacks it: a full disk is only noticed while codes are written

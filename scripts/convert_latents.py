@@ -1,5 +1,6 @@
 """Converts latent sets to and from Parquet; see `smalti.latentsets.table`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,8 @@ class ConvertLatents:
     """Settings of `convert`; the suffixes of the two files decide the direction."""
 
     latents: str = str(LATENTS / "hrvq.h5")
-    """A latent set (a file or a hub id), or a Parquet file made from one. For several Parquet files, a glob in
-    quotes."""
+    """A latent set (a file, a folder of files or a hub id), or a Parquet file made from one. For several Parquet files,
+    a glob in quotes."""
     out: Path | None = None
     """File to write: NAME.parquet converts a latent set to Parquet, any other name converts Parquet to a latent set
     [default: the name of --latents with the other suffix, .parquet or .h5, beside it]."""
@@ -43,7 +44,7 @@ def convert(config: ConvertLatents) -> None:
             exists or cannot be written.
     """
     from_table = config.latents.endswith(".parquet")
-    if config.out is None and "*" in config.latents:
+    if config.out is None and ("*" in config.latents or os.path.isdir(config.latents)):
         raise UserError(f"{config.latents} names several files; give --out too")
     out = config.out or Path(config.latents).with_suffix(".h5" if from_table else ".parquet")
     if from_table == (out.suffix == ".parquet"):

@@ -18,6 +18,7 @@ from smalti.core.hub.upload import Files, size_of, upload, write_files
 from smalti.core.models import read_config
 from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.sharded import INDEX_NAME
 from smalti.latentsets.sharing import files_to_share
 from smalti.latentsets.summary import size_text
 from smalti.priors.base import Prior
@@ -41,7 +42,7 @@ class Push:
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
     """The folder of a trained tokenizer or prior, a kind (the one in runs/tokenizers/KIND or runs/priors/KIND), or the
-    file of a latent set."""
+    file or folder of a latent set."""
     target: Annotated[Positional[str], arg(metavar="OWNER/NAME")]
     """The id on the hub to upload to: owner/name. A model may also go into a folder: owner/name/folder."""
     license: str | None = None
@@ -90,10 +91,10 @@ def push(config: Push) -> None:
 
 def _collect(config: Push, target: HubId, scratch: Path) -> tuple[RepoType, Files, list[Path], str]:
     """Returns the repository's type, the files, the inputs that no preview may replace, and the next command."""
-    if os.path.isfile(config.source):
+    if os.path.isfile(config.source) or os.path.isfile(Path(config.source) / INDEX_NAME):
         latents = LatentSet(config.source)
         files = files_to_share(latents, target, scratch, license=config.license, tokenizer=config.tokenizer)
-        inputs = [latents.path, *local_paths(latents.provenance.image_source)]
+        inputs = [*(extent.path for extent in latents.files.extents), *local_paths(latents.provenance.image_source)]
         return "dataset", files, inputs, f"smalti train-prior --latents {target}"
     if config.tokenizer is not None:
         raise UserError("--tokenizer is for latent sets; the folder of a prior has its tokenizer")

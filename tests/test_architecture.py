@@ -30,7 +30,7 @@ RANKS = {
     **dict.fromkeys(["flags", "images", "training", "latentsets", "priors", "tokenizers.layers"], 1),
     **dict.fromkeys(["metrics", "tokenizers", "transfer", "tokenizers.quantizers", "priors.methods"], 2),
     **dict.fromkeys(["tokenizers.vq", "tokenizers.hqa", "tokenizers.selfvae", "priors.networks"], 3),
-    "tokenizers.vqgan": 4,
+    **dict.fromkeys(["tokenizers.vqgan", "encoding"], 4),
     **dict.fromkeys(["commands", "cli"], 5),
     **dict.fromkeys(["api", "evaluation", "app", "demo", "benchmarks"], 6),
     **dict.fromkeys(["smalti", "studies"], 7),

@@ -119,9 +119,9 @@ def test_every_package_that_gets_installed_is_pinned():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines == sorted(lines, key=str.lower)
     pins = {canonicalize_name(name): pinned.split()[0] for name, pinned in (line.split("==") for line in lines)}
-    only_docs = {canonicalize_name(line.split("==")[0]) for line in lines if line.endswith("# docs")}
+    rare = {canonicalize_name(line.split("==")[0]) for line in lines if line.endswith(("# docs", "# ray"))}
     optional = PROJECT["optional-dependencies"]
-    extras = [line for extra in ("dev", "metrics", "app", "bench", "lpips", "docs") for line in optional[extra]]
+    extras = [line for extra in ("dev", "metrics", "app", "bench", "lpips", "docs", "ray") for line in optional[extra]]
     reached, waiting = set(), [*map(Requirement, PROJECT["dependencies"] + extras)]
     while waiting:
         requirement = waiting.pop()
@@ -141,7 +141,7 @@ def test_every_package_that_gets_installed_is_pinned():
             each for each in further if not each.marker or any(each.marker.evaluate({"extra": e}) for e in asked)
         ]
     names = {name for name, *_ in reached}
-    assert names - only_docs == pins.keys() - only_docs  # the extra docs is rarely installed where tests run
+    assert names - rare == pins.keys() - rare  # the extras docs and ray are rarely installed where tests run
     assert names <= pins.keys()
 
 

@@ -55,6 +55,13 @@ def test_reading_variants_return_the_same_codes(tmp_path):
         assert all(other[batch].equal(ours[batch]["codes"]) for other in others)
 
 
+def test_reading_variants_of_files_return_the_same_codes(tmp_path):
+    comparison = latents.reading_files(tmp_path, files=3, rows=10, side=3, batch=20, batches=2)
+    several, *others = (variant.work() for variant in comparison.variants)
+    assert len(others) == 2
+    assert all(other[batch].equal(several[batch]) for other in others for batch in range(2))
+
+
 def test_build_and_bare_loop_encode_the_same_codes(tmp_path):
     comparison = latents.building(tmp_path, rows=300, config=latents.SMALL)
     built, bare = (variant.work() for variant in comparison.variants)

@@ -18,14 +18,15 @@ import pytest
 import torch
 from helpers.build_toys import CONFIG, FLAGS, IMAGES, Builders, run, save_tokenizer, wait_for, write_images
 
-from smalti.commands import build_latents
 from smalti.core.codes import Layout
 from smalti.core.errors import UserError
+from smalti.encoding import build
 from smalti.images.decoding import to_float
 from smalti.images.image_set import open_images
 from smalti.images.splits import held_out
+from smalti.latentsets.blocks import BlockStore
+from smalti.latentsets.jobs import Job
 from smalti.latentsets.reader import LatentSet
-from smalti.latentsets.shards import Job, Shards
 from smalti.tokenizers.vq.hrvq import HRVQ
 
 BLOCK_IMAGES = 4
@@ -66,12 +67,12 @@ def same(path, other):
 
 
 def finished(folder):
-    """Returns the number of every complete record in all shards, duplicates included."""
+    """Returns the number of every complete record of all processes, duplicates included."""
     job = Job(folder / "latents.h5", HRVQ(CONFIG).layout, IMAGES, BLOCK_IMAGES, flips=True, key={})
-    shards = Shards(job)
+    store = BlockStore(job)
     blocks = []
-    for shard in shards.folder.glob("*.shard"):
-        records = np.fromfile(shard, shards.record, count=shard.stat().st_size // shards.record.itemsize)
+    for file in store.folder.glob("*.blocks"):
+        records = np.fromfile(file, store.record, count=file.stat().st_size // store.record.itemsize)
         blocks += [int(record["block"]) for record in records]
     return blocks
 
@@ -98,10 +99,10 @@ def test_builds_killed_again_and_again_give_the_same_file_and_encode_no_block_tw
 @pytest.mark.parametrize(
     "dies_at",
     [
-        ("smalti.latentsets.shards", "write_json", 1),
-        ("smalti.latentsets.shards", "LatentSetWriter.write", 40),
+        ("smalti.latentsets.blocks", "write_json", 1),
+        ("smalti.latentsets.blocks", "LatentSetWriter.write", 40),
         ("smalti.latentsets.writer", "add_digests", 1),
-        ("smalti.latentsets.shards", "shutil.rmtree", 1),
+        ("smalti.latentsets.blocks", "shutil.rmtree", 1),
     ],
 )
 def test_a_kill_before_during_or_after_the_merge_changes_nothing(workspace, latents, dies_at):
@@ -143,7 +144,7 @@ def test_the_columns_are_those_of_the_images(workspace):
 
 def interrupted(monkeypatch, capfd, *flags, after=9):
     """Runs a build that Ctrl-C stops after some blocks."""
-    encode, calls = build_latents.encode_block, iter(range(after))
+    encode, calls = build.encode_block, iter(range(after))
 
     def stopping(*args, **options):
         if next(calls, None) is None:
@@ -151,7 +152,7 @@ def interrupted(monkeypatch, capfd, *flags, after=9):
         return encode(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_latents, "encode_block", stopping)
+        patch.setattr(build, "encode_block", stopping)
         status, out, err = run(capfd, *FLAGS, "--out", "latents.h5", *flags)
     assert status == 130
     assert "run the same command to resume" in out
@@ -161,8 +162,8 @@ def interrupted(monkeypatch, capfd, *flags, after=9):
 def test_a_stopped_build_resumes_at_its_first_missing_block(workspace, latents, monkeypatch, capfd):
     interrupted(monkeypatch, capfd)
     encoded = []
-    encode = build_latents.encode_block
-    monkeypatch.setattr(build_latents, "encode_block", lambda *a, **k: encoded.append(0) or encode(*a, **k))
+    encode = build.encode_block
+    monkeypatch.setattr(build, "encode_block", lambda *a, **k: encoded.append(0) or encode(*a, **k))
     assert run(capfd, *FLAGS, "--out", "latents.h5")[0] == 0
     assert len(encoded) == BLOCKS - 9
     assert same(latents, "whole.h5")
@@ -271,13 +272,13 @@ def test_a_second_builder_of_the_same_file_is_refused(workspace, latents, capfd)
 def test_an_orphaned_worker_that_holds_its_shard_is_detected(workspace, latents):
     """The main process and the launcher are killed, and another of their processes survives."""
     builders = Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2)
-    wait_for(lambda: (workspace / FOLDER / "00001.shard").exists())
+    wait_for(lambda: (workspace / FOLDER / "00000-00001.blocks").exists())
     os.kill(builders.processes[1].pid, signal.SIGSTOP)
     builders.processes[0].kill()
     builders.processes[0].join()
     again = Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2)
     assert again.join() == [2, 2]
-    assert "00001.shard is being written by another process" in (workspace / "log").read_text()
+    assert "00000-00001.blocks is being written by another process" in (workspace / "log").read_text()
     builders.kill()
     assert Builders(workspace, *FLAGS, "--out", "latents.h5", processes=2).join() == [0, 0]
     assert same(latents, "whole.h5")
@@ -314,7 +315,7 @@ def test_a_full_disk_gives_one_message_and_keeps_finished_blocks(workspace, late
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
     assert "no room for latents.h5" in line
     assert same("latents.h5", "whole.h5")
-    assert len(list((workspace / FOLDER).glob("*.shard"))) == 1
+    assert len(list((workspace / FOLDER).glob("*.blocks"))) == 1
     assert run(capfd, *flags)[0] == 0
     assert same("latents.h5", "fresh.h5")
 
@@ -322,7 +323,7 @@ def test_a_full_disk_gives_one_message_and_keeps_finished_blocks(workspace, late
 def test_too_little_disk_space_is_reported_before_encoding(workspace, latents, monkeypatch, capfd):
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 3000))
-    monkeypatch.setattr(build_latents, "encode_block", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(build, "encode_block", lambda *_, **__: pytest.fail("encoded"))
     status, _, err = run(capfd, *FLAGS, "--out", "latents.h5")
     assert status == 2
     assert re.search(r"no room for latents.h5: it takes \d+\.\d KiB while it is built, but 2\.9 KiB are free", err)
@@ -330,8 +331,8 @@ def test_too_little_disk_space_is_reported_before_encoding(workspace, latents, m
 
 def test_codes_outside_the_layout_are_refused_at_once(tmp_path):
     job = Job(tmp_path / "x.h5", Layout(HRVQ(CONFIG).layout.levels), 8, 4, flips=False, key={})
-    with Shards(job) as shards:
-        shards.claim()
+    with BlockStore(job) as store:
+        store.claim()
         with pytest.raises(UserError, match="level 0 has codes from 0 to 15, not from 0 to 16"):
-            shards.append(0, (torch.arange(16).view(4, 2, 2) + torch.arange(16).view(4, 2, 2) // 15,), {})
-    assert json.loads((shards.folder / "key.json").read_text())["block_images"] == 4
+            store.append(0, (torch.arange(16).view(4, 2, 2) + torch.arange(16).view(4, 2, 2) // 15,), {})
+    assert json.loads((store.folder / "key.json").read_text())["block_images"] == 4

@@ -13,9 +13,9 @@ import torch
 from helpers.build_toys import FLAGS, one_thread, run, save_tokenizer
 from PIL import Image
 
-from smalti.commands import build_latents
 from smalti.core.errors import UserError
 from smalti.core.files import file_digest
+from smalti.encoding import build
 from smalti.images.decoding import decode, load_image, load_transparency, to_float
 from smalti.images.formats.opening import BadImageError, bad_images_error
 from smalti.images.image_set import ImageSet, open_images
@@ -137,7 +137,7 @@ def test_all_bad_images_are_named_before_any_is_encoded(workspace, capfd, monkey
     decoded, decode = [], ImageSet._decode
     monkeypatch.setattr(ImageSet, "_decode", lambda *args: decoded.append(args[1]) or decode(*args))
     encoded = []
-    monkeypatch.setattr(build_latents, "encode_block", lambda *args, **_: encoded.append(args))
+    monkeypatch.setattr(build, "encode_block", lambda *args, **_: encoded.append(args))
     for decodes in (len(GOOD) + 3, 0):
         decoded.clear()
         status, _, err = run(capfd, *FLAGS, "--out", "latents.h5")
@@ -163,7 +163,7 @@ def test_a_later_build_reports_the_images_that_an_earlier_one_skipped(workspace,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # interrupts after all blocks are finished
-        patch.setattr("smalti.latentsets.shards.Shards.merge", interrupted)
+        patch.setattr("smalti.latentsets.blocks.BlockStore.merge", interrupted)
         assert run(capfd, *flags, "skip")[0] == 130
     status, _, err = run(capfd, *flags, "raise")
     assert status == 2

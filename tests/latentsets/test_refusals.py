@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
-from smalti.latentsets.format import attributes_digest
+from smalti.latentsets.digests import attributes_digest
 from smalti.latentsets.reader import LatentSet
 
 
@@ -95,7 +95,7 @@ def test_truncated_file_is_refused_on_opening(tmp_path_factory, kept):
 def test_files_in_other_formats_are_refused(tmp_path):
     path = tmp_path / "latents.h5"
     refused(path, "there is no latent set at")
-    refused(tmp_path, "cannot be read: Is a directory")
+    refused(tmp_path, r"there is no latent set \*.h5 at .*; build one")
     path.write_text("a text")
     refused(path, "is not an HDF5 file")
     with opened(path, "w") as file:

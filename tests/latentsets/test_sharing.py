@@ -101,7 +101,7 @@ def test_damaged_sets_stay_here(hub, tmp_path):
     small_set(tmp_path / "codes.h5")
     latents = LatentSet("codes.h5")
     stored = bytearray((tmp_path / "codes.h5").read_bytes())
-    stored[latents._offsets[0] + 5] ^= 1
+    stored[latents.files.extents[0].offsets[0] + 5] ^= 1
     (tmp_path / "codes.h5").write_bytes(stored)
     with pytest.raises(UserError, match=r"codes\.h5 is damaged"):
         latents.push_to_hub("me/codes")

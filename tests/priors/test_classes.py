@@ -192,7 +192,8 @@ def test_names_that_differ_in_case_or_unicode_form_are_told_apart(names, request
 def test_classes_without_training_images_are_refused_and_left_out_of_all():
     prior = prior_of()
     labels, held_out = torch.tensor([0, 1, 1, 2, -1, 0]), torch.tensor([False, True, True, False, False, True])
-    prior.provenance["label_counts"] = label_counts(labels, held_out, 3).tolist()
+    training, others = (torch.bincount(labels[held_out == side] + 1).numpy() for side in (False, True))
+    prior.provenance["label_counts"] = label_counts(training, others, 3).tolist()
     assert prior.provenance["label_counts"] == [1, 2, 0, 1]
     with pytest.raises(UserError, match="the prior was trained on no image of the class 'Camels'; choose another one"):
         find_classes(prior, ["cam"])

@@ -1,47 +1,33 @@
 """Builds a latent set: encodes every image with a tokenizer, on any number of processes.
 
-Images are decoded and encoded here, one block at a time. Finished blocks wait in
-`latentsets/shards.py` until the file is complete.
+Images are decoded and encoded one block at a time (`encoding/encoder.py`). Finished blocks are kept in
+`latentsets/blocks.py` until the file, or each file of a set of several ones, is complete.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from smalti.commands.model_paths import LATENTS, layer_name, layer_source, load_tokenizer
-from smalti.core import locks
-from smalti.core.codes import Codes
-from smalti.core.devices import Device, autocast, device
+from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
-from smalti.core.progress import bar
 from smalti.core.provenance import command, versions
-from smalti.images.decoding import to_float
+from smalti.encoding.build import Engine, encode
+from smalti.encoding.encoder import Encoder
 from smalti.images.fitting import SMALLEST_CROP, TEN_CROP_SIDE, recorded_fit, ten_crops
-from smalti.images.formats.opening import BadImageError
 from smalti.images.image_set import ImageSet
 from smalti.images.reading import Reading, read_images_for
-from smalti.images.sources import local_paths
+from smalti.latentsets.jobs import Job
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
-from smalti.latentsets.shards import Job, Shards
 from smalti.latentsets.summary import describe
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.accelerator import LONGEST_WAIT, main_first
-from smalti.training.batches import leave_interrupts
-
-T = TypeVar("T")
-Block: TypeAlias = tuple[int, Tensor, dict[int, str]]
-"""A block's number, its images (uint8), each followed by its crops, and errors of images by their numbers."""
 
 MOST_CROPS = 1_000
 MOST_WORKERS = 4  # default limit: each worker holds a few blocks of images in memory
@@ -86,8 +72,12 @@ class BuildLatents:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the networks; the codebook search is always fp32. Choose bf16 for speed on recent GPUs: a few codes
     then differ from those of fp32, and the latent set records it."""
+    shard_rows: int | None = None
+    """Write a set of several files of at most so many rows each, in a folder, such as 1000000 for sets of many millions
+    of images. The set reads as one, with the same digest [default: one file]."""
     out: Path | None = None
-    """The file to write [default: runs/latents/KIND.h5, or KIND-layer-N.h5 with --layer N]."""
+    """The file to write, or the folder with --shard-rows [default: runs/latents/KIND.h5, or KIND-layer-N.h5 with
+    --layer N; without .h5 for a folder]."""
     overwrite: bool = False
     """Replace an existing file. Without it, only a latent set of the same tokenizer and images is replaced."""
 
@@ -96,15 +86,25 @@ class BuildLatents:
         """The number of crops of every training image, without mirror images."""
         return len(ten_crops()) if self.ten_crop else self.crops
 
+    @property
+    def random_crops(self) -> int | None:
+        """The number of random crops of every training image; None for the ten crops."""
+        return None if self.ten_crop else self.crops
 
-def build_latents(config: BuildLatents) -> Path:
-    """Encodes every image and stores the codes; returns the file.
+
+def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
+    """Encodes every image and stores the codes; returns the file, or the folder of a set of several files.
 
     A file that already holds exactly these codes is left as it is. Several processes share the work
     under `accelerate launch` or `torchrun`. Finished blocks survive every kind of stop, `kill -9`
     included: the same call resumes from them, with any number of processes. Codes are computed in
     float32 unless the config sets bf16, so that they do not depend on the device's preferred
     precision.
+
+    Args:
+        config: The settings.
+        engine: Encodes the blocks in other processes, on the `device` that the config sets; without it, the processes
+            of this command do.
 
     Raises:
         UserError: for an unsuitable tokenizer or unsuitable images, if the file is something else or
@@ -118,7 +118,11 @@ def build_latents(config: BuildLatents) -> Path:
         raise UserError(f"--crops must be from 0 to {MOST_CROPS}, not {config.crops}")
     if config.crops and config.ten_crop:
         raise UserError("--crops and --ten-crop are two choices of crops; leave one out")
-    wanted = device(config.device)
+    if config.shard_rows is not None and config.shard_rows < config.batch_size:
+        raise UserError(
+            f"--shard-rows {config.shard_rows} is less than --batch-size {config.batch_size}, which a file has at least"
+        )
+    wanted = device("cpu" if engine else config.device)
     process = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
     own_device = process.device  # with several GPUs, each process has its own
     encoding_device = own_device if own_device is not None and own_device.type == wanted.type else wanted
@@ -127,7 +131,8 @@ def build_latents(config: BuildLatents) -> Path:
     asked = (config.tokenizer, config.images, config.height, config.width, config.reading)
     images = main_first(process, lambda: images_for(tokenizer, *asked, shown=process.is_main_process))
     name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
-    path = config.out or LATENTS / f"{name}.h5"
+    path = config.out or LATENTS / (name if config.shard_rows else f"{name}.h5")
+    _require_form(path, config.shard_rows)
     if config.crops_per_image and recorded_fit(images.preprocessing) == "pad":
         raise UserError("crops would cut into white borders; leave them out, or train the tokenizer with another --fit")
     crops = {"crops": config.crops, "smallest_crop": SMALLEST_CROP} if config.crops else {}
@@ -144,51 +149,37 @@ def build_latents(config: BuildLatents) -> Path:
         label_names=images.label_names,
         command=command(),
     )
-    encode(tokenizer, images, job_of(tokenizer, images, path, provenance, config), provenance, config, process)
+    job = job_of(tokenizer, images, path, provenance, config, device_type=config.device if engine else wanted.type)
+    encoder = Encoder(tokenizer, images, job, config.random_crops, config.device, config.precision)
+    skips = config.reading.on_bad_image == "skip"
+    encode(encoder, provenance, process, config.workers, skips=skips, overwrite=config.overwrite, engine=engine)
     if process.is_main_process:
         print(describe(LatentSet(path)))
     return path
 
 
-def encode(
+def _require_form(path: Path, shard_rows: int | None) -> None:
+    """Refuses to write one file in place of a folder, and the other way round.
+
+    Raises:
+        UserError: if there is another form at the path.
+    """
+    if shard_rows and (path.suffix == ".h5" or path.is_file()):
+        raise UserError(f"--out {path} is the name of a file; with --shard-rows, give that of a folder")
+    if not shard_rows and path.is_dir():
+        raise UserError(f"--out {path} is a folder; give a file, or --shard-rows for a set of several files")
+
+
+def job_of(
     tokenizer: Tokenizer,
     images: ImageSet,
-    job: Job,
+    path: Path,
     provenance: Provenance,
     config: BuildLatents,
-    process: PartialState,
-) -> None:
-    """Encodes opened images with a tokenizer that is on its device, and writes the finished file."""
-    main, with_bad = process.is_main_process, config.reading.on_bad_image == "raise"
-    checks = {"inputs": local_paths(provenance.image_source), "overwrite": config.overwrite, "required": True}
-    claim = locks.claim([job.path], **checks, is_own=lambda path: provenance.is_rebuild_of(_provenance_of(path)))
-    with ExitStack() as stack, Shards(job, process=process.process_index) as shards:
-        _on_all_processes(process, lambda: stack.enter_context(claim) if main else None)
-        stale = _on_all_processes(process, lambda: shards.claim() if main else None)
-        before = _provenance_of(job.path)
-        finished = before is not None and provenance.has_codes_of(before) and not (with_bad and before.skipped)
-        # every process lists the missing blocks before any process writes one
-        missing = _on_all_processes(process, lambda: shards.missing(with_bad=with_bad), shards)
-        if finished:
-            process.print(f"{job.path} already holds these codes.")
-            if main:
-                shards.discard()
-            return
-        if stale:
-            process.print(f"Discarding the blocks of an earlier build with another {stale}.")
-        _on_all_processes(process, lambda: shards.require_room(len(missing)) if main else None, shards)
-        share = missing[process.process_index :: process.num_processes]
-        try:
-            _on_all_processes(process, lambda: _encode(tokenizer, images, shards, share, config, process), shards)
-        except KeyboardInterrupt:
-            process.print("\nFinished blocks are kept: run the same command to resume.")
-            raise
-        columns = {"labels": images.labels, "source_ids": images.source_ids, "held_out": images.held_out}
-        _on_all_processes(process, lambda: shards.merge(provenance, **columns) if main else None, shards)
-
-
-def job_of(tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Provenance, config: BuildLatents) -> Job:
-    """Divides the images into blocks, with a key of everything that decides their codes.
+    *,
+    device_type: str | None = None,
+) -> Job:
+    """Divides the images into blocks and files, with a key of everything that decides their codes.
 
     Raises:
         UserError: if the tokenizer cannot encode images of this size.
@@ -197,18 +188,21 @@ def job_of(tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Prove
     blank = torch.zeros(1, size["channels"], size["height"], size["width"], device=encoding_device)
     with torch.no_grad():
         codes = tokenizer.encode(blank)
+    rows_per_image = (1 + config.crops_per_image) * (1 + config.flips)
+    block_images = max(1, config.batch_size // rows_per_image)
     return Job(
         path,
         tokenizer.layout.resized([(grid.shape[-2], grid.shape[-1]) for grid in codes]),
         images=len(images),
-        block_images=max(1, config.batch_size // ((1 + config.crops_per_image) * (1 + config.flips))),
+        block_images=block_images,
         flips=config.flips,
         crops=config.crops_per_image,
+        shard_blocks=max(1, config.shard_rows // (block_images * rows_per_image)) if config.shard_rows else 0,
         key={
             "tokenizer_digest": provenance.tokenizer_digest,
             "image_fingerprint": provenance.image_fingerprint,
             "preprocessing": provenance.preprocessing,
-            "device": encoding_device.type,
+            "device": device_type or encoding_device.type,
             "software": versions(),
         },
     )
@@ -243,99 +237,3 @@ def images_for(
         channels=tokenizer.image_channels,
         shown=shown,
     )
-
-
-def _on_all_processes(process: PartialState, work: Callable[[], T], claimed: Shards | None = None) -> T:
-    """Runs `work` on every process and waits for all; an error on one process is raised on all.
-
-    So all processes stop together. After an error, `claimed` is abandoned: other processes that
-    encode into its folder stop at their next block.
-    """
-    result, failure = None, None
-    try:
-        result = work()
-    except (UserError, OSError) as error:
-        failure = error
-        if claimed:
-            claimed.abandon()
-    failures = [each for each in gather_object([failure]) if each]
-    if failures:
-        raise failures[0]
-    return result  # pyright: ignore[reportReturnType] - None only if `work` returned None
-
-
-@torch.no_grad()
-def _encode(
-    tokenizer: Tokenizer,
-    images: ImageSet,
-    shards: Shards,
-    share: list[int],
-    config: BuildLatents,
-    process: PartialState,
-) -> None:
-    """Encodes this process's `share` of the missing blocks."""
-    job = shards.job
-    several = process.num_processes > 1  # the bar then counts the first process's share alone
-    progress = bar(
-        what=f"encoding (process 1 of {process.num_processes})" if several else "encoding",
-        total=len(share) if several else job.blocks,
-        initial=0 if several else job.blocks - len(share),
-        unit="block",
-        shown=process.is_main_process,
-    )
-    encoding_device = _device_of(tokenizer)
-    with progress, autocast(encoding_device, config.precision):
-        for block, pixels, bad in decoded(images, job, share, config, encoding_device):
-            if shards.abandoned:
-                return
-            if bad and config.reading.on_bad_image == "raise":
-                raise BadImageError(f"{bad[min(bad)]}, or leave out such images with --on-bad-image skip")
-            shards.append(block, encode_block(tokenizer, pixels, flips=job.flips), bad)
-            progress.update()
-
-
-def encode_block(tokenizer: Tokenizer, pixels: Tensor, *, flips: bool) -> Codes:
-    """Returns the codes of uint8 images; with `flips`, each image is followed by its mirror image."""
-    batch = to_float(pixels)
-    return tokenizer.encode(torch.stack([batch, batch.flip(-1)], 1).flatten(0, 1) if flips else batch)
-
-
-def decoded(
-    images: ImageSet, job: Job, blocks: list[int], config: BuildLatents, device: torch.device
-) -> Iterator[Block]:
-    """Yields the blocks in the given order, decoded by worker processes and moved to the device."""
-    loader = DataLoader(
-        _Blocks(images, job, None if config.ten_crop else config.crops),
-        batch_size=None,
-        sampler=blocks,
-        num_workers=config.workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_interrupts,
-    )
-    for block, pixels, bad in loader:
-        yield block, pixels.to(device, non_blocking=True), bad
-
-
-class _Blocks(Dataset):
-    """Decoded blocks of images. Errors are returned as text: an exception of a worker would arrive as a traceback."""
-
-    def __init__(self, images: ImageSet, job: Job, crops: int | None) -> None:
-        self.images, self.job, self.crops = images, job, crops  # None for the ten crops
-
-    def __getitem__(self, block: int) -> Block:
-        bad: dict[int, str] = {}
-        numbers = self.job.images_of(block)
-        pixels = self.images.pixels(numbers, bad=bad)
-        if self.job.crops:
-            pixels = torch.cat([pixels.unsqueeze(1), self.images.crops(numbers, self.crops)], 1).flatten(0, 1)
-        return block, pixels, bad
-
-
-def _provenance_of(path: Path) -> Provenance | None:
-    """Returns the provenance of a latent set; None for any other file, or if there is none."""
-    if not path.exists():  # otherwise it could be a hub id
-        return None
-    try:
-        return LatentSet(path).provenance
-    except UserError:
-        return None

@@ -3,8 +3,9 @@
 import unicodedata
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from smalti.core.errors import UserError
@@ -49,14 +50,14 @@ def trained_classes(prior: Prior) -> list[int]:
 
 
 def label_counts(
-    labels: Int64[Tensor, " rows"], held_out: Bool[Tensor, " rows"], classes: int
-) -> Int64[Tensor, " _classes"]:
-    """Counts the rows without a label and those of each class; 0 for a class whose rows are all held out.
+    training: Int64[np.ndarray, " _n"], held_out: Int64[np.ndarray, " _m"], classes: int
+) -> Int64[np.ndarray, " _classes"]:
+    """Adds the rows without a label, then those of each class, in both splits; 0 for a class that is all held out.
 
     Such a class has an untrained embedding, so it must not be sampled.
     """
-    counts, trained = (torch.bincount(rows + 1, minlength=classes + 1) for rows in (labels, labels[~held_out]))
-    return torch.where(trained > 0, counts, 0)
+    trained, others = (np.pad(counts, (0, classes + 1 - len(counts))) for counts in (training, held_out))
+    return np.where(trained > 0, trained + others, 0)
 
 
 def _matches(request: str, names: Sequence[str]) -> list[int]:

@@ -33,9 +33,9 @@ class InspectLatents:
     """Settings of `inspect_latents`."""
 
     latents: Path = LATENTS / "hrvq.h5"
-    """The latent set: a file, or the hub id of a data set."""
+    """The latent set: a file, a folder of files or a pattern such as 'folder/*.h5', or the hub id of a data set."""
     verify: bool = False
-    """Read the whole file and check it: that no byte and no attribute differs from what was written (digests), and that
+    """Read the whole set and check it: that no byte and no attribute differs from what was written (digests), and that
     codes, labels, sources and splits are valid."""
     codes: Path | None = None
     """Write a picture to this PNG: the most and least used codes of each level, decoded by the tokenizer [default: no

@@ -78,7 +78,8 @@ class TrainPrior(Generic[C, Objective]):
     Network settings that are not given are its own. The classes and the number of codes may be others: classes are
     matched by name, and what does not fit starts untrained [default: start untrained]."""
     latents: Path = LATENTS / "hrvq.h5"
-    """The latent set to train on: a file from build_latents.py, or the hub id of a data set."""
+    """The latent set to train on: a file or folder from build_latents.py, a pattern such as 'folder/*.h5', or the hub
+    id of a data set."""
     level: int = 0
     """Level of the latent set to learn, 0 being the coarsest. The prior is conditioned on the coarser levels' codes."""
     tokenizer: str | None = None
@@ -179,11 +180,11 @@ def print_end_of_prior(folder: Path, latents: Path, level: int) -> None:
 def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainPrior[Any, Any], Prior]:
     """Creates an untrained prior for a level of the latent set; returns it with the completed config."""
     cls = cast(type[Prior], models.class_of_kind("prior", config.prior))
-    levels, names, labels = latents.layout.levels, latents.provenance.label_names, latents.labels
+    levels, names, counts = latents.layout.levels, latents.provenance.label_names, latents.overview.label_counts
     learns_codes = issubclass(cls, CodePrior)
     if not learns_codes or config.objective.label_dropout == 1:
-        names, labels = (), torch.full_like(labels, -1)
-    classes = max(len(names), int(labels.max()) + 1)
+        names, counts = (), {split: rows.sum(keepdims=True) for split, rows in counts.items()}
+    classes = max(len(names), *(len(rows) - 1 for rows in counts.values()))
     if learns_codes:
         shape = {**grids(levels, config.level), "classes": classes}
     else:
@@ -199,7 +200,7 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
         "images": latents.count_images(),
         "preprocessing": latents.provenance.preprocessing,
         "label_names": names,
-        "label_counts": label_counts(labels, latents.held_out, classes).tolist(),  # unlabelled rows first
+        "label_counts": label_counts(**counts, classes=classes).tolist(),  # unlabelled rows first
     }
     return config, prior
 

@@ -1,4 +1,4 @@
-"""Shards of an unfinished latent set: only undamaged blocks count, the rest is encoded again, and all are merged."""
+"""Blocks of an unfinished latent set: only undamaged ones count, the rest is encoded again, and all are merged."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
+from smalti.latentsets.blocks import BlockStore
+from smalti.latentsets.jobs import Job
 from smalti.latentsets.reader import LatentSet
-from smalti.latentsets.shards import Job, Shards
 
 LAYOUT = Layout((Level(1, 2, (300,)), Level(1, 1, channels=2)))
 IMAGES, BLOCK_IMAGES = 11, 3
@@ -32,10 +33,10 @@ def codes_of(images) -> tuple[torch.Tensor, torch.Tensor]:
     return rows.view(-1, 1, 1) * 13 + torch.arange(2), reals
 
 
-def append(shards: Shards, blocks, bad=()) -> None:
+def append(store: BlockStore, blocks, bad=()) -> None:
     for block in blocks:
-        images = shards.job.images_of(block)
-        shards.append(block, codes_of(images), {image: f"bad {image}" for image in images if image in bad})
+        images = store.job.images_of(block)
+        store.append(block, codes_of(images), {image: f"bad {image}" for image in images if image in bad})
 
 
 @settings(max_examples=40)
@@ -48,16 +49,16 @@ def append(shards: Shards, blocks, bad=()) -> None:
     bad=st.sets(st.integers(0, IMAGES - 1), max_size=IMAGES - 1),
 )
 def test_only_undamaged_blocks_count(tmp_path_factory, owners, order, count, damage, position, bad):
-    path = tmp_path_factory.mktemp("shards") / "latents.h5"
+    path = tmp_path_factory.mktemp("blocks") / "latents.h5"
     for process in range(3):
-        with Shards(job(path), process=process) as shards:
+        with BlockStore(job(path), process=process) as store:
             if process == 0:
-                shards.claim()
-            append(shards, [block for block in order[:count] if owners[block] == process], bad)
+                store.claim()
+            append(store, [block for block in order[:count] if owners[block] == process], bad)
     written, lost = set(order[:count]), set()
     own = [block for block in order[:count] if owners[block] == 1]
     if damage != "none" and own:
-        file, size = shards.folder / "00001.shard", shards.record.itemsize
+        file, size = store.folder / "00000-00001.blocks", store.record.itemsize
         content, place = bytearray(file.read_bytes()), int(position * len(own) * size)
         if damage == "cut":
             content, lost = content[:place], set(own[place // size :])
@@ -70,17 +71,18 @@ def test_only_undamaged_blocks_count(tmp_path_factory, owners, order, count, dam
             same = [before[start:][:size] == content[start:][:size] for start in starts]
             lost = {block for block, kept in zip(own, same, strict=True) if not kept}
         file.write_bytes(content)
-    with Shards(job(path)) as shards:
-        assert shards.claim() is None
-        assert set(shards.missing()) == set(range(4)) - (written - lost)
-    with Shards(job(path), process=1) as shards:
-        append(shards, shards.missing(), bad)
-        assert shards.missing() == []
-    with Shards(job(path)) as shards:
-        shards.claim()
-        shards.merge(PROVENANCE, **COLUMNS)
+    with BlockStore(job(path)) as store:
+        assert store.claim() is None
+        assert set(store.missing()) == set(range(4)) - (written - lost)
+    with BlockStore(job(path), process=1) as store:
+        append(store, store.missing(), bad)
+        assert store.missing() == []
+    with BlockStore(job(path)) as store:
+        store.claim()
+        store.merge(PROVENANCE, **COLUMNS)
+        store.finish()
     check(path, bad)
-    assert not shards.folder.exists()
+    assert not store.folder.exists()
 
 
 def check(path: Path, bad) -> None:
@@ -110,55 +112,57 @@ def check(path: Path, bad) -> None:
 )
 def test_blocks_under_another_key_are_deleted(tmp_path, changes, stale):
     path = tmp_path / "latents.h5"
-    with Shards(job(path)) as shards:
-        shards.claim()
-        append(shards, [0, 2], bad={1})
-    with Shards(job(path, **changes)) as shards:
-        assert shards.claim() == stale
-        assert (2 in shards.missing()) == (stale is not None)
-        assert bool([*shards.folder.glob("*.s*")]) == (stale is None)
+    with BlockStore(job(path)) as store:
+        store.claim()
+        append(store, [0, 2], bad={1})
+    with BlockStore(job(path, **changes)) as store:
+        assert store.claim() == stale
+        assert (2 in store.missing()) == (stale is not None)
+        assert bool([*store.folder.glob("*.s*")]) == (stale is None)
 
 
 def test_blocks_without_a_key_are_not_used(tmp_path):
     path = tmp_path / "latents.h5"
-    with Shards(job(path)) as shards:
-        shards.claim()
-        append(shards, range(4))
-    (shards.folder / "key.json").unlink()
-    with Shards(job(path)) as shards:
-        assert shards.claim() is None
-        assert shards.missing() == [0, 1, 2, 3]
+    with BlockStore(job(path)) as store:
+        store.claim()
+        append(store, range(4))
+    (store.folder / "key.json").unlink()
+    with BlockStore(job(path)) as store:
+        assert store.claim() is None
+        assert store.missing() == [0, 1, 2, 3]
 
 
 def test_truncated_note_damages_no_other(tmp_path):
     path = tmp_path / "latents.h5"
-    with Shards(job(path)) as shards:
-        shards.claim()
-        append(shards, [0], bad={1, 2})
-        notes = shards.folder / "00000.skipped"
+    with BlockStore(job(path)) as store:
+        store.claim()
+        append(store, [0], bad={1, 2})
+        notes = store.folder / "00000-00000.skipped"
         notes.write_text(notes.read_text()[:-5])
-        append(shards, [1, 2, 3], bad={4})
-        shards.merge(PROVENANCE, **COLUMNS)
+        append(store, [1, 2, 3], bad={4})
+        store.merge(PROVENANCE, **COLUMNS)
+        store.finish()
     skipped = {image["row"]: image["reason"] for image in LatentSet(path).provenance.skipped}
     assert skipped == {1: "bad 1", 2: "it could not be decoded", 4: "bad 4"}
 
 
 def test_blocks_that_lack_an_image_are_missing_on_request(tmp_path):
     path = tmp_path / "latents.h5"
-    with Shards(job(path), process=1) as shards:
-        shards.folder.mkdir()
-        append(shards, range(4), bad={4, 10})
-        assert shards.missing() == []
-        assert shards.missing(with_bad=True) == [1, 3]
-    with Shards(job(path)) as shards:  # images were repaired; this shard is read before the other
-        append(shards, [1], bad={})
-        assert shards.missing(with_bad=True) == [3]
-        shards.merge(PROVENANCE, **COLUMNS)
+    with BlockStore(job(path), process=1) as store:
+        store.folder.mkdir()
+        append(store, range(4), bad={4, 10})
+        assert store.missing() == []
+        assert store.missing(with_bad=True) == [1, 3]
+    with BlockStore(job(path)) as store:  # images were repaired; this shard is read before the other
+        append(store, [1], bad={})
+        assert store.missing(with_bad=True) == [3]
+        store.merge(PROVENANCE, **COLUMNS)
+        store.finish()
     check(path, {10})
 
 
 def test_failed_process_stops_the_others_until_the_next_build(tmp_path):
-    first, second = Shards(job(tmp_path / "latents.h5")), Shards(job(tmp_path / "latents.h5"), process=1)
+    first, second = BlockStore(job(tmp_path / "latents.h5")), BlockStore(job(tmp_path / "latents.h5"), process=1)
     first.claim()
     assert not second.abandoned
     first.abandon()
@@ -168,15 +172,15 @@ def test_failed_process_stops_the_others_until_the_next_build(tmp_path):
 
 
 def test_only_bad_images_are_refused_and_their_blocks_stay(tmp_path):
-    with Shards(job(tmp_path / "latents.h5")) as shards:
-        shards.claim()
-        append(shards, range(4), bad=range(IMAGES))
+    with BlockStore(job(tmp_path / "latents.h5")) as store:
+        store.claim()
+        append(store, range(4), bad=range(IMAGES))
         with pytest.raises(UserError, match="none of the 11 images can be decoded"):
-            shards.merge(PROVENANCE, **COLUMNS)
-        assert shards.missing() == []
+            store.merge(PROVENANCE, **COLUMNS)
+        assert store.missing() == []
 
 
 def test_records_are_hardly_larger_than_their_codes(tmp_path):
     layout = Layout((Level(8, 8, (512,)),))
-    shards = Shards(job(tmp_path / "latents.h5", layout=layout, block_images=128))
-    assert shards.record.itemsize < 1.01 * 256 * 128
+    store = BlockStore(job(tmp_path / "latents.h5", layout=layout, block_images=128))
+    assert store.record.itemsize < 1.01 * 256 * 128
