@@ -1,7 +1,8 @@
 """The HDF5 layout of a latent set: its datasets, columns and attributes, and its digests.
 
-This file holds what the writer (`writer.py`) and the reader (`reader.py`) must agree on. Codes are contiguous datasets,
-which a reader can memory-map. The columns beside them are compressed. All numbers are little-endian.
+This file holds what the writer (`writer.py`) and the reader (`reader.py`) must agree on. Codes and conditions are
+contiguous datasets, which a reader can memory-map. The columns beside them are compressed, and so are captions
+(`captions.py`). All numbers are little-endian.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
@@ -22,13 +23,18 @@ from smalti.core.codes import Layout, Level
 from smalti.core.config import config_from_json, parse_json
 from smalti.core.errors import UserError
 from smalti.core.files import open_regular
-from smalti.latentsets.provenance import Provenance
+from smalti.latentsets.captions import CAPTION_ENDS, CAPTIONS, caption_bytes, check_captions
+from smalti.latentsets.provenance import ADDED_IN_4, Provenance
 from smalti.latentsets.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
 
 FORMAT = "smalti-latents"
-FORMAT_VERSION = 3
-VERSIONS = (2, 3)
-"""The format versions that are read. The content digest of version 2 covers codes and columns only."""
+FORMAT_VERSION = 4
+VERSIONS = (2, 3, 4)
+"""The format versions that are read. The content digest of version 2 covers codes and columns only; version 3 has
+neither conditions nor captions."""
+CONDITIONS = "conditions"
+"""The dataset of the vector of each row that priors can be conditioned on; a set may have none."""
+CONDITION_DTYPE = np.dtype("<f2")
 ALIGNMENT_BYTES = 512
 """Alignment of each level's codes in the file. Rows of 512 bytes, or of a power of two below that, then never cross
 a page or cache line unnecessarily."""
@@ -64,17 +70,31 @@ first appearance), whether the row is held out from training, and whether it is 
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything in a latent set's file except the codes, which are at `offsets` (in bytes, one per level).
+    """Everything in a latent set's file except the values of `arrays`, which are at `offsets` (in bytes).
 
-    `attributes` holds the texts of all attributes as stored, with both digests.
+    `attributes` holds the texts of all attributes as stored, with both digests. `columns` has the ends of captions, if
+    the set has captions.
     """
 
     layout: Layout
     provenance: Provenance
     attributes: dict[str, str]
     rows: int
+    arrays: "Arrays"
     offsets: tuple[int, ...]
     columns: dict[str, np.ndarray]
+
+
+Arrays: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...]]]
+"""The contiguous datasets of a set by name: the type and the shape of each."""
+
+
+def arrays_of(layout: Layout, rows: int, condition_width: int) -> Arrays:
+    """Returns the contiguous datasets of a set: the codes of each level, and the conditions if there are any."""
+    arrays: Arrays = {
+        f"codes/{index}": (stored_dtype(level), (rows, *level.shape)) for index, level in enumerate(layout.levels)
+    }
+    return arrays | ({CONDITIONS: (CONDITION_DTYPE, (rows, condition_width))} if condition_width else {})
 
 
 def stored_dtype(level: Level) -> np.dtype:
@@ -108,8 +128,8 @@ def find_column_error(columns: Mapping[str, np.ndarray], label_names: Sequence[s
     return None
 
 
-def create_file(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
-    """Creates an HDF5 file with space for the codes and nothing else; returns each level's offset in bytes.
+def create_file(path: Path, arrays: Arrays) -> tuple[int, ...]:
+    """Creates an HDF5 file with space for the arrays and nothing else; returns the offset of each in bytes.
 
     The settings keep the metadata small. With HDF5's defaults it would be a few per cent of a small set.
     """
@@ -122,10 +142,9 @@ def create_file(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # otherwise there is no offset before the first write
     offsets = []
     with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
-        for index, level in enumerate(layout.levels):
-            shape = (rows, *level.shape)
-            grid = file.create_dataset(f"codes/{index}", shape, stored_dtype(level), dcpl=early, fill_time="never")
-            offsets.append(grid.id.get_offset())
+        for name, (dtype, shape) in arrays.items():
+            array = file.create_dataset(name, shape, dtype, dcpl=early, fill_time="never")
+            offsets.append(array.id.get_offset())
     return tuple(offsets)
 
 
@@ -136,7 +155,7 @@ def attribute_texts(layout: Layout, provenance: Provenance) -> dict[str, str]:
 
 
 def add_columns(path: Path, layout: Layout, provenance: Provenance, columns: Mapping[str, np.ndarray]) -> None:
-    """Adds the columns and all attributes except the digests."""
+    """Adds the columns, captions among them, and all attributes except the digests."""
     with h5py.File(path, "r+", libver=LIBRARY, locking=False) as file:
         for name, column in columns.items():
             chunk = (min(len(column), COLUMN_CHUNK_ROWS),)
@@ -176,21 +195,22 @@ def _hashed(name: str, text: str) -> bytes:
 
 def content_digest(
     path: Path,
-    layout: Layout,
+    arrays: Arrays,
     offsets: tuple[int, ...],
     columns: Mapping[str, np.ndarray],
     attributes: Mapping[str, str],
 ) -> str:
     """Returns the content digest: SHA-256, in hexadecimal, of everything that decides what the set means.
 
-    The hash runs over the attributes in `MEANING` (in version 3), `codes/0..`, then `labels`, `source_ids`,
-    `held_out`, `flipped`. For each array it takes a line `name dtype shape` (`codes/0 <u2 100 16 16`), then the values
-    in row-major order. The digest therefore depends on the numbers and their types, but not on how HDF5 stores them or
-    in which blocks they were written. Attributes about one build, such as its time, are left out, so that two builds
-    of the same codes have one digest. The codes are read piece by piece, not memory-mapped, so that memory use stays
-    constant.
+    The hash runs over the attributes in `MEANING` (from version 3 on), `codes/0..`, `conditions` if there are any, then
+    `labels`, `source_ids`, `held_out`, `flipped`, and `caption_ends` and `captions` if there are any. So a set without
+    conditions and captions has the same digest in versions 3 and 4. For each array it takes a line `name dtype shape`
+    (`codes/0 <u2 100 16 16`), then the values in row-major order. The digest therefore depends on the numbers and their
+    types, but not on how HDF5 stores them or in which blocks they were written. Attributes about one build, such as its
+    time, are left out, so that two builds of the same codes have one digest. Codes are read piece by piece, not
+    memory-mapped, so that memory use stays constant.
     """
-    sha, rows = hashlib.sha256(), len(columns["labels"])
+    sha = hashlib.sha256()
     if attributes["format_version"] != "2":
         for name in MEANING:
             sha.update(_hashed(name, attributes[name]))
@@ -199,18 +219,22 @@ def content_digest(
         sha.update(f"{name} {dtype.str} {' '.join(map(str, shape))}\n".encode())
 
     with open_regular(path) as file:
-        for index, (level, offset) in enumerate(zip(layout.levels, offsets, strict=True)):
-            hash_header(f"codes/{index}", stored_dtype(level), (rows, *level.shape))
+        for (name, (dtype, shape)), offset in zip(arrays.items(), offsets, strict=True):
+            hash_header(name, dtype, shape)
             file.seek(offset)
-            remaining = level_bytes(level, rows)
+            remaining = math.prod(shape) * dtype.itemsize
             while remaining:
                 piece = file.read(min(remaining, DIGEST_PIECE_BYTES))
                 assert piece, "the file was truncated while it was read"
                 sha.update(piece)
                 remaining -= len(piece)
-    for name, dtype in COLUMNS.items():
-        hash_header(name, dtype, (rows,))
-        sha.update(np.ascontiguousarray(columns[name], dtype).data)
+    for name, values in columns.items():
+        hash_header(name, values.dtype, values.shape)
+        sha.update(np.ascontiguousarray(values).data)
+    if CAPTION_ENDS in columns:
+        hash_header(CAPTIONS, np.dtype("u1"), (int(columns[CAPTION_ENDS][-1]),))
+        for piece in caption_bytes(path):
+            sha.update(piece)
     return sha.hexdigest()
 
 
@@ -224,21 +248,26 @@ def read_contents(path: Path) -> Contents:
     """
     with opened(path) as file:
         layout, provenance, attributes = _read_attributes(path, file)
-        grids = {f"codes/{index}": level for index, level in enumerate(layout.levels)}
-        datasets = {name: dataset(path, file, name) for name in (*grids, *COLUMNS)}
-        rows = (datasets["labels"].shape or (0,))[0]
+        read = (CONDITIONS, CAPTION_ENDS) if int(attributes["format_version"]) > 3 else ()
+        optional = [name for name in read if name in file]
+        dtypes = COLUMNS | ({CAPTION_ENDS: np.dtype("<i8")} if CAPTION_ENDS in optional else {})
+        stored = {name: dataset(path, file, name) for name in (*dtypes, *optional)}
+        rows = (stored["labels"].shape or (0,))[0]
         if not rows:
             raise UserError(f"{path} has no rows; build the latent set again")
-        for name, level in grids.items():
-            require_extent(path, datasets[name], name, stored_dtype(level), (rows, *level.shape))
-        for name, dtype in COLUMNS.items():
-            require_extent(path, datasets[name], name, dtype, (rows,))
+        width = (stored[CONDITIONS].shape or (0,))[-1] if CONDITIONS in optional else 0
+        arrays = arrays_of(layout, rows, width)
+        stored |= {name: dataset(path, file, name) for name in arrays}
+        for name, (dtype, shape) in {**arrays, **{name: (dtype, (rows,)) for name, dtype in dtypes.items()}}.items():
+            require_extent(path, stored[name], name, dtype, shape)
         # Codes take at least one byte a row, so columns of as many rows are not much larger than the file.
-        offsets = tuple(contiguous_offset(path, datasets[name], name) for name in grids)
-        columns = {name: column(path, datasets[name], name) for name in COLUMNS}
+        offsets = tuple(contiguous_offset(path, stored[name], name) for name in arrays)
+        columns = {name: column(path, stored[name], name) for name in dtypes}
+        if CAPTION_ENDS in columns:
+            check_captions(path, file, columns[CAPTION_ENDS])
     if error := find_column_error(columns, provenance.label_names):
         raise UserError(f"{path}: {error}; build it again")
-    return Contents(layout, provenance, attributes, rows, offsets, columns)
+    return Contents(layout, provenance, attributes, rows, arrays, offsets, columns)
 
 
 def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, dict[str, str]]:
@@ -252,7 +281,8 @@ def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, d
             remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
             read = " and ".join(map(str, VERSIONS))
             raise UserError(f"{path} has format version {number}, this smalti reads {read}; {remedy}")
-        described = [field.name for field in dataclasses.fields(Provenance)]
+        new = ADDED_IN_4 if number < 4 else ()
+        described = [field.name for field in dataclasses.fields(Provenance) if field.name not in new]
         digests = ["content_digest", *(["attributes_digest"] if number != 2 else [])]
         names = ["format", "layout", *described, *digests]
         if missing := [name for name in names if name not in file.attrs]:

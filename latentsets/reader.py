@@ -19,16 +19,17 @@ from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.hub.ids import parse_target
 from smalti.core.hub.upload import upload
+from smalti.latentsets.captions import CAPTION_ENDS, read_captions
 from smalti.latentsets.format import (
     COLUMNS,
+    CONDITIONS,
     attribute_texts,
     attributes_digest,
     content_digest,
     read_contents,
-    stored_dtype,
 )
 from smalti.latentsets.provenance import Provenance
-from smalti.latentsets.sharing import files_to_share, find_file
+from smalti.latentsets.sharing import ROWS_AT_ONCE, files_to_share, find_file
 
 BLOCK_VALUES = 1 << 18
 """Codes that are counted at a time; numpy widens each to 8 bytes."""
@@ -52,6 +53,8 @@ class LatentSet:
         held_out: True if a row is held out from training; equal for all rows of a source image.
         flipped: True if a row is the mirror image of its source.
         stored: The memory maps of the codes, one array `(rows, *level.shape)` per level, in the stored dtype.
+        conditions: The memory map of the vector of each row, float16 `(rows, condition_width)`; None if there are none.
+        condition_width: Numbers in the vector of a row; 0 if there are none.
 
     Args:
         path: a file, or the id of a data set on the hub: `owner/name`, `owner/name@revision`, or
@@ -75,15 +78,18 @@ class LatentSet:
         self._attributes = contents.attributes
         self.version = int(self._attributes["format_version"])
         self.content_digest: str = self._attributes["content_digest"]
-        self._columns = contents.columns
+        self._columns, self._arrays = contents.columns, contents.arrays
         self.labels, self.source_ids, held_out, flipped = (torch.from_numpy(self._columns[name]) for name in COLUMNS)
         self.held_out, self.flipped = held_out.bool(), flipped.bool()
         self._offsets = contents.offsets
         # Plain arrays over the memory map: indexing an np.memmap builds an instance of the subclass each time.
-        self.stored: tuple[np.ndarray, ...] = tuple(
-            np.asarray(np.memmap(self.path, stored_dtype(level), "r", offset, (contents.rows, *level.shape)))
-            for level, offset in zip(self.layout.levels, self._offsets, strict=True)
-        )
+        mapped = [
+            np.asarray(np.memmap(self.path, dtype, "r", offset, shape))
+            for (dtype, shape), offset in zip(self._arrays.values(), self._offsets, strict=True)
+        ]
+        self.stored: tuple[np.ndarray, ...] = tuple(mapped[: len(self.layout.levels)])
+        self.conditions: np.ndarray | None = mapped[-1] if CONDITIONS in self._arrays else None
+        self.condition_width: int = 0 if self.conditions is None else self.conditions.shape[1]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -155,6 +161,33 @@ class LatentSet:
         self._require_valid(level, grid)
         return grid
 
+    def vectors(self, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]) -> Float[Tensor, "b _v"]:
+        """Returns the vectors of the given rows that priors can be conditioned on, in float32.
+
+        Raises:
+            UserError: if the set has none, or one is not finite.
+        """
+        if self.conditions is None:
+            raise UserError(f"{self.path} has no vectors; build it with --conditions, or add them (add_conditions)")
+        vectors = np.take(self.conditions, rows, axis=0)
+        if not np.isfinite(vectors).all():
+            raise UserError(f"{self.path} has vectors that are not finite; build it again")
+        return torch.from_numpy(vectors.astype(np.float32))
+
+    def captions(self, rows: Sequence[int]) -> list[str]:
+        """Returns the captions of the given rows, read from the file; "" for a row without one.
+
+        A row made by mirroring or cropping has the caption of its image.
+        """
+        if CAPTION_ENDS not in self._columns:
+            return ["" for _ in rows]
+        return read_captions(self.path, self._columns[CAPTION_ENDS], rows)
+
+    def captioned_rows(self) -> Int64[np.ndarray, " n"]:
+        """Returns the numbers of the rows that have a caption."""
+        ends = self._columns.get(CAPTION_ENDS, np.zeros(0, np.int64))
+        return np.flatnonzero(np.diff(ends, prepend=0))
+
     def usage(self, level: int = 0, digits: int | None = None) -> Int64[Tensor, " codes"]:
         """Counts how often each code occurs in the whole set, or each prefix of `digits` digits if that is given.
 
@@ -180,7 +213,7 @@ class LatentSet:
     def digest(self) -> str:
         """Returns the content digest that a new set of the same content has, from its current bytes."""
         texts = attribute_texts(self.layout, self.provenance)
-        return content_digest(self.path, self.layout, self._offsets, self._columns, texts)
+        return content_digest(self.path, self._arrays, self._offsets, self._columns, texts)
 
     def verify(self) -> None:
         """Checks every byte of the set against its digests, and the values for consistency.
@@ -188,19 +221,21 @@ class LatentSet:
         Version 2 has no digest of the attributes.
 
         Raises:
-            UserError: if a byte or an attribute differs from what was written, or a code is outside its level's
-                codebook.
+            UserError: if a byte or an attribute differs from what was written, a code is outside its level's codebook,
+                or a vector is not finite.
         """
         current = _reopen(self.path, self.content_digest)._attributes
         if self.version > 2 and attributes_digest(current) != current["attributes_digest"]:
             raise UserError(f"{self.path}: an attribute was changed after it was written; copy it or build it again")
-        digest = content_digest(self.path, self.layout, self._offsets, self._columns, current)
+        digest = content_digest(self.path, self._arrays, self._offsets, self._columns, current)
         if digest != self.content_digest:
             digests = f"its content has digest {digest[:12]}, not {self.content_digest[:12]}"
             raise UserError(f"{self.path} is damaged: {digests}; copy it or build it again")
         for index in range(len(self.layout.levels)):
             for block in self._blocks(index):
                 self._require_valid(index, block)
+        for start in range(0, len(self) if self.condition_width else 0, ROWS_AT_ONCE):
+            self.vectors(range(start, min(start + ROWS_AT_ONCE, len(self))))
 
     def _require_valid(self, index: int, codes: np.ndarray) -> None:
         """Refuses codes outside the codebook of their level, and real-valued latents that are not finite."""

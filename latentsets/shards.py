@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.core import locks
@@ -29,6 +29,8 @@ from smalti.core.errors import UserError
 from smalti.core.files import write_json
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.latentsets.format import (
+    CONDITION_DTYPE,
+    CONDITIONS,
     level_bytes,
     number_sources,
     stored_dtype,
@@ -52,6 +54,7 @@ class Job:
         flips: Whether each image, and each crop, makes two rows, the second of its mirror image.
         key: Everything that decides the codes, as JSON values. Blocks encoded under another key are never used.
         crops: The number of random crops of each image, which follow it as rows. Held-out images have none in the set.
+        condition_width: Numbers in the vector of each image, which all of its rows get; 0 for none.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class Job:
     flips: bool
     key: dict[str, Any]
     crops: int = 0
+    condition_width: int = 0
 
     @property
     def rows_per_image(self) -> int:
@@ -95,6 +99,8 @@ class Shards:
             (f"codes/{index}", stored_dtype(level), (job.block_images * job.rows_per_image, *level.shape))
             for index, level in enumerate(job.layout.levels)
         ]
+        if job.condition_width:
+            grids.append((CONDITIONS, CONDITION_DTYPE, (job.block_images, job.condition_width)))
         self.record = np.dtype([("checksum", "<u4"), ("block", "<i8"), ("kept", "?", (job.block_images,)), *grids])
         self._locked = ExitStack()
         self._shard: BinaryIO | None = None
@@ -145,13 +151,16 @@ class Shards:
             sizes = f"{size_text(needed)} while it is built, but {size_text(free)} are free"
             raise UserError(f"no room for {self.job.path}: it takes {sizes}; free some space, then run it again")
 
-    def append(self, block: int, codes: Codes, bad: Mapping[int, str]) -> None:
+    def append(
+        self, block: int, codes: Codes, bad: Mapping[int, str], conditions: Float[Tensor, "b v"] | None = None
+    ) -> None:
         """Appends a finished block to this process's shard.
 
         Args:
             block: The block's number.
             codes: The codes of its rows; those of bad images are ignored.
             bad: The reason for each image that could not be decoded, by its number in the job.
+            conditions: The vectors of its images, if the job has any; those of bad images are ignored.
 
         Raises:
             UserError: if codes are outside the layout, another process uses the same shard, or the disk is full.
@@ -164,6 +173,8 @@ class Shards:
         for index, grid in enumerate(codes):
             assert len(grid) == len(images) * self.job.rows_per_image
             record[f"codes/{index}"][: len(grid)] = grid.cpu().numpy()
+        if conditions is not None:
+            record[CONDITIONS][: len(images)] = conditions.numpy()
         record["checksum"] = _checksum(record)
         with reporting_full_disk(self.job.path):
             if bad:
@@ -191,6 +202,7 @@ class Shards:
         labels: Int64[Tensor, " n"],
         source_ids: Int64[Tensor, " n"],
         held_out: Bool[Tensor, " n"],
+        captions: Sequence[str] | None = None,
     ) -> None:
         """Merges the finished blocks into the latent set's file and removes the folder. Only the main process calls it.
 
@@ -201,6 +213,7 @@ class Shards:
             labels: The label of each image, -1 for none.
             source_ids: Any number that identifies each image's source.
             held_out: Whether the image is held out from training.
+            captions: The text of each image, "" for none; None for a set without captions.
 
         Raises:
             UserError: if no image could be decoded, or the disk is full. The blocks then stay for another attempt.
@@ -215,11 +228,15 @@ class Shards:
         columns = {name: column.repeat_interleave(job.rows_per_image)[rows] for name, column in per_image.items()}
         flipped = (torch.arange(len(rows)) % (1 + job.flips) == 1)[rows]
         provenance = replace(provenance, skipped=self._skipped(kept))
-        with LatentSetWriter(job.path, job.layout, **columns, flipped=flipped, provenance=provenance) as writer:
+        added: dict[str, Any] = {"provenance": provenance, "condition_width": job.condition_width}
+        if captions is not None:
+            image_of_row = kept.nonzero()[:, 0].repeat_interleave(job.rows_per_image)[rows]
+            added["captions"] = [captions[image] for image in image_of_row.tolist()]
+        with LatentSetWriter(job.path, job.layout, **columns, flipped=flipped, **added) as writer:
             start = 0
             for block in bar(range(job.blocks), what="merging", unit="block", delay_seconds=SLOW_SECONDS):
-                codes = self._codes(records[block], held_out[torch.tensor(job.images_of(block))])
-                writer.write(start, codes)
+                codes, conditions = self._read(records[block], held_out[torch.tensor(job.images_of(block))])
+                writer.write(start, codes, conditions)
                 start += len(codes[0])
         self.discard()
 
@@ -239,7 +256,8 @@ class Shards:
     def _shape(self) -> dict[str, Any]:
         job = self.job
         shape = {"images": job.images, "block_images": job.block_images, "flips": job.flips}
-        return {"layout": job.layout.to_json(), **shape, **({"crops": job.crops} if job.crops else {})}
+        optional = {"crops": job.crops, "condition_width": job.condition_width}
+        return {"layout": job.layout.to_json(), **shape, **{name: value for name, value in optional.items() if value}}
 
     def _file(self, suffix: str) -> Path:
         return self.folder / f"{self.process:05}.{suffix}"
@@ -269,15 +287,18 @@ class Shards:
         is_crop = torch.arange(self.job.rows_per_image) > self.job.flips
         return ~(held_out[:, None] & is_crop).flatten()
 
-    def _codes(self, record: "_Record", held_out: Bool[Tensor, " n"]) -> Codes:
-        """Reads the codes of one block's rows that go into the set, without images that could not be decoded."""
+    def _read(self, record: "_Record", held_out: Bool[Tensor, " n"]) -> tuple[Codes, Float[Tensor, "rows v"] | None]:
+        """Reads the codes and vectors of one block's rows in the set, without images that could not be decoded."""
         with record.shard.open("rb") as file:
             file.seek(record.offset)
             values = np.frombuffer(file.read(self.record.itemsize), self.record)[0]
         rows = np.repeat(record.kept, self.job.rows_per_image)
         rows[: len(held_out) * self.job.rows_per_image] &= self._kept_rows(held_out).numpy()
         dtypes = [np.int64 if level.radices else np.float32 for level in self.job.layout.levels]
-        return tuple(torch.from_numpy(values[f"codes/{i}"][rows].astype(dtype)) for i, dtype in enumerate(dtypes))
+        codes = tuple(torch.from_numpy(values[f"codes/{i}"][rows].astype(dtype)) for i, dtype in enumerate(dtypes))
+        if not self.job.condition_width:
+            return codes, None
+        return codes, torch.from_numpy(np.repeat(values[CONDITIONS], self.job.rows_per_image, axis=0)[rows])
 
     def _skipped(self, kept: Bool[Tensor, " n"]) -> tuple[dict[str, Any], ...]:
         """Returns the reason for each image that is not kept. A block that was redone may have its notes twice."""

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Bool, Int64
+import numpy as np
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
@@ -45,9 +46,22 @@ class SetToShare(Protocol):
     source_ids: Int64[Tensor, " rows"]
     held_out: Bool[Tensor, " rows"]
     flipped: Bool[Tensor, " rows"]
+    condition_width: int
 
     def batch(self, rows: Sequence[int]) -> Codes:
         """Returns the codes of the given rows."""
+        ...
+
+    def vectors(self, rows: Sequence[int]) -> Float[Tensor, "b _v"]:
+        """Returns the vectors of the given rows."""
+        ...
+
+    def captions(self, rows: Sequence[int]) -> list[str]:
+        """Returns the captions of the given rows."""
+        ...
+
+    def captioned_rows(self) -> Int64[np.ndarray, " n"]:
+        """Returns the numbers of the rows that have a caption."""
         ...
 
     def count_images(self) -> dict[str, int]:
@@ -132,21 +146,44 @@ def files_to_share(
     file = latent_set.path
     if latent_set.version > 2 and provenance != latent_set.provenance:
         file = scratch / latent_set.path.name
-        _copy(latent_set, provenance, file)
+        copy_set(latent_set, provenance, file, expected_digest=latent_set.content_digest)
     elif provenance != latent_set.provenance:
         raise UserError(f"{file} has format version 2; convert it to Parquet and back (convert_latents.py) first")
     card = latent_set_card(latent_set, provenance, target, license=license)
     return {CARD_NAME: card.encode(), latent_set.path.name: file}
 
 
-def _copy(latent_set: SetToShare, provenance: Provenance, path: Path) -> None:
-    """Writes a set anew with another provenance of the same meaning: a replaced attribute may stay in a file's gaps."""
+def copy_set(
+    latent_set: SetToShare,
+    provenance: Provenance,
+    path: Path,
+    *,
+    conditions: Float[Tensor, "rows v"] | None = None,
+    expected_digest: str | None = None,
+) -> None:
+    """Writes a set anew with another provenance, since a replaced attribute may stay in a file's gaps.
+
+    Args:
+        latent_set: the set.
+        provenance: that of the copy.
+        path: the file to write, whole or not at all.
+        conditions: vectors instead of the set's own.
+        expected_digest: the content digest that the copy must have, if it is known.
+    """
     rows = len(latent_set.labels)
     columns = {name: getattr(latent_set, name) for name in COLUMNS}
-    with LatentSetWriter(path, latent_set.layout, **columns, provenance=provenance) as writer:
-        writer.expected_digest = latent_set.content_digest
+    width = latent_set.condition_width if conditions is None else conditions.shape[1]
+    captions = latent_set.captions(range(rows)) if len(latent_set.captioned_rows()) else None
+    added = {"provenance": provenance, "condition_width": width, "captions": captions}
+    with LatentSetWriter(path, latent_set.layout, **columns, **added) as writer:
+        writer.expected_digest = expected_digest
         for start in range(0, rows, ROWS_AT_ONCE):
-            writer.write(start, latent_set.batch(range(start, min(start + ROWS_AT_ONCE, rows))))
+            block = range(start, min(start + ROWS_AT_ONCE, rows))
+            if conditions is not None:
+                vectors = conditions[block.start : block.stop]
+            else:
+                vectors = latent_set.vectors(block) if width else None
+            writer.write(start, latent_set.batch(block), vectors)
 
 
 def _public(latent_set: SetToShare, tokenizer: str | None) -> Provenance:
@@ -188,6 +225,8 @@ def latent_set_card(
         "flips": _flips(latent_set),
         "crops": _crops(provenance),
         "classes": _classes(latent_set),
+        "vectors": _vectors(latent_set),
+        "captions": f"{captioned:,} rows have one" if (captioned := len(latent_set.captioned_rows())) else "",
         "left out": f"{len(provenance.skipped)} damaged images" if provenance.skipped else "",
         "layout of the codes": str(latent_set.layout),
         "tokenizer": f"{code(provenance.tokenizer_kind)}, from {code(source)}",
@@ -264,6 +303,11 @@ def _classes(latent_set: SetToShare) -> str:
         return "none"
     classes = f"{len(names)}: {listed(list(names))}" if names else str(int(labels.max()) + 1)
     return f"{classes}; {without:,} rows have none" if without else classes
+
+
+def _vectors(latent_set: SetToShare) -> str:
+    source, width = latent_set.provenance.condition_source, latent_set.condition_width
+    return f"{width} numbers for each row, from {code(source)}" if width else ""
 
 
 def _usage(latent_set: SetToShare) -> str:

@@ -146,7 +146,7 @@ def test_sampling_synchronizes_equally_often_for_many_and_few_steps(kind):
                 model,
                 **{name: tensor.to(device) for name, tensor in known.items()},
                 seeds=row_seeds(0, torch.arange(4)).to(device),
-                labels=(torch.arange(4) % 3 - 1).to(device),
+                condition=(torch.arange(4) % 3 - 1).to(device),
                 upper=tuple(level.to(device) for level in upper),
                 sampling=sampling,
             )

@@ -280,7 +280,7 @@ def test_hourglass_is_conditioned_on_coarser_levels_with_and_without_guidance():
             known=codes.repeat(3, 1, 1),
             known_mask=torch.zeros(3, 4, 4, dtype=torch.bool),
             seeds=row_seeds(0, torch.arange(3)),
-            labels=torch.full((3,), -1),  # without a class both branches of guidance are equal
+            condition=torch.full((3,), -1),  # without a class both branches of guidance are equal
             upper=(coarser.repeat(3, 1, 1),),
             sampling=SundaeSampling(steps=3, guidance=guidance),
         )

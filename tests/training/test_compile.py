@@ -57,7 +57,7 @@ def draws(folder):
         torch.manual_seed(0)
         prior = models.class_of_kind("prior", kind)(replace(toys.TINY[kind], depth=(1,), shorten=())).eval()
         known = torch.arange(6).view(1, *prior.level.shape).repeat(3, 1, 1)
-        inputs = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "labels": rows - 1}
+        inputs = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "condition": rows - 1}
         eager, compiled = (
             sampler(prior, **inputs, sampling=replace(sampling, compile=compiled)) for compiled in (False, True)
         )
