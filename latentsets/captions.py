@@ -3,6 +3,8 @@
 Texts are compressed and read from the file when they are asked for, since training does not need them.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,11 @@ def encode_captions(captions: Sequence[str]) -> tuple[Int64[np.ndarray, " rows"]
             "that a latent set stores; shorten it"
         )
     return sizes.cumsum(), np.frombuffer(b"".join(encoded), np.uint8)
+
+
+def digest_of_captions(captions: Sequence[str]) -> str:
+    """Returns the SHA-256 of captions, in hexadecimal."""
+    return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
 
 
 def read_captions(path: Path, ends: Int64[np.ndarray, " rows"], rows: Sequence[int]) -> list[str]:

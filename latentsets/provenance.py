@@ -55,19 +55,25 @@ class Provenance:
         for name in ("tokenizer_config", "preprocessing", "software"):
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
-    def has_codes_of(self, other: "Provenance") -> bool:
-        """Returns whether two sets have the same tokenizer, images and preprocessing, and therefore the same codes."""
+    def is_met_by(self, other: "Provenance") -> bool:
+        """Returns whether another set has the same tokenizer, images and preprocessing, and therefore the same codes.
+
+        It must also have the conditions of this one, if this one has any.
+        """
         same = ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
-        return all(getattr(self, name) == getattr(other, name) for name in same)
+        codes_are_equal = all(getattr(self, name) == getattr(other, name) for name in same)
+        return codes_are_equal and self.condition_source in ("", other.condition_source)
 
     def is_rebuild_of(self, other: "Provenance | None") -> bool:
         """Returns whether two sets have the same tokenizer and images, either of which may have changed in place.
 
-        A set without conditions is no rebuild of one with them, which it would lose.
+        A set without conditions is no rebuild of one with them, which it would lose, unless that one already meets it.
         """
         same = (("tokenizer_digest", "tokenizer_source"), ("image_fingerprint", "image_source"))
-        if other is None or (other.condition_source and not self.condition_source):
+        if other is None:
             return False
+        if other.condition_source and not self.condition_source:
+            return self.is_met_by(other)
         return all(any(getattr(self, name) == getattr(other, name) for name in names) for names in same)
 
     def to_attributes(self) -> dict[str, str]:

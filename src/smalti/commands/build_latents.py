@@ -6,9 +6,10 @@ Images are decoded and encoded here, one block at a time. Finished blocks wait i
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
@@ -18,7 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from smalti.commands.model_paths import LATENTS, layer_name, layer_source, load_tokenizer
+from smalti.commands.model_paths import LATENTS, images_for, layer_name, layer_source, load_tokenizer
 from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.devices import Device, autocast, device
@@ -29,8 +30,10 @@ from smalti.images.decoding import to_float
 from smalti.images.fitting import SMALLEST_CROP, TEN_CROP_SIDE, recorded_fit, ten_crops
 from smalti.images.formats.opening import BadImageError
 from smalti.images.image_set import ImageSet
-from smalti.images.reading import Reading, read_images_for
+from smalti.images.reading import Reading
 from smalti.images.sources import local_paths
+from smalti.latentsets.captions import digest_of_captions
+from smalti.latentsets.conditions import ConditionSource
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.shards import Job, Shards
@@ -43,6 +46,7 @@ T = TypeVar("T")
 Block: TypeAlias = tuple[int, Tensor, dict[int, str]]
 """A block's number, its images (uint8), each followed by its crops, and errors of images by their numbers."""
 
+SIDES = ("channels", "height", "width")
 MOST_CROPS = 1_000
 MOST_WORKERS = 4  # default limit: each worker holds a few blocks of images in memory
 
@@ -64,6 +68,13 @@ class BuildLatents:
     list of paths (.csv, .txt), arrays (.npz), Parquet files, or a data set's hub id [default: the images that the
     tokenizer was trained on]."""
     reading: Reading = field(default_factory=Reading)
+    caption_column: str | None = None
+    """Column of the captions to store, also of `metadata.csv` or in the `.json` beside an image [default: the `.txt`
+    files beside images in shards]."""
+    conditions: str | None = None
+    """Vectors to store, for priors with `--condition vector`: FILE.npy with a vector for each image, in their order; or
+    `module:function`, a function of yours that receives uint8 images `(b, c, h, w)` and returns `(b, width)` floats.
+    Mirror images and crops get their image's vector."""
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""
     width: int | None = None
@@ -124,15 +135,20 @@ def build_latents(config: BuildLatents) -> Path:
     encoding_device = own_device if own_device is not None and own_device.type == wanted.type else wanted
     tokenizer_source = layer_source(config.tokenizer, config.layer)
     tokenizer = load_tokenizer(tokenizer_source).to(encoding_device)
-    asked = (config.tokenizer, config.images, config.height, config.width, config.reading)
+    asked = (config.tokenizer, config.images, config.height, config.width, config.reading, config.caption_column)
     images = main_first(process, lambda: images_for(tokenizer, *asked, shown=process.is_main_process))
+    captions = images.captions()
+    one = torch.zeros(1, *(images.preprocessing[side] for side in SIDES), device=encoding_device)
+    blank = one.int() if images.preprocessing.get("image_depth") == 16 else one.byte()
+    conditions = ConditionSource(config.conditions, len(images), blank) if config.conditions else None
     name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
     path = config.out or LATENTS / f"{name}.h5"
     if config.crops_per_image and recorded_fit(images.preprocessing) == "pad":
         raise UserError("crops would cut into white borders; leave them out, or train the tokenizer with another --fit")
     crops = {"crops": config.crops, "smallest_crop": SMALLEST_CROP} if config.crops else {}
     crops |= {"ten_crop_side": TEN_CROP_SIDE} if config.ten_crop else {}
-    precision = {} if config.precision == "fp32" else {"precision": config.precision}
+    other = {} if config.precision == "fp32" else {"precision": config.precision}
+    other |= {"captions_digest": digest_of_captions(captions)} if captions else {}
     provenance = Provenance(
         tokenizer_kind=tokenizer.kind,
         tokenizer_config=dataclasses.asdict(tokenizer.config),
@@ -140,11 +156,13 @@ def build_latents(config: BuildLatents) -> Path:
         tokenizer_source=tokenizer_source,
         image_source=images.source,
         image_fingerprint=images.fingerprint,
-        preprocessing={**images.preprocessing, "flips": config.flips, **crops, **precision},
+        preprocessing={**images.preprocessing, "flips": config.flips, **crops, **other},
         label_names=images.label_names,
+        condition_source=conditions.source if conditions else "",
         command=command(),
     )
-    encode(tokenizer, images, job_of(tokenizer, images, path, provenance, config), provenance, config, process)
+    job = job_of(tokenizer, images, path, provenance, config, conditions)
+    encode(tokenizer, images, job, provenance, config, process, conditions, captions)
     if process.is_main_process:
         print(describe(LatentSet(path)))
     return path
@@ -157,6 +175,8 @@ def encode(
     provenance: Provenance,
     config: BuildLatents,
     process: PartialState,
+    conditions: ConditionSource | None = None,
+    captions: Sequence[str] | None = None,
 ) -> None:
     """Encodes opened images with a tokenizer that is on its device, and writes the finished file."""
     main, with_bad = process.is_main_process, config.reading.on_bad_image == "raise"
@@ -166,7 +186,7 @@ def encode(
         _on_all_processes(process, lambda: stack.enter_context(claim) if main else None)
         stale = _on_all_processes(process, lambda: shards.claim() if main else None)
         before = _provenance_of(job.path)
-        finished = before is not None and provenance.has_codes_of(before) and not (with_bad and before.skipped)
+        finished = before is not None and provenance.is_met_by(before) and not (with_bad and before.skipped)
         # every process lists the missing blocks before any process writes one
         missing = _on_all_processes(process, lambda: shards.missing(with_bad=with_bad), shards)
         if finished:
@@ -179,22 +199,31 @@ def encode(
         _on_all_processes(process, lambda: shards.require_room(len(missing)) if main else None, shards)
         share = missing[process.process_index :: process.num_processes]
         try:
-            _on_all_processes(process, lambda: _encode(tokenizer, images, shards, share, config, process), shards)
+            arguments = (tokenizer, images, shards, share, config, process, conditions)
+            _on_all_processes(process, lambda: _encode(*arguments), shards)
         except KeyboardInterrupt:
             process.print("\nFinished blocks are kept: run the same command to resume.")
             raise
         columns = {"labels": images.labels, "source_ids": images.source_ids, "held_out": images.held_out}
-        _on_all_processes(process, lambda: shards.merge(provenance, **columns) if main else None, shards)
+        merge = partial(shards.merge, provenance, captions=captions, **columns)
+        _on_all_processes(process, lambda: merge() if main else None, shards)
 
 
-def job_of(tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Provenance, config: BuildLatents) -> Job:
+def job_of(
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    path: Path,
+    provenance: Provenance,
+    config: BuildLatents,
+    conditions: ConditionSource | None = None,
+) -> Job:
     """Divides the images into blocks, with a key of everything that decides their codes.
 
     Raises:
         UserError: if the tokenizer cannot encode images of this size.
     """
-    size, encoding_device = images.preprocessing, _device_of(tokenizer)
-    blank = torch.zeros(1, size["channels"], size["height"], size["width"], device=encoding_device)
+    encoding_device = _device_of(tokenizer)
+    blank = torch.zeros(1, *(images.preprocessing[side] for side in SIDES), device=encoding_device)
     with torch.no_grad():
         codes = tokenizer.encode(blank)
     return Job(
@@ -204,45 +233,20 @@ def job_of(tokenizer: Tokenizer, images: ImageSet, path: Path, provenance: Prove
         block_images=max(1, config.batch_size // ((1 + config.crops_per_image) * (1 + config.flips))),
         flips=config.flips,
         crops=config.crops_per_image,
+        condition_width=conditions.width if conditions else 0,
         key={
             "tokenizer_digest": provenance.tokenizer_digest,
             "image_fingerprint": provenance.image_fingerprint,
             "preprocessing": provenance.preprocessing,
             "device": encoding_device.type,
             "software": versions(),
+            **({"condition_source": conditions.source} if conditions else {}),
         },
     )
 
 
 def _device_of(tokenizer: Tokenizer) -> torch.device:
     return next(tokenizer.parameters()).device
-
-
-def images_for(
-    tokenizer: Tokenizer,
-    name: str,
-    source: str | None,
-    height: int | None,
-    width: int | None,
-    reading: Reading,
-    *,
-    shown: bool = True,
-) -> ImageSet:
-    """Reads images for a tokenizer, at its size unless another one is given; see `read_images_for`.
-
-    Raises:
-        UserError: as `read_images_for` does.
-    """
-    return read_images_for(
-        tokenizer.provenance,
-        name,
-        source,
-        reading,
-        height=height or tokenizer.config.height,
-        width=width or tokenizer.config.width,
-        channels=tokenizer.image_channels,
-        shown=shown,
-    )
 
 
 def _on_all_processes(process: PartialState, work: Callable[[], T], claimed: Shards | None = None) -> T:
@@ -272,6 +276,7 @@ def _encode(
     share: list[int],
     config: BuildLatents,
     process: PartialState,
+    conditions: ConditionSource | None,
 ) -> None:
     """Encodes this process's `share` of the missing blocks."""
     job = shards.job
@@ -290,7 +295,8 @@ def _encode(
                 return
             if bad and config.reading.on_bad_image == "raise":
                 raise BadImageError(f"{bad[min(bad)]}, or leave out such images with --on-bad-image skip")
-            shards.append(block, encode_block(tokenizer, pixels, flips=job.flips), bad)
+            vectors = conditions(job.images_of(block), pixels[:: 1 + job.crops]) if conditions else None
+            shards.append(block, encode_block(tokenizer, pixels, flips=job.flips), bad, vectors)
             progress.update()
 
 
