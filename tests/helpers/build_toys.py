@@ -25,6 +25,7 @@ from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
 IMAGES = 200
 CONFIG = HRVQConfig(8, 8, widths=(6, 8), residual_blocks=1, code_width=6, depth=2, branching=4)
 FLAGS = ("--tokenizer", "tokenizer", "--images", "img", "--batch-size", "8", "--workers", "0", "--device", "cpu")
+CONDITIONS = ("--conditions", "encoder_of_tests:means")
 
 # One server imports everything once, and each builder is forked from it. It does not check shapes, unlike the tests.
 BUILDERS = multiprocessing.get_context("forkserver")
@@ -39,6 +40,11 @@ def write_images(folder: Path, count: int = IMAGES, seed: int = 0) -> None:
     for index in range(count):
         halves = colours[index - (index % 10 == 9)].repeat(4, 0).repeat(8, 1)
         Image.fromarray(halves.astype(np.uint8)).save(folder / f"{index:04}.png")
+
+
+def write_encoder(folder: Path) -> None:
+    """Writes the module of `CONDITIONS`: the mean of each channel."""
+    (folder / "encoder_of_tests.py").write_text("def means(images):\n    return images.float().mean((2, 3)) / 255\n")
 
 
 def save_tokenizer(folder: Path, seed: int = 0) -> None:

@@ -121,7 +121,7 @@ def find_conditions(
 
 
 def draw_conditions(
-    priors: Sequence[Prior], requested: Sequence[int] | Float[Tensor, "n v"], rows: Int64[Tensor, " b"], seed: int
+    priors: Sequence[Prior], requested: Sequence[int] | Float[Tensor, "_n _v"], rows: Int64[Tensor, " b"], seed: int
 ) -> Condition | None:
     """Returns the condition of each sample: the requested ones in turn.
 

@@ -214,7 +214,7 @@ def fills(
     *,
     num: int,
     seed: int,
-    conditions: Sequence[int] | Float[Tensor, "n v"],
+    conditions: Sequence[int] | Float[Tensor, "_n _v"],
     sampling: Any,
     filling: Filling,
     precision: Precision,

@@ -178,7 +178,7 @@ def generate_images(
     seed: int,
     sampling: Any,
     grids: Sequence[tuple[int, int]] | None = None,
-    conditions: Sequence[int] | Float[Tensor, "n v"] = (),
+    conditions: Sequence[int] | Float[Tensor, "_n _v"] = (),
     batch_size: int = 64,
     precision: Precision = "auto",
     watch: Callable[[int, Codes], None] | None = None,
