@@ -152,7 +152,7 @@ class Shards:
             raise UserError(f"no room for {self.job.path}: it takes {sizes}; free some space, then run it again")
 
     def append(
-        self, block: int, codes: Codes, bad: Mapping[int, str], conditions: Float[Tensor, "b v"] | None = None
+        self, block: int, codes: Codes, bad: Mapping[int, str], conditions: Float[Tensor, "images v"] | None = None
     ) -> None:
         """Appends a finished block to this process's shard.
 

@@ -25,8 +25,8 @@ from helpers.build_toys import (
     run,
     save_tokenizer,
     wait_for,
-    write_encoder,
     write_images,
+    write_inputs,
 )
 
 from smalti.commands import build_latents
@@ -48,9 +48,7 @@ FOLDER = ".latents.h5.building"
 def workspace(tmp_path_factory):
     """A working folder with a tokenizer, images, and the latent set of one uninterrupted process."""
     folder = tmp_path_factory.mktemp("build")
-    write_images(folder / "img")
-    write_encoder(folder)
-    save_tokenizer(folder / "tokenizer")
+    write_inputs(folder)
     threads, before = torch.get_num_threads(), Path.cwd()
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -73,22 +71,13 @@ def latents(workspace):
 def same(path, other):
     """Returns whether all datasets of two files are equal, vectors if the first has any, read with plain h5py."""
     with h5py.File(path) as one, h5py.File(other) as two:
-        names = [
-            "codes/0",
-            "labels",
-            "source_ids",
-            "held_out",
-            "flipped",
-            *(["conditions"] if "conditions" in one else []),
-        ]
+        names = ["codes/0", "labels", "source_ids", "held_out", "flipped"] + ["conditions"] * ("conditions" in one)
         return all(np.array_equal(one[name][:], two[name][:]) for name in names)
 
 
 def finished(folder, width=0):
     """Returns the number of every complete record in all shards, duplicates included; `width` is that of vectors."""
-    job = Job(
-        folder / "latents.h5", HRVQ(CONFIG).layout, IMAGES, BLOCK_IMAGES, flips=True, key={}, condition_width=width
-    )
+    job = Job(folder / "latents.h5", HRVQ(CONFIG).layout, IMAGES, BLOCK_IMAGES, True, {}, condition_width=width)
     shards = Shards(job)
     blocks = []
     for shard in shards.folder.glob("*.shard"):

@@ -42,16 +42,18 @@ def write_images(folder: Path, count: int = IMAGES, seed: int = 0) -> None:
         Image.fromarray(halves.astype(np.uint8)).save(folder / f"{index:04}.png")
 
 
-def write_encoder(folder: Path) -> None:
-    """Writes the module of `CONDITIONS`: the mean of each channel."""
-    (folder / "encoder_of_tests.py").write_text("def means(images):\n    return images.float().mean((2, 3)) / 255\n")
-
-
 def save_tokenizer(folder: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     tokenizer = HRVQ(CONFIG)
     tokenizer.init_from_data(to_float(torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)))
     tokenizer.save(folder)
+
+
+def write_inputs(folder: Path, count: int = IMAGES) -> None:
+    """Writes images, a tokenizer, and the module of `CONDITIONS`, which computes the mean of each channel."""
+    write_images(folder / "img", count)
+    save_tokenizer(folder / "tokenizer")
+    (folder / "encoder_of_tests.py").write_text("def means(images):\n    return images.float().mean((2, 3)) / 255\n")
 
 
 @contextmanager

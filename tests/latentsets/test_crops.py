@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.build_toys import CONDITIONS, FLAGS, one_thread, run, save_tokenizer, write_encoder, write_images
+from helpers.build_toys import CONDITIONS, FLAGS, one_thread, run, write_inputs
 
 from smalti.images.decoding import to_float
 from smalti.images.image_set import open_images
@@ -14,10 +14,8 @@ from smalti.tokenizers.vq.hrvq import HRVQ
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    write_images(tmp_path / "img", count=40)
+    write_inputs(tmp_path, count=40)
     (tmp_path / "img" / "0003.png").write_text("no image")
-    write_encoder(tmp_path)
-    save_tokenizer(tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
     with one_thread():
         yield tmp_path

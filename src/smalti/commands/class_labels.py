@@ -80,7 +80,7 @@ def _matches(request: str, names: Sequence[str]) -> list[int]:
 
 
 class Conditions(NamedTuple):
-    """What samples are conditioned on, in turn: the numbers of classes, or vectors `(n, v)`; and their names."""
+    """The conditions of samples, in turn: the numbers of classes, or vectors `(n, v)`; and their names."""
 
     names: list[str]
     values: list[int] | Tensor
