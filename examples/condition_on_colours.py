@@ -5,8 +5,8 @@ $ smalti build-latents --tokenizer portraits --images portraits --no-flips \
 $ smalti train-prior --latents runs/colours/latents.h5 --condition vector --out runs/colours/prior
 $ python examples/condition_on_colours.py runs/colours
 
-The last command prints the held-out loss with the right vectors and with those of other images, and draws four vectors
-with rising guidance.
+The last command prints the held-out loss with the right vectors and with those of other images, and draws images given
+the vectors of two held-out images, with rising guidance.
 """
 
 import sys
@@ -17,12 +17,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from smalti import LatentSet, Prior, load_prior, sample
+from smalti.commands.model_paths import tokenizer_beside
 from smalti.core.randomness import row_seeds
 from smalti.images.decoding import to_float
 from smalti.images.sheets import save_sheet
 from smalti.latentsets.dataset import LatentRows
-
-QUARTERS = {"red": (0.9, 0.2, 0.2), "blue": (0.2, 0.3, 0.9)}
 
 
 def mean_colours(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 12"]:
@@ -50,16 +49,20 @@ def held_out_losses(prior: Prior, latents: LatentSet, seed: int = 0) -> dict[str
 
 
 def main(folder: str = "runs/colours", guidances: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0), num: int = 8) -> None:
-    """Prints the losses and writes `guidance.png`: a row for each vector and guidance, with the same seeds."""
+    """Prints the losses and writes `guidance.png`: for two held-out images, as decoded, a row for each guidance."""
     prior, latents = load_prior(Path(folder) / "prior"), LatentSet(Path(folder) / "latents.h5")
     print({name: round(loss, 4) for name, loss in held_out_losses(prior, latents).items()})
-    rows = {}
-    for name, colour in QUARTERS.items():
-        vector = torch.tensor([colour]).repeat(1, 4)
+    held_out, rows = latents.held_out.nonzero().flatten().tolist(), {}
+    vectors = latents.vectors(held_out)
+    farthest = int((vectors - vectors[0]).norm(dim=1).argmax())
+    for number in (0, farthest):
+        vector = vectors[[number]]
+        image = tokenizer_beside(prior).decode(latents.batch([held_out[number]]))
+        rows[f"held-out image {number}"] = image
         for guidance in guidances:
             drawn = sample(prior, num=num, conditions=vector, sampling=prior.method.sampling(guidance=guidance))
             error = float((mean_colours(drawn) - vector).abs().mean())
-            rows[f"{name}, guidance {guidance}: {error:.3f} from the vector"] = to_float(drawn)
+            rows[f"image {number}, guidance {guidance}: colours {error:.3f} from its own"] = to_float(drawn)
     save_sheet(Path(folder) / "guidance.png", rows)
 
 
