@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.build_toys import FLAGS, one_thread, save_tokenizer, write_images
-from helpers.command_toys import run
-from helpers.examples import example
+from helpers.command_toys import example, run
 from PIL import Image
 
 from smalti import LatentSet, UserError, inpaint, load_prior, sample
@@ -37,7 +36,7 @@ VECTORS = np.linspace(0, 1, 24).reshape(2, 12)
 def folder(tmp_path, monkeypatch):
     write_images(tmp_path / "img", 40)
     save_tokenizer(tmp_path / "tokenizer")
-    (tmp_path / "colours_of_test.py").write_text("from helpers.examples import example\n")
+    (tmp_path / "colours_of_test.py").write_text("from helpers.command_toys import example\n")
     with (tmp_path / "colours_of_test.py").open("a") as file:
         file.write('mean_colours = example("condition_on_colours").mean_colours\n')
     monkeypatch.chdir(tmp_path)

@@ -2,8 +2,7 @@
 
 import pytest
 from accelerate.state import AcceleratorState
-from helpers.command_toys import save_pair
-from helpers.examples import EXAMPLES, example
+from helpers.command_toys import EXAMPLES, example, save_pair
 from helpers.image_toys import write_patches
 from PIL import Image
 

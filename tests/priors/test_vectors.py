@@ -157,7 +157,7 @@ def test_conditions_are_taken_in_turn():
 
 
 def test_levels_share_one_vector():
-    """Of two levels, both conditional or only the coarser one."""
+    """Both levels are conditional, or only the coarser one."""
     coarse = prior_of(height=1, width=2)
     for width in (WIDTH, 0):
         fine = prior_of(height=2, width=4, condition_width=width, upper_radices=((3, 2),), upper_factors=(2,))
