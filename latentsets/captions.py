@@ -55,7 +55,7 @@ def read_captions(path: Path, ends: Int64[np.ndarray, " rows"], rows: Sequence[i
         return [stored[start:end].tobytes().decode(errors="replace") for start, end in spans]
 
 
-def caption_bytes(path: Path) -> Iterator[UInt8[np.ndarray, " bytes"]]:
+def caption_bytes(path: Path) -> Iterator[UInt8[np.ndarray, " _bytes"]]:
     """Yields the bytes of all captions piece by piece, for the digest."""
     with opened(path) as file:
         stored: Any = dataset(path, file, CAPTIONS)

@@ -234,7 +234,7 @@ def content_digest(
     if CAPTION_ENDS in columns:
         hash_header(CAPTIONS, np.dtype("u1"), (int(columns[CAPTION_ENDS][-1]),))
         for piece in caption_bytes(path):
-            sha.update(piece)
+            sha.update(piece.data)
     return sha.hexdigest()
 
 

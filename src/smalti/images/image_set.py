@@ -280,8 +280,8 @@ def open_images(
     for flag, value in (("limit", limit), ("most-pixels", most_pixels)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} must be at least 1, not {value}")
-    columns = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
-    columns |= {"split": split, "limit": limit}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    columns |= {"caption_column": caption_column, "split": split, "limit": limit}
     table = sources.open_table(source, **columns, channels=channels)
     selection = {name: value for name, value in {**columns, "held_out": held_out}.items() if value is not None}
     return ImageSet(
