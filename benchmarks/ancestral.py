@@ -16,6 +16,7 @@ from smalti.benchmarks.priors import DEMONSTRATION, DEMONSTRATION_PIXELCNN, rand
 from smalti.core.devices import autocast, best_device
 from smalti.core.randomness import Stream, derive, row_seeds, uniform
 from smalti.priors.base import CausalPrior, CodePrior, PriorConfig
+from smalti.priors.conditioning import no_condition
 from smalti.priors.methods.autoregressive import AncestralSampling, sample_ancestral
 from smalti.priors.networks.hourglass import Hourglass
 from smalti.priors.networks.maskgit import MaskGIT
@@ -93,7 +94,7 @@ def sample_naively(
     known_mask: Tensor,
     seeds: Tensor,
     sampling: AncestralSampling,
-    labels: Tensor | None = None,
+    condition: Tensor | None = None,
     upper: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """Ancestral sampling without caches: it recomputes the features of the whole grid at each position.
@@ -105,9 +106,9 @@ def sample_naively(
     first = derive(derive(seeds, Stream.PARTICLE, torch.zeros_like(seeds)), Stream.AUTOREGRESSIVE_DRAW)
     draws = uniform(first, h * w, len(head.radices))
     for position in (~known_mask).flatten(1).any(0).nonzero().flatten().tolist():
-        features, unconditional = prior.features(codes, labels, upper), None
-        if labels is not None and sampling.guidance != 1:
-            unconditional = prior.features(codes, torch.full_like(labels, -1), upper)
+        features, unconditional = prior.features(codes, condition, upper), None
+        if condition is not None and sampling.guidance != 1:
+            unconditional = prior.features(codes, no_condition(condition), upper)
         sampled = head.sample(
             features, draws, sampling.temperature, unconditional=unconditional, guidance=sampling.guidance
         )

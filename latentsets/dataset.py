@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalti.core.errors import UserError
-from smalti.latentsets.format import level_bytes
+from smalti.latentsets.hdf5.format import CONDITION_DTYPE, level_bytes
 from smalti.latentsets.reader import LatentSet
 
 Split: TypeAlias = Literal["train", "held_out", "all"]
@@ -37,12 +37,13 @@ class LatentRows(Dataset):
         latent_set: The set to read. DataLoader workers read through their own memory map of its file.
         split: The side to read: `train`, `held_out`, or `all` rows.
         level: The level whose codes are the target. The codes of all coarser levels come with them.
+        conditions: Whether the rows' vectors come with them.
 
     Raises:
-        UserError: if the set has no such level, or no rows on that side.
+        UserError: if the set has no such level, no vectors, or no rows on that side.
     """
 
-    def __init__(self, latent_set: LatentSet, *, split: Split, level: int = 0) -> None:
+    def __init__(self, latent_set: LatentSet, *, split: Split, level: int = 0, conditions: bool = False) -> None:
         if not 0 <= level < len(latent_set.layout.levels):
             raise UserError(f"{latent_set.path} has levels 0 to {len(latent_set.layout.levels) - 1}, not {level}")
         self.latent_set, self.level = latent_set, level
@@ -54,6 +55,9 @@ class LatentRows(Dataset):
         self._length = rows if self._index is None else len(self._index)
         if not self._length:
             raise UserError(f"{latent_set.path} has no {split} rows among {len(latent_set)}; build it from more images")
+        if conditions:
+            latent_set.vectors([])  # raises if there are none
+        self.conditions = conditions
         self._labels = latent_set.overview.labels
         self._levels = {"codes": level, **{f"upper_{coarser}": coarser for coarser in range(level)}}
         self._resident: dict[str, Tensor] | None = None
@@ -67,22 +71,27 @@ class LatentRows(Dataset):
         Returns:
             `codes` of the level: int64 `(b, h, w)`, or float32 `(b, c, h, w)` if the level is continuous. `upper_0`,
             `upper_1`, ...: the codes of the coarser levels in the same form, coarsest first. `labels`: int64 `(b,)`,
-            -1 for none. `rows`: int64 `(b,)`, the requested row numbers within this dataset.
+            -1 for none. `conditions`: float32 `(b, v)`, the vectors, if they were asked for. `rows`: int64 `(b,)`, the
+            requested row numbers within this dataset.
         """
         if self._resident:
             numbers = torch.as_tensor(rows, dtype=torch.int64, device=self._resident["labels"].device)
             batch = {name: column.index_select(0, numbers) for name, column in self._resident.items()}
-            return {**batch, **{name: _widen(batch[name]) for name in self._levels}, "rows": numbers}
+            widened = {name: _widen(batch[name]) for name in batch if name != "labels"}
+            return {**batch, **widened, "rows": numbers}
         numbers = np.array(rows, np.int64)  # numpy converts a list and gathers rows several times faster than torch
         index = numbers if self._index is None else self._index[numbers].astype(np.int64)
         codes = {name: self.latent_set.read(level, index) for name, level in self._levels.items()}
         columns = {"labels": self._labels[index].astype(np.int64), "rows": numbers}
-        return codes | {name: torch.from_numpy(column) for name, column in columns.items()}
+        vectors = {"conditions": self.latent_set.vectors(index)} if self.conditions else {}
+        return codes | {name: torch.from_numpy(column) for name, column in columns.items()} | vectors
 
     @property
     def resident_bytes(self) -> int:
-        """Device memory that the codes take after `to`."""
-        return sum(level_bytes(level, len(self)) for level in self.latent_set.layout.levels[: self.level + 1])
+        """Device memory that the codes, and vectors, take after `to`."""
+        vectors = len(self) * self.latent_set.condition_width * CONDITION_DTYPE.itemsize if self.conditions else 0
+        codes = sum(level_bytes(level, len(self)) for level in self.latent_set.layout.levels[: self.level + 1])
+        return codes + vectors
 
     def for_training(self, device: torch.device, workers: int) -> tuple["LatentRows", int]:
         """Chooses the fastest way to feed a device; returns the rows and the number of DataLoader workers to use.
@@ -110,6 +119,8 @@ class LatentRows(Dataset):
             if self.latent_set.layout.levels[level].radices:
                 codes = codes.view(_SIGNED[codes.itemsize])
             self._resident[name] = torch.from_numpy(codes).to(device)
+        if self.conditions:
+            self._resident["conditions"] = self.latent_set.vectors(index).half().to(device)
         return self
 
 
@@ -122,7 +133,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _widen(codes: Tensor) -> Tensor:
-    """Converts codes stored under `_SIGNED` dtypes to int64; continuous codes stay as they are."""
+    """Converts codes stored under `_SIGNED` dtypes to int64, continuous codes and vectors to float32."""
     if codes.is_floating_point():
-        return codes
+        return codes.float()
     return codes.long().bitwise_and_((1 << 8 * codes.itemsize) - 1)  # undoes the sign extension

@@ -22,7 +22,7 @@ from smalti.core.codes import Codes, Layout, Level
 from smalti.core.config import parse_json
 from smalti.core.errors import UserError
 from smalti.core.files import open_regular, whole_file
-from smalti.latentsets.format import layout_from_json
+from smalti.latentsets.hdf5.format import layout_from_json
 
 MAGIC = b"smalti codes 2 "
 OLD_MAGIC = b"smalti codes 1 "

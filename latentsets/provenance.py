@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from smalti.core.config import config_from_json, parse_json
+from smalti.core.config import added, config_from_json, parse_json
 from smalti.core.provenance import command, versions
+
+ADDED_IN_4 = ("condition_source",)
+"""Attributes that format versions 2 and 3 lack."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Provenance:
         preprocessing: What was done to the images before encoding, as JSON values.
         label_names: The name of each label, from label 0 on; empty if the images have no labels.
         skipped: Images left out because they could not be decoded: `row` in the image source and `reason`, in order.
+        condition_source: The function or file that the conditions come from, with a digest; empty if there are none.
         command: The command line that made the set.
         created: UTC time of creation, ISO 8601.
         software: Versions of the software that made the set.
@@ -41,6 +45,7 @@ class Provenance:
     preprocessing: dict[str, Any]
     label_names: tuple[str, ...] = ()
     skipped: tuple[dict[str, Any], ...] = ()
+    condition_source: str = added(off="")
     command: str = field(default_factory=command)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     software: dict[str, str] = field(default_factory=versions)
@@ -50,17 +55,26 @@ class Provenance:
         for name in ("tokenizer_config", "preprocessing", "software"):
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
-    def has_codes_of(self, other: "Provenance") -> bool:
-        """Returns whether two sets have the same tokenizer, images and preprocessing, and therefore the same codes."""
+    def is_met_by(self, other: "Provenance") -> bool:
+        """Returns whether another set has the same tokenizer, images and preprocessing, and therefore the same codes.
+
+        It must also have the conditions of this one, if this one has any.
+        """
         same = ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
-        return all(getattr(self, name) == getattr(other, name) for name in same)
+        codes_are_equal = all(getattr(self, name) == getattr(other, name) for name in same)
+        return codes_are_equal and self.condition_source in ("", other.condition_source)
 
     def is_rebuild_of(self, other: "Provenance | None") -> bool:
-        """Returns whether two sets have the same tokenizer and images, either of which may have changed in place."""
+        """Returns whether two sets have the same tokenizer and images, either of which may have changed in place.
+
+        A set without conditions is no rebuild of one with them, which it would lose, unless that one already meets it.
+        """
         same = (("tokenizer_digest", "tokenizer_source"), ("image_fingerprint", "image_source"))
-        return other is not None and all(
-            any(getattr(self, name) == getattr(other, name) for name in names) for names in same
-        )
+        if other is None:
+            return False
+        if other.condition_source and not self.condition_source:
+            return self.is_met_by(other)
+        return all(any(getattr(self, name) == getattr(other, name) for name in names) for names in same)
 
     def to_attributes(self) -> dict[str, str]:
         """Returns the attributes as text by name; values that are not text are encoded as JSON."""
@@ -78,5 +92,6 @@ class Provenance:
             KeyError: if an attribute is missing.
         """
         types: dict[str, Any] = {described.name: described.type for described in dataclasses.fields(cls)}
-        values = {name: texts[name] if kind is str else parse_json(texts[name]) for name, kind in types.items()}
+        described = {name: kind for name, kind in types.items() if name in texts or name not in ADDED_IN_4}
+        values = {name: texts[name] if kind is str else parse_json(texts[name]) for name, kind in described.items()}
         return config_from_json(cls, values, source)

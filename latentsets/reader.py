@@ -5,8 +5,7 @@ Training reads through `dataset.py`. A set of several files (`sharded.py`) reads
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,17 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.hub.ids import parse_target
 from smalti.core.hub.upload import upload
-from smalti.latentsets.digests import attributes_digest, content_digest
-from smalti.latentsets.format import COLUMNS, attribute_texts, first_rows
+from smalti.latentsets.copies import ROWS_AT_ONCE
+from smalti.latentsets.hdf5.captions import CAPTION_ENDS, read_captions
+from smalti.latentsets.hdf5.digests import attributes_digest, content_digest
+from smalti.latentsets.hdf5.format import COLUMNS, CONDITION_DTYPE, attribute_texts, stored_dtype
+from smalti.latentsets.hdf5.mapped import MappedRows
+from smalti.latentsets.hdf5.sharded import SetFiles, digest_of_files, open_files
+from smalti.latentsets.overview import Overview, read_overview
 from smalti.latentsets.provenance import Provenance
-from smalti.latentsets.sharded import MappedCodes, SetFiles, digest_of_files, open_files
 from smalti.latentsets.sharing import files_to_share, find_file
 
 BLOCK_VALUES = 1 << 18
@@ -32,27 +35,6 @@ BLOCK_VALUES = 1 << 18
 
 MOST_COUNTED_CODES = 1 << 24
 """Largest codebook whose codes are counted, as each count takes 8 bytes."""
-
-
-@dataclass(frozen=True)
-class Overview:
-    """The columns that training needs, in little memory: at most a few bytes a row.
-
-    Attributes:
-        labels: The class of each row, -1 for none, in the smallest dtype; it takes no memory if no row has a class.
-        held_out: Whether each row is held out, 8 rows a byte (`numpy.packbits`).
-        images: The number of source images of each split.
-        label_counts: The number of rows of each split without a class, and of each class.
-    """
-
-    labels: np.ndarray
-    held_out: UInt8[np.ndarray, " bytes"]
-    images: dict[str, int]
-    label_counts: dict[str, Int64[np.ndarray, " classes"]]
-
-    def rows_of_labels(self) -> list[int]:
-        """Returns the number of rows without a class, then of each class, in both splits together."""
-        return _sum(*self.label_counts.values()).tolist()
 
 
 class LatentSet:
@@ -65,6 +47,7 @@ class LatentSet:
         layout: The layout of its codes.
         provenance: Where the codes come from.
         version: The version of its format.
+        condition_width: Numbers in the vector of a row; 0 if there are none.
 
     Args:
         path: A file; a folder of files, such as `build_latents --shard-rows` writes, or a pattern such as
@@ -83,9 +66,12 @@ class LatentSet:
         self.layout: Layout = self.files.layout
         self.provenance: Provenance = self.files.provenance
         self.version = int(self.files.attributes["format_version"])
+        self.condition_width: int = self.files.condition_width
         if len(self.files.extents) == 1:
             _ = self._columns  # so that a damaged file is refused at once
-        self._codes = [MappedCodes(self.files.extents, *each) for each in enumerate(self.layout.levels)]
+        kinds = [(stored_dtype(level), level.shape) for level in self.layout.levels]
+        kinds += [(CONDITION_DTYPE, (self.condition_width,))] if self.condition_width else []
+        self._mapped = [MappedRows(self.files.extents, number, *kind) for number, kind in enumerate(kinds)]
 
     def __len__(self) -> int:
         return sum(extent.rows for extent in self.files.extents)
@@ -128,14 +114,16 @@ class LatentSet:
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
         """All columns of all rows, 18 bytes a row. Training on several files needs the `overview` only."""
-        files = list(self.files.columns())
-        return {name: np.concatenate([columns[name] for columns in files]) for name in COLUMNS}
+        one = len(self.files.extents) == 1
+        names = self.files.column_names if one else tuple(COLUMNS)  # ends of captions count within each file
+        files = list(self.files.columns(names))
+        return {name: np.concatenate([columns[name] for columns in files]) for name in names}
 
     @cached_property
     def overview(self) -> Overview:
         """The columns that training needs; those of several files are read once, one file after another."""
         columns = [self._columns] if "_columns" in self.__dict__ else self.files.columns()
-        return _overview(columns, len(self))
+        return read_overview(columns, len(self))
 
     def count_images(self) -> dict[str, int]:
         """Returns the number of source images in the training split and held out from it."""
@@ -194,13 +182,62 @@ class LatentSet:
         self, level: int, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]
     ) -> np.ndarray:
         """Returns the codes of the given rows at one level in the stored dtype; see `read`."""
-        grid = self._codes[level].take(rows)
+        grid = self._mapped[level].take(rows)
         self._require_valid(level, grid)
         return grid
 
     def codes_in_order(self, level: int, rows: int | None = None) -> Iterator[np.ndarray]:
         """Yields the codes of all rows at one level in the stored dtype, at most `rows` at once, from memory maps."""
-        return self._codes[level].blocks(rows or max(1, BLOCK_VALUES // math.prod(self.layout.levels[level].shape)))
+        return self._mapped[level].blocks(rows or max(1, BLOCK_VALUES // math.prod(self.layout.levels[level].shape)))
+
+    def vectors(self, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]) -> Float[Tensor, "b _v"]:
+        """Returns the vectors of the given rows that priors can be conditioned on, in float32.
+
+        Raises:
+            UserError: if the set has none, or one is not finite.
+        """
+        if not self.condition_width:
+            raise UserError(f"{self.path} has no vectors; build it with --conditions, or add them (add_conditions)")
+        vectors = self._mapped[-1].take(np.asarray(rows, np.int64))
+        if not np.isfinite(vectors).all():
+            raise UserError(f"{self.path} has vectors that are not finite; build it again")
+        return torch.from_numpy(vectors.astype(np.float32))
+
+    def captions(self, rows: Sequence[int]) -> list[str]:
+        """Returns the captions of the given rows, read from the files; "" for a row without one.
+
+        A row made by mirroring or cropping has the caption of its image.
+        """
+        texts: dict[int, str] = {}
+        numbers = [range(len(self))[row] for row in rows]
+        start = 0
+        for extent, ends in zip(self.files.extents, self._caption_ends, strict=True):
+            inside = [row for row in dict.fromkeys(numbers) if start <= row < start + extent.rows]
+            if ends is not None and inside:
+                found = read_captions(extent.path, ends, [row - start for row in inside])
+                texts |= dict(zip(inside, found, strict=True))
+            start += extent.rows
+        return [texts.get(row, "") for row in numbers]
+
+    def captioned_rows(self) -> Int64[np.ndarray, " n"]:
+        """Returns the numbers of the rows that have a caption."""
+        found, start = [np.zeros(0, np.int64)], 0
+        for extent, ends in zip(self.files.extents, self._caption_ends, strict=True):
+            if ends is not None:
+                found.append(np.flatnonzero(np.diff(ends, prepend=0)) + start)
+            start += extent.rows
+        return np.concatenate(found)
+
+    @cached_property
+    def _caption_ends(self) -> list[Int64[np.ndarray, " rows"] | None]:
+        """The ends of the captions in each file; None for a file without captions."""
+        if len(self.files.extents) == 1:
+            return [self._columns.get(CAPTION_ENDS)]
+        captioned = self.files.captioned
+        if not any(captioned):
+            return [None] * len(captioned)
+        columns = self.files.columns([CAPTION_ENDS])
+        return [each[CAPTION_ENDS] if has else None for each, has in zip(columns, captioned, strict=True)]
 
     def usage(self, level: int = 0, digits: int | None = None) -> Int64[Tensor, " codes"]:
         """Counts how often each code occurs in the whole set, or each prefix of `digits` digits if that is given.
@@ -230,10 +267,11 @@ class LatentSet:
 
     def _digest(self, attributes: Mapping[str, str]) -> str:
         """Computes the content digest. The columns of one file are in memory already."""
-        if len(self.files.extents) == 1 and not self.files.indexed:
-            columns = self._columns
-            return content_digest(self.layout, attributes, self.files.extents, lambda name: [columns[name]])
-        return digest_of_files(self.files, attributes)
+        files = self.files
+        if len(files.extents) == 1 and not files.indexed:
+            columns, kinds = self._columns, {"condition_width": files.condition_width, "captioned": files.captioned}
+            return content_digest(self.layout, attributes, files.extents, lambda name: [columns[name]], **kinds)
+        return digest_of_files(files, attributes)
 
     def verify(self) -> None:
         """Checks every byte of the set against its digests, and the values for consistency.
@@ -241,8 +279,8 @@ class LatentSet:
         Version 2 has no digest of the attributes.
 
         Raises:
-            UserError: if a byte or an attribute differs from what was written, or a code is outside its level's
-                codebook.
+            UserError: if a byte or an attribute differs from what was written, a code is outside its level's codebook,
+                or a vector is not finite.
         """
         current = _reopen(self.path, self.files.identity)
         files, attributes = current.files, current.files.attributes
@@ -258,6 +296,8 @@ class LatentSet:
         for index in range(0 if several else len(self.layout.levels)):
             for block in self.codes_in_order(index):
                 self._require_valid(index, block)
+        for start in range(0, len(self) if self.condition_width and not several else 0, ROWS_AT_ONCE):
+            self.vectors(range(start, min(start + ROWS_AT_ONCE, len(self))))
 
     def _require_valid(self, index: int, codes: np.ndarray) -> None:
         """Refuses codes outside the codebook of their level, and real-valued latents that are not finite."""
@@ -292,39 +332,6 @@ def require_tokenizer(latent_set: LatentSet, digests: Sequence[str]) -> None:
             f"{latent_set.path} was made by the tokenizer {maker}, but the tokenizer given is {digests[0][:12]}; "
             "use the set's tokenizer, or build the latent set again"
         )
-
-
-def _overview(files: Iterable[dict[str, np.ndarray]], rows: int) -> Overview:
-    """Reads the columns of one file after another."""
-    labels, held_out = [], np.zeros(rows, bool)
-    counts = [np.zeros(1, np.int64), np.zeros(1, np.int64)]  # in training, held out; rows without a class first
-    images, start, highest = [0, 0], 0, -1
-    for columns in files:
-        ids, kept = columns["source_ids"], columns["held_out"] > 0
-        held_out[start : start + len(kept)] = kept
-        smallest = np.min_scalar_type(-2 - int(columns["labels"].max()))  # of a negative number: a signed dtype
-        labels.append(columns["labels"].astype(smallest))
-        new = kept[first_rows(ids, highest)]
-        for side in (False, True):
-            counts[side] = _sum(counts[side], np.bincount(columns["labels"][kept == side] + 1))
-            images[side] += int((new == side).sum())
-        start, highest = start + len(kept), max(highest, int(ids.max()))
-    splits = ("training", "held_out")
-    unlabelled = all((each == -1).all() for each in labels)
-    return Overview(
-        np.broadcast_to(np.int8(-1), rows) if unlabelled else np.concatenate(labels),
-        np.packbits(held_out),
-        dict(zip(splits, images, strict=True)),
-        dict(zip(splits, counts, strict=True)),
-    )
-
-
-def _sum(one: Int64[np.ndarray, " n"], other: Int64[np.ndarray, " m"]) -> Int64[np.ndarray, " k"]:
-    """Adds two counts, of which the shorter one is continued with zeros."""
-    total = np.zeros(max(len(one), len(other)), np.int64)
-    total[: len(one)] += one
-    total[: len(other)] += other
-    return total
 
 
 def _reopen(path: Path, identity: str) -> LatentSet:

@@ -4,92 +4,26 @@ The uploaded copy has the same content digest: only attributes that it does not 
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
-import numpy as np
-import torch
-from jaxtyping import Bool, Int64
-from torch import Tensor
-
-from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME, code, front_matter, license_line, listed, require_license, table
 from smalti.core.hub.download import MOST_NAMES, download
 from smalti.core.hub.ids import HubId, find_hub_id
 from smalti.core.hub.public_names import has_folders, public_command, public_values
 from smalti.core.hub.upload import Files
-from smalti.latentsets.digests import MEANING
-from smalti.latentsets.format import SOURCE_NUMBERS, read_columns, read_header
+from smalti.latentsets.copies import SetToShare, copy_file
+from smalti.latentsets.hdf5.digests import MEANING
+from smalti.latentsets.hdf5.sharded import INDEX_NAME, write_index
 from smalti.latentsets.provenance import Provenance
-from smalti.latentsets.sharded import INDEX_NAME, MappedCodes, SetFiles, write_index
-from smalti.latentsets.writer import LatentSetWriter
 
 SUFFIXES = (".h5", ".hdf5")
 DATA_SUFFIXES = (*SUFFIXES, ".parquet")
-ROWS_AT_ONCE = 4096
 MOST_COUNTED_CODES = 1 << 24
 """Largest codebook whose usage the card has."""
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 """The hub's classes of sizes, by the first number of rows beyond each."""
-
-
-@runtime_checkable
-class SetToShare(Protocol):
-    """The members of a latent set that its card is made from."""
-
-    path: Path
-    layout: Layout
-    provenance: Provenance
-    version: int
-    files: SetFiles
-
-    @property
-    def content_digest(self) -> str:
-        """The digest of the content."""
-        ...
-
-    @property
-    def labels(self) -> Int64[Tensor, " rows"]:
-        """The class of each row."""
-        ...
-
-    @property
-    def source_ids(self) -> Int64[Tensor, " rows"]:
-        """The source image of each row."""
-        ...
-
-    @property
-    def held_out(self) -> Bool[Tensor, " rows"]:
-        """True if a row is held out."""
-        ...
-
-    @property
-    def flipped(self) -> Bool[Tensor, " rows"]:
-        """True if a row is a mirror image."""
-        ...
-
-    def batch(self, rows: Sequence[int]) -> Codes:
-        """Returns the codes of the given rows."""
-        ...
-
-    def count_images(self) -> dict[str, int]:
-        """Returns the number of source images of each split."""
-        ...
-
-    def usage(self, level: int = 0, digits: int | None = None) -> Int64[Tensor, " codes"]:
-        """Counts how often each code occurs."""
-        ...
-
-    def perplexity(self, level: int = 0, digits: int | None = None) -> float:
-        """Returns the perplexity of the usage."""
-        ...
-
-    def verify(self) -> None:
-        """Checks every byte."""
-        ...
 
 
 def find_file(source: str | Path) -> Path:
@@ -168,33 +102,13 @@ def files_to_share(
                 f"{latent_set.path} has format version 2; convert it to Parquet and back (convert_latents.py) first"
             )
         for path in paths:
-            _copy(latent_set, path, scratch / path.name, tokenizer)
+            copy_file(path, scratch / path.name, lambda before: _public(latent_set, before, tokenizer))
         if indexed:
             write_index(scratch, latent_set.content_digest)
         paths = [scratch / path.name for path in paths]
     names = [*paths, *([paths[0].with_name(INDEX_NAME)] if indexed else [])]
     card = latent_set_card(latent_set, provenance, target, license=license)
     return {CARD_NAME: card.encode(), **{path.name: path for path in names}}
-
-
-def _copy(latent_set: SetToShare, path: Path, copy: Path, tokenizer: str | None) -> None:
-    """Writes a file anew with another provenance of the same meaning.
-
-    A replaced attribute may stay in a file's gaps.
-    """
-    header = read_header(path)
-    columns = {name: torch.from_numpy(values) for name, values in read_columns(header).items()}
-    numbers = columns.pop(SOURCE_NUMBERS, None)
-    columns |= {name: columns[name].bool() for name in ("held_out", "flipped")}
-    provenance = _public(latent_set, header.provenance, tokenizer)
-    levels = [MappedCodes([header.extent], *each) for each in enumerate(header.layout.levels)]
-    with LatentSetWriter(copy, header.layout, **columns, provenance=provenance, source_numbers=numbers) as writer:
-        writer.expected_digest = header.attributes["content_digest"]
-        for start in range(0, header.extent.rows, ROWS_AT_ONCE):
-            rows = np.arange(start, min(start + ROWS_AT_ONCE, header.extent.rows))
-            dtypes = [np.int64 if level.radices else np.float32 for level in header.layout.levels]
-            codes = (grid.take(rows).astype(dtype) for grid, dtype in zip(levels, dtypes, strict=True))
-            writer.write(start, tuple(map(torch.from_numpy, codes)))
 
 
 def _public(latent_set: SetToShare, before: Provenance, tokenizer: str | None) -> Provenance:
@@ -237,6 +151,8 @@ def latent_set_card(
         "flips": _flips(latent_set),
         "crops": _crops(provenance),
         "classes": _classes(latent_set),
+        "vectors": _vectors(latent_set),
+        "captions": f"{captioned:,} rows have one" if (captioned := len(latent_set.captioned_rows())) else "",
         "left out": f"{len(provenance.skipped)} damaged images" if provenance.skipped else "",
         "layout of the codes": str(latent_set.layout),
         "tokenizer": f"{code(provenance.tokenizer_kind)}, from {code(source)}",
@@ -313,6 +229,11 @@ def _classes(latent_set: SetToShare) -> str:
         return "none"
     classes = f"{len(names)}: {listed(list(names))}" if names else str(int(labels.max()) + 1)
     return f"{classes}; {without:,} rows have none" if without else classes
+
+
+def _vectors(latent_set: SetToShare) -> str:
+    source, width = latent_set.provenance.condition_source, latent_set.condition_width
+    return f"{width} numbers for each row, from {code(source)}" if width else ""
 
 
 def _usage(latent_set: SetToShare) -> str:

@@ -22,6 +22,8 @@ def describe(latent_set: LatentSet) -> str:
         "rows": f"{len(latent_set)}, {latent_set.layout}, {size}{several}",
         "sources": _sources(latent_set),
         "labels": _labels(latent_set),
+        "conditions": _conditions(latent_set),
+        "captions": _captions(latent_set),
         "skipped": _skipped(latent_set),
         "images": f"{provenance.image_source}, fingerprint {provenance.image_fingerprint}",
         "preprocessing": json.dumps(provenance.preprocessing),
@@ -59,6 +61,20 @@ def _labels(latent_set: LatentSet, shown: int = 8) -> str:
     listed = ", ".join(f"{names[label] if names else label} {count}" for label, count in first)
     more = ", …" if len(labels) > shown else ""
     return f"{len(labels)} classes (rows of each: {listed}{more}), {without} rows without"
+
+
+def _conditions(latent_set: LatentSet) -> str:
+    width, source = latent_set.condition_width, latent_set.provenance.condition_source
+    return f"a vector of {width} numbers for each row, from {source}" if width else "none"
+
+
+def _captions(latent_set: LatentSet, shown: int = 3, longest: int = 80) -> str:
+    rows = latent_set.captioned_rows()
+    if not len(rows):
+        return "none"
+    some = latent_set.captions(rows[:: -(-len(rows) // shown)].tolist())
+    texts = [text if len(text) <= longest else f"{text[:longest]}…" for text in some]
+    return f"{len(rows)} of {len(latent_set)} rows have one, such as {'; '.join(map(repr, texts))}"
 
 
 def _skipped(latent_set: LatentSet, shown: int = 3) -> str:

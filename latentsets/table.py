@@ -1,9 +1,10 @@
 """Conversion of latent sets to tables of Hugging Face `datasets` and back, and so to Parquet files and to the hub.
 
 The conversion is lossless. A table has a column for each level's codes (`codes_0`, ...), and `label`, `source_id`,
-`held_out`, `flipped`. The file's attributes are in the column `latent_set`, a `ClassLabel` with one class whose name
-is the attributes as JSON. Class names are the only metadata that every form of a table keeps: memory, Parquet, the hub.
-The column's values are all zero and compress to almost nothing.
+`held_out`, `flipped`; `condition` and `caption`, if the set has vectors and captions. The file's attributes are in the
+column `latent_set`, a `ClassLabel` with one class whose name is the attributes as JSON. Class names are the only
+metadata that every form of a table keeps: memory, Parquet, the hub. The column's values are all zero and compress to
+almost nothing.
 """
 
 import json
@@ -22,7 +23,7 @@ from smalti.core.codes import Codes, Layout, Level
 from smalti.core.config import parse_json
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
-from smalti.latentsets.format import (
+from smalti.latentsets.hdf5.format import (
     layout_from_json,
     number_sources,
 )
@@ -49,6 +50,10 @@ def to_dataset(latent_set: LatentSet, *, cache: Path | None = None) -> datasets.
     features["label"] = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
     features["source_id"] = datasets.Value("int64")
     features |= {name: datasets.Value("bool") for name in ("held_out", "flipped")}
+    if latent_set.condition_width:  # float32, since not every reader of Parquet knows float16
+        features["condition"] = datasets.List(datasets.Value("float32"), length=latent_set.condition_width)
+    if len(latent_set.captioned_rows()):
+        features["caption"] = datasets.Value("string")
     features[DESCRIPTION] = datasets.ClassLabel(names=[json.dumps(texts, ensure_ascii=False)])
     # The table starts as row numbers on the disk, because `map` keeps its result on the disk only if its input is.
     cache_dir: Any = str(cache) if cache else None  # `datasets` types it as str, with the default None
@@ -82,13 +87,19 @@ def from_dataset(table: datasets.Dataset, path: str | Path) -> LatentSet:
     values: Any = table.select_columns([*COLUMN_NAMES.values()]).with_format("numpy")[:]
     columns = {name: torch.from_numpy(values[column]) for name, column in COLUMN_NAMES.items()}
     columns["source_ids"] = torch.from_numpy(number_sources(values["source_id"]))  # a selection of rows has gaps
-    with LatentSetWriter(path, layout, **columns, provenance=provenance) as writer:
+    vectors = ["condition"] if "condition" in table.features else []
+    added: dict[str, Any] = {"provenance": provenance}
+    if vectors:
+        added["condition_width"] = len(table[0]["condition"])
+    if "caption" in table.features:
+        added["captions"] = table["caption"][:]
+    with LatentSetWriter(path, layout, **columns, **added) as writer:
         writer.expected_digest = digest
         start = 0
-        batches: Any = table.select_columns(names).with_format("numpy").iter(ROWS_AT_ONCE)
+        batches: Any = table.select_columns([*names, *vectors]).with_format("numpy").iter(ROWS_AT_ONCE)
         for batch in batches:
             codes: Codes = tuple(torch.from_numpy(batch[name]) for name in names)
-            writer.write(start, codes)
+            writer.write(start, codes, torch.from_numpy(batch["condition"]) if vectors else None)
             start += len(codes[0])
     return LatentSet(path)
 
@@ -121,6 +132,10 @@ def _numbers(rows: int) -> Iterator[dict[str, int]]:
 def _rows(latent_set: LatentSet, rows: list[int]) -> dict[str, Any]:
     codes = {f"codes_{i}": latent_set.read_stored(i, rows) for i in range(len(latent_set.layout.levels))}
     columns = {COLUMN_NAMES[name]: getattr(latent_set, name)[rows].numpy() for name in COLUMN_NAMES}
+    if latent_set.condition_width:
+        columns["condition"] = latent_set.vectors(rows).numpy()
+    if len(latent_set.captioned_rows()):
+        columns["caption"] = latent_set.captions(rows)
     return {**codes, **columns, DESCRIPTION: np.zeros(len(rows), np.int64)}
 
 

@@ -4,32 +4,33 @@ Building a set in several processes, or resuming a build, is in `blocks.py`.
 """
 
 import errno
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
-from smalti.latentsets.digests import add_digests, content_digest
-from smalti.latentsets.format import (
+from smalti.latentsets.hdf5.captions import CAPTION_ENDS, CAPTIONS, encode_captions
+from smalti.latentsets.hdf5.digests import add_digests, content_digest
+from smalti.latentsets.hdf5.format import (
     COLUMNS,
     SOURCE_NUMBERS,
     Extent,
     add_columns,
+    arrays_of,
     attribute_texts,
     create_file,
     find_column_error,
-    level_bytes,
-    stored_dtype,
 )
 from smalti.latentsets.provenance import Provenance
 
@@ -43,7 +44,7 @@ class LatentSetWriter:
     """Writes one latent set in a `with` block. If the block raises, the file at `path` is unchanged.
 
     If the system can reserve disk space, it is reserved on entry, so that a full disk is reported before the work. The
-    writer holds one block of codes and 19 bytes per row in memory.
+    writer holds one block of codes, the captions and 19 bytes per row in memory.
 
     Args:
         path: The file to create or replace.
@@ -54,6 +55,8 @@ class LatentSetWriter:
         flipped: Whether a row is a mirror image.
         provenance: Where the codes come from.
         source_numbers: For a shard of a larger set, the number of each of its sources in the whole set.
+        condition_width: Numbers in the vector of each row, which `write` receives; 0 for none.
+        captions: The text of each row, "" for none; None for a set without captions.
 
     Attributes:
         expected_digest: The content digest that the set must have, if it is known; set it before the block ends.
@@ -75,6 +78,8 @@ class LatentSetWriter:
         flipped: Bool[Tensor, " rows"],
         provenance: Provenance,
         source_numbers: Int64[Tensor, " sources"] | None = None,
+        condition_width: int = 0,
+        captions: Sequence[str] | None = None,
     ) -> None:
         self.path, self.layout, self.rows, self.provenance = Path(path), layout, len(labels), provenance
         if not self.rows:
@@ -83,7 +88,13 @@ class LatentSetWriter:
         self._columns = {name: column.numpy().astype(dtype, copy=False) for (name, dtype), column in tensors}
         if error := find_column_error(self._columns, provenance.label_names):
             raise UserError(f"{path} was not written: {error}")
-        self._shard_columns = {} if source_numbers is None else {SOURCE_NUMBERS: source_numbers.numpy()}
+        self._more: dict[str, np.ndarray] = {}  # datasets with another number of values than rows
+        if source_numbers is not None:
+            self._more[SOURCE_NUMBERS] = source_numbers.numpy()
+        if captions is not None and any(captions):
+            self._columns[CAPTION_ENDS], self._more[CAPTIONS] = encode_captions(captions)
+        self._condition_width = condition_width
+        self._arrays = arrays_of(layout, self.rows, condition_width)
         self.expected_digest: str | None = None
         self._written = np.zeros(self.rows, bool)
         self._stack = ExitStack()
@@ -94,10 +105,10 @@ class LatentSetWriter:
     def __enter__(self) -> "LatentSetWriter":
         with ExitStack() as stack, reporting_full_disk(self.path):
             self._partial = stack.enter_context(whole_file(self.path))
-            self._offsets = create_file(self._partial, self.layout, self.rows)
+            self._offsets = create_file(self._partial, self._arrays)
             self._file = stack.enter_context(self._partial.open("r+b"))
             self._reserve()
-            add_columns(self._partial, self.layout, self.provenance, self._columns | self._shard_columns)
+            add_columns(self._partial, self.layout, self.provenance, self._columns | self._more)
             stack.push(self._finish)  # runs first on exit; if it raises, the partial file is removed
             self._stack = stack.pop_all()
         return self
@@ -106,27 +117,31 @@ class LatentSetWriter:
         with reporting_full_disk(self.path):
             self._stack.__exit__(kind, error, trace)
 
-    def write(self, start: int, codes: Codes) -> None:
-        """Writes the codes of rows `start` to `start + b`.
+    def write(self, start: int, codes: Codes, conditions: Float[Tensor, "b v"] | None = None) -> None:
+        """Writes the codes of rows `start` to `start + b`, and their vectors if the set has any.
 
         Raises:
-            UserError: if codes are outside the layout, rows are outside the set or already written, or the disk is
-                full.
+            UserError: if codes are outside the layout, vectors are not finite in float16, rows are outside the set or
+                already written, or the disk is full.
         """
         self.layout.check(codes)
-        assert len({len(grid) for grid in codes}) == 1
+        written = (*codes, *([] if conditions is None else [conditions.half()]))
+        assert len({len(each) for each in written}) == 1
+        if conditions is not None and not written[-1].isfinite().all():
+            raise UserError(f"vectors of rows {start} to {start + len(conditions) - 1} are not finite in float16")
         rows = slice(start, start + len(codes[0]))
         if start < 0 or rows.stop > self.rows:
             raise UserError(f"rows {start} to {rows.stop - 1} do not fit a latent set of {self.rows} rows")
         if self._written[rows].any():
             raise UserError(f"row {start + int(self._written[rows].argmax())} was already written; write each row once")
         with reporting_full_disk(self.path):
-            for level, grid, offset in zip(self.layout.levels, codes, self._offsets, strict=True):
-                assert grid.is_floating_point() == bool(level.channels), (
-                    "codes must be integers, continuous levels floats"
+            for (dtype, shape), values, offset in zip(self._arrays.values(), written, self._offsets, strict=True):
+                assert values.is_floating_point() == (dtype.kind == "f"), (
+                    "codes must be integers, continuous levels and conditions floats"
                 )
-                self._file.seek(offset + level_bytes(level, start))
-                self._file.write(np.ascontiguousarray(grid.detach().cpu().numpy(), stored_dtype(level)).data)
+                assert values.shape[1:] == shape[1:]
+                self._file.seek(offset + start * math.prod(shape[1:]) * dtype.itemsize)
+                self._file.write(np.ascontiguousarray(values.detach().cpu().numpy(), dtype).data)
         self._written[rows] = True
 
     def _finish(self, kind: ErrorType, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -140,7 +155,8 @@ class LatentSetWriter:
         self._file.close()
         texts = attribute_texts(self.layout, self.provenance)
         extent = Extent(self._partial, self.rows, self._offsets)
-        digest = content_digest(self.layout, texts, [extent], lambda name: [self._columns[name]])
+        kinds = {"condition_width": self._condition_width, "captioned": (CAPTION_ENDS in self._columns,)}
+        digest = content_digest(self.layout, texts, [extent], lambda name: [self._columns[name]], **kinds)
         if self.expected_digest not in (None, digest):
             raise UserError(
                 f"{self.path} was not written: its values have digest {digest[:12]}, not {self.expected_digest[:12]} "
@@ -151,7 +167,7 @@ class LatentSetWriter:
     def _reserve(self) -> None:
         """Reserves disk space for what HDF5 will write, as HDF5 crashes on a full disk; if possible, also for codes."""
         end = self._partial.stat().st_size
-        columns = sum(column.nbytes for column in (self._columns | self._shard_columns).values())
+        columns = sum(column.nbytes for column in (self._columns | self._more).values())
         texts = sum(len(text.encode()) for text in self.provenance.to_attributes().values())
         extra = columns + texts + HEADROOM_BYTES
         if hasattr(os, "posix_fallocate"):  # macOS lacks it: a full disk is only noticed while codes are written

@@ -13,23 +13,25 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypedDict, runtime_checkable
 
+import torch
 import tyro
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.codes import Layout, Level
+from smalti.core.config import added
 from smalti.core.errors import UserError
 from smalti.core.models import Checkpointed, Family
 from smalti.core.randomness import Stream, derive, uniform
-from smalti.priors.conditioning import ClassEmbedding, UpperLevels
+from smalti.priors.conditioning import ClassEmbedding, Condition, UpperLevels, VectorEmbedding, no_condition
 from smalti.priors.head import FactorizedHead
 
 
 class Conditioning(TypedDict):
     """The arguments of `CodePrior.features` besides the codes."""
 
-    labels: Int64[Tensor, " b"] | None
+    condition: Condition | None
     upper: tuple[Int64[Tensor, "b _y _x"], ...]
 
 
@@ -42,7 +44,7 @@ class PriorConfig:
     among them.
 
     Raises:
-        UserError: for a negative number of classes.
+        UserError: for a negative number of classes or width of vectors, or if both are given.
     """
 
     height: tyro.conf.Suppress[int] = 8
@@ -58,10 +60,16 @@ class PriorConfig:
     """Radices of the codes of each coarser level, coarsest first."""
     upper_factors: tyro.conf.Suppress[tuple[int, ...]] = ()
     """For each coarser level, positions of this level's grid per position of that grid, along one axis."""
+    condition_width: tyro.conf.Suppress[int] = added(off=0)  # noqa: RUF009 - a field of its own
+    """Numbers in the vector that each image is conditioned on; 0 for a prior without such vectors."""
 
     def __post_init__(self) -> None:
-        if self.classes < 0:
-            raise UserError(f"classes must not be negative, got {self.classes}")
+        if min(self.classes, self.condition_width) < 0:
+            raise UserError(
+                f"classes and condition_width must not be negative, got {self.classes} and {self.condition_width}"
+            )
+        if self.classes and self.condition_width:
+            raise UserError("a prior is conditioned on classes or on vectors, not on both; set one of them to 0")
 
 
 def require_dropout(dropout: float) -> None:
@@ -83,8 +91,8 @@ class ObjectiveConfig:
     """
 
     label_dropout: float = 0.1
-    """Share of training rows whose class label is dropped, so that the prior also learns to sample without a class and
-    classifier-free guidance works. 1 trains a prior without classes."""
+    """Share of training rows whose class label or vector is dropped, so that the prior also learns to sample without
+    one and classifier-free guidance works. 1 trains a prior without classes."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
@@ -101,6 +109,7 @@ class Prior(Checkpointed):
         level: the grid in training, with the radices of its codes or the channels of its latents.
         method: the objective and the sampler of this kind.
         classes: number of image classes it is conditioned on; 0 for none.
+        condition_width: numbers in the vectors it is conditioned on; 0 for none. Not both are above 0.
         upper_levels: number of coarser levels whose codes it is conditioned on.
     """
 
@@ -108,7 +117,13 @@ class Prior(Checkpointed):
     method: ClassVar["Method"]
     level: Level
     classes: int = 0
+    condition_width: int = 0
     upper_levels: int = 0
+
+    @property
+    def conditional(self) -> bool:
+        """True if it is conditioned on classes or on vectors."""
+        return bool(self.classes or self.condition_width)
 
     def facts(self) -> dict[str, str]:
         """Returns what the model's card says of the prior."""
@@ -140,7 +155,7 @@ class CodePrior(Prior, ABC):
                 super().__init__(config)  # sets everything listed under Attributes
                 ...
 
-            def features(self, codes, labels=None, upper=()): ...
+            def features(self, codes, condition=None, upper=()): ...
 
     To save memory by gradient checkpointing, it also overrides `recomputable`.
 
@@ -150,8 +165,9 @@ class CodePrior(Prior, ABC):
     Attributes:
         head: embeds codes, computes likelihoods and samples codes.
         of_class: embeds class labels, `of_class(labels, b)` -> `(b, d)`; None if `classes` is 0.
+        of_vector: does so with vectors; None if `condition_width` is 0. `condition_vector` calls either.
         of_upper: embeds the codes of the coarser levels, `of_upper(upper, h, w)` -> `(b, h, w, d)`; None if
-            there are none. Conditioning has an effect only if `features` uses these two.
+            there are none. Conditioning has an effect only if `features` uses these.
     """
 
     def __init__(self, config: Any) -> None:
@@ -159,15 +175,17 @@ class CodePrior(Prior, ABC):
         width = config.model_width
         self.level = Level(config.height, config.width, config.radices)
         self.classes, self.upper_levels = config.classes, len(config.upper_radices)
+        self.condition_width = config.condition_width
         self.head = FactorizedHead(config.radices, width)
         self.of_class = ClassEmbedding(config.classes, width) if config.classes else None
+        self.of_vector = VectorEmbedding(config.condition_width, width) if config.condition_width else None
         self.of_upper = UpperLevels(config.upper_radices, config.upper_factors, width) if config.upper_radices else None
 
     @abstractmethod
     def features(
         self,
         codes: Int64[Tensor, "b h w"],
-        labels: Int64[Tensor, " b"] | None = None,
+        condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Float[Tensor, "b n d"]:
         """Computes the features of every position, from which alone the head predicts its code.
@@ -184,26 +202,34 @@ class CodePrior(Prior, ABC):
 
         Args:
             codes: the grids that the network reads.
-            labels: the class of each row, from 0; -1 for no class. None is -1 for all rows. A prior
-                without classes ignores it.
+            condition: the class of each row, from 0, or -1 for no class; or the vector of each row, or NaN
+                for no vector. None is no class or vector for all rows. A prior without either ignores it.
             upper: the codes of the coarser levels of the same images, coarsest first.
 
         Raises:
             UserError: if the number of coarser levels or their grids do not fit.
         """
 
-    def conditioning(self, batch: dict[str, Any], label_dropout: float = 0.0) -> Conditioning:
-        """Returns the arguments of `features` besides the codes, with label dropout for classifier-free guidance.
+    def condition_vector(self, condition: Condition | None, b: int) -> Float[Tensor, "b d"] | None:
+        """Returns the embedding of each row's class or vector; None for a prior without either."""
+        embed = self.of_class or self.of_vector
+        return embed(condition, b) if embed else None
+
+    def conditioning(self, batch: dict[str, Any], dropout: float = 0.0) -> Conditioning:
+        """Returns the arguments of `features` besides the codes, with dropout for classifier-free guidance.
 
         Args:
-            batch: a batch of `LatentRows`. Read are `labels` int64 `(b,)` if the prior has classes, the
-                coarser codes `upper_0`, `upper_1`, ..., and for dropout `seeds` int64 `(b,)`.
-            label_dropout: probability that a row's label is replaced by -1.
+            batch: a batch of `LatentRows`. Read are `labels` int64 `(b,)` if the prior has classes, or
+                `conditions` float32 `(b, v)` if it has vectors; the coarser codes `upper_0`, `upper_1`, ...;
+                and for dropout `seeds` int64 `(b,)`.
+            dropout: probability that a row's class or vector is dropped.
         """
-        labels = batch["labels"] if self.classes else None
-        if labels is not None and label_dropout:
-            labels = labels.masked_fill(uniform(derive(batch["seeds"], Stream.LABEL_DROPOUT)) < label_dropout, -1)
-        return {"labels": labels, "upper": tuple(batch[f"upper_{level}"] for level in range(self.upper_levels))}
+        condition = batch["labels"] if self.classes else batch["conditions"] if self.condition_width else None
+        if condition is not None and dropout:
+            dropped = uniform(derive(batch["seeds"], Stream.LABEL_DROPOUT)) < dropout
+            dropped = dropped.view(-1, *(1 for _ in condition.shape[1:]))
+            condition = torch.where(dropped, no_condition(condition), condition)
+        return {"condition": condition, "upper": tuple(batch[f"upper_{level}"] for level in range(self.upper_levels))}
 
 
 class CausalPrior(CodePrior):
@@ -220,17 +246,17 @@ class CausalPrior(CodePrior):
         b: int,
         h: int,
         w: int,
-        labels: Int64[Tensor, " b"] | None,
+        condition: Condition | None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...],
     ) -> Float[Tensor, "b _h _w d"] | None:
-        """Returns the sum of the vectors of class and coarser levels.
+        """Returns the sum of the vectors of the condition and of the coarser levels.
 
         There is one for each position, or a single one (1x1) without coarser levels. None without any conditioning.
         """
         vectors = self.of_upper(upper, h, w) if self.of_upper else None
-        if self.of_class:
-            class_vector = rearrange(self.of_class(labels, b), "b d -> b 1 1 d")
-            vectors = class_vector if vectors is None else vectors + class_vector
+        if (vector := self.condition_vector(condition, b)) is not None:
+            vector = rearrange(vector, "b d -> b 1 1 d")
+            vectors = vector if vectors is None else vectors + vector
         return vectors
 
     @abstractmethod
@@ -239,7 +265,7 @@ class CausalPrior(CodePrior):
         b: int,
         h: int,
         w: int,
-        labels: Int64[Tensor, " b"] | None = None,
+        condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
         """Computes `features` one position at a time, reusing the work of earlier positions from caches.
@@ -251,7 +277,7 @@ class CausalPrior(CodePrior):
             b: rows.
             h: rows of the grid.
             w: columns of the grid.
-            labels: as for `features`.
+            condition: as for `features`.
             upper: as for `features`.
         """
 
@@ -262,7 +288,7 @@ class Sampler(Protocol):
 
     A sampler fills in the unknown positions of grids. Generation is inpainting with nothing known, so
     there is no second code path for it. A row's result is a function of its own seed, known codes,
-    label and coarser codes: another batch around it changes nothing but the rounding of sums.
+    condition and coarser codes: another batch around it changes nothing but the rounding of sums.
     """
 
     def __call__(
@@ -272,7 +298,7 @@ class Sampler(Protocol):
         known: Int64[Tensor, "b h w"] | Float[Tensor, "b _c h w"],
         known_mask: Bool[Tensor, "b h w"],
         seeds: Int64[Tensor, " b"],
-        labels: Int64[Tensor, " b"] | None = None,
+        condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
         sampling: Any,
         callback: Callable[[int, Tensor], None] | None = None,
@@ -285,14 +311,14 @@ class Sampler(Protocol):
                 ignored. Its shape is that of the result; grids larger than those in training are allowed.
             known_mask: True where a code is known and kept.
             seeds: one random seed per row; they decide every draw.
-            labels: the class of each row, -1 for no class. None is -1 for all rows.
+            condition: the class or vector of each row, as for `CodePrior.features`.
             upper: the codes of the coarser levels, coarsest first; empty if the prior has none.
             sampling: the settings, an instance of the method's `sampling` or `filling` config.
             callback: called after each step with the step's number, from 0, and the codes after it.
 
         Raises:
-            UserError: for a known code outside the codebook, a label that the prior has no class for, or
-                coarser levels that do not fit.
+            UserError: for a known code outside the codebook, a label that the prior has no class for, vectors
+                of another width, or coarser levels that do not fit.
         """
         ...
 

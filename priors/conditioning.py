@@ -1,10 +1,14 @@
-"""Conditioning of priors: embeddings of the image class and of the coarser levels' codes.
+"""Conditioning of priors: embeddings of the image class, of a vector, and of the coarser levels' codes.
 
 How a network uses these vectors is its own matter: the hourglass and the transformer add them to their input,
 the PixelCNN adds them inside every gate.
 
-Legend: b batch, y x grid of a coarser level, h w grid of the prior's level, s factor between them, d width.
+Legend: b batch, v numbers in a condition's vector, y x grid of a coarser level, h w grid of the prior's level, s factor
+between them, d width.
 """
+
+import math
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,30 @@ from torch import Tensor, nn
 
 from smalti.core.errors import UserError
 from smalti.priors.head import TreeEmbedding
+
+Condition: TypeAlias = Int64[Tensor, " b"] | Float[Tensor, "b _v"]
+"""The class of each row, -1 for none; or the vector of each row, NaN for none."""
+
+
+def no_condition(like: Condition) -> Condition:
+    """Returns the condition of rows without class or vector, of the same kind as `like`."""
+    return torch.full_like(like, math.nan if like.is_floating_point() else -1)
+
+
+def require_fitting(condition: Condition, classes: int, condition_width: int) -> None:
+    """Checks classes or vectors against those that a prior was trained with.
+
+    Raises:
+        UserError: for a label that the prior has no class for, or vectors of another width.
+    """
+    if condition.is_floating_point():
+        if condition.shape[1] != condition_width:
+            trained = f"vectors of {condition_width} numbers" if condition_width else "no vectors"
+            raise UserError(f"this prior is conditioned on {trained}, but vectors of {condition.shape[1]} were given")
+    elif condition.numel() and not -1 <= condition.min() <= condition.max() < classes:
+        raise UserError(
+            f"labels must be from -1 (any class) to {classes - 1}, got {int(condition.min())} to {int(condition.max())}"
+        )
 
 
 class ClassEmbedding(nn.Module):
@@ -32,6 +60,46 @@ class ClassEmbedding(nn.Module):
         if labels is None:
             return self.vectors.weight[:1].expand(rows, -1)
         return self.vectors(labels + 1)
+
+
+class VectorEmbedding(nn.Module):
+    """Maps vectors of any scale to the network's width; rows without a vector get a learned one.
+
+    Each number is standardized by its mean and deviation in the training set, which `init_from_data` sets. Then follow
+    two linear layers with a GELU between them. The output starts at zero, so that vectors make no difference before
+    training.
+
+    Args:
+        condition_width: numbers in a vector.
+        width: width of the result.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, condition_width: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(condition_width))
+        self.register_buffer("deviation", torch.ones(condition_width))
+        self.hidden = nn.Linear(condition_width, width)
+        self.out = nn.Linear(width, width, bias=False)
+        self.none = nn.Parameter(torch.zeros(width))
+        nn.init.zeros_(self.out.weight)
+
+    @torch.no_grad()
+    def init_from_data(self, vectors: Float[Tensor, "n v"]) -> None:
+        """Sets mean and deviation to those of training vectors; a number that never varies keeps a deviation of 1."""
+        deviation, mean = torch.std_mean(vectors.double(), 0, correction=0)
+        self.mean.copy_(mean)
+        self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
+
+    def forward(self, vectors: Float[Tensor, "b v"] | None, rows: int) -> Float[Tensor, "b d"]:
+        """Returns one embedding for each of `rows` vectors; None, or NaN in a row, is no vector."""
+        if vectors is None:
+            return self.none.expand(rows, -1)
+        standardized = (vectors.nan_to_num() - self.mean) / self.deviation
+        embedded = self.out(F.gelu(self.hidden(standardized)))
+        return torch.where(vectors.isnan().any(1, keepdim=True), self.none, embedded)
 
 
 class UpperLevels(nn.Module):

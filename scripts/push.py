@@ -17,8 +17,8 @@ from smalti.core.hub.ids import HubId, RepoType, parse_target
 from smalti.core.hub.upload import Files, size_of, upload, write_files
 from smalti.core.models import read_config
 from smalti.images.sources import local_paths
+from smalti.latentsets.hdf5.sharded import INDEX_NAME
 from smalti.latentsets.reader import LatentSet
-from smalti.latentsets.sharded import INDEX_NAME
 from smalti.latentsets.sharing import files_to_share
 from smalti.latentsets.summary import size_text
 from smalti.priors.base import Prior

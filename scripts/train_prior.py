@@ -10,6 +10,7 @@ $ accelerate launch scripts/train_prior.py                               # on ru
 $ accelerate launch scripts/train_prior.py --latents my.h5 --out runs/priors/mine --steps 20000
 $ accelerate launch scripts/train_prior.py --init portraits --latents my.h5 --out runs/priors/mine        # fine-tune
 $ accelerate launch scripts/train_prior.py --prior pixelcnn              # another kind
+$ accelerate launch scripts/train_prior.py --latents my.h5 --condition vector  # images given the set's vectors
 $ accelerate launch scripts/train_prior.py --latents two.h5 --level 1    # one prior for each level of the tokenizer
 $ accelerate launch --num_processes 8 scripts/train_prior.py --batch-size 512   # eight GPUs share each batch
 $ accelerate launch scripts/train_prior.py --preset ffhq256 --latents ffhq256.h5    # large, for GPUs

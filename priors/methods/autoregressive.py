@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.base import CausalPrior, Method, ObjectiveConfig
+from smalti.priors.conditioning import Condition, no_condition
 from smalti.priors.head import inverse_cdf
 from smalti.priors.methods.sampling import Sampling, check_inputs
 
@@ -74,8 +75,8 @@ class AncestralSampling(Sampling):
     temperature: float = 1.0
     """Divides the logits. 1 samples from the prior itself; lower values give likelier codes and less variety."""
     guidance: float = 1.0
-    """Scale of classifier-free guidance: 0 samples without the class, 1 conditionally, above 1 codes more typical of
-    the class with less variety. Values other than 1 take twice the time. No effect without classes."""
+    """Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes more
+    typical of it with less variety. Values other than 1 take twice the time. No effect without classes or vectors."""
     particles: tyro.conf.Suppress[int] = 1
     """Particles per sample when codes are known; see `AncestralFilling`."""
 
@@ -109,7 +110,7 @@ def sample_ancestral(
     known: Int64[Tensor, "b h w"],
     known_mask: Bool[Tensor, "b h w"],
     seeds: Int64[Tensor, " b"],
-    labels: Int64[Tensor, " b"] | None = None,
+    condition: Condition | None = None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     sampling: AncestralSampling = AncestralSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
@@ -129,7 +130,7 @@ def sample_ancestral(
     Arguments and errors are those of `smalti.priors.base.Sampler`. `callback` is called once per position,
     with the codes of all particles, `(b p, h, w)`.
     """
-    check_inputs(prior, known, known_mask, labels)
+    check_inputs(prior, known, known_mask, condition)
     b, particles, device = len(known), sampling.particles, known.device
     numbers = torch.arange(particles, device=device).repeat(b)
     with torch.autocast(device.type, enabled=False):
@@ -138,7 +139,7 @@ def sample_ancestral(
             torch.where(known_mask, known, 0).repeat_interleave(particles, 0),
             known_mask.repeat_interleave(particles, 0),
             derive(seeds.repeat_interleave(particles), Stream.PARTICLE, numbers),
-            None if labels is None else labels.repeat_interleave(particles),
+            None if condition is None else condition.repeat_interleave(particles, 0),
             tuple(coarser.repeat_interleave(particles, 0) for coarser in upper),
             sampling,
             callback,
@@ -153,17 +154,17 @@ def _sample_particles(
     codes: Tensor,
     known_mask: Tensor,
     seeds: Tensor,
-    labels: Tensor | None,
+    condition: Condition | None,
     upper: tuple[Tensor, ...],
     sampling: AncestralSampling,
     callback: Callable[[int, Tensor], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns sampled grids and their log-weights `(b,)`: the log-likelihood of their known codes, nats."""
     head, (b, h, w) = prior.head, codes.shape
-    passes = 1  # through the network: with guidance one with and one without the class, in one batch
-    if labels is not None and prior.classes and sampling.guidance != 1:
-        passes, labels = 2, torch.cat([labels, torch.full_like(labels, -1)])
-    steps = prior.decode_stepwise(passes * b, h, w, labels, tuple(coarser.repeat(passes, 1, 1) for coarser in upper))
+    passes = 1  # through the network: with guidance one with and one without the condition, in one batch
+    if condition is not None and prior.conditional and sampling.guidance != 1:
+        passes, condition = 2, torch.cat([condition, no_condition(condition)])
+    steps = prior.decode_stepwise(passes * b, h, w, condition, tuple(coarser.repeat(passes, 1, 1) for coarser in upper))
     draws = uniform(derive(seeds, Stream.AUTOREGRESSIVE_DRAW), h * w, len(head.radices))
     codes, known_mask = codes.flatten(1), known_mask.flatten(1)  # b n
     any_known = known_mask.any(0).tolist()  # read once: reading at each position would wait for the device

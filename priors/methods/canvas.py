@@ -17,6 +17,7 @@ from torch import Tensor
 
 from smalti.core.randomness import uniform
 from smalti.priors.base import CodePrior
+from smalti.priors.conditioning import Condition
 from smalti.priors.head import inverse_cdf
 
 POSITIONS_AT_ONCE = 2**18
@@ -26,7 +27,7 @@ POSITIONS_AT_ONCE = 2**18
 def canvas_features(
     prior: CodePrior,
     codes: Int64[Tensor, "b h w"],
-    labels: Int64[Tensor, " b"] | None,
+    condition: Condition | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
     seeds: Int64[Tensor, " b"],
 ) -> Float[Tensor, "b n d"]:
@@ -41,13 +42,13 @@ def canvas_features(
     Args:
         prior: trained on grids of `prior.level`.
         codes: the codes on the canvas.
-        labels: as for `CodePrior.features`.
+        condition: as for `CodePrior.features`.
         upper: as for `CodePrior.features`. Windows start where a code of every coarser level starts.
         seeds: one per row and step; they decide the choice of windows.
     """
     b, h, w = codes.shape
     if (h, w) == window_size(prior, h, w):
-        return prior.features(codes, labels, upper)
+        return prior.features(codes, condition, upper)
     windows = Windows.over(prior, h, w, upper)
     draws = uniform(seeds, h, w, 2)
     (first_row, row_shares), (first_column, column_shares) = (
@@ -56,7 +57,7 @@ def canvas_features(
     )
     row = first_row[:, None] + inverse_cdf(row_shares[:, None].expand(b, h, w, -1), draws[..., 0])  # b h w
     column = first_column + inverse_cdf(column_shares.expand(b, h, w, -1), draws[..., 1])
-    return windows.features(prior, codes, labels, upper, row, column)
+    return windows.features(prior, codes, condition, upper, row, column)
 
 
 def window_size(prior: CodePrior, h: int, w: int) -> tuple[int, int]:
@@ -98,7 +99,7 @@ class Windows:
         self,
         prior: CodePrior,
         codes: Int64[Tensor, "b h w"],
-        labels: Int64[Tensor, " b"] | None,
+        condition: Condition | None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...],
         row: Int64[Tensor, "b h w"],
         column: Int64[Tensor, "b h w"],
@@ -111,9 +112,9 @@ class Windows:
             numbers = product(range(len(self.tops)), range(len(self.lefts)))
             return torch.stack([self.crop(grids, *each, factor) for each in numbers], 1).flatten(0, 1)
 
-        window_labels = None if labels is None else labels.repeat_interleave(windows)
+        window_condition = None if condition is None else condition.repeat_interleave(windows, 0)
         window_upper = tuple(crops(coarser, h // coarser.shape[1]) for coarser in upper)
-        features = _in_batches(prior, crops(codes), window_labels, window_upper)  # (b windows) (y x) d
+        features = _in_batches(prior, crops(codes), window_condition, window_upper)  # (b windows) (y x) d
         down = torch.arange(h, device=device)[:, None] - self.tops.to(device)[row]
         right = torch.arange(w, device=device) - self.lefts.to(device)[column]
         index = ((row * len(self.lefts) + column) * y + down) * x + right
@@ -156,14 +157,16 @@ def window_shares(
 def _in_batches(
     prior: CodePrior,
     windows: Int64[Tensor, "m y x"],
-    labels: Int64[Tensor, " m"] | None,
+    condition: Condition | None,
     upper: tuple[Int64[Tensor, "m _y _x"], ...],
 ) -> Float[Tensor, "m n d"]:
     """Computes the features of all windows, at most `POSITIONS_AT_ONCE` positions at a time."""
     size = max(1, POSITIONS_AT_ONCE // windows[0].numel())
     batches = [slice(start, start + size) for start in range(0, len(windows), size)]
     features = [
-        prior.features(windows[rows], None if labels is None else labels[rows], tuple(each[rows] for each in upper))
+        prior.features(
+            windows[rows], None if condition is None else condition[rows], tuple(each[rows] for each in upper)
+        )
         for rows in batches
     ]
     return features[0] if len(features) == 1 else torch.cat(features)

@@ -13,13 +13,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from smalti.priors.base import CausalPrior
+from smalti.priors.conditioning import Condition
 from smalti.priors.methods.canvas import Windows, window_shares
 
 
 def window_features(
     prior: CausalPrior,
     codes: Int64[Tensor, "b h w"],
-    labels: Int64[Tensor, " b"] | None,
+    condition: Condition | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
 ) -> Float[Tensor, "b n d"]:
     """Computes `prior.features` on a canvas: each position's features come from its own window (see `chosen_windows`).
@@ -30,7 +31,7 @@ def window_features(
     b, h, w = codes.shape
     windows = Windows.over(prior, h, w, upper)
     row, column = (each.to(codes.device) for each in chosen_windows(windows, h, w))
-    return windows.features(prior, codes, labels, upper, row[:, None].expand(b, h, w), column.expand(b, h, w))
+    return windows.features(prior, codes, condition, upper, row[:, None].expand(b, h, w), column.expand(b, h, w))
 
 
 def decode_windows(
@@ -38,7 +39,7 @@ def decode_windows(
     b: int,
     h: int,
     w: int,
-    labels: Int64[Tensor, " b"] | None,
+    condition: Condition | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
 ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
     """Computes `window_features` one position at a time; see `CausalPrior.decode_stepwise`.
@@ -53,7 +54,7 @@ def decode_windows(
     for row, canvas_rows in groupby(range(h), rows.__getitem__):
         decoders = [
             prior.decode_stepwise(
-                b, y, x, labels, tuple(windows.crop(each, row, column, h // each.shape[1]) for each in upper)
+                b, y, x, condition, tuple(windows.crop(each, row, column, h // each.shape[1]) for each in upper)
             )
             for column in range(len(windows.lefts))
         ]

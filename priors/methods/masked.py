@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, gumbel, uniform
 from smalti.priors.base import CodePrior, Method, ObjectiveConfig
+from smalti.priors.conditioning import Condition
 from smalti.priors.methods.compiled_step import compiled
 from smalti.priors.methods.orders import Order, halton_ranks, ranks
 from smalti.priors.methods.sampling import Sampling, check_inputs, guided_features, linear_schedule
@@ -96,8 +97,8 @@ class MaskedSampling(Sampling):
     """Scale of the Gumbel noise added to the confidence, falling linearly to 0 at the last step; used with order
     confidence only. Without noise samples lose variety."""
     guidance: float = 1.5
-    """Scale of classifier-free guidance: 0 samples without the class, 1 conditionally, above 1 codes more typical of
-    the class with less variety. Values other than 1 take twice the time. No effect without classes."""
+    """Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes more
+    typical of it with less variety. Values other than 1 take twice the time. No effect without classes or vectors."""
 
     compile: bool = False
     """Compile each step with torch.compile, on a GPU as a CUDA graph. Takes a minute at the start; worth it for many
@@ -137,7 +138,7 @@ def sample_masked(
     known: Int64[Tensor, "b h w"],
     known_mask: Bool[Tensor, "b h w"],
     seeds: Int64[Tensor, " b"],
-    labels: Int64[Tensor, " b"] | None = None,
+    condition: Condition | None = None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     sampling: MaskedSampling = MaskedSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
@@ -151,7 +152,7 @@ def sample_masked(
     Arguments and errors are those of `smalti.priors.base.Sampler`; the prior must accept `MASK_TOKEN`.
     `callback` is called once per decoding step; masked codes are shown as sampled.
     """
-    check_inputs(prior, known, known_mask, labels)
+    check_inputs(prior, known, known_mask, condition)
     b, h, w = known.shape
     masked, codes = ~known_mask.flatten(1), known.flatten(1)  # b n
     unknown = masked.sum(1, keepdim=True)  # b 1
@@ -162,7 +163,7 @@ def sample_masked(
         order_step = () if sampling.order == "random" else (step,)  # a random order is drawn once for all steps
         rank_seeds = derive(seeds, *order_step, Stream.MASKED_RANK)
         schedule = (temperature, done, math.cos(math.pi / 2 * done))
-        settings = (*schedule, labels, upper, derive(seeds, step), rank_seeds, sampling)
+        settings = (*schedule, condition, upper, derive(seeds, step), rank_seeds, sampling)
         codes, masked = decode(prior, codes.view(b, h, w), masked, unknown, *settings)
         if callback is not None:
             callback(step, codes.view(b, h, w))
@@ -177,7 +178,7 @@ def _decoding_step(
     temperature: float | Tensor,
     done: float | Tensor,
     ratio: float | Tensor,
-    labels: Int64[Tensor, " b"] | None,
+    condition: Condition | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
     seeds: Int64[Tensor, " b"],
     rank_seeds: Int64[Tensor, " b"],
@@ -186,14 +187,14 @@ def _decoding_step(
     """Returns the codes after one step, and which of them are masked again.
 
     Args:
-        prior: as for `sample_masked`, like labels, upper and sampling.
+        prior: as for `sample_masked`, like condition, upper and sampling.
         codes: the codes before the step; values at masked positions are ignored.
         masked: the masked positions.
         unknown: number of unknown codes in each row.
         temperature: divides the logits.
         done: share of the decoding steps that are finished with this one.
         ratio: share of the unknown codes to mask again (the cosine schedule).
-        labels: the class of each row.
+        condition: the class or the vector of each row.
         upper: the codes of the coarser levels.
         seeds: for the sampled codes and the windows.
         rank_seeds: for the order in which codes are revealed.
@@ -202,7 +203,7 @@ def _decoding_step(
     head, (b, h, w) = prior.head, codes.shape
     inputs = codes.masked_fill(masked.view_as(codes), MASK_TOKEN)
     window_seeds = derive(seeds, Stream.MASKED_WINDOW)
-    guided = guided_features(prior, inputs, labels, upper, window_seeds, temperature, sampling.guidance)
+    guided = guided_features(prior, inputs, condition, upper, window_seeds, temperature, sampling.guidance)
     draws = uniform(derive(seeds, Stream.MASKED_DRAW), h * w, len(head.radices))
     sampled = head.sample(uniforms=draws, top_p=sampling.top_p, **guided)
     flat = torch.where(masked, sampled, codes.flatten(1))

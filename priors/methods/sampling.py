@@ -17,6 +17,7 @@ from torch import Tensor
 from smalti.core.errors import UserError
 from smalti.core.randomness import gumbel
 from smalti.priors.base import CodePrior
+from smalti.priors.conditioning import Condition, no_condition, require_fitting
 from smalti.priors.methods.canvas import canvas_features
 from smalti.priors.methods.orders import halton_ranks, ranks
 
@@ -80,7 +81,7 @@ def select_positions(
 def guided_features(
     prior: CodePrior,
     codes: Int64[Tensor, "b h w"],
-    labels: Int64[Tensor, " b"] | None,
+    condition: Condition | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
     seeds: Int64[Tensor, " b"],
     temperature: float | Tensor,
@@ -88,14 +89,14 @@ def guided_features(
 ) -> dict[str, Any]:
     """Returns the arguments of `FactorizedHead.sample` and `score` for a step with classifier-free guidance.
 
-    With guidance, the features with and without the class are computed in one batched pass. `seeds`
+    With guidance, the features with and without the condition are computed in one batched pass. `seeds`
     choose the windows of a canvas (see `canvas_features`).
     """
-    if labels is None or not prior.classes or guidance == 1:
-        return {"features": canvas_features(prior, codes, labels, upper, seeds), "temperature": temperature}
-    both_labels = torch.cat([labels, torch.full_like(labels, -1)])
+    if condition is None or not prior.conditional or guidance == 1:
+        return {"features": canvas_features(prior, codes, condition, upper, seeds), "temperature": temperature}
+    both_conditions = torch.cat([condition, no_condition(condition)])
     both_upper = tuple(torch.cat([coarser, coarser]) for coarser in upper)
-    both = canvas_features(prior, torch.cat([codes, codes]), both_labels, both_upper, torch.cat([seeds, seeds]))
+    both = canvas_features(prior, torch.cat([codes, codes]), both_conditions, both_upper, torch.cat([seeds, seeds]))
     conditional, unconditional = both.chunk(2)
     return {
         "features": conditional,
@@ -109,19 +110,18 @@ def check_inputs(
     prior: CodePrior,
     known: Int64[Tensor, "b h w"],
     known_mask: Bool[Tensor, "b h w"],
-    labels: Int64[Tensor, " b"] | None,
+    condition: Condition | None,
 ) -> None:
-    """Checks the known codes and labels that a sampler receives.
+    """Checks the known codes and the condition that a sampler receives.
 
     Raises:
-        UserError: for a known code outside the codebook, or a label that the prior has no class for.
+        UserError: for a known code outside the codebook, a label that the prior has no class for, or vectors of
+            another width.
     """
     kept = known[known_mask]
     if kept.numel() and not 0 <= kept.min() <= kept.max() < prior.head.codebook_size:
         raise UserError(
             f"known codes must be from 0 to {prior.head.codebook_size - 1}, got {int(kept.min())} to {int(kept.max())}"
         )
-    if labels is not None and labels.numel() and not -1 <= labels.min() <= labels.max() < prior.classes:
-        raise UserError(
-            f"labels must be from -1 (any class) to {prior.classes - 1}, got {int(labels.min())} to {int(labels.max())}"
-        )
+    if condition is not None:
+        require_fitting(condition, prior.classes, prior.condition_width)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.base import CodePrior, Method, ObjectiveConfig
+from smalti.priors.conditioning import Condition
 from smalti.priors.head import FactorizedHead
 from smalti.priors.methods.compiled_step import compiled
 from smalti.priors.methods.orders import Order
@@ -119,8 +120,8 @@ class SundaeSampling(Sampling):
     min_steps: int = 10
     """A sample is finished after a step that changes nothing, but not before this many steps."""
     guidance: float = 1.5
-    """Scale of classifier-free guidance: 0 samples without the class, 1 conditionally, above 1 codes more typical of
-    the class with less variety. Values other than 1 take twice the time. No effect without classes."""
+    """Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes more
+    typical of it with less variety. Values other than 1 take twice the time. No effect without classes or vectors."""
 
     compile: bool = False
     """Compile each step with torch.compile, on a GPU as a CUDA graph. Takes a minute at the start; worth it for many
@@ -167,7 +168,7 @@ def sample_sundae(
     known: Int64[Tensor, "b h w"],
     known_mask: Bool[Tensor, "b h w"],
     seeds: Int64[Tensor, " b"],
-    labels: Int64[Tensor, " b"] | None = None,
+    condition: Condition | None = None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     sampling: SundaeSampling = SundaeSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
@@ -182,13 +183,13 @@ def sample_sundae(
     Arguments and errors are those of `smalti.priors.base.Sampler`. `callback` is called once per denoising step.
     """
     b, h, w = known.shape
-    check_inputs(prior, known, known_mask, labels)
+    check_inputs(prior, known, known_mask, condition)
     codes = torch.where(known_mask, known, prior.head.random_codes(derive(seeds, Stream.SUNDAE_START), h, w))
     unfinished = torch.ones(b, 1, 1, dtype=torch.bool, device=known.device)
     selected_before = torch.zeros(b, 1, dtype=torch.int64, device=known.device)
     denoise = compiled(_denoising_step, codes.device) if sampling.compile else _denoising_step
     for step in range(sampling.steps):
-        settings = (*sampling.at(step), labels, upper, derive(seeds, Stream.SUNDAE_STEP, step), sampling)
+        settings = (*sampling.at(step), condition, upper, derive(seeds, Stream.SUNDAE_STEP, step), sampling)
         codes, selected_before, changed = denoise(prior, codes, ~known_mask, unfinished, selected_before, *settings)
         if callback is not None:
             callback(step, codes)
@@ -207,7 +208,7 @@ def _denoising_step(
     selected_before: Int64[Tensor, "b 1"],
     temperature: float | Tensor,
     proportion: float | Tensor,
-    labels: Int64[Tensor, " b"] | None,
+    condition: Condition | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
     seeds: Int64[Tensor, " b"],
     sampling: SundaeSampling,
@@ -219,7 +220,7 @@ def _denoising_step(
     head, (_, h, w) = prior.head, codes.shape
     draws = uniform(derive(seeds, Stream.SUNDAE_PROPOSAL), h * w, len(head.radices))
     window_seeds = derive(seeds, Stream.SUNDAE_WINDOW)
-    guided = guided_features(prior, codes, labels, upper, window_seeds, temperature, sampling.guidance)
+    guided = guided_features(prior, codes, condition, upper, window_seeds, temperature, sampling.guidance)
     proposal = head.sample(uniforms=draws, top_p=sampling.top_p, **guided).view_as(codes)
     if sampling.order == "random":
         selected = uniform(derive(seeds, Stream.SUNDAE_UPDATE), h, w) < proportion

@@ -20,6 +20,7 @@ from smalti.core.config import added
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.priors.base import CodePrior, PriorConfig, require_dropout
+from smalti.priors.conditioning import Condition
 from smalti.priors.methods.sundae import SUNDAE
 from smalti.priors.networks.rotary import AxialRotary, require_rotary_heads
 
@@ -215,7 +216,7 @@ class Hourglass(CodePrior):
 
     Non-causal, with downsampling over s x s patches. Positions are encoded by axial rotary embeddings only, on
     every head, in units of codes: features do not depend on where the grid lies on a canvas, and grids of any size
-    work. There is no time input and no mask token, since SUNDAE needs neither. The vectors of the class and of the
+    work. There is no time input and no mask token, since SUNDAE needs neither. The vectors of the condition and of the
     coarser levels are added to the input at every position.
 
     Deviation: a grid that s does not divide ends in partial patches. Their missing positions count as zeros and are
@@ -244,7 +245,7 @@ class Hourglass(CodePrior):
     def features(
         self,
         codes: Int64[Tensor, "b h w"],
-        labels: Int64[Tensor, " b"] | None = None,
+        condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Float[Tensor, "b n d"]:
         """Computes features; see `CodePrior.features`."""
@@ -252,8 +253,8 @@ class Hourglass(CodePrior):
         x = self.embed(codes)  # b n d
         if self.of_upper:
             x = x + rearrange(self.of_upper(upper, h, w), "b h w d -> b (h w) d")
-        if self.of_class:
-            x = x + rearrange(self.of_class(labels, len(codes)), "b d -> b 1 d")
+        if (vector := self.condition_vector(condition, len(codes))) is not None:
+            x = x + rearrange(vector, "b d -> b 1 d")
         if torch.is_autocast_enabled(x.device.type):  # otherwise every layer and residual sum would cast
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.body(x, (h, w), self.rotary(h, w))  # b n d

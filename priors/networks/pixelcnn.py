@@ -21,6 +21,7 @@ from smalti.core.config import added
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
+from smalti.priors.conditioning import Condition
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
 from smalti.priors.networks.causal_attention import CausalAttention
 
@@ -156,7 +157,7 @@ class PixelCNN(CausalPrior):
     """Gated PixelCNN (arXiv 1606.05328, Fig. 2), optionally with the attention of arXiv 1712.09763.
 
     A vertical stack covers all rows above a position, a horizontal stack the positions left of it in its row. The
-    vertical stack feeds the horizontal one, so there is no blind spot. Class and coarser levels enter every gate
+    vertical stack feeds the horizontal one, so there is no blind spot. Condition and coarser levels enter every gate
     (Eq. 4). The vertical stack's input is shifted down by one row, the horizontal stack's by one position in raster
     order (so that attention reaches the last column of the row above). No layer then needs a mask.
 
@@ -171,7 +172,7 @@ class PixelCNN(CausalPrior):
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__(config)
         d = config.model_width
-        conditional = bool(config.classes or config.upper_radices)
+        conditional = bool(config.classes or config.condition_width or config.upper_radices)
         every = config.attention_every
         attentive = range(every, config.layers + 1, every) if every else ()
         self.layers = nn.ModuleList(
@@ -187,18 +188,18 @@ class PixelCNN(CausalPrior):
     def features(
         self,
         codes: Int64[Tensor, "b h w"],
-        labels: Int64[Tensor, " b"] | None = None,
+        condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Float[Tensor, "b n d"]:
         """Computes features; see `CodePrior.features`. Those of a position depend only on the codes before it."""
         b, h, w = codes.shape
         x = self.head.embed(codes)  # b n d
-        condition = self.condition_vectors(b, h, w, labels, upper)  # b h w d, b 1 1 d or None
+        vectors = self.condition_vectors(b, h, w, condition, upper)  # b h w d, b 1 1 d or None
         vertical, horizontal = (
             rearrange(F.pad(x[:, :-shift], (0, 0, shift, 0)), "b (h w) d -> b h w d", h=h) for shift in (w, 1)
         )
         for layer in self.layers:
-            vertical, horizontal = layer(vertical, horizontal, condition)
+            vertical, horizontal = layer(vertical, horizontal, vectors)
         return self.norm(rearrange(horizontal, "b h w d -> b (h w) d").float())
 
     def decode_stepwise(
@@ -206,7 +207,7 @@ class PixelCNN(CausalPrior):
         b: int,
         h: int,
         w: int,
-        labels: Int64[Tensor, " b"] | None = None,
+        condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
         """Decodes code by code with convolution and KV caches; see `CausalPrior.decode_stepwise`.
@@ -214,19 +215,19 @@ class PixelCNN(CausalPrior):
         A row of the vertical stack is computed once, when the row above is complete, together with its contribution
         to the horizontal stack. A position then costs two matrix products per layer.
         """
-        condition = self.condition_vectors(b, h, w, labels, upper)
+        vectors = self.condition_vectors(b, h, w, condition, upper)
         layers, d, c = cast(list[GatedLayer], list(self.layers)), self.config.model_width, self.config.kernel // 2 + 1
         zeros = self.norm.weight.new_zeros
         row_caches = [zeros(b, c - 1, w, d) for _ in layers]  # convolution cache: the rows above that each layer reads
         attends = [layer.attention.kv_cached(b, h, w) if layer.attention else None for layer in layers]
         embedded, x = zeros(b, w, d), zeros(b, d)
         for y in range(h):
-            row_condition = condition if condition is None or condition.shape[1] == 1 else condition[:, y : y + 1]
+            row_vectors = vectors if vectors is None or vectors.shape[1] == 1 else vectors[:, y : y + 1]
             vertical, contributions = embedded[:, None], []
             for number, layer in enumerate(layers):
                 rows = torch.cat([row_caches[number], vertical], dim=1)
                 row_caches[number] = rows[:, 1:]
-                vertical, from_vertical = layer.vertical_step(rows, row_condition)
+                vertical, from_vertical = layer.vertical_step(rows, row_vectors)
                 contributions.append(rearrange(from_vertical, "b 1 w d -> w b d").contiguous())
             embedded = zeros(b, w, d)
             inputs = [zeros(b, (w + c - 1) * d) for _ in layers]  # convolution cache: each layer's inputs in this row

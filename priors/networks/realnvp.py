@@ -20,6 +20,7 @@ from smalti.core.models import register
 from smalti.core.randomness import normal
 from smalti.core.realnvp_flow import Flow
 from smalti.priors.base import Method, Prior
+from smalti.priors.conditioning import Condition
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def sample_flow(
     known: Float[Tensor, "b c h w"],
     known_mask: Bool[Tensor, "b h w"],
     seeds: Int64[Tensor, " b"],
-    labels: Int64[Tensor, " b"] | None = None,
+    condition: Condition | None = None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     sampling: FlowSampling = FlowSampling(),
     callback: Callable[[int, Tensor], None] | None = None,
@@ -106,7 +107,7 @@ def sample_flow(
     Arguments are those of `smalti.priors.base.Sampler`, but nothing may be known and there is no
     conditioning: a flow cannot be conditioned on a part of its output.
     """
-    assert labels is None
+    assert condition is None
     assert not upper
     assert not known_mask.any()
     latents = prior.flow.from_base(sampling.temperature * normal(seeds, *known.shape[1:]))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
+from smalti.priors.conditioning import Condition
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
 from smalti.priors.methods.causal_canvas import decode_windows, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
@@ -90,8 +91,8 @@ class Transformer(CausalPrior):
     """Decoder-only transformer over codes in raster order, as in VQ-GAN (arXiv 2012.09841) and LlamaGen (2406.06525).
 
     The input at a position is the embedding of the code before it, at the first position a learned vector. The vectors
-    of the class and of the coarser levels are added at the position whose code is predicted. Positions are encoded by
-    axial rotary embeddings on every head.
+    of the condition and of the coarser levels are added at the position whose code is predicted. Positions are encoded
+    by axial rotary embeddings on every head.
 
     Grids larger than those in training are read through windows of the trained size
     (`smalti.priors.methods.causal_canvas`), since attention has learned no larger offsets.
@@ -117,19 +118,19 @@ class Transformer(CausalPrior):
     def features(
         self,
         codes: Int64[Tensor, "b h w"],
-        labels: Int64[Tensor, " b"] | None = None,
+        condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Float[Tensor, "b n d"]:
         """Computes features; see `CodePrior.features`. Those of a position depend only on the codes before it."""
         b, h, w = codes.shape
         if self._exceeds_training(h, w):
-            return window_features(self, codes, labels, upper)
+            return window_features(self, codes, condition, upper)
         start = self.start.expand(b, 1, -1)
         x = torch.cat([start, self.head.embed(codes)[:, :-1]], dim=1)
         x = rearrange(x, "b (h w) d -> b h w d", h=h)
-        condition = self.condition_vectors(b, h, w, labels, upper)
-        if condition is not None:
-            x = x + condition
+        vectors = self.condition_vectors(b, h, w, condition, upper)
+        if vectors is not None:
+            x = x + vectors
         if torch.is_autocast_enabled(x.device.type):  # otherwise every layer and residual sum would cast
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
@@ -141,21 +142,21 @@ class Transformer(CausalPrior):
         b: int,
         h: int,
         w: int,
-        labels: Int64[Tensor, " b"] | None = None,
+        condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
         """Decodes code by code with a KV cache; see `CausalPrior.decode_stepwise`."""
         if self._exceeds_training(h, w):
-            yield from decode_windows(self, b, h, w, labels, upper)
+            yield from decode_windows(self, b, h, w, condition, upper)
             return
-        condition = self.condition_vectors(b, h, w, labels, upper)
-        if condition is not None:
-            condition = rearrange(condition.expand(b, h, w, -1), "b h w d -> b (h w) d")
+        vectors = self.condition_vectors(b, h, w, condition, upper)
+        if vectors is not None:
+            vectors = rearrange(vectors.expand(b, h, w, -1), "b h w d -> b (h w) d")
         layers = [layer.kv_cached(b, h, w) for layer in cast(list[Block], list(self.layers))]
         x = self.start.expand(b, -1)
         for position in range(h * w):
-            if condition is not None:
-                x = x + condition[:, position]
+            if vectors is not None:
+                x = x + vectors[:, position]
             for layer in layers:
                 x = layer(x, position)
             codes = yield self.norm(x)[:, None]

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from smalti.commands import model_paths
-from smalti.commands.class_labels import find_classes, first_class_conditional
+from smalti.commands.class_labels import find_conditions
 from smalti.commands.inpainting import Filling, fills
 from smalti.commands.sample import generate_images
 from smalti.core.devices import Precision
@@ -61,6 +61,7 @@ def sample(
     *,
     num: int = 16,
     classes: Sequence[str] = (),
+    conditions: Float[Tensor, "_n _v"] | Float[np.ndarray, "_n _v"] | None = None,
     seed: int = 0,
     sampling: Any = None,
     batch_size: int = 64,
@@ -75,6 +76,7 @@ def sample(
         num: the number of images.
         classes: names of classes to draw in turn; by default, every image draws its class as often as the training set
             has it.
+        conditions: for a prior conditioned on vectors, those of the images, in turn; by default, none.
         seed: image i depends on the seed and on i alone, whatever `num` is.
         sampling: the sampler's settings, for example `SundaeSampling(steps=25)`; by default those of the prior's kind.
         batch_size: images drawn at once.
@@ -84,17 +86,17 @@ def sample(
         Images with values from 0 to 255, on the CPU.
 
     Raises:
-        UserError: for an unknown class, a tokenizer that cannot be found, or priors that do not fit together.
+        UserError: for an unknown class, vectors that do not fit the prior, a tokenizer that cannot be found, or priors
+            that do not fit together.
     """
     priors, tokenizer = _together(prior, tokenizer)
-    numbers = list(find_classes(first_class_conditional(priors), classes).values())
     images = generate_images(
         priors,
         tokenizer,
         num=num,
         seed=seed,
         sampling=sampling,
-        classes=numbers,
+        conditions=find_conditions(priors, classes, conditions).values,
         batch_size=batch_size,
         precision=precision,
     )
@@ -110,6 +112,7 @@ def inpaint(
     *,
     num: int = 3,
     classes: Sequence[str] = (),
+    conditions: Float[Tensor, "_n _v"] | Float[np.ndarray, "_n _v"] | None = None,
     seed: int = 0,
     sampling: Any = None,
     filling: Filling | None = None,
@@ -124,6 +127,7 @@ def inpaint(
         tokenizer: as in `sample`.
         num: the number of fills.
         classes: names of classes to fill with in turn; by default any.
+        conditions: for a prior conditioned on vectors, those of the fills, in turn; by default, none.
         seed: fill i depends on the seed and on i alone.
         sampling: the sampler's settings; by default those that the prior's kind has for inpainting.
         filling: how a fill meets its image: candidates, feathering, colour matching.
@@ -143,7 +147,6 @@ def inpaint(
         raise UserError(f"the mask is {sizes[0]} but the image is {sizes[1]}; resize one to the other")
     if not masked.any() or masked.all():
         raise UserError("the mask must cover a part of the image: True is filled, and something must be left")
-    numbers = list(find_classes(first_class_conditional(priors), classes).values())
     return fills(
         priors,
         tokenizer,
@@ -151,7 +154,7 @@ def inpaint(
         masked,
         num=num,
         seed=seed,
-        classes=numbers,
+        conditions=find_conditions(priors, classes, conditions).values,
         sampling=sampling,
         filling=filling or Filling(),
         precision=precision,

@@ -18,7 +18,7 @@ from smalti.benchmarks.comparison import Comparison, Variant
 from smalti.benchmarks.run import medians
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.model_paths import prior_class
-from smalti.commands.train_prior import TrainPrior, grids, train_prior
+from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.config import flatten
 from smalti.core.devices import Precision, autocast, best_device, resolve
@@ -27,6 +27,7 @@ from smalti.core.models import load
 from smalti.core.randomness import generator_for, row_seeds
 from smalti.latentsets.reader import LatentSet
 from smalti.priors.base import CodePrior
+from smalti.priors.grids import grids
 from smalti.studies.flat_codes import flatten_codes
 from smalti.studies.priors.study import SETUPS, Cell, Grid, Model, Part, ReproducePriors
 from smalti.tokenizers.vq.hrvq import HRVQConfig

@@ -16,7 +16,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers.build_toys import CONFIG, FLAGS, IMAGES, Builders, run, save_tokenizer, wait_for, write_images
+from helpers.build_toys import (
+    CONDITIONS,
+    CONFIG,
+    FLAGS,
+    IMAGES,
+    Builders,
+    run,
+    save_tokenizer,
+    wait_for,
+    write_images,
+    write_inputs,
+)
 
 from smalti.core.codes import Layout
 from smalti.core.errors import UserError
@@ -24,8 +35,8 @@ from smalti.encoding import build
 from smalti.images.decoding import to_float
 from smalti.images.image_set import open_images
 from smalti.images.splits import held_out
-from smalti.latentsets.blocks import BlockStore
-from smalti.latentsets.jobs import Job
+from smalti.latentsets.building.blocks import BlockStore
+from smalti.latentsets.building.jobs import Job
 from smalti.latentsets.reader import LatentSet
 from smalti.tokenizers.vq.hrvq import HRVQ
 
@@ -38,12 +49,11 @@ FOLDER = ".latents.h5.building"
 def workspace(tmp_path_factory):
     """A working folder with a tokenizer, images, and the latent set of one uninterrupted process."""
     folder = tmp_path_factory.mktemp("build")
-    write_images(folder / "img")
-    save_tokenizer(folder / "tokenizer")
+    write_inputs(folder)
     threads, before = torch.get_num_threads(), Path.cwd()
     torch.set_num_threads(1)
     os.chdir(folder)
-    builders = Builders(folder, *FLAGS, "--out", "whole.h5")
+    builders = Builders(folder, *FLAGS, *CONDITIONS, "--out", "whole.h5")
     assert builders.join() == [0], (folder / "log").read_text()
     yield folder
     os.chdir(before)
@@ -60,15 +70,15 @@ def latents(workspace):
 
 
 def same(path, other):
-    """Returns whether all datasets of two files are equal, read with plain h5py."""
+    """Returns whether all datasets of two files are equal, vectors if the first has any, read with plain h5py."""
     with h5py.File(path) as one, h5py.File(other) as two:
-        names = ("codes/0", "labels", "source_ids", "held_out", "flipped")
+        names = ["codes/0", "labels", "source_ids", "held_out", "flipped"] + ["conditions"] * ("conditions" in one)
         return all(np.array_equal(one[name][:], two[name][:]) for name in names)
 
 
-def finished(folder):
-    """Returns the number of every complete record of all processes, duplicates included."""
-    job = Job(folder / "latents.h5", HRVQ(CONFIG).layout, IMAGES, BLOCK_IMAGES, flips=True, key={})
+def finished(folder, width=0):
+    """Returns the number of every complete record of all processes, duplicates included; `width` is that of vectors."""
+    job = Job(folder / "latents.h5", HRVQ(CONFIG).layout, IMAGES, BLOCK_IMAGES, True, {}, condition_width=width)
     store = BlockStore(job)
     blocks = []
     for file in store.folder.glob("*.blocks"):
@@ -80,17 +90,17 @@ def finished(folder):
 def test_builds_killed_again_and_again_give_the_same_file_and_encode_no_block_twice(workspace, latents):
     draw, before = random.Random(0), []
     for turn in range(5):
-        builders = Builders(workspace, *FLAGS, "--out", "latents.h5", processes=1 + turn % 2)
+        builders = Builders(workspace, *FLAGS, *CONDITIONS, "--out", "latents.h5", processes=1 + turn % 2)
         target = len(before) + draw.randint(1, BLOCKS // 12)
-        wait_for(lambda target=target: len(finished(workspace)) >= target)
+        wait_for(lambda target=target: len(finished(workspace, 3)) >= target)
         builders.kill()
-        blocks = finished(workspace)
+        blocks = finished(workspace, 3)
         assert len(set(blocks)) == len(blocks), "a block was encoded again"
         assert len(blocks) < BLOCKS, "the build finished before it was killed"
         assert set(before) <= set(blocks)
         before = blocks
     assert not latents.exists()
-    assert Builders(workspace, *FLAGS, "--out", "latents.h5").join() == [0]
+    assert Builders(workspace, *FLAGS, *CONDITIONS, "--out", "latents.h5").join() == [0]
     assert same(latents, "whole.h5")
     assert LatentSet(latents).content_digest == LatentSet("whole.h5").content_digest
     assert [path.name for path in workspace.iterdir() if "latents" in path.name] == ["latents.h5"]
@@ -99,10 +109,10 @@ def test_builds_killed_again_and_again_give_the_same_file_and_encode_no_block_tw
 @pytest.mark.parametrize(
     "dies_at",
     [
-        ("smalti.latentsets.blocks", "write_json", 1),
-        ("smalti.latentsets.blocks", "LatentSetWriter.write", 40),
+        ("smalti.latentsets.building.blocks", "write_json", 1),
+        ("smalti.latentsets.building.blocks", "LatentSetWriter.write", 40),
         ("smalti.latentsets.writer", "add_digests", 1),
-        ("smalti.latentsets.blocks", "shutil.rmtree", 1),
+        ("smalti.latentsets.building.blocks", "shutil.rmtree", 1),
     ],
 )
 def test_a_kill_before_during_or_after_the_merge_changes_nothing(workspace, latents, dies_at):
@@ -116,13 +126,14 @@ def test_a_kill_before_during_or_after_the_merge_changes_nothing(workspace, late
 
 def test_two_processes_build_the_same_file_as_one(workspace, latents):
     script = Path(__file__).parents[2] / "scripts" / "build_latents.py"
-    flags = [*FLAGS[:-4], "--workers", "1", "--device", "cpu", "--out", "latents.h5"]
+    flags = [*FLAGS[:-4], *CONDITIONS, "--workers", "1", "--device", "cpu", "--out", "latents.h5"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"{2 * IMAGES}, 2×2 of 4·4") == 1  # only one process prints
     assert same(latents, "whole.h5")
+    assert LatentSet(latents).content_digest == LatentSet("whole.h5").content_digest
 
 
 def test_the_columns_are_those_of_the_images(workspace):
@@ -134,6 +145,8 @@ def test_the_columns_are_those_of_the_images(workspace):
     assert whole.source_ids.tolist() == [order.index(source) for source in first for _ in range(2)]
     assert whole.held_out.equal(held_out(images.source_ids).repeat_interleave(2))
     assert whole.flipped.tolist() == [False, True] * IMAGES
+    means = images.pixels(range(IMAGES)).numpy().mean((2, 3)) / 255
+    assert np.allclose(whole.vectors(range(2 * IMAGES)), means.repeat(2, 0), atol=1e-3)
     pixels = images.pixels([7, 150])
     tokenizer = HRVQ.load("tokenizer")
     for row, image in [(14, pixels[0]), (15, pixels[0].flip(-1)), (300, pixels[1]), (301, pixels[1].flip(-1))]:

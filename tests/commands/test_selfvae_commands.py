@@ -16,7 +16,6 @@ from torch import nn
 
 from smalti import LatentSet
 from smalti.commands.sample import generate_codes
-from smalti.commands.train_prior import continuous_grid
 from smalti.core.errors import UserError
 from smalti.core.models import load
 from smalti.core.randomness import Stream, derive, row_seeds
@@ -24,6 +23,7 @@ from smalti.evaluation import modes, real_images
 from smalti.evaluation.image_likelihood import bits, log_weights
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
+from smalti.priors.grids import continuous_grid
 from smalti.priors.networks.realnvp import FlowSampling
 from smalti.scripts import build_latents, evaluate, inpaint, reproduce, sample, train_prior
 from smalti.studies.selfvae import study

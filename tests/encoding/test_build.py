@@ -58,9 +58,9 @@ def same(one: LatentSet, other: LatentSet) -> bool:
     ("dies_at", "finished"),
     [
         (("smalti.encoding.build", "encode_block", 5), 1),
-        (("smalti.latentsets.blocks", "BlockStore._delete_blocks", 2), 1),
-        (("smalti.latentsets.blocks", "write_index", 1), 2),
-        (("smalti.latentsets.blocks", "sync", 1), 0),  # the folder has its name
+        (("smalti.latentsets.building.blocks", "BlockStore._delete_blocks", 2), 1),
+        (("smalti.latentsets.building.blocks", "write_index", 1), 2),
+        (("smalti.latentsets.building.blocks", "sync", 1), 0),  # the folder has its name
     ],
 )
 def test_a_killed_build_of_several_files_resumes(workspace, dies_at, finished):

@@ -1,18 +1,14 @@
 """Every program in examples/ runs, at toy size, and does what its docstring says."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 from accelerate.state import AcceleratorState
-from helpers.command_toys import save_pair
+from helpers.command_toys import EXAMPLES, example, save_pair
 from helpers.image_toys import write_patches
 from PIL import Image
 
 from smalti import LatentSet, load_tokenizer
 from smalti.core.models import _CLASSES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 MOST_LINES = 79
 
 
@@ -22,15 +18,6 @@ def folder(tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     write_patches(tmp_path / "img", 40)
     return tmp_path
-
-
-def example(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_examples_are_short():

@@ -130,7 +130,7 @@ def test_sampling_synchronizes_equally_often_for_many_and_few_steps(kind):
     model, _, rows, _ = toys.make("prior", kind)
     columns = {name: column[:4] for name, column in rows.columns.items()}
     upper = tuple(column for name, column in columns.items() if name.startswith("upper"))
-    codes = columns["codes"]
+    codes, condition = columns["codes"], columns["conditions" if model.condition_width else "labels"]
     first_two = torch.arange(codes[0].numel()).view(model.level.shape) < 2
     known = {"known": codes, "known_mask": first_two.expand_as(codes)}
     samplings = [model.method.sampling()] if kind in CAUSAL else [model.method.sampling(steps=n) for n in (3, 9)]
@@ -146,7 +146,7 @@ def test_sampling_synchronizes_equally_often_for_many_and_few_steps(kind):
                 model,
                 **{name: tensor.to(device) for name, tensor in known.items()},
                 seeds=row_seeds(0, torch.arange(4)).to(device),
-                labels=(torch.arange(4) % 3 - 1).to(device),
+                condition=condition.to(device),
                 upper=tuple(level.to(device) for level in upper),
                 sampling=sampling,
             )

@@ -22,7 +22,7 @@ from fuzzing import edit_json, integer, json_value, main, mutate
 
 from smalti.core.codes import Layout, Level
 from smalti.latentsets.dataset import LatentRows
-from smalti.latentsets.format import COLUMNS
+from smalti.latentsets.hdf5.format import COLUMNS
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.summary import describe
 

@@ -25,6 +25,7 @@ from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
 IMAGES = 200
 CONFIG = HRVQConfig(8, 8, widths=(6, 8), residual_blocks=1, code_width=6, depth=2, branching=4)
 FLAGS = ("--tokenizer", "tokenizer", "--images", "img", "--batch-size", "8", "--workers", "0", "--device", "cpu")
+CONDITIONS = ("--conditions", "encoder_of_tests:means")
 
 # One server imports everything once, and each builder is forked from it. It does not check shapes, unlike the tests.
 BUILDERS = multiprocessing.get_context("forkserver")
@@ -46,6 +47,13 @@ def save_tokenizer(folder: Path, seed: int = 0) -> None:
     tokenizer = HRVQ(CONFIG)
     tokenizer.init_from_data(to_float(torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)))
     tokenizer.save(folder)
+
+
+def write_inputs(folder: Path, count: int = IMAGES) -> None:
+    """Writes images, a tokenizer, and the module of `CONDITIONS`, which computes the mean of each channel."""
+    write_images(folder / "img", count)
+    save_tokenizer(folder / "tokenizer")
+    (folder / "encoder_of_tests.py").write_text("def means(images):\n    return images.float().mean((2, 3)) / 255\n")
 
 
 @contextmanager

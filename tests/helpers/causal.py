@@ -11,6 +11,7 @@ OPTIONS = {
     "wide kernel": {"kernel": 5},
     "attention": {"attention_every": 2, "layers": 3},
     "classes": {"classes": 3},
+    "vectors": {"condition_width": 3},
     "upper level": {"upper_radices": ((4,),), "upper_factors": (2,)},
     "everything": {
         "kernel": 5,
@@ -21,6 +22,12 @@ OPTIONS = {
     },
     "transformer": {"kind": "transformer"},
     "transformer, classes": {"kind": "transformer", "classes": 3},
+    "transformer, vectors": {
+        "kind": "transformer",
+        "condition_width": 3,
+        "upper_radices": ((4,),),
+        "upper_factors": (2,),
+    },
     "transformer, upper level": {"kind": "transformer", "upper_radices": ((4,),), "upper_factors": (2,)},
     "transformer, everything": {
         "kind": "transformer",
@@ -47,18 +54,24 @@ def prior_of(height=4, width=8, *, kind="pixelcnn", **changes) -> CausalPrior:
                 layer.attention.out.weight.mul_(4)
         if prior.of_class:
             prior.of_class.vectors.weight.normal_()
+        if prior.of_vector:
+            for weights in (prior.of_vector.out.weight, prior.of_vector.none):
+                weights.normal_()
     return prior
 
 
 def random_conditioning(prior: CausalPrior, b: int, h: int, w: int) -> dict:
-    """Draws random labels and codes of coarser levels, if the prior is conditioned on them."""
+    """Draws random labels or vectors and codes of coarser levels, if the prior is conditioned on them."""
     generator, config = torch.Generator().manual_seed(0), prior.config
     upper = tuple(
         torch.randint(torch.tensor(radices).prod(), (b, h // factor, w // factor), generator=generator)
         for radices, factor in zip(config.upper_radices, config.upper_factors, strict=True)
     )
-    labels = torch.randint(-1, prior.classes, (b,), generator=generator) if prior.classes else None
-    return {"labels": labels, "upper": upper}
+    condition = torch.randint(-1, prior.classes, (b,), generator=generator) if prior.classes else None
+    if prior.condition_width:
+        condition = torch.randn(b, prior.condition_width, generator=generator)
+        condition[0] = torch.nan  # no vector
+    return {"condition": condition, "upper": upper}
 
 
 def receptive_field(prior: CausalPrior, position: int, **conditioning) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """Calls commands in this process, and saves a tiny prior and tokenizer for them."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
 from helpers.toys import untrained_pair
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(capfd, main, *arguments):
@@ -29,3 +32,13 @@ def save_pair(folder: Path) -> Path:
     prior.save(folder)
     tokenizer.save(folder / "tokenizer")
     return folder
+
+
+def example(name: str):
+    """Loads a program in examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

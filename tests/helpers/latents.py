@@ -1,5 +1,6 @@
 """Latent sets for tests: a provenance, layouts, random codes and columns, and functions that write them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,21 @@ def write(path: Path, layout: Layout, codes: Codes, cuts: list[int], provenance:
 def opened(path: Path, mode: str) -> Any:
     """Opens a file with h5py, typed as `Any` because h5py's types are unions."""
     return h5py.File(path, mode)
+
+
+CONDITION_WIDTH = 5
+
+
+def extended_set(path: Path, rows: int = 60) -> tuple[Codes, torch.Tensor, list[str]]:
+    """Writes a set with a vector for each row, and a caption for every row but one; returns what it wrote."""
+    codes = make_codes(GRID, rows)
+    vectors = torch.from_numpy(np.random.default_rng(1).normal(size=(rows, CONDITION_WIDTH))).half()
+    captions = ["", *(f"caption é {row}" for row in range(1, rows))]
+    provenance = replace(PROVENANCE, condition_source="an encoder")
+    added = {"condition_width": CONDITION_WIDTH, "captions": captions, "provenance": provenance}
+    with LatentSetWriter(path, GRID, **make_columns(rows), **added) as writer:
+        writer.write(0, codes, vectors)
+    return codes, vectors, captions
 
 
 def small_set(path: Path, rows: int = 60) -> Codes:

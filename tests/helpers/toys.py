@@ -62,7 +62,7 @@ TINY = {
         height=2, width=3, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),
     "maskgit": HourglassConfig(
-        height=3, width=2, radices=(3, 3), classes=2, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
+        height=3, width=2, radices=(3, 3), condition_width=3, model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,)
     ),
     "realnvp": RealNVPConfig(height=2, width=3, channels=2, layers=4, model_width=4),
     "pixelcnn": PixelCNNConfig(
@@ -182,6 +182,8 @@ def make(family, kind):
     if family == "prior":
         columns = {"codes": torch.randint(model.level.codebook_size, shape, generator=generator)}
         columns["labels"] = torch.arange(ROWS + 5) % 3 - 1
+        if config.condition_width:
+            columns["conditions"] = torch.randn(ROWS + 5, config.condition_width, generator=generator)
         for number, (radices, factor) in enumerate(zip(config.upper_radices, config.upper_factors, strict=True)):
             grid = (ROWS + 5, config.height // factor, config.width // factor)
             columns[f"upper_{number}"] = torch.randint(math.prod(radices), grid, generator=generator)

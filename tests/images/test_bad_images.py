@@ -163,7 +163,7 @@ def test_a_later_build_reports_the_images_that_an_earlier_one_skipped(workspace,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # interrupts after all blocks are finished
-        patch.setattr("smalti.latentsets.blocks.BlockStore.merge", interrupted)
+        patch.setattr("smalti.latentsets.building.blocks.BlockStore.merge", interrupted)
         assert run(capfd, *flags, "skip")[0] == 130
     status, _, err = run(capfd, *flags, "raise")
     assert status == 2

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
-from smalti.latentsets.blocks import BlockStore
-from smalti.latentsets.jobs import Job
+from smalti.latentsets.building.blocks import BlockStore
+from smalti.latentsets.building.jobs import Job
 from smalti.latentsets.reader import LatentSet
 
 LAYOUT = Layout((Level(1, 2, (300,)), Level(1, 1, channels=2)))

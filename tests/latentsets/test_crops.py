@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.build_toys import FLAGS, one_thread, run, save_tokenizer, write_images
+from helpers.build_toys import CONDITIONS, FLAGS, one_thread, run, write_inputs
 
 from smalti.images.decoding import to_float
 from smalti.images.image_set import open_images
@@ -14,9 +14,8 @@ from smalti.tokenizers.vq.hrvq import HRVQ
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    write_images(tmp_path / "img", count=40)
+    write_inputs(tmp_path, count=40)
     (tmp_path / "img" / "0003.png").write_text("no image")
-    save_tokenizer(tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
     with one_thread():
         yield tmp_path
@@ -25,7 +24,7 @@ def workspace(tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [2, None])
 @pytest.mark.parametrize("flips", [True, False])
 def test_training_images_have_crops_and_held_out_images_have_none(workspace, capfd, flips, count):
-    more = ["--on-bad-image", "skip", *(() if flips else ("--no-flips",))]
+    more = [*CONDITIONS, "--on-bad-image", "skip", *(() if flips else ("--no-flips",))]
     status, _, error = run(capfd, *FLAGS, "--out", "crops.h5", *(("--crops", "2") if count else ("--ten-crop",)), *more)
     assert status == 0, error
     latents, images = LatentSet("crops.h5"), open_images("img", height=8, width=8)
@@ -43,6 +42,10 @@ def test_training_images_have_crops_and_held_out_images_have_none(workspace, cap
     assert np.array_equal(latents.read(0, range(len(latents))), codes)
     assert latents.held_out.tolist() == [held for rows, held in expected for _ in rows]
     assert latents.flipped.tolist() == [bool(flips and n % 2) for rows, _ in expected for n in range(len(rows))]
+    vectors = [
+        rows[0].mean((1, 2)) / 2 + 0.5 for rows, _ in expected for _ in rows
+    ]  # of the image that is not mirrored
+    assert torch.allclose(latents.vectors(range(len(latents))), torch.stack(vectors), atol=1e-3)
     numbers = [int(images.source_ids[n]) for n in range(len(images)) if n != 3]
     shared = [numbers[image] for image, (rows, _) in enumerate(expected) for _ in rows]
     same = np.array(shared)[:, None] == np.array(shared)

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.latents import GRID, PROVENANCE, make_codes, make_columns, opened, small_set, write
+from helpers.latents import GRID, PROVENANCE, extended_set, make_codes, make_columns, opened, small_set, write
 from hypothesis import given
 from hypothesis import strategies as st
 
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
 from smalti.images.splits import held_out
-from smalti.latentsets.format import number_sources
+from smalti.latentsets.hdf5.format import number_sources
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.table import from_parquet, to_parquet
 from smalti.latentsets.writer import LatentSetWriter
@@ -33,9 +33,10 @@ def test_digests_follow_the_documented_recipe(tmp_path):
     assert latent_set.content_digest == hashlib.sha256(b"".join([*parts, *arrays(codes)])).hexdigest()
 
 
-def test_documented_program_computes_the_digests(tmp_path, capsys):
+@pytest.mark.parametrize("extended", [False, True])
+def test_documented_program_computes_the_digests(extended, tmp_path, capsys):
     text = (Path(__file__).parents[2] / "docs" / "latent-format.md").read_text()
-    small_set(tmp_path / "latents.h5")
+    (extended_set if extended else small_set)(tmp_path / "latents.h5")
     exec(text.split("```python\n")[1].split("```")[0].replace("runs/latents/hrvq.h5", str(tmp_path / "latents.h5")), {})
     assert capsys.readouterr().out == "True\nTrue\n"
 
@@ -51,7 +52,7 @@ def test_builds_at_other_times_have_one_content_digest(tmp_path):
     assert LatentSet(tmp_path / "latents.h5").content_digest not in digests
 
 
-def test_version_2_is_read_and_becomes_version_3_by_conversion(tmp_path):
+def test_version_2_is_read_and_becomes_version_4_by_conversion(tmp_path):
     codes = small_set(tmp_path / "latents.h5")
     digest = LatentSet(tmp_path / "latents.h5").content_digest
     make_version_2(tmp_path / "latents.h5", hashlib.sha256(b"".join(arrays(codes))).hexdigest())
@@ -60,12 +61,29 @@ def test_version_2_is_read_and_becomes_version_3_by_conversion(tmp_path):
     assert old.batch(range(60))[0].equal(codes[0])
     to_parquet(old, tmp_path / "latents.parquet")
     again = from_parquet(str(tmp_path / "latents.parquet"), tmp_path / "again.h5")
-    assert (old.version, again.version) == (2, 3)
+    assert (old.version, again.version) == (2, 4)
     assert again.content_digest == digest
     with opened(tmp_path / "latents.h5", "r+") as file:
         file["labels"][7] = 2
     with pytest.raises(UserError, match="is damaged: its content has digest"):
         LatentSet(tmp_path / "latents.h5").verify()
+
+
+def test_version_3_is_read_with_its_digests(tmp_path):
+    """The digest is the one that the last version to write version 3 gave this set."""
+    codes = small_set(tmp_path / "latents.h5")
+    with opened(tmp_path / "latents.h5", "r+") as file:
+        file.attrs.modify("format_version", 3)
+        del file.attrs["condition_source"]
+        texts = {**file.attrs, "format_version": b"3"}
+        del texts["attributes_digest"]
+        parts = (f"{name} {len(texts[name])}\n".encode() + texts[name] + b"\n" for name in sorted(texts))
+        file.attrs.modify("attributes_digest", np.bytes_(hashlib.sha256(b"".join(parts)).hexdigest()))
+    old = LatentSet(tmp_path / "latents.h5")
+    old.verify()
+    assert (old.version, old.condition_width, old.captions([0])) == (3, 0, [""])
+    assert old.content_digest == "8bc6fb759d7eb9e663599bcf79df1c823b83c41ec1f36bbf4b77021810c3d5cd"
+    assert old.batch(range(60))[0].equal(codes[0])
 
 
 def arrays(codes):

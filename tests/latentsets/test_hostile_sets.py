@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
-from smalti.latentsets.format import COLUMNS
+from smalti.latentsets.hdf5.format import COLUMNS
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.summary import describe
 

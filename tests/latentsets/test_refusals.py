@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
-from smalti.latentsets.digests import attributes_digest
+from smalti.latentsets.hdf5.digests import attributes_digest
 from smalti.latentsets.reader import LatentSet
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
-from smalti.latentsets.blocks import BlockStore
+from smalti.latentsets.building.blocks import BlockStore
+from smalti.latentsets.building.jobs import Job
 from smalti.latentsets.dataset import LatentRows
-from smalti.latentsets.jobs import Job
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.summary import describe
 from smalti.latentsets.table import from_parquet, to_parquet

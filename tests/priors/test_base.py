@@ -24,12 +24,12 @@ class Bag(CodePrior):
     config_class = BagConfig
     method = SUNDAE
 
-    def features(self, codes, labels=None, upper=()):
+    def features(self, codes, condition=None, upper=()):
         b, h, w = codes.shape
         x = self.head.embed(codes.masked_fill(codes == MASK_TOKEN, 0))
         x = x + x.mean(1, keepdim=True)
         if self.of_class:
-            x = x + self.of_class(labels, b)[:, None]
+            x = x + self.of_class(condition, b)[:, None]
         if self.of_upper:
             x = x + rearrange(self.of_upper(upper, h, w), "b h w d -> b (h w) d")
         return x
@@ -49,7 +49,7 @@ def test_new_kind_needs_only_features(method):
     mask = codes < 2
     for settings in (method.sampling(steps=4), method.filling(steps=4)):
         samples = method.sampler(
-            prior.eval(), known=codes, known_mask=mask, seeds=seeds, labels=labels, upper=(upper,), sampling=settings
+            prior.eval(), known=codes, known_mask=mask, seeds=seeds, condition=labels, upper=(upper,), sampling=settings
         )
         assert torch.equal(samples[mask], codes[mask])
         assert 0 <= samples.min() <= samples.max() < 6

@@ -57,7 +57,7 @@ def test_guided_samples_follow_the_enumerated_chain(guidance):
     sampling = SundaeSampling(steps=2, temperature=(1.2, 0.6), proportion=(1.0, 1.0), guidance=guidance)
     seeds = row_seeds(7, torch.arange(3 * rows))
     codes = sample_sundae(
-        prior, known=blank, known_mask=blank.bool(), seeds=seeds, labels=labels, sampling=sampling
+        prior, known=blank, known_mask=blank.bool(), seeds=seeds, condition=labels, sampling=sampling
     ).flatten(1)
     for label in range(3):
         conditional = prior.head.log_probs(prior.features(grids.view(81, 2, 2), torch.full((81,), label)))
@@ -128,13 +128,13 @@ def test_label_dropout_depends_on_each_rows_seed():
     prior = prior_of()
     codes, labels = torch.randint(3, (2000, 2, 2)), torch.arange(2000) % 3
     batch = {"codes": codes, "labels": labels, "seeds": row_seeds(3, torch.arange(2000))}
-    used = prior.conditioning(batch, 0.25)["labels"]
+    used = prior.conditioning(batch, 0.25)["condition"]
     assert used is not None
     assert abs(float((used == -1).float().mean()) - 0.25) < 0.04
     assert torch.equal(used[used >= 0], labels[used >= 0])
-    assert torch.equal(prior.conditioning({k: v[500:] for k, v in batch.items()}, 0.25)["labels"], used[500:])
-    assert prior.conditioning(batch)["labels"] is labels
-    assert prior_of(classes=0).conditioning(batch)["labels"] is None
+    assert torch.equal(prior.conditioning({k: v[500:] for k, v in batch.items()}, 0.25)["condition"], used[500:])
+    assert prior.conditioning(batch)["condition"] is labels
+    assert prior_of(classes=0).conditioning(batch)["condition"] is None
 
 
 @pytest.mark.parametrize("label", [-2, 3])

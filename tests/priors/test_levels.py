@@ -14,7 +14,6 @@ from PIL import Image
 from smalti.commands.inpainting import Filling, fill
 from smalti.commands.model_paths import load_prior, load_priors
 from smalti.commands.sample import generate_levels
-from smalti.commands.train_prior import grids
 from smalti.core import models
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
@@ -26,6 +25,7 @@ from smalti.images.sheets import save_png, to_image
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter
+from smalti.priors.grids import grids
 from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling
 from smalti.priors.methods.sundae import SundaeSampling
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
@@ -280,7 +280,7 @@ def test_hourglass_is_conditioned_on_coarser_levels_with_and_without_guidance():
             known=codes.repeat(3, 1, 1),
             known_mask=torch.zeros(3, 4, 4, dtype=torch.bool),
             seeds=row_seeds(0, torch.arange(3)),
-            labels=torch.full((3,), -1),  # without a class both branches of guidance are equal
+            condition=torch.full((3,), -1),  # without a class both branches of guidance are equal
             upper=(coarser.repeat(3, 1, 1),),
             sampling=SundaeSampling(steps=3, guidance=guidance),
         )

@@ -62,7 +62,8 @@ def draws(folder):
         torch.compile = partial(compiler, backend=backend)
         prior = models.class_of_kind("prior", kind)(replace(toys.TINY[kind], depth=(1,), shorten=())).eval()
         known = torch.arange(6).view(1, *prior.level.shape).repeat(3, 1, 1)
-        inputs = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "labels": rows - 1}
+        condition = torch.tensor([torch.nan, 0.0, 1.0]).view(3, 1).repeat(1, 3) if prior.condition_width else rows - 1
+        inputs = {"known": known, "known_mask": known == 1, "seeds": row_seeds(0, rows), "condition": condition}
         eager, compiled = (
             sampler(prior, **inputs, sampling=replace(sampling, compile=compiled)) for compiled in (False, True)
         )

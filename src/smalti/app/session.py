@@ -25,6 +25,7 @@ from smalti.commands.sample import generate_images
 from smalti.core.codes import Codes
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError
+from smalti.core.progress import print_note
 from smalti.images.decoding import to_uint8
 from smalti.images.sheets import to_image
 
@@ -72,6 +73,8 @@ class Session:
         self.precision: Precision = precision
         loaded_prior, loaded_tokenizer = load_prior(prior, tokenizer)
         self.prior, self.tokenizer = loaded_prior.to(self.device), loaded_tokenizer.to(self.device)
+        if self.prior.condition_width:
+            print_note("note: this prior is conditioned on vectors; the page draws and fills without them")
         self.classes = list(find_classes(self.prior, ("all",) if self.prior.classes else ()))
         self._closed = threading.Event()
 
@@ -136,7 +139,7 @@ class Session:
                 mask,
                 num=num,
                 seed=seed,
-                classes=class_numbers,
+                conditions=class_numbers,
                 sampling=sampling,
                 filling=filling,
                 precision=self.precision,
@@ -169,7 +172,7 @@ class Session:
                 num=num,
                 seed=seed,
                 sampling=sampling,
-                classes=class_numbers,
+                conditions=class_numbers,
                 batch_size=num,
                 precision=self.precision,
                 watch=lambda _, codes: report(next(steps), lambda: [to_image(image) for image in self._decode(codes)]),

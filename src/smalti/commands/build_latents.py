@@ -1,7 +1,7 @@
 """Builds a latent set: encodes every image with a tokenizer, on any number of processes.
 
 Images are decoded and encoded one block at a time (`encoding/encoder.py`). Finished blocks are kept in
-`latentsets/blocks.py` until the file, or each file of a set of several ones, is complete.
+`latentsets/building/blocks.py` until the file, or each file of a set of several ones, is complete.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 
-from smalti.commands.model_paths import LATENTS, layer_name, layer_source, load_tokenizer
+from smalti.commands.model_paths import LATENTS, images_for, layer_name, layer_source, load_tokenizer
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
 from smalti.core.provenance import command, versions
@@ -21,14 +21,17 @@ from smalti.encoding.build import Engine, encode
 from smalti.encoding.encoder import Encoder
 from smalti.images.fitting import SMALLEST_CROP, TEN_CROP_SIDE, recorded_fit, ten_crops
 from smalti.images.image_set import ImageSet
-from smalti.images.reading import Reading, read_images_for
-from smalti.latentsets.jobs import Job
+from smalti.images.reading import Reading
+from smalti.latentsets.building.jobs import Job
+from smalti.latentsets.conditions import ConditionSource
+from smalti.latentsets.hdf5.captions import digest_of_captions
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.summary import describe
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.accelerator import LONGEST_WAIT, main_first
 
+SIDES = ("channels", "height", "width")
 MOST_CROPS = 1_000
 MOST_WORKERS = 4  # default limit: each worker holds a few blocks of images in memory
 
@@ -50,6 +53,13 @@ class BuildLatents:
     list of paths (.csv, .txt), arrays (.npz), Parquet files, or a data set's hub id [default: the images that the
     tokenizer was trained on]."""
     reading: Reading = field(default_factory=Reading)
+    caption_column: str | None = None
+    """Column of the captions to store, also of `metadata.csv` or in the `.json` beside an image [default: the `.txt`
+    files beside images in shards]."""
+    conditions: str | None = None
+    """Vectors to store, for priors with `--condition vector`: FILE.npy with a vector for each image, in their order; or
+    `module:function`, a function of yours that receives uint8 images `(b, c, h, w)` and returns `(b, width)` floats.
+    Mirror images and crops get their image's vector."""
     height: int | None = None
     """Height of the images in pixels [default: as trained]."""
     width: int | None = None
@@ -128,8 +138,12 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
     encoding_device = own_device if own_device is not None and own_device.type == wanted.type else wanted
     tokenizer_source = layer_source(config.tokenizer, config.layer)
     tokenizer = load_tokenizer(tokenizer_source).to(encoding_device)
-    asked = (config.tokenizer, config.images, config.height, config.width, config.reading)
+    asked = (config.tokenizer, config.images, config.height, config.width, config.reading, config.caption_column)
     images = main_first(process, lambda: images_for(tokenizer, *asked, shown=process.is_main_process))
+    captions = images.captions()
+    one = torch.zeros(1, *(images.preprocessing[side] for side in SIDES), device=encoding_device)
+    blank = one.int() if images.preprocessing.get("image_depth") == 16 else one.byte()
+    conditions = ConditionSource(config.conditions, len(images), blank) if config.conditions else None
     name = tokenizer.kind if config.layer is None else f"{tokenizer.kind}-{layer_name(config.layer)}"
     path = config.out or LATENTS / (name if config.shard_rows else f"{name}.h5")
     _require_form(path, config.shard_rows)
@@ -137,7 +151,8 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
         raise UserError("crops would cut into white borders; leave them out, or train the tokenizer with another --fit")
     crops = {"crops": config.crops, "smallest_crop": SMALLEST_CROP} if config.crops else {}
     crops |= {"ten_crop_side": TEN_CROP_SIDE} if config.ten_crop else {}
-    precision = {} if config.precision == "fp32" else {"precision": config.precision}
+    other = {} if config.precision == "fp32" else {"precision": config.precision}
+    other |= {"captions_digest": digest_of_captions(captions)} if captions else {}
     provenance = Provenance(
         tokenizer_kind=tokenizer.kind,
         tokenizer_config=dataclasses.asdict(tokenizer.config),
@@ -145,14 +160,17 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
         tokenizer_source=tokenizer_source,
         image_source=images.source,
         image_fingerprint=images.fingerprint,
-        preprocessing={**images.preprocessing, "flips": config.flips, **crops, **precision},
+        preprocessing={**images.preprocessing, "flips": config.flips, **crops, **other},
         label_names=images.label_names,
+        condition_source=conditions.source if conditions else "",
         command=command(),
     )
-    job = job_of(tokenizer, images, path, provenance, config, device_type=config.device if engine else wanted.type)
-    encoder = Encoder(tokenizer, images, job, config.random_crops, config.device, config.precision)
+    device_type = config.device if engine else wanted.type
+    job = job_of(tokenizer, images, path, provenance, config, conditions, device_type=device_type)
+    encoder = Encoder(tokenizer, images, job, config.random_crops, config.device, config.precision, conditions)
     skips = config.reading.on_bad_image == "skip"
-    encode(encoder, provenance, process, config.workers, skips=skips, overwrite=config.overwrite, engine=engine)
+    settings = {"skips": skips, "overwrite": config.overwrite, "engine": engine}
+    encode(encoder, provenance, process, config.workers, captions=captions, **settings)
     if process.is_main_process:
         print(describe(LatentSet(path)))
     return path
@@ -176,6 +194,7 @@ def job_of(
     path: Path,
     provenance: Provenance,
     config: BuildLatents,
+    conditions: ConditionSource | None = None,
     *,
     device_type: str | None = None,
 ) -> Job:
@@ -184,8 +203,8 @@ def job_of(
     Raises:
         UserError: if the tokenizer cannot encode images of this size.
     """
-    size, encoding_device = images.preprocessing, _device_of(tokenizer)
-    blank = torch.zeros(1, size["channels"], size["height"], size["width"], device=encoding_device)
+    encoding_device = _device_of(tokenizer)
+    blank = torch.zeros(1, *(images.preprocessing[side] for side in SIDES), device=encoding_device)
     with torch.no_grad():
         codes = tokenizer.encode(blank)
     rows_per_image = (1 + config.crops_per_image) * (1 + config.flips)
@@ -197,6 +216,7 @@ def job_of(
         block_images=block_images,
         flips=config.flips,
         crops=config.crops_per_image,
+        condition_width=conditions.width if conditions else 0,
         shard_blocks=max(1, config.shard_rows // (block_images * rows_per_image)) if config.shard_rows else 0,
         key={
             "tokenizer_digest": provenance.tokenizer_digest,
@@ -204,36 +224,10 @@ def job_of(
             "preprocessing": provenance.preprocessing,
             "device": device_type or encoding_device.type,
             "software": versions(),
+            **({"condition_source": conditions.source} if conditions else {}),
         },
     )
 
 
 def _device_of(tokenizer: Tokenizer) -> torch.device:
     return next(tokenizer.parameters()).device
-
-
-def images_for(
-    tokenizer: Tokenizer,
-    name: str,
-    source: str | None,
-    height: int | None,
-    width: int | None,
-    reading: Reading,
-    *,
-    shown: bool = True,
-) -> ImageSet:
-    """Reads images for a tokenizer, at its size unless another one is given; see `read_images_for`.
-
-    Raises:
-        UserError: as `read_images_for` does.
-    """
-    return read_images_for(
-        tokenizer.provenance,
-        name,
-        source,
-        reading,
-        height=height or tokenizer.config.height,
-        width=width or tokenizer.config.width,
-        channels=tokenizer.image_channels,
-        shown=shown,
-    )

@@ -1,16 +1,20 @@
-"""The classes of images to generate: found by the names in the latent set, or sampled as often as they occur in it."""
+"""The conditions of images to generate: vectors; or classes, found by their names or drawn as often as they occur."""
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, row_seeds, uniform
+from smalti.latentsets.conditions import read_vectors, require_vectors, to_array, to_half
 from smalti.priors.base import Prior
+from smalti.priors.conditioning import Condition
 from smalti.priors.head import inverse_cdf
 
 
@@ -75,6 +79,60 @@ def _matches(request: str, names: Sequence[str]) -> list[int]:
     return [number for number, name in enumerate(names) if folded(name).startswith(folded(request))]
 
 
+class Conditions(NamedTuple):
+    """The conditions of samples, in turn: the numbers of classes, or vectors `(n, v)`; and their names."""
+
+    names: list[str]
+    values: list[int] | Tensor
+
+
+def find_conditions(
+    priors: Sequence[Prior], classes: Sequence[str], vectors: Path | np.ndarray | Tensor | None
+) -> Conditions:
+    """Returns the conditions that a person asked for: classes by name (see `find_classes`), or vectors as stored.
+
+    Args:
+        priors: one for each level, coarsest first.
+        classes: the requested classes.
+        vectors: the requested vectors, or their file; None for none.
+
+    Raises:
+        UserError: for priors of which some are conditioned on classes and others on vectors; for a request that does
+            not fit them; as `find_classes` and `smalti.latentsets.conditions.read_vectors` do.
+    """
+    widths = {prior.condition_width for prior in priors if prior.condition_width}
+    if len(widths) > 1 or (widths and any(prior.classes for prior in priors)):
+        raise UserError("the priors of the levels are conditioned on different things; train all on classes or vectors")
+    if vectors is None:
+        if classes and widths:
+            raise UserError("this prior is conditioned on vectors, not on classes; give --conditions FILE.npy instead")
+        found = find_classes(first_conditional(priors), classes)
+        return Conditions([*found], [*found.values()])
+    if classes:
+        raise UserError("--classes and --conditions cannot be given together, as no prior is conditioned on both")
+    name = f"--conditions {vectors}" if isinstance(vectors, Path) else "the array of conditions"
+    array = read_vectors(vectors) if isinstance(vectors, Path) else to_array(vectors)
+    require_vectors(array, name)
+    if not widths:
+        raise UserError(f"this prior is not conditioned on vectors; train one with --condition vector to use {name}")
+    if array.shape[1] not in widths:
+        raise UserError(f"{name} has vectors of {array.shape[1]} numbers, but the prior was trained on {max(widths)}")
+    return Conditions([f"vector {row}" for row in range(len(array))], to_half(array).float())
+
+
+def draw_conditions(
+    priors: Sequence[Prior], requested: Sequence[int] | Float[Tensor, "_n _v"], rows: Int64[Tensor, " b"], seed: int
+) -> Condition | None:
+    """Returns the condition of each sample: the requested ones in turn.
+
+    Without a request it is a class drawn by frequency (see `draw_labels`), or no vector.
+    """
+    if isinstance(requested, Tensor):
+        return requested[rows % len(requested)]
+    prior = first_conditional(priors)
+    return None if prior.condition_width else draw_labels(prior, requested, rows, seed)
+
+
 def draw_labels(prior: Prior, classes: Sequence[int], rows: Int64[Tensor, " b"], seed: int) -> Int64[Tensor, " b"]:
     """Returns a class label for each sample: `classes` in turn, or else drawn by their frequency.
 
@@ -87,9 +145,9 @@ def draw_labels(prior: Prior, classes: Sequence[int], rows: Int64[Tensor, " b"],
     return inverse_cdf(shares, uniform(derive(row_seeds(seed, rows), Stream.CLASS_LABEL))) - 1
 
 
-def first_class_conditional(priors: Sequence[Prior]) -> Prior:
-    """Returns the first class-conditional prior, or the first prior if none is.
+def first_conditional(priors: Sequence[Prior]) -> Prior:
+    """Returns the first conditional prior, or the first prior if none is.
 
     All levels share one latent set, so any class-conditional prior has the class names.
     """
-    return next((prior for prior in priors if prior.classes), priors[0])
+    return next((prior for prior in priors if prior.conditional), priors[0])

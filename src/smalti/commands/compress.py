@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalti.commands.build_latents import images_for
-from smalti.commands.model_paths import RUNS, image_inputs, layer_source, load_tokenizer
+from smalti.commands.model_paths import RUNS, image_inputs, images_for, layer_source, load_tokenizer
 from smalti.core import locks
 from smalti.core.codes import Codes, Layout
 from smalti.core.config import flatten

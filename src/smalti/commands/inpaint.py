@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from smalti.commands.class_labels import find_classes, first_class_conditional
+from smalti.commands.class_labels import find_conditions
 from smalti.commands.inpainting import Filling, WorkingSize, callback_calls, fills, working_size
 from smalti.commands.model_paths import RUNS, image_inputs, load_priors, prior_class
 from smalti.core import locks
@@ -74,6 +74,8 @@ class Inpaint(Generic[S]):
     """Number of different fills of each image."""
     classes: tuple[str, ...] = ()
     """Classes of the fills, in turn: names, beginnings of names, or `all` [default: any class]."""
+    conditions: Path | None = None
+    """For a prior trained with --condition vector: a .npy file of vectors (n, width), in turn [default: any]."""
     prior: tuple[str, ...] = ("hourglass",)
     """A trained prior: a kind (read from runs/priors/KIND), a folder, or a hub id. Give one for each level if the
     tokenizer has several levels."""
@@ -129,7 +131,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
     filling_device = device(config.device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(filling_device) for prior in priors], tokenizer.to(filling_device)
-    classes = list(find_classes(first_class_conditional(priors), config.classes).values())
+    conditions = find_conditions(priors, config.classes, config.conditions)
     digests = [prior.digest() for prior in priors]
     settings = {"command": "inpaint", **flatten(config), "prior_digests": digests, "versions": versions()}
     calls: list[int] = []
@@ -151,7 +153,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
                 mask,
                 num=config.num,
                 seed=config.seed,
-                classes=classes,
+                conditions=conditions.values,
                 sampling=config.sampling,
                 filling=config.filling,
                 precision=config.precision,

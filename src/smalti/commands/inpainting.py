@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from smalti.commands.class_labels import draw_labels, first_class_conditional
+from smalti.commands.class_labels import draw_conditions
 from smalti.core.devices import Precision, autocast
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, row_seeds
@@ -27,6 +27,7 @@ from smalti.images.image_set import ImageRows
 from smalti.images.masks import DILATION_CODES, blank, examples, known_codes
 from smalti.images.sheets import save_sheet
 from smalti.priors.base import CodePrior, Prior
+from smalti.priors.conditioning import Condition
 from smalti.tokenizers.base import Tokenizer
 
 EXAMPLES_PER_MASK, FILLS_PER_EXAMPLE = 2, 3
@@ -102,7 +103,7 @@ def fill(
     *,
     seeds: Int64[Tensor, " b"],
     sampling: Any,
-    labels: Int64[Tensor, " b"] | None = None,
+    condition: Condition | None = None,
     filling: Filling = Filling(),
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> UInt8[Tensor, "b c h w"]:
@@ -120,7 +121,7 @@ def fill(
         mask: True = fill; not all of an image.
         seeds: one for each image.
         sampling: settings for priors of its kind; the others use their defaults for filling.
-        labels: the class of each image, -1 for any; None is any for all.
+        condition: the class of each image, -1 for any, or its vector; None is any for all.
         filling: the other settings.
         callback: a sampler's callback; it receives the candidates of each image in sequence.
 
@@ -133,7 +134,8 @@ def fill(
     device, (height, width) = next(priors[0].parameters()).device, pixels.shape[2:]
     size = working_size(tokenizer, height, width, filling.largest)
     blanked, resized_mask = (each.to(device) for each in _prepared(pixels, mask, size))
-    work = _Work(blanked, resized_mask, seeds.to(device), labels.to(device) if labels is not None else None)
+    condition = None if condition is None else condition.to(device)
+    work = _Work(blanked, resized_mask, seeds.to(device), condition)
     codes, scored = _sample_levels(priors, tokenizer, work, sampling, filling, callback)
     with torch.autocast(device.type, enabled=False):
         decoded: Float[Tensor, "bk c h w"] = tokenizer.decode(codes)
@@ -157,7 +159,7 @@ class _Work:
     images: Float[Tensor, "b c h w"]
     mask: Bool[Tensor, "b h w"]
     seeds: Int64[Tensor, " b"]
-    labels: Int64[Tensor, " b"] | None
+    condition: Condition | None
 
 
 def _sample_levels(
@@ -174,6 +176,7 @@ def _sample_levels(
         The codes of all levels, and the known pixels under sampled codes, which score the candidates.
     """
     device, k = work.images.device, filling.candidates
+    condition = None if work.condition is None else work.condition.repeat_interleave(k, 0)
     with torch.autocast(device.type, enabled=False):
         encoded = tokenizer.encode(work.images)
     candidate_seeds = derive(work.seeds.repeat_interleave(k), torch.arange(k, device=device).repeat(len(work.seeds)))
@@ -189,7 +192,7 @@ def _sample_levels(
                 known=known.repeat_interleave(k, 0),
                 known_mask=known_mask.repeat_interleave(k, 0),
                 seeds=derive(candidate_seeds, Stream.LEVEL, len(codes)) if codes else candidate_seeds,
-                labels=work.labels.repeat_interleave(k) if work.labels is not None and prior.classes else None,
+                condition=condition if prior.conditional else None,
                 upper=codes,
                 sampling=filling_for(prior, sampling),
                 callback=callback,
@@ -211,13 +214,13 @@ def fills(
     *,
     num: int,
     seed: int,
-    classes: Sequence[int],
+    conditions: Sequence[int] | Float[Tensor, "_n _v"],
     sampling: Any,
     filling: Filling,
     precision: Precision,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> UInt8[Tensor, "n c h w"]:
-    """Makes `num` fills of one image, of `classes` in turn or of any class; see `fill`.
+    """Makes `num` fills of one image, with the conditions (classes or vectors) in turn or with any; see `fill`.
 
     Fill i depends on the seed and on i alone. `precision` is the priors' precision.
     """
@@ -229,7 +232,7 @@ def fills(
             pixels.expand(num, -1, -1, -1),
             mask.expand(num, -1, -1),
             seeds=row_seeds(seed, numbers),
-            labels=draw_labels(first_class_conditional(priors), classes, numbers, seed) if classes else None,
+            condition=draw_conditions(priors, conditions, numbers, seed) if len(conditions) else None,
             sampling=sampling,
             filling=filling,
             callback=callback,

@@ -1,4 +1,4 @@
-"""The default folders of models and latent sets, the models in the package, and loading models by their names."""
+"""The default folders of models and latent sets, the models in the package, and loading models by name."""
 
 import os
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from smalti.core.config import config_from_json
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
 from smalti.core.progress import print_note
+from smalti.images.image_set import ImageSet
+from smalti.images.reading import Reading, read_images_for
 from smalti.images.sources import local_paths
 from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
@@ -131,6 +133,35 @@ def layer_source(source: str, layer: int | None) -> str:
     if not 1 <= layer <= len(stages):
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
     return str(folder if layer == len(stages) else folder / layer_name(layer))
+
+
+def images_for(
+    tokenizer: Tokenizer,
+    name: str,
+    source: str | None,
+    height: int | None,
+    width: int | None,
+    reading: Reading,
+    caption_column: str | None = None,
+    *,
+    shown: bool = True,
+) -> ImageSet:
+    """Reads images for a tokenizer, at its size unless another one is given; see `read_images_for`.
+
+    Raises:
+        UserError: as `read_images_for` does.
+    """
+    return read_images_for(
+        tokenizer.provenance,
+        name,
+        source,
+        reading,
+        height=height or tokenizer.config.height,
+        width=width or tokenizer.config.width,
+        channels=tokenizer.image_channels,
+        caption_column=caption_column,
+        shown=shown,
+    )
 
 
 def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:

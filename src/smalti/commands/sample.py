@@ -1,6 +1,6 @@
 """Generates new images with a trained prior and tokenizer. Filling parts of given images is in `inpainting.py`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smalti.commands.class_labels import draw_labels, find_classes, first_class_conditional
+from smalti.commands.class_labels import Conditions, draw_conditions, find_conditions
 from smalti.commands.model_paths import RUNS, image_inputs, load_priors, prior_class
 from smalti.core import locks
 from smalti.core.codes import Codes
@@ -32,6 +32,7 @@ from smalti.images.sheets import (
     to_image,
 )
 from smalti.priors.base import Prior
+from smalti.priors.conditioning import Condition
 from smalti.tokenizers.base import Tokenizer
 
 S = TypeVar("S")
@@ -62,6 +63,9 @@ class Sample(Generic[S]):
     classes: tuple[str, ...] = ()
     """Classes to generate in turn, a row of the sheet each: names, beginnings of names, or `all` [default: each class
     as often as in the training set]."""
+    conditions: Path | None = None
+    """For a prior trained with --condition vector: a .npy file of vectors (n, width), which are the conditions of the
+    images in turn, a row of the sheet each if there are fewer than --num [default: images without a vector]."""
     seed: int = 0
     """Random seed. Image i depends on the seed and i alone: --num 8 gives the first 8 images of --num 64."""
     batch_size: int = 64
@@ -96,11 +100,11 @@ def sample(config: Sample[Any]) -> Path:
     sampling_device = device(config.device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(sampling_device) for prior in priors], tokenizer.to(sampling_device)
-    classes = find_classes(first_class_conditional(priors), config.classes)
+    conditions = find_conditions(priors, config.classes, config.conditions)
     grids = _grids(config, priors, tokenizer)
     digests = [prior.digest() for prior in priors]
     with _claimed(config, digests):
-        _sample(config, priors, tokenizer, grids, classes, digests)
+        _sample(config, priors, tokenizer, grids, conditions, digests)
     return config.out
 
 
@@ -109,7 +113,7 @@ def _sample(
     priors: Sequence[Prior],
     tokenizer: Tokenizer,
     grids: Sequence[tuple[int, int]],
-    classes: Mapping[str, int],
+    conditions: Conditions,
     digests: Sequence[str],
 ) -> None:
     steps_by_batch: dict[int, list[Codes]] = {}  # the codes after every step, by the batch's first row
@@ -120,15 +124,16 @@ def _sample(
         seed=config.seed,
         sampling=config.sampling,
         grids=grids,
-        classes=list(classes.values()),
+        conditions=conditions.values,
         batch_size=config.batch_size,
         precision=config.precision,
         watch=lambda first, codes: steps_by_batch.setdefault(first, []).append(codes) if config.animate else None,
     )
     settings = {"command": "sample", **flatten(config), "prior_digests": digests, "versions": versions()}
-    if classes:
-        images_by_class = {name: images[i :: len(classes)] for i, name in enumerate(classes) if i < config.num}
-        save_sheet(config.out, images_by_class, settings=settings)
+    names = conditions.names
+    if names and (config.classes or len(names) < config.num):
+        rows = {name: images[i :: len(names)] for i, name in enumerate(names) if i < config.num}
+        save_sheet(config.out, rows, settings=settings)
     else:
         save_grid(config.out, images, settings=settings)
     for number, (name, image) in enumerate(zip(_files(config), images, strict=False)):
@@ -173,7 +178,7 @@ def generate_images(
     seed: int,
     sampling: Any,
     grids: Sequence[tuple[int, int]] | None = None,
-    classes: Sequence[int] = (),
+    conditions: Sequence[int] | Float[Tensor, "_n _v"] = (),
     batch_size: int = 64,
     precision: Precision = "auto",
     watch: Callable[[int, Codes], None] | None = None,
@@ -187,7 +192,7 @@ def generate_images(
         seed: image i depends on it and on i alone.
         sampling: settings for priors of its kind; the others use their defaults.
         grids: rows and columns of each level, if not those of training.
-        classes: see `draw_labels`.
+        conditions: classes or vectors, see `draw_conditions`.
         batch_size: images generated at once.
         precision: the priors' precision.
         watch: called after each step of the last level, with the number of the batch's first image
@@ -204,7 +209,7 @@ def generate_images(
                 codes = generate_levels(
                     priors,
                     rows,
-                    draw_labels(first_class_conditional(priors), classes, rows, seed),
+                    draw_conditions(priors, conditions, rows, seed),
                     grids=grids,
                     seed=seed,
                     samplings=samplings,
@@ -221,7 +226,7 @@ def generate_images(
 def generate_levels(
     priors: Sequence[Prior],
     rows: Int64[Tensor, " b"],
-    labels: Int64[Tensor, " b"] | None,
+    condition: Condition | None,
     *,
     grids: Sequence[tuple[int, int]],
     seed: int,
@@ -244,7 +249,7 @@ def generate_levels(
                 watch((*upper, sampled.clone()))  # samplers may change their tensor in place
 
         options = {"grid": grid, "sampling": sampling, "upper": codes, "callback": after_step}
-        codes += (generate_codes(prior, rows, labels, seed=seed, **options),)
+        codes += (generate_codes(prior, rows, condition, seed=seed, **options),)
     return codes
 
 
@@ -252,7 +257,7 @@ def generate_levels(
 def generate_codes(
     prior: Prior,
     rows: Int64[Tensor, " b"],
-    labels: Int64[Tensor, " b"] | None,
+    condition: Condition | None,
     *,
     seed: int,
     sampling: Any,
@@ -262,7 +267,7 @@ def generate_codes(
 ) -> Int64[Tensor, "b h w"] | Float[Tensor, "b _c h w"]:
     """Generates codes, or real-valued latents, of one level for the samples `rows` of a seed.
 
-    Each sample is conditioned on its label and on the codes of its coarser levels. This is
+    Each sample is conditioned on its class or vector and on the codes of its coarser levels. This is
     inpainting with nothing known. `grid` is the number of rows and columns, if not that of training.
     """
     prior_device = next(prior.parameters()).device
@@ -276,7 +281,7 @@ def generate_codes(
         known=known,
         known_mask=torch.zeros(len(rows), height, width, dtype=torch.bool, device=prior_device),
         seeds=derive(seeds, Stream.LEVEL, len(upper)) if upper else seeds,
-        labels=labels.to(prior_device) if labels is not None and prior.classes else None,
+        condition=condition.to(prior_device) if condition is not None and prior.conditional else None,
         upper=upper,
         sampling=sampling,
         callback=callback,

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.commands.build_latents import images_for
-from smalti.commands.model_paths import RUNS, image_inputs, load_tokenizer
+from smalti.commands.model_paths import RUNS, image_inputs, images_for, load_tokenizer
 from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, device

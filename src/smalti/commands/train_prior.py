@@ -4,7 +4,6 @@ The run's folder also holds a copy of the tokenizer, so it has everything that g
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -21,7 +20,6 @@ from smalti.commands.model_paths import (
 )
 from smalti.commands.sample import generate_codes
 from smalti.core import models
-from smalti.core.codes import Level
 from smalti.core.config import added, added_values, flatten
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
@@ -33,6 +31,7 @@ from smalti.images.sources import local_paths
 from smalti.latentsets.dataset import LatentRows
 from smalti.latentsets.reader import LatentSet, require_tokenizer
 from smalti.priors.base import CodePrior, Prior
+from smalti.priors.grids import continuous_grid, grids
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.accelerator import accelerator, tracked
 from smalti.training.config import FitConfig, Phase
@@ -47,7 +46,9 @@ PriorPreset: TypeAlias = Literal["small", "ffhq256", "ffhq1024"]
 
 MOST_NAMES = 20
 """Names of classes in a warning."""
-RESIZABLE = frozenset({"classes", "radices", "height", "width"})
+STANDARDIZING_ROWS = 1 << 16
+"""Most training rows, evenly spread, whose vectors give the mean and deviation that vectors are standardized by."""
+RESIZABLE = frozenset({"classes", "condition_width", "radices", "height", "width"})
 """Settings of a network that may differ from those of `--init`."""
 
 
@@ -80,6 +81,9 @@ class TrainPrior(Generic[C, Objective]):
     latents: Path = LATENTS / "hrvq.h5"
     """The latent set to train on: a file or folder from build_latents.py, a pattern such as 'folder/*.h5', or the hub
     id of a data set."""
+    condition: Literal["class", "vector"] = added(off="class")
+    """Learn images given their class, if the latent set has labels, or given its vectors (build-latents.py
+    --conditions)."""
     level: int = 0
     """Level of the latent set to learn, 0 being the coarsest. The prior is conditioned on the coarser levels' codes."""
     tokenizer: str | None = None
@@ -139,8 +143,9 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
         _save_tokenizer(tokenizer, folder)
     tokenizer.to(process.device)
     objective = prior.method.objective(prior, config.objective)
-    held_out = _held_out(latents, config.level)
-    rows = LatentRows(latents, split="train", level=config.level)
+    reading = {"level": config.level, "conditions": bool(prior.condition_width)}
+    held_out = _held_out(latents, reading)
+    rows = LatentRows(latents, split="train", **reading)
     train, workers = rows.for_training(process.device, config.fit.workers)
 
     def draw(trained: Prior) -> Path | None:
@@ -181,16 +186,26 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
     """Creates an untrained prior for a level of the latent set; returns it with the completed config."""
     cls = cast(type[Prior], models.class_of_kind("prior", config.prior))
     levels, names, counts = latents.layout.levels, latents.provenance.label_names, latents.overview.label_counts
-    learns_codes = issubclass(cls, CodePrior)
-    if not learns_codes or config.objective.label_dropout == 1:
+    learns_codes, by_vector = issubclass(cls, CodePrior), config.condition == "vector"
+    if by_vector and not learns_codes:
+        raise UserError(f"--prior {config.prior} is conditioned on nothing; leave --condition out")
+    if by_vector and not latents.condition_width:
+        raise UserError(
+            f"{latents.path} has no vectors for --condition vector; build it with --conditions (build_latents.py)"
+        )
+    if not learns_codes or by_vector or config.objective.label_dropout == 1:
         names, counts = (), {split: rows.sum(keepdims=True) for split, rows in counts.items()}
     classes = max(len(names), *(len(rows) - 1 for rows in counts.values()))
     if learns_codes:
-        shape = {**grids(levels, config.level), "classes": classes}
+        width = latents.condition_width if by_vector else 0
+        shape = {**grids(levels, config.level), "classes": classes, "condition_width": width}
     else:
         shape = continuous_grid(levels, config.level)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape))
     prior = cls(config.model)
+    if isinstance(prior, CodePrior) and prior.of_vector:
+        trained = torch.nonzero(~latents.held_out)[:, 0]
+        prior.of_vector.init_from_data(latents.vectors(trained[:: -(-len(trained) // STANDARDIZING_ROWS)]))
     prior.provenance = {
         "tokenizer_digest": latents.provenance.tokenizer_digest,
         "latents_digest": latents.content_digest,
@@ -200,6 +215,7 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
         "images": latents.count_images(),
         "preprocessing": latents.provenance.preprocessing,
         "label_names": names,
+        **({"condition_source": latents.provenance.condition_source} if by_vector else {}),
         "label_counts": label_counts(**counts, classes=classes).tolist(),  # unlabelled rows first
     }
     return config, prior
@@ -248,77 +264,35 @@ def _warn_of_untrained_classes(prior: Prior) -> None:
         )
 
 
-def grids(levels: Sequence[Level], number: int) -> dict[str, Any]:
-    """Returns the fields of a prior's config that describe its level and the coarser levels.
-
-    Raises:
-        UserError: if there is no such level, if it or a coarser one has no codes, or if a grid is
-            not a whole multiple of a coarser one.
-    """
-    if not 0 <= number < len(levels):
-        raise UserError(f"the latent set has levels 0 to {len(levels) - 1}; --level {number} is not one of them")
-    *upper, level = levels[: number + 1]
-    if not all(one.radices for one in (*upper, level)):
-        raise UserError(
-            f"level {number} or a coarser one holds real-valued latents, not codes; only --prior realnvp learns these"
-        )
-    for one in upper:
-        if (level.height % one.height, level.width % one.width) != (0, 0) or (
-            level.height * one.width != level.width * one.height
-        ):
-            sizes = f"{one.height}x{one.width} and {level.height}x{level.width}"
-            raise UserError(f"the grids of the levels, {sizes}, are not one a whole multiple of the other")
-    return {
-        "height": level.height,
-        "width": level.width,
-        "radices": level.radices,
-        "upper_radices": tuple(one.radices for one in upper),
-        "upper_factors": tuple(level.height // one.height for one in upper),
-    }
-
-
-def continuous_grid(levels: Sequence[Level], number: int) -> dict[str, Any]:
-    """Returns the fields of a prior's config that describe its real-valued latents.
-
-    Raises:
-        UserError: if the level holds codes, or is not the only one.
-    """
-    if len(levels) > 1 or number or not levels[0].channels:
-        raise UserError(
-            "--prior realnvp learns latent sets with one level of real-valued latents, such as selfvae's; this one "
-            "holds codes, which --prior hourglass, maskgit, pixelcnn and transformer learn"
-        )
-    return {"height": levels[0].height, "width": levels[0].width, "channels": levels[0].channels}
-
-
 def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Path, number: int, seed: int) -> None:
     """Saves a sheet of `number` samples of the prior, of each class in turn.
 
     The seeds are the same every time, so that sheets can be compared. A prior of a finer level is
-    conditioned on the coarser levels' codes and the classes of the first rows in `shown`.
+    conditioned on the coarser levels' codes and the classes of the first rows in `shown`, and a prior with vectors on
+    the vectors of these.
     """
     rows, upper = torch.arange(number), ()
-    if prior.upper_levels:
+    if prior.upper_levels or prior.condition_width:
         rows = rows[: len(shown)]
         batch = shown.__getitems__(rows.tolist())
         prior_device = next(prior.parameters()).device
         upper = tuple(batch[f"upper_{level}"].to(prior_device) for level in range(prior.upper_levels))
-        labels = batch["labels"]
+        condition = batch["conditions" if prior.condition_width else "labels"]
     else:
-        labels = draw_labels(prior, trained_classes(prior), rows, seed)
+        condition = draw_labels(prior, trained_classes(prior), rows, seed)
     sampling = prior.method.sampling()
     steps = sampling.calls(prior.level.height, prior.level.width)
     with bar(what="drawing samples", total=steps, unit="step", delay_seconds=SLOW_SECONDS) as progress:
         codes = generate_codes(
-            prior, rows, labels, seed=seed, sampling=sampling, upper=upper, callback=counting(progress)
+            prior, rows, condition, seed=seed, sampling=sampling, upper=upper, callback=counting(progress)
         )
     seeds = derive(row_seeds(seed, rows), Stream.IMAGE_DETAILS).to(codes.device)
     save_grid(path, tokenizer.draw((*upper, codes), seeds).cpu())
 
 
-def _held_out(latents: LatentSet, level: int) -> LatentRows | None:
+def _held_out(latents: LatentSet, reading: dict[str, Any]) -> LatentRows | None:
     """Returns the held-out rows, or None if a small set has none."""
     try:
-        return LatentRows(latents, split="held_out", level=level)
+        return LatentRows(latents, split="held_out", **reading)
     except UserError:
         return None

@@ -1,9 +1,10 @@
 """Encodes the blocks of a build and writes the files, on any number of processes or on an engine.
 
-What encodes a block is in `encoder.py`. Finished blocks are kept in `latentsets/blocks.py`, so a stopped build resumes.
+What encodes a block is in `encoder.py`. Finished blocks are kept in `latentsets/building/blocks.py`, so a
+stopped build resumes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from smalti.core.progress import bar
 from smalti.encoding.encoder import Encoder, decoded, encode_block, results
 from smalti.images.formats.opening import BadImageError
 from smalti.images.sources import local_paths
-from smalti.latentsets.blocks import BlockStore
+from smalti.latentsets.building.blocks import BlockStore
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 
@@ -38,6 +39,7 @@ def encode(
     skips: bool,
     overwrite: bool = False,
     engine: Engine | None = None,
+    captions: Sequence[str] | None = None,
 ) -> None:
     """Encodes opened images with a tokenizer that is on its device, and writes the finished set.
 
@@ -49,6 +51,7 @@ def encode(
         skips: Whether images that cannot be decoded are left out; otherwise they are an error.
         overwrite: Whether to replace any file.
         engine: Encodes in other processes than those of this command.
+        captions: The text of each image, "" for none; None for a set without captions.
 
     Raises:
         UserError: as `build_latents` does.
@@ -60,7 +63,7 @@ def encode(
         _on_all_processes(process, lambda: stack.enter_context(claim) if main else None)
         stale = _on_all_processes(process, lambda: store.claim(with_bad=not skips) if main else None)
         before = _provenance_of(job.path)
-        finished = before is not None and provenance.has_codes_of(before) and not (before.skipped and not skips)
+        finished = before is not None and provenance.is_met_by(before) and not (before.skipped and not skips)
         # every process lists what is missing before any process writes it
         unfinished = _on_all_processes(process, store.unfinished, store)
         if finished and len(LatentSet(job.path).files.extents) == len(job.shards):
@@ -71,6 +74,7 @@ def encode(
         if stale:
             process.print(f"Discarding the blocks of an earlier build with another {stale}.")
         columns = {"labels": images.labels, "source_ids": images.source_ids, "held_out": images.held_out}
+        merged = partial(store.merge, provenance, captions=captions, **columns)
         # An engine encodes the blocks of all files, so that it starts its processes once.
         for shards in [unfinished] if engine and unfinished else [[shard] for shard in unfinished]:
 
@@ -85,7 +89,7 @@ def encode(
             try:
                 if engine:
                     for shard in _encoded_by(engine, encoder, store, missing, skips=skips):
-                        store.merge(provenance, **columns, shard=shard)
+                        merged(shard=shard)
                     continue
                 share = missing[shards[0]][process.process_index :: process.num_processes]
                 work = partial(_encode_share, encoder, store, shards[0], share, process, workers, skips=skips)
@@ -93,7 +97,7 @@ def encode(
             except KeyboardInterrupt:
                 process.print("\nFinished blocks are kept: run the same command to resume.")
                 raise
-            merge = partial(store.merge, provenance, **columns, shard=shards[0])
+            merge = partial(merged, shard=shards[0])
             _on_all_processes(process, merge if main else _nothing, store)
         _on_all_processes(process, store.finish if main else _nothing, store)
 
@@ -171,7 +175,8 @@ def _encode_share(
             if store.abandoned:
                 return
             _require_whole(bad, skips=skips)
-            store.append(block, encode_block(tokenizer, pixels, flips=job.flips), bad)
+            codes = encode_block(tokenizer, pixels, flips=job.flips)
+            store.append(block, codes, bad, encoder.vectors(block, pixels))
             progress.update()
     store.close()
 

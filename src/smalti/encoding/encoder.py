@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,7 +18,8 @@ from smalti.core.codes import Codes
 from smalti.core.devices import Device, Precision, autocast, device
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageSet
-from smalti.latentsets.jobs import Job
+from smalti.latentsets.building.jobs import Job
+from smalti.latentsets.conditions import ConditionSource
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.batches import leave_interrupts
 
@@ -36,6 +38,7 @@ class Encoder:
         crops: The number of random crops of each image; None for the ten crops.
         device: The device that encodes; `auto` is the best one of the process.
         precision: The precision of the networks.
+        conditions: The vectors of the images, if the set is to have any.
     """
 
     tokenizer: Tokenizer
@@ -44,6 +47,13 @@ class Encoder:
     crops: int | None
     device: Device
     precision: Precision
+    conditions: ConditionSource | None = None
+
+    def vectors(self, block: int, pixels: Tensor) -> Float[Tensor, "images v"] | None:
+        """Returns the vectors of a block's images, given these with their crops."""
+        if self.conditions is None:
+            return None
+        return self.conditions(self.job.images_of(block), pixels[:: 1 + self.job.crops])
 
 
 class EncodeBatches:
@@ -76,9 +86,10 @@ class EncodeBatches:
         with torch.no_grad(), autocast(encoding_device, encoder.precision):
             for number in map(int, batch["block"]):
                 _, pixels, bad = decoded_blocks[number]
-                codes = encode_block(tokenizer, pixels.to(encoding_device), flips=encoder.job.flips)
+                pixels = pixels.to(encoding_device)
+                codes = encode_block(tokenizer, pixels, flips=encoder.job.flips)
                 result["block"].append(number)
-                result["record"].append(encoder.job.pack(number, codes, bad))
+                result["record"].append(encoder.job.pack(number, codes, bad, encoder.vectors(number, pixels)))
                 result["bad"].append(json.dumps(bad))
         return result
 

@@ -21,7 +21,7 @@ from smalti.priors.base import CausalPrior, Prior
 class CodeBits:
     """The negative log-likelihood of codes, in bits.
 
-    Class-conditional priors are conditioned on the labels of the rows; labels cost no bits.
+    Conditional priors are conditioned on the labels or vectors of the rows, which cost no bits.
 
     Attributes:
         per_code: mean bits per code of each level, coarsest first.
@@ -62,7 +62,7 @@ def count_bits(
             raise UserError(f"a {prior.kind} has no exact likelihood of codes; use a transformer or a pixelcnn")
         if (prior.level.radices, prior.upper_levels) != (level.radices, index):
             raise UserError(f"the prior given for level {index} of {latents.path} is not for codes of {level.radices}")
-        bits.append(_bits_per_row(prior, LatentRows(latents, split=split, level=index), batch_size))
+        bits.append(_bits_per_row(prior, latents, split, index, batch_size))
     per_code = [level_bits / level.positions for level_bits, level in zip(bits, levels, strict=True)]
     size = latents.provenance.preprocessing
     dimensions = size["height"] * size["width"] * size["channels"]
@@ -74,7 +74,10 @@ def count_bits(
     )
 
 
-def _bits_per_row(prior: CausalPrior, rows: LatentRows, batch_size: int) -> Float[Tensor, " rows"]:
+def _bits_per_row(
+    prior: CausalPrior, latents: LatentSet, split: Split, level: int, batch_size: int
+) -> Float[Tensor, " rows"]:
+    rows = LatentRows(latents, split=split, level=level, conditions=bool(prior.condition_width))
     device = next(prior.parameters()).device
     bits = []
     for indices in torch.arange(len(rows)).split(batch_size):

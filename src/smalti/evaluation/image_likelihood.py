@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float64, UInt8
 from torch import Tensor
 
-from smalti.commands.build_latents import images_for
+from smalti.commands.model_paths import images_for
 from smalti.commands.selfvae_modes import load_hierarchy
 from smalti.core.devices import device
 from smalti.core.errors import UserError

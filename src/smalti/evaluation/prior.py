@@ -81,7 +81,7 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
 def _bits_per_code(
     priors: Sequence[Prior], tokenizer: Tokenizer, pixels: Integer[Tensor, "n c h w"], torch_device: torch.device
 ) -> Scores:
-    """Returns bits per code of held-out images, without class conditioning, for priors with an exact likelihood."""
+    """Returns bits per code of held-out images, without class or vector, for priors with an exact likelihood."""
     scores: Scores = {}
     batches = [tokenizer.encode(to_float(batch).to(torch_device)) for batch in pixels.split(BATCH_SIZE)]
     for level, prior in enumerate(priors):

@@ -1,4 +1,4 @@
-"""Finds the columns of images and labels in a table, and names the columns that look like labels but are not read."""
+"""Finds the columns of images, labels and captions in a table, and names columns that look like labels."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -50,6 +50,18 @@ def find_label_column(features: datasets.Features, source: str, requested: str |
         count, names = len(class_columns), _listed(class_columns)
         raise UserError(f"{source} has {count} columns of classes ({names}); choose one with --label-column NAME")
     return class_columns[0] if class_columns else None
+
+
+def require_captions(features: datasets.Features, source: str, requested: str) -> None:
+    """Checks the requested column of captions.
+
+    Raises:
+        UserError: if it is missing, or holds no strings.
+    """
+    _require_column(features, source, requested)
+    feature = features[requested]
+    if not (isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")):
+        raise UserError(f"column {requested!r} of {source} holds {feature}; captions are strings")
 
 
 def describe_unread_labels(features: datasets.Features) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Contents:
         held_out: marks the images that training never uses.
         fingerprint: SHA-256 over source ids, labels and encoded images in order.
         notes: what was left out and why, a sentence each.
+        captions: reads the captions: one for each image, "" for none; None if no image has one.
     """
 
     images: datasets.Dataset
@@ -52,6 +54,7 @@ class Contents:
     held_out: Bool[Tensor, " n"]
     fingerprint: str
     notes: tuple[str, ...]
+    captions: Callable[[], list[str] | None]
 
 
 def read_contents(table: Table, held_out_images: str | None, channels: int) -> Contents:
@@ -91,7 +94,16 @@ def read_contents(table: Table, held_out_images: str | None, channels: int) -> C
             [each.cast_column(column, datasets.Image(decode=False)) for each in images]
         )
     fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()
-    return Contents(joined, table.image_column, labels, label_names, ids, out, fingerprint, notes)
+    captions = partial(_read_captions, tables)
+    return Contents(joined, table.image_column, labels, label_names, ids, out, fingerprint, notes, captions)
+
+
+def _read_captions(tables: Sequence[Table]) -> list[str] | None:
+    captions: list[str] = []
+    for each in tables:
+        values = [None] * len(each.rows) if each.caption_column is None else each.rows[each.caption_column][:]
+        captions += [value or "" for value in values]
+    return captions if any(captions) else None
 
 
 def held_out_percent(requested: str | None) -> float | None:

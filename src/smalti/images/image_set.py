@@ -42,13 +42,13 @@ class ImageSet:
         source: the argument of `open_images`.
         label_names: names of the labels 0, 1, ...; empty if the images have none.
         labels: one for each image, -1 if it has none.
-        source_ids: one for each image, in [0, 2**63). Images of one original, such as an emoji in
-            several skin tones, share one.
+        source_ids: one for each image, in [0, 2**63). Images of one original, such as an emoji's skin tones, share one.
         fingerprint: SHA-256 over source ids, labels and encoded images in order; the same on every machine.
         held_out: marks the images that training never uses.
         preprocessing: the description of the preprocessing and of the requested selection, as JSON.
         notes: what of the source was left out and why, a sentence each.
         left_out: marks the images that `leave_out` excluded from all splits.
+        captions: reads the captions: one for each image, "" for none; None if there are none.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ImageSet:
         self.labels, self.label_names = contents.labels, contents.label_names
         self.source_ids: Int64[Tensor, " n"] = contents.source_ids
         self.held_out: Bool[Tensor, " n"] = contents.held_out
-        self.fingerprint = contents.fingerprint
+        self.fingerprint, self.captions = contents.fingerprint, contents.captions
         self.left_out: Bool[Tensor, " n"] = torch.zeros(len(self.source_ids), dtype=torch.bool)
         self._encoded, self._column = contents.images, contents.column
         self._form: dict[str, Any] = {**size, "limit": most_pixels}
@@ -99,8 +99,7 @@ class ImageSet:
 
         Args:
             indices: in [0, len), in any order, repeated or not.
-            bad: receives the error of each image that cannot be decoded, by its index; that image is
-                black. Without it, such images are an error.
+            bad: receives the error of each image that cannot be decoded, which is black; without it they raise.
 
         Raises:
             BadImageError: with file and row, for images that cannot be decoded.
@@ -244,6 +243,7 @@ def open_images(
     limit: int | None = None,
     held_out: str | None = None,
     most_pixels: int | None = None,
+    caption_column: str | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> ImageSet:
     """Opens a set of images, without decoding them yet.
@@ -264,10 +264,9 @@ def open_images(
         label_column: the column of labels; by default `label` or the only column of classes.
         split: the split to read; by default that of training.
         limit: the number of images to read, the first ones.
-        held_out: `none`, a fraction such as `0.05`, or another source, whose images are added and are
-            the held-out split; by default the fraction 0.1.
-        most_pixels: the most pixels of an image; by default Pillow's limit, and less for files that
-            look like decompression bombs.
+        held_out: `none`, a fraction such as `0.05`, or another source, to add as that split; by default 0.1.
+        most_pixels: the most pixels of an image; by default Pillow's limit, and less for possible decompression bombs.
+        caption_column: the column of captions; by default the `.txt` beside images in shards.
         cache_bytes: limit of the decoded size up to which `ImageRows` keeps a set in memory.
 
     Raises:
@@ -281,7 +280,8 @@ def open_images(
     for flag, value in (("limit", limit), ("most-pixels", most_pixels)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} must be at least 1, not {value}")
-    columns = {"image_column": image_column, "label_column": label_column, "split": split, "limit": limit}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    columns |= {"caption_column": caption_column, "split": split, "limit": limit}
     table = sources.open_table(source, **columns, channels=channels)
     selection = {name: value for name, value in {**columns, "held_out": held_out}.items() if value is not None}
     return ImageSet(

@@ -28,6 +28,8 @@ METADATA = frozenset({"metadata.csv", "metadata.jsonl"})
 _UNDECODED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow recognises but does not decode these
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 _MOST_SUFFIXES = 8
+_BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choice>[^{}]*,[^{}]*))\}", re.ASCII)
+_MOST_NAMES = 1_000_000
 
 P = TypeVar("P", bound=PurePath)
 Kind: TypeAlias = Literal["images", "Parquet files", "archives", "arrays"]
@@ -64,6 +66,26 @@ class Listing:
     metadata: tuple[Path, ...] = ()
     single: bool = False
     divided: bool = False
+
+
+def expand_braces(source: str) -> list[str]:
+    """Returns the names that a range such as `{0000..0127}`, or a choice such as `{a,b}`, stands for; empty if none.
+
+    Raises:
+        UserError: if a range is empty or has more than a million names.
+    """
+    braces = _BRACES.search(source)
+    if braces is None:
+        return []
+    if braces["choice"] is not None:
+        parts = braces["choice"].split(",")
+    else:
+        first, last, width = int(braces["first"]), int(braces["last"]), len(braces["first"])
+        if not 0 <= last - first < _MOST_NAMES:
+            raise UserError(f"the range in {source} names {last - first + 1} files; give one of 1 to {_MOST_NAMES}")
+        parts = [str(number).zfill(width) for number in range(first, last + 1)]
+    names = [f"{source[: braces.start()]}{part}{source[braces.end() :]}" for part in parts]
+    return [name for each in names for name in expand_braces(each) or [each]]
 
 
 def list_files(source: str, split: str | None = None) -> Listing | None:

@@ -92,6 +92,7 @@ def read_images_for(
     height: int,
     width: int,
     channels: int,
+    caption_column: str | None = None,
     shown: bool = True,
 ) -> ImageSet:
     """Reads images for a trained model: those of `source`, or else those it was trained on, fitted as in its training.
@@ -107,6 +108,7 @@ def read_images_for(
         height: in pixels.
         width: in pixels.
         channels: see `open_images`.
+        caption_column: see `open_images`.
         shown: whether this process prints.
 
     Raises:
@@ -126,7 +128,8 @@ def read_images_for(
     kept |= {"fit": recorded_fit(recorded), "image_depth": recorded.get("image_depth", 8)}
     changes = {each: value for each, value in kept.items() if value is not None and getattr(asked, each) is None}
     completed = replace(asked, **changes)
-    images = _open(source, completed, height=height, width=width, channels=channels)
+    size = {"height": height, "width": width, "channels": channels}
+    images = _open(source, completed, **size, caption_column=caption_column)
     expected = trained.get("image_fingerprint", images.fingerprint)
     if same_images and images.fingerprint != expected:
         raise UserError(
@@ -147,7 +150,9 @@ def _is_fraction(held_out: str | None) -> bool:
     return held_out is not None and held_out_percent(held_out) is not None
 
 
-def _open(source: str, reading: Reading, *, height: int, width: int, channels: int) -> ImageSet:
+def _open(
+    source: str, reading: Reading, *, height: int, width: int, channels: int, caption_column: str | None = None
+) -> ImageSet:
     return open_images(
         source,
         height=height,
@@ -156,6 +161,7 @@ def _open(source: str, reading: Reading, *, height: int, width: int, channels: i
         fit=reading.fit or "crop",
         depth=reading.image_depth or 8,
         most_pixels=reading.most_pixels,
+        caption_column=caption_column,
         **{each: getattr(reading, each) for each in _OF_THE_IMAGES},
     )
 

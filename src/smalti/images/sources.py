@@ -13,7 +13,7 @@ from glob import escape, glob, has_magic
 from importlib.resources import as_file, files
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -22,19 +22,20 @@ from fsspec.core import url_to_fs
 
 from smalti.core.errors import UserError
 from smalti.core.malloc import give_back_freed_memory
-from smalti.images.columns import describe_unread_labels, find_image_column, find_label_column
+from smalti.images.columns import describe_unread_labels, find_image_column, find_label_column, require_captions
 from smalti.images.formats import archives, arrays
 from smalti.images.formats.annotations import (
     LIST_SUFFIXES,
     Labels,
     MetadataFile,
+    choose_captions,
     choose_labels,
     join_metadata,
     read_list,
     read_text,
 )
 from smalti.images.formats.shards import list_members
-from smalti.images.listing import CONTAINERS, Listing, arrange, is_data_file, list_files
+from smalti.images.listing import CONTAINERS, Listing, arrange, expand_braces, is_data_file, list_files
 
 EMBEDDED = {"portraits": "portraits32.parquet", "emoji": "emoji32.parquet"}
 """The files of the image sources that the package contains. The first is the default."""
@@ -42,8 +43,6 @@ DEFAULT = "portraits"
 EXAMPLE_IMAGE = Path(str(files("smalti.images") / "data" / "example.png"))
 """A held-out portrait with a transparent part, which `inpaint` fills without flags."""
 _ROWS_AT_ONCE = 64  # encoded rows in memory; the `datasets` default fails if the first row group is empty
-_BRACES = re.compile(r"\{(?:(?P<first>\d+)\.\.(?P<last>\d+)|(?P<choice>[^{}]*,[^{}]*))\}", re.ASCII)
-_MOST_NAMES = 1_000_000
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\-\[\]%:]+))?", re.ASCII)
 
 
@@ -56,6 +55,7 @@ class Table:
         image_column: the column of images: bytes, or a dict of `bytes` and `path`, one of which may be None.
         label_column: the column of labels; None if there are none.
         key_column: the column that identifies the sources; None if the images' bytes do.
+        caption_column: the column of captions; None if there are none.
         notes: what was left out and why, a sentence each.
     """
 
@@ -64,6 +64,7 @@ class Table:
     label_column: str | None
     key_column: str | None
     notes: tuple[str, ...] = ()
+    caption_column: str | None = None
 
 
 def local_paths(source: str | None) -> list[Path]:
@@ -94,6 +95,7 @@ def open_table(
     split: str | None = None,
     limit: int | None = None,
     channels: int = 3,
+    caption_column: str | None = None,
 ) -> Table:
     """Opens `source` as a table and finds its columns; see `smalti.images.image_set.open_images`.
 
@@ -101,7 +103,10 @@ def open_table(
         UserError: if there is nothing at `source`, it cannot be read or is empty, or a column or split is
             missing or ambiguous.
     """
-    table = _open(source, image_column, label_column, split, channels)
+    table = _open(source, _Chosen(image_column, label_column, caption_column, split), channels)
+    if caption_column is not None and table.caption_column is None:
+        require_captions(table.rows.features, source, caption_column)
+        table = replace(table, caption_column=caption_column)
     if not len(table.rows):
         raise UserError(f"{source} has no rows; give a data set with images")
     if limit is not None:
@@ -109,27 +114,17 @@ def open_table(
     return table
 
 
-def expand_braces(source: str) -> list[str]:
-    """Returns the names that a range such as `{0000..0127}`, or a choice such as `{a,b}`, stands for; empty if none.
+class _Chosen(NamedTuple):
+    """The columns and the split that a person chose."""
 
-    Raises:
-        UserError: if a range is empty or has more than a million names.
-    """
-    braces = _BRACES.search(source)
-    if braces is None:
-        return []
-    if braces["choice"] is not None:
-        parts = braces["choice"].split(",")
-    else:
-        first, last, width = int(braces["first"]), int(braces["last"]), len(braces["first"])
-        if not 0 <= last - first < _MOST_NAMES:
-            raise UserError(f"the range in {source} names {last - first + 1} files; give one of 1 to {_MOST_NAMES}")
-        parts = [str(number).zfill(width) for number in range(first, last + 1)]
-    names = [f"{source[: braces.start()]}{part}{source[braces.end() :]}" for part in parts]
-    return [name for each in names for name in expand_braces(each) or [each]]
+    image_column: str | None
+    label_column: str | None
+    caption_column: str | None
+    split: str | None
 
 
-def _open(source: str, image_column: str | None, label_column: str | None, split: str | None, channels: int) -> Table:
+def _open(source: str, chosen: _Chosen, channels: int) -> Table:
+    image_column, label_column, caption_column, split = chosen
     if source in EMBEDDED:
         if split is not None:
             raise UserError(f"{source} is not divided into splits; leave --split out")
@@ -139,18 +134,17 @@ def _open(source: str, image_column: str | None, label_column: str | None, split
         return Table(rows, image_column="image", label_column="label", key_column=key_column)
     path = Path(source).expanduser()
     if not os.path.exists(path) and (named := _named_archives(source)):
-        return _read_archives(source, named, (), image_column, label_column, split)
+        return _read_archives(source, named, (), chosen)
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
-        return _read_image_list(path, image_column, label_column, split)
+        return _read_image_list(path, chosen)
     listing = _list_files(source, split)
     if listing is not None and listing.kind == "archives":
-        inner_split = None if listing.divided else split
-        names = [str(each.absolute()) for each in listing.paths]
-        return _read_archives(source, names, listing.notes, image_column, label_column, inner_split)
+        inner = chosen._replace(split=None if listing.divided else split)
+        return _read_archives(source, [str(each.absolute()) for each in listing.paths], listing.notes, inner)
     if listing is not None and (listing.kind == "arrays" or _is_array_set(listing, channels)):
         return _refusing_columns(_read_arrays(listing, channels), image_column, label_column)
     if listing is not None and listing.kind == "images":
-        return _refusing_columns(_read_image_files(source, listing, label_column), image_column, None)
+        return _refusing_columns(_read_image_files(source, listing, label_column, caption_column), image_column, None)
     rows = _read_hub(source, split) if listing is None else _read_parquet(listing.paths, source)
     if not len(rows):
         raise UserError(f"{source} has no rows; give a data set with images")
@@ -205,28 +199,23 @@ def _named_archives(source: str) -> list[str]:
     return [name if "://" in name else os.path.abspath(os.path.expanduser(name)) for name in names]
 
 
-def _read_archives(
-    source: str,
-    names: Sequence[str],
-    notes: Sequence[str],
-    extension: str | None,
-    label_column: str | None,
-    split: str | None,
-) -> Table:
-    """Opens the images in archives as a table; `extension` is that of the images, if samples have several."""
-    members = list_members(source, names, extension, label_column, split)
+def _read_archives(source: str, names: Sequence[str], notes: Sequence[str], chosen: _Chosen) -> Table:
+    """Opens the images in archives as a table; an image column is their extension, if samples have several."""
+    members = list_members(source, names, *chosen)
     stamps = {name: archives.stamp(name) for name in names}
     rows = _read_paths(
         source,
         [member.to_path() for member in members.images],
         members.labels,
         [stamps[member.archive] for member in members.images],
+        members.captions,
     )
-    return Table(rows, "image", "label", None, (*notes, *members.notes, *members.labels.notes))
+    return _table_of_paths(rows, (*notes, *members.notes, *members.labels.notes))
 
 
-def _read_image_list(path: Path, image_column: str | None, label_column: str | None, split: str | None) -> Table:
+def _read_image_list(path: Path, chosen_columns: _Chosen) -> Table:
     """Opens the images that a list names, in its order."""
+    image_column, label_column, caption_column, split = chosen_columns
     paths, columns = read_list(path, image_column)
     names = [PurePosixPath(os.path.relpath(each, path.parent.absolute()).replace(os.sep, "/")) for each in paths]
     chosen = arrange(str(path), names, split)
@@ -235,33 +224,43 @@ def _read_image_list(path: Path, image_column: str | None, label_column: str | N
         {name: columns[name] for name in columns if name != image_column}, chosen.labels, str(path), label_column
     )
     paths = [paths[index] for index in chosen.indices]
-    rows = _read_paths(str(path), paths, labels, [_stamp(Path(each)) for each in paths])
-    return Table(rows, "image", "label", None, (*chosen.notes, *labels.notes))
+    captions = choose_captions(columns, str(path), caption_column)
+    rows = _read_paths(str(path), paths, labels, [_stamp(Path(each)) for each in paths], captions)
+    return _table_of_paths(rows, (*chosen.notes, *labels.notes))
 
 
-def _read_image_files(source: str, listing: Listing, label_column: str | None) -> Table:
+def _read_image_files(source: str, listing: Listing, label_column: str | None, caption_column: str | None) -> Table:
     """Opens image files as a table, one row each, with the columns of their metadata."""
     paths = [str(path.absolute()) for path in listing.paths]
     texts = [MetadataFile(str(path), path.parent.absolute().as_posix(), read_text(path)) for path in listing.metadata]
     columns, notes = join_metadata(texts, [Path(path).as_posix() for path in paths], os.path.exists)
     labels = choose_labels(columns, listing.labels, source, label_column)
-    rows = _read_paths(source, paths, labels, [_stamp(path) for path in listing.paths])
-    return Table(rows, "image", "label", None, (*listing.notes, *notes, *labels.notes))
+    captions = choose_captions(columns, source, caption_column)
+    rows = _read_paths(source, paths, labels, [_stamp(path) for path in listing.paths], captions)
+    return _table_of_paths(rows, (*listing.notes, *notes, *labels.notes))
 
 
-def _read_paths(source: str, paths: list[str], labels: Labels, stamps: list[str]) -> datasets.Dataset:
+def _table_of_paths(rows: datasets.Dataset, notes: tuple[str, ...]) -> Table:
+    return Table(rows, "image", "label", None, notes, "caption" if "caption" in rows.features else None)
+
+
+def _read_paths(
+    source: str, paths: list[str], labels: Labels, stamps: list[str], captions: list[str | None] | None
+) -> datasets.Dataset:
     """Opens images as a table, by their paths; the stamps change with the files."""
-    described = {"paths": paths, "labels": labels.values, "stamps": stamps}
-    features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.Value(labels.kind), "stamp": datasets.Value("string")}
-    )
+    described = {"image": paths, "label": labels.values, "stamp": stamps}
+    text = datasets.Value("string")
+    kinds = {"image": datasets.Image(decode=False), "label": datasets.Value(labels.kind), "stamp": text}
+    if captions is not None:
+        described["caption"], kinds["caption"] = captions, text
+    features = datasets.Features(kinds)
     # A generator instead of a table in memory: source ids are cached only for tables that are backed by a file.
 
     def open_rows() -> Any:
         return datasets.Dataset.from_generator(_describe_files, features, gen_kwargs={"described": described})
 
     remedy = "see that HF_DATASETS_CACHE can be written"
-    return _opened(open_rows, f"the listing of {source}", remedy).select_columns(["image", "label"])
+    return _opened(open_rows, f"the listing of {source}", remedy).remove_columns("stamp")
 
 
 def _is_array_set(listing: Listing, channels: int) -> bool:
@@ -303,8 +302,8 @@ def _stamp(path: Path) -> str:
 
 
 def _describe_files(described: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    for path, label, stamp in zip(described["paths"], described["labels"], described["stamps"], strict=True):
-        yield {"image": path, "label": label, "stamp": stamp}
+    for values in zip(*described.values(), strict=True):
+        yield dict(zip(described, values, strict=True))
 
 
 def _read_parquet(paths: Sequence[Path], source: str) -> datasets.Dataset:

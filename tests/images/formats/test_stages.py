@@ -56,7 +56,7 @@ def killed_and_resumed(folder: Path, source: str) -> str:
     save_tokenizer(folder / "tokenizer")
     flags = [*FLAGS, "--out", "latents.h5"]
     flags[flags.index("img")] = source
-    killed = Builders(folder, *flags, dies_at=("smalti.latentsets.blocks", "BlockStore.append", 3))
+    killed = Builders(folder, *flags, dies_at=("smalti.latentsets.building.blocks", "BlockStore.append", 3))
     assert killed.join() == [-signal.SIGKILL]
     assert not (folder / "latents.h5").exists()
     builders = Builders(folder, *flags)

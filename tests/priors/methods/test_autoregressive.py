@@ -151,4 +151,4 @@ def test_codes_outside_the_codebook_and_unknown_labels_are_refused():
     with pytest.raises(UserError, match="from 0 to 5, got 6 to 6"):
         draw(prior, seeds, known=torch.full((1, 4, 8), 6), mask=everything)
     with pytest.raises(UserError, match="labels must be from -1"):
-        draw(prior, seeds, labels=torch.tensor([0]))
+        draw(prior, seeds, condition=torch.tensor([0]))

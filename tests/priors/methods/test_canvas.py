@@ -90,7 +90,7 @@ def test_memory_grows_with_the_canvas_and_not_with_its_square():
     """A list of all windows for every position would have 2**34 entries."""
     prior = prior_of(depth=(1,), model_width=8, heads=1)
     codes = torch.zeros((1, 1, 2**17), dtype=torch.int64)
-    prior.features = lambda grids, labels=None, upper=(): grids.flatten(1)[..., None].float()
+    prior.features = lambda grids, condition=None, upper=(): grids.flatten(1)[..., None].float()
     assert canvas_features(prior, codes, None, (), row_seeds(0, torch.arange(1))).shape == (1, 2**17, 1)
 
 
@@ -110,10 +110,10 @@ def test_known_codes_are_kept_and_rows_are_independent_on_any_rectangle(h, w, se
     mask = torch.rand(3, h, w, generator=generator) < 0.4
     seeds, labels = row_seeds(seed, torch.arange(3)), torch.tensor([0, 1, -1])
     sampling = SundaeSampling(steps=3, min_steps=2, guidance=2.0)
-    both = sample_sundae(prior, known=known, known_mask=mask, seeds=seeds, labels=labels, sampling=sampling)
+    both = sample_sundae(prior, known=known, known_mask=mask, seeds=seeds, condition=labels, sampling=sampling)
     assert torch.equal(both[mask], known[mask])
     alone = sample_sundae(
-        prior, known=known[1:2], known_mask=mask[1:2], seeds=seeds[1:2], labels=labels[1:2], sampling=sampling
+        prior, known=known[1:2], known_mask=mask[1:2], seeds=seeds[1:2], condition=labels[1:2], sampling=sampling
     )
     assert torch.equal(alone, both[1:2])
 

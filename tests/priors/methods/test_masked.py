@@ -144,7 +144,7 @@ def test_revealed_codes_stay_in_any_order(order, steps, seed, guidance):
     mask = torch.rand(3, 3, 4, generator=generator) < 0.3
     calls = []
     sampling = MaskedSampling(steps=steps, order=order, guidance=guidance)
-    inputs = {"known": known, "known_mask": mask, "labels": torch.tensor([0, 1, -1])}
+    inputs = {"known": known, "known_mask": mask, "condition": torch.tensor([0, 1, -1])}
     inputs["seeds"] = row_seeds(seed, torch.arange(3))
     codes = sample_masked(prior, sampling=sampling, callback=lambda step, codes: calls.append((step, codes)), **inputs)
     assert torch.equal(codes[mask], known[mask])

@@ -40,15 +40,18 @@ def test_classes_and_coarser_codes_affect_every_position(options):
     conditioning, codes = random_conditioning(prior, 3, 4, 8), torch.randint(6, (3, 4, 8))
     features = prior.features(codes, **conditioning)
     if prior.classes:
-        other = (conditioning["labels"] + 2) % (prior.classes + 1) - 1
+        other = (conditioning["condition"] + 2) % (prior.classes + 1) - 1
+        assert ((prior.features(codes, other, conditioning["upper"]) - features).abs().amax(-1) > 1e-4).all()
+    if prior.condition_width:  # the first row has no vector
+        other = conditioning["condition"].nan_to_num() + 1
         assert ((prior.features(codes, other, conditioning["upper"]) - features).abs().amax(-1) > 1e-4).all()
     for level, (radices, factor) in enumerate(zip(prior.config.upper_radices, prior.config.upper_factors, strict=True)):
         upper = list(conditioning["upper"])
         upper[level] = (upper[level] + 1) % int(torch.tensor(radices).prod())
-        changed = (prior.features(codes, conditioning["labels"], tuple(upper)) - features).abs().amax(-1) > 1e-4
+        changed = (prior.features(codes, conditioning["condition"], tuple(upper)) - features).abs().amax(-1) > 1e-4
         assert changed.all()
         upper[level][:, 1:] = conditioning["upper"][level][:, 1:]  # now only the first row differs
-        first = (prior.features(codes, conditioning["labels"], tuple(upper)) - features).abs().amax(-1).view(3, 4, 8)
+        first = (prior.features(codes, conditioning["condition"], tuple(upper)) - features).abs().amax(-1).view(3, 4, 8)
         assert (first[:, :factor] > 1e-4).all()
 
 

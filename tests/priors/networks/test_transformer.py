@@ -133,7 +133,7 @@ def test_cached_sampling_draws_the_codes_of_full_recomputation(trained, h, w, ra
     seeds, sampling = row_seeds(5, torch.arange(3)), GUIDED if guided else AncestralSampling()
     known, labels = random_codes(prior, 3, h, w), torch.tensor([-1, 0, 1]) % (classes + 1) - 1 if classes else None
     mask = torch.rand(3, h, w, generator=torch.Generator().manual_seed(h)) < share
-    cached = sample_ancestral(prior, known=known, known_mask=mask, seeds=seeds, labels=labels, sampling=sampling)
+    cached = sample_ancestral(prior, known=known, known_mask=mask, seeds=seeds, condition=labels, sampling=sampling)
     assert torch.equal(cached, sample_naively(prior, known, mask, seeds, sampling, labels))
 
 
@@ -160,7 +160,9 @@ def test_features_on_a_canvas_are_those_of_the_highest_and_most_central_window(h
         left = min(lefts[c], key=lambda start: (-min(c - start + 1, start + 8 - c), start))
         window = codes[:, top : top + 4, left : left + 8]
         upper = tuple(each[:, top // 2 : top // 2 + 2, left // 2 : left // 2 + 4] for each in conditioning["upper"])
-        expected = prior.features(window, conditioning["labels"], upper).view(*window.shape, -1)[:, r - top, c - left]
+        expected = prior.features(window, conditioning["condition"], upper).view(*window.shape, -1)[
+            :, r - top, c - left
+        ]
         assert torch.allclose(features[:, r, c], expected, atol=1e-4)
 
 

@@ -27,7 +27,7 @@ LIST_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".jsonl"})
 PATH_COLUMN = "file_name"
 """The column of paths in metadata files, as `datasets` names it, and in lists."""
 _PATH_COLUMNS = (PATH_COLUMN, "path", "file", "filename", "image", "image_path")
-_CLASS = "cls"  # the suffix of a label in a WebDataset shard
+_CLASS, _CAPTION = "cls", "txt"  # the suffixes of a label and of a caption in a WebDataset shard
 
 Columns: TypeAlias = dict[str, list[Any]]
 
@@ -130,13 +130,16 @@ def join_metadata(
     return joined, notes
 
 
-def read_sidecars(texts: Mapping[str, str], keys: Sequence[str], label_column: str | None) -> tuple[Columns, list[str]]:
+def read_sidecars(
+    texts: Mapping[str, str], keys: Sequence[str], label_column: str | None, caption_column: str | None = None
+) -> tuple[Columns, list[str]]:
     """Returns the columns that small files beside images hold: their suffixes, and the fields of JSON.
 
     Args:
         texts: the texts by full path.
         keys: the full path of each image.
-        label_column: the column that is needed; None for the usual ones.
+        label_column: the column of labels; None for the usual ones.
+        caption_column: the column of captions; None for the usual one.
 
     Raises:
         UserError: if a text is not JSON, but its name ends in .json.
@@ -149,7 +152,8 @@ def read_sidecars(texts: Mapping[str, str], keys: Sequence[str], label_column: s
             found.setdefault(path[len(stem) + 1 :].lower(), {})[position] = text.strip()
     documents = found.pop("json", {})
     columns: Columns = {}
-    if documents and not (label_column is None and _CLASS in found) and label_column not in found:
+    needed = {label_column or _CLASS, *([caption_column] if caption_column else [])}
+    if documents and not needed <= found.keys():
         for position, text in documents.items():
             for name, value in _json_fields(text, keys[position]).items():
                 columns.setdefault(name, [None] * len(keys))[position] = value
@@ -190,6 +194,22 @@ def choose_labels(columns: Columns, folder_labels: Sequence[str | None], source:
     values = columns[name]
     integers = all(value is None or (isinstance(value, int) and not isinstance(value, bool)) for value in values)
     return Labels(values if integers else [None if value is None else str(value) for value in values], [])
+
+
+def choose_captions(
+    columns: Columns, source: str, requested: str | None, label_column: str | None = None
+) -> list[str | None] | None:
+    """Returns the captions of images: the requested column, or the `.txt` files beside images in shards; None if none.
+
+    Raises:
+        UserError: if the requested column is missing.
+    """
+    if requested is not None and requested not in columns:
+        names = ", ".join(map(repr, columns)) or "none"
+        raise UserError(f"{source} has no column {requested!r} for captions; its columns are {names}")
+    if requested is None and (label_column == _CAPTION or _CAPTION not in columns):
+        return None
+    return [None if value is None else str(value) for value in columns[requested or _CAPTION]]
 
 
 def _feature(values: list[Any], name: str, source: str) -> Any:

@@ -16,6 +16,7 @@ from smalti.images.formats.annotations import (
     Columns,
     Labels,
     MetadataFile,
+    choose_captions,
     choose_labels,
     join_metadata,
     read_sidecars,
@@ -26,10 +27,11 @@ from smalti.images.listing import METADATA, arrange, describe_passed_over, image
 
 
 class Members(NamedTuple):
-    """The images in archives, their labels, and notes of what was left out."""
+    """The images in archives, their labels and captions (None if there are none), and notes of what was left out."""
 
     images: list[Member]
     labels: Labels
+    captions: list[str | None] | None
     notes: list[str]
 
 
@@ -44,7 +46,12 @@ class _Archive(NamedTuple):
 
 
 def list_members(
-    source: str, archives: Sequence[str], extension: str | None, label_column: str | None, split: str | None
+    source: str,
+    archives: Sequence[str],
+    extension: str | None,
+    label_column: str | None,
+    caption_column: str | None,
+    split: str | None,
 ) -> Members:
     """Lists the images in archives, in order.
 
@@ -53,12 +60,13 @@ def list_members(
         archives: paths or URLs.
         extension: of the images, such as `jpg` or `input.png`, if samples have several.
         label_column: the column of labels; see `annotations.choose_labels`.
+        caption_column: the column of captions; see `annotations.choose_captions`.
         split: the split that is read, if folders in the archives are those of splits.
 
     Raises:
         UserError: if an archive cannot be read, there are no images, a sample has several, or a column is missing.
     """
-    read = [_read(archive, extension, label_column) for archive in sorted(archives)]
+    read = [_read(archive, extension, label_column, caption_column) for archive in sorted(archives)]
     images = [member for each in read for member in each.images]
     notes = describe_passed_over([other for each in read for other in each.others])
     if not images:
@@ -71,11 +79,12 @@ def list_members(
         values = list(chain.from_iterable(each.columns.get(name, [None] * len(each.images)) for each in read))
         columns[name] = [values[index] for index in chosen.indices]
     labels = choose_labels(columns, chosen.labels, source, label_column)
+    captions = choose_captions(columns, source, caption_column, label_column)
     notes = [*chosen.notes, *(note for each in read for note in each.notes), *notes]
-    return Members([images[index] for index in chosen.indices], labels, notes)
+    return Members([images[index] for index in chosen.indices], labels, captions, notes)
 
 
-def _read(archive: str, extension: str | None, label_column: str | None) -> _Archive:
+def _read(archive: str, extension: str | None, label_column: str | None, caption_column: str | None) -> _Archive:
     index = index_of(archive)
     images = _images(index.members, extension)
     keys = [member.name for member in images]
@@ -87,7 +96,7 @@ def _read(archive: str, extension: str | None, label_column: str | None) -> _Arc
     ]
     rooted = [f"/{key}" for key in keys]
     columns, notes = join_metadata(files, rooted, {*rooted}.__contains__)
-    sidecars, sidecar_notes = read_sidecars(texts, keys, label_column)
+    sidecars, sidecar_notes = read_sidecars(texts, keys, label_column, caption_column)
     if sidecars:
         _require_one_image(archive, keys)
     used = {member.name for member in images}

@@ -14,33 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
-from numpy.lib.stride_tricks import as_strided
-from torch import Tensor
 
-from smalti.core.codes import Layout, Level
-from smalti.core.config import config_from_json, read_json
+from smalti.core.codes import Layout
+from smalti.core.config import added, config_from_json, read_json
 from smalti.core.errors import UserError
 from smalti.core.files import write_json
-from smalti.latentsets.digests import attributes_digest, content_digest
-from smalti.latentsets.format import (
+from smalti.latentsets.hdf5.captions import CAPTION_ENDS
+from smalti.latentsets.hdf5.digests import attributes_digest, content_digest
+from smalti.latentsets.hdf5.format import (
     COLUMNS,
     FORMAT,
     SOURCE_NUMBERS,
     Extent,
     Header,
+    arrays_of,
     attribute_texts,
     described,
-    level_bytes,
     read_columns,
     read_header,
     require_version,
-    stored_dtype,
 )
 from smalti.latentsets.provenance import Provenance
 
 INDEX_NAME = "index.json"
-ALIKE = ("tokenizer_digest", "preprocessing", "label_names")
+ALIKE = ("tokenizer_digest", "preprocessing", "label_names", "condition_source")
 """The attributes, beside the layout, that files without an index must share to be read as one set."""
 
 
@@ -51,9 +48,11 @@ class Shard:
     Attributes:
         name: Its name in the folder.
         rows: The number of its rows.
-        offsets: The offset of each level's codes in bytes.
+        offsets: The offset of each level's codes in bytes, then that of the conditions if there are any.
         file_bytes: The size of the file.
         content_digest: Its own content digest.
+        condition_width: Numbers in the vector of each row; 0 for none.
+        captioned: Whether it has captions.
     """
 
     name: str
@@ -61,6 +60,8 @@ class Shard:
     offsets: tuple[int, ...]
     file_bytes: int
     content_digest: str
+    condition_width: int = added(off=0)
+    captioned: bool = added(off=False)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class SetFiles:
         extents: The files in the order of their rows.
         digests: The content digest of each file.
         indexed: True for the shards of one set, whose sources have one numbering.
+        condition_width: Numbers in the vector of each row; 0 for none.
+        captioned: Whether each file has captions.
     """
 
     layout: Layout
@@ -82,6 +85,13 @@ class SetFiles:
     extents: tuple[Extent, ...]
     digests: tuple[str, ...]
     indexed: bool
+    condition_width: int
+    captioned: tuple[bool, ...]
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """The names of all columns, with the ends of captions if a file has any."""
+        return (*COLUMNS, CAPTION_ENDS) if any(self.captioned) else tuple(COLUMNS)
 
     @property
     def identity(self) -> str:
@@ -134,7 +144,14 @@ def open_files(path: Path) -> SetFiles:
         header = read_header(path)
         attributes = header.attributes
         return SetFiles(
-            header.layout, header.provenance, attributes, (header.extent,), (attributes["content_digest"],), False
+            header.layout,
+            header.provenance,
+            attributes,
+            (header.extent,),
+            (attributes["content_digest"],),
+            indexed=False,
+            condition_width=header.condition_width,
+            captioned=(header.captioned,),
         )
     found = sorted(map(Path, glob(str(path))))
     folders = {file.parent for file in found}
@@ -152,7 +169,10 @@ def _combined(path: Path, found: Sequence[Path]) -> SetFiles:
     headers = [read_header(file) for file in found]
     first = headers[0]
     for header in headers[1:]:
-        same = {"layout": header.layout == first.layout}
+        same = {
+            "layout": header.layout == first.layout,
+            "width of conditions": header.condition_width == first.condition_width,
+        }
         same |= {name: getattr(header.provenance, name) == getattr(first.provenance, name) for name in ALIKE}
         if different := [name for name, equal in same.items() if not equal]:
             raise UserError(
@@ -174,6 +194,8 @@ def _combined(path: Path, found: Sequence[Path]) -> SetFiles:
         tuple(header.extent for header in headers),
         tuple(header.attributes["content_digest"] for header in headers),
         indexed=False,
+        condition_width=first.condition_width,
+        captioned=tuple(header.captioned for header in headers),
     )
 
 
@@ -201,7 +223,16 @@ def _read_index(folder: Path) -> SetFiles:
         raise UserError(f"{path} lists no files; build the latent set again")
     _require_listed(folder, layout, shards)
     extents = tuple(Extent(folder / shard.name, shard.rows, shard.offsets) for shard in shards)
-    return SetFiles(layout, provenance, texts, extents, tuple(shard.content_digest for shard in shards), indexed=True)
+    return SetFiles(
+        layout,
+        provenance,
+        texts,
+        extents,
+        tuple(shard.content_digest for shard in shards),
+        indexed=True,
+        condition_width=shards[0].condition_width,
+        captioned=tuple(shard.captioned for shard in shards),
+    )
 
 
 def _require_listed(folder: Path, layout: Layout, shards: Sequence[Shard]) -> None:
@@ -210,12 +241,15 @@ def _require_listed(folder: Path, layout: Layout, shards: Sequence[Shard]) -> No
     for number, shard in enumerate(shards):
         if shard.name not in sizes:
             raise UserError(f"{folder} lacks {shard.name}, one of its {len(shards)} files; copy the folder again")
+        arrays = arrays_of(layout, shard.rows, shard.condition_width).values()
         ends = [
-            offset + level_bytes(level, shard.rows) for level, offset in zip(layout.levels, shard.offsets, strict=False)
+            offset + math.prod(shape) * dtype.itemsize
+            for (dtype, shape), offset in zip(arrays, shard.offsets, strict=False)
         ]
-        if sizes[shard.name] != shard.file_bytes or len(shard.offsets) != len(layout.levels):
+        if sizes[shard.name] != shard.file_bytes or len(shard.offsets) != len(arrays):
             raise UserError(f"{folder / shard.name} is not the file that {INDEX_NAME} lists; copy the folder again")
-        if shard.rows < 1 or min(shard.offsets) < 1 or max(ends) > shard.file_bytes:
+        wrong = shard.rows < 1 or shard.condition_width != shards[0].condition_width
+        if wrong or min(shard.offsets) < 1 or max(ends) > shard.file_bytes:
             raise UserError(f"{folder / INDEX_NAME} is damaged at file {number}; copy the folder again")
     if others := sorted(sizes.keys() - {shard.name for shard in shards}):
         raise UserError(
@@ -234,8 +268,16 @@ def write_index(folder: Path, known_digest: str | None = None) -> None:
     found = sorted(folder.glob("*.h5"))
     files = dataclasses.replace(_combined(folder, found), indexed=True)
     shards = [
-        Shard(extent.path.name, extent.rows, extent.offsets, extent.path.stat().st_size, digest)
-        for extent, digest in zip(files.extents, files.digests, strict=True)
+        Shard(
+            extent.path.name,
+            extent.rows,
+            extent.offsets,
+            extent.path.stat().st_size,
+            digest,
+            files.condition_width,
+            captioned,
+        )
+        for extent, digest, captioned in zip(files.extents, files.digests, files.captioned, strict=True)
     ]
     texts = dict(files.attributes)
     texts["content_digest"] = known_digest or digest_of_files(files, texts)
@@ -250,69 +292,5 @@ def digest_of_files(files: SetFiles, texts: Mapping[str, str]) -> str:
     def column(name: str) -> Iterator[np.ndarray]:
         return (columns[name] for columns in files.columns([name]))
 
-    return content_digest(files.layout, texts, files.extents, column)
-
-
-class MappedCodes:
-    """One level's codes in all files of a set, memory-mapped.
-
-    Args:
-        extents: The files, in order.
-        index: The number of the level.
-        level: The level.
-    """
-
-    def __init__(self, extents: Sequence[Extent], index: int, level: Level) -> None:
-        self.level = level
-        # Plain arrays over the memory maps: indexing an np.memmap builds an instance of the subclass each time.
-        self._maps = [
-            np.asarray(
-                np.memmap(extent.path, stored_dtype(level), "r", extent.offsets[index], (extent.rows, *level.shape))
-            )
-            for extent in extents
-        ]
-        self._ends = np.cumsum([extent.rows for extent in extents])
-        self._map_addresses()
-
-    def take(self, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]) -> np.ndarray:
-        """Returns the codes of rows in any order, `(b, *level.shape)` in the stored dtype.
-
-        Raises:
-            IndexError: if a row is outside [-len, len).
-        """
-        if len(self._maps) == 1:
-            return np.take(self._maps[0], rows, axis=0)
-        total, numbers = int(self._ends[-1]), np.asarray(rows, np.int64)
-        lowest, highest = (numbers.min(), numbers.max()) if numbers.size else (0, 0)
-        if not -total <= lowest <= highest < total:
-            raise IndexError(f"rows {lowest} to {highest} are not all in [-{total}, {total})")
-        if lowest < 0:
-            numbers = np.where(numbers < 0, numbers + total, numbers)
-        units = self._shifts[np.searchsorted(self._ends, numbers, "right")] + numbers * len(self._within)
-        if len(self._within) > 1:
-            units = units[:, None] + self._within
-        codes = np.take(self._memory, units, axis=0).view(self._maps[0].dtype)
-        return codes.reshape(-1, *self.level.shape)
-
-    def blocks(self, rows: int) -> Iterator[np.ndarray]:
-        """Yields the codes of all rows in order, at most so many rows at once."""
-        for codes in self._maps:
-            for start in range(0, len(codes), rows):
-                yield codes[start : start + rows]
-
-    def _map_addresses(self) -> None:
-        """Prepares `take` to gather rows of all files in one call: one for each file would take several times as long.
-
-        All maps are in this process's memory, so the memory from the first to the last is one array of units, with a
-        unit that divides the size of a row and all distances between maps. What lies between the maps is never read.
-        """
-        row_bytes = math.prod(self.level.shape) * self.level.dtype.itemsize
-        starts = np.array([codes.ctypes.data for codes in self._maps], np.int64)
-        distances = starts - starts.min()
-        unit = math.gcd(row_bytes, *distances.tolist())
-        self._within = np.arange(row_bytes // unit)
-        first = self._maps[int(starts.argmin())].reshape(-1)[: row_bytes // self.level.dtype.itemsize]
-        size = (int(distances.max()) + max(codes.nbytes for codes in self._maps)) // unit
-        self._memory = as_strided(first.view(np.uint8)[:unit].reshape(1, unit), (size, unit), (unit, 1))
-        rows_before = self._ends - [len(codes) for codes in self._maps]
-        self._shifts = distances // unit - rows_before * len(self._within)
+    kinds = {"condition_width": files.condition_width, "captioned": files.captioned}
+    return content_digest(files.layout, texts, files.extents, column, **kinds)

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.core import locks
@@ -31,10 +31,10 @@ from smalti.core.codes import Codes
 from smalti.core.errors import UserError
 from smalti.core.files import sync, write_json
 from smalti.core.progress import SLOW_SECONDS, bar
-from smalti.latentsets.format import level_bytes, number_sources, read_header
-from smalti.latentsets.jobs import Job, SourceNumbers, checksum
+from smalti.latentsets.building.jobs import Job, SourceNumbers, checksum
+from smalti.latentsets.hdf5.format import CONDITIONS, level_bytes, number_sources, read_header
+from smalti.latentsets.hdf5.sharded import write_index
 from smalti.latentsets.provenance import Provenance
-from smalti.latentsets.sharded import write_index
 from smalti.latentsets.summary import size_text
 from smalti.latentsets.writer import LatentSetWriter, reporting_full_disk
 
@@ -115,18 +115,21 @@ class BlockStore:
             sizes = f"{size_text(needed)} while it is built, but {size_text(free)} are free"
             raise UserError(f"no room for {self.job.path}: it takes {sizes}; free some space, then run it again")
 
-    def append(self, block: int, codes: Codes, bad: Mapping[int, str]) -> None:
+    def append(
+        self, block: int, codes: Codes, bad: Mapping[int, str], conditions: Float[Tensor, "images v"] | None = None
+    ) -> None:
         """Appends a finished block to this process's file of blocks.
 
         Args:
             block: The block's number.
             codes: The codes of its rows; those of bad images are ignored.
             bad: The reason for each image that could not be decoded, by its number in the job.
+            conditions: The vectors of its images, if the job has any; those of bad images are ignored.
 
         Raises:
             UserError: if codes are outside the layout, another process uses the same file, or the disk is full.
         """
-        self.append_record(block, self.job.pack(block, codes, bad), bad)
+        self.append_record(block, self.job.pack(block, codes, bad, conditions), bad)
 
     def append_record(self, block: int, record: bytes, bad: Mapping[int, str]) -> None:
         """Appends a block that was packed elsewhere (`Job.pack`); see `append`."""
@@ -159,6 +162,7 @@ class BlockStore:
         labels: Int64[Tensor, " n"],
         source_ids: Int64[Tensor, " n"],
         held_out: Bool[Tensor, " n"],
+        captions: Sequence[str] | None = None,
         shard: int = 0,
     ) -> None:
         """Writes a shard from its blocks, and deletes them. Only the main process calls it, shard after shard.
@@ -170,6 +174,7 @@ class BlockStore:
             labels: The label of each image, -1 for none.
             source_ids: Any number that identifies each image's source.
             held_out: Whether the image is held out from training.
+            captions: The text of each image, "" for none; None for a set without captions.
             shard: The number of the shard.
 
         Raises:
@@ -190,12 +195,16 @@ class BlockStore:
         columns = {name: column.repeat_interleave(job.rows_per_image)[rows] for name, column in per_image.items()}
         columns["flipped"] = (torch.arange(len(rows)) % (1 + job.flips) == 1)[rows]
         provenance = replace(provenance, skipped=self._skipped(shard, kept, images.start))
+        added: dict[str, Any] = {"provenance": provenance, "condition_width": job.condition_width}
+        if captions is not None:
+            image_of_row = rows_of_kept.repeat_interleave(job.rows_per_image)[rows]
+            added["captions"] = [captions[image] for image in image_of_row.tolist()]
         path = self._shard_path(shard)
-        with LatentSetWriter(path, job.layout, **columns, provenance=provenance, source_numbers=numbers) as writer:
+        with LatentSetWriter(path, job.layout, **columns, **added, source_numbers=numbers) as writer:
             start = 0
             for block in bar(blocks, what="merging", unit="block", delay_seconds=SLOW_SECONDS):
-                codes = self._codes(records[block], held_out[torch.tensor(job.images_of(block))])
-                writer.write(start, codes)
+                codes, conditions = self._read(records[block], held_out[torch.tensor(job.images_of(block))])
+                writer.write(start, codes, conditions)
                 start += len(codes[0])
         if job.shard_blocks:
             self.close()
@@ -256,7 +265,7 @@ class BlockStore:
     def _shape(self) -> dict[str, Any]:
         job = self.job
         shape = {"images": job.images, "block_images": job.block_images, "flips": job.flips}
-        added = {"crops": job.crops, "shard_blocks": job.shard_blocks}
+        added = {"crops": job.crops, "condition_width": job.condition_width, "shard_blocks": job.shard_blocks}
         return {"layout": job.layout.to_json(), **shape, **{name: value for name, value in added.items() if value}}
 
     def _file(self, shard: int, suffix: str) -> Path:
@@ -287,15 +296,18 @@ class BlockStore:
         is_crop = torch.arange(self.job.rows_per_image) > self.job.flips
         return ~(held_out[:, None] & is_crop).flatten()
 
-    def _codes(self, record: "_Record", held_out: Bool[Tensor, " n"]) -> Codes:
-        """Reads the codes of one block's rows that go into the set, without images that could not be decoded."""
+    def _read(self, record: "_Record", held_out: Bool[Tensor, " n"]) -> tuple[Codes, Float[Tensor, "rows v"] | None]:
+        """Reads the codes and vectors of one block's rows in the set, without images that could not be decoded."""
         with record.file.open("rb") as file:
             file.seek(record.offset)
             values = np.frombuffer(file.read(self.record.itemsize), self.record)[0]
         rows = np.repeat(record.kept, self.job.rows_per_image)
         rows[: len(held_out) * self.job.rows_per_image] &= self._kept_rows(held_out).numpy()
         dtypes = [np.int64 if level.radices else np.float32 for level in self.job.layout.levels]
-        return tuple(torch.from_numpy(values[f"codes/{i}"][rows].astype(dtype)) for i, dtype in enumerate(dtypes))
+        codes = tuple(torch.from_numpy(values[f"codes/{i}"][rows].astype(dtype)) for i, dtype in enumerate(dtypes))
+        if not self.job.condition_width:
+            return codes, None
+        return codes, torch.from_numpy(np.repeat(values[CONDITIONS], self.job.rows_per_image, axis=0)[rows])
 
     def _skipped(self, shard: int, kept: Bool[Tensor, " n"], first: int) -> tuple[dict[str, Any], ...]:
         """Returns the reason for each image from `first` on that is not kept. A redone block may have notes twice."""

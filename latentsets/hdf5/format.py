@@ -1,8 +1,8 @@
 """The HDF5 layout of a latent set's file: its datasets, columns and attributes.
 
-This file holds what the writer (`writer.py`) and the reader (`reader.py`) must agree on. Codes are contiguous datasets,
-which a reader can memory-map. The columns beside them are compressed. All numbers are little-endian. The digests are in
-`digests.py`, sets of several files in `sharded.py`.
+This file holds what the writer (`writer.py`) and the reader (`reader.py`) must agree on. Codes and conditions are
+contiguous datasets, which a reader can memory-map. The columns beside them are compressed, and so are captions
+(`captions.py`). All numbers are little-endian. The digests are in `digests.py`, sets of several files in `sharded.py`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
@@ -21,13 +21,18 @@ from jaxtyping import Int64
 from smalti.core.codes import Layout, Level
 from smalti.core.config import config_from_json, parse_json
 from smalti.core.errors import UserError
-from smalti.latentsets.provenance import Provenance
-from smalti.latentsets.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
+from smalti.latentsets.hdf5.captions import CAPTION_ENDS, check_captions
+from smalti.latentsets.hdf5.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
+from smalti.latentsets.provenance import ADDED_IN_4, Provenance
 
 FORMAT = "smalti-latents"
-FORMAT_VERSION = 3
-VERSIONS = (2, 3)
-"""The format versions that are read. The content digest of version 2 covers codes and columns only."""
+FORMAT_VERSION = 4
+VERSIONS = (2, 3, 4)
+"""The format versions that are read. The content digest of version 2 covers codes and columns only; version 3 has
+neither conditions nor captions."""
+CONDITIONS = "conditions"
+"""The dataset of the vector of each row that priors can be conditioned on; a set may have none."""
+CONDITION_DTYPE = np.dtype("<f2")
 ALIGNMENT_BYTES = 512
 """Alignment of each level's codes in the file. Rows of 512 bytes, or of a power of two below that, then never cross
 a page or cache line unnecessarily."""
@@ -47,6 +52,8 @@ COLUMNS = {
 }
 """Datasets beside `codes/0..` with one number per row: the class (-1 for none), the source image (0, 1, ... in order of
 first appearance), whether the row is held out from training, and whether it is a mirror image."""
+ROW_COLUMNS = {**COLUMNS, CAPTION_ENDS: np.dtype("<i8")}
+"""The columns, and the ends of captions, which only sets with captions have."""
 SOURCE_NUMBERS = "source_numbers"
 """The dataset of a shard, a file of a set of several files, with the number of each of its sources in the whole set.
 The shard's own `source_ids` count its sources alone, so that it is a latent set by itself."""
@@ -54,7 +61,7 @@ The shard's own `source_ids` count its sources alone, so that it is a latent set
 
 @dataclass(frozen=True)
 class Extent:
-    """The codes in one file: their number of rows, and the offset of each level in bytes."""
+    """The contiguous datasets in one file (`arrays_of`): their number of rows, and the offset of each in bytes."""
 
     path: Path
     rows: int
@@ -63,15 +70,30 @@ class Extent:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything in a latent set's file except the values of codes and columns.
+    """Everything in a latent set's file except the values of codes, conditions, columns and captions.
 
-    `attributes` holds the texts of all attributes as stored, with both digests.
+    `attributes` holds the texts of all attributes as stored, with both digests. `condition_width` is 0 for a file
+    without conditions, and `captioned` says whether it has captions.
     """
 
     extent: Extent
     layout: Layout
     provenance: Provenance
     attributes: dict[str, str]
+    condition_width: int
+    captioned: bool
+
+
+Arrays: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...]]]
+"""The contiguous datasets of a set by name: the type and the shape of each."""
+
+
+def arrays_of(layout: Layout, rows: int, condition_width: int) -> Arrays:
+    """Returns the contiguous datasets of a set: the codes of each level, and the conditions if there are any."""
+    arrays: Arrays = {
+        f"codes/{index}": (stored_dtype(level), (rows, *level.shape)) for index, level in enumerate(layout.levels)
+    }
+    return arrays | ({CONDITIONS: (CONDITION_DTYPE, (rows, condition_width))} if condition_width else {})
 
 
 def stored_dtype(level: Level) -> np.dtype:
@@ -115,8 +137,8 @@ def first_rows(ids: Int64[np.ndarray, " n"], before: int = -1) -> Int64[np.ndarr
     return np.flatnonzero(highest[1:] != highest[:-1])
 
 
-def create_file(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
-    """Creates an HDF5 file with space for the codes and nothing else; returns each level's offset in bytes.
+def create_file(path: Path, arrays: Arrays) -> tuple[int, ...]:
+    """Creates an HDF5 file with space for the arrays and nothing else; returns the offset of each in bytes.
 
     The settings keep the metadata small. With HDF5's defaults it would be a few per cent of a small set.
     """
@@ -129,10 +151,9 @@ def create_file(path: Path, layout: Layout, rows: int) -> tuple[int, ...]:
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # otherwise there is no offset before the first write
     offsets = []
     with h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)) as file:
-        for index, level in enumerate(layout.levels):
-            shape = (rows, *level.shape)
-            grid = file.create_dataset(f"codes/{index}", shape, stored_dtype(level), dcpl=early, fill_time="never")
-            offsets.append(grid.id.get_offset())
+        for name, (dtype, shape) in arrays.items():
+            array = file.create_dataset(name, shape, dtype, dcpl=early, fill_time="never")
+            offsets.append(array.id.get_offset())
     return tuple(offsets)
 
 
@@ -143,7 +164,7 @@ def attribute_texts(layout: Layout, provenance: Provenance) -> dict[str, str]:
 
 
 def add_columns(path: Path, layout: Layout, provenance: Provenance, columns: Mapping[str, np.ndarray]) -> None:
-    """Adds the columns and all attributes except the digests."""
+    """Adds the columns, captions among them, and all attributes except the digests."""
     with h5py.File(path, "r+", libver=LIBRARY, locking=False) as file:
         for name, column in columns.items():
             chunk = (min(len(column), COLUMN_CHUNK_ROWS),)
@@ -162,7 +183,7 @@ def write_text(file: h5py.File, name: str, text: str) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks everything except the values of codes and columns, then closes the file.
+    """Reads and checks everything except the values of codes, conditions, columns and captions, then closes the file.
 
     Raises:
         UserError: if the file does not exist, is not HDF5, is truncated or damaged, is not a latent set, has another
@@ -170,33 +191,43 @@ def read_header(path: Path) -> Header:
     """
     with opened(path) as file:
         layout, provenance, attributes = _read_attributes(path, file)
-        grids = {f"codes/{index}": level for index, level in enumerate(layout.levels)}
-        datasets = {name: dataset(path, file, name) for name in (*grids, *COLUMNS)}
-        rows = (datasets["labels"].shape or (0,))[0]
+        read = (CONDITIONS, CAPTION_ENDS) if int(attributes["format_version"]) > 3 else ()
+        optional = [name for name in read if name in file]
+        dtypes = {name: dtype for name, dtype in ROW_COLUMNS.items() if name in COLUMNS or name in optional}
+        stored = {name: dataset(path, file, name) for name in (*dtypes, *optional)}
+        rows = (stored["labels"].shape or (0,))[0]
         if not rows:
             raise UserError(f"{path} has no rows; build the latent set again")
-        for name, level in grids.items():
-            require_extent(path, datasets[name], name, stored_dtype(level), (rows, *level.shape))
-        for name, dtype in COLUMNS.items():
-            require_extent(path, datasets[name], name, dtype, (rows,))
-        offsets = tuple(contiguous_offset(path, datasets[name], name) for name in grids)
-    return Header(Extent(path, rows, offsets), layout, provenance, attributes)
+        width = (stored[CONDITIONS].shape or (0,))[-1] if CONDITIONS in optional else 0
+        arrays = arrays_of(layout, rows, width)
+        stored |= {name: dataset(path, file, name) for name in arrays}
+        for name, (dtype, shape) in {**arrays, **{name: (dtype, (rows,)) for name, dtype in dtypes.items()}}.items():
+            require_extent(path, stored[name], name, dtype, shape)
+        offsets = tuple(contiguous_offset(path, stored[name], name) for name in arrays)
+    return Header(Extent(path, rows, offsets), layout, provenance, attributes, width, CAPTION_ENDS in optional)
 
 
 def read_columns(header: Header, names: Sequence[str] = tuple(COLUMNS)) -> dict[str, np.ndarray]:
     """Reads columns of a file; with `source_ids` also a shard's `source_numbers`. All of them together are checked.
 
+    `caption_ends` of a file without captions are zeros.
+
     Raises:
         UserError: if the file changed since its header was read, or has wrong labels, sources or splits.
     """
-    path, columns = header.extent.path, {}
+    path, rows, columns = header.extent.path, header.extent.rows, {}
     with opened(path) as file:
         for name in names:
+            if name == CAPTION_ENDS and not header.captioned:
+                columns[name] = np.zeros(rows, np.int64)
+                continue
             stored = dataset(path, file, name)
             # Codes take at least one byte a row, so columns of as many rows are not much larger than the file.
-            require_extent(path, stored, name, COLUMNS[name], (header.extent.rows,))
+            require_extent(path, stored, name, ROW_COLUMNS[name], (rows,))
             columns[name] = column(path, stored, name)
-        if len(names) == len(COLUMNS) and (error := find_column_error(columns, header.provenance.label_names)):
+        if header.captioned and CAPTION_ENDS in names:
+            check_captions(path, file, columns[CAPTION_ENDS])
+        if COLUMNS.keys() <= {*names} and (error := find_column_error(columns, header.provenance.label_names)):
             raise UserError(f"{path}: {error}; build it again")
         if "source_ids" in names and SOURCE_NUMBERS in file:
             stored = dataset(path, file, SOURCE_NUMBERS)
@@ -234,7 +265,13 @@ def require_version(path: Path, number: Any) -> list[str]:
         read = " and ".join(map(str, VERSIONS))
         raise UserError(f"{path} has format version {number}, this smalti reads {read}; {remedy}")
     digests = ["content_digest", *(["attributes_digest"] if number != 2 else [])]
-    return ["format", "layout", *(field.name for field in dataclasses.fields(Provenance)), *digests]
+    new = ADDED_IN_4 if number < 4 else ()
+    return [
+        "format",
+        "layout",
+        *(each.name for each in dataclasses.fields(Provenance) if each.name not in new),
+        *digests,
+    ]
 
 
 def described(path: Path, values: Mapping[str, Any]) -> tuple[Layout, Provenance, dict[str, str]]:

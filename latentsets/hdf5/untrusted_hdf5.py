@@ -134,6 +134,16 @@ def column(path: Path, stored: h5py.Dataset, name: str) -> np.ndarray:
     """Reads a column, whose extent was checked.
 
     Raises:
+        UserError: as `require_readable` does.
+    """
+    require_readable(path, stored, name)
+    return stored[:]
+
+
+def require_readable(path: Path, stored: h5py.Dataset, name: str) -> None:
+    """Refuses a compressed dataset that cannot be read in bounded memory.
+
+    Raises:
         UserError: if its chunks or filters are none that smalti reads.
     """
     creation = stored.id.get_create_plist()
@@ -142,4 +152,3 @@ def column(path: Path, stored: h5py.Dataset, name: str) -> np.ndarray:
         raise UserError(f"{path}: {name} is compressed by a filter that is not read; repack it with gzip")
     if stored.chunks and stored.chunks[0] > max(LARGEST_CHUNK_ROWS, stored.shape[0]):
         raise UserError(f"{path}: {name} has chunks of {stored.chunks[0]} rows; build the latent set again")
-    return stored[:]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from smalti.core.codes import Codes, Layout
-from smalti.latentsets.format import stored_dtype
+from smalti.latentsets.hdf5.format import CONDITION_DTYPE, CONDITIONS, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Job:
         flips: Whether each image, and each crop, makes two rows, the second of its mirror image.
         key: Everything that decides the codes, as JSON values. Blocks encoded under another key are never used.
         crops: The number of random crops of each image, which follow it as rows. Held-out images have none in the set.
+        condition_width: Numbers in the vector of each image, which all of its rows get; 0 for none.
         shard_blocks: The number of blocks of each file of a set of several files; 0 for a set of one file.
     """
 
@@ -38,6 +40,7 @@ class Job:
     flips: bool
     key: dict[str, Any]
     crops: int = 0
+    condition_width: int = 0
     shard_blocks: int = 0
 
     @property
@@ -75,15 +78,20 @@ class Job:
             (f"codes/{index}", stored_dtype(level), (self.block_images * self.rows_per_image, *level.shape))
             for index, level in enumerate(self.layout.levels)
         ]
+        if self.condition_width:
+            grids.append((CONDITIONS, CONDITION_DTYPE, (self.block_images, self.condition_width)))
         return np.dtype([("checksum", "<u4"), ("block", "<i8"), ("kept", "?", (self.block_images,)), *grids])
 
-    def pack(self, block: int, codes: Codes, bad: Container[int]) -> bytes:
+    def pack(
+        self, block: int, codes: Codes, bad: Container[int], conditions: Float[Tensor, "images v"] | None = None
+    ) -> bytes:
         """Returns the record of a finished block.
 
         Args:
             block: The block's number.
             codes: The codes of its rows; those of bad images are ignored.
             bad: The images that could not be decoded, by their number in the job.
+            conditions: The vectors of its images, if the job has any; those of bad images are ignored.
 
         Raises:
             UserError: if codes are outside the layout.
@@ -96,6 +104,8 @@ class Job:
         for index, grid in enumerate(codes):
             assert len(grid) == len(images) * self.rows_per_image
             record[f"codes/{index}"][: len(grid)] = grid.cpu().numpy()
+        if conditions is not None:
+            record[CONDITIONS][: len(images)] = conditions.numpy()
         record["checksum"] = checksum(record)
         return record.tobytes()
 
