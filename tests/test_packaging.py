@@ -121,7 +121,9 @@ def test_every_package_that_gets_installed_is_pinned():
     pins = {canonicalize_name(name): pinned.split()[0] for name, pinned in (line.split("==") for line in lines)}
     only_docs = {canonicalize_name(line.split("==")[0]) for line in lines if line.endswith("# docs")}
     optional = PROJECT["optional-dependencies"]
-    extras = [line for extra in ("dev", "metrics", "app", "bench", "lpips", "docs") for line in optional[extra]]
+    extras = [
+        line for extra in ("dev", "metrics", "app", "bench", "entropy", "lpips", "docs") for line in optional[extra]
+    ]
     reached, waiting = set(), [*map(Requirement, PROJECT["dependencies"] + extras)]
     while waiting:
         requirement = waiting.pop()
