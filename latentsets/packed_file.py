@@ -135,10 +135,9 @@ def read_codes(path: Path, check_header: Callable[[dict[str, Any]], None], decod
             layout, images = layout_from_json(header["layout"], str(path)), header["images"]
             if any(level.channels for level in layout.levels):
                 raise UserError(f"{path} declares real-valued latents, not codes; fetch or write it again")
-            fixed_rate, payload_bytes = version != ENTROPY_MAGIC, header.get("payload_bytes")
-            if fixed_rate:
-                payload_bytes = -(-images * bits_per_image(layout) // 8)
-            elif payload_bytes < _least_payload_bytes(images, layout):
+            fixed_rate = version != ENTROPY_MAGIC
+            payload_bytes = -(-images * bits_per_image(layout) // 8) if fixed_rate else header["payload_bytes"]
+            if not fixed_rate and payload_bytes < _least_payload_bytes(images, layout):
                 raise UserError(f"{path} declares more codes than its bytes hold; fetch or write it again")
             if size_bytes != len(line) + payload_bytes:
                 raise UserError(

@@ -48,7 +48,7 @@ def encode_codes(
     priors: Sequence[Prior],
     codes: Codes,
     labels: Int64[Tensor, " rows"] | None = None,
-    callback: Callable[[int], None] | None = None,
+    callback: Callable[[int], object] | None = None,
 ) -> bytes:
     """Encodes codes with the probabilities of priors.
 
@@ -85,7 +85,7 @@ def decode_codes(
     grids: Sequence[tuple[int, int]],
     *,
     labelled: bool = False,
-    callback: Callable[[int], None] | None = None,
+    callback: Callable[[int], object] | None = None,
 ) -> Codes | None:
     """Decodes what `encode_codes` encoded with the same priors: its inverse.
 
@@ -138,7 +138,7 @@ def _code(
     *,
     codes: Codes | None = None,
     labels: Tensor | None = None,
-    callback: Callable[[int], None] | None = None,
+    callback: Callable[[int], object] | None = None,
 ) -> Codes:
     """Codes all digits in order: by batch, level, position, digit and row. Returns the codes."""
     exact = [copy.deepcopy(require_causal(prior)).cpu().double() for prior in priors]
@@ -194,4 +194,4 @@ def _constriction() -> Any:
             "--prior needs the entropy coder constriction: pip install 'smalti[entropy]', in a checkout "
             "pip install -e '.[entropy]'"
         ) from error
-    return constriction.stream
+    return constriction.stream  # pyright: ignore[reportAttributeAccessIssue] - of the compiled module

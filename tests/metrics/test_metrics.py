@@ -182,6 +182,7 @@ def test_inception_requests_2048_features_of_colour_images(monkeypatch):
         def __init__(self, name, features_list, antialias):
             super().__init__()
             arguments.append((name, features_list, antialias))
+            self.fc = torch.nn.Linear(2048, 3)
 
         def forward(self, x):
             assert (x.dtype, x.shape[1:]) == (torch.uint8, (3, 20, 24))
@@ -189,7 +190,9 @@ def test_inception_requests_2048_features_of_colour_images(monkeypatch):
 
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Network)
     grey = torch.arange(70, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 20, 24)
-    features = Inception(torch.device("cpu"))(grey)
+    extractor = Inception(torch.device("cpu"))
+    features = extractor(grey)
+    assert extractor.logits(features).allclose(extractor._network.fc(features) - extractor._network.fc.bias, atol=1e-4)
     assert arguments == [("inception-v3-compat", ["2048"], False)]
     assert features.dtype == torch.float32
     assert features.equal(torch.arange(70.0)[:, None].expand(-1, 2048))

@@ -77,7 +77,7 @@ def test_the_rounding_of_sums_changes_nothing_and_other_probabilities_do(noise, 
     def disturb(_module, _inputs, features):
         return features + noise * torch.randn(features.shape, dtype=features.dtype, generator=generator)
 
-    prior.norm.register_forward_hook(disturb)
+    prior.get_submodule("norm").register_forward_hook(disturb)
     decoded = decode_codes([prior], payload, ROWS, [(4, 4)])
     assert (decoded is not None and torch.equal(decoded[0], codes)) == same
 
