@@ -63,7 +63,7 @@ class ImagesEvaluation:
     """Real images to compare with, of the same size: a source as --images; or a `.npz` file with the statistics `mu`
     and `sigma` of the extractor's features, and perhaps with images (`arr_0`) for the scores that need them."""
     of: Literal["images"] = "images"
-    """Kind of evaluation: `images`, `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     reading: Reading = field(default_factory=Reading)
     height: int | None = None
     """Height that all images are fitted to, in pixels [default: theirs, if all have the same size]."""
@@ -92,7 +92,7 @@ class TokenizerEvaluation:
     """Settings to evaluate a tokenizer by its reconstructions of held-out images."""
 
     of: Literal["tokenizer"] = "tokenizer"
-    """Kind of evaluation: `images`, `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -115,7 +115,7 @@ class PriorEvaluation(Generic[S]):
     sampling: S
     """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
     of: Literal["prior"] = "prior"
-    """Kind of evaluation: `images`, `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     prior: tuple[str, ...] = ("hourglass",)
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one per level, coarsest first,
     if the tokenizer has several levels."""
@@ -142,7 +142,7 @@ class InpaintingEvaluation(Generic[S]):
     sampling: S
     """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
     of: Literal["inpainting"] = "inpainting"
-    """Kind of evaluation: `images`, `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     fills: int = 3
     """Fills of each image. Distances use the first one only; diversity and the best error use all."""
     prior: tuple[str, ...] = ("hourglass",)
@@ -166,7 +166,7 @@ class ModesEvaluation:
     """Settings to evaluate the generation modes of a selfVAE: the error and the bytes transmitted in each mode."""
 
     of: Literal["modes"] = "modes"
-    """Kind of evaluation: `images`, `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     pixels: Pixels = "mean"
@@ -186,7 +186,7 @@ class LikelihoodEvaluation:
     """
 
     of: Literal["likelihood"] = "likelihood"
-    """Kind of evaluation: `images`, `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None

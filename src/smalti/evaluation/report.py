@@ -38,7 +38,7 @@ WITHOUT_PRIOR = {
     "modes": ModesEvaluation,
     "likelihood": LikelihoodEvaluation,
 }
-KINDS = ("images", "tokenizer", "prior", "inpainting", "modes", "likelihood")
+KINDS = ("tokenizer", "prior", "inpainting", "modes", "likelihood", "images")
 
 
 @dataclass(frozen=True)
