@@ -15,7 +15,7 @@ PYTHON := $(VENV)/bin/python
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
-DEV_EXTRAS := .[dev,metrics,app,bench]
+DEV_EXTRAS := .[dev,metrics,app,bench,entropy]
 ifeq ($(wildcard $(RUNTIME)),)
 $(shell rm -f $(DEV) $(DOCS))
 endif

@@ -198,7 +198,8 @@ def memory(folder: Path, *, rows: tuple[int, int]) -> Comparison:
 def write_random_latents(path: Path, *, rows: int, level: Level, codes: np.ndarray | None = None) -> None:
     """Writes a latent set of the given codes, or random ones; each row has its own source image."""
     ids, flipped = torch.arange(rows), torch.zeros(rows, dtype=torch.bool)
-    columns = {"labels": torch.full_like(ids, -1), "source_ids": ids, "held_out": held_out(ids), "flipped": flipped}
+    labels = torch.full_like(ids, -1)
+    columns: dict[str, Any] = {"labels": labels, "source_ids": ids, "held_out": held_out(ids), "flipped": flipped}
     with LatentSetWriter(path, Layout((level,)), **columns, provenance=empty_provenance()) as writer:
         for start in range(0, rows, 2**14):
             count = min(2**14, rows - start)

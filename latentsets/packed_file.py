@@ -1,7 +1,7 @@
 """The file format of compressed images: one line of JSON, then every code in the fewest whole bits (a fixed rate).
 
-The commands `compress` and `decompress` write and read it. Latent sets, which training reads, have another format
-(`format.py`).
+Or, in version 3, the codes as an entropy coder wrote them (`priors/methods/entropy_coding.py`). The commands `compress`
+and `decompress` write and read it. Latent sets, which training reads, have another format (`format.py`).
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +27,14 @@ from smalti.latentsets.hdf5.format import layout_from_json
 MAGIC = b"smalti codes 2 "
 OLD_MAGIC = b"smalti codes 1 "
 """Version 1, whose `sha256` in the header covers the codes only. It is still read."""
+ENTROPY_MAGIC = b"smalti codes 3 "
+"""Version 3, whose codes are entropy-coded. Its header also has `payload_bytes`, and `codes_sha256` over the codes."""
+MOST_CODES_PER_BYTE = 1 << 10
+"""An entropy-coded payload is padded with zeros up to this ratio, so that a small file cannot declare endless codes."""
 LARGEST_HEADER_BYTES = 1 << 24
+
+Decode: TypeAlias = Callable[[dict[str, Any], bytes, int, Layout], Codes | None]
+"""Decodes a payload, given the header and, from it, the number of images and the layout; None for bits of no codes."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +83,30 @@ def read_header(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write_codes(path: Path, codes: Codes, layout: Layout, header: dict[str, Any]) -> int:
+def write_codes(
+    path: Path, codes: Codes, layout: Layout, header: dict[str, Any], entropy_coded: bytes | None = None
+) -> int:
     """Writes a file of packed codes, whole or not at all; returns its size in bytes.
+
+    Args:
+        path: The file.
+        codes: The codes of all images.
+        layout: The layout of one image's codes.
+        header: More of the header, which `Packed.header` holds.
+        entropy_coded: The codes as an entropy coder wrote them, to which zeros may be added; None for a fixed rate.
 
     Raises:
         UserError: if a level is continuous.
     """
-    streams = [_bits(grid, bits_per_code(level)) for grid, level in zip(codes, layout.levels, strict=True)]
-    payload = np.packbits(np.concatenate(streams)).tobytes()
     header = {**header, "images": len(codes[0]), "layout": layout.to_json()}
+    if entropy_coded is None:
+        streams = [_bits(grid, bits_per_code(level)) for grid, level in zip(codes, layout.levels, strict=True)]
+        magic, payload = MAGIC, np.packbits(np.concatenate(streams)).tobytes()
+    else:
+        magic, payload = ENTROPY_MAGIC, entropy_coded.ljust(_least_payload_bytes(len(codes[0]), layout), b"\0")
+        header |= {"payload_bytes": len(payload), "codes_sha256": _codes_digest(codes)}
     header["sha256"] = _digest(header, payload)
-    line = MAGIC + json.dumps(header).encode() + b"\n"
+    line = magic + json.dumps(header).encode() + b"\n"
     if len(line) > LARGEST_HEADER_BYTES:
         raise UserError(f"{len(codes[0])} images are too many for one file of packed codes; compress fewer at a time")
     with whole_file(path) as partial:
@@ -94,16 +114,18 @@ def write_codes(path: Path, codes: Codes, layout: Layout, header: dict[str, Any]
     return path.stat().st_size
 
 
-def read_codes(path: Path, check_header: Callable[[dict[str, Any]], None]) -> Packed:
+def read_codes(path: Path, check_header: Callable[[dict[str, Any]], None], decode: Decode | None = None) -> Packed:
     """Reads a file that `write_codes` wrote.
 
     Args:
         path: The file.
         check_header: A function that is called with the checked header before the codes are unpacked, and may raise a
             UserError.
+        decode: Decodes the codes of an entropy-coded file; a file at a fixed rate needs none.
 
     Raises:
-        UserError: if there is no such file, it has another format, or it was truncated or changed.
+        UserError: if there is no such file, it has another format, it was truncated or changed, or `decode` is missing
+            or decodes other codes than those that were written.
     """
     try:
         with open_regular(path) as file:
@@ -113,7 +135,10 @@ def read_codes(path: Path, check_header: Callable[[dict[str, Any]], None]) -> Pa
             layout, images = layout_from_json(header["layout"], str(path)), header["images"]
             if any(level.channels for level in layout.levels):
                 raise UserError(f"{path} declares real-valued latents, not codes; fetch or write it again")
-            payload_bytes = -(-images * bits_per_image(layout) // 8)
+            fixed_rate = version != ENTROPY_MAGIC
+            payload_bytes = -(-images * bits_per_image(layout) // 8) if fixed_rate else header["payload_bytes"]
+            if not fixed_rate and payload_bytes < _least_payload_bytes(images, layout):
+                raise UserError(f"{path} declares more codes than its bytes hold; fetch or write it again")
             if size_bytes != len(line) + payload_bytes:
                 raise UserError(
                     f"{path} is damaged: {payload_bytes} bytes of codes should follow its header, not "
@@ -123,21 +148,43 @@ def read_codes(path: Path, check_header: Callable[[dict[str, Any]], None]) -> Pa
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a file that compress.py wrote") from error
     unsigned = {name: value for name, value in header.items() if name != "sha256"}
-    digest = _digest(unsigned, payload) if version == MAGIC else sha256(payload).hexdigest()
+    digest = sha256(payload).hexdigest() if version == OLD_MAGIC else _digest(unsigned, payload)
     if len(payload) != payload_bytes or digest != header["sha256"]:
         raise UserError(f"{path} is damaged: its header or codes were changed; fetch or write it again")
     check_header(header)
+    if not fixed_rate and decode is None:
+        raise UserError(f"{path} was coded with a prior; give --prior the one that coded it")
+    codes = decode(header, payload, images, layout) if decode and not fixed_rate else _unpack(payload, images, layout)
+    if not fixed_rate and (codes is None or _codes_digest(codes) != header["codes_sha256"]):
+        raise UserError(
+            f"{path} cannot be decoded here: this machine computes other probabilities than the one that coded it; "
+            "decode it there, or write it again without --prior"
+        )
+    try:
+        layout.check(codes or ())
+    except UserError as error:
+        raise UserError(f"{path}: {error}; fetch or write it again") from error
+    return Packed(codes or (), layout, header, size_bytes)
+
+
+def _unpack(payload: bytes, images: int, layout: Layout) -> Codes:
+    """Returns the codes of a payload at a fixed rate."""
     bits, codes = np.unpackbits(np.frombuffer(payload, np.uint8)), []
     for level in layout.levels:
         width = bits_per_code(level)
         level_bits, bits = np.split(bits, [images * level.positions * width])
         weights = 1 << np.arange(width - 1, -1, -1)
         codes.append(torch.from_numpy(level_bits.reshape(images, *level.shape, width) @ weights))
-    try:
-        layout.check(tuple(codes))
-    except UserError as error:
-        raise UserError(f"{path}: {error}; fetch or write it again") from error
-    return Packed(tuple(codes), layout, header, size_bytes)
+    return tuple(codes)
+
+
+def _least_payload_bytes(images: int, layout: Layout) -> int:
+    return images * sum(level.positions for level in layout.levels) // MOST_CODES_PER_BYTE
+
+
+def _codes_digest(codes: Codes) -> str:
+    """Returns a SHA-256 over all codes."""
+    return sha256(b"".join(grid.cpu().numpy().astype("<i8").tobytes() for grid in codes)).hexdigest()
 
 
 def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
@@ -147,10 +194,12 @@ def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
         UserError: if it is not the header of packed codes.
     """
     try:
-        if not line.startswith((MAGIC, OLD_MAGIC)) or not line.endswith(b"\n"):
+        if not line.startswith((MAGIC, OLD_MAGIC, ENTROPY_MAGIC)) or not line.endswith(b"\n"):
             raise ValueError("its first line is not a header")
         header = parse_json(line[len(MAGIC) :])
         types = {"images": int, "layout": list, "sha256": str}
+        if line.startswith(ENTROPY_MAGIC):
+            types |= {"payload_bytes": int, "codes_sha256": str}
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
         if wrong := [name for name, kind in types.items() if type(header.get(name)) is not kind]:

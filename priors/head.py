@@ -133,13 +133,37 @@ class FactorizedHead(TreeEmbedding):
             guidance: the guidance scale.
             top_p: below 1, nucleus sampling (arXiv 1904.09751) of every digit.
         """
+
+        @no_type_check  # as `child_logits` below
+        def draw(i: int, logits: Tensor) -> Tensor:
+            return inverse_cdf(nucleus(logits.softmax(-1), top_p), uniforms[..., i])
+
+        return self.choose(features, draw, temperature, unconditional=unconditional, guidance=guidance)
+
+    @torch.no_grad()
+    def choose(
+        self,
+        features: Float[Tensor, "b n d"],
+        choose_digit: Callable[[int, Tensor], Tensor],
+        temperature: float | Tensor = 1.0,
+        *,
+        unconditional: Float[Tensor, "b n d"] | None = None,
+        guidance: float = 1.0,
+    ) -> Int64[Tensor, "b n"]:
+        """Builds a code at each position, digit after digit.
+
+        Args:
+            features: of the positions; in float64 the logits are too.
+            choose_digit: maps a digit's number, from 0, and its logits `(b, n, r)` given the digits chosen before it to
+                the digits int64 `(b, n)`.
+            temperature: divides the logits.
+            unconditional: see `sample`.
+            guidance: the guidance scale.
+        """
         child_logits = self._guided_logits(features, temperature, unconditional, guidance)
-        codes = torch.zeros(uniforms.shape[:2], dtype=torch.int64, device=uniforms.device)
+        codes = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
         for i, radix in enumerate(self.radices):
-            probabilities = child_logits(i, codes).softmax(-1)
-            if top_p < 1:
-                probabilities = nucleus(probabilities, top_p)
-            codes = codes * radix + inverse_cdf(probabilities, uniforms[..., i])
+            codes = codes * radix + choose_digit(i, child_logits(i, codes))
         return codes
 
     def log_probs(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n leaves"]:
@@ -173,9 +197,9 @@ class FactorizedHead(TreeEmbedding):
         )
 
     def _child_logits(self, features: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """Returns a function (digit, parents `(b, n)`) -> `(b, n, r)`: float32 logits of the parents' children.
+        """Returns a function (digit, parents `(b, n)`) -> `(b, n, r)`: logits of the parents' children.
 
-        See `DENSE_NODES` for the two ways it computes them.
+        They are in float32, for features in float64 in float64. See `DENSE_NODES` for the two ways it computes them.
         """
         split = [sum(self.rows[: self.dense_digits]), *self.rows[self.dense_digits :]]
         weights, biases = self.weight.split(split), self.bias.split(split)
@@ -185,21 +209,26 @@ class FactorizedHead(TreeEmbedding):
         def child_logits(digit: int, parents: Tensor) -> Tensor:
             radix = self.radices[digit]
             if digit == 0:
-                return dense[0].float()
+                return at_least_float32(dense[0])
             if digit < self.dense_digits:
                 children = parents[..., None] * radix + torch.arange(radix, device=parents.device)
-                return dense[digit].gather(-1, children).float()
+                return at_least_float32(dense[digit].gather(-1, children))
             table = 1 + digit - self.dense_digits
             # half precision is no faster here, and would also accumulate the gradients of a frequent node
             with torch.autocast(features.device.type, enabled=False):
                 logits = node_products(
-                    features.flatten(0, 1).float(),
+                    at_least_float32(features.flatten(0, 1)),
                     rearrange(weights[table], "(p r) d -> p r d", r=radix),
                     parents.flatten(),
                 ).view(*parents.shape, radix)
             return logits + F.embedding(parents, rearrange(biases[table], "(p r) -> p r", r=radix))
 
         return child_logits
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Returns `x` in float32, or unchanged in float64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def node_products(
@@ -233,8 +262,10 @@ def node_products(
 def nucleus(probabilities: Float[Tensor, "*n r"], top_p: float) -> Float[Tensor, "*n r"]:
     """Keeps the fewest likeliest values whose probabilities sum to at least `top_p`, and sets the others to 0.
 
-    This is the nucleus of top-p sampling (arXiv 1904.09751). The result is not normalized.
+    This is the nucleus of top-p sampling (arXiv 1904.09751), all values for 1. The result is not normalized.
     """
+    if top_p == 1:
+        return probabilities
     sorted_, order = probabilities.sort(dim=-1, descending=True, stable=True)
     likelier = sorted_.cumsum(-1) - sorted_  # the total of the likelier values
     return probabilities.masked_fill((likelier >= top_p).gather(-1, order.argsort(-1)), 0.0)

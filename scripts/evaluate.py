@@ -3,13 +3,14 @@
 from smalti import cli
 from smalti.evaluation.report import RepeatEvaluation, config_for, evaluate
 
-ABOUT = """Evaluates a trained tokenizer, a prior or its fills on held-out images.
+ABOUT = """Evaluates a trained tokenizer, a prior or its fills on held-out images; or compares two sets of images.
 
 $ python scripts/evaluate.py                                       # samples of runs/priors/hourglass against portraits
 $ python scripts/evaluate.py --of tokenizer --tokenizer my/tokenizer --images my/photos
 $ python scripts/evaluate.py --of inpainting --prior my/prior --images my/photos --num 200
 $ python scripts/evaluate.py --of modes --tokenizer selfvae        # each generation mode, by the bytes it transmits
 $ python scripts/evaluate.py --of likelihood --tokenizer selfvae   # bits per dimension, by importance sampling
+$ python scripts/evaluate.py --of images --images samples.npz --reference my/photos    # without a model
 $ python scripts/evaluate.py --again runs/evaluations/prior-hourglass.json # repeats an evaluation
 
 Needs the extra `metrics`: pip install 'smalti[metrics]'

@@ -238,6 +238,6 @@ def test_imports_match_requirements():
     imported = {canonicalize_name(owners.get(top, [top])[0]) for top in tops}  # the extra `lpips` may not be installed
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = ("metrics", "app", "bench", "lpips")
+    wanted = ("metrics", "app", "bench", "entropy", "lpips")
     required = [*project["dependencies"], *(line for extra in wanted for line in extras[extra])]
     assert imported == {canonicalize_name(Requirement(line).name) for line in required}

@@ -121,7 +121,8 @@ def test_every_package_that_gets_installed_is_pinned():
     pins = {canonicalize_name(name): pinned.split()[0] for name, pinned in (line.split("==") for line in lines)}
     rare = {canonicalize_name(line.split("==")[0]) for line in lines if line.endswith(("# docs", "# ray"))}
     optional = PROJECT["optional-dependencies"]
-    extras = [line for extra in ("dev", "metrics", "app", "bench", "lpips", "docs", "ray") for line in optional[extra]]
+    names = ("dev", "metrics", "app", "bench", "entropy", "lpips", "docs", "ray")
+    extras = [line for extra in names for line in optional[extra]]
     reached, waiting = set(), [*map(Requirement, PROJECT["dependencies"] + extras)]
     while waiting:
         requirement = waiting.pop()

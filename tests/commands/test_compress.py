@@ -86,3 +86,80 @@ def test_names_must_be_as_many_as_images_and_distinct():
     assert find_name_error(["a", "B/b"], 2) is None
     for names in (["a"], ["a", "A"], "ab", ["a", 1]):
         assert find_name_error(names, 2) is not None
+
+
+def save_prior(folder, tokenizer, seed=0, **changes):
+    torch.manual_seed(seed)
+    level, cls = tokenizer.layout.levels[0], models.class_of_kind("prior", changes.pop("kind", "pixelcnn"))
+    grid = {"height": level.height, "width": level.width, "radices": level.radices, "model_width": 8}
+    prior = cls(cls.config_class(**grid, heads=2, layers=1, **changes))
+    prior.provenance = {"tokenizer_digest": tokenizer.digest(), "level": 0, "label_names": ["blue", "red"]}
+    prior.save(folder)
+    tokenizer.save(folder / "tokenizer")
+    return (str(folder),)
+
+
+@pytest.fixture
+def prior(tmp_path, tokenizer):
+    pytest.importorskip("constriction")
+    for number in range(6):
+        (tmp_path / "photos" / "red").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * number, 255, 9)).save(tmp_path / "photos" / "red" / f"{number}.png")
+    return save_prior(tmp_path / "prior", models.load(tokenizer, "tokenizer"), classes=2)
+
+
+def pictures(folder):
+    return {path.name: Image.open(path).tobytes() for path in folder.rglob("*.png")}
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_pictures_are_the_same_with_and_without_a_prior(tmp_path, tokenizer, prior, classes, capsys):
+    photos = str(tmp_path / "photos")
+    fixed = compress(Compress(tokenizer, images=photos, out=tmp_path / "fixed.smalti"))
+    expected = pictures(decompress(Decompress(fixed, tokenizer, out=tmp_path / "fixed")))
+    coded = compress(Compress(prior=prior, classes=classes, images=photos, out=tmp_path / "coded.smalti"))
+    assert "bits an image under the prior" in capsys.readouterr().out
+    assert pictures(decompress(Decompress(coded, prior=prior, out=tmp_path / "coded"))) == expected
+    assert len(expected) == 6
+
+
+def test_entropy_coded_file_is_refused_without_its_prior_or_damaged(tmp_path, tokenizer, prior):
+    picture, own = str(tmp_path / "one.png"), models.load(tokenizer, "tokenizer")
+    coded = compress(Compress(prior=prior, images=picture, out=tmp_path / "coded.smalti"))
+    fixed = compress(Compress(tokenizer, images=picture, out=tmp_path / "fixed.smalti"))
+    other = save_prior(tmp_path / "other", own, seed=1, classes=2)
+    hourglass = save_prior(tmp_path / "hourglass", own, kind="transformer")
+    torch.manual_seed(9)
+    models.class_of_kind("tokenizer", "hrvq")(toys.TINY["hrvq"]).save(tmp_path / "foreign")
+    for settings, error in (
+        (Decompress(coded, tokenizer), r"coded with a prior; give --prior"),
+        (Decompress(fixed, tokenizer, prior), r"written without a prior; leave --prior out"),
+        (Decompress(coded, tokenizer, other), r"coded with the prior \w{12}, but \S+ is \w{12}; give --prior"),
+        (Decompress(coded, tokenizer, hourglass), r"coded with the prior \w{12}, but \S+ is \w{12}; give --prior"),
+        (Decompress(coded, str(tmp_path / "foreign"), prior), r"was trained on codes of the tokenizer"),
+    ):
+        with pytest.raises(UserError, match=error):
+            decompress(settings)
+    whole = coded.read_bytes()
+    for damaged in (whole[:-1], whole[:-2] + bytes([whole[-2] ^ 4]) + whole[-1:]):
+        coded.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            decompress(Decompress(coded, tokenizer, prior))
+
+
+def test_unsuitable_priors_and_classes_are_refused(tmp_path, tokenizer, prior):
+    picture, own = str(tmp_path / "one.png"), models.load(tokenizer, "tokenizer")
+    maskgit = toys.TINY["maskgit"]
+    unsuited = models.class_of_kind("prior", "maskgit")(maskgit)
+    unsuited.provenance = {"tokenizer_digest": own.digest(), "level": 0}
+    unsuited.save(tmp_path / "maskgit")
+    classless = save_prior(tmp_path / "classless", own)
+    for settings, error in (
+        (Compress(tokenizer, prior=(str(tmp_path / "maskgit"),), images=picture), "no exact likelihood"),
+        (Compress(tokenizer, prior=classless, classes=True, images=picture), "leave --classes out"),
+        (Compress(tokenizer, classes=True, images=picture), "leave --classes out"),
+        (Compress(prior=prior, classes=True, images=picture), "have no classes; leave --classes out"),
+        (Compress(prior=prior, layer=1, images=picture), "--layer needs --tokenizer"),
+    ):
+        with pytest.raises(UserError, match=error):
+            compress(settings)

@@ -17,7 +17,7 @@ from fuzzing import edit_json, json_value, main, mutate
 
 from smalti.commands.compress import Decompress, decompress
 from smalti.core.codes import Layout, Level
-from smalti.latentsets.packed_file import MAGIC, OLD_MAGIC, read_codes, write_codes
+from smalti.latentsets.packed_file import ENTROPY_MAGIC, MAGIC, OLD_MAGIC, read_codes, write_codes
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
 
@@ -56,9 +56,11 @@ def packed(folder: Path, index: int) -> tuple[dict[str, Any], bytes]:
 
 def make(rng: random.Random, folder: Path) -> Path:
     header, payload = packed(folder, rng.randrange(len(LAYOUTS)))
-    magic = rng.choice((MAGIC, MAGIC, OLD_MAGIC))
+    magic = rng.choice((MAGIC, MAGIC, OLD_MAGIC, ENTROPY_MAGIC))
     changes = rng.sample(("header", "payload", "bytes", "images"), rng.randint(1, 2))
     edited: Any = {name: value for name, value in header.items() if name != "sha256"}
+    if magic == ENTROPY_MAGIC:
+        edited |= {"payload_bytes": len(payload), "codes_sha256": "00" * 32, "prior_digests": ["00" * 32]}
     if "header" in changes:
         edited = edit_json(edited, rng)
         edited = edited if isinstance(edited, dict) else {"layout": json_value(rng)}
@@ -66,7 +68,7 @@ def make(rng: random.Random, folder: Path) -> Path:
         edited["images"] = rng.choice((-1, 0, 1, 2, 10**6, 10**18, 2**63 - 1, True, "3", 3.0))
     if "payload" in changes:
         payload = mutate(payload, rng)
-    valid = sha256(json.dumps(edited, sort_keys=True).encode() + b"\n" + payload if magic == MAGIC else payload)
+    valid = sha256(payload if magic == OLD_MAGIC else json.dumps(edited, sort_keys=True).encode() + b"\n" + payload)
     edited["sha256"] = valid.hexdigest() if rng.random() < 0.9 else json_value(rng)
     content = magic + json.dumps(edited).encode() + b"\n" + payload
     path = folder / "case.smalti"

@@ -1,6 +1,7 @@
 """Tests of packed codes: they round-trip, and every damaged or hostile file is refused in one line."""
 
 import json
+import zlib
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
-from smalti.latentsets.packed_file import MAGIC, OLD_MAGIC, Packed, read_codes, write_codes
+from smalti.latentsets.packed_file import ENTROPY_MAGIC, MAGIC, OLD_MAGIC, Packed, read_codes, write_codes
 
 HEADER = {"tokenizer_kind": "hrvq", "tokenizer_digest": "ab", "layer": None}
 
@@ -123,3 +124,82 @@ def test_codes_outside_the_codebook_are_refused(tmp_path):
     header = {**HEADER, "images": 5, "layout": layout, "sha256": sha256(payload).hexdigest()}
     path.write_bytes(OLD_MAGIC + json.dumps(header).encode() + b"\n" + payload)
     assert "from 0 to 342" in refusal(path)
+
+
+def coded(codes) -> bytes:
+    """Codes codes with zlib, which stands in for a prior."""
+    return zlib.compress(codes[0].numpy().tobytes())
+
+
+def decode(_header, payload, images, layout):
+    """Inverts `coded`; returns None for other bytes, as a prior does."""
+    try:
+        content = zlib.decompressobj().decompress(payload)
+        grid = torch.frombuffer(bytearray(content), dtype=torch.int64)
+        return (grid.view(images, *layout.levels[0].shape),)
+    except (zlib.error, ValueError, RuntimeError):
+        return None
+
+
+def write_coded(path: Path, **changes: Any) -> None:
+    """Writes an entropy-coded file, and signs it anew if the header is to be changed."""
+    codes = make_codes(GRID, 5)
+    assert write_codes(path, codes, GRID, HEADER, coded(codes)) == path.stat().st_size
+    line, _, payload = path.read_bytes().partition(b"\n")
+    header = {**json.loads(line[len(ENTROPY_MAGIC) :]), **changes}
+    unsigned = {name: value for name, value in header.items() if name != "sha256"}
+    header["sha256"] = sha256(json.dumps(unsigned, sort_keys=True).encode() + b"\n" + payload).hexdigest()
+    path.write_bytes(ENTROPY_MAGIC + json.dumps(header).encode() + b"\n" + payload)
+
+
+def coded_refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_codes(path, lambda header: None, decode)
+    return str(caught.value)
+
+
+def test_entropy_coded_codes_round_trip(tmp_path):
+    path = tmp_path / "c.smalti"
+    write_coded(path)
+    packed = read_codes(path, lambda header: None, decode)
+    assert torch.equal(packed.codes[0], make_codes(GRID, 5)[0])
+    assert "give --prior" in refusal(path)
+
+
+def test_entropy_coded_file_that_was_changed_or_decodes_to_other_codes_is_refused(tmp_path):
+    path = tmp_path / "c.smalti"
+    write_coded(path)
+    whole = path.read_bytes()
+    for index in range(len(whole) - 40, len(whole), 7):
+        path.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        assert "is damaged" in coded_refusal(path)
+    path.write_bytes(whole[:-1])
+    assert "is damaged" in coded_refusal(path)
+    write_coded(path, codes_sha256="00" * 32)
+    assert "cannot be decoded here" in coded_refusal(path)
+    write_coded(path, images=7)
+    assert "cannot be decoded here" in coded_refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"payload_bytes": -1}, "more codes than its bytes hold"),
+        ({"payload_bytes": "9"}, "payload_bytes in its header"),
+        ({"payload_bytes": 10**18}, "is damaged"),
+        ({"images": 10**18}, "more codes than its bytes hold"),
+        ({"codes_sha256": None}, "codes_sha256 in its header"),
+    ],
+)
+def test_entropy_coded_file_with_a_forged_header_is_refused(tmp_path, change, error):
+    path = tmp_path / "c.smalti"
+    write_coded(path, **change)
+    assert error in coded_refusal(path)
+
+
+def test_few_entropy_coded_bytes_are_padded(tmp_path):
+    """A file of many codes is read, however few bits a prior makes of them."""
+    path, codes = tmp_path / "c.smalti", (torch.zeros(2000, 3, 4, dtype=torch.int64),)
+    write_codes(path, codes, GRID, HEADER, b"x")
+    packed = read_codes(path, lambda header: None, lambda _header, payload, *_: codes if payload[:1] == b"x" else None)
+    assert packed.header["payload_bytes"] == 2000 * 12 // 1024

@@ -7,15 +7,25 @@ import sys
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.special
+import scipy.stats
 import torch
 import torchmetrics.functional.image as torchmetrics_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.image.fid import _compute_fid
+from torchmetrics.image.kid import poly_mmd
 
 from smalti.core.errors import UserError
 from smalti.metrics.extractors import Inception, Lite0, find_extractor, moments
-from smalti.metrics.frechet import Moments, frechet_distance, nearest, precision_recall
+from smalti.metrics.frechet import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest,
+    precision_recall,
+)
 from smalti.metrics.image_errors import diversity, masked_mse, mse, psnr, seam_steps
 
 SEEDS = st.integers(0, 999)
@@ -105,6 +115,41 @@ def test_nearest_neighbours_equal_brute_force(seed):
         assert float(distance) == pytest.approx(min(expected))
 
 
+@given(SEEDS, st.integers(2, 30), st.integers(1, 6))
+def test_kernel_distance_equals_torchmetrics(seed, n, d):
+    a, b = draw(seed, n, d), draw(seed + 1, n, d) * 2 + 0.3
+    assert kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-9, abs=1e-9)
+
+
+def test_kernel_distance_of_sets_of_different_sizes_equals_its_definition():
+    a, b = draw(0, 5, 3), draw(1, 7, 3)
+
+    def kernel(x, y):
+        return (float(x @ y) / 3 + 1) ** 3
+
+    within = [np.mean([kernel(x, y) for x, y in itertools.permutations(each, 2)]) for each in (a, b)]
+    between = np.mean([kernel(x, y) for x, y in itertools.product(a, b)])
+    assert kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between, rel=1e-9)
+    with pytest.raises(UserError, match="at least 2 images"):
+        kernel_distance(a[:1], b)
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(4, 20))
+def test_inception_score_equals_the_entropies_of_its_parts(seed, splits, n):
+    """The mean KL divergence is the entropy of the mean minus the mean entropy; scipy computes them."""
+    logits = draw(seed, n, 4)
+    everything = scipy.special.softmax(logits.numpy(), axis=1)
+    sizes = [(part + 1) * n // splits - part * n // splits for part in range(splits)]
+    starts = np.cumsum([0, *sizes])
+    expected = []
+    for start, size in zip(starts[:-1], sizes, strict=True):
+        p = everything[start : start + size]
+        expected.append(np.exp(scipy.stats.entropy(p.mean(0)) - scipy.stats.entropy(p, axis=1).mean()))
+    assert inception_score(logits, splits) == pytest.approx(np.mean(expected), rel=1e-9)
+    with pytest.raises(UserError, match="at least 21 images"):
+        inception_score(logits[:20], 21)
+
+
 @given(SEEDS)
 def test_pixel_errors_equal_torchmetrics(seed):
     a, b = images(seed, 3, 3, 6, 5), images(seed + 1, 3, 3, 6, 5)
@@ -182,6 +227,7 @@ def test_inception_requests_2048_features_of_colour_images(monkeypatch):
         def __init__(self, name, features_list, antialias):
             super().__init__()
             arguments.append((name, features_list, antialias))
+            self.fc = torch.nn.Linear(2048, 3)
 
         def forward(self, x):
             assert (x.dtype, x.shape[1:]) == (torch.uint8, (3, 20, 24))
@@ -189,7 +235,9 @@ def test_inception_requests_2048_features_of_colour_images(monkeypatch):
 
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Network)
     grey = torch.arange(70, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 20, 24)
-    features = Inception(torch.device("cpu"))(grey)
+    extractor = Inception(torch.device("cpu"))
+    features = extractor(grey)
+    assert extractor.logits(features).allclose(extractor._network.fc(features) - extractor._network.fc.bias, atol=1e-4)
     assert arguments == [("inception-v3-compat", ["2048"], False)]
     assert features.dtype == torch.float32
     assert features.equal(torch.arange(70.0)[:, None].expand(-1, 2048))

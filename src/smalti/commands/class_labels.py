@@ -30,7 +30,7 @@ def find_classes(prior: Prior, requested: Sequence[str]) -> dict[str, int]:
     """
     if requested and not prior.classes:
         raise UserError("this prior has no classes, as its latent set had no labels; leave --classes out")
-    names = prior.provenance.get("label_names") or [str(number) for number in range(prior.classes)]
+    names = class_names(prior)
     trained = trained_classes(prior)
     if tuple(requested) == ("all",):
         return {names[number]: number for number in trained}
@@ -45,6 +45,11 @@ def find_classes(prior: Prior, requested: Sequence[str]) -> dict[str, int]:
             raise UserError(f"the prior was trained on no image of the class {names[matches[0]]!r}; choose another one")
         classes[names[matches[0]]] = matches[0]
     return classes
+
+
+def class_names(prior: Prior) -> list[str]:
+    """Returns the names of a prior's classes; their numbers if the latent set had no names."""
+    return prior.provenance.get("label_names") or [str(number) for number in range(prior.classes)]
 
 
 def trained_classes(prior: Prior) -> list[int]:

@@ -1,6 +1,6 @@
-"""Compresses images to a small file of codes at a fixed rate, and decompresses such a file.
+"""Compresses images to a small file of codes, at a fixed rate or by a prior, and decompresses such a file.
 
-The file format is in `latentsets/packed_file.py`.
+The file format is in `latentsets/packed_file.py`, the entropy coding in `priors/methods/entropy_coding.py`.
 """
 
 import re
@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalti.commands.model_paths import RUNS, image_inputs, images_for, layer_source, load_tokenizer
+from smalti.commands.class_labels import class_names, first_conditional
+from smalti.commands.model_paths import (
+    RUNS,
+    image_inputs,
+    images_for,
+    layer_source,
+    load_priors,
+    load_tokenizer,
+)
 from smalti.core import locks
 from smalti.core.codes import Codes, Layout
 from smalti.core.config import flatten
@@ -27,20 +35,31 @@ from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageSet
 from smalti.images.reading import Reading
 from smalti.images.sheets import embedded_settings, image_paths, save_image
-from smalti.latentsets.packed_file import bits_per_image, find_name_error, read_codes, read_header, write_codes
+from smalti.latentsets.packed_file import Packed, bits_per_image, find_name_error, read_codes, read_header, write_codes
 from smalti.metrics.image_errors import mse, psnr
+from smalti.priors.base import Prior, require_causal
+from smalti.priors.methods.entropy_coding import decode_codes, encode_codes
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.hqa.hqa import HQA
 
 _BATCH_SIZE = 64
+_DEFAULT_TOKENIZER = "hqa"
 
 
 @dataclass(frozen=True)
 class Compress:
     """Settings of `compress`."""
 
-    tokenizer: str = "hqa"
-    """Any trained tokenizer: a kind (read from runs/tokenizers/KIND), a folder, or a hub id."""
+    tokenizer: str | None = None
+    """Any trained tokenizer: a kind (read from runs/tokenizers/KIND), a folder, or a hub id [default: hqa; with --prior
+    the copy in the prior's folder]."""
+    prior: tuple[str, ...] = ()
+    """Code the codes in fewer bits by the probabilities of a trained transformer or pixelcnn: a kind (read from
+    runs/priors/KIND), a folder, or a hub id. Give one for each level if the tokenizer has several levels. Needs the
+    extra `entropy` [default: every code in the fewest whole bits]."""
+    classes: bool = False
+    """Give the priors each image's class, which the file then holds too. Without it, priors with classes code all
+    images as ones of no class."""
     layer: int | None = None
     """Layer whose codes are kept, counted from 1 at the image; only for hqa and hams. A lower layer takes more bits and
     has less error [default: the top layer]."""
@@ -66,8 +85,11 @@ class Decompress:
 
     codes: Path
     """A file that compress.py wrote."""
-    tokenizer: str = "hqa"
-    """The tokenizer that made the file: a kind, a folder or a hub id. The file records the layer."""
+    tokenizer: str | None = None
+    """The tokenizer that made the file: a kind, a folder or a hub id. The file records the layer [default: hqa; with
+    --prior the copy in the prior's folder]."""
+    prior: tuple[str, ...] = ()
+    """The priors that coded the file, if any did: kinds, folders or hub ids, in any order."""
     decodes: int = 0
     """Sampled decodes of each image, besides the most probable one; only for hqa and hams."""
     seed: int = 0
@@ -92,18 +114,51 @@ def compress(config: Compress) -> Path:
         UserError: for an unsuitable tokenizer or unsuitable images.
     """
     encoding_device = device(config.device)
-    source = layer_source(config.tokenizer, config.layer)
-    tokenizer = load_tokenizer(source).to(encoding_device)
-    images = images_for(tokenizer, config.tokenizer, config.images, config.height, config.width, config.reading)
+    if config.layer is not None and config.prior and config.tokenizer is None:
+        raise UserError("--layer needs --tokenizer: the prior's folder has a copy of the layers that it codes")
+    priors, tokenizer = _load_models(config, config.layer)
+    tokenizer = tokenizer.to(encoding_device)
+    name = config.tokenizer or " ".join(config.prior) or _DEFAULT_TOKENIZER
+    images = images_for(tokenizer, name, config.images, config.height, config.width, config.reading)
+    labels = _prior_labels(priors, images) if config.classes else None
     out = config.out or RUNS / f"{_file_name(images.source)}.smalti"
 
     def is_own(path: Path) -> bool:
         return read_header(path).get("images_fingerprint") == images.fingerprint
 
-    inputs = image_inputs(config.images, tokenizer=source)
+    inputs = image_inputs(config.images, priors=config.prior, tokenizer=_tokenizer_source(config))
     with locks.claim([out], inputs=inputs, overwrite=config.overwrite, is_own=is_own):
-        _compress(config, out, tokenizer, images)
+        _compress(config, out, tokenizer, images, priors, labels)
     return out
+
+
+def _tokenizer_source(config: Compress | Decompress) -> str | None:
+    """Returns the source of the tokenizer; None for the copy in the folder of the prior."""
+    return config.tokenizer or (None if config.prior else _DEFAULT_TOKENIZER)
+
+
+def _load_models(config: Compress | Decompress, layer: int | None) -> tuple[list[Prior], Tokenizer]:
+    """Loads the tokenizer and, if any are given, the priors of its levels, coarsest first."""
+    source = _tokenizer_source(config)
+    source = None if source is None else layer_source(source, layer)
+    if not config.prior:
+        return [], load_tokenizer(str(source))
+    priors, tokenizer = load_priors(config.prior, source)
+    return [require_causal(prior) for prior in priors], tokenizer
+
+
+def _prior_labels(priors: Sequence[Prior], images: ImageSet) -> Tensor:
+    """Returns the class of each image by the number that the priors give it; -1 for a class that they do not have.
+
+    Raises:
+        UserError: if the priors or the images have no classes.
+    """
+    if not priors or not (conditional := first_conditional(priors)).classes:
+        raise UserError("--classes needs a --prior that was trained with classes; leave --classes out")
+    if not images.label_names:
+        raise UserError(f"the images of {images.source} have no classes; leave --classes out")
+    numbers = {name: number for number, name in enumerate(class_names(conditional))}
+    return torch.tensor([*(numbers.get(name, -1) for name in images.label_names), -1])[images.labels]
 
 
 def _names(images: ImageSet, kept: Tensor) -> list[str] | None:
@@ -122,7 +177,14 @@ def _file_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(source).stem).strip("-.") or "images"
 
 
-def _compress(config: Compress, out: Path, tokenizer: Tokenizer, images: ImageSet) -> None:
+def _compress(
+    config: Compress,
+    out: Path,
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    priors: Sequence[Prior],
+    labels: Tensor | None,
+) -> None:
     encoding_device = next(tokenizer.parameters()).device
     batches, errors, kept = [], [], (~images.left_out).nonzero().squeeze(1)
     progress = bar(what="compressing", total=len(kept), unit="image", delay_seconds=SLOW_SECONDS)
@@ -139,12 +201,22 @@ def _compress(config: Compress, out: Path, tokenizer: Tokenizer, images: ImageSe
     header["images_fingerprint"] = images.fingerprint
     if names := _names(images, kept):
         header["names"] = names
-    size, bits, error = write_codes(out, codes, layout, header), bits_per_image(layout), torch.cat(errors).mean()
+    coded = None
+    if priors:
+        header |= {"prior_digests": [prior.digest() for prior in priors], "classes": config.classes}
+        with bar(what="coding", total=len(kept), unit="image", delay_seconds=SLOW_SECONDS) as progress:
+            known = None if labels is None else labels[kept]
+            coded = encode_codes(priors, tuple(grid.cpu() for grid in codes), known, progress.update)
+    size = write_codes(out, codes, layout, header, coded)
     pixels = images.preprocessing["height"] * images.preprocessing["width"]
-    payload = -(-len(kept) * bits // 8)
+    error, fixed = torch.cat(errors).mean(), bits_per_image(layout)
+    payload = -(-len(kept) * fixed // 8) if coded is None else len(coded)
+    bits = fixed if coded is None else 8 * payload / len(kept)
+    given = ", the class included" if config.classes else ""
+    comparison = f" under the prior{given} ({fixed} at a fixed rate)" if priors else ""
     print(
         f"{out}: {len(kept)} image(s), {layout}\n"
-        f"rate: {bits} bits an image, {bits / pixels:.4g} a pixel; {payload} bytes of codes, "
+        f"rate: {bits:.6g} bits an image{comparison}, {bits / pixels:.4g} a pixel; {payload} bytes of codes, "
         f"{size - payload} of header\n"
         f"distortion: MSE {float(error):.4g}, PSNR {float(psnr(error)):.2f} dB, for the most probable decodes"
     )
@@ -157,22 +229,9 @@ def decompress(config: Decompress) -> Path:
         UserError: for a damaged file or one of another tokenizer, and for sampled decodes with a
             tokenizer whose decoding is deterministic.
     """
-    loaded: list[Tokenizer] = []
-
-    def load_matching(header: dict[str, Any]) -> None:
-        tokenizer = load_tokenizer(layer_source(config.tokenizer, header.get("layer")))
-        if header.get("tokenizer_digest") not in tokenizer.digests_of_codes():
-            raise UserError(
-                f"{config.codes} was made by {header.get('tokenizer_kind')} "
-                f"{str(header.get('tokenizer_digest'))[:12]}, but {config.tokenizer} is {tokenizer.digest()[:12]}; "
-                "give --tokenizer the one that made it"
-            )
-        loaded.append(tokenizer)
-
-    packed = read_codes(config.codes, load_matching)
-    _require_layout(config, packed.layout, loaded[0])
     decoding_device = device(config.device)
-    tokenizer = loaded[0].to(decoding_device)
+    packed, tokenizer = _read(config)
+    tokenizer = tokenizer.to(decoding_device)
     if config.decodes and not isinstance(tokenizer, HQA):
         raise UserError(f"{tokenizer.kind} decodes each code to one image; leave --decodes out")
     images, out = len(packed.codes[0]), config.out or RUNS / config.codes.stem
@@ -186,7 +245,7 @@ def decompress(config: Decompress) -> Path:
     outputs = [path for picture in pictures for path in image_paths(picture, tokenizer.image_channels)]
     if len({str(path).casefold() for path in outputs}) < len(outputs):
         raise UserError(f"an image of {config.codes} has the name of another's sample; leave --decodes out")
-    inputs = [config.codes, *image_inputs(None, tokenizer=config.tokenizer)]
+    inputs = [config.codes, *image_inputs(None, priors=config.prior, tokenizer=_tokenizer_source(config))]
     with locks.claim(outputs, folder=out, inputs=inputs, overwrite=config.overwrite, is_own=is_own):
         _write_images(
             config,
@@ -196,8 +255,55 @@ def decompress(config: Decompress) -> Path:
             {**settings, **flatten(config), "versions": versions()},
         )
     bits = bits_per_image(packed.layout)
-    print(f"{out}: {images} image(s) of {bits} bits each, {packed.layout}, from {packed.size_bytes} bytes")
+    rate = "coded with the prior" if config.prior else f"of {bits} bits each"
+    print(f"{out}: {images} image(s) {rate}, {packed.layout}, from {packed.size_bytes} bytes")
     return out
+
+
+def _read(config: Decompress) -> tuple[Packed, Tokenizer]:
+    """Reads the codes with the tokenizer and the priors that made them.
+
+    Raises:
+        UserError: if the file is damaged, or others made it.
+    """
+    loaded: list[tuple[list[Prior], Tokenizer]] = []
+
+    def load_matching(header: dict[str, Any]) -> None:
+        coded_by = header.get("prior_digests")
+        if coded_by and not config.prior:
+            raise UserError(f"{config.codes} was coded with a prior; give --prior the one that coded it")
+        if config.prior and not coded_by:
+            raise UserError(f"{config.codes} was written without a prior; leave --prior out")
+        priors, tokenizer = _load_models(config, header.get("layer"))
+        if header.get("tokenizer_digest") not in tokenizer.digests_of_codes():
+            source = _tokenizer_source(config) or "the copy beside the prior"
+            raise UserError(
+                f"{config.codes} was made by {header.get('tokenizer_kind')} {_short(header.get('tokenizer_digest'))}, "
+                f"but {source} is {_short(tokenizer.digest())}; give --tokenizer the one that made it"
+            )
+        if coded_by and coded_by != (digests := [prior.digest() for prior in priors]):
+            raise UserError(
+                f"{config.codes} was coded with the prior {_short(coded_by)}, but {' '.join(config.prior)} is "
+                f"{_short(digests)}; give --prior the one that coded it"
+            )
+        loaded.append((priors, tokenizer))
+
+    def decode(header: dict[str, Any], payload: bytes, images: int, layout: Layout) -> Codes | None:
+        priors, tokenizer = loaded[0]
+        _require_layout(config, layout, tokenizer)  # before the priors read codes of other codebooks
+        labelled = bool(header.get("classes")) and any(prior.classes for prior in priors)
+        grids = [(level.height, level.width) for level in layout.levels]
+        with bar(what="decoding", total=images, unit="image", delay_seconds=SLOW_SECONDS) as progress:
+            return decode_codes(priors, payload, images, grids, labelled=labelled, callback=progress.update)
+
+    packed = read_codes(config.codes, load_matching, decode if config.prior else None)
+    _require_layout(config, packed.layout, loaded[0][1])
+    return packed, loaded[0][1]
+
+
+def _short(digests: Any) -> str:
+    """Returns the first digits of a digest or of a list of them."""
+    return " ".join(str(digest)[:12] for digest in (digests if isinstance(digests, list) else [digests]))
 
 
 def _png_name(name: str, number: int) -> str:
@@ -227,7 +333,7 @@ def _require_layout(config: Decompress, layout: Layout, tokenizer: Tokenizer) ->
     """
     theirs, ours = ([(level.radices, level.channels) for level in each.levels] for each in (layout, tokenizer.layout))
     if theirs != ours:
-        raise UserError(f"{config.codes} holds codes of {layout}, but {config.tokenizer} decodes {tokenizer.layout}")
+        raise UserError(f"{config.codes} holds codes of {layout}, but the tokenizer decodes {tokenizer.layout}")
 
 
 @torch.no_grad()

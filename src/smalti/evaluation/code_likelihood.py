@@ -14,7 +14,7 @@ from torch import Tensor
 from smalti.core.errors import UserError
 from smalti.latentsets.dataset import LatentRows, Split
 from smalti.latentsets.reader import LatentSet
-from smalti.priors.base import CausalPrior, Prior
+from smalti.priors.base import CausalPrior, Prior, require_causal
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,10 @@ def count_bits(
         raise UserError(f"{latents.path} has {len(levels)} level(s), but {len(priors)} priors are given")
     bits = []
     for index, (prior, level) in enumerate(zip(priors, levels, strict=True)):
-        if not isinstance(prior, CausalPrior):
-            raise UserError(f"a {prior.kind} has no exact likelihood of codes; use a transformer or a pixelcnn")
+        causal = require_causal(prior)
         if (prior.level.radices, prior.upper_levels) != (level.radices, index):
             raise UserError(f"the prior given for level {index} of {latents.path} is not for codes of {level.radices}")
-        bits.append(_bits_per_row(prior, latents, split, index, batch_size))
+        bits.append(_bits_per_row(causal, latents, split, index, batch_size))
     per_code = [level_bits / level.positions for level_bits, level in zip(bits, levels, strict=True)]
     size = latents.provenance.preprocessing
     dimensions = size["height"] * size["width"] * size["channels"]

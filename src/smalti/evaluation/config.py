@@ -14,6 +14,7 @@ from smalti.core.errors import UserError
 from smalti.images.reading import Reading
 from smalti.metrics.extractors import ExtractorName
 from smalti.tokenizers.selfvae.hierarchical_vae import Pixels
+from smalti.tokenizers.vqgan.perceptual import PerceptualName
 
 S = TypeVar("S")
 
@@ -52,14 +53,55 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class ImagesEvaluation:
+    """Settings to compare a set of images with another one, or with its published statistics, without any model."""
+
+    images: str
+    """Images to score: a folder, a `.npz` file of samples (`arr_0`), or any other source that `train-tokenizer` reads.
+    All of them are scored; the flags of reading apply to both sets."""
+    reference: str
+    """Real images to compare with, of the same size: a source as --images; or a `.npz` file with the statistics `mu`
+    and `sigma` of the extractor's features, and perhaps with images (`arr_0`) for the scores that need them."""
+    of: Literal["images"] = "images"
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
+    reading: Reading = field(default_factory=Reading)
+    height: int | None = None
+    """Height that all images are fitted to, in pixels [default: theirs, if all have the same size]."""
+    width: int | None = None
+    """Width that all images are fitted to, in pixels [default: theirs]."""
+    extractor: ExtractorName = "lite0"
+    """Network whose features are compared: `lite0`, included in the extra `metrics`, or `inception`, the network of the
+    published FID, which needs torch-fidelity and downloads its weights."""
+    seed: int = 0
+    """Seed of the order of the images, on which the Inception score depends."""
+    device: Device = "auto"
+    """Device to compute on, in fp32."""
+    out: Path | None = None
+    """JSON file for the scores and all settings needed to repeat the evaluation [default:
+    runs/evaluations/images-NAME.json, with the name of --images; numbered if another result is there]."""
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise UserError("give both --height and --width, or neither")
+        if self.reading.held_out is not None:
+            raise UserError("all images are scored; leave --held-out out")
+
+
+@dataclass(frozen=True)
 class TokenizerEvaluation:
     """Settings to evaluate a tokenizer by its reconstructions of held-out images."""
 
     of: Literal["tokenizer"] = "tokenizer"
-    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
+    perceptual: PerceptualName | None = field(default=None, metadata={ADDED: True})
+    """Also score the mean perceptual distance of the reconstructions: `lpips-vgg`, the published LPIPS on VGG-16, which
+    needs the extra `lpips` and downloads VGG's weights, or `lite0`, which compares with no published number."""
+    samples_npz: Path | None = field(default=None, metadata={ADDED: True})
+    """Also write the reconstructions to this `.npz` file, uint8 (n, height, width, 3) in `arr_0`, which published
+    evaluators and --of images read."""
     out: Path | None = None
     """JSON file for the scores and all settings needed to repeat the evaluation [default:
     runs/evaluations/tokenizer-NAME.json, with the name of the tokenizer's folder; numbered if another result is
@@ -73,13 +115,16 @@ class PriorEvaluation(Generic[S]):
     sampling: S
     """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
     of: Literal["prior"] = "prior"
-    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     prior: tuple[str, ...] = ("hourglass",)
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one per level, coarsest first,
     if the tokenizer has several levels."""
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
+    samples_npz: Path | None = field(default=None, metadata={ADDED: True})
+    """Also write the samples to this `.npz` file, uint8 (n, height, width, 3) in `arr_0`, which published evaluators
+    and --of images read."""
     out: Path | None = None
     """JSON file for the scores and all settings needed to repeat the evaluation [default:
     runs/evaluations/prior-NAME.json, with the name of the prior's folder; numbered if another result is there]. A
@@ -97,7 +142,7 @@ class InpaintingEvaluation(Generic[S]):
     sampling: S
     """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
     of: Literal["inpainting"] = "inpainting"
-    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     fills: int = 3
     """Fills of each image. Distances use the first one only; diversity and the best error use all."""
     prior: tuple[str, ...] = ("hourglass",)
@@ -121,7 +166,7 @@ class ModesEvaluation:
     """Settings to evaluate the generation modes of a selfVAE: the error and the bytes transmitted in each mode."""
 
     of: Literal["modes"] = "modes"
-    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     pixels: Pixels = "mean"
@@ -141,7 +186,7 @@ class LikelihoodEvaluation:
     """
 
     of: Literal["likelihood"] = "likelihood"
-    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood` or `modes`."""
+    """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     images: str | None = None
@@ -167,5 +212,10 @@ class LikelihoodEvaluation:
 
 
 Evaluation = (
-    TokenizerEvaluation | PriorEvaluation[Any] | InpaintingEvaluation[Any] | ModesEvaluation | LikelihoodEvaluation
+    ImagesEvaluation
+    | TokenizerEvaluation
+    | PriorEvaluation[Any]
+    | InpaintingEvaluation[Any]
+    | ModesEvaluation
+    | LikelihoodEvaluation
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from smalti.commands.sample import generate_images
 from smalti.evaluation.config import PriorEvaluation
+from smalti.evaluation.image_sets import write_samples
 from smalti.evaluation.real_images import BATCH_SIZE, open_priors
 from smalti.evaluation.result_files import result_path, sheet_path, sheet_settings
 from smalti.evaluation.scores import Conditions, Scores, level_score
@@ -49,6 +50,8 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
     )
     samples = to_uint8(generated)
     seconds = time.perf_counter() - start
+    if config.samples_npz:
+        write_samples(config.samples_npz, samples)
     reference = real.reference()
     features = {"model": extractor(samples), "real": real.features}
     manifolds = {who: precision_recall(reference[: len(each)], each) for who, each in features.items()}

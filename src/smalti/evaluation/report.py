@@ -15,6 +15,7 @@ from smalti.core.files import write_json
 from smalti.core.provenance import versions
 from smalti.evaluation.config import (
     Evaluation,
+    ImagesEvaluation,
     InpaintingEvaluation,
     LikelihoodEvaluation,
     ModesEvaluation,
@@ -22,6 +23,7 @@ from smalti.evaluation.config import (
     TokenizerEvaluation,
 )
 from smalti.evaluation.image_likelihood import evaluate_likelihood
+from smalti.evaluation.image_sets import evaluate_images
 from smalti.evaluation.inpainting import evaluate_inpainting
 from smalti.evaluation.modes import evaluate_modes
 from smalti.evaluation.prior import evaluate_prior
@@ -30,8 +32,13 @@ from smalti.evaluation.sample_size import too_few_images
 from smalti.evaluation.scores import SPEEDS, Conditions, Scores
 from smalti.evaluation.tokenizer import evaluate_tokenizer
 
-WITHOUT_PRIOR = {"tokenizer": TokenizerEvaluation, "modes": ModesEvaluation, "likelihood": LikelihoodEvaluation}
-KINDS = ("tokenizer", "prior", "inpainting", "modes", "likelihood")
+WITHOUT_PRIOR = {
+    "images": ImagesEvaluation,
+    "tokenizer": TokenizerEvaluation,
+    "modes": ModesEvaluation,
+    "likelihood": LikelihoodEvaluation,
+}
+KINDS = ("tokenizer", "prior", "inpainting", "modes", "likelihood", "images")
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,8 @@ def table(scores: Scores, conditions: Conditions) -> str:
 
 
 def _evaluate(config: Evaluation, *, sheet: bool = True) -> tuple[Scores, Conditions]:
+    if isinstance(config, ImagesEvaluation):
+        return evaluate_images(config)
     if isinstance(config, TokenizerEvaluation):
         return evaluate_tokenizer(config)
     if isinstance(config, ModesEvaluation):

@@ -15,9 +15,17 @@ from typing import Any
 from smalti.commands.model_paths import RUNS, image_inputs
 from smalti.core import locks, models
 from smalti.core.config import read_json
-from smalti.evaluation.config import Evaluation, InpaintingEvaluation, LikelihoodEvaluation, PriorEvaluation
+from smalti.evaluation.config import (
+    Evaluation,
+    ImagesEvaluation,
+    InpaintingEvaluation,
+    LikelihoodEvaluation,
+    PriorEvaluation,
+    TokenizerEvaluation,
+)
 from smalti.evaluation.scores import Conditions
 from smalti.images.sheets import embedded_settings
+from smalti.images.sources import local_paths
 from smalti.training.snapshots import STATES_NAME
 
 EVALUATIONS = RUNS / "evaluations"
@@ -40,12 +48,17 @@ def claim_result(config: Evaluation, *, again: Path | None = None) -> AbstractCo
     Raises:
         UserError: as `locks.claim` does; if `out` holds anything but a result of the same settings.
     """
-    by_prior = isinstance(config, (PriorEvaluation, InpaintingEvaluation))
-    images = config.images if isinstance(config, LikelihoodEvaluation) else config.protocol.images
-    inputs = image_inputs(images, priors=config.prior if by_prior else (), tokenizer=config.tokenizer)
+    if isinstance(config, ImagesEvaluation):
+        inputs = [*local_paths(config.images), *local_paths(config.reference)]
+    else:
+        by_prior = isinstance(config, (PriorEvaluation, InpaintingEvaluation))
+        images = config.images if isinstance(config, LikelihoodEvaluation) else config.protocol.images
+        inputs = image_inputs(images, priors=config.prior if by_prior else (), tokenizer=config.tokenizer)
     inputs += [again] if again else []
-    path = config.out or result_path(config)
-    return locks.claim(_outputs(path, config), inputs=inputs, is_own=lambda each: _is_own(each, config))
+    outputs = _outputs(config.out or result_path(config), config)
+    if isinstance(config, (PriorEvaluation, TokenizerEvaluation)) and config.samples_npz:
+        outputs.append(config.samples_npz)
+    return locks.claim(outputs, inputs=inputs, is_own=lambda each: _is_own(each, config))
 
 
 def result_path(config: Evaluation, conditions: Conditions | None = None) -> Path:
@@ -92,6 +105,8 @@ def _is_own(path: Path, config: Evaluation, conditions: Conditions | None = None
 
 def _model_name(config: Evaluation) -> str:
     """Returns the name of the evaluated model for a file name; the names of several priors are joined by `+`."""
+    if isinstance(config, ImagesEvaluation):
+        return _run_name(config.images)[:_LONGEST_NAME]
     by_prior = isinstance(config, (PriorEvaluation, InpaintingEvaluation))
     names = [_run_name(source) for source in (config.prior if by_prior else (config.tokenizer,))]
     return "+".join(names)[:_LONGEST_NAME]

@@ -5,6 +5,8 @@ the distance is too large. Precision and recall of a few images are near 1 even 
 around few images are large.
 """
 
+import math
+
 from smalti.evaluation.scores import Conditions, Scores
 
 PRECISION_RECALL_IMAGES = 1000
@@ -19,15 +21,18 @@ def too_few_images(scores: Scores, conditions: Conditions) -> list[str]:
     needed = {name: _NEEDED[name] for name in scores if name in _NEEDED}
     if "feature_dimensions" in conditions:
         needed |= {name: conditions["feature_dimensions"] for name in scores if name.startswith("frechet")}
-    images, references = conditions["images"], conditions.get("reference_images", 0)
+    images = conditions["images"]
+    references = conditions.get("reference_images", math.inf)  # stored statistics do not record it
+    more = "more images in both sets" if "reference" in conditions else None  # of two sets of images without a model
     warnings = []
     for number in sorted(set(needed.values()), reverse=True):
         names = [name for name in needed if needed[name] == number]
         reference_counts = references < number and names != ["share_too_near"]
         if images < number or reference_counts:
+            flag = " and --reference" if reference_counts else ""
             have = f"{images} images" + (f" and {references} reference images" if reference_counts else "")
             warnings.append(
                 f"{', '.join(names)} of {have} {'is' if len(names) == 1 else 'are'} unreliable; at least {number} are "
-                f"needed (--num{' and --reference' if reference_counts else ''}, or more --images)"
+                f"needed ({more or f'--num{flag}, or more --images'})"
             )
     return warnings

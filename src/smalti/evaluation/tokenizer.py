@@ -1,7 +1,4 @@
-"""Evaluates a tokenizer: reconstruction errors (MSE, PSNR, SSIM), Fréchet distance, codebook usage and perplexity.
-
-LPIPS is not among the scores: here it is a training loss (`smalti.tokenizers.vqgan.perceptual`).
-"""
+"""Evaluates a tokenizer: reconstruction errors (MSE, PSNR, SSIM, LPIPS), Fréchet distance, usage of the codebook."""
 
 import time
 
@@ -13,6 +10,7 @@ from smalti.commands.model_paths import load_tokenizer
 from smalti.core.codes import Codes
 from smalti.core.devices import Precision, autocast, device
 from smalti.evaluation.config import TokenizerEvaluation
+from smalti.evaluation.image_sets import write_samples
 from smalti.evaluation.real_images import BATCH_SIZE, real_for
 from smalti.evaluation.scores import Conditions, Scores, level_score
 from smalti.images.decoding import to_8_bits, to_float, to_uint8
@@ -22,6 +20,7 @@ from smalti.metrics.extractors import find_extractor
 from smalti.metrics.frechet import Moments, frechet_distance
 from smalti.metrics.image_errors import mse, psnr
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.vqgan.perceptual import PerceptualDistance, check_size, find_perceptual
 
 
 def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, Conditions]:
@@ -35,6 +34,9 @@ def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, Conditions]
     extractor = find_extractor(protocol.extractor, torch_device)
     tokenizer = load_tokenizer(config.tokenizer).to(torch_device)
     real = real_for(protocol, tokenizer, extractor)
+    if config.perceptual:
+        check_size(*real.judged.shape[2:])
+    perceptual = find_perceptual(config.perceptual) if config.perceptual else None
     images, codes, seconds = _reconstruct(tokenizer, real.judged, torch_device, protocol.precision)
     errors = mse(to_float(images), to_float(real.judged))
     features, reference = Moments.of(extractor(images)), real.reference_moments
@@ -49,6 +51,11 @@ def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, Conditions]
             "real": frechet_distance(originals, reference),
         },
     }
+    if config.samples_npz:
+        write_samples(config.samples_npz, images)
+    if perceptual is not None:
+        mean = _mean_distance(perceptual, images, real.judged, torch_device)
+        scores[f"perceptual_{perceptual.name}"] = {"model": mean}
     for index, (level, grid) in enumerate(zip(tokenizer.layout.levels, codes, strict=True)):
         if level.radices:
             counts = torch.bincount(grid.flatten(), minlength=level.codebook_size)
@@ -57,6 +64,18 @@ def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, Conditions]
             scores[level_score("perplexity", index, len(codes))] = {"model": perplexity(counts)}
     scores["images_per_second"] = {"model": len(images) / seconds}
     return scores, real.conditions
+
+
+@torch.no_grad()
+def _mean_distance(
+    perceptual: PerceptualDistance, images: Tensor, originals: Tensor, torch_device: torch.device
+) -> float:
+    """Returns the mean perceptual distance of images to their originals, in batches."""
+    pairs = zip(images.split(BATCH_SIZE), originals.split(BATCH_SIZE), strict=True)
+    total = sum(
+        len(a) * float(perceptual(to_float(a).to(torch_device), to_float(b).to(torch_device))) for a, b in pairs
+    )
+    return total / len(images)
 
 
 @torch.no_grad()

@@ -68,6 +68,10 @@ class Extractor(ABC):
                 features.append(self.features(batch.to(self._device).expand(-1, 3, -1, -1)).cpu())
         return torch.cat(features) if features else torch.zeros(0, self.width)
 
+    def logits(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"] | None:
+        """Returns the logits of the Inception score for features; None for networks that it is not defined for."""
+        return None
+
     @abstractmethod
     def features(self, colour: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Computes the features of a batch on the device, in float32."""
@@ -137,6 +141,10 @@ class Inception(Extractor):
     def features(self, colour: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Returns the features of the last pooling layer; the network resizes the images itself."""
         return self._network(colour).float()
+
+    def logits(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
+        """Returns the logits of the 1008 classes without bias, as the published code computes them."""
+        return features @ self._network.fc.weight.T.cpu().float()
 
 
 def find_extractor(name: ExtractorName, device: torch.device) -> Extractor:

@@ -1,12 +1,16 @@
-"""Scores of sets of images by their features: Fréchet distance (FID), precision and recall, nearest neighbours.
+"""Scores of sets of images by features: Fréchet and kernel distance, Inception score, precision, recall, neighbours.
 
 The networks that compute features are in `extractors.py`; errors between two images are in `image_errors.py`.
 
 Legend: n images, d features.
 """
 
+import zipfile
+import zlib
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
@@ -64,7 +68,49 @@ class Moments:
         return self._scatter / (self.count - 1)
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+class StoredMoments(NamedTuple):
+    """The mean and covariance of features whose images are elsewhere.
+
+    Attributes:
+        mean: `(d,)`.
+        covariance: `(d, d)`.
+    """
+
+    mean: Float64[Tensor, " d"]
+    covariance: Float64[Tensor, "d d"]
+
+
+def read_moments(path: Path, width: int) -> StoredMoments | None:
+    """Reads published statistics: a `.npz` file with the mean `mu` and the covariance `sigma` of features.
+
+    Args:
+        path: The file.
+        width: The number of features they must have.
+
+    Returns:
+        The moments; None if the file has none.
+
+    Raises:
+        UserError: if the file cannot be read, or its statistics are of other features.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not {"mu", "sigma"} <= set(file.files):
+                return None
+            mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); give a whole .npz file") from error
+    if (mean.shape, covariance.shape) != ((width,), (width, width)):
+        raise UserError(
+            f"{path} has statistics of shapes {tuple(mean.shape)} and {tuple(covariance.shape)}, but the extractor has "
+            f"{width} features; give the --extractor that made them"
+        )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise UserError(f"{path} has statistics that are not finite; give others")
+    return StoredMoments(mean, covariance)
+
+
+def frechet_distance(a: Moments | StoredMoments, b: Moments | StoredMoments) -> float:
     """Computes the Fréchet distance of FID (arXiv 1706.08500): the squared 2-Wasserstein distance of two Gaussians.
 
     The distance is |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)). The trace of the root is computed from the
@@ -77,6 +123,52 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     trace_of_root = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_of_root)
+
+
+def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
+    """Computes the squared maximum mean discrepancy of KID (arXiv 1801.01401), with the kernel (x·y / d + 1)^3.
+
+    Deviation: the unbiased estimate over all images at once. The published code averages it over 100 random subsets
+    of 1000 images; this is the mean over all subsets, so it has the same expectation and less noise.
+
+    Raises:
+        UserError: if a set has fewer than two images.
+    """
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"the kernel distance needs at least 2 images in each set, not {len(a)} and {len(b)}")
+    between = _kernel_sum(a, b) / (len(a) * len(b))
+    within = [(_kernel_sum(x, x) - float(_kernel(x.double().square().sum(1), x).sum())) for x in (a, b)]
+    return within[0] / (len(a) * (len(a) - 1)) + within[1] / (len(b) * (len(b) - 1)) - 2 * between
+
+
+def _kernel(products: Tensor, features: Tensor) -> Tensor:
+    return (products / features.shape[1] + 1) ** 3
+
+
+def _kernel_sum(a: Tensor, b: Tensor) -> float:
+    blocks = a.double().split(_ROWS_AT_ONCE)
+    return sum(float(_kernel(block @ b.double().T, b).sum()) for block in blocks)
+
+
+def inception_score(logits: Float[Tensor, "n classes"], splits: int = 10) -> float:
+    """Computes the Inception score (arXiv 1606.03498): the mean over parts of exp of the mean KL(p(y | x) || p(y)).
+
+    Args:
+        logits: of the classes, without the bias of the last layer, as the published code has it. Their order decides
+            the parts, so images sorted by class must be shuffled.
+        splits: number of parts; 10 in the paper.
+
+    Raises:
+        UserError: if there are fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise UserError(f"the Inception score needs at least {splits} images, not {len(logits)}")
+    log_p, scores = logits.double().log_softmax(1), []
+    for part in range(splits):
+        each = log_p[part * len(log_p) // splits : (part + 1) * len(log_p) // splits]
+        marginal = each.exp().mean(0).log()
+        scores.append(float((each.exp() * (each - marginal)).sum(1).mean().exp()))
+    return sum(scores) / splits
 
 
 def nearest(

@@ -1,7 +1,6 @@
 """Errors between images and their originals: MSE, PSNR, errors and seams of inpainted regions, diversity of fills.
 
-Not here: SSIM (`baselines.py`), the Fréchet distance (`frechet.py`), and LPIPS, which is a training loss
-(`smalti.tokenizers.vqgan.perceptual`).
+Not here: SSIM (`baselines.py`), the Fréchet distance (`frechet.py`), and LPIPS (`smalti.tokenizers.vqgan.perceptual`).
 
 Legend: n images, k fills of an image, c channels, h w pixels. A mask is True where a pixel is filled.
 """
