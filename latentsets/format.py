@@ -279,7 +279,7 @@ def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, d
             raise ValueError("format_version is not a whole number")
         if number not in VERSIONS:
             remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
-            read = " and ".join(map(str, VERSIONS))
+            read = f"{VERSIONS[0]} to {VERSIONS[-1]}"
             raise UserError(f"{path} has format version {number}, this smalti reads {read}; {remedy}")
         new = ADDED_IN_4 if number < 4 else ()
         described = [field.name for field in dataclasses.fields(Provenance) if field.name not in new]
