@@ -262,7 +262,7 @@ def require_version(path: Path, number: Any) -> list[str]:
         raise ValueError("format_version is not a whole number")
     if number not in VERSIONS:
         remedy = "build it again" if number in range(FORMAT_VERSION) else "upgrade smalti"
-        read = " and ".join(map(str, VERSIONS))
+        read = f"{VERSIONS[0]} to {VERSIONS[-1]}"
         raise UserError(f"{path} has format version {number}, this smalti reads {read}; {remedy}")
     digests = ["content_digest", *(["attributes_digest"] if number != 2 else [])]
     new = ADDED_IN_4 if number < 4 else ()

@@ -128,8 +128,8 @@ def chunked_codes(file: Any) -> None:
     ("change", "message"),
     [
         (
-            lambda file: file.attrs.modify("format_version", 4),
-            "has format version 4, this smalti reads 2 and 3; upgrade",
+            lambda file: file.attrs.modify("format_version", 5),
+            "has format version 5, this smalti reads 2 to 4; upgrade",
         ),
         (
             lambda file: file.attrs.modify("format_version", 1),

@@ -222,7 +222,7 @@ def test_labels_are_drawn_by_frequency_and_row_number():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: HourglassConfig(classes=-1), "classes must not be negative, got -1"),
+        (lambda: HourglassConfig(classes=-1), "classes and condition_width must not be negative, got -1 and 0"),
         (lambda: SundaeConfig(label_dropout=1.5), "label_dropout must be from 0 to 1, got 1.5"),
         (lambda: SundaeSampling(guidance=-1.0), "guidance must not be negative, got -1.0"),
     ],
