@@ -40,7 +40,9 @@ class MappedRows:
         if len(self._maps) == 1:
             return np.take(self._maps[0], rows, axis=0)
         total, numbers = int(self._ends[-1]), np.asarray(rows, np.int64)
-        lowest, highest = (numbers.min(), numbers.max()) if numbers.size else (0, 0)
+        if not numbers.size:
+            return np.empty((0, *self.shape), self._maps[0].dtype)
+        lowest, highest = numbers.min(), numbers.max()
         if not -total <= lowest <= highest < total:
             raise IndexError(f"rows {lowest} to {highest} are not all in [-{total}, {total})")
         if lowest < 0:

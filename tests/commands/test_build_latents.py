@@ -221,10 +221,10 @@ def test_blocks_of_other_inputs_are_discarded(workspace, latents, monkeypatch, c
 
 
 def test_an_existing_set_is_rebuilt_only_if_its_inputs_change(workspace, capfd, monkeypatch, tmp_path):
-    shutil.copy("whole.h5", tmp_path / "latents.h5")
     shutil.copytree(workspace / "img", tmp_path / "img")
     shutil.copytree(workspace / "tokenizer", tmp_path / "tokenizer")
     monkeypatch.chdir(tmp_path)
+    assert run(capfd, *FLAGS, "--out", "latents.h5")[0] == 0
     before = Path("latents.h5").stat()
     status, out, _ = run(capfd, *FLAGS, "--out", "latents.h5")
     assert (status, "already holds these codes" in out) == (0, True)
@@ -315,8 +315,8 @@ def test_an_error_on_one_process_stops_all_with_one_message(workspace, tmp_path)
 def test_a_full_disk_gives_one_message_and_keeps_finished_blocks(workspace, latents, capfd, limit_bytes):
     """The kernel's limit on file size stands for a full disk. The merge exceeds the last of the limits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    shutil.copy("whole.h5", "latents.h5")
     shutil.rmtree(FOLDER, ignore_errors=True)
+    assert run(capfd, *FLAGS, "--out", "latents.h5")[0] == 0
     flags = [*FLAGS, "--no-flips", "--out", "latents.h5"]
     assert run(capfd, *flags[:-1], "fresh.h5")[0] == 0  # also fills all caches
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
