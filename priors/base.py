@@ -282,17 +282,6 @@ class CausalPrior(CodePrior):
         """
 
 
-def require_causal(prior: Prior) -> CausalPrior:
-    """Returns the prior if it has exact likelihoods of codes.
-
-    Raises:
-        UserError: if it is no `CausalPrior`.
-    """
-    if not isinstance(prior, CausalPrior):
-        raise UserError(f"a {prior.kind} has no exact likelihood of codes; use a transformer or a pixelcnn")
-    return prior
-
-
 @runtime_checkable
 class Sampler(Protocol):
     """The signature that all samplers share: `sample_sundae`, `sample_masked`, `sample_ancestral`, `sample_flow`.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, uniform
-from smalti.priors.base import CausalPrior, Method, ObjectiveConfig
+from smalti.priors.base import CausalPrior, Method, ObjectiveConfig, Prior
 from smalti.priors.conditioning import Condition, no_condition
 from smalti.priors.head import inverse_cdf
 from smalti.priors.methods.sampling import Sampling, check_inputs
@@ -194,3 +194,14 @@ AUTOREGRESSIVE = Method(
     filling=AncestralFilling,
 )
 """Maximum likelihood and ancestral sampling, for causal networks."""
+
+
+def require_causal(prior: Prior) -> CausalPrior:
+    """Returns the prior if it has exact likelihoods of codes.
+
+    Raises:
+        UserError: if it is no `CausalPrior`.
+    """
+    if not isinstance(prior, CausalPrior):
+        raise UserError(f"a {prior.kind} has no exact likelihood of codes; use a transformer or a pixelcnn")
+    return prior

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from smalti.core.codes import Codes
 from smalti.core.errors import UserError
-from smalti.priors.base import CausalPrior, Prior, require_causal
+from smalti.priors.base import CausalPrior, Prior
+from smalti.priors.methods.autoregressive import require_causal
 
 BATCH_ROWS = 64
 """Images whose codes are coded side by side. Another number would change the order of the coded digits."""

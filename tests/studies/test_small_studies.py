@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.image_toys import write_patches
+from helpers.image_toys import MeanColours, write_patches
 
 from smalti import UserError
 from smalti.commands.model_paths import load_tokenizer
@@ -25,6 +25,7 @@ TINY_PRIOR = {"model_width": 16, "heads": 2, "depth": (0, 1, 0)}
 
 def test_overfitting_measures_the_last_and_the_best_state_of_each_run(tmp_path, monkeypatch):
     write_patches(tmp_path / "img", 60)
+    monkeypatch.setattr(overfitting, "find_extractor", lambda _, device: MeanColours(device))
     small = replace(overfitting.TOKENIZER, widths=(8, 8), residual_blocks=1, branching=2)
     monkeypatch.setattr(overfitting, "TOKENIZER", small)
     monkeypatch.setattr(overfitting, "PRIOR", replace(overfitting.PRIOR, **TINY_PRIOR))
@@ -56,6 +57,7 @@ def test_overfitting_measures_the_last_and_the_best_state_of_each_run(tmp_path, 
 
 def test_size64_trains_every_cell_and_writes_a_section_for_each_set_of_images(tmp_path, monkeypatch):
     write_patches(tmp_path / "faces", 40)
+    monkeypatch.setattr(size64, "find_extractor", lambda _, device: MeanColours(device))
     tiny = {"residual_blocks": 1, "code_width": 8, "branching": 2}
     hrvq = size64.small64("hrvq")
 

@@ -37,7 +37,8 @@ from smalti.images.reading import Reading
 from smalti.images.sheets import embedded_settings, image_paths, save_image
 from smalti.latentsets.packed_file import Packed, bits_per_image, find_name_error, read_codes, read_header, write_codes
 from smalti.metrics.image_errors import mse, psnr
-from smalti.priors.base import Prior, require_causal
+from smalti.priors.base import Prior
+from smalti.priors.methods.autoregressive import require_causal
 from smalti.priors.methods.entropy_coding import decode_codes, encode_codes
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.hqa.hqa import HQA

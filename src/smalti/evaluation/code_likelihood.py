@@ -14,7 +14,8 @@ from torch import Tensor
 from smalti.core.errors import UserError
 from smalti.latentsets.dataset import LatentRows, Split
 from smalti.latentsets.reader import LatentSet
-from smalti.priors.base import CausalPrior, Prior, require_causal
+from smalti.priors.base import CausalPrior, Prior
+from smalti.priors.methods.autoregressive import require_causal
 
 
 @dataclass(frozen=True)

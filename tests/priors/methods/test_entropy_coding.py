@@ -53,7 +53,7 @@ def test_codes_return_and_take_the_bits_of_their_exact_likelihood(name, monkeypa
     monkeypatch.setattr(entropy_coding, "BATCH_ROWS", 3)
     priors = priors_of_all_levels(prior_of(4, 4, **OPTIONS[name]))
     conditioning = random_conditioning(priors[-1], ROWS, 4, 4)
-    labels, codes = conditioning["labels"], (*conditioning["upper"], random_codes())
+    labels, codes = conditioning["condition"], (*conditioning["upper"], random_codes())
     payload = encode_codes(priors, codes, labels)
     grids = [(grid.shape[1], grid.shape[2]) for grid in codes]
     decoded = decode_codes(priors, payload + b"\0" * 3, ROWS, grids, labelled=labels is not None)
