@@ -7,6 +7,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from smalti.images.image_set import ImageSet
@@ -63,3 +65,13 @@ class MeanColours(Extractor):
 
     def features(self, colour):
         return colour.float().mean((2, 3))
+
+
+class Projections(Extractor):
+    """Random projections of the pixels at 8x8, as many as a small set of images can tell apart."""
+
+    name, width, size, resampling = "lite0", 48, 8, "none"
+
+    def features(self, colour):
+        pixels = F.interpolate(colour.float(), (self.size, self.size), mode="bilinear", antialias=True).flatten(1)
+        return pixels @ torch.randn(pixels.shape[1], self.width, generator=torch.Generator().manual_seed(0))
