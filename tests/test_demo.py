@@ -13,6 +13,8 @@ def test_demonstration_writes_all_pictures_and_is_not_repeated(tmp_path, monkeyp
     for label in ("a", "b"):
         write_patches(tmp_path / "images" / label, 40)
     monkeypatch.setattr(module, "TOKENIZER", replace(module.TOKENIZER, widths=(8, 8), residual_blocks=1, branching=2))
+    monkeypatch.setattr(module, "PRIOR", replace(module.PRIOR, model_width=16, heads=2, depth=(0, 1, 0)))
+    monkeypatch.setattr(module, "ANIMATED_SAMPLES", 4)
     monkeypatch.setattr(module, "shipped_models", lambda _family: [])
     config = Demo(images=str(tmp_path / "images"), tokenizer_steps=2, prior_steps=2, samples=4, out=tmp_path / "demo")
     report = demo(config)

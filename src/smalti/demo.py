@@ -43,7 +43,7 @@ SHIPPED_SAMPLES = "samples-of-the-shipped-model.png"
 REPORT_NAME, DONE_NAME = "report.md", "demo.json"
 
 SHIPPED_MODEL = "portraits"
-TOKENIZER = HRVQConfig(branching=16)
+TOKENIZER, PRIOR = HRVQConfig(branching=16), HourglassConfig()
 ANIMATED_SAMPLES = 32
 
 
@@ -149,7 +149,7 @@ def _train(config: Demo, seconds: dict[str, float]) -> tuple[Path, Path]:
         fit = replace(TrainPrior(model=None, objective=None).fit, steps=config.prior_steps, seed=config.seed)
         prior_folder = train_prior(
             TrainPrior(
-                model=HourglassConfig(),
+                model=PRIOR,
                 objective=SundaeConfig(),
                 fit=fit,
                 latents=latents,
