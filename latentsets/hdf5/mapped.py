@@ -50,8 +50,9 @@ class MappedRows:
         units = self._shifts[np.searchsorted(self._ends, numbers, "right")] + numbers * len(self._within)
         if len(self._within) > 1:
             units = units[:, None] + self._within
-        codes = np.take(self._memory, units, axis=0).view(self._maps[0].dtype)
-        return codes.reshape(-1, *self.shape)
+        # Joined to whole rows first: a unit may be smaller than a value, where one file has them at an odd address.
+        rows_of_bytes = np.take(self._memory, units, axis=0).reshape(len(numbers), -1)
+        return rows_of_bytes.view(self._maps[0].dtype).reshape(-1, *self.shape)
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
         """Yields the values of all rows in order, at most so many rows at once."""

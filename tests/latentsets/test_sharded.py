@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.latents import GRID, PROVENANCE, make_codes, opened, write
@@ -18,6 +19,8 @@ from smalti.core.errors import UserError
 from smalti.latentsets.building.blocks import BlockStore
 from smalti.latentsets.building.jobs import Job
 from smalti.latentsets.dataset import LatentRows
+from smalti.latentsets.hdf5.format import Extent
+from smalti.latentsets.hdf5.mapped import MappedRows
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.summary import describe
 from smalti.latentsets.table import from_parquet, to_parquet
@@ -214,3 +217,16 @@ def test_parquet_of_several_files_and_back_keeps_the_digest(shards, tmp_path):
     to_parquet(several, tmp_path / "x.parquet")
     again = from_parquet(str(tmp_path / "x.parquet"), tmp_path / "again.h5")
     assert again.content_digest == several.content_digest
+
+
+@pytest.mark.parametrize("offsets", [(0, 0), (0, 2), (1, 0), (3, 1), (8, 5)])
+def test_rows_of_several_files_are_read_at_any_address(tmp_path, offsets):
+    """A small dataset may begin at an odd address, so that a row's unit is smaller than a value."""
+    codes = np.arange(2 * 5 * 3, dtype="<u2").reshape(2, 5, 3)
+    for number, offset in enumerate(offsets):
+        (tmp_path / f"{number}").write_bytes(bytes(offset) + codes[number].tobytes())
+    extents = [Extent(tmp_path / f"{number}", 5, (offset,)) for number, offset in enumerate(offsets)]
+    mapped = MappedRows(extents, 0, np.dtype("<u2"), (3,))
+    rows = [9, 0, 5, -1, 4]
+    assert np.array_equal(mapped.take(rows), codes.reshape(10, 3)[rows])
+    assert mapped.take([]).shape == (0, 3)
