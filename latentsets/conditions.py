@@ -37,10 +37,10 @@ def read_vectors(path: Path, flag: str = "--conditions") -> np.ndarray:
     """
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"{flag} {path} cannot be read ({' '.join(str(error).split())}); give an array that numpy.save wrote"
-        ) from error
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read ({error.strerror or error}); check the name") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{flag} {path} cannot be read: it is no array of numbers that numpy.save wrote") from error
     if not isinstance(vectors, np.ndarray):
         raise UserError(f"{flag} {path} holds several arrays; give one array, as numpy.save writes it")
     require_vectors(vectors, f"{flag} {path}")

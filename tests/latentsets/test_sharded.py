@@ -33,7 +33,7 @@ def build(path: Path, sources, *, shard_blocks=0, block_images=2, bad=(), crops=
     """Builds a set of images with the given sources; with `stop_at`, from a store that stops there and resumes."""
     ids = torch.tensor(sources) * 10**9
     columns = {"labels": ids // 10**9 % 4 - 1, "source_ids": ids, "held_out": ids % 3 == 1}
-    job = Job(path, LAYOUT, len(ids), block_images, flips=True, key={}, crops=crops, shard_blocks=shard_blocks)
+    job = Job(path, LAYOUT, len(ids), block_images, True, {}, crops, condition_width=2, shard_blocks=shard_blocks)
     with BlockStore(job) as store:
         store.claim()
         for shard in store.unfinished():
@@ -44,8 +44,10 @@ def build(path: Path, sources, *, shard_blocks=0, block_images=2, bad=(), crops=
                 rows = torch.arange(images.start * job.rows_per_image, images.stop * job.rows_per_image).view(-1, 1, 1)
                 codes = (rows * 7 % 300 + torch.zeros(1, 2).long(), rows * 3 % 67 + torch.arange(3).view(3, 1))
                 reals = rows.view(-1, 1, 1, 1).expand(-1, 2, 1, 1).float() / 3
-                store.append(block, (*codes, reals), {image: "gone" for image in images if image in bad})
-            store.merge(NAMED, **columns, shard=shard)
+                vectors = torch.tensor([[image, image / 2] for image in images])
+                store.append(block, (*codes, reals), {image: "gone" for image in images if image in bad}, vectors)
+            captions = [f"image {number}" * (number % 3) for number in range(len(sources))]
+            store.merge(NAMED, **columns, captions=captions, shard=shard)
         store.finish()
     return LatentSet(path)
 
@@ -80,6 +82,9 @@ def test_shards_have_the_rows_and_the_digest_of_one_file(tmp_path_factory, sourc
     for level in range(3):
         assert several.read(level, rows).equal(one.read(level, rows))
     assert several.usage(1).equal(one.usage(1))
+    assert several.vectors(rows).equal(one.vectors(rows))
+    assert several.captions(rows) == one.captions(rows)
+    assert several.captioned_rows().tolist() == one.captioned_rows().tolist()
     for split in ("train", "held_out"):
         with suppress(UserError):  # no such rows
             expected, found = (LatentRows(each, split=split, level=1) for each in (one, several))
