@@ -1,7 +1,7 @@
 """Reading a latent set: random rows through a memory map, codebook usage and perplexity, and a check of every byte.
 
 No HDF5 handle stays open after a call, so nothing is locked and forked processes (DataLoader workers) are safe.
-Training reads through `dataset.py`. A set of several files (`sharded.py`) reads like one file.
+Training reads through `dataset.py`. A set of several files (`hdf5/sharded.py`) reads like one file.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Writing a latent set: blocks of rows, in any order, into an HDF5 file that gets its name only when it is complete.
 
-Building a set in several processes, or resuming a build, is in `blocks.py`.
+Building a set in several processes, or resuming a build, is in `building/blocks.py`.
 """
 
 import errno

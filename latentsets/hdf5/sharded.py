@@ -1,7 +1,7 @@
 """Latent sets of several files, which are read as one: their order, their index, and rows of all of them.
 
 Each file is a latent set by itself. `build_latents --shard-rows` writes a folder of such files, its shards, with an
-index that describes the whole set. SetFiles without an index are read as one set too, if the same tokenizer made them.
+index that describes the whole set. Files without an index are read as one set too, if the same tokenizer made them.
 """
 
 import dataclasses

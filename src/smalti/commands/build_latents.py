@@ -177,7 +177,7 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
 
 
 def _require_form(path: Path, shard_rows: int | None) -> None:
-    """Refuses to write one file in place of a folder, and the other way round.
+    """Refuses to write one file instead of a folder, and the other way round.
 
     Raises:
         UserError: if there is another form at the path.

@@ -14,8 +14,9 @@ The presets of priors are at the end: `small`, and the recipe of SUNDAE on VQ-GA
 2206.12351) from its authors' published settings.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from smalti.commands.model_paths import prior_class, trained_config
 from smalti.commands.train_prior import PriorPreset, TrainPrior
@@ -26,6 +27,8 @@ from smalti.priors.methods.sundae import SundaeConfig
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.vqgan.vqgan import VQGANConfig
 from smalti.training.config import FitConfig
+
+C = TypeVar("C", TrainTokenizer[Any], TrainPrior[Any, Any])
 
 VQVAE2_LEVELS = 3  # in the HR-VQVAE paper
 LONG: dict[str, Any] = {"codebook_decay": 0.99, "revive_below": 0.01}
@@ -200,14 +203,26 @@ def default_config(name: str, kind: str | None, init: str | None = None) -> tupl
     Raises:
         UserError: if there is no such kind, no such preset, no such model, or the preset is not for this kind.
     """
-    if name not in PRESETS:
-        raise UserError(f"there is no preset {name!r}; presets: {', '.join(PRESETS)}")
-    trained = None if init is None else trained_config(init, "tokenizer")
-    kind = kind or (trained.model_class.kind if trained else DEFAULT_KIND)
-    config = PRESETS[name](kind)
-    if trained and trained.model_class.kind == kind:
-        config = replace(config, model=trained.config)
-    return TrainTokenizer[models.class_of_kind("tokenizer", kind).config_class], config
+    config = _chosen(PRESETS, name, kind, init, family="tokenizer", default_kind=DEFAULT_KIND)
+    return TrainTokenizer[models.class_of_kind("tokenizer", config.tokenizer).config_class], config
+
+
+def _chosen(
+    presets: Mapping[str, Callable[[str], C]],
+    name: str,
+    kind: str | None,
+    init: str | None,
+    *,
+    family: models.Family,
+    default_kind: str,
+) -> C:
+    """Returns the defaults of a preset; see `default_config`."""
+    if name not in presets:
+        raise UserError(f"there is no preset {name!r}; presets: {', '.join(presets)}")
+    trained = None if init is None else trained_config(init, family)
+    kind = kind or (trained.model_class.kind if trained else default_kind)
+    config = presets[name](kind)
+    return replace(config, model=trained.config) if trained and trained.model_class.kind == kind else config
 
 
 def _paper(kind: str, *, size: int, stages: int) -> TrainTokenizer[Any]:
@@ -280,14 +295,8 @@ def default_prior_config(name: str, kind: str | None, init: str | None = None) -
     Raises:
         UserError: if there is no such kind, no such preset, no such model, or the preset is not for this kind.
     """
-    if name not in PRIOR_PRESETS:
-        raise UserError(f"there is no preset {name!r}; presets: {', '.join(PRIOR_PRESETS)}")
-    trained = None if init is None else trained_config(init, "prior")
-    kind = kind or (trained.model_class.kind if trained else DEFAULT_PRIOR)
-    config = PRIOR_PRESETS[name](kind)
-    if trained and trained.model_class.kind == kind:
-        config = replace(config, model=trained.config)
-    prior = prior_class(kind)
+    config = _chosen(PRIOR_PRESETS, name, kind, init, family="prior", default_kind=DEFAULT_PRIOR)
+    prior = prior_class(config.prior)
     return TrainPrior[prior.config_class, prior.method.objective_config], config
 
 
