@@ -68,7 +68,8 @@ def search(
         yield Comparison(
             f"linked search, {shape} leaves, {vectors} vectors of width {width}",
             (
-                Variant("smalti", lambda books=books: nearest_paths(z, books)),
+                Variant("smalti, in a large job", lambda books=books: nearest_paths(z, books, compiled=True)),
+                Variant("smalti, else: without compiling", lambda books=books: nearest_paths(z, books, compiled=False)),
                 Variant(
                     "flat search, product and argmin in blocks of 8192 vectors",
                     lambda leaves=leaves: plain_flat_search(z, leaves),

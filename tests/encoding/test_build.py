@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from helpers.build_toys import FLAGS, Builders, one_thread, run, save_tokenizer,
 
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.core.errors import UserError
+from smalti.encoding import encoder
 from smalti.encoding.encoder import EncodeBatches
 from smalti.images.reading import Reading
 from smalti.latentsets.reader import LatentSet
@@ -139,3 +141,11 @@ def test_a_bad_image_on_an_engine_is_one_line():
 
     with pytest.raises(UserError, match=r"0017\.png, row 17"):
         built(Path("engine.h5"), engine, reading=Reading())
+
+
+def test_the_search_knows_how_many_vectors_a_build_has(workspace, monkeypatch):
+    """So that it is compiled in builds that are large enough, in every process and after every stop."""
+    told = []
+    monkeypatch.setattr(encoder, "part_of_job", lambda vectors: told.append(vectors) or nullcontext())
+    built(Path("engine.h5"), flips=True, crops=2)
+    assert set(told) == {IMAGES * 6 * sum(level.height * level.width for level in LatentSet("engine.h5").layout.levels)}

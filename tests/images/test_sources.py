@@ -2,6 +2,7 @@
 
 import os
 import re
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -178,6 +179,19 @@ def test_hashing_frees_the_memory_of_the_images(tmp_path):
     mapped = re.findall(rf"{re.escape(cached)}\n(?:\w+: .*\n)*?Rss:\s*(\d+) kB", Path("/proc/self/smaps").read_text())
     assert mapped
     assert sum(map(int, mapped)) * 1024 < size
+
+
+def test_parquet_files_are_not_read_into_memory_before_their_first_row(tmp_path):
+    size = 16 << 20
+    with pq.ParquetWriter(tmp_path / "large.parquet", pa.schema({"image": pa.binary()})) as writer:
+        for _ in range(16):  # row groups
+            writer.write_table(pa.table({"image": [os.urandom(size // 64) for _ in range(4)]}))
+    tracemalloc.start()
+    try:
+        assert len(sources.open_table(str(tmp_path / "large.parquet")).rows) == 64
+        assert tracemalloc.get_traced_memory()[1] < size
+    finally:
+        tracemalloc.stop()
 
 
 def a_table(*images: str, **columns):

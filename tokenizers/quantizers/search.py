@@ -1,16 +1,18 @@
 """Nearest-codeword search through linked codebooks (HR-VQVAE, Eq. 3): a greedy path down the tree. No learning here.
 
 Mathematically the search is n·m dot products per vector. As plain tensor operations it would gather each vector's m
-candidate codewords in memory. Large searches are therefore fused by `torch.compile` and gather nothing. Small searches,
-and machines without a compiler, run eagerly in blocks whose candidates fit the cache; small layers are compared with a
-dense matrix product.
+candidate codewords in memory. Large jobs (`part_of_job`) therefore fuse it with `torch.compile`, which gathers nothing.
+All others, and machines without a compiler, run eagerly in blocks whose candidates fit the cache; small layers are
+compared with a dense matrix product.
 
 Legend: n vectors, d code width, m branching.
 """
 
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -22,8 +24,9 @@ from torch import Tensor
 BLOCK_VECTORS = 16_384
 # The fused search takes as long for one padded block as the eager search for half as many vectors.
 COMPILED_FROM_VECTORS = BLOCK_VECTORS // 2
-# Vectors times leaves from which compiling pays: about 100 ms eager, 10 ms fused, and 20 s to compile once a machine.
-COMPILED_FROM_PAIRS = 2**25
+# Vectors of a job from which compiling pays: it takes 15 to 70 s once a machine, and saves 1 to 4 s per million vectors
+# on two CPU cores.
+COMPILED_FROM_JOB = 10_000_000
 # Vectors per block of the eager search on CPUs: the candidates fit the cache, which is 2-8 times faster.
 EAGER_VECTORS = 512
 # Up to this many codewords in a layer, a dense product with all of them is faster than gathering candidates.
@@ -35,6 +38,22 @@ TILE_CODEWORDS = 2_048
 UNROLLED_BRANCHING = 8
 
 
+_job_vectors: ContextVar[int] = ContextVar("vectors of the job", default=0)
+
+
+@contextmanager
+def part_of_job(vectors: int) -> Iterator[None]:
+    """Says how many vectors the job searches in all, of which the block searches some: compiling pays for large jobs.
+
+    The choice depends on nothing else, so that every process of a job, and one that resumes it, finds the same paths.
+    """
+    token = _job_vectors.set(vectors)
+    try:
+        yield
+    finally:
+        _job_vectors.reset(token)
+
+
 def nearest_paths(
     vectors: Float[Tensor, "n d"], codebooks: Sequence[Float[Tensor, "_nodes _m d"]], *, compiled: bool | None = None
 ) -> Int64[Tensor, " n"]:
@@ -43,14 +62,13 @@ def nearest_paths(
     Args:
         vectors: vectors to quantize. Distances are float32 whatever their dtype, also under autocast.
         codebooks: for layer i, m**(i-1) codebooks of m codewords, ordered by the path that leads to them.
-        compiled: forces the fused or the eager search; None chooses by size. Their results differ only where two
-            children are equally near to within float32 rounding.
+        compiled: forces the fused or the eager search; None fuses large searches in large jobs. Their results differ
+            only where two children are equally near to within float32 rounding.
     """
     vectors, codebooks = vectors.detach().float(), [codebook.detach().float() for codebook in codebooks]
     offsets = _offsets(codebooks)
     if compiled is None:
-        pairs = len(vectors) * codebooks[-1].shape[0] * codebooks[-1].shape[1]
-        large = len(vectors) >= COMPILED_FROM_VECTORS and pairs >= COMPILED_FROM_PAIRS
+        large = _job_vectors.get() >= COMPILED_FROM_JOB and len(vectors) >= COMPILED_FROM_VECTORS
         large = large and not all(_is_dense(codebook) for codebook in codebooks)
         compiled = large and vectors.device.type in ("cpu", "cuda")
     # compiled graphs depend on both modes: fixing them lets training and encoding share one graph

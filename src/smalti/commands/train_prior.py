@@ -159,7 +159,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     with tracked(process, settings):
         fit(
             process,
-            [Phase("prior", objective, config.fit.optimizer_of(objective))],
+            [Phase("prior", objective, config.fit.optimizer_of(objective), cuda_graph=True)],
             train,
             dataclasses.replace(config.fit, workers=workers),
             model=prior,

@@ -18,6 +18,7 @@ from smalti.core.errors import UserError
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of SplitMix64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_ALL_BITS = 2**64 - 1
 _CACHED = 16_384  # numbers that a CPU draws at a time, so that intermediate values stay in its cache
 
 
@@ -115,10 +116,19 @@ def _(x: Tensor) -> Tensor:
 def derive(seeds: Int64[Tensor, "*shape"], *streams: int | Tensor) -> Int64[Tensor, "*out"]:
     """Derives new seeds, one hash per stream: a step, a `Stream`, or a tensor of row numbers."""
     for stream in streams:
-        if isinstance(stream, int):  # filled on the device: a copy from the CPU would synchronize
-            stream = torch.full((), stream, dtype=torch.int64, device=seeds.device)
-        seeds = _mix((seeds ^ _GOLDEN) + _mix(stream.to(seeds) + _GOLDEN))
+        # an integer is hashed in Python: on a GPU each operation is a kernel, whose launch takes longer than its work
+        offset = _mix_integer(stream + _GOLDEN) if isinstance(stream, int) else _mix(stream.to(seeds) + _GOLDEN)
+        seeds = _mix((seeds ^ _GOLDEN) + offset)
     return seeds
+
+
+def _mix_integer(x: int) -> int:
+    """Returns what `_mix` computes, of a Python integer modulo 2**64, as an int64."""
+    x &= _ALL_BITS
+    x = (x ^ (x >> 30)) * (_MIX_1 & _ALL_BITS) & _ALL_BITS
+    x = (x ^ (x >> 27)) * (_MIX_2 & _ALL_BITS) & _ALL_BITS
+    x ^= x >> 31
+    return x - 2**64 if x >= 2**63 else x
 
 
 def require_seed(seed: int) -> None:

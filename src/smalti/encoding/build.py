@@ -175,7 +175,7 @@ def _encode_share(
             if store.abandoned:
                 return
             _require_whole(bad, skips=skips)
-            codes = encode_block(tokenizer, pixels, flips=job.flips)
+            codes = encode_block(tokenizer, pixels, job)
             store.append(block, codes, bad, encoder.vectors(block, pixels))
             progress.update()
     store.close()

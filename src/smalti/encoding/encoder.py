@@ -21,6 +21,7 @@ from smalti.images.image_set import ImageSet
 from smalti.latentsets.building.jobs import Job
 from smalti.latentsets.conditions import ConditionSource
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.quantizers.search import part_of_job
 from smalti.training.batches import leave_interrupts
 
 Block: TypeAlias = tuple[int, Tensor, dict[int, str]]
@@ -87,7 +88,7 @@ class EncodeBatches:
             for number in map(int, batch["block"]):
                 _, pixels, bad = decoded_blocks[number]
                 pixels = pixels.to(encoding_device)
-                codes = encode_block(tokenizer, pixels, flips=encoder.job.flips)
+                codes = encode_block(tokenizer, pixels, encoder.job)
                 result["block"].append(number)
                 result["record"].append(encoder.job.pack(number, codes, bad, encoder.vectors(number, pixels)))
                 result["bad"].append(json.dumps(bad))
@@ -100,10 +101,12 @@ def results(batch: Mapping[str, Any]) -> Iterator[tuple[int, bytes, dict[int, st
         yield int(block), bytes(record), {int(image): reason for image, reason in json.loads(str(bad)).items()}
 
 
-def encode_block(tokenizer: Tokenizer, pixels: Tensor, *, flips: bool) -> Codes:
-    """Returns the codes of uint8 images; with `flips`, each image is followed by its mirror image."""
+def encode_block(tokenizer: Tokenizer, pixels: Tensor, job: Job) -> Codes:
+    """Returns the codes of uint8 images of a job; if it has flips, each image is followed by its mirror image."""
     batch = to_float(pixels)
-    return tokenizer.encode(torch.stack([batch, batch.flip(-1)], 1).flatten(0, 1) if flips else batch)
+    positions = sum(level.height * level.width for level in tokenizer.layout.levels)
+    with part_of_job(job.images * job.rows_per_image * positions):
+        return tokenizer.encode(torch.stack([batch, batch.flip(-1)], 1).flatten(0, 1) if job.flips else batch)
 
 
 def decoded(encoder: Encoder, blocks: Sequence[int], workers: int, device: torch.device) -> Iterator[Block]:

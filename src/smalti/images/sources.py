@@ -19,6 +19,7 @@ import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from smalti.core.errors import UserError
 from smalti.core.malloc import give_back_freed_memory
@@ -308,7 +309,10 @@ def _describe_files(described: dict[str, list[Any]]) -> Iterator[dict[str, Any]]
 
 def _read_parquet(paths: Sequence[Path], source: str) -> datasets.Dataset:
     names = [escape(str(path.absolute())) for path in paths]  # `datasets` treats every name as a glob
-    open_rows = partial(datasets.load_dataset, "parquet", data_files=names, split="train", batch_size=_ROWS_AT_ONCE)
+    # pyarrow's default reads a whole file into memory; without it, at most 1 GiB waits for the writer
+    unbuffered = ParquetFragmentScanOptions(pre_buffer=False)
+    options = {"batch_size": _ROWS_AT_ONCE, "fragment_scan_options": unbuffered}
+    open_rows = partial(datasets.load_dataset, "parquet", data_files=names, split="train", **options)
     return _opened(open_rows, source, "give whole Parquet files that have the same columns")
 
 

@@ -25,6 +25,7 @@ from smalti.tokenizers.quantizers.search import (
     EAGER_VECTORS,
     nearest_children,
     nearest_paths,
+    part_of_job,
 )
 
 WIDTH = 5
@@ -123,18 +124,23 @@ def test_search_is_float32_for_any_dtype_and_under_autocast():
     assert agreement(rounded, expected) < 1  # rounded codebooks change paths, so this problem is sensitive to rounding
 
 
-def test_small_and_dense_searches_are_not_compiled(monkeypatch):
+def test_only_large_searches_in_large_jobs_are_compiled(monkeypatch):
+    """Compiling takes longer than the search of some hundred thousand images."""
     compiled = []
     monkeypatch.setattr(
         search, "_fused", lambda: lambda *block: compiled.append(len(block[0])) or search._eager(*block)
     )
     gathering, dense = problem(search.COMPILED_FROM_VECTORS, 16, 16, 16), problem(BLOCK_VECTORS, 16, 16)
-    few_leaves = problem(search.COMPILED_FROM_VECTORS, 8, 8, 8)
-    nearest_paths(gathering[0][1:], gathering[1])
-    nearest_paths(*dense)
-    nearest_paths(*few_leaves)
-    assert compiled == []
     nearest_paths(*gathering)
+    with part_of_job(search.COMPILED_FROM_JOB - 1):
+        nearest_paths(*gathering)
+    with part_of_job(search.COMPILED_FROM_JOB):
+        nearest_paths(gathering[0][1:], gathering[1])
+        nearest_paths(*dense)
+    nearest_paths(*gathering)
+    assert compiled == []
+    with part_of_job(search.COMPILED_FROM_JOB):
+        nearest_paths(*gathering)
     assert compiled == [BLOCK_VECTORS]  # padded to the one compiled shape
 
 
