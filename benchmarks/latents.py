@@ -186,7 +186,7 @@ def memory(folder: Path, *, rows: tuple[int, int]) -> Comparison:
     few, many = rows
     decoded_bytes = (
         (many - few) // 2 * 3 * 32 * 32
-    )  # decoded images are kept, up to CACHE_BYTES; half of the rows are flips
+    )  # kept up to CACHE_BYTES; half of the rows are flips
     return Comparison(
         f"peak memory of building {many} rows",
         (
