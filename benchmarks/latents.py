@@ -184,9 +184,7 @@ def memory(folder: Path, *, rows: tuple[int, int]) -> Comparison:
         return Measured(int(process.stdout.splitlines()[-1]) + allowance_bytes)
 
     few, many = rows
-    decoded_bytes = (
-        (many - few) // 2 * 3 * 32 * 32
-    )  # kept up to CACHE_BYTES; half of the rows are flips
+    decoded_bytes = (many - few) // 2 * 3 * 32 * 32  # kept up to CACHE_BYTES; half of the rows are flips
     return Comparison(
         f"peak memory of building {many} rows",
         (

@@ -21,6 +21,7 @@ from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 from smalti.priors.networks.maskgit import MaskGIT
 from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
 from smalti.priors.networks.transformer import Transformer, TransformerConfig
+from smalti.tokenizers.quantizers import search
 
 TINY = HourglassConfig(height=4, width=4, radices=(3, 3), model_width=8, heads=1, depth=(1, 1, 1))
 TINY_CAUSAL = PixelCNNConfig(radices=(3, 3), model_width=8, layers=2)
@@ -33,10 +34,12 @@ def test_composing_is_measured_at_every_size():
 
 
 @pytest.mark.parametrize("tree", [(4, 4, 4), (4, 2, 6)])
-def test_search_variants_find_the_same_codes(tree):
+def test_search_variants_find_the_same_codes(tree, monkeypatch):
+    monkeypatch.setattr(search, "_fused", lambda: search._eager)  # compiled searches have tests of their own
     (comparison,) = training.search(vectors=5000, width=8, trees=[tree])
-    ours, flat, large_blocks, gathered, _, *peers = (variant.work() for variant in comparison.variants)
+    ours, eager, flat, large_blocks, gathered, _, *peers = (variant.work() for variant in comparison.variants)
     assert [len(codes) for codes in peers] == [5000, 5000]
+    assert eager.equal(ours)
     assert gathered.equal(ours)
     assert large_blocks.equal(flat)
     torch.manual_seed(0)
