@@ -144,7 +144,7 @@ def test_a_bad_image_on_an_engine_is_one_line():
 
 
 def test_the_search_knows_how_many_vectors_a_build_has(workspace, monkeypatch):
-    """So that it is compiled in builds that are large enough, in every process and after every stop."""
+    """It is compiled in builds that are large enough, in every process and after every stop."""
     told = []
     monkeypatch.setattr(encoder, "part_of_job", lambda vectors: told.append(vectors) or nullcontext())
     built(Path("engine.h5"), flips=True, crops=2)

@@ -85,7 +85,10 @@ class OneProcessError(UserError):
 
 
 def program_name() -> str:
-    """Returns the program's name for help texts: the path of a script as typed, or `smalti COMMAND`."""
+    """Returns the program's name for help texts: a script's path as typed, `smalti COMMAND` or `python -m PACKAGE`."""
+    package = getattr(getattr(sys.modules["__main__"], "__spec__", None), "parent", "")
+    if package and Path(sys.argv[0]).name == "__main__.py":
+        return f"python -m {package}"
     return sys.argv[0] if sys.argv[0].startswith(f"{PROGRAM} ") else Path(sys.argv[0]).as_posix()
 
 
