@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from smalti.core.config import added
+from smalti.core.config import added, replacing
 from smalti.tokenizers.hqa.pca_encoder import PCAEncoder, init_linear
 from smalti.tokenizers.layers import conv
 from smalti.tokenizers.quantizers.linked import LinkedQuantizer
@@ -62,8 +62,9 @@ class HQAConfig:
     reset_below: float = 0.03
     """Against codebook collapse: a codeword used less than this share of the most used one is dead, and moves next to
     one in use. 0 resets none."""
-    kmeans_start: bool = True
-    """Initialize a layer's codewords by k-means on its untrained encoder's outputs, not at random."""
+    codebook_init: Literal["kmeans", "random"] = replacing("kmeans_start", on="kmeans", off="random", default="kmeans")
+    """Initialization of each layer's codebook: `kmeans` takes k-means centres of the outputs of the layer's untrained
+    encoder, `random` random vectors."""
     linear_start: bool = True
     """Initialize the networks of a layer with one code per image as the principal component analysis (PCA) of its 2x2
     inputs, not at random. Applies to learned encoders."""
@@ -129,7 +130,7 @@ class HQALayer(nn.Module):
             encoder.init_from_data(inputs)
         elif linear:
             init_linear(encoder, self.decoder, inputs)
-        if not config.kmeans_start:
+        if config.codebook_init == "random":
             return
         z_e = encoder(inputs)
         if isinstance(self.quantizer, StochasticQuantizer):

@@ -180,7 +180,7 @@ def test_initialization_from_images_changes_only_the_top_layer_or_nothing():
         if config_class is HQAConfig:
             vectors = vectors_of(tokenizer.features(images))
             assert math.sqrt(vectors.var(0).sum()) == pytest.approx(START_LENGTH, rel=0.05)
-        random = hqa_of(config_class, kmeans_start=False, linear_start=False)
+        random = hqa_of(config_class, codebook_init="random", linear_start=False)
         before = {name: tensor.clone() for name, tensor in random.state_dict().items()}
         random.init_from_data(images)
         assert all(tensor.equal(before[name]) for name, tensor in random.state_dict().items())
@@ -197,3 +197,15 @@ def test_invalid_sizes_and_settings_are_refused():
         with pytest.raises(UserError):
             hqa_of(**wrong)
     assert hqa_of().features(images_of(h=16, w=24)).shape == (2, D, 2, 3)
+
+
+@pytest.mark.parametrize(("switch", "now"), [(True, "kmeans"), (False, "random")])
+def test_models_saved_with_the_former_switch_keep_their_digest(switch, now, tmp_path):
+    model = hqa_of(codebook_init=now)
+    model.save(tmp_path)
+    config, setting = tmp_path / "config.json", f'"codebook_init": "{now}"'
+    assert setting in config.read_text()
+    config.write_text(config.read_text().replace(setting, f'"kmeans_start": {str(switch).lower()}'))
+    loaded = load(tmp_path, "tokenizer")
+    assert loaded.config.codebook_init == now
+    assert loaded.digest() == model.digest()
