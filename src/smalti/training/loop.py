@@ -103,7 +103,8 @@ def fit(
         steps = range(first, first if first and between.is_last(first) else config.steps)
         if config.compile:
             for phase in phases:
-                phase.objective.compile(mode="reduce-overhead" if _is_graph(accelerator, phase, config) else None)
+                graph = _is_graph(phase, config, device, accelerator.num_processes)
+                phase.objective.compile(mode="reduce-overhead" if graph else None)
         prepared = [_prepare(accelerator, phase) for phase in phases]
         expected = ExpectedTime(steps, progress, shown=accelerator.is_main_process)
         agreement = Agreement(accelerator.num_processes)
@@ -173,14 +174,13 @@ def _memory_remedies(config: FitConfig) -> list[str]:
     return [accumulate, *recompute, "a smaller --batch-size"]
 
 
-def _is_graph(accelerator: Accelerator, phase: Phase, config: FitConfig) -> bool:
+def _is_graph(phase: Phase, config: FitConfig, device: torch.device, processes: int) -> bool:
     """Returns whether the compiled objective of a phase is run as a CUDA graph (docs/gpu.md: 4.3 times faster).
 
     Not with accumulation, because gradients add up in tensors that the next replay of a graph would overwrite, nor with
     several processes, which exchange gradients within the backward pass.
     """
-    alone = accelerator.num_processes == config.accumulation == 1
-    return config.compile and phase.cuda_graph and alone and accelerator.device.type == "cuda"
+    return config.compile and phase.cuda_graph and device.type == "cuda" and processes == config.accumulation == 1
 
 
 def _batches(accelerator: Accelerator, data: RowData, config: FitConfig, steps: range) -> Iterable[Batch]:
@@ -230,7 +230,7 @@ def _step(
         for group in phase.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * config.rate(step)
         part.buffers.keep()
-        if _is_graph(accelerator, phase, config):
+        if _is_graph(phase, config, accelerator.device, accelerator.num_processes):
             torch.compiler.cudagraph_mark_step_begin()
         values = _gradients(accelerator, part.wrapped, batch, config.accumulation)
         if accelerator.scaler is not None:
