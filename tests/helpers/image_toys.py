@@ -74,4 +74,4 @@ class Projections(Extractor):
 
     def features(self, colour):
         pixels = F.interpolate(colour.float(), (self.size, self.size), mode="bilinear", antialias=True).flatten(1)
-        return pixels @ torch.randn(pixels.shape[1], self.width, generator=torch.Generator().manual_seed(0))
+        return pixels @ torch.randn(pixels.shape[1], self.width, generator=torch.Generator().manual_seed(0)).to(pixels)
