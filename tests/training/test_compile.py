@@ -21,6 +21,8 @@ from smalti.core import models
 from smalti.core.randomness import row_seeds
 from smalti.priors.methods.masked import MaskedSampling, sample_masked
 from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
+from smalti.training import loop
+from smalti.training.config import FitConfig, Phase
 from smalti.training.signals import Interrupted
 
 COMPILED = replace(toys.CONFIG, compile=True)
@@ -101,6 +103,26 @@ def test_compiled_run_trains_what_an_eager_one_does(folder, name):
     assert len(lines) == len(others) > toys.CONFIG.steps
     for line, other in zip(lines, others, strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes", "device", "processes", "graph"),
+    [
+        (True, {}, "cuda", 1, True),
+        (False, {}, "cuda", 1, False),
+        (True, {"compile": False}, "cuda", 1, False),
+        (True, {"accumulation": 2}, "cuda", 1, False),
+        (True, {}, "cuda", 2, False),
+        (True, {}, "cpu", 1, False),
+    ],
+)
+def test_compiled_objectives_are_cuda_graphs_of_one_process_without_accumulation(
+    asked, changes, device, processes, graph
+):
+    objective = torch.nn.Linear(1, 1)
+    phase = Phase("x", objective, torch.optim.SGD(objective.parameters()), cuda_graph=asked)
+    config = FitConfig(**{"compile": True, **changes})
+    assert loop._is_graph(phase, config, torch.device(device), processes) == graph
 
 
 if __name__ == "__main__":

@@ -348,23 +348,3 @@ def test_snapshot_with_the_best_held_out_loss_is_kept(tmp_path, monkeypatch):
 def test_settings_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(UserError, match=f"{name.replace('_', '[-_]')} .*{value}"):
         FitConfig(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("asked", "changes", "device", "processes", "graph"),
-    [
-        (True, {}, "cuda", 1, True),
-        (False, {}, "cuda", 1, False),
-        (True, {"compile": False}, "cuda", 1, False),
-        (True, {"accumulation": 2}, "cuda", 1, False),
-        (True, {}, "cuda", 2, False),
-        (True, {}, "cpu", 1, False),
-    ],
-)
-def test_compiled_objectives_are_cuda_graphs_of_one_process_without_accumulation(
-    asked, changes, device, processes, graph
-):
-    objective = torch.nn.Linear(1, 1)
-    phase = Phase("x", objective, torch.optim.SGD(objective.parameters()), cuda_graph=asked)
-    config = FitConfig(**{"compile": True, **changes})
-    assert loop._is_graph(phase, config, torch.device(device), processes) == graph
