@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 SMALTI = (sys.executable, "-m", "smalti")
 
@@ -97,7 +98,7 @@ class _Queue:
             for process in self._running:
                 process.terminate()
 
-    def _start(self, command: Sequence[str], output) -> subprocess.Popen[bytes] | None:
+    def _start(self, command: Sequence[str], output: IO[str]) -> subprocess.Popen[bytes] | None:
         with self._lock:
             if self._stopping:
                 return None
