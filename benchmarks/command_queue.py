@@ -82,7 +82,8 @@ class _Queue:
                 ended = True
                 process.terminate()
                 process.wait()
-            self._running.discard(process)
+            with self._lock:
+                self._running.discard(process)
             print(f"{time.monotonic() - start:.0f} s", file=output)
         if process.returncode:
             why = "the time is over" if ended else f"it stopped with status {process.returncode}"

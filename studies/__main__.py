@@ -1,6 +1,7 @@
 """Runs the studies of `docs/reproductions/queue.md` one after the other (`python -m smalti.studies run`)."""
 
 import os
+import shlex
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def with_data(line: str, folder: Path) -> tuple[str, list[str]]:
         if word.endswith(".parquet"):
             found = sorted(folder.glob(f"{escape(word.removesuffix('.parquet'))}*.parquet"))
             missing += [] if found else [word]
-            word = str(found[0]) if found else word
+            word = shlex.quote(str(found[0])) if found else word
         words.append(word)
     return " ".join(words), missing
 

@@ -1,5 +1,6 @@
 """The queue of studies."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ def test_names_of_data_become_files_of_the_folder(tmp_path):
     )
     assert queue.with_data("smalti x cifar10-train.parquet", tmp_path)[0].endswith("/cifar10-train-25k.parquet")
     assert queue.with_data("smalti x mnist-test.parquet", tmp_path)[1] == ["mnist-test.parquet"]
+    spaced = tmp_path / "my data"
+    spaced.mkdir()
+    (spaced / "a.parquet").touch()
+    command, _ = queue.with_data("smalti x --images a.parquet", spaced)
+    assert shlex.split(command)[-1] == str(spaced / "a.parquet")  # as `run_all` splits it
 
 
 def test_studies_without_their_data_are_named_and_left_out(tmp_path, capsys):
