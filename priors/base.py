@@ -60,7 +60,7 @@ class PriorConfig:
     """Radices of the codes of each coarser level, coarsest first."""
     upper_factors: tyro.conf.Suppress[tuple[int, ...]] = ()
     """For each coarser level, positions of this level's grid per position of that grid, along one axis."""
-    condition_width: tyro.conf.Suppress[int] = added(off=0)  # noqa: RUF009 - a field of its own
+    condition_width: tyro.conf.Suppress[int] = added(off=0)
     """Numbers in the vector that each image is conditioned on; 0 for a prior without such vectors."""
 
     def __post_init__(self) -> None:

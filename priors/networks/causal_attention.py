@@ -12,7 +12,7 @@ from jaxtyping import Float
 from rotary_embedding_torch import apply_rotary_emb
 from torch import Tensor, nn
 
-from smalti.priors.networks.rotary import AxialRotary
+from smalti.priors.networks.positions import AxialRotary
 
 
 class CausalAttention(nn.Module):

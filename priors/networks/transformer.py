@@ -23,7 +23,7 @@ from smalti.priors.conditioning import Condition
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
 from smalti.priors.methods.causal_canvas import decode_windows, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
-from smalti.priors.networks.rotary import require_rotary_heads
+from smalti.priors.networks.positions import require_rotary_heads
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from smalti.core.config import added, added_values, config_from_json, flatten, renamed
 from smalti.core.errors import UserError
+from smalti.core.models import digest
 
 S = TypeVar("S")
 PATHS = st.lists(st.text("abc.é ", min_size=1), min_size=1).map("/".join).map(Path)
@@ -106,6 +107,12 @@ def test_flatten_returns_the_names_of_flags():
 class Grown:
     word: str = renamed("new", {"old": "new", "older": "new"})
     later: float = added(0.5)
+    better: bool = added(off=False, default=True)
+
+
+@dataclass(frozen=True)
+class Older:
+    word: str = renamed("new", {"old": "new", "older": "new"})
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class Nesting:
 
 @pytest.mark.parametrize(("stored", "read"), [("old", "new"), ("older", "new"), ("new", "new"), ("other", "other")])
 def test_renamed_values_are_read_by_their_old_names(stored, read):
-    assert config_from_json(Grown, {"word": stored}, "config.json") == Grown(read, 0.5)
+    assert config_from_json(Grown, {"word": stored}, "config.json") == Grown(read, 0.5, better=False)
 
 
 def test_wrong_types_of_renamed_fields_are_refused():
@@ -128,4 +135,10 @@ def test_wrong_types_of_renamed_fields_are_refused():
 
 
 def test_off_values_of_added_fields_do_not_depend_on_what_is_set():
-    assert added_values(Nesting(Grown("other", 3.0), 2, (4,))) == {"later": 0.5, "levels": ()}
+    assert added_values(Nesting(Grown("other", 3.0), 2, (4,))) == {"later": 0.5, "better": False, "levels": ()}
+
+
+def test_digests_leave_out_added_fields_at_their_off_value_alone():
+    """So an older checkpoint keeps its digest, although new ones have another default."""
+    old, new = Grown(later=0.5, better=False), Grown()
+    assert digest("kind", old, {}) == digest("kind", Older("new"), {}) != digest("kind", new, {})

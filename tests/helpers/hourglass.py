@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig, Stage
-from smalti.priors.networks.rotary import AxialRotary
+from smalti.priors.networks.positions import AxialRotary
 
-TINY = HourglassConfig(height=4, width=6, radices=(3, 4), model_width=32, heads=2, depth=(1, 1, 1), shorten=(2,))
+TINY = HourglassConfig(
+    height=4,
+    width=6,
+    radices=(3, 4),
+    model_width=32,
+    heads=2,
+    depth=(1, 1, 1),
+    shorten=(2,),
+    absolute_positions=False,
+)
 
 
 def model_of(cls: type[Hourglass] = Hourglass, **changes: Any) -> Hourglass:

@@ -49,7 +49,7 @@ def test_class_affects_every_position_of_its_row_only():
 @torch.no_grad()
 def test_guided_samples_follow_the_enumerated_chain(guidance):
     """Three classes in one batch. Guidance 1 is the conditional model's chain, 0 the unconditional one's."""
-    prior = prior_of(3.0)
+    prior = prior_of(3.0, absolute_positions=False)
     grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
     rows = 20_000
     labels = torch.arange(3 * rows) % 3

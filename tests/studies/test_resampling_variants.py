@@ -18,7 +18,7 @@ from helpers.hourglass import (
 from torch import Tensor
 
 from smalti.core import models
-from smalti.priors.networks.rotary import ROTARY_THETA
+from smalti.priors.networks.positions import ROTARY_THETA
 from smalti.studies.priors.resampling_variants import (
     AttentionDown,
     AttentionHourglass,

@@ -71,7 +71,7 @@ class TrainPrior(Generic[C, Objective]):
     )
     prior: str = "hourglass"
     """Kind of prior. Each kind has its own options: see `--prior KIND --help`."""
-    preset: PriorPreset = added(off="small")  # noqa: RUF009 - it makes a field
+    preset: PriorPreset = added(off="small")
     """Default settings: `small`, for two CPU cores, or those of SUNDAE on VQ-GAN codes for FFHQ (hourglass only), for
     GPUs. Other flags override them."""
     init: str | None = None

@@ -88,12 +88,16 @@ ADDED = "added"
 T = TypeVar("T")
 
 
-def added(off: T) -> T:
+def added(off: T, default: T | None = None) -> T:
     """Marks a config field added after the first release. Checkpoints without it load with `off`.
 
     While a field has the value `off`, a model's digest leaves it out, so that digests of older checkpoints stay valid.
+
+    Args:
+        off: the value that older checkpoints have.
+        default: that of new ones [default: `off`].
     """
-    return cast(T, dataclasses.field(default=off, metadata={ADDED: True}))
+    return cast(T, dataclasses.field(default=off if default is None else default, metadata={ADDED: off}))
 
 
 SWITCH = "switch"
@@ -155,7 +159,7 @@ def added_values(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             values |= added_values(value)
         elif ADDED in field.metadata:
-            values[field.name] = field.default
+            values[field.name] = field.metadata[ADDED]
     return values
 
 
@@ -199,16 +203,15 @@ def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> 
         raise UserError(f"{source} has unknown fields: {', '.join(sorted(unknown))}")
     parameters = dict(zip(getattr(plain, "__parameters__", ()), get_args(config_class), strict=True))
     hints = get_type_hints(plain)
-    fields = {
-        **fields,
-        **{field.name: _renamed(field, fields[field.name]) for field in expected if field.name in fields},
+    off = {field.name: field.metadata[ADDED] for field in expected if ADDED in field.metadata}
+    values = {
+        field.name: _from_json(
+            _substituted(hints[field.name], parameters), _renamed(field, fields[field.name]), source, field.name
+        )
+        for field in expected
+        if field.name in fields
     }
-    return config_class(
-        **{
-            name: _from_json(_substituted(hints[name], parameters), value, source, name)
-            for name, value in fields.items()
-        }
-    )
+    return config_class(**{**off, **values})
 
 
 def _renamed(field: dataclasses.Field[Any], value: Any) -> Any:

@@ -308,7 +308,7 @@ def digest(kind: str, config: Any, state: dict[str, Tensor], *, without: Collect
     """Returns a SHA-256 over kind, config and weights, without the config's fields in `without`."""
     settings = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
-        if field.name in without or (ADDED in field.metadata and settings[field.name] == field.default):
+        if field.name in without or (ADDED in field.metadata and settings[field.name] == field.metadata[ADDED]):
             del settings[field.name]
             continue
         for old, new in field.metadata.get(RENAMED, {}).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from smalti.commands.inpainting import Filling
-from smalti.core.config import ADDED
+from smalti.core.config import added
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.images.reading import Reading
@@ -31,7 +31,7 @@ class EvaluationSettings:
     """Real images: `portraits`, `emoji`, a folder, or any other source that `train-tokenizer` reads [default: those
     that the model was trained on]. The split is that of training: the model is compared with held-out images, and
     training images are the reference set."""
-    reading: Reading = field(default_factory=Reading, metadata={ADDED: True})
+    reading: Reading = added(Reading())
     num: int = 1000
     """Number of held-out images; all of them if there are fewer. Fréchet distances depend on it, so compare only
     results with the same number."""
@@ -96,10 +96,10 @@ class TokenizerEvaluation:
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
-    perceptual: PerceptualName | None = field(default=None, metadata={ADDED: True})
+    perceptual: PerceptualName | None = added(None)
     """Also score the mean perceptual distance of the reconstructions: `lpips-vgg`, the published LPIPS on VGG-16, which
     needs the extra `lpips` and downloads VGG's weights, or `lite0`, which compares with no published number."""
-    samples_npz: Path | None = field(default=None, metadata={ADDED: True})
+    samples_npz: Path | None = added(None)
     """Also write the reconstructions to this `.npz` file, uint8 (n, height, width, 3) in `arr_0`, which published
     evaluators and --of images read."""
     out: Path | None = None
@@ -122,7 +122,7 @@ class PriorEvaluation(Generic[S]):
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
-    samples_npz: Path | None = field(default=None, metadata={ADDED: True})
+    samples_npz: Path | None = added(None)
     """Also write the samples to this `.npz` file, uint8 (n, height, width, 3) in `arr_0`, which published evaluators
     and --of images read."""
     out: Path | None = None
@@ -192,7 +192,7 @@ class LikelihoodEvaluation:
     images: str | None = None
     """Images, of which the held-out ones are used: `portraits`, `emoji`, a folder, or any other source that
     `train-tokenizer` reads [default: those that the tokenizer was trained on]."""
-    reading: Reading = field(default_factory=Reading, metadata={ADDED: True})
+    reading: Reading = added(Reading())
     num: int = 100
     """Number of held-out images; all of them if there are fewer."""
     samples: int = 512

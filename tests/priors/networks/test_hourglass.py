@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from smalti.core import models
 from smalti.core.errors import UserError
 from smalti.priors.networks.hourglass import Blocks, Hourglass, from_patches, to_patches
-from smalti.priors.networks.rotary import ROTARY_THETA
+from smalti.priors.networks.positions import ROTARY_THETA
 
 
 def by_hand(model: Hourglass, codes: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from smalti.benchmarks.ancestral import sample_naively
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
 from smalti.priors.methods.autoregressive import AncestralSampling, Likelihood, LikelihoodConfig, sample_ancestral
-from smalti.priors.networks.rotary import AxialRotary
+from smalti.priors.networks.positions import AxialRotary
 
 GUIDED = AncestralSampling(guidance=2.0, temperature=0.8)
 

@@ -1,10 +1,10 @@
-"""Axial rotary embeddings (RoPE) of grid positions, for attention in the hourglass, the transformer and the PixelCNN.
+"""Embeddings of grid positions: axial rotary embeddings (RoPE) for attention, and sinusoidal ones for the input.
 
-Legend: h w grid, n positions (n = h w), a rotated channels of a head.
+Legend: h w grid, n positions (n = h w), a rotated channels of a head, d width.
 """
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from jaxtyping import Float
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
@@ -53,3 +53,23 @@ class AxialRotary(nn.Module):
         device = self.rotary.freqs.device
         row, column = (self.rotary(torch.arange(size, device=device)) for size in (h, w))
         return torch.cat([repeat(row, "h a -> 1 (h w) a", w=w), repeat(column, "w a -> 1 (h w) a", h=h)], dim=-1)
+
+
+def sinusoidal_positions(h: int, w: int, width: int, device: torch.device) -> Float[Tensor, "n d"]:
+    """Returns fixed embeddings of the positions of a grid, in raster order, to add to the input of a network.
+
+    A quarter of the channels each are sines and cosines of the row, and of the column (the sinusoidal encodings of
+    arXiv 1706.03762, section 3.5, on two axes), with the wavelengths of `AxialRotary` and the variance of the
+    embeddings of codes, 1. Unlike rotary embeddings they tell where in the grid a position lies.
+
+    Args:
+        h: rows of the grid.
+        w: its columns.
+        width: channels of a position, a multiple of 4.
+        device: where to compute them.
+    """
+    frequencies = ROTARY_THETA ** -(torch.arange(width // 4, device=device) / (width // 4))
+    row, column = (torch.arange(size, device=device)[:, None] * frequencies for size in (h, w))
+    angles = torch.stack([repeat(row, "h f -> h w f", w=w), repeat(column, "w f -> h w f", h=h)], dim=2)
+    embedded = rearrange([angles.sin(), angles.cos()], "functions h w axes f -> (h w) (axes functions f)")
+    return embedded * 2**0.5
