@@ -53,9 +53,9 @@ class HourglassConfig(PriorConfig):
     """Dropout on the output of every attention and feed-forward layer in training. Raise it, for example to 0.1, if the
     held-out loss rises while the training loss falls."""
     absolute_positions: bool = added(off=False, default=True)
-    """Add sinusoidal embeddings of row and column to the input. The rotary embeddings in attention tell only how far
-    apart two positions are; what has its place in the image, such as the eyes of a portrait, is learned faster with
-    these. Turn them off for textures, of which larger images are to be sampled."""
+    """Absolute position embeddings: sinusoids of row and column, added to the input. Rotary embeddings encode only the
+    offset between two positions; with both, a prior of aligned images such as portraits learns faster. Turn it off for
+    textures that are to be sampled on larger canvases."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,8 +222,8 @@ class Hourglass(CodePrior):
     There is no time input and no mask token, since SUNDAE needs neither. The vectors of the condition and of the
     coarser levels are added to the input at every position.
 
-    Deviations: sinusoidal embeddings of the positions are added to the input too, unless `absolute_positions` is
-    false; then features do not depend on where the grid lies on a canvas. A grid that s does not divide ends in
+    Deviations: absolute position embeddings are added to the input, unless `absolute_positions` is false; features
+    then do not depend on where the grid lies on a canvas. A grid that s does not divide ends in
     partial patches, whose missing positions count as zeros and are never attended to.
     """
 

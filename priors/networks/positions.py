@@ -1,4 +1,4 @@
-"""Embeddings of grid positions: axial rotary embeddings (RoPE) for attention, and sinusoidal ones for the input.
+"""Position embeddings of grids: axial rotary embeddings (RoPE) for attention, and sinusoidal ones for the input.
 
 Legend: h w grid, n positions (n = h w), a rotated channels of a head, d width.
 """
@@ -60,7 +60,7 @@ def sinusoidal_positions(h: int, w: int, width: int, device: torch.device) -> Fl
 
     A quarter of the channels each are sines and cosines of the row, and of the column (the sinusoidal encodings of
     arXiv 1706.03762, section 3.5, on two axes), with the wavelengths of `AxialRotary` and the variance of the
-    embeddings of codes, 1. Unlike rotary embeddings they tell where in the grid a position lies.
+    embeddings of codes, 1. Unlike rotary embeddings, which encode offsets, they encode the position itself.
 
     Args:
         h: rows of the grid.

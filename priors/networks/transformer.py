@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from smalti.core.config import added
 from smalti.core.errors import UserError
 from smalti.core.models import register
 from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
@@ -23,7 +24,7 @@ from smalti.priors.conditioning import Condition
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
 from smalti.priors.methods.causal_canvas import decode_windows, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
-from smalti.priors.networks.positions import require_rotary_heads
+from smalti.priors.networks.positions import require_rotary_heads, sinusoidal_positions
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class TransformerConfig(PriorConfig):
     dropout: float = 0.0
     """Dropout on the output of every attention and feed-forward layer in training. Raise it, for example to 0.1, if the
     held-out loss rises while the training loss falls."""
+    absolute_positions: bool = added(off=False, default=True)
+    """Absolute position embeddings: sinusoids of row and column, added to the input. Rotary embeddings encode only the
+    offset between two positions; with both, a prior of aligned images such as portraits learns faster."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,14 +95,14 @@ class Transformer(CausalPrior):
     """Decoder-only transformer over codes in raster order, as in VQ-GAN (arXiv 2012.09841) and LlamaGen (2406.06525).
 
     The input at a position is the embedding of the code before it, at the first position a learned vector. The vectors
-    of the condition and of the coarser levels are added at the position whose code is predicted. Positions are encoded
-    by axial rotary embeddings on every head.
+    of the condition, of the coarser levels and of the absolute position are added at the position whose code is
+    predicted. Every head has axial rotary embeddings too.
 
     Grids larger than those in training are read through windows of the trained size
     (`smalti.priors.methods.causal_canvas`), since attention has learned no larger offsets.
 
-    Deviations: 2-D rotary embeddings instead of learned absolute ones, so that smaller grids work too; QK-norm; one
-    factorized head, so the digits of a code are predicted one after the other from the same features.
+    Deviations: 2-D rotary embeddings, and sinusoidal instead of learned absolute ones, so that smaller grids work too;
+    QK-norm; one factorized head, so the digits of a code are predicted one after the other from the same features.
     """
 
     kind = "transformer"
@@ -128,7 +132,7 @@ class Transformer(CausalPrior):
         start = self.start.expand(b, 1, -1)
         x = torch.cat([start, self.head.embed(codes)[:, :-1]], dim=1)
         x = rearrange(x, "b (h w) d -> b h w d", h=h)
-        vectors = self.condition_vectors(b, h, w, condition, upper)
+        vectors = self._input_vectors(b, h, w, condition, upper)
         if vectors is not None:
             x = x + vectors
         if torch.is_autocast_enabled(x.device.type):  # otherwise every layer and residual sum would cast
@@ -149,7 +153,7 @@ class Transformer(CausalPrior):
         if self._exceeds_training(h, w):
             yield from decode_windows(self, b, h, w, condition, upper)
             return
-        vectors = self.condition_vectors(b, h, w, condition, upper)
+        vectors = self._input_vectors(b, h, w, condition, upper)
         if vectors is not None:
             vectors = rearrange(vectors.expand(b, h, w, -1), "b h w d -> b (h w) d")
         layers = [layer.kv_cached(b, h, w) for layer in cast(list[Block], list(self.layers))]
@@ -161,6 +165,22 @@ class Transformer(CausalPrior):
                 x = layer(x, position)
             codes = yield self.norm(x)[:, None]
             x = self.head.embed(codes)[:, 0]
+
+    def _input_vectors(
+        self,
+        b: int,
+        h: int,
+        w: int,
+        condition: Condition | None,
+        upper: tuple[Int64[Tensor, "b _y _x"], ...],
+    ) -> Float[Tensor, "_b _h _w d"] | None:
+        """Returns `condition_vectors` plus the absolute position embeddings, if the network has them."""
+        vectors = self.condition_vectors(b, h, w, condition, upper)
+        if not self.config.absolute_positions:
+            return vectors
+        positions = sinusoidal_positions(h, w, self.start.shape[-1], self.start.device)
+        positions = rearrange(positions, "(h w) d -> 1 h w d", h=h)
+        return positions if vectors is None else vectors + positions
 
     def _exceeds_training(self, h: int, w: int) -> bool:
         return h > self.level.height or w > self.level.width

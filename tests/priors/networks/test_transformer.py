@@ -18,7 +18,7 @@ from smalti.benchmarks.ancestral import sample_naively
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
 from smalti.priors.methods.autoregressive import AncestralSampling, Likelihood, LikelihoodConfig, sample_ancestral
-from smalti.priors.networks.positions import AxialRotary
+from smalti.priors.networks.positions import AxialRotary, sinusoidal_positions
 
 GUIDED = AncestralSampling(guidance=2.0, temperature=0.8)
 
@@ -78,6 +78,7 @@ def test_features_equal_those_of_x_transformers():
     codes, labels = random_codes(prior, 4, 3, 5), torch.tensor([-1, 0, 1, 1])
     embedded = prior.head.embedding[codes.flatten(1)]
     x = torch.cat([prior.start.expand(4, 1, -1), embedded[:, :-1]], 1) + prior.of_class.vectors.weight[labels + 1, None]
+    x = x + sinusoidal_positions(3, 5, 32, torch.device("cpu"))
     theirs = decoder_with_weights_of(prior)(x, rotary_pos_emb=(AxialRotary(16)(3, 5), None))
     assert torch.allclose(prior.features(codes, labels), theirs, atol=2e-4)
     turned = decoder_with_weights_of(prior)(x, rotary_pos_emb=(AxialRotary(16)(5, 3), None))
