@@ -24,7 +24,8 @@ from smalti.training.batches import Batch
 from smalti.training.config import FitConfig
 
 PRIOR = HourglassConfig(32, 32, model_width=1024, heads=16, depth=(2, 12, 2))
-"""The paper's network for a megapixel. Grid and codebook are replaced by those of the tokenizer."""
+"""A network of the width and depth that the paper's authors published for a megapixel, with 16 heads where they have 8.
+Grid and codebook are replaced by those of the tokenizer."""
 BATCHES = (1, 4)
 
 

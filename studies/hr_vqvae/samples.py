@@ -87,7 +87,7 @@ def latents_of(spec: PriorSpec, config: ReproduceHRVQVAE, images: ImageSet) -> P
 def train_priors(spec: PriorSpec, config: ReproduceHRVQVAE, images: ImageSet) -> list[Path]:
     """Trains (or resumes) the prior of each level; returns their folders, coarsest first.
 
-    They are not class-conditional, as in the paper.
+    They are not class-conditional; the paper's are fitted to all training images, without mention of classes.
     """
     latents, budget = latents_of(spec, config, images), config.generating
     cls = cast(type[Prior], models.class_of_kind("prior", spec.kind))

@@ -42,7 +42,8 @@ KINDS = ("vqvae", "vqvae2", "hrvq")
 NAMES = {"vqvae": "VQ-VAE", "vqvae2": "VQ-VAE-2", "hrvq": "HR-VQVAE"}
 LEAVES, DEPTH, DEPTHS, DEPTH_LEAVES, SIZES = 512, 3, (1, 2, 3, 4, 5, 6), 64, (512, 4_096, 32_768)
 PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "codebook_init": "uniform"}
-"""Codebook settings of the papers: learning by the losses alone. All other settings are smalti's defaults."""
+"""Codebook settings of the HR-VQVAE paper, for all kinds: learning by the losses alone. The paper does not say how
+codewords start. All other settings are smalti's defaults."""
 CODES_OF_IMAGES = 10_000
 """Images whose codes are searched in Table 2."""
 SEARCH_BLOCK, SEARCH_REPETITIONS = 500, 3

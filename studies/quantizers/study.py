@@ -36,7 +36,7 @@ RESIDUAL_BLOCKS, BATCH_SIZE = 2, 32
 BITS_OF_A_DIGIT = {9: 3, 12: 4}
 """Bits of each of the three digits of linked codebooks and residual VQ."""
 FSQ_LEVELS = {9: (8, 8, 8), 12: (8, 8, 8, 8)}
-"""Levels with exactly as many codes; those that the paper recommends have a few more or fewer."""
+"""Levels with exactly as many codes. The paper recommends none for 9 bits, and 4375 codes for 12."""
 COLUMNS = ("quantizer", "codes", "seeds", "held-out MSE", "codes in use", "perplexity", "seconds a step")
 
 

@@ -35,7 +35,7 @@ PAPER: dict[DataName, dict[ModelName, tuple[str, str]]] = {
     "celeba": {"vae": ("3.12", ""), "selfvae-sketch": ("3.24", ""), "selfvae-downscale-3lvl": ("2.88", "")},
     "imagenette": {"vae": ("3.85", ""), "selfvae-downscale-3lvl": ("3.70", "")},
 }
-"""Table 1: bits per dimension, and FID on CIFAR10. The paper has no other rows."""
+"""Table 1: bits per dimension, and FID on CIFAR10. The paper has no other rows of its own models."""
 MODE_SCORES = {
     "bytes_sent": ".0f",
     "compression_ratio": ".2f",

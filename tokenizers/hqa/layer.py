@@ -79,8 +79,8 @@ class HQAConfig:
 class HQALayer(nn.Module):
     """One layer of the stack: encoder, quantizer, decoder, and the mean and deviation of its inputs.
 
-    Deviations: residual blocks and activations are those of smalti's VQ-VAE family, not the paper's. Mean and deviation
-    are computed once, where the authors' code keeps moving averages, because the layer below no longer changes.
+    Deviations: residual blocks and activations are those of smalti's VQ-VAE family, not the authors'. Mean and
+    deviation are computed once, where the authors' code keeps running ones, because the layer below no longer changes.
     """
 
     mean: Tensor

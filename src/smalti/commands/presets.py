@@ -90,14 +90,14 @@ def paper32(kind: str) -> TrainTokenizer[Any]:
     """16x16 codes of 32x32 images, as for CIFAR10 and MNIST (28x28, enlarged; add `--image-channels 1`).
 
     For a GPU: `python scripts/train_tokenizer.py --preset paper32 --images cifar10.parquet`. The
-    paper's held-out MSE of `hrvq` is 0.00041 on CIFAR10 and 0.00011 on MNIST;
+    paper's MSE of `hrvq` is 0.00041 on CIFAR10 and 0.00011 on MNIST;
     docs/reproductions/hr-vqvae.md has a study of a smaller network.
     """
     return _paper(kind, size=32, stages=1)
 
 
 def paper64(kind: str) -> TrainTokenizer[Any]:
-    """16x16 codes of 64x64 images, between the paper's grids for 32 and for 128; the paper has no such result.
+    """16x16 codes of 64x64 images: the grid that the paper has for 32x32; it has no images of this size.
 
     For a GPU: `python scripts/train_tokenizer.py --preset paper64 --images my/photos`.
     """
@@ -108,7 +108,7 @@ def paper128(kind: str) -> TrainTokenizer[Any]:
     """32x32 codes of 128x128 images, as for ImageNet.
 
     For a GPU: `python scripts/train_tokenizer.py --preset paper128 --images imagenet --workers 8`.
-    The paper's held-out MSE of `hrvq` is 0.00027.
+    The paper's MSE of `hrvq` is 0.00027.
     """
     return _paper(kind, size=128, stages=2)
 
@@ -117,7 +117,7 @@ def paper256(kind: str) -> TrainTokenizer[Any]:
     """32x32 codes of 256x256 images, as for FFHQ.
 
     For a GPU: `python scripts/train_tokenizer.py --preset paper256 --images ffhq --workers 8`. The
-    paper's held-out MSE of `hrvq` is 0.00163.
+    paper's MSE of `hrvq` is 0.00163.
     """
     return _paper(kind, size=256, stages=3)
 

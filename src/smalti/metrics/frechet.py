@@ -156,7 +156,7 @@ def inception_score(logits: Float[Tensor, "n classes"], splits: int = 10) -> flo
     Args:
         logits: of the classes, without the bias of the last layer, as the published code has it. Their order decides
             the parts, so images sorted by class must be shuffled.
-        splits: number of parts; 10 in the paper.
+        splits: number of parts; 10 in the published code.
 
     Raises:
         UserError: if there are fewer images than parts.
