@@ -87,11 +87,16 @@ class Sundae(nn.Module):
         return loss, metrics | {"accuracy": hits[0].float().mean()}
 
 
-def corrupt(head: FactorizedHead, codes: Int64[Tensor, "b h w"], seeds: Int64[Tensor, " b"]) -> Int64[Tensor, "b h w"]:
-    """Replaces codes by uniformly random ones, each with a probability drawn uniformly from [0, 1) for its row."""
+def corrupt(
+    head: FactorizedHead, codes: Int64[Tensor, "b h w"], seeds: Int64[Tensor, " b"], rate: float | None = None
+) -> Int64[Tensor, "b h w"]:
+    """Replaces codes by uniformly random ones, each with probability `rate`; without it, every row draws its own.
+
+    A row's probability is uniform in [0, 1).
+    """
     _, h, w = codes.shape
-    rate = uniform(derive(seeds, Stream.SUNDAE_RATE), 1, 1)  # b 1 1
-    corrupted = uniform(derive(seeds, Stream.SUNDAE_POSITIONS), h, w) < rate
+    rates = uniform(derive(seeds, Stream.SUNDAE_RATE), 1, 1) if rate is None else rate  # b 1 1
+    corrupted = uniform(derive(seeds, Stream.SUNDAE_POSITIONS), h, w) < rates
     return torch.where(corrupted, head.random_codes(derive(seeds, Stream.SUNDAE_CODES), h, w), codes)
 
 

@@ -26,10 +26,17 @@ from smalti.studies.priors.samples import (
     loaded,
     sample_images,
 )
-from smalti.studies.priors.study import RESAMPLING, SETUPS, Cell, Part, ReproducePriors
+from smalti.studies.priors.study import PAIRS, SETUPS, Cell, PairPart, Part, ReproducePriors
 from smalti.studies.priors.training import RESULT_NAME, equal_time_steps, first_model_steps, step_seconds, trained
 
 NONE = "not run"
+TITLES = {
+    "patches": "patches of 2×2",
+    "runs": "runs of 4",
+    "with": "with absolute positions",
+    "without": "without",
+}
+"""Titles of the models of pairs."""
 SHOWN, SHOWN_STEPS, SHOWN_CANVASES = 10, (4, 16, 100), 3  # samples in a row, step counts with a row, canvases
 
 
@@ -45,7 +52,7 @@ def reproduce_priors(config: ReproducePriors) -> None:
         "head": partial(race, "head"),
         "depth": partial(race, "depth"),
         "canvas": canvas,
-        **{part: partial(resampling, part) for part in RESAMPLING},
+        **{part: partial(pair, part) for part in PAIRS},
     }
     for part in dict.fromkeys(config.parts):
         parts[part](config)
@@ -58,32 +65,45 @@ def write(config: ReproducePriors, part: Part, text: str) -> None:
     insert(config.out, f"{config.data} {part}", f"{text}\n\n{machine()}; {budget}, {resolve(config.precision)}.")
 
 
-def resampling(part: Part, config: ReproducePriors) -> None:
-    """Compares patches with runs, seed by seed, so that a stopped study has complete pairs."""
-    losses: dict[str, list[float]] = {name: [] for name in SETUPS[part].models}
+def pair(part: PairPart, config: ReproducePriors) -> None:
+    """Compares two models, seed by seed, so that a stopped study has complete pairs."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in SETUPS[part].models}
     for seed in range(config.seeds):
-        for name, model_losses in losses.items():
-            model_losses.append(result(trained(Cell(part, name, config.steps, seed), config))["held_out_loss"])
-            write(config, part, resampling_table(part, config, losses))
+        for name, of_model in results.items():
+            of_model.append(result(trained(Cell(part, name, config.steps, seed), config)))
+            write(config, part, pair_table(part, config, results))
 
 
-def resampling_table(part: Part, config: ReproducePriors, losses: dict[str, list[float]]) -> str:
-    """Returns the table of mean losses over seeds, and of each seed's difference."""
-    setup = SETUPS[part]
-    depth = "-".join(map(str, setup.models["patches"].changes["depth"]))
-    pairs = zip(losses["patches"], losses["runs"], strict=False)  # the last seed's second run may be missing
-    differences = ", ".join(f"{runs - patches:+.4f}" for patches, runs in pairs)
-    return "\n".join(
-        [
-            f"{config.data}, {setup.grid}, hourglass {depth}, {config.steps} steps: held-out loss of "
-            f"SUNDAE's objective, nats a code; the mean of {len(losses['patches'])} seed(s), from the least to the "
-            "most. A seed's two runs share rows and draws.",
+def pair_table(part: PairPart, config: ReproducePriors, results: dict[str, list[dict[str, Any]]]) -> str:
+    """Returns the table of mean losses over seeds, and of each seed's difference; and those by corruption."""
+    setup, (first, second) = SETUPS[part], results
+    losses = {name: [each["held_out_loss"] for each in of_model] for name, of_model in results.items()}
+    pairs = zip(losses[first], losses[second], strict=False)  # the last seed's second run may be missing
+    differences = ", ".join(f"{of_second - of_first:+.4f}" for of_first, of_second in pairs)
+    model = setup.models[first]
+    what = " ".join([model.kind, "-".join(map(str, model.changes.get("depth", ())))]).strip()
+    titles = {name: TITLES[name] for name in (first, second)}
+    lines = [
+        f"{config.data}, {setup.grid}, {what}, {config.steps} steps: held-out loss, nats a code; the mean of "
+        f"{len(losses[first])} seed(s), from the least to the most. A seed's two runs share rows and draws.",
+        "",
+        f"| {titles[first]} | {titles[second]} | {second} less {first}, by seed |",
+        "|---:|---:|---|",
+        f"| {in_spread(losses[first], '.4f')} | {in_spread(losses[second], '.4f')} | {differences or NONE} |",
+    ]
+    if "by_corruption" in results[first][0]:
+        shares = list(results[first][0]["by_corruption"])
+        lines += [
             "",
-            "| patches of 2×2 | runs of 4 | runs less patches, by seed |",
-            "|---:|---:|---|",
-            f"| {in_spread(losses['patches'], '.4f')} | {in_spread(losses['runs'], '.4f')} | {differences or NONE} |",
+            "Loss of one denoising step, by the share of the codes that are replaced by random ones:",
+            "",
+            f"| | {' | '.join(f'{share} %' for share in shares)} |",
+            "|---|" + "---:|" * len(shares),
         ]
-    )
+        for name, of_model in results.items():
+            cells = [in_spread([each["by_corruption"][share] for each in of_model], ".3f") for share in shares]
+            lines.append(f"| {titles[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def race(part: Part, config: ReproducePriors) -> None:

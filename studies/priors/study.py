@@ -17,8 +17,10 @@ from smalti.priors.methods.sundae import SundaeSampling
 from smalti.studies.priors.resampling_variants import RunsHourglass
 
 ResamplingPart: TypeAlias = Literal["resampling", "resampling-outer", "resampling-16", "resampling-outer-16"]
-Part: TypeAlias = ResamplingPart | Literal["samplers", "head", "depth", "canvas"]
-DataName: TypeAlias = Literal["mnist", "cifar10", "emoji"]
+PositionPart: TypeAlias = Literal["positions", "positions-16", "positions-maskgit", "positions-transformer"]
+PairPart: TypeAlias = ResamplingPart | PositionPart
+Part: TypeAlias = PairPart | Literal["samplers", "head", "depth", "canvas"]
+DataName: TypeAlias = Literal["mnist", "cifar10", "emoji", "portraits"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,23 @@ RESAMPLING: dict[ResamplingPart, Setup] = {
     "resampling-16": _resampling(_16, _INNER),
     "resampling-outer-16": _resampling(_16, _OUTER),
 }
+
+
+def _positions(grid: Grid, kind: str) -> Setup:
+    models = {"with": Model(kind, {}), "without": Model(kind, {"absolute_positions": False})}
+    return Setup(grid, 32, "steps", models)
+
+
+POSITIONS: dict[PositionPart, Setup] = {
+    "positions": _positions(Grid(32, 2), "hourglass"),
+    "positions-16": _positions(_16, "hourglass"),
+    "positions-maskgit": _positions(Grid(32, 2), "maskgit"),
+    "positions-transformer": _positions(Grid(32, 2), "transformer"),
+}
+PAIRS: dict[PairPart, Setup] = {**RESAMPLING, **POSITIONS}
+"""Parts that compare two models, trained for the same number of steps with several seeds."""
 SETUPS: dict[Part, Setup] = {
-    **RESAMPLING,
+    **PAIRS,
     "samplers": Setup(
         Grid(32, 2),
         32,
@@ -135,15 +152,17 @@ class ReproducePriors:
     """Images to train on; any source that `--images` of train_tokenizer takes."""
     data: DataName = "emoji"
     """Name of the data set that these images are."""
-    parts: tuple[Part, ...] = ("resampling", "samplers", "head", "depth", "canvas", *tuple(RESAMPLING)[1:])
+    parts: tuple[Part, ...] = ("resampling", "samplers", "head", "depth", "canvas", *tuple(PAIRS)[1:])
     """Parts to run. resampling: downsampling of patches against runs of codes, in an hourglass whose blocks are all
     at the lower resolution. samplers: SUNDAE, masked codes and PixelCNN, by sampling steps. head: the factorized head
     against one softmax. depth: the hourglass against a flat transformer. canvas: seams on a wide canvas.
-    resampling-outer: patches against runs with blocks at the full resolution too; -16: both on 16x16 codes."""
+    resampling-outer: patches against runs with blocks at the full resolution too; -16: both on 16x16 codes. positions:
+    the default hourglass with and without absolute position embeddings; also on 16x16 codes, in MaskGIT and in the
+    transformer."""
     seeds: int = 3
-    """Seeds, and so runs, of each model in the resampling parts; other parts have one."""
+    """Seeds, and so runs, of each model in the parts resampling and positions; other parts have one."""
     steps: int = 400
-    """Training steps of each run in the resampling parts."""
+    """Training steps of each run in the parts resampling and positions."""
     sampler_steps: int = 1_000
     """Training steps of SUNDAE in the part samplers; masked codes and PixelCNN train for the same time."""
     head_steps: int = 120

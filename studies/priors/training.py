@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from smalti.benchmarks.comparison import Comparison, Variant
 from smalti.benchmarks.run import medians
@@ -25,17 +26,22 @@ from smalti.core.devices import Precision, autocast, best_device, resolve
 from smalti.core.files import write_json
 from smalti.core.models import load
 from smalti.core.randomness import generator_for, row_seeds
+from smalti.latentsets.dataset import LatentRows
 from smalti.latentsets.reader import LatentSet
 from smalti.priors.base import CodePrior
 from smalti.priors.grids import grids
+from smalti.priors.methods.sundae import SUNDAE, corrupt
 from smalti.studies.flat_codes import flatten_codes
-from smalti.studies.priors.study import SETUPS, Cell, Grid, Model, Part, ReproducePriors
+from smalti.studies.priors.study import POSITIONS, SETUPS, Cell, Grid, Model, Part, ReproducePriors
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.training.config import FitConfig
 from smalti.training.run_folder import last_metrics
 
 RESULT_NAME = "result.json"
 DIGEST_LETTERS = 10
+CORRUPTED_PERCENT = (25, 50, 75, 100)
+MOST_ROWS, ROWS_AT_ONCE = 1_024, 64
+"""Held-out rows at most whose denoising is measured, and those of one call of the network."""
 REPETITIONS = 5
 """Training steps of each model that are timed."""
 
@@ -91,7 +97,8 @@ def latents_of(grid: Grid, config: ReproducePriors, *, flat: bool = False) -> Pa
 def trained(cell: Cell, config: ReproducePriors) -> Path:
     """Returns the folder of a run, trained to the end.
 
-    Its result file has the number of parameters and the final held-out loss by its own objective, nats per code.
+    Its result file has the number of parameters and the final held-out loss by its own objective, nats per code; for
+    SUNDAE in the parts `positions` also `losses_by_corruption`.
     """
     setup = SETUPS[cell.part]
     model = setup.models[cell.model]
@@ -109,10 +116,27 @@ def trained(cell: Cell, config: ReproducePriors) -> Path:
     folder = config.work / keyed(name, flat_settings(settings))
     if not (folder / RESULT_NAME).exists():
         train_prior(replace(settings, latents=latents, out=folder))
-        parameters = sum(parameter.numel() for parameter in load(folder, "prior").parameters())
+        prior = load(folder, "prior")
+        parameters = sum(parameter.numel() for parameter in prior.parameters())
         measured = {"held_out_loss": last_metrics(folder)["held_out_loss"], "parameters": parameters}
+        if cell.part in POSITIONS and isinstance(prior, CodePrior) and prior.method is SUNDAE:
+            measured["by_corruption"] = losses_by_corruption(prior, latents)
         write_json(folder / RESULT_NAME, measured)
     return folder
+
+
+@torch.no_grad()
+def losses_by_corruption(prior: CodePrior, latents: Path) -> dict[str, float]:
+    """Returns the held-out loss of one denoising step, nats a code, by the share of corrupted codes in percent."""
+    rows, head = LatentRows(LatentSet(latents), split="held_out"), prior.head
+    nll: dict[str, list[Tensor]] = {str(percent): [] for percent in CORRUPTED_PERCENT}
+    for first in range(0, min(len(rows), MOST_ROWS), ROWS_AT_ONCE):
+        batch = rows.__getitems__(range(first, min(len(rows), first + ROWS_AT_ONCE)))
+        codes, seeds, conditioning = batch["codes"], row_seeds(0, batch["rows"]), prior.conditioning(batch)
+        for percent in CORRUPTED_PERCENT:
+            features = prior.features(corrupt(head, codes, seeds, percent / 100), **conditioning)
+            nll[str(percent)].append(head.nll(features, codes.flatten(1)))
+    return {percent: float(torch.cat(each).mean()) for percent, each in nll.items()}
 
 
 def network(model: Model, config: ReproducePriors) -> Any:

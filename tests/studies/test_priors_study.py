@@ -25,10 +25,10 @@ from smalti.evaluation.prior import evaluate_prior
 from smalti.latentsets.dataset import LatentRows
 from smalti.metrics.extractors import Extractor
 from smalti.priors.methods.canvas import window_starts
-from smalti.priors.methods.sundae import Sundae
+from smalti.priors.methods.sundae import Sundae, corrupt
 from smalti.scripts import reproduce as command
 from smalti.studies.priors import samples, training
-from smalti.studies.priors.report import resampling_table
+from smalti.studies.priors.report import pair_table
 from smalti.studies.priors.resampling_variants import RunsHourglass
 from smalti.studies.priors.samples import (
     HUNDRED_STEPS,
@@ -50,8 +50,8 @@ from smalti.studies.priors.training import (
 )
 
 FLAGS = (
-    "--images img --parts resampling samplers head depth canvas --seeds 2 --steps 2 --sampler-steps 2 --head-steps 1 "
-    "--depth-steps 1 --tokenizer-steps 1 --channels 4 --step-counts 2 --num 4 --reference 8 --canvases 2 "
+    "--images img --parts resampling positions samplers head depth canvas --seeds 2 --steps 2 --sampler-steps 2 "
+    "--head-steps 1 --depth-steps 1 --tokenizer-steps 1 --channels 4 --step-counts 2 --num 4 --reference 8 --canvases 2 "
     "--canvas-codes 10 --canvas-steps 2 --precision fp32"
 )
 CONFIG = ReproducePriors(
@@ -123,7 +123,8 @@ def row_of(text, part, first):
 
 
 def test_runs_have_the_configured_steps_or_take_the_same_time(folder):
-    expected = {f"resampling-emoji-{name}-2steps-seed{seed}" for name in ("patches", "runs") for seed in (0, 1)}
+    names = {"resampling": ("patches", "runs"), "positions": ("with", "without")}
+    expected = {f"{part}-emoji-{each}-2steps-seed{seed}" for part in names for each in names[part] for seed in (0, 1)}
     for part, first_steps in {"samplers": 2, "head": 1, "depth": 1}.items():
         seconds = step_seconds(part, CONFIG)
         first, *_ = seconds
@@ -223,6 +224,19 @@ def test_canvas_has_the_borders_of_its_windows_and_tiles(folder):
     assert codes.shape == (2, prior.level.height, 10)
 
 
+@torch.no_grad()
+def test_losses_by_corruption_are_those_of_random_codes(folder):
+    """At 100 % no code is left of the original grid; the mean is over all held-out rows and positions."""
+    run = trained(Cell("positions", "with", 2), CONFIG)
+    prior, measured = load(run, "prior"), results(folder)[run.name]["by_corruption"]
+    rows = LatentRows(LatentSet(latents_of(SETUPS["positions"].grid, CONFIG)), split="held_out")
+    batch = rows.__getitems__(range(len(rows)))
+    assert list(measured) == ["25", "50", "75", "100"]
+    random = corrupt(prior.head, torch.zeros_like(batch["codes"]), row_seeds(0, batch["rows"]), 1.0)
+    features = prior.features(random, condition=batch["labels"] if prior.classes else None)
+    assert measured["100"] == pytest.approx(float(prior.head.nll(features, batch["codes"].flatten(1)).mean()), rel=1e-5)
+
+
 def test_study_resumes_with_missing_runs_only(folder):
     """A run that is missing is trained again, to the same result, and no other file changes."""
     lost = trained(Cell("depth", "hourglass 0-5-0", 1), CONFIG)
@@ -249,7 +263,7 @@ def test_different_budgets_are_different_runs(folder):
 def test_report_has_the_measurements(folder):
     text = report(folder)
     assert "not run" not in text
-    assert text.count("<!-- measured: emoji ") == 5
+    assert text.count("<!-- measured: emoji ") == 6
     losses = {
         name: [json.loads((trained(Cell("resampling", name, 2, s), CONFIG) / RESULT_NAME).read_text())["held_out_loss"]
                for s in (0, 1)]
@@ -288,14 +302,14 @@ def test_negative_number_of_samples_is_refused():
 
 
 def test_missing_runs_are_marked_in_the_table():
-    table = resampling_table("resampling", CONFIG, {"patches": [1.5], "runs": []})
+    table = pair_table("resampling", CONFIG, {"patches": [{"held_out_loss": 1.5}], "runs": []})
     assert "| 1.5000 | not run | not run |" in table
 
 
 @pytest.mark.parametrize(("part", "codes"), [("resampling-outer", "8×8 codes"), ("resampling-outer-16", "16×16 codes")])
 def test_table_names_the_grid_of_the_comparison(part: ResamplingPart, codes: str, monkeypatch):
     monkeypatch.setitem(SETUPS, part, RESAMPLING[part])  # the fixture's are smaller
-    table = resampling_table(part, CONFIG, {"patches": [1.5], "runs": [1.25]})
+    table = pair_table(part, CONFIG, {"patches": [{"held_out_loss": 1.5}], "runs": [{"held_out_loss": 1.25}]})
     assert f"emoji, {codes} of 8³, hourglass 1-2-1" in table
     assert "| -0.2500 |" in table
     tokenizer = tokenizer_of(SETUPS[part].grid, CONFIG).model
