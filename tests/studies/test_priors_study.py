@@ -51,8 +51,8 @@ from smalti.studies.priors.training import (
 
 FLAGS = (
     "--images img --parts resampling positions samplers head depth canvas --seeds 2 --steps 2 --sampler-steps 2 "
-    "--head-steps 1 --depth-steps 1 --tokenizer-steps 1 --channels 4 --step-counts 2 --num 4 --reference 8 --canvases 2 "
-    "--canvas-codes 10 --canvas-steps 2 --precision fp32"
+    "--head-steps 1 --depth-steps 1 --tokenizer-steps 1 --channels 4 --step-counts 2 --num 4 --reference 8 "
+    "--canvases 2 --canvas-codes 10 --canvas-steps 2 --precision fp32"
 )
 CONFIG = ReproducePriors(
     study="priors",
