@@ -43,7 +43,7 @@ SHIPPED_SAMPLES = "samples-of-the-shipped-model.png"
 REPORT_NAME, DONE_NAME = "report.md", "demo.json"
 
 SHIPPED_MODEL = "portraits"
-TOKENIZER, PRIOR = HRVQConfig(branching=16), HourglassConfig()
+TOKENIZER, PRIOR = HRVQConfig(branching=16, reconstruction_loss="l1"), HourglassConfig()
 ANIMATED_SAMPLES = 32
 
 

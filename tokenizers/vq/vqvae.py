@@ -50,6 +50,9 @@ class VQConfig:
     """Residual blocks per stage, in encoder and decoder."""
     code_width: int = 64
     """Length of a codeword."""
+    reconstruction_loss: Literal["mse", "l1"] = added("mse")
+    """Reconstruction loss: `mse`, the mean squared error of the papers; or `l1`, the mean absolute error, for sharper
+    edges at a higher squared error. `vqgan` has l1 by default, the others mse."""
     commitment_weight: LayerWeights = 0.25
     """Weight of the commitment loss, beta: one value, or a value for each layer of linked codebooks, the first one
     first. Raise it if encoder outputs drift away from the codewords."""
@@ -88,7 +91,7 @@ class VQFamily(Tokenizer[VQConfigT]):
     training_settings: ClassVar[frozenset[str]] = frozenset(
         {
             *("commitment_weight", "combined_commitment_weight", "codebook_learning", "codebook_decay"),
-            *("revive_below", "codebook_init", "gradient"),
+            *("revive_below", "codebook_init", "gradient", "reconstruction_loss"),
         }
     )
 
@@ -111,6 +114,13 @@ class VQFamily(Tokenizer[VQConfigT]):
         """
         require_size(images.shape[2], images.shape[3], self.downsampling)
         return images.contiguous(memory_format=torch.channels_last)
+
+    def reconstruction_loss(
+        self, reconstruction: Float[Tensor, "b c h w"], images: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, ""]:
+        """Returns the mean squared error (HR-VQVAE, Eqs. 2 and 5) or the mean absolute error, as configured."""
+        error = F.mse_loss if self.config.reconstruction_loss == "mse" else F.l1_loss
+        return error(reconstruction, images)
 
     def freeze(self, parts: Sequence[PartName]) -> None:
         """See `Tokenizer.freeze`. Codebooks that are frozen have no moving averages either, and no revival."""
@@ -255,7 +265,7 @@ class ConvolutionalVQ(OneGrid[OneGridConfigT]):
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
 
     def forward(self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None) -> TokenizerOutput:
-        """Computes the losses `reconstruction` (squared error) and those of the quantizer.
+        """Computes the losses `reconstruction` (see `reconstruction_loss`) and those of the quantizer.
 
         Args:
             images: images in [-1, 1].
@@ -263,7 +273,7 @@ class ConvolutionalVQ(OneGrid[OneGridConfigT]):
         """
         quantized = self.quantize(self.encoder(self.prepared(images)), seeds)
         reconstruction = self.decoder(quantized.z_q).float()
-        losses = {"reconstruction": F.mse_loss(reconstruction, images), **quantized.losses}  # Eqs. 2 and 5
+        losses = {"reconstruction": self.reconstruction_loss(reconstruction, images), **quantized.losses}
         return TokenizerOutput(reconstruction, (quantized.codes,), losses)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -87,7 +86,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
         return Layout(tuple(Level(h, w, radices=(self.config.codebook_size,)) for h, w in grids))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> TokenizerOutput:
-        """Computes the losses: `reconstruction` (squared error), and those of `LinkedQuantizer` summed over levels."""
+        """Computes the losses `reconstruction` (see `reconstruction_loss`) and those of all levels' quantizers."""
         outputs = []
 
         def quantize(quantizer: LinkedQuantizer, z_e: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
             return outputs[-1].z_q
 
         reconstruction = self.decoder(self._quantize_levels(images, quantize)).float()
-        losses = {"reconstruction": F.mse_loss(reconstruction, images)}
+        losses = {"reconstruction": self.reconstruction_loss(reconstruction, images)}
         for name in outputs[0].losses:
             losses[name] = torch.stack([output.losses[name] for output in outputs]).sum()
         return TokenizerOutput(reconstruction, tuple(output.codes for output in outputs), losses)

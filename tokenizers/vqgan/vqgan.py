@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -44,6 +43,8 @@ class VQGANConfig(OneCodebookConfig):
     architecture: Literal["vqgan", "maskgit"] = added("vqgan")
     """`vqgan` is the network of the VQ-GAN paper. `maskgit` is MaskGIT's, without attention and 1x1 convolutions around
     the codes; it needs --no-middle-attention and a --latent-width equal to --code-width."""
+    reconstruction_loss: Literal["mse", "l1"] = added("l1")
+    """Reconstruction loss: `l1`, the mean absolute error of the authors' code, or `mse`, the mean squared error."""
     latent_width: int = 64
     """Channels between the networks and the 1x1 convolutions to and from codewords."""
     norm_groups: int = 32
@@ -119,7 +120,7 @@ class VQGAN(OneGrid[VQGANConfig]):
         return code_radices(config.quantizer, radices_of(config.branching, config.depth), config.levels)
 
     def forward(self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None) -> TokenizerOutput:
-        """Computes the losses `reconstruction` (absolute error) and those of the quantizer.
+        """Computes the losses `reconstruction` (see `reconstruction_loss`) and those of the quantizer.
 
         The perceptual and adversarial losses are computed in `losses.py`.
 
@@ -129,7 +130,7 @@ class VQGAN(OneGrid[VQGANConfig]):
         """
         quantized = self.quantize(self.encoder(self.prepared(images)), seeds)
         reconstruction = self.decoder(quantized.z_q).float()
-        losses = {"reconstruction": F.l1_loss(reconstruction, images), **quantized.losses}
+        losses = {"reconstruction": self.reconstruction_loss(reconstruction, images), **quantized.losses}
         return TokenizerOutput(reconstruction, (quantized.codes,), losses)
 
     def phases(self, fit: FitConfig) -> list[Phase]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from smalti import (
     HRVQ,
+    VQGAN,
     VQVAE,
     VQVAE2,
     HRVQConfig,
@@ -221,3 +222,21 @@ def test_vqvae2_commands_train_build_and_inspect(tmp_path, monkeypatch, capfd):
     )
     inspect_latents.main()
     assert {"c.png", "p.png"} <= set(os.listdir())
+
+
+@pytest.mark.parametrize("cls", [VQVAE, VQVAE2, HRVQ, VQGAN])
+@torch.no_grad()
+def test_reconstruction_loss_is_the_configured_error(cls):
+    """It changes neither codes nor digest; VQ-GAN has the absolute error by default, the others the squared one."""
+    sizes = {**SMALL, "widths": (8, 8), **({"norm_groups": 4, "latent_width": 8} if cls is VQGAN else {})}
+    images, losses, digests = images_of(), {}, set()
+    for loss in ("mse", "l1"):
+        torch.manual_seed(0)
+        model = cls(cls.config_class(**sizes, reconstruction_loss=loss)).eval()
+        output = model(images)
+        losses[loss], error = float(output.losses["reconstruction"]), (output.reconstruction - images).double()
+        assert losses[loss] == pytest.approx(float(error.square().mean() if loss == "mse" else error.abs().mean()))
+        digests.add(model.code_digest())
+    assert len(digests) == 1
+    default = cls.config_class(**sizes).reconstruction_loss
+    assert default == ("l1" if cls is VQGAN else "mse")
