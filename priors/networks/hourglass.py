@@ -222,8 +222,8 @@ class Hourglass(CodePrior):
     There is no time input and no mask token, since SUNDAE needs neither. The vectors of the condition and of the
     coarser levels are added to the input at every position.
 
-    Deviations: absolute position embeddings are added to the input, unless `absolute_positions` is false; features
-    then do not depend on where the grid lies on a canvas. A grid that s does not divide ends in
+    Deviations: absolute position embeddings are added to the input, unless `absolute_positions` is false. Without them,
+    features depend only on offsets between positions. A grid that s does not divide ends in
     partial patches, whose missing positions count as zeros and are never attended to.
     """
 
@@ -234,7 +234,6 @@ class Hourglass(CodePrior):
 
     def __init__(self, config: HourglassConfig) -> None:
         super().__init__(config)
-        self.absolute_positions = config.absolute_positions
         self.rotary = AxialRotary(config.model_width // config.heads)
         self.body = self.stage_class(config, config.depth, config.shorten)
         self.norm = nn.LayerNorm(config.model_width)
@@ -256,7 +255,7 @@ class Hourglass(CodePrior):
         """Computes features; see `CodePrior.features`."""
         _, h, w = codes.shape
         x = self.embed(codes)  # b n d
-        if self.absolute_positions:
+        if self.config.absolute_positions:
             x = x + sinusoidal_positions(h, w, x.shape[-1], x.device)
         if self.of_upper:
             x = x + rearrange(self.of_upper(upper, h, w), "b h w d -> b (h w) d")

@@ -87,7 +87,7 @@ def pair_table(part: PairPart, config: ReproducePriors, results: dict[str, list[
         f"{config.data}, {setup.grid}, {what}, {config.steps} steps: held-out loss, nats a code; the mean of "
         f"{len(losses[first])} seed(s), from the least to the most. A seed's two runs share rows and draws.",
         "",
-        f"| {titles[first]} | {titles[second]} | {second} less {first}, by seed |",
+        f"| {titles[first]} | {titles[second]} | the second's less the first's, by seed |",
         "|---:|---:|---|",
         f"| {in_spread(losses[first], '.4f')} | {in_spread(losses[second], '.4f')} | {differences or NONE} |",
     ]

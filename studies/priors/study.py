@@ -79,7 +79,9 @@ class Setup:
     models: dict[str, Model]
 
 
-_SMALL, _MEDIUM = {"model_width": 96, "heads": 3}, {"model_width": 128, "heads": 4}
+_ROTARY: dict[str, Any] = {"absolute_positions": False}
+"""The networks of all parts but `positions`, as they were measured, and as the draft paper has them."""
+_SMALL, _MEDIUM = {"model_width": 96, "heads": 3, **_ROTARY}, {"model_width": 128, "heads": 4, **_ROTARY}
 
 
 def _resampling(grid: Grid, depth: tuple[int, ...]) -> Setup:
@@ -116,7 +118,11 @@ SETUPS: dict[Part, Setup] = {
         Grid(32, 2),
         32,
         "sampler_steps",
-        {"SUNDAE": Model("hourglass", {}), "masked codes": Model("maskgit", {}), "PixelCNN": Model("pixelcnn", {})},
+        {
+            "SUNDAE": Model("hourglass", _ROTARY),
+            "masked codes": Model("maskgit", _ROTARY),
+            "PixelCNN": Model("pixelcnn", {}),
+        },
     ),
     "head": Setup(
         Grid(32, 2, branching=32),

@@ -98,7 +98,7 @@ def trained(cell: Cell, config: ReproducePriors) -> Path:
     """Returns the folder of a run, trained to the end.
 
     Its result file has the number of parameters and the final held-out loss by its own objective, nats per code; for
-    SUNDAE in the parts `positions` also `losses_by_corruption`.
+    SUNDAE in the parts `positions` also those of `losses_by_corruption`, as `by_corruption`.
     """
     setup = SETUPS[cell.part]
     model = setup.models[cell.model]

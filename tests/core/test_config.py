@@ -139,6 +139,6 @@ def test_off_values_of_added_fields_do_not_depend_on_what_is_set():
 
 
 def test_digests_leave_out_added_fields_at_their_off_value_alone():
-    """So an older checkpoint keeps its digest, although new ones have another default."""
+    """An older checkpoint keeps its digest, although new ones have another default."""
     old, new = Grown(later=0.5, better=False), Grown()
     assert digest("kind", old, {}) == digest("kind", Older("new"), {}) != digest("kind", new, {})

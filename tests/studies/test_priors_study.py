@@ -225,16 +225,18 @@ def test_canvas_has_the_borders_of_its_windows_and_tiles(folder):
 
 
 @torch.no_grad()
-def test_losses_by_corruption_are_those_of_random_codes(folder):
-    """At 100 % no code is left of the original grid; the mean is over all held-out rows and positions."""
+@pytest.mark.parametrize("percent", [25, 100])
+@torch.no_grad()
+def test_losses_by_corruption_are_means_over_all_held_out_codes(folder, percent):
     run = trained(Cell("positions", "with", 2), CONFIG)
     prior, measured = load(run, "prior"), results(folder)[run.name]["by_corruption"]
     rows = LatentRows(LatentSet(latents_of(SETUPS["positions"].grid, CONFIG)), split="held_out")
     batch = rows.__getitems__(range(len(rows)))
     assert list(measured) == ["25", "50", "75", "100"]
-    random = corrupt(prior.head, torch.zeros_like(batch["codes"]), row_seeds(0, batch["rows"]), 1.0)
-    features = prior.features(random, condition=batch["labels"] if prior.classes else None)
-    assert measured["100"] == pytest.approx(float(prior.head.nll(features, batch["codes"].flatten(1)).mean()), rel=1e-5)
+    corrupted = corrupt(prior.head, batch["codes"], row_seeds(0, batch["rows"]), percent / 100)
+    features = prior.features(corrupted, condition=batch["labels"] if prior.classes else None)
+    nll = float(prior.head.nll(features, batch["codes"].flatten(1)).mean())
+    assert measured[str(percent)] == pytest.approx(nll, rel=1e-5)
 
 
 def test_study_resumes_with_missing_runs_only(folder):

@@ -146,6 +146,14 @@ def test_setting_that_the_old_run_lacks_has_its_off_value(tmp_path):
         Run(tmp_path, {**SETTINGS, **off, "gradient": "turned"}, off=off)
 
 
+def test_older_run_is_refused_by_the_flag_that_resumes_it(tmp_path):
+    """A setting that is on by default now was off then, and the message names the flag for it."""
+    started(tmp_path)
+    with pytest.raises(UserError, match="holds a run with --no-absolute-positions, not --absolute-positions; give"):
+        Run(tmp_path, {**SETTINGS, "absolute_positions": True}, off={"absolute_positions": False})
+    assert Run(tmp_path, {**SETTINGS, "absolute_positions": False}, off={"absolute_positions": False}).step == 5
+
+
 def test_resume_never_deletes_the_run(tmp_path):
     started(tmp_path)
     other = Run(tmp_path, SETTINGS, main=False, resume="never")

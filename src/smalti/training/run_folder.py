@@ -118,10 +118,10 @@ class Run:
         changed = sorted(filter(differs, (before.keys() | self.settings.keys()) - FREE_SETTINGS))
         if changed:
             first = changed[0]
+            then, now = (each.get(first, self.off.get(first)) for each in (before, self.settings))
             raise UserError(
-                f"{self.folder} holds a run with {_as_typed(first, before.get(first))}, not "
-                f"{_as_typed(first, self.settings.get(first))}; give the same settings to resume it, "
-                "another --out, or --resume never to delete that run"
+                f"{self.folder} holds a run with {_as_typed(first, then)}, not {_as_typed(first, now)}; give the same "
+                "settings to resume it, another --out, or --resume never to delete that run"
             )
 
     def state(self) -> dict[str, Any] | None:

@@ -123,3 +123,11 @@ with torch.autocast("cpu", torch.bfloat16):
     assert torch.equal(compiled(batch)[0], objective(batch)[0])
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+def test_corruption_at_a_rate_replaces_that_share_of_codes(rate):
+    """A random code of 16 equals the original in one of 16 positions."""
+    head, codes = FactorizedHead((4, 4), 8), torch.zeros(64, 16, 16, dtype=torch.int64)
+    corrupted = corrupt(head, codes, row_seeds(0, torch.arange(64)), rate)
+    assert float((corrupted != codes).float().mean()) == pytest.approx(rate * 15 / 16, abs=0.01)

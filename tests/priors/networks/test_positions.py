@@ -18,8 +18,8 @@ def test_sinusoids_are_those_of_the_formula():
     for row in range(h):
         for column in range(w):
             expected = [
-                2**0.5 * function(place / ROTARY_THETA ** (i / 3))
-                for place in (row, column)
+                2**0.5 * function(coordinate / ROTARY_THETA ** (i / 3))
+                for coordinate in (row, column)
                 for function in (math.sin, math.cos)
                 for i in range(3)
             ]
@@ -46,13 +46,13 @@ def test_features_are_those_of_codes_whose_embedding_holds_the_sinusoids(monkeyp
 
 
 @pytest.mark.parametrize("kind", [Hourglass, MaskGIT])
-def test_a_grid_of_one_code_tells_positions_apart_only_with_them(kind):
-    """What attention with rotary embeddings alone cannot: all codes are equal, so that each position sees the same."""
+def test_features_on_a_grid_of_equal_codes_differ_only_with_absolute_positions(kind):
+    """Attention with rotary embeddings alone cannot: all codes are equal, so all keys and values are."""
     codes = torch.full((1, 4, 6), MASK_TOKEN if kind is MaskGIT else 5)
     shape = {"depth": (0, 2, 0), "shorten": (2,)}
     with torch.no_grad():
-        blind = model_of(kind, absolute_positions=False, **shape).features(codes)[0].view(2, 2, 3, 2, -1)
-        told = model_of(kind, absolute_positions=True, **shape).features(codes)[0]
-    patches = blind.transpose(1, 2).flatten(0, 1)  # patch, row and column in it, d
+        relative = model_of(kind, absolute_positions=False, **shape).features(codes)[0].view(2, 2, 3, 2, -1)
+        absolute = model_of(kind, absolute_positions=True, **shape).features(codes)[0]
+    patches = relative.transpose(1, 2).flatten(0, 1)  # patch, row and column in it, d
     assert torch.allclose(patches, patches[:1].expand_as(patches), atol=1e-5)
-    assert torch.cdist(told, told).fill_diagonal_(1.0).min() > 1e-2
+    assert torch.cdist(absolute, absolute).fill_diagonal_(1.0).min() > 1e-2

@@ -69,16 +69,18 @@ def decoder_with_weights_of(prior) -> Decoder:
     return decoder.eval()
 
 
+@pytest.mark.parametrize("absolute", [True, False])
 @torch.no_grad()
-def test_features_equal_those_of_x_transformers():
-    prior = transformer_of(3, 5, radices=(4,), classes=2, layers=3, model_width=32)
+def test_features_equal_those_of_x_transformers(absolute):
+    prior = transformer_of(3, 5, radices=(4,), classes=2, layers=3, model_width=32, absolute_positions=absolute)
     for name, parameter in prior.named_parameters():
         if "norm" in name and name.endswith("weight"):
             parameter.uniform_(0.5, 2.0)
     codes, labels = random_codes(prior, 4, 3, 5), torch.tensor([-1, 0, 1, 1])
     embedded = prior.head.embedding[codes.flatten(1)]
     x = torch.cat([prior.start.expand(4, 1, -1), embedded[:, :-1]], 1) + prior.of_class.vectors.weight[labels + 1, None]
-    x = x + sinusoidal_positions(3, 5, 32, torch.device("cpu"))
+    if absolute:
+        x = x + sinusoidal_positions(3, 5, 32, torch.device("cpu"))
     theirs = decoder_with_weights_of(prior)(x, rotary_pos_emb=(AxialRotary(16)(3, 5), None))
     assert torch.allclose(prior.features(codes, labels), theirs, atol=2e-4)
     turned = decoder_with_weights_of(prior)(x, rotary_pos_emb=(AxialRotary(16)(5, 3), None))

@@ -227,7 +227,7 @@ def test_vqvae2_commands_train_build_and_inspect(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("cls", [VQVAE, VQVAE2, HRVQ, VQGAN])
 @torch.no_grad()
 def test_reconstruction_loss_is_the_configured_error(cls):
-    """It changes neither codes nor digest; VQ-GAN has the absolute error by default, the others the squared one."""
+    """It does not change the digest of the codes. VQ-GAN's default is the absolute error, the others' the squared."""
     sizes = {**SMALL, "widths": (8, 8), **({"norm_groups": 4, "latent_width": 8} if cls is VQGAN else {})}
     images, losses, digests = images_of(), {}, set()
     for loss in ("mse", "l1"):
