@@ -248,16 +248,19 @@ class CausalPrior(CodePrior):
         w: int,
         condition: Condition | None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...],
-    ) -> Float[Tensor, "b _h _w d"] | None:
-        """Returns the sum of the vectors of the condition and of the coarser levels.
-
-        There is one for each position, or a single one (1x1) without coarser levels. None without any conditioning.
-        """
+    ) -> Float[Tensor, "_b _h _w d"] | None:
+        """Returns the sum of the vectors of condition, coarser levels and positions, which broadcasts; or None."""
         vectors = self.of_upper(upper, h, w) if self.of_upper else None
         if (vector := self.condition_vector(condition, b)) is not None:
             vector = rearrange(vector, "b d -> b 1 1 d")
             vectors = vector if vectors is None else vectors + vector
+        if (positions := self.position_vectors(h, w)) is not None:
+            vectors = positions if vectors is None else vectors + positions
         return vectors
+
+    def position_vectors(self, _h: int, _w: int) -> Float[Tensor, "1 _h _w d"] | None:
+        """Returns the absolute position embeddings of a grid; None for a network without them."""
+        return None
 
     @abstractmethod
     def decode_stepwise(

@@ -223,8 +223,8 @@ class Hourglass(CodePrior):
     coarser levels are added to the input at every position.
 
     Deviations: absolute position embeddings are added to the input, unless `absolute_positions` is false. Without them,
-    features depend only on offsets between positions. A grid that s does not divide ends in
-    partial patches, whose missing positions count as zeros and are never attended to.
+    features depend only on offsets between positions. A grid that s does not divide ends in partial patches, whose
+    missing positions count as zeros and are never attended to.
     """
 
     kind = "hourglass"

@@ -132,7 +132,7 @@ class Transformer(CausalPrior):
         start = self.start.expand(b, 1, -1)
         x = torch.cat([start, self.head.embed(codes)[:, :-1]], dim=1)
         x = rearrange(x, "b (h w) d -> b h w d", h=h)
-        vectors = self._input_vectors(b, h, w, condition, upper)
+        vectors = self.condition_vectors(b, h, w, condition, upper)
         if vectors is not None:
             x = x + vectors
         if torch.is_autocast_enabled(x.device.type):  # otherwise every layer and residual sum would cast
@@ -153,7 +153,7 @@ class Transformer(CausalPrior):
         if self._exceeds_training(h, w):
             yield from decode_windows(self, b, h, w, condition, upper)
             return
-        vectors = self._input_vectors(b, h, w, condition, upper)
+        vectors = self.condition_vectors(b, h, w, condition, upper)
         if vectors is not None:
             vectors = rearrange(vectors.expand(b, h, w, -1), "b h w d -> b (h w) d")
         layers = [layer.kv_cached(b, h, w) for layer in cast(list[Block], list(self.layers))]
@@ -166,21 +166,12 @@ class Transformer(CausalPrior):
             codes = yield self.norm(x)[:, None]
             x = self.head.embed(codes)[:, 0]
 
-    def _input_vectors(
-        self,
-        b: int,
-        h: int,
-        w: int,
-        condition: Condition | None,
-        upper: tuple[Int64[Tensor, "b _y _x"], ...],
-    ) -> Float[Tensor, "_b _h _w d"] | None:
-        """Returns `condition_vectors` plus the absolute position embeddings, if the network has them."""
-        vectors = self.condition_vectors(b, h, w, condition, upper)
+    def position_vectors(self, h: int, w: int) -> Float[Tensor, "1 h w d"] | None:
+        """See `CausalPrior.position_vectors`."""
         if not self.config.absolute_positions:
-            return vectors
+            return None
         positions = sinusoidal_positions(h, w, self.start.shape[-1], self.start.device)
-        positions = rearrange(positions, "(h w) d -> 1 h w d", h=h)
-        return positions if vectors is None else vectors + positions
+        return rearrange(positions, "(h w) d -> 1 h w d", h=h)
 
     def _exceeds_training(self, h: int, w: int) -> bool:
         return h > self.level.height or w > self.level.width

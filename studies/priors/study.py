@@ -100,7 +100,7 @@ RESAMPLING: dict[ResamplingPart, Setup] = {
 
 
 def _positions(grid: Grid, kind: str) -> Setup:
-    models = {"with": Model(kind, {}), "without": Model(kind, {"absolute_positions": False})}
+    models = {"with": Model(kind, {}), "without": Model(kind, _ROTARY)}
     return Setup(grid, 32, "steps", models)
 
 

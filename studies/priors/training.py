@@ -31,6 +31,7 @@ from smalti.latentsets.reader import LatentSet
 from smalti.priors.base import CodePrior
 from smalti.priors.grids import grids
 from smalti.priors.methods.sundae import SUNDAE, corrupt
+from smalti.studies.experiment import count_parameters
 from smalti.studies.flat_codes import flatten_codes
 from smalti.studies.priors.study import POSITIONS, SETUPS, Cell, Grid, Model, Part, ReproducePriors
 from smalti.tokenizers.vq.hrvq import HRVQConfig
@@ -117,8 +118,7 @@ def trained(cell: Cell, config: ReproducePriors) -> Path:
     if not (folder / RESULT_NAME).exists():
         train_prior(replace(settings, latents=latents, out=folder))
         prior = load(folder, "prior")
-        parameters = sum(parameter.numel() for parameter in prior.parameters())
-        measured = {"held_out_loss": last_metrics(folder)["held_out_loss"], "parameters": parameters}
+        measured = {"held_out_loss": last_metrics(folder)["held_out_loss"], "parameters": count_parameters(prior)}
         if cell.part in POSITIONS and isinstance(prior, CodePrior) and prior.method is SUNDAE:
             measured["by_corruption"] = losses_by_corruption(prior, latents)
         write_json(folder / RESULT_NAME, measured)

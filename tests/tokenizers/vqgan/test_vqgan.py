@@ -55,6 +55,13 @@ def test_vqgan_with_linked_codebooks():
     assert vqgan().layout == Layout((Level(8, 8, (5,)),))
 
 
+def test_reconstruction_loss_is_the_absolute_error():
+    images, tokenizer = images_of(), vqgan(codebook_learning="gradient")
+    output = tokenizer(images)
+    assert set(output.losses) == {"reconstruction", "commitment", "codebook"}
+    torch.testing.assert_close(output.losses["reconstruction"], (output.reconstruction - images).abs().mean())
+
+
 def test_middle_without_attention_has_two_blocks():
     one, other = (vqgan(middle_attention=attention).state_dict() for attention in (True, False))
     assert sum(name.endswith("q.weight") for name in one) == 2
