@@ -56,6 +56,9 @@ class HourglassConfig(PriorConfig):
     """Absolute position embeddings: sinusoids of row and column, added to the input. Rotary embeddings encode only the
     offset between two positions; with both, a prior of aligned images such as portraits learns faster. Turn it off for
     textures that are to be sampled on larger canvases."""
+    qk_norm: bool = added(off=False, default=True)
+    """QK-norm: RMSNorm on the queries and keys of each attention head, so that their length, which sets how sharp
+    attention is, is learned. A prior learns faster with it (docs/notebook/priors.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +146,7 @@ class Blocks(nn.Module):
             heads=config.heads,
             attn_dim_head=config.model_width // config.heads,
             attn_flash=True,
+            attn_qk_rmsnorm=config.qk_norm,
             ff_mult=config.feedforward_mult,
             attn_sublayer_dropout=config.dropout,
             ff_sublayer_dropout=config.dropout,
@@ -223,7 +227,8 @@ class Hourglass(CodePrior):
     coarser levels are added to the input at every position.
 
     Deviations: absolute position embeddings are added to the input, unless `absolute_positions` is false. Without them,
-    features depend only on offsets between positions. A grid that s does not divide ends in partial patches, whose
+    features depend only on offsets between positions. Queries and keys are normalized, unless `qk_norm` is false (as in
+    arXiv 2302.05442, with RMSNorm for LayerNorm). A grid that s does not divide ends in partial patches, whose
     missing positions count as zeros and are never attended to.
     """
 

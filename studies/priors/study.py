@@ -18,7 +18,8 @@ from smalti.studies.priors.resampling_variants import RunsHourglass
 
 ResamplingPart: TypeAlias = Literal["resampling", "resampling-outer", "resampling-16", "resampling-outer-16"]
 PositionPart: TypeAlias = Literal["positions", "positions-16", "positions-maskgit", "positions-transformer"]
-PairPart: TypeAlias = ResamplingPart | PositionPart
+NetworkPart: TypeAlias = Literal["network", "network-16", "network-maskgit"]
+PairPart: TypeAlias = ResamplingPart | PositionPart | NetworkPart
 Part: TypeAlias = PairPart | Literal["samplers", "head", "depth", "canvas"]
 DataName: TypeAlias = Literal["mnist", "cifar10", "emoji", "portraits"]
 
@@ -80,8 +81,9 @@ class Setup:
 
 
 _ROTARY: dict[str, Any] = {"absolute_positions": False}
-"""The networks of all parts but `positions`, as they were measured, and as the draft paper has them."""
-_SMALL, _MEDIUM = {"model_width": 96, "heads": 3, **_ROTARY}, {"model_width": 128, "heads": 4, **_ROTARY}
+_BEFORE: dict[str, Any] = {**_ROTARY, "qk_norm": False}
+"""The networks of all parts but `positions` and `network`, as they were measured, and as the draft paper has them."""
+_SMALL, _MEDIUM = {"model_width": 96, "heads": 3, **_BEFORE}, {"model_width": 128, "heads": 4, **_BEFORE}
 
 
 def _resampling(grid: Grid, depth: tuple[int, ...]) -> Setup:
@@ -100,8 +102,13 @@ RESAMPLING: dict[ResamplingPart, Setup] = {
 
 
 def _positions(grid: Grid, kind: str) -> Setup:
-    models = {"with": Model(kind, {}), "without": Model(kind, _ROTARY)}
+    measured = {} if kind == "transformer" else {"qk_norm": False}
+    models = {"with": Model(kind, measured), "without": Model(kind, {**measured, **_ROTARY})}
     return Setup(grid, 32, "steps", models)
+
+
+def _network(grid: Grid, kind: str) -> Setup:
+    return Setup(grid, 32, "steps", {"now": Model(kind, {}), "before": Model(kind, _BEFORE)})
 
 
 POSITIONS: dict[PositionPart, Setup] = {
@@ -110,7 +117,12 @@ POSITIONS: dict[PositionPart, Setup] = {
     "positions-maskgit": _positions(Grid(32, 2), "maskgit"),
     "positions-transformer": _positions(Grid(32, 2), "transformer"),
 }
-PAIRS: dict[PairPart, Setup] = {**RESAMPLING, **POSITIONS}
+NETWORKS: dict[NetworkPart, Setup] = {
+    "network": _network(Grid(32, 2), "hourglass"),
+    "network-16": _network(_16, "hourglass"),
+    "network-maskgit": _network(Grid(32, 2), "maskgit"),
+}
+PAIRS: dict[PairPart, Setup] = {**RESAMPLING, **POSITIONS, **NETWORKS}
 """Parts that compare two models, trained for the same number of steps with several seeds."""
 SETUPS: dict[Part, Setup] = {
     **PAIRS,
@@ -119,8 +131,8 @@ SETUPS: dict[Part, Setup] = {
         32,
         "sampler_steps",
         {
-            "SUNDAE": Model("hourglass", _ROTARY),
-            "masked codes": Model("maskgit", _ROTARY),
+            "SUNDAE": Model("hourglass", _BEFORE),
+            "masked codes": Model("maskgit", _BEFORE),
             "PixelCNN": Model("pixelcnn", {}),
         },
     ),
@@ -163,12 +175,13 @@ class ReproducePriors:
     at the lower resolution. samplers: SUNDAE, masked codes and PixelCNN, by sampling steps. head: the factorized head
     against one softmax. depth: the hourglass against a flat transformer. canvas: seams on a wide canvas.
     resampling-outer: patches against runs with blocks at the full resolution too; -16: both on 16x16 codes. positions:
-    the default hourglass with and without absolute position embeddings; also on 16x16 codes, in MaskGIT and in the
-    transformer."""
+    the hourglass with and without absolute position embeddings; also on 16x16 codes, in MaskGIT and in the transformer.
+    network: the default hourglass against one without absolute positions and QK-norm; also on 16x16 codes and in
+    MaskGIT."""
     seeds: int = 3
-    """Seeds, and so runs, of each model in the parts resampling and positions; other parts have one."""
+    """Seeds, and so runs, of each model in the parts resampling, positions and network; other parts have one."""
     steps: int = 400
-    """Training steps of each run in the parts resampling and positions."""
+    """Training steps of each run in the parts resampling, positions and network."""
     sampler_steps: int = 1_000
     """Training steps of SUNDAE in the part samplers; masked codes and PixelCNN train for the same time."""
     head_steps: int = 120

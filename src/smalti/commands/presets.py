@@ -322,6 +322,8 @@ def _sundae(
         report_steps=5_000,
         save_steps=2_000,
     )
-    model = HourglassConfig(model_width=1024, heads=8, depth=(2, middle, 2), shorten=(2,), absolute_positions=False)
+    model = HourglassConfig(
+        model_width=1024, heads=8, depth=(2, middle, 2), shorten=(2,), absolute_positions=False, qk_norm=False
+    )
     objective = SundaeConfig(unrolled_steps=unrolled_steps)
     return TrainPrior(model=model, objective=objective, fit=fit, prior=kind, preset=name)

@@ -46,15 +46,22 @@ def by_hand(model: Hourglass, codes: Tensor) -> Tensor:
         pairs = torch.view_as_complex(t.reshape(*t.shape[:-1], -1, 2).contiguous())
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
-    scores = rotated(split(attention.to_q)) @ rotated(split(attention.to_k)).mT / (d // heads) ** 0.5
+    queries, keys = split(attention.to_q), split(attention.to_k)
+    if model.config.qk_norm:
+        queries, keys = (
+            F.rms_norm(vectors, vectors.shape[-1:], eps=0) * (norm.gamma + 1)
+            for vectors, norm in ((queries, attention.q_rmsnorm), (keys, attention.k_rmsnorm))
+        )
+    scores = rotated(queries) @ rotated(keys).mT / (d // heads) ** 0.5
     x = x + attention.to_out((scores.softmax(-1) @ split(attention.to_v)).transpose(1, 2).flatten(2))
     first, last = (layer for layer in feedforward.modules() if isinstance(layer, nn.Linear))
     x = x + last(F.gelu(first(F.layer_norm(x, (d,)) * feedforward_gain)))
     return F.layer_norm(x, (d,), model.norm.weight, model.norm.bias)
 
 
-def test_one_block_is_pre_norm_attention_with_axial_rotations():
-    model = model_of(depth=(1,), shorten=())
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_one_block_is_pre_norm_attention_with_axial_rotations(qk_norm):
+    model = model_of(depth=(1,), shorten=(), qk_norm=qk_norm)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
