@@ -20,7 +20,7 @@ from smalti.priors.methods.sundae import SundaeConfig
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 
-TOKENIZER = HRVQConfig(depth=3, branching=16, codebook_decay=0.99, revive_below=0.01)
+TOKENIZER = HRVQConfig(depth=3, branching=16, codebook_decay=0.99, revive_below=0.01, reconstruction_loss="l1")
 PRIOR = HourglassConfig()
 
 

@@ -66,7 +66,7 @@ class TrainPrior(Generic[C, Objective]):
     """The training objective."""
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(
-            steps=3_000, batch_size=32, learning_rate=3e-3, optimizer="muon", decay_fraction=0.75, ema_decay=0.998
+            steps=3_000, batch_size=32, learning_rate=5e-3, optimizer="muon", decay_fraction=0.75, ema_decay=0.998
         )
     )
     prior: str = "hourglass"
