@@ -35,8 +35,8 @@ TITLES = {
     "runs": "runs of 4",
     "with": "with absolute positions",
     "without": "without",
-    "now": "with absolute positions and QK-norm",
-    "before": "with neither",
+    "now": "the defaults",
+    "before": "those of before",
 }
 """Titles of the models of pairs."""
 SHOWN, SHOWN_STEPS, SHOWN_CANVASES = 10, (4, 16, 100), 3  # samples in a row, step counts with a row, canvases

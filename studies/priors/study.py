@@ -18,8 +18,8 @@ from smalti.studies.priors.resampling_variants import RunsHourglass
 
 ResamplingPart: TypeAlias = Literal["resampling", "resampling-outer", "resampling-16", "resampling-outer-16"]
 PositionPart: TypeAlias = Literal["positions", "positions-16", "positions-maskgit", "positions-transformer"]
-NetworkPart: TypeAlias = Literal["network", "network-16", "network-maskgit"]
-PairPart: TypeAlias = ResamplingPart | PositionPart | NetworkPart
+DefaultsPart: TypeAlias = Literal["defaults", "defaults-16", "defaults-maskgit"]
+PairPart: TypeAlias = ResamplingPart | PositionPart | DefaultsPart
 Part: TypeAlias = PairPart | Literal["samplers", "head", "depth", "canvas"]
 DataName: TypeAlias = Literal["mnist", "cifar10", "emoji", "portraits"]
 
@@ -55,11 +55,13 @@ class Model:
         kind: kind of the prior.
         changes: settings of its network that differ from the kind's defaults.
         flat: whether it learns the codes as single digits, so that its head is one softmax.
+        learning_rate: that of its training [default: that of `train_prior`].
     """
 
     kind: str
     changes: dict[str, Any]
     flat: bool = False
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Setup:
 
 _ROTARY: dict[str, Any] = {"absolute_positions": False}
 _BEFORE: dict[str, Any] = {**_ROTARY, "qk_norm": False}
-"""The networks of all parts but `positions` and `network`, as they were measured, and as the draft paper has them."""
+"""The networks of all parts but `positions` and `defaults`, as they were measured, and as the draft paper has them."""
 _SMALL, _MEDIUM = {"model_width": 96, "heads": 3, **_BEFORE}, {"model_width": 128, "heads": 4, **_BEFORE}
 
 
@@ -107,8 +109,8 @@ def _positions(grid: Grid, kind: str) -> Setup:
     return Setup(grid, 32, "steps", models)
 
 
-def _network(grid: Grid, kind: str) -> Setup:
-    return Setup(grid, 32, "steps", {"now": Model(kind, {}), "before": Model(kind, _BEFORE)})
+def _defaults(grid: Grid, kind: str) -> Setup:
+    return Setup(grid, 32, "steps", {"now": Model(kind, {}), "before": Model(kind, _BEFORE, learning_rate=3e-3)})
 
 
 POSITIONS: dict[PositionPart, Setup] = {
@@ -117,12 +119,12 @@ POSITIONS: dict[PositionPart, Setup] = {
     "positions-maskgit": _positions(Grid(32, 2), "maskgit"),
     "positions-transformer": _positions(Grid(32, 2), "transformer"),
 }
-NETWORKS: dict[NetworkPart, Setup] = {
-    "network": _network(Grid(32, 2), "hourglass"),
-    "network-16": _network(_16, "hourglass"),
-    "network-maskgit": _network(Grid(32, 2), "maskgit"),
+DEFAULTS: dict[DefaultsPart, Setup] = {
+    "defaults": _defaults(Grid(32, 2), "hourglass"),
+    "defaults-16": _defaults(_16, "hourglass"),
+    "defaults-maskgit": _defaults(Grid(32, 2), "maskgit"),
 }
-PAIRS: dict[PairPart, Setup] = {**RESAMPLING, **POSITIONS, **NETWORKS}
+PAIRS: dict[PairPart, Setup] = {**RESAMPLING, **POSITIONS, **DEFAULTS}
 """Parts that compare two models, trained for the same number of steps with several seeds."""
 SETUPS: dict[Part, Setup] = {
     **PAIRS,
@@ -176,12 +178,12 @@ class ReproducePriors:
     against one softmax. depth: the hourglass against a flat transformer. canvas: seams on a wide canvas.
     resampling-outer: patches against runs with blocks at the full resolution too; -16: both on 16x16 codes. positions:
     the hourglass with and without absolute position embeddings; also on 16x16 codes, in MaskGIT and in the transformer.
-    network: the default hourglass against one without absolute positions and QK-norm; also on 16x16 codes and in
-    MaskGIT."""
+    defaults: the default hourglass against that of before, without absolute positions and QK-norm at a learning rate of
+    3e-3; also on 16x16 codes and in MaskGIT."""
     seeds: int = 3
-    """Seeds, and so runs, of each model in the parts resampling, positions and network; other parts have one."""
+    """Seeds, and so runs, of each model in the parts resampling, positions and defaults; other parts have one."""
     steps: int = 400
-    """Training steps of each run in the parts resampling, positions and network."""
+    """Training steps of each run in the parts resampling, positions and defaults."""
     sampler_steps: int = 1_000
     """Training steps of SUNDAE in the part samplers; masked codes and PixelCNN train for the same time."""
     head_steps: int = 120

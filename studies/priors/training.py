@@ -33,7 +33,7 @@ from smalti.priors.grids import grids
 from smalti.priors.methods.sundae import SUNDAE, corrupt
 from smalti.studies.experiment import count_parameters
 from smalti.studies.flat_codes import flatten_codes
-from smalti.studies.priors.study import NETWORKS, POSITIONS, SETUPS, Cell, Grid, Model, Part, ReproducePriors
+from smalti.studies.priors.study import DEFAULTS, POSITIONS, SETUPS, Cell, Grid, Model, Part, ReproducePriors
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.training.config import FitConfig
 from smalti.training.run_folder import last_metrics
@@ -99,7 +99,7 @@ def trained(cell: Cell, config: ReproducePriors) -> Path:
     """Returns the folder of a run, trained to the end.
 
     Its result file has the number of parameters and the final held-out loss by its own objective, nats per code; for
-    SUNDAE in the parts `positions` and `network` also those of `losses_by_corruption`, as `by_corruption`.
+    SUNDAE in the parts `positions` and `defaults` also those of `losses_by_corruption`, as `by_corruption`.
     """
     setup = SETUPS[cell.part]
     model = setup.models[cell.model]
@@ -119,7 +119,7 @@ def trained(cell: Cell, config: ReproducePriors) -> Path:
         train_prior(replace(settings, latents=latents, out=folder))
         prior = load(folder, "prior")
         measured = {"held_out_loss": last_metrics(folder)["held_out_loss"], "parameters": count_parameters(prior)}
-        if cell.part in {**POSITIONS, **NETWORKS} and isinstance(prior, CodePrior) and prior.method is SUNDAE:
+        if cell.part in {**POSITIONS, **DEFAULTS} and isinstance(prior, CodePrior) and prior.method is SUNDAE:
             measured["by_corruption"] = losses_by_corruption(prior, latents)
         write_json(folder / RESULT_NAME, measured)
     return folder
@@ -147,9 +147,11 @@ def network(model: Model, config: ReproducePriors) -> Any:
 
 
 def fit_of(cell: Cell, config: ReproducePriors) -> FitConfig:
-    """Returns the defaults of `train_prior` with the run's steps, batch size and seed."""
+    """Returns the defaults of `train_prior` with the run's steps, batch size, rate and seed."""
+    defaults = TrainPrior(model=None, objective=None).fit
     return replace(
-        TrainPrior(model=None, objective=None).fit,
+        defaults,
+        learning_rate=SETUPS[cell.part].models[cell.model].learning_rate or defaults.learning_rate,
         steps=cell.steps,
         batch_size=SETUPS[cell.part].batch * config.factor,
         seed=cell.seed,
