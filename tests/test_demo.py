@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
 from helpers.image_toys import write_patches
 from PIL import Image
 
 from smalti import demo as module
+from smalti.core.errors import UserError
 from smalti.demo import Demo, demo
 
 
@@ -27,3 +29,9 @@ def test_demonstration_writes_all_pictures_and_is_not_repeated(tmp_path, monkeyp
     assert demo(config) == report
     assert "The demonstration is finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")} == before
+    monkeypatch.setattr(module, "PRIOR", replace(module.PRIOR, qk_norm=False))
+    report.unlink()
+    with pytest.raises(
+        UserError, match=r"demo holds a demonstration with other settings.*; remove the folder, or give"
+    ):
+        demo(config)

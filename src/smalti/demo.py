@@ -23,6 +23,7 @@ from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Precision, best_device, resolve
+from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.core.provenance import versions
 from smalti.images.decoding import to_float
@@ -35,7 +36,7 @@ from smalti.priors.methods.sundae import SundaeConfig, SundaeFilling, SundaeSamp
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.vq.hrvq import HRVQConfig
-from smalti.training.run_folder import RUN_NAME, last_metrics
+from smalti.training.run_folder import RUN_NAME, OtherSettingsError, last_metrics
 
 RECONSTRUCTIONS, SAMPLES, INPAINTING = "reconstructions.png", "samples.png", "inpainting.png"
 DENOISING = "denoising.gif"
@@ -53,9 +54,9 @@ class Demo:
 
     images: str = "portraits"
     """Images to train on, at 32x32 pixels: `portraits` or `emoji` (embedded), a folder, Parquet files or a hub id."""
-    tokenizer_steps: int = 800
+    tokenizer_steps: int = 780
     """Training steps of the tokenizer."""
-    prior_steps: int = 600
+    prior_steps: int = 570
     """Training steps of the prior. More steps are the surest way to better samples."""
     sampling: SundaeSampling = field(default_factory=SundaeSampling)
     """Sampler settings for the new images; fills use the defaults for filling."""
@@ -91,7 +92,13 @@ def demo(config: Demo) -> Path:
                 "redo it."
             )
         else:
-            _demo(config, settings)
+            try:
+                _demo(config, settings)
+            except OtherSettingsError as error:  # its advice names flags that the demonstration does not have
+                raise UserError(
+                    f"{config.out} holds a demonstration with other settings, or one that another version of smalti "
+                    "began; remove the folder, or give another --out"
+                ) from error
     return results[0]
 
 

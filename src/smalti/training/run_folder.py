@@ -42,6 +42,10 @@ _NOT_FLAGS = {
 }
 
 
+class OtherSettingsError(UserError):
+    """The folder holds a run with other settings."""
+
+
 class Run:
     """A folder that a training run writes to and resumes from. The main process locks it while the object exists.
 
@@ -119,7 +123,7 @@ class Run:
         if changed:
             first = changed[0]
             then, now = (each.get(first, self.off.get(first)) for each in (before, self.settings))
-            raise UserError(
+            raise OtherSettingsError(
                 f"{self.folder} holds a run with {_as_typed(first, then)}, not {_as_typed(first, now)}; give the same "
                 "settings to resume it, another --out, or --resume never to delete that run"
             )
