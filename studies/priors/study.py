@@ -55,13 +55,13 @@ class Model:
         kind: kind of the prior.
         changes: settings of its network that differ from the kind's defaults.
         flat: whether it learns the codes as single digits, so that its head is one softmax.
-        learning_rate: that of its training [default: that of `train_prior`].
+        learning_rate: that of its training, at which most parts were measured; None for the default of `train_prior`.
     """
 
     kind: str
     changes: dict[str, Any]
     flat: bool = False
-    learning_rate: float | None = None
+    learning_rate: float | None = 3e-3
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _positions(grid: Grid, kind: str) -> Setup:
 
 
 def _defaults(grid: Grid, kind: str) -> Setup:
-    return Setup(grid, 32, "steps", {"now": Model(kind, {}), "before": Model(kind, _BEFORE, learning_rate=3e-3)})
+    return Setup(grid, 32, "steps", {"now": Model(kind, {}, learning_rate=None), "before": Model(kind, _BEFORE)})
 
 
 POSITIONS: dict[PositionPart, Setup] = {
