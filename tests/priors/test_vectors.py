@@ -140,7 +140,7 @@ def test_checkpoint_keeps_the_vectors_scale(tmp_path):
 
 def test_priors_without_vectors_keep_their_digest():
     """The digest is that of the last version without vectors, of a prior whose weights are all 0.5."""
-    prior = Hourglass(replace(toys.TINY["hourglass"], absolute_positions=False))
+    prior = Hourglass(replace(toys.TINY["hourglass"], absolute_positions=False, qk_norm=False))
     state = {name: torch.full_like(tensor, 0.5) for name, tensor in prior.state_dict().items()}
     assert (
         models.digest(prior.kind, prior.config, state)
