@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import smalti.training.loop
+import smalti.training.optimizers
 from smalti.core.models import WEIGHTS_NAME
 from smalti.core.randomness import row_seeds
 from smalti.latentsets.reader import LatentSet
@@ -33,6 +34,12 @@ def on_both(work):
     AcceleratorState._reset_state(reset_partial_state=True)
     with on_fake_device():
         return cpu_result, work("fake_device")
+
+
+@pytest.fixture(autouse=True)
+def _muon_in_float32(monkeypatch):
+    """Some CPUs would compute Muon's steps in bf16, the fake device never."""
+    monkeypatch.setattr(smalti.training.optimizers, "has_native_bf16", lambda kind: False)
 
 
 @pytest.fixture
@@ -75,8 +82,10 @@ def test_training_equals_the_cpus_without_synchronizing(family, kind, tmp_path, 
         return load_file(tmp_path / name / WEIGHTS_NAME), toys.measured(tmp_path / name)
 
     (weights, lines), (others, other_lines) = on_both(train)
-    for name, tensor in weights.items():  # attention and gradients of convolutions are summed in another order
-        torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4)
+    # attention and gradients of convolutions are summed in another order, which adversarial training amplifies
+    factor = 20 if kind == "vqgan" else 1
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, rtol=factor * 1e-3, atol=factor * 1e-4)
     assert [line.keys() for line in lines] == [line.keys() for line in other_lines]
 
 
