@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from accelerate.state import AcceleratorState
 from helpers.image_toys import write_patches
 from PIL import Image
 
@@ -13,7 +12,6 @@ from smalti.demo import Demo, demo
 
 
 def test_demonstration_writes_all_pictures_and_is_not_repeated(tmp_path, monkeypatch, capsys):
-    AcceleratorState._reset_state(reset_partial_state=True)  # the tests of other files may have another precision
     for label in ("a", "b"):
         write_patches(tmp_path / "images" / label, 40)
     monkeypatch.setattr(module, "TOKENIZER", replace(module.TOKENIZER, widths=(8, 8), residual_blocks=1, branching=2))
@@ -37,4 +35,3 @@ def test_demonstration_writes_all_pictures_and_is_not_repeated(tmp_path, monkeyp
         UserError, match=r"demo holds a demonstration with other settings.*; remove the folder, or give"
     ):
         demo(config)
-    AcceleratorState._reset_state(reset_partial_state=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from smalti import cli
@@ -69,7 +68,6 @@ def main_of(name: str):
 
 def call(monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str]) -> int | str | None:
     """Runs a command in this process; returns its exit status."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(sys, "argv", [f"smalti {name}", *arguments])
     try:
         main_of(name)()

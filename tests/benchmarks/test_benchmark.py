@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import toys
 
 from smalti.benchmarks import ancestral, blending, head, latents, megapixel, priors, run, strips, training
@@ -99,7 +98,6 @@ def test_strips_equal_the_whole_up_to_rounding(monkeypatch, capsys):
 
 
 def test_megapixel_section_samples_decodes_and_trains():
-    AcceleratorState._reset_state(reset_partial_state=True)  # tests of another file may have set another precision
     tiny = replace(toys.TINY["vqgan"], height=32, width=32)
     comparisons = list(
         megapixel.megapixel(config=tiny, prior=TINY, batches=(2, 3), steps=3, training_steps=2, compiled=False)
@@ -174,7 +172,6 @@ def test_cached_and_naive_ancestral_sampling_draw_the_same_codes():
 
 
 def test_loop_time_excludes_start_and_saving():
-    AcceleratorState._reset_state(reset_partial_state=True)  # tests of another file may have set another precision
     for comparison in training.training(batch=2, steps=3):
         start = time.perf_counter()
         seconds = [variant.work() for variant in comparison.variants]

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers.command_toys import run
 from PIL import Image
 
@@ -89,7 +88,6 @@ def workspace(tmp_path_factory):
 def tokenizer(workspace):
     """A tokenizer trained without interruption."""
     train = [*TOKENIZER.split(), *STEPS.split(), "--out", "whole"]
-    AcceleratorState._reset_state(reset_partial_state=True)
     sys.argv = ["train_tokenizer.py", *train]
     train_tokenizer.main()
     return workspace / "whole"
@@ -104,7 +102,6 @@ def latents(tokenizer, workspace):
 
 @pytest.fixture(scope="module")
 def prior(latents, workspace):
-    AcceleratorState._reset_state(reset_partial_state=True)
     sys.argv = ["train_prior.py", *PRIOR.split(), *STEPS.split(), "--out", "prior"]
     train_prior.main()
     return workspace / "prior"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers.build_toys import write_images
 from helpers.command_toys import run
 from helpers.image_toys import marked, write_parquet
@@ -36,8 +35,7 @@ def workspace(tmp_path, monkeypatch):
     """A working folder with thirty images."""
     write_images(tmp_path / "img", 30)
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return tmp_path
 
 
 def lines(text: str, start: str) -> list[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from accelerate.state import AcceleratorState
 from helpers.build_toys import FLAGS, Builders, one_thread, run, save_tokenizer, write_images
 
 from smalti.commands.build_latents import BuildLatents, build_latents
@@ -31,7 +30,6 @@ def workspace(tmp_path_factory):
     os.chdir(folder)
     (folder / "img" / "0017.png").write_bytes(b"none")
     with one_thread():
-        AcceleratorState._reset_state(reset_partial_state=True)
         built(Path("one.h5"))
         yield folder
     os.chdir(before)

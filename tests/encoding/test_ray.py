@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from accelerate.state import AcceleratorState
 from helpers.build_toys import one_thread, save_tokenizer, write_images
 
 from smalti.commands.build_latents import BuildLatents, build_latents
@@ -23,7 +22,6 @@ LOCAL = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 def test_ray_builds_the_set_of_one_process_though_an_actor_dies(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
     write_images(Path("img"), 24)
     save_tokenizer(Path("tokenizer"))
     spec = importlib.util.spec_from_file_location("build_with_ray", EXAMPLE)

@@ -1,7 +1,6 @@
 """Every program in examples/ runs, at toy size, and does what its docstring says."""
 
 import pytest
-from accelerate.state import AcceleratorState
 from helpers.command_toys import EXAMPLES, example, save_pair
 from helpers.image_toys import write_patches
 from PIL import Image
@@ -15,7 +14,6 @@ MOST_LINES = 79
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
     write_patches(tmp_path / "img", 40)
     return tmp_path
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from fake_device import current_device, on_fake_device, synchronizations, synchronizing_refused
 from helpers import toys
 from helpers.command_toys import run
@@ -29,9 +28,7 @@ STEPS = "--steps 6 --batch-size 8 --precision fp32"
 
 def on_both(work):
     """Calls `work` with a name on the CPU, then on the fake device. Returns both results."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     cpu_result = work("cpu")
-    AcceleratorState._reset_state(reset_partial_state=True)
     with on_fake_device():
         return cpu_result, work("fake_device")
 
@@ -108,7 +105,6 @@ def test_bad_batch_changes_nothing(optimizer, tmp_path, steps_must_not_synchroni
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamax"])
 def test_resumed_run_equals_uninterrupted_run(optimizer, tmp_path, steps_must_not_synchronize):
     config = replace(toys.CONFIG, optimizer=optimizer)
-    AcceleratorState._reset_state(reset_partial_state=True)
     with on_fake_device():
         toys.train(tmp_path / "whole", config=config)
         with pytest.raises(Interrupted):

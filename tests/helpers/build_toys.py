@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import command_toys
 from PIL import Image
 
@@ -72,7 +71,6 @@ def trained_in(folder: Path, train: list[str], images: int) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train_tokenizer.py", *train])
-        AcceleratorState._reset_state(reset_partial_state=True)
         train_tokenizer.main()
         yield folder
 

@@ -4,7 +4,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from accelerate.state import AcceleratorState
 from helpers.toys import untrained_pair
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -12,7 +11,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def run(capfd, main, *arguments):
     """Calls a command in this process and folder. Returns (exit status, standard output, standard error)."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     capfd.readouterr()
     before, sys.argv = sys.argv, [f"{main.__module__.split('.')[-1]}.py", *map(str, arguments)]
     try:

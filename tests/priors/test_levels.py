@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from smalti.commands.inpainting import Filling, fill
@@ -102,7 +101,6 @@ def place(tmp_path_factory):
 
 
 def run(main, *arguments):
-    AcceleratorState._reset_state(reset_partial_state=True)
     before, sys.argv = sys.argv, ["command", *map(str, arguments)]
     try:
         main()

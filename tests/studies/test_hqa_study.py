@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from smalti.core import models
@@ -56,11 +55,9 @@ def folder(tmp_path_factory):
         patch.setattr(report, "four_modes", lambda: {SINGLE: evaluate_points(MODES), COVERING: evaluate_points(MODES)})
         run_study(patch)
         yield folder
-    AcceleratorState._reset_state(reset_partial_state=True)  # the next test may have another precision
 
 
 def run_study(patch):
-    AcceleratorState._reset_state(reset_partial_state=True)
     patch.setattr(sys, "argv", ["reproduce.py", "hqa", *FLAGS.split()])
     command.main()
 

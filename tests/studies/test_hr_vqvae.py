@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers.image_toys import write_patches
 from PIL import Image
 
@@ -84,7 +83,6 @@ def folder(tmp_path_factory):
 
 
 def run_study(patch):
-    AcceleratorState._reset_state(reset_partial_state=True)
     patch.setattr(sys, "argv", ["reproduce.py", "hr-vqvae", *FLAGS.split()])
     command.main()
 

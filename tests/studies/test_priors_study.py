@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers.build_toys import write_images
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,7 +101,6 @@ def folder(tmp_path_factory):
 
 
 def study(patch):
-    AcceleratorState._reset_state(reset_partial_state=True)
     patch.setattr(sys, "argv", ["reproduce.py", "priors", *FLAGS.split()])
     command.main()
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers.image_toys import MeanColours, write_patches
 
 from smalti import UserError
@@ -22,14 +21,6 @@ from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
 from smalti.tokenizers.vq.vqvae import VQVAE
 
 TINY_PRIOR = {"model_width": 16, "heads": 2, "depth": (0, 1, 0)}
-
-
-@pytest.fixture(autouse=True)
-def _any_precision():
-    """The tests of other files may have used another precision."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_overfitting_measures_the_last_and_the_best_state_of_each_run(tmp_path, monkeypatch):

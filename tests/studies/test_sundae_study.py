@@ -3,19 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from accelerate.state import AcceleratorState
 from helpers.image_toys import MeanColours, write_patches
 
 from smalti import UserError
 from smalti.studies.sundae import report, study
-
-
-@pytest.fixture(autouse=True)
-def _any_precision():
-    """The tests of other files may have used another precision."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_priors_are_trained_for_equal_time_and_measured_once(tmp_path, monkeypatch):

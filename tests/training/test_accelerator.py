@@ -5,18 +5,14 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator, tracking
-from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from helpers import toys
+from safetensors.torch import load_file
 
 from smalti.core.errors import UserError
+from smalti.core.models import WEIGHTS_NAME
 from smalti.training import accelerator as accelerator_file
 from smalti.training.accelerator import accelerator, subnormals_flushed, tracked
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class ToFile(tracking.GeneralTracker):
@@ -113,7 +109,15 @@ def test_an_accelerator_that_accumulates_is_refused_by_the_loop(tmp_path):
 
 def test_the_device_can_be_chosen():
     assert accelerator("fp32", device_name="cpu").device.type == "cpu"
-    AcceleratorState._reset_state(reset_partial_state=True)
     if not torch.backends.mps.is_available():
         with pytest.raises(UserError, match="--device mps: there is none here"):
             accelerator("fp32", device_name="mps")
+
+
+def test_trainings_of_one_process_may_have_different_precisions(tmp_path):
+    """Accelerate keeps the first precision of a process and refuses others."""
+    for name, precision in [("first", "fp32"), ("second", "bf16"), ("third", "fp32")]:
+        toys.train(tmp_path / name, process=accelerator(precision))
+    first, second, third = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("first", "second", "third"))
+    assert all(torch.equal(third[name], weight) for name, weight in first.items())
+    assert any(not torch.equal(second[name], weight) for name, weight in first.items())

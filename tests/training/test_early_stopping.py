@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import toys
 from helpers.toys import CONFIG, train
 from safetensors.torch import load_file
@@ -14,11 +13,6 @@ from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.training import checkpoints_and_logs
 from smalti.training.run_folder import Run, last_metrics
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_early_stopping_keeps_the_best_weights_also_after_a_kill(tmp_path, monkeypatch):

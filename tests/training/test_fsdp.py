@@ -96,7 +96,6 @@ def program(folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
-    AcceleratorState._reset_state(reset_partial_state=True)
     one = accelerator("fp32")
     for kind, family in FAMILIES.items():
         build = lambda family=family, kind=kind: toys.make(family, kind)  # noqa: E731 - a new model for each run
@@ -113,6 +112,14 @@ def folder(tmp_path_factory):
     for kind, family in FAMILIES.items():
         train(folder / "adamw" / kind, lambda f=family, k=kind: toys.make(f, k), ADAMW, one)
     return folder
+
+
+@pytest.fixture
+def accelerate_reads_the_environment():
+    """Accelerate reads it once for each process; here, for each of these tests."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def comparable(line):
@@ -160,18 +167,18 @@ def test_bad_batch_of_one_process_is_skipped_by_all(folder, name, within):
         ({**SHARDED, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "give --gradient-checkpointing instead"),
     ],
 )
+@pytest.mark.usefixtures("accelerate_reads_the_environment")
 def test_unsupported_configurations_are_refused(tmp_path, monkeypatch, environment, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(UserError, match=message):
         train(tmp_path, toys.plain_toy, ADAMW, two_processes())
 
 
+@pytest.mark.usefixtures("accelerate_reads_the_environment")
 def test_fp16_is_refused(tmp_path, monkeypatch):
     for name, value in SHARDED.items():
         monkeypatch.setenv(name, value)
-    AcceleratorState._reset_state(reset_partial_state=True)
     process = two_processes()
     process.scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(UserError, match="--precision fp16 does not work with FSDP; use bf16 or fp32"):

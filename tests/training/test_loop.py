@@ -10,7 +10,6 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from helpers import toys
 from helpers.toys import CONFIG, Signalling, outcome, train
 from safetensors.torch import load_file
@@ -28,11 +27,6 @@ from smalti.training.ema import EMA
 from smalti.training.loop import fit
 from smalti.training.run_folder import METRICS_NAME, Run
 from smalti.training.signals import Interrupted
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_loop_equals_one_written_by_hand(tmp_path):

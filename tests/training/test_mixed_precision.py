@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import toys
 from helpers.toys import CONFIG, BadRows, Signalling, train
 from safetensors.torch import load_file
@@ -41,14 +40,12 @@ class CountingScaler(torch.amp.GradScaler):
 
 
 def scaled_process():
-    AcceleratorState._reset_state(reset_partial_state=True)
     process = accelerator("fp32")
     process.scaler = CountingScaler()
     return process
 
 
 def plain_process():
-    AcceleratorState._reset_state(reset_partial_state=True)
     return accelerator("fp32")
 
 

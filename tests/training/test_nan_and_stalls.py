@@ -11,7 +11,6 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import toys
 from helpers.toys import CONFIG, BadRows, train
 from safetensors.torch import load_file
@@ -21,11 +20,6 @@ from smalti.core.models import WEIGHTS_NAME
 from smalti.training.nan_and_stalls import Buffers, SkippedSteps, explain_errors, spread_nan
 from smalti.training.optimizers import make_optimizer, parts_of, step_unless_on_device
 from smalti.training.run_folder import Run
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

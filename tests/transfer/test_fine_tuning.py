@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers.build_toys import one_thread, write_images
 from helpers.command_toys import run
 
@@ -35,7 +34,6 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.chdir(folder)
         for module, arguments in commands.items():
-            AcceleratorState._reset_state(reset_partial_state=True)
             patch.setattr(sys, "argv", ["command.py", *arguments])
             module.main()
         yield folder

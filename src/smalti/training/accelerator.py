@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
@@ -30,6 +31,8 @@ def accelerator(
     """Returns this process's `Accelerator`. The processes are those of `accelerate launch` or `torchrun`.
 
     With fp16, Accelerate's `GradScaler` scales the loss in `accelerator.backward`; the loop does the rest (`loop.py`).
+    A process may train several models, one after another, each with its own precision; then only the latest
+    `Accelerator` may be used.
 
     Args:
         precision: of the networks (mixed precision: parameters stay float32).
@@ -52,13 +55,27 @@ def accelerator(
         if name in LoggerType.list() and name not in installed:  # names not in the list are registered by the user
             raise UserError(f"the tracker {name} is not installed; install it (pip install {name}) or leave it out")
     resolved = resolve(precision, chosen)
+    mixed_precision = "no" if resolved == "fp32" else resolved
+    _forget_other_settings(chosen.type == "cpu", mixed_precision)
     return Accelerator(
         cpu=chosen.type == "cpu",  # otherwise several processes on CPUs would not form a group
-        mixed_precision="no" if resolved == "fp32" else resolved,
+        mixed_precision=mixed_precision,
         log_with=list(trackers) or None,
         project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
+
+
+def _forget_other_settings(on_cpu: bool, mixed_precision: str) -> None:
+    """Lets a second `Accelerator` of this process have another precision, or, in a single process, another device.
+
+    Accelerate keeps the settings of the first one for the whole process and refuses others; it has no public way to
+    end them.
+    """
+    if AcceleratorState._shared_state:
+        state = AcceleratorState()
+        if state._mixed_precision != mixed_precision or (state.device.type == "cpu") != on_cpu:
+            AcceleratorState._reset_state(reset_partial_state=state.num_processes == 1)
 
 
 def refuse_accumulation(process: Accelerator) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from helpers.build_toys import FLAGS, Builders, save_tokenizer
 from helpers.command_toys import run
 from helpers.container_toys import CONTAINERS, labelled_images
@@ -36,8 +35,7 @@ PRIOR = [*SMALL_PRIOR.split(), "--steps", "2", "--batch-size", "4", "--out", "pr
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")

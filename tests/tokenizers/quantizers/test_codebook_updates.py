@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -284,7 +283,6 @@ def test_training_loop_updates_and_revives_codewords(kind, tmp_path, monkeypatch
         return result
 
     monkeypatch.setattr("smalti.tokenizers.quantizers.linked.dead_codeword_revivals", counted)
-    AcceleratorState._reset_state(reset_partial_state=True)
     toys.train(tmp_path, lambda: toys.make("tokenizer", kind))
     assert len(revivals) == toys.CONFIG.steps * {"vqvae": 1, "hrvq": 2, "vqvae2": 2}[kind]
     assert sum(revivals) > 0

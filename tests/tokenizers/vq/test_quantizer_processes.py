@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from helpers import toys
 from safetensors.torch import load_file
 
@@ -49,7 +48,6 @@ def folder(tmp_path_factory):
     arguments = {"env": environment, "capture_output": True, "text": True, "check": False, "timeout": 300}
     finished = subprocess.run([*command, str(folder / "two")], **arguments)
     assert finished.returncode == 0, finished.stderr
-    AcceleratorState._reset_state(reset_partial_state=True)
     program(folder / "one", accelerator("fp32"))
     return folder
 

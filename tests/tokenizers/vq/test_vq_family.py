@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers.build_toys import run, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -207,7 +206,6 @@ def test_vqvae2_commands_train_build_and_inspect(tmp_path, monkeypatch, capfd):
     """Trains a tokenizer of two levels, builds its latent set, verifies it and plots its codes, each by its command."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "img", count=30)
-    AcceleratorState._reset_state(reset_partial_state=True)
     flags = "--tokenizer vqvae2 --height 8 --width 8 --widths 6 --residual-blocks 1 --code-width 4 --codebook-size 8"
     fit = "--images img --steps 20 --batch-size 8 --precision fp32 --out two"
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *flags.split(), *fit.split()])

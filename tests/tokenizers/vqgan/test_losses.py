@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import toys
 from safetensors.torch import load_file
 
@@ -19,11 +18,6 @@ from smalti.training.signals import Interrupted
 
 CONFIG = toys.CONFIG
 START, RAMP = toys.TINY["vqgan"].discriminator_start, toys.TINY["vqgan"].discriminator_ramp
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make(**changes):
