@@ -9,11 +9,14 @@ Legend: b batch, c channels, h w grid.
 
 from collections.abc import Collection, Sequence
 from itertools import pairwise
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from smalti.tokenizers.layers.conv import Residual
 
@@ -22,19 +25,67 @@ LARGEST_SUMMED = 2**12  # up to this many positions, torch's sums over channels-
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm that stays accurate on large maps.
+    """GroupNorm that is accurate on large maps and fast on channels-last ones.
 
     On CPUs torch sums channels-last maps position by position in float32, which is off by 0.003 at 1024x1024 positions
-    (torch 2.13). Contiguous maps are summed accurately, so large maps are converted.
+    (torch 2.13). Contiguous maps are summed accurately, so large maps are converted. Of smaller ones the gradients are
+    computed here, because torch's kernel is slow where groups have few channels.
     """
 
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, EPSILON)
+    def __init__(self, groups: int, channels: int, epsilon: float = EPSILON) -> None:
+        super().__init__(groups, channels, epsilon)
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Maps features to features of the same shape."""
-        inaccurate = input.device.type == "cpu" and input.shape[2] * input.shape[3] > LARGEST_SUMMED
-        return super().forward(input.contiguous() if inaccurate else input)
+        if input.device.type != "cpu" or input.is_contiguous():
+            return super().forward(input)
+        if input.shape[2] * input.shape[3] > LARGEST_SUMMED:
+            return super().forward(input.contiguous())
+        if torch.is_grad_enabled():
+            normed = _ChannelsLastGroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
+            return cast(Tensor, normed)
+        return super().forward(input)
+
+
+class _ChannelsLastGroupNorm(torch.autograd.Function):
+    """GroupNorm of channels-last maps on CPUs, with the gradients of torch's, in a tenth of its time.
+
+    For 16 maps of 64x64 positions and 32 groups of one channel each, torch's kernel takes 118 ms in bfloat16 and this
+    one 8 ms (AVX512-BF16, one thread, torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float) -> Tensor:
+        b, c, h, w = x.shape
+        normed, mean, scale = torch.native_group_norm(x, weight, bias, b, c, h * w, groups, epsilon)
+        ctx.save_for_backward(x, weight, mean, scale)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] - by the decorator
+        """With n = (x - mean) * scale, the gradient of x is scale * (g - mean of g - n * mean of g * n), where g is
+        that of the output times `weight` and means are over the group."""
+        x, weight, mean, scale = ctx.saved_tensors
+        b, c, h, w = x.shape
+        per_group = c // mean.shape[1]
+        # products and sums in float32; a product with a matrix of ones is the fastest sum over positions
+        x_rows, gradient_rows = (rearrange(each, "b c h w -> b (h w) c").float() for each in (x, gradients[0]))
+        ones = x_rows.new_ones(b, 1, h * w)
+        sums, products = (torch.bmm(ones, each).squeeze(1) for each in (gradient_rows, gradient_rows * x_rows))
+        mean, scale = (each.float().repeat_interleave(per_group, 1) for each in (mean, scale))
+        products = (products - sums * mean) * scale  # of the gradient and n, per image and channel
+
+        def group_mean(each: Tensor) -> Tensor:
+            means = (each * weight).unflatten(1, (-1, per_group)).mean(2) / (h * w)
+            return means.repeat_interleave(per_group, 1)
+
+        slope = -scale.square() * group_mean(products)
+        offset = -scale * group_mean(sums) - slope * mean
+        slope, offset, factor = (each.unsqueeze(1) for each in (slope, offset, scale * weight))
+        x_gradient = (x_rows * slope).add_(offset).addcmul_(gradient_rows, factor).to(x.dtype)
+        x_gradient = rearrange(x_gradient, "b (h w) c -> b c h w", h=h)
+        return x_gradient, products.sum(0), sums.sum(0), None, None
 
 
 class ResidualBlock(Residual):

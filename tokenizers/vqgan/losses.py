@@ -19,6 +19,7 @@ from torch.func import functional_call
 from smalti.core.distributed import mean
 from smalti.core.errors import UserError
 from smalti.images.decoding import to_float
+from smalti.tokenizers.layers.attention_blocks import GroupNorm
 from smalti.tokenizers.reconstruction import logged_mse
 from smalti.tokenizers.vq.vqvae import OneGrid
 from smalti.tokenizers.vqgan.perceptual import PerceptualDistance, check_size, find_perceptual
@@ -68,7 +69,7 @@ class Discriminator(nn.Sequential):
         modules: list[nn.Module] = []
         for layer, (before, after) in enumerate(pairwise(widths)):
             modules += [nn.Conv2d(before, after, 4, stride=2 if layer < layers else 1, padding=1)]
-            modules += [nn.GroupNorm(math.gcd(32, after), after)] if layer else []
+            modules += [GroupNorm(math.gcd(32, after), after, epsilon=1e-5)] if layer else []
             modules += [nn.LeakyReLU(0.2)]
         super().__init__(*modules, nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.layers = layers
