@@ -1,7 +1,7 @@
 """The benchmark runner: times the variants of every section and writes Markdown tables of the results.
 
-The sections are in `training.py`, `priors.py`, `head.py`, `ancestral.py`, `latents.py`, `strips.py`, `blending.py` and
-`megapixel.py`.
+The sections are in `training.py`, `priors.py`, `parity.py`, `head.py`, `ancestral.py`, `latents.py`, `strips.py`,
+`blending.py` and `megapixel.py`.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from smalti.benchmarks import ancestral, blending, head, latents, megapixel, priors, strips, training
+from smalti.benchmarks import ancestral, blending, head, latents, megapixel, parity, priors, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
@@ -29,6 +29,8 @@ Section: TypeAlias = Literal[
     "sampler",
     "ancestral",
     "training",
+    "norm",
+    "parity",
     "strips",
     "blending",
     "megapixel",
@@ -43,6 +45,8 @@ SECTIONS: dict[Section, Callable[[], Iterator[Comparison]]] = {
     "sampler": priors.sampler,
     "ancestral": ancestral.ancestral,
     "training": training.training,
+    "norm": training.group_norm,
+    "parity": parity.parity,
     "strips": strips.strips,
     "blending": blending.blending,
     "megapixel": megapixel.megapixel,

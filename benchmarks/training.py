@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
 from smalti.benchmarks.latents import write_random_latents
 from smalti.core.codes import Level
-from smalti.core.devices import best_device
+from smalti.core.devices import best_device, resolve
 from smalti.core.models import Checkpointed
 from smalti.core.randomness import row_seeds
 from smalti.images.image_set import ImageRows, open_images
@@ -26,6 +26,7 @@ from smalti.latentsets.dataset import LatentRows
 from smalti.latentsets.reader import LatentSet
 from smalti.priors.methods.sundae import Sundae, SundaeConfig
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+from smalti.tokenizers.layers.attention_blocks import GroupNorm
 from smalti.tokenizers.quantizers.search import nearest_paths
 from smalti.tokenizers.reconstruction import Reconstruction
 from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
@@ -175,6 +176,29 @@ def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
                     ),
                 ),
             )
+
+
+def group_norm(*, batch: int = 16, channels: int = 32, side: int = 64) -> Iterator[Comparison]:
+    """Compares GroupNorm and its gradients on channels-last maps, as VQ-GAN's first stage has them, with torch's."""
+    device = best_device()
+    shape = (batch, channels, side, side)
+    maps, gradient = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for _ in range(2))
+    if resolve("auto", device) == "bf16":
+        maps, gradient = maps.bfloat16(), gradient.bfloat16()
+    ours, theirs = (norm.to(device) for norm in (GroupNorm(32, channels), nn.GroupNorm(32, channels)))
+
+    def pass_through(norm: nn.Module) -> Tensor:
+        x = maps.detach().requires_grad_()
+        return torch.autograd.grad(norm(x), (x, *norm.parameters()), gradient)[0]
+
+    yield Comparison(
+        f"GroupNorm and its gradients, {batch} maps of {side}×{side} with {channels} channels, 32 groups",
+        (
+            Variant("smalti", partial(pass_through, ours)),
+            Variant("torch", partial(pass_through, theirs)),
+            Variant("limit: copying the maps six times", lambda: [maps.clone() for _ in range(6)]),
+        ),
+    )
 
 
 @dataclass
