@@ -123,7 +123,7 @@ def plain_loss(network: PlainHourglass, corrupted: Tensor, codes: Tensor) -> Ten
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training gave: seconds of a step, median, and the held-out loss in nats per code."""
+    """The results of a training: seconds of a step, median, and the held-out loss in nats per code."""
 
     seconds: float
     loss: float

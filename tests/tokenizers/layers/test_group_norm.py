@@ -57,7 +57,7 @@ def test_gradients_in_bfloat16_are_as_near_as_those_of_torch(per_group):
 
 
 def test_gradients_can_be_computed_for_the_maps_alone():
-    """As the adaptive weight and a frozen encoder need."""
+    """The adaptive weight and a frozen encoder need this."""
     norm, x, upstream = random_case(4, 2, (5, 5))
     normed = norm.requires_grad_(False)(x)
     (ours,) = torch.autograd.grad(normed, x, upstream)
