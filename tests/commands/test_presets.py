@@ -42,6 +42,9 @@ def test_the_small_preset_equals_the_defaults():
     assert config.preset == next(iter(PRESETS)) == "small"
     _, config = default_config("small", "vqgan")
     assert config.model.discriminator_start < config.fit.steps
+    assert config.fit.optimizer == "muon"
+    _, paper = default_config("f16-1024", "vqgan")
+    assert paper.fit.optimizer == "adamw"
 
 
 @pytest.mark.parametrize("kind", ["hrvq", "vqvae", "vqgan"])

@@ -51,13 +51,13 @@ F16: dict[str, Any] = {
 def small(kind: str) -> TrainTokenizer[Any]:
     """Defaults: 8x8 codes of 32x32 images, for two CPU cores; also the tokenizer of the demonstration.
 
-    `python scripts/train_tokenizer.py` trains it on the embedded portraits. The settings for `vqgan`,
-    whose discriminator starts halfway, are not tuned.
+    `python scripts/train_tokenizer.py` trains it on the embedded portraits. The discriminator of `vqgan` starts halfway
+    and trains with AdamW at the same, low rate, at which it did not collapse (docs/notebook/tokenizers.md).
     """
     model = models.class_of_kind("tokenizer", kind).config_class()
     by_layers = FitConfig(steps=2_000, batch_size=32)
     fits = {
-        "vqgan": FitConfig(steps=2_000, batch_size=32, learning_rate=3e-4, ema_decay=0.99),
+        "vqgan": FitConfig(steps=2_000, batch_size=16, learning_rate=3e-4, optimizer="muon", ema_decay=0.99),
         "hqa": by_layers,
         "hams": by_layers,
         "vae": LIKELIHOOD_FIT,

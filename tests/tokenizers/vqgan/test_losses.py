@@ -210,13 +210,14 @@ def test_adversarial_loss_starts_on_time_and_ramps_up(tmp_path, monkeypatch):
     assert {"held_out_mse", "held_out_loss"} <= {name for line in toys.measured(tmp_path) for name in line}
 
 
-@pytest.mark.parametrize("at", [1, 6, 10])
-def test_resume_equals_uninterrupted_run(tmp_path, at):
+@pytest.mark.parametrize(("at", "optimizer"), [(1, "adamw"), (6, "adamw"), (10, "adamw"), (6, "muon")])
+def test_resume_equals_uninterrupted_run(tmp_path, at, optimizer):
     """Stops before the discriminator starts, on the ramp, and after it."""
-    run(tmp_path / "whole")
+    config = replace(CONFIG, optimizer=optimizer)
+    run(tmp_path / "whole", config)
     with pytest.raises(Interrupted):
-        run(tmp_path / "stopped", wrap=lambda rows: toys.Signalling(rows, at))
-    run(tmp_path / "stopped")
+        run(tmp_path / "stopped", config, wrap=lambda rows: toys.Signalling(rows, at))
+    run(tmp_path / "stopped", config)
     assert toys.outcome(tmp_path / "stopped") == toys.outcome(tmp_path / "whole")
 
 
