@@ -7,11 +7,8 @@ Legend: b batch, c channels, h w image, p q grid of patches.
 
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +27,6 @@ from smalti.training.config import FitConfig, Phase
 
 BETAS = (0.5, 0.9)  # of both optimizers: shorter averages than usual, since the adversary changes all the time
 LARGEST_ADAPTIVE_WEIGHT = 1e4
-GRADIENT_SCALE = 2.0**12
 
 
 def phases(tokenizer: OneGrid, fit: FitConfig) -> list[Phase]:
@@ -137,20 +133,16 @@ class GeneratorLoss(nn.Module):
         images = to_float(batch["images"])
         output = self.tokenizer(images, batch["seeds"] if self.training else None)
         reconstruction, terms = output.reconstruction, dict(output.losses)
-        (discriminator,), ramp = self._discriminator, self._ramp() if self.training else 0.0
-        adversary = discriminator if ramp else None
-        # gradients of both losses, in front of the decoder's last layer, are needed twice: for the adaptive weight too
-        judged = _Judged(reconstruction) if adversary is not None else None
+        reconstruction_loss = terms["reconstruction"]
         if self._perceptual is not None:
-            distance = partial(self._perceptual, others=images)
-            perceptual = distance(reconstruction) if judged is None else judged.loss(distance)
-            terms["perceptual"] = self.config.perceptual_weight * perceptual
+            terms["perceptual"] = self.config.perceptual_weight * self._perceptual(reconstruction, images)
+            reconstruction_loss = reconstruction_loss + terms["perceptual"]
         loss = torch.stack(list(terms.values())).sum()
         terms["mse"] = logged_mse(reconstruction, images)
-        if adversary is not None and judged is not None:
+        (discriminator,), ramp = self._discriminator, self._ramp() if self.training else 0.0
+        if discriminator is not None and ramp:
             self.reconstructions.append(reconstruction.detach())
-            reconstruction_loss = terms["reconstruction"] + terms.get("perceptual", 0.0)
-            adversarial = judged.loss(lambda images: -adversary.frozen(images).float().mean())
+            adversarial = -discriminator.frozen(reconstruction).float().mean()
             terms["adversarial"], terms["adaptive_weight"] = adversarial, self.weight.clone()
             self._gradients.append(
                 (self._last_layer_gradient(reconstruction_loss), self._last_layer_gradient(adversarial))
@@ -184,40 +176,6 @@ class GeneratorLoss(nn.Module):
             self._steps_read = self._steps_bound = int(self.steps)
         after = (self._steps_read if self._steps_bound >= start else self._steps_bound) - start
         return min(1.0, (after + 1) / max(1, ramp)) if after >= 0 else 0.0
-
-
-class _Judged:
-    """Reconstructions whose losses have gradients that are computed once, however often they are propagated.
-
-    Args:
-        reconstruction: with a graph, `(b, c, h, w)`.
-    """
-
-    def __init__(self, reconstruction: Float[Tensor, "b c h w"]) -> None:
-        self._reconstruction = reconstruction
-
-    def loss(self, function: Callable[[Tensor], Tensor]) -> Float[Tensor, ""]:
-        """Returns `function(reconstruction)`, a scalar, with its gradient."""
-        leaf = self._reconstruction.detach().requires_grad_()
-        with torch.enable_grad():
-            value = function(leaf)
-        # scaled by a power of two, which is exact, since gradients of single pixels are too small for float16
-        (gradient,) = torch.autograd.grad(value * GRADIENT_SCALE, leaf)
-        return _GivenGradient.apply(self._reconstruction, value.detach(), gradient / GRADIENT_SCALE)
-
-
-class _GivenGradient(torch.autograd.Function):
-    """A scalar with the given gradient to `x`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] - by the names
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None
 
 
 def adaptive_weight(reconstruction: Float[Tensor, "*shape"], adversarial: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
