@@ -179,17 +179,18 @@ def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
 
 
 def group_norm(*, batch: int = 16, channels: int = 32, side: int = 64) -> Iterator[Comparison]:
-    """Compares GroupNorm and its gradients on channels-last maps, as VQ-GAN's first stage has them, with torch's."""
-    device = best_device()
-    shape = (batch, channels, side, side)
-    maps, gradient = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for _ in range(2))
-    if resolve("auto", device) == "bf16":
-        maps, gradient = maps.bfloat16(), gradient.bfloat16()
-    ours, theirs = (norm.to(device) for norm in (GroupNorm(32, channels), nn.GroupNorm(32, channels)))
+    """Compares GroupNorm and its gradients on channels-last maps, as VQ-GAN's first stage has them, with torch's.
 
-    def pass_through(norm: nn.Module) -> Tensor:
+    On the CPU, since on other devices smalti uses torch's.
+    """
+    dtype = torch.bfloat16 if resolve("auto", torch.device("cpu")) == "bf16" else torch.float32
+    shape = (batch, channels, side, side)
+    maps, gradient = (torch.randn(shape).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+    ours, theirs = GroupNorm(32, channels), nn.GroupNorm(32, channels)
+
+    def pass_through(norm: nn.Module) -> tuple[Tensor, ...]:
         x = maps.detach().requires_grad_()
-        return torch.autograd.grad(norm(x), (x, *norm.parameters()), gradient)[0]
+        return torch.autograd.grad(norm(x), (x, *norm.parameters()), gradient)
 
     yield Comparison(
         f"GroupNorm and its gradients, {batch} maps of {side}×{side} with {channels} channels, 32 groups",

@@ -183,7 +183,7 @@ def test_loop_time_excludes_start_and_saving():
 def test_norms_have_equal_gradients():
     (comparison,) = training.group_norm(batch=2, side=8)
     ours, theirs, _ = (variant.work() for variant in comparison.variants)
-    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)  # in bfloat16 on some CPUs
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)  # maps are bfloat16 on some CPUs
 
 
 def test_warm_up_is_not_counted_and_times_are_per_unit():

@@ -5,12 +5,11 @@ import math
 import torch
 
 from smalti.benchmarks import parity
-from smalti.benchmarks.parity import PLAIN, PlainHourglass
+from smalti.benchmarks.parity import PAPER_STRUCTURE, PlainHourglass
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
-from smalti.priors.networks.positions import ROTARY_THETA
 
-CONFIG = HourglassConfig(4, 6, radices=(7,), model_width=32, heads=2, depth=(0, 2, 0), **PLAIN)
-OF_BLOCK = {
+CONFIG = HourglassConfig(4, 6, radices=(7,), model_width=32, heads=2, depth=(0, 2, 0), **PAPER_STRUCTURE)
+NAMES_OF_BLOCK = {
     "norm1.weight": "0.0.0.gamma",
     "q.weight": "0.1.to_q.weight",
     "k.weight": "0.1.to_k.weight",
@@ -23,18 +22,18 @@ OF_BLOCK = {
     "feedforward.2.bias": "1.1.ff.2.bias",
 }
 """Names of a plain block's weights, and of those of our layers 2i and 2i + 1."""
-OTHERS = {"down": "body.down.map", "up": "body.up.map", "valley_norm": "body.norm", "norm": "norm"}
+NAMES_OF_OTHERS = {"down": "body.down.map", "up": "body.up.map", "valley_norm": "body.norm", "norm": "norm"}
 
 
 def plain_of(network: Hourglass) -> PlainHourglass:
     """Returns a plain network with the weights of an hourglass."""
-    plain, weights = PlainHourglass(network.config, theta=float(ROTARY_THETA)), dict(network.named_parameters())
+    plain, weights = PlainHourglass(network.config), dict(network.named_parameters())
     copied = {"embedding.weight": weights["head.embedding"]}
     copied |= {"logits.weight": weights["head.weight"], "logits.bias": weights["head.bias"]}
-    for theirs, ours in OTHERS.items():
+    for theirs, ours in NAMES_OF_OTHERS.items():
         copied |= {f"{theirs}.{kind}": weights[f"{ours}.{kind}"] for kind in ("weight", "bias")}
     for block in range(network.config.depth[1]):
-        for theirs, ours in OF_BLOCK.items():
+        for theirs, ours in NAMES_OF_BLOCK.items():
             layer, _, rest = ours.partition(".")
             name = f"body.valley.before.encoder.layers.{2 * block + int(layer)}.{rest}"
             copied[f"blocks.{block}.{theirs}"] = weights[name] + rest.endswith("gamma")  # stored minus one
@@ -48,7 +47,7 @@ def test_the_plain_network_computes_what_the_hourglass_does():
     torch.manual_seed(0)
     network = Hourglass(CONFIG).eval()
     for parameter in network.parameters():
-        if parameter.requires_grad and parameter.dim() > 1:
+        if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
     codes = torch.randint(7, (3, 4, 6))
     with torch.no_grad():

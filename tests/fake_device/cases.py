@@ -19,6 +19,7 @@ from smalti.core.randomness import row_seeds
 from smalti.latentsets.reader import LatentSet
 from smalti.scripts import build_latents, inpaint, sample, train_prior, train_tokenizer
 from smalti.tokenizers.base import Tokenizer
+from smalti.training.accelerator import accelerator
 from smalti.training.signals import Interrupted
 
 SMALL = "--height 8 --width 8 --widths 6 8 --residual-blocks 1 --code-width 6 --depth 2 --branching 4 --precision fp32"
@@ -28,8 +29,10 @@ STEPS = "--steps 6 --batch-size 8 --precision fp32"
 
 def on_both(work):
     """Calls `work` with a name on the CPU, then on the fake device. Returns both results."""
+    assert accelerator("fp32").device.type == "cpu"
     cpu_result = work("cpu")
     with on_fake_device():
+        assert accelerator("fp32").device.type == "fake_device"
         return cpu_result, work("fake_device")
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from accelerate import Accelerator, tracking
+from accelerate import Accelerator, PartialState, tracking
+from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from helpers import toys
 from safetensors.torch import load_file
@@ -102,6 +103,7 @@ def test_gradient_accumulation_of_accelerate_is_refused(steps, monkeypatch):
 
 
 def test_an_accelerator_that_accumulates_is_refused_by_the_loop(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # on a GPU: of the tests before
     process = Accelerator(cpu=True, gradient_accumulation_steps=4)
     with pytest.raises(UserError, match="gradient_accumulation_steps=4 would divide every gradient"):
         toys.train(tmp_path, process=process)
@@ -112,6 +114,26 @@ def test_the_device_can_be_chosen():
     if not torch.backends.mps.is_available():
         with pytest.raises(UserError, match="--device mps: there is none here"):
             accelerator("fp32", device_name="mps")
+
+
+@pytest.fixture
+def settings_of_another_device():
+    """Accelerate's settings as if this process had used a GPU before, without a training."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    PartialState._shared_state["device"] = torch.device("cuda")
+    yield PartialState._shared_state
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_training_may_be_on_another_device_than_what_ran_before(settings_of_another_device):
+    assert accelerator("fp32", device_name="cpu").device.type == "cpu"
+
+
+def test_connected_processes_stay_on_their_device(settings_of_another_device):
+    settings_of_another_device["num_processes"] = 2
+    with pytest.raises(UserError, match="these processes are connected on cuda; they cannot train on cpu"):
+        accelerator("fp32", device_name="cpu")
 
 
 def test_trainings_of_one_process_may_have_different_precisions(tmp_path):

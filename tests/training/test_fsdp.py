@@ -185,6 +185,7 @@ def test_fp16_is_refused(tmp_path, monkeypatch):
         train(tmp_path, toys.plain_toy, ADAMW, process)
 
 
+@pytest.mark.usefixtures("accelerate_reads_the_environment")
 def test_several_phases_are_refused(tmp_path, monkeypatch):
     for name, value in SHARDED.items():
         monkeypatch.setenv(name, value)

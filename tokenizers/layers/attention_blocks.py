@@ -28,8 +28,8 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm that is accurate on large maps and fast on channels-last ones.
 
     On CPUs torch sums channels-last maps position by position in float32, which is off by 0.003 at 1024x1024 positions
-    (torch 2.13). Contiguous maps are summed accurately, so large maps are converted. Of smaller ones the gradients are
-    computed here, because torch's kernel is slow where groups have few channels.
+    (torch 2.13). Contiguous maps are summed accurately, so large maps are converted. The gradients of smaller ones are
+    computed here, because torch's kernel for them is slow (docs/benchmarks.md).
     """
 
     def __init__(self, groups: int, channels: int, epsilon: float = EPSILON) -> None:
@@ -37,7 +37,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Maps features to features of the same shape."""
-        if input.device.type != "cpu" or input.is_contiguous():
+        channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+        if input.device.type != "cpu" or not channels_last:
             return super().forward(input)
         if input.shape[2] * input.shape[3] > LARGEST_SUMMED:
             return super().forward(input.contiguous())
@@ -48,11 +49,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class _ChannelsLastGroupNorm(torch.autograd.Function):
-    """GroupNorm of channels-last maps on CPUs, with the gradients of torch's, in a tenth of its time.
-
-    For 16 maps of 64x64 positions and 32 groups of one channel each, torch's kernel takes 118 ms in bfloat16 and this
-    one 8 ms (AVX512-BF16, one thread, torch 2.13).
-    """
+    """GroupNorm of channels-last maps on CPUs by torch's kernel, with gradients in few passes over the maps."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float) -> Tensor:
@@ -63,17 +60,22 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)  # gradients within a forward pass would have products in bfloat16
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] - by the decorator
-        """With n = (x - mean) * scale, the gradient of x is scale * (g - mean of g - n * mean of g * n), where g is
-        that of the output times `weight` and means are over the group."""
+        """Returns the gradients of the maps, the weight and the bias.
+
+        With n = (x - mean) * scale, the gradient of x is scale * (g - mean of g - n * mean of g * n), where g is
+        that of the output times `weight` and means are over the group.
+        """
         x, weight, mean, scale = ctx.saved_tensors
         b, c, h, w = x.shape
         per_group = c // mean.shape[1]
         # products and sums in float32; a product with a matrix of ones is the fastest sum over positions
-        x_rows, gradient_rows = (rearrange(each, "b c h w -> b (h w) c").float() for each in (x, gradients[0]))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x_rows, gradient_rows = (rearrange(each, "b c h w -> b (h w) c").to(wide) for each in (x, gradients[0]))
         ones = x_rows.new_ones(b, 1, h * w)
         sums, products = (torch.bmm(ones, each).squeeze(1) for each in (gradient_rows, gradient_rows * x_rows))
-        mean, scale = (each.float().repeat_interleave(per_group, 1) for each in (mean, scale))
+        mean, scale = (each.to(wide).repeat_interleave(per_group, 1) for each in (mean, scale))
         products = (products - sums * mean) * scale  # of the gradient and n, per image and channel
 
         def group_mean(each: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ def accelerator(
     """Returns this process's `Accelerator`. The processes are those of `accelerate launch` or `torchrun`.
 
     With fp16, Accelerate's `GradScaler` scales the loss in `accelerator.backward`; the loop does the rest (`loop.py`).
-    A process may train several models, one after another, each with its own precision; then only the latest
-    `Accelerator` may be used.
+    A process may train several models, one after another, each with its own precision. Only the latest `Accelerator`
+    may be used, since Accelerate's objects share their settings.
 
     Args:
         precision: of the networks (mixed precision: parameters stay float32).
@@ -42,7 +42,8 @@ def accelerator(
 
     Raises:
         UserError: for a tracker that is unknown or not installed, for fp16 on a CPU, for a device that is not there,
-            for gradient accumulation in Accelerate's environment, or as `refuse_engines` does.
+            for gradient accumulation in Accelerate's environment, for another device than that of a group of processes
+            that exists, or as `refuse_engines` does.
     """
     refuse_engines()
     if (steps := os.environ.get(ACCUMULATION_VARIABLE, "1")) != "1":
@@ -56,7 +57,7 @@ def accelerator(
             raise UserError(f"the tracker {name} is not installed; install it (pip install {name}) or leave it out")
     resolved = resolve(precision, chosen)
     mixed_precision = "no" if resolved == "fp32" else resolved
-    _forget_other_settings(chosen.type == "cpu", mixed_precision)
+    _forget_other_settings(chosen, mixed_precision)
     return Accelerator(
         cpu=chosen.type == "cpu",  # otherwise several processes on CPUs would not form a group
         mixed_precision=mixed_precision,
@@ -66,16 +67,20 @@ def accelerator(
     )
 
 
-def _forget_other_settings(on_cpu: bool, mixed_precision: str) -> None:
-    """Lets a second `Accelerator` of this process have another precision, or, in a single process, another device.
+def _forget_other_settings(chosen: torch.device, mixed_precision: str) -> None:
+    """Lets a further `Accelerator` of this process have another precision and, in a single process, another device.
 
-    Accelerate keeps the settings of the first one for the whole process and refuses others; it has no public way to
-    end them.
+    Accelerate keeps the first settings of a process and refuses others or, for devices, ignores them. It has no public
+    way to forget them.
     """
-    if AcceleratorState._shared_state:
-        state = AcceleratorState()
-        if state._mixed_precision != mixed_precision or (state.device.type == "cpu") != on_cpu:
-            AcceleratorState._reset_state(reset_partial_state=state.num_processes == 1)
+    settings = AcceleratorState._shared_state or PartialState._shared_state
+    if not settings:
+        return
+    alone, device_differs = settings["num_processes"] == 1, settings["device"].type != chosen.type
+    if device_differs and not alone:
+        raise UserError(f"these processes are connected on {settings['device'].type}; they cannot train on {chosen}")
+    if device_differs or settings.get("_mixed_precision", mixed_precision) != mixed_precision:
+        AcceleratorState._reset_state(reset_partial_state=alone)
 
 
 def refuse_accumulation(process: Accelerator) -> None:
