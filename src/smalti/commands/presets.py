@@ -51,8 +51,8 @@ F16: dict[str, Any] = {
 def small(kind: str) -> TrainTokenizer[Any]:
     """Defaults: 8x8 codes of 32x32 images, for two CPU cores; also the tokenizer of the demonstration.
 
-    `python scripts/train_tokenizer.py` trains it on the embedded portraits. The discriminator of `vqgan` starts halfway
-    and trains with AdamW at the same, low rate, at which it did not collapse (docs/notebook/tokenizers.md).
+    `python scripts/train_tokenizer.py` trains it on the embedded portraits. The discriminator of `vqgan` starts
+    halfway; it trains by AdamW at the same rate, which is low because a discriminator collapsed at 0.001.
     """
     model = models.class_of_kind("tokenizer", kind).config_class()
     by_layers = FitConfig(steps=2_000, batch_size=32)
