@@ -43,8 +43,8 @@ def run_all(
     logs.mkdir(parents=True, exist_ok=True)
     queue = _Queue(logs, time.monotonic() + 60 * minutes if minutes else None, program)
     with ThreadPoolExecutor(processes) as pool:
-        finished = [pool.submit(queue.run, number, line) for number, line in enumerate(lines)]
         try:
+            finished = [pool.submit(queue.run, number, line) for number, line in enumerate(lines)]
             return all([future.result() for future in finished])
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
