@@ -9,6 +9,7 @@ Legend: b batch, h w grid, n positions, d width, a head's channels.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -235,7 +236,7 @@ def train(
             network.zero_grad()
             synchronize()
             times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return statistics.median(times)
 
 
 @torch.no_grad()

@@ -45,10 +45,6 @@ def scaled_process():
     return process
 
 
-def plain_process():
-    return accelerator("fp32")
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamax"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_loss_scaling_does_not_change_training(tmp_path, optimizer, accumulation):
@@ -56,7 +52,7 @@ def test_loss_scaling_does_not_change_training(tmp_path, optimizer, accumulation
     config = replace(CONFIG, optimizer=optimizer, accumulation=accumulation)
     process = scaled_process()
     train(tmp_path / "scaled", config=config, process=process)
-    train(tmp_path / "plain", config=config, process=plain_process())
+    train(tmp_path / "plain", config=config, process=accelerator("fp32"))
     assert toys.outcome(tmp_path / "scaled") == toys.outcome(tmp_path / "plain")
     parts = 2 if optimizer == "muon" else 1
     assert process.scaler.calls == [*["scale"] * accumulation, *["unscale"] * parts, "update"] * CONFIG.steps
@@ -66,7 +62,7 @@ def test_loss_scaling_does_not_change_training(tmp_path, optimizer, accumulation
 def test_two_phases_share_one_update_per_step(tmp_path):
     process = scaled_process()
     train(tmp_path / "scaled", lambda: toys.make("tokenizer", "vqgan"), process=process)
-    train(tmp_path / "plain", lambda: toys.make("tokenizer", "vqgan"), process=plain_process())
+    train(tmp_path / "plain", lambda: toys.make("tokenizer", "vqgan"), process=accelerator("fp32"))
     assert process.scaler.calls == ["scale", "unscale", "scale", "unscale", "update"] * CONFIG.steps
     scaled, plain = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("scaled", "plain"))
     for name, tensor in scaled.items():
@@ -91,7 +87,7 @@ def test_overflow_skips_the_step_and_halves_the_scale(tmp_path):
 def test_bad_batch_halves_the_scale_and_changes_nothing_else(tmp_path):
     process = scaled_process()
     train(tmp_path / "scaled", process=process, wrap=lambda rows: BadRows(rows, {3}))
-    train(tmp_path / "plain", process=plain_process(), wrap=lambda rows: BadRows(rows, {3}))
+    train(tmp_path / "plain", process=accelerator("fp32"), wrap=lambda rows: BadRows(rows, {3}))
     assert toys.outcome(tmp_path / "scaled") == toys.outcome(tmp_path / "plain")
     assert process.scaler.get_scale() == SCALE / 2 * 2**2  # 3 good steps, the bad one, 8 good ones
 
@@ -110,5 +106,5 @@ def test_resuming_restores_the_scale(tmp_path, stop):
 
 
 def test_snapshots_without_a_scaler_have_no_scale(tmp_path):
-    train(tmp_path, process=plain_process())
+    train(tmp_path, process=accelerator("fp32"))
     assert "scaler" not in Run(tmp_path, {"settings": "same"}).state()

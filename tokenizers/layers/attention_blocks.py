@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from smalti.tokenizers.layers.conv import Residual
 
-EPSILON = 1e-6  # epsilon of every GroupNorm
+EPSILON = 1e-6  # epsilon of every GroupNorm of encoders and decoders
 LARGEST_SUMMED = 2**12  # up to this many positions, torch's sums over channels-last maps are accurate to about 1e-6
 
 
@@ -38,13 +38,12 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Maps features to features of the same shape."""
         channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
-        if input.device.type != "cpu" or not channels_last:
-            return super().forward(input)
-        if input.shape[2] * input.shape[3] > LARGEST_SUMMED:
-            return super().forward(input.contiguous())
-        if torch.is_grad_enabled():
-            normed = _ChannelsLastGroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
-            return cast(Tensor, normed)
+        if input.device.type == "cpu" and channels_last:
+            if input.shape[2] * input.shape[3] > LARGEST_SUMMED:
+                input = input.contiguous()
+            elif torch.is_grad_enabled():
+                normed = _ChannelsLastGroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
+                return cast(Tensor, normed)
         return super().forward(input)
 
 
