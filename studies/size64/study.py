@@ -59,11 +59,13 @@ class Cell(NamedTuple):
         kind: the tokenizer's kind.
         side: the side of its grid of codes.
         widths: the channels of its stages.
+        prior_batch: the batch size of its prior.
     """
 
     kind: KindName
     side: int
     widths: tuple[int, ...]
+    prior_batch: int
 
     @property
     def name(self) -> str:
@@ -72,10 +74,10 @@ class Cell(NamedTuple):
 
 
 CELLS = (
-    Cell("hrvq", 8, (48, 96, 128)),
-    Cell("vqgan", 8, (32, 64, 96, 128)),
-    Cell("hrvq", 16, (48, 96)),
-    Cell("vqgan", 16, (32, 64, 96)),
+    Cell("hrvq", 8, (48, 96, 128), prior_batch=64),
+    Cell("vqgan", 8, (32, 64, 96, 128), prior_batch=64),
+    Cell("hrvq", 16, (48, 96), prior_batch=32),
+    Cell("vqgan", 16, (32, 64, 96), prior_batch=32),
 )
 PRIOR = HourglassConfig()
 
@@ -99,7 +101,7 @@ class ReproduceSize64:
     tokenizer_steps: int | None = None
     """Training steps of each tokenizer, of 16 images [default: those of the preset small64]."""
     prior_steps: int = 2_000
-    """Training steps of each prior, of 64 images."""
+    """Training steps of each prior, of 64 images with 8x8 codes, of 32 with 16x16."""
     samples: int = 1_000
     """Samples of each prior that are measured, if the training images are at least twice as many."""
     precision: Precision = "auto"
@@ -127,7 +129,7 @@ def trained(cell: Cell, images: str, config: ReproduceSize64) -> Path:
     build = BuildLatents(tokenizer=str(folder / "tokenizer"), flips=False, out=folder / "latents.h5")
     latents = build_latents(build)
     prior = TrainPrior(model=PRIOR, objective=SundaeConfig())
-    fit = replace(prior.fit, steps=config.prior_steps, batch_size=64)
+    fit = replace(prior.fit, steps=config.prior_steps, batch_size=cell.prior_batch)
     train_prior(replace(prior, fit=fit, latents=latents, precision=config.precision, out=folder / "prior"))
     return folder
 
@@ -197,7 +199,9 @@ def reproduce_size64(config: ReproduceSize64) -> None:
             name = data_name(images)
             for picture in (SAMPLES_NAME, FILLS_NAME):
                 shutil.copy(folder / picture, _picture(config, name, cell, picture))
-            write_section(config.out, name, section(name, results[images], config), "priors in batches of 64")
+            write_section(
+                config.out, name, section(name, results[images], config), "priors in batches of 64 (8×8) and 32 (16×16)"
+            )
 
 
 def section(name: str, results: dict[Cell, dict[str, Any]], config: ReproduceSize64) -> str:

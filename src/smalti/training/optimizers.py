@@ -22,10 +22,10 @@ MUON: dict[str, Any] = {
     "nesterov": True,
     "ns_coefficients": (3.4445, -4.775, 2.0315),
     "eps": 1e-7,
-    "ns_steps": 5,
+    "ns_steps": 4,
     "adjust_lr_fn": "match_rms_adamw",
 }
-"""The settings of Muon, `torch.optim.Muon`'s defaults but for the last."""
+"""The settings of Muon, `torch.optim.Muon`'s defaults but for the last two."""
 GRAM_FROM_ASPECT = 2
 """Matrices with more columns than this many times their rows are iterated by their Gram matrices."""
 
@@ -54,9 +54,9 @@ class CombinedOptimizer:
 class BatchedMuon(torch.optim.Optimizer):
     """Muon (arXiv 2502.16982), orthogonalizing weights of one shape as a batch.
 
-    Its steps and states are those of `torch.optim.Muon` with `match_rms_adamw`. Besides matrices it takes the kernels
-    of convolutions, as matrices of output channels by everything else. A batch is about twice as fast for networks with
-    many small layers of few shapes.
+    Its steps and states are those of `torch.optim.Muon` with `match_rms_adamw`, but for one iteration less (see
+    `orthogonalized`). Besides matrices it takes the kernels of convolutions, as matrices of output channels by
+    everything else. A batch is about twice as fast for networks with many small layers of few shapes.
 
     Args:
         parameters: weights with at least two dimensions.
@@ -111,13 +111,19 @@ def orthogonalized(
     It computes in bf16, which is exact enough, if the hardware has it; otherwise in fp32, which is then much faster. In
     fp32, wide matrices are iterated by their Gram matrices alone: the iterations multiply X by polynomials of X X^T,
     which commute, so that the products with X itself are done once.
+
+    Deviation from Muon: the norm of X X^T, not that of X, scales singular values below 1. It is the nearer bound, the
+    fourth root of the sum of their fourth powers, so that they start up to n^(1/4) times as far from zero (for n rows).
+    That is worth one of Muon's five iterations.
     """
     bf16 = has_native_bf16(matrices.device.type)
     x = matrices.bfloat16() if bf16 else matrices.float()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # the squares of small values would be zero
+    gram = x @ x.mT
+    norm = gram.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    x, gram = x / norm.sqrt(), gram / norm
     a, b, c = coefficients
     if not bf16 and x.shape[2] > GRAM_FROM_ASPECT * x.shape[1]:
-        gram = x @ x.mT
         identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
         product = identity
         for step in range(steps):
@@ -126,8 +132,8 @@ def orthogonalized(
             if step < steps - 1:
                 gram = polynomial @ gram @ polynomial
         return product @ x
-    for _ in range(steps):
-        gram = x @ x.mT
+    for step in range(steps):
+        gram = x @ x.mT if step else gram
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
