@@ -1,7 +1,7 @@
 """Benchmark of the default prior beside a plain network of the paper's structure, trained on the same codes.
 
-It shows a regression of the loss or of the speed of a training step. All variants have the learning rate of the
-defaults, which was chosen for the first one, and a linear decay without EMA. The plain network is written in torch
+It shows a regression of the loss or of the speed of a training step. All variants have the learning rate, warm-up and
+decay of the defaults, which were chosen for the first one, without EMA. The plain network is written in torch
 alone, with what arXiv 2206.12351 describes: an hourglass (arXiv 2110.13711) without causal masks, whose downsampling
 merges patches of the grid, and axial rotary embeddings.
 
@@ -11,7 +11,7 @@ Legend: b batch, h w grid, n positions, d width, a head's channels.
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -32,9 +32,9 @@ from smalti.priors.methods.sundae import Sundae, SundaeConfig, corrupt
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 from smalti.priors.networks.positions import ROTARY_THETA
 from smalti.training.accelerator import subnormals_flushed
-from smalti.training.optimizers import parts_of
+from smalti.training.config import FitConfig
+from smalti.training.optimizers import clip
 
-WARMUP = 20
 CORRUPTION = (0.25, 0.5, 0.75, 1.0)
 """Shares of corrupted codes at which the held-out loss is measured."""
 PAPER_STRUCTURE = {"absolute_positions": False, "qk_norm": False}
@@ -168,8 +168,7 @@ def parity(*, steps: int = 200, batch: int = 32, images: int = 2_500, held_out: 
             def score(corrupted: Tensor, target: Tensor) -> Tensor:
                 return network.head.score(network.features(corrupted), target.flatten(1))[0].sum(-1).mean()
 
-        optimizers = parts_of(fit.optimizer_of(network))
-        seconds = train(network, optimizers, loss_of, train_codes, steps=steps, batch=batch)
+        seconds = train(network, fit, loss_of, train_codes)
         return Trained(seconds, held_out_loss(network, score, head, held_out_codes))
 
     names = {
@@ -207,32 +206,24 @@ def portrait_codes(count: int) -> tuple[Tensor, tuple[int, ...]]:
     return torch.cat(parts), tokenizer.layout.levels[0].radices
 
 
-def train(
-    network: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    codes: Tensor,
-    *,
-    steps: int,
-    batch: int,
-) -> float:
-    """Trains a network with a linear warm-up and decay; returns the median seconds of a step."""
-    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+def train(network: nn.Module, fit: FitConfig, loss_of: Callable[[Tensor, Tensor], Tensor], codes: Tensor) -> float:
+    """Trains a network by a plain loop; returns the median seconds of a step."""
+    optimizer, parameters = fit.optimizer_of(network), list(network.parameters())
+    groups = [(group, group["lr"]) for group in optimizer.param_groups]
     generator, times = torch.Generator().manual_seed(0), []
     network.train()
     with subnormals_flushed():
-        for step in range(steps):
+        for step in range(fit.steps):
             synchronize()
             start = time.perf_counter()
             for group, rate in groups:
-                group["lr"] = rate * min((step + 1) / WARMUP, (steps - step) / steps)
-            rows = torch.randint(len(codes), (batch,), generator=generator).to(codes.device)
+                group["lr"] = rate * fit.rate(step)
+            rows = torch.randint(len(codes), (fit.batch_size,), generator=generator).to(codes.device)
             with autocast(codes.device, "auto"):
                 loss = loss_of(codes[rows], row_seeds(step, rows))
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
+            clip(parameters, fit.clip_norm)
+            optimizer.step()
             network.zero_grad()
             synchronize()
             times.append(time.perf_counter() - start)

@@ -64,6 +64,6 @@ def test_the_variants_learn(monkeypatch):
     monkeypatch.setattr(
         parity, "HourglassConfig", lambda *grid, radices: HourglassConfig(*grid, radices=radices, **tiny)
     )
-    step, loss = parity.parity(steps=40, batch=8, images=40, held_out=20)
+    step, loss = parity.parity(steps=80, batch=8, images=40, held_out=20)
     assert all(variant.work() > 0 for variant in step.variants)
     assert all(variant.work() < 0.8 * math.log(9) for variant in loss.variants)

@@ -20,8 +20,6 @@ from smalti.training.optimizers import (
     restore,
 )
 
-ITERATIONS = MUON["ns_coefficients"], MUON["ns_steps"], MUON["eps"]
-
 
 def network() -> nn.Module:
     torch.manual_seed(0)
@@ -102,38 +100,37 @@ def test_batched_muon_takes_the_steps_of_torchs_muon(monkeypatch: pytest.MonkeyP
 @given(
     rows=st.integers(1, 24),
     further_columns=st.integers(0, 60),
-    smallest=st.floats(0.03, 1),
+    smallest=st.floats(0.01, 1),
     scale=st.floats(-4, 15).map(lambda power: 10.0**power),
     bf16=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_orthogonalization_maps_singular_values_near_1(rows, further_columns, smallest, scale, bf16, seed):
-    """Singular vectors stay, and singular values from a thirtieth of the largest come near 1, whatever the scale."""
+    """Singular vectors stay, and singular values from a hundredth of the largest come near 1, whatever the scale."""
     draw = torch.Generator().manual_seed(seed)
     left, right = (torch.linalg.qr(torch.randn(n, rows, generator=draw))[0] for n in (rows, rows + further_columns))
     values = smallest ** torch.linspace(0, 1, rows)
     matrices = (left * values * scale @ right.T)[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizers, "has_native_bf16", lambda kind: bf16)
-        result = orthogonalized(matrices, *ITERATIONS)
+        result = orthogonalized(matrices, MUON["eps"])
     assert result.dtype == (torch.bfloat16 if bf16 else torch.float32)
     inner = left.T @ result[0].float() @ right
     error = 0.15 if bf16 else 0.001  # of rounding, in bf16 where singular values are close together
-    assert 0.68 - error < inner.diagonal().min()
+    assert 0.79 - error < inner.diagonal().min()
     assert inner.diagonal().max() < 1.21 + error
     assert (inner - inner.diagonal().diag()).abs().max() < error
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (48, 96), (192, 192), (192, 768)])
-def test_orthogonalization_is_as_exact_as_one_more_iteration_of_torchs(monkeypatch: pytest.MonkeyPatch, shape):
+def test_orthogonalization_is_more_exact_than_torchs(monkeypatch: pytest.MonkeyPatch, shape):
     monkeypatch.setattr(optimizers, "has_native_bf16", lambda kind: True)  # torch's Muon always computes in bf16
-    assert not orthogonalized(torch.zeros(1, *shape), *ITERATIONS).any()
+    assert not orthogonalized(torch.zeros(1, *shape), MUON["eps"]).any()
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    coefficients, steps, eps = ITERATIONS
-    ours = orthogonalized(matrix[None], *ITERATIONS)[0].float()
-    theirs = torch.optim._muon._zeropower_via_newtonschulz(matrix, coefficients, steps + 1, eps).float()
-    assert (ours - left @ right).norm() < 1.05 * (theirs - left @ right).norm()
+    ours = orthogonalized(matrix[None], MUON["eps"])[0].float()
+    theirs = torch.optim._muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.775, 2.0315), 5, MUON["eps"]).float()
+    assert (ours - left @ right).norm() < (theirs - left @ right).norm()
 
 
 @pytest.mark.parametrize("shape", [(8, 17), (8, 72), (64, 576)])
@@ -144,7 +141,7 @@ def test_iterations_of_the_gram_matrix_equal_those_of_the_matrix(monkeypatch: py
     results = []
     for aspect in (optimizers.GRAM_FROM_ASPECT, 1_000):
         monkeypatch.setattr(optimizers, "GRAM_FROM_ASPECT", aspect)
-        results.append(orthogonalized(matrices, *ITERATIONS))
+        results.append(orthogonalized(matrices, MUON["eps"]))
     torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
 
 
