@@ -5,7 +5,7 @@ from smalti.app.server import App, app
 
 ABOUT = """Opens a web page on this machine to inpaint images and to sample new ones.
 
-$ pip install 'smalti[app]'                        # installs Gradio; in a checkout: pip install -e '.[app]'
+$ pip install -e '.[app]'                          # in a checkout: installs Gradio
 $ python scripts/app.py --prior runs/demo/prior    # then open http://127.0.0.1:7860
 $ python scripts/app.py --prior runs/demo/prior --port 8000
 

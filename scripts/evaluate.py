@@ -13,7 +13,9 @@ $ python scripts/evaluate.py --of likelihood --tokenizer selfvae   # bits per di
 $ python scripts/evaluate.py --of images --images samples.npz --reference my/photos    # without a model
 $ python scripts/evaluate.py --again runs/evaluations/prior-hourglass.json # repeats an evaluation
 
-Needs the extra `metrics`: pip install 'smalti[metrics]'
+Needs the extra `metrics`: pip install -e '.[metrics]'
+
+For the options of one kind of evaluation: --of KIND --help
 
 The meaning of each score, and which scores may be compared: docs/guide/evaluate.md"""
 

@@ -192,7 +192,6 @@ def _constriction() -> Any:
         import constriction
     except ImportError as error:
         raise UserError(
-            "--prior needs the entropy coder constriction: pip install 'smalti[entropy]', in a checkout "
-            "pip install -e '.[entropy]'"
+            "--prior needs the entropy coder constriction: pip install -e '.[entropy]' in a checkout"
         ) from error
     return constriction.stream  # pyright: ignore[reportAttributeAccessIssue] - of the compiled module

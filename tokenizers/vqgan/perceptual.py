@@ -127,7 +127,7 @@ def _lpips_network() -> Any:
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         raise UserError(
             f"--perceptual lpips-vgg needs lpips and a torchvision that fits torch {torch.__version__} ({error}): "
-            "pip install 'smalti[lpips]', in a checkout pip install -e '.[lpips]'; or use --perceptual lite0"
+            "pip install -e '.[lpips]' in a checkout; or use --perceptual lite0"
         ) from error
     url = VGG16_Weights.IMAGENET1K_V1.url
     try:

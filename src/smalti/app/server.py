@@ -81,7 +81,7 @@ def serve(config: App) -> Iterator[str]:
         try:
             from smalti.app.page import page
         except ModuleNotFoundError as error:
-            raise UserError("the page needs Gradio: pip install 'smalti[app]'") from error
+            raise UserError("the page needs Gradio: pip install -e '.[app]' in a checkout") from error
         session = Session(config.prior, config.tokenizer, config.device, config.precision)
         provenance = {**flatten(config), "prior_digest": session.prior.digest(), "versions": versions()}
         blocks = page(session, partial(_save, folder, provenance))

@@ -82,8 +82,8 @@ class TrainPrior(Generic[C, Objective]):
     """The latent set to train on: a file or folder from build_latents.py, a pattern such as 'folder/*.h5', or the hub
     id of a data set."""
     condition: Literal["class", "vector"] = added(off="class")
-    """Learn images given their class, if the latent set has labels, or given its vectors (build-latents.py
-    --conditions)."""
+    """Learn images given their class, if the latent set has labels, or given its vectors (`smalti build-latents
+    --conditions`)."""
     level: int = 0
     """Level of the latent set to learn, 0 being the coarsest. The prior is conditioned on the coarser levels' codes."""
     tokenizer: str | None = None

@@ -28,26 +28,26 @@ class Reading:
 
     image_column: str | None = None
     """Column of the images, if a table has several; column of the paths in a list; extension of the images in
-    WebDataset shards [default: as trained, if the images are those of the training]."""
+    WebDataset shards [default: the only one; for the images that a model was trained on, as in its training]."""
     label_column: str | None = None
-    """Column of the labels, also of `metadata.csv` or in the `.json` beside an image [default: as trained, if the
-    images are those of the training; else `label`, or the only column of classes, or the names of folders]."""
+    """Column of the labels, also of `metadata.csv` or in the `.json` beside an image [default: `label`, or the
+    only column of classes, or the names of folders; for the images that a model was trained on, as in its training]."""
     split: str | None = added(None)
     """Split to read of images that are divided into folders or files such as train, val and test, or of a data set of
-    the hub [default: as trained, if the images are those of the training; else train]."""
+    the hub [default: train; for the images that a model was trained on, as in its training]."""
     limit: int | None = added(None)
-    """Number of images to read, the first ones, for a quick try [default: as trained, if the images are those of the
-    training; else all]."""
+    """Number of images to read, the first ones, for a quick try [default: all; for the images that a model was
+    trained on, as in its training]."""
     held_out: str | None = added(None)
-    """Images that are held out from training: a fraction such as 0.05; a folder or any other source of images to add;
-    or `none` [default: as trained; else 0.1]."""
+    """Images that are held out from training: a fraction such as 0.05; another folder or source of images, all of
+    which are then held out; or `none` [default: 0.1, or as in the training of the model]."""
     fit: Fit | None = None
     """The way in which images of other proportions get the model's: `crop` keeps the centre, `pad` keeps the whole
-    image between white borders, `squash` ignores the proportions. A model keeps the choice of its training [default:
-    as trained, else crop]."""
+    image between white borders, `squash` ignores the proportions. [default: crop, or as in the training of
+    the model]."""
     image_depth: Literal[8, 16] | None = added(None)
     """Bits of each channel: 16 keeps those of deep grey images and arrays, for scans and measurements; 8 scales them
-    down. A model keeps the choice of its training [default: as trained, else 8]."""
+    down [default: 8, or as in the training of the model]."""
     most_pixels: int | None = added(None)
     """Most pixels of an image; larger ones cannot be read. Raise it for large scans that you trust [default: 178956970,
     and less for files that look like decompression bombs]."""

@@ -20,7 +20,7 @@ from smalti.metrics.frechet import Moments
 
 ExtractorName: TypeAlias = Literal["lite0", "inception"]
 
-EXTRA = "pip install 'smalti[metrics]', in a checkout pip install -e '.[metrics]'"
+EXTRA = "pip install -e '.[metrics]' in a checkout"
 _IMAGES_AT_ONCE = 64
 
 
@@ -129,8 +129,8 @@ class Inception(Extractor):
             network = NoTrainInceptionV3("inception-v3-compat", [str(self.width)], antialias=False)
         except ModuleNotFoundError as error:
             raise UserError(
-                "the extractor inception is not installed: pip install 'smalti[metrics]' torch-fidelity (which needs "
-                "torchvision); or use --extractor lite0"
+                "the extractor inception is not installed: pip install -e '.[metrics]' torch-fidelity in a checkout "
+                "(it needs torchvision); or use --extractor lite0"
             ) from error
         except OSError as error:
             raise UserError(

@@ -182,7 +182,7 @@ def test_missing_packages_and_weights_are_one_line_errors(vgg, monkeypatch, tmp_
     monkeypatch.delitem(sys.modules, "torchvision.models")
     assert "needs lpips and a torchvision that fits torch" in refusal()
     monkeypatch.setitem(sys.modules, "lpips", None)
-    assert "pip install 'smalti[lpips]'" in refusal()
+    assert "pip install -e '.[lpips]'" in refusal()
     monkeypatch.delitem(sys.modules, "lpips")
     (tmp_path / "lpips.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
