@@ -218,6 +218,8 @@ def _flips(latent_set: SetToShare) -> str:
 
 
 def _crops(provenance: Provenance) -> str:
+    if side := provenance.preprocessing.get("ten_crop_side"):
+        return f"the corners and the centre of each training image, of {side:.0%} of its side"
     crops, smallest = provenance.preprocessing.get("crops"), provenance.preprocessing.get("smallest_crop", 1)
     return f"{crops} random crop(s) of each training image, of {smallest:.0%} of its side at least" if crops else "none"
 

@@ -11,6 +11,7 @@ A set of one file is built in the same way, as its only shard. The files are wri
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from smalti.core.errors import UserError
 from smalti.core.files import sync, write_json
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.latentsets.building.jobs import Job, SourceNumbers, checksum
-from smalti.latentsets.hdf5.format import CONDITIONS, level_bytes, number_sources, read_header
+from smalti.latentsets.hdf5.format import CONDITIONS, arrays_of, number_sources, read_header
 from smalti.latentsets.hdf5.sharded import write_index
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.summary import size_text
@@ -76,7 +77,7 @@ class BlockStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ABANDONED_NAME).unlink(missing_ok=True)
         key_file, key = self.folder / KEY_NAME, {**self._shape(), **self.job.key}
-        before = json.loads(key_file.read_text()) if key_file.exists() else {}
+        before = json.loads(key_file.read_text(encoding="utf-8")) if key_file.exists() else {}
         changed = sorted(name for name in {*before, *key} if before.get(name) != key.get(name))
         if changed:  # old blocks are deleted before the new key is written: a kill in between must not mix them
             self._delete_blocks("*")
@@ -109,7 +110,8 @@ class BlockStore:
         """
         images = sum(len(self.job.images_of_blocks(self.job.shards[shard])) for shard in shards)
         rows = images * self.job.rows_per_image
-        needed = blocks * self.record.itemsize + sum(level_bytes(level, rows) for level in self.job.layout.levels)
+        arrays = arrays_of(self.job.layout, rows, self.job.condition_width).values()
+        needed = blocks * self.record.itemsize + sum(dtype.itemsize * math.prod(shape) for dtype, shape in arrays)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             sizes = f"{size_text(needed)} while it is built, but {size_text(free)} are free"

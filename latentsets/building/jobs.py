@@ -31,6 +31,7 @@ class Job:
         crops: The number of random crops of each image, which follow it as rows. Held-out images have none in the set.
         condition_width: Numbers in the vector of each image, which all of its rows get; 0 for none.
         shard_blocks: The number of blocks of each file of a set of several files; 0 for a set of one file.
+        most_rows: The largest number of rows to encode at once; 0 for a block's.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Job:
     crops: int = 0
     condition_width: int = 0
     shard_blocks: int = 0
+    most_rows: int = 0
 
     @property
     def rows_per_image(self) -> int:

@@ -3,6 +3,7 @@ compression to files.
 """
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -120,15 +121,31 @@ def test_each_layer_can_have_its_own_batch_size(folder, capfd):
     assert (status, "--layer-batch-sizes must be from 1 to" in err) == (2, True)
 
 
-def test_a_layer_does_not_resume_on_other_lower_layers(folder, capfd):
-    """The lower layer is trained further, so the upper layers were trained on other features."""
+def test_only_the_last_layer_trains_on(folder, capfd):
+    """The upper layers were trained on the features of the lower ones, so a refusal must leave those as they are."""
     out = folder / "longer"
-    assert run(capfd, train_tokenizer.main, *TRAIN, "--widths", "4", "4", "--out", out)[0] == 0
-    longer = [*TRAIN, "--widths", "4", "4", "--out", out, "--steps", "8"]
-    status, _, err = run(capfd, train_tokenizer.main, *longer)
+    command = [*TRAIN, "--widths", "4", "4", "--out", out]
+    assert run(capfd, train_tokenizer.main, *command)[0] == 0
+    lower = weights(folder, out / "layer-1")
+    status, _, err = run(capfd, train_tokenizer.main, *command, "--steps", "8")
+    assert status == 2
+    assert "give --layer-steps with 6 for it" in err
+    assert all(tensor.equal(lower[name]) for name, tensor in weights(folder, out / "layer-1").items())
+    status, printed, _ = run(capfd, train_tokenizer.main, *command)
+    assert (status, "6 steps. Give more --layer-steps for the last layer" in printed) == (0, True)
+    assert run(capfd, train_tokenizer.main, *command, "--layer-steps", "6", "8")[0] == 0
+    assert json.loads((out / METRICS_NAME).read_text().splitlines()[-1])["step"] == 8
+    assert run(capfd, train_tokenizer.main, *command, "--steps", "8", "--resume", "never")[0] == 0
+
+
+def test_a_layer_does_not_resume_on_other_lower_layers(folder, capfd):
+    out = folder / "others"
+    command = [*TRAIN, "--widths", "4", "4", "--out", out]
+    assert run(capfd, train_tokenizer.main, *command)[0] == 0
+    shutil.rmtree(out / "layer-1")
+    status, _, err = run(capfd, train_tokenizer.main, *command, "--layer-steps", "2", "6")
     assert status == 2
     assert "holds a run with lower layers with the digest" in err
-    assert run(capfd, train_tokenizer.main, *longer, "--resume", "never")[0] == 0
 
 
 def test_priors_learn_and_sample_codes_of_one_position(folder, capfd):

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.toys import untrained_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from smalti.commands.inpainting import Filling, fill, working_size
+from smalti.commands.inpainting import Filling, WorkingSize, _to_working_size, fill, working_size
 from smalti.core.errors import UserError
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float, to_uint8
@@ -93,6 +94,23 @@ def test_images_of_any_size_keep_their_size(models, size):
     assert not torch.equal(filled[~known], images[~known])
     others = torch.where(known, images, 255 - images)
     assert torch.equal(filled, fill(*models, others, mask, seeds=seeds, sampling=SAMPLING, filling=PLAIN))
+
+
+@given(st.integers(8, 40), st.integers(8, 40), st.integers(2, 8), st.integers(2, 8), st.integers(0, 2**16))
+def test_no_masked_pixel_shows_in_known_pixels_of_a_reduced_image(height, width, new_height, new_width, seed):
+    """Resampling filters reach further than the pixels that a pixel replaces."""
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(1, height, width, dtype=torch.bool)
+    top, left = (int(torch.randint(side, (1,), generator=draw)) for side in (height, width))
+    mask[:, top : top + height // 2, left : left + width // 2] = True
+    image = torch.rand(1, 3, height, width, generator=draw) * 2 - 1
+    size = WorkingSize(new_height, new_width, new_height, new_width)
+    reduced, reduced_mask = _to_working_size(image, mask, size)
+    other, _ = _to_working_size(torch.where(mask.unsqueeze(1), -image, image), mask, size)
+    known = ~reduced_mask.unsqueeze(1).expand_as(reduced)
+    torch.testing.assert_close(reduced[known], other[known], atol=1e-5, rtol=0)
+    plain = F.interpolate(image, (new_height, new_width), mode="bicubic", antialias=True).clamp(-1, 1)
+    torch.testing.assert_close(_to_working_size(image, mask & False, size)[0], plain)
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([0.5, 1.0, 4.0]))

@@ -49,6 +49,11 @@ def workspace(tmp_path_factory):
         (inpaint.main, [*FILL, "--image", "empty.png"], "empty.png: the image is empty (0 bytes)"),
         (inpaint.main, [*FILL, "--image", "nothing"], "nothing holds no images"),
         (inpaint.main, [*FILL, "--image", "twins"], "twins has several images called a"),
+        (
+            inpaint.main,
+            ["--prior", "pair", "--image", "pictures", "--mask", "twins"],
+            "twins has several masks called a",
+        ),
         (inpaint.main, [*FILL, "--prior", "missing"], "no checkpoint at missing"),
         (inpaint.main, [*FILL, "--prior", "pair/tokenizer"], "holds a tokenizer (hrvq), but a prior is needed here"),
         (inpaint.main, [*FILL, "--prior", "pixelcnn"], "runs/priors/pixelcnn does not exist: train it first"),

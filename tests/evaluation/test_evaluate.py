@@ -154,6 +154,17 @@ def test_repeated_evaluation_gives_the_same_scores(results, capfd, of):
     assert (again["settings"], again["conditions"]) == (results[of]["settings"], results[of]["conditions"])
 
 
+def test_repeated_evaluation_leaves_the_samples_of_the_result_as_they_are(results, capfd):
+    result = json.loads(Path("prior.json").read_text())
+    result["settings"]["samples_npz"] = "kept.npz"
+    Path("with-samples.json").write_text(json.dumps(result))
+    Path("kept.npz").write_bytes(b"samples")
+    for more in ([], ["--out", "again-with-samples.json"]):
+        status, out, err = run(capfd, evaluate.main, "--again", "with-samples.json", *more)
+        assert (status, "the same as with-samples.json" in out) == (0, True), err
+    assert Path("kept.npz").read_bytes() == b"samples"
+
+
 def test_repeated_evaluation_lists_what_changed(results, capfd):
     changed = json.loads(Path("tokenizer.json").read_text())
     changed["scores"]["mse"]["model"] = 0.5

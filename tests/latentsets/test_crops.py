@@ -21,6 +21,18 @@ def workspace(tmp_path, monkeypatch):
         yield tmp_path
 
 
+def test_many_crops_are_encoded_in_batches_and_files_have_room_for_them(workspace, capfd, monkeypatch):
+    flags = [*FLAGS, "--on-bad-image", "skip", "--crops", "12"]
+    assert run(capfd, *flags, "--out", "whole.h5", "--batch-size", "32")[0] == 0
+    sizes, encode = [], HRVQ.encode
+    monkeypatch.setattr(HRVQ, "encode", lambda self, images: sizes.append(len(images)) or encode(self, images))
+    assert run(capfd, *flags, "--out", "parts.h5", "--batch-size", "8")[0] == 0
+    assert max(sizes) == 8
+    assert LatentSet("parts.h5").content_digest == LatentSet("whole.h5").content_digest
+    status, _, err = run(capfd, *flags, "--out", "set", "--batch-size", "8", "--shard-rows", "20")
+    assert (status, "an image has 26 rows, so --shard-rows must be at least as many" in err) == (2, True)
+
+
 @pytest.mark.parametrize("count", [2, None])
 @pytest.mark.parametrize("flips", [True, False])
 def test_training_images_have_crops_and_held_out_images_have_none(workspace, capfd, flips, count):

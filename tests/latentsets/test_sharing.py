@@ -71,6 +71,16 @@ def test_the_uploaded_copy_has_no_local_folders_and_the_same_digest(hub, tmp_pat
     assert "datasets/me/skipped" not in hub.repos
 
 
+def test_the_card_says_which_crops_a_set_has(hub, tmp_path):
+    preprocessing = {"height": 32, "width": 32, "ten_crop_side": 0.875}
+    write(
+        tmp_path / "codes.h5", GRID, make_codes(GRID, 60), [0], dataclasses.replace(LOCAL, preprocessing=preprocessing)
+    )
+    LatentSet("codes.h5").push_to_hub("me/codes", license="cc0-1.0", tokenizer="me/tokenizer")
+    card = hub.repos["datasets/me/codes"].files()["README.md"].decode()
+    assert "| crops | the corners and the centre of each training image, of 88% of its side |" in card
+
+
 def test_the_card_of_a_set(hub, tmp_path):
     write(tmp_path / "codes.h5", GRID, make_codes(GRID, 60), [0], LOCAL)
     latents = LatentSet("codes.h5")

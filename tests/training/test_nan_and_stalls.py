@@ -20,6 +20,7 @@ from smalti.core.models import WEIGHTS_NAME
 from smalti.training.nan_and_stalls import Buffers, SkippedSteps, explain_errors, spread_nan
 from smalti.training.optimizers import make_optimizer, parts_of, step_unless_on_device
 from smalti.training.run_folder import Run
+from smalti.training.signals import Interrupted
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -91,6 +92,32 @@ def test_run_ends_in_one_line_if_rollback_does_not_help(tmp_path, from_the_start
         train(tmp_path, config=config, wrap=lambda rows: BadRows(rows, range(first, 90)))
     assert "\n" not in str(caught.value)
     assert ("taking the weights" in capsys.readouterr().err) != from_the_start
+
+
+@pytest.mark.parametrize("log_steps", [1, 25])
+def test_steps_skipped_after_a_rollback_count_anew(tmp_path, log_steps, capsys):
+    """Twelve bad batches are one streak, however often it is looked at; of 25 steps the last ones are good."""
+    config = replace(CONFIG, steps=50, log_steps=log_steps, save_steps=5, keep_states=1)
+    train(tmp_path, config=config, wrap=lambda rows: BadRows(rows, range(11, 23)))
+    assert capsys.readouterr().err.count("(rollback)") == (1 if log_steps == 1 else 0)
+
+
+def test_a_stop_within_skipped_steps_keeps_the_good_snapshots(tmp_path):
+    """The resumed run repeats the skipped steps, so it equals an uninterrupted one."""
+    config, bad = replace(CONFIG, steps=30), range(6, 14)
+    train(tmp_path / "whole", config=config, wrap=lambda rows: BadRows(rows, bad))
+    for before in (0, 5, 5):
+        rest = range(6 - before, 14 - before)
+        with pytest.raises(Interrupted) as stopped:
+            train(
+                tmp_path / "stopped",
+                config=config,
+                wrap=lambda rows, rest=rest: toys.Signalling(BadRows(rows, rest), rest[3]),
+            )
+        assert stopped.value.step == 5
+    assert Run(tmp_path / "stopped", {"settings": "same"}).states.steps() == [4, 5]
+    train(tmp_path / "stopped", config=config, wrap=lambda rows: BadRows(rows, rest))
+    assert toys.outcome(tmp_path / "stopped") == toys.outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "plain sgd"])

@@ -44,6 +44,19 @@ def test_run_resumes_from_its_snapshot_and_deletes_later_metrics(tmp_path):
     assert last_metrics(tmp_path) == {"step": 5, "loss": 0.2}
 
 
+def test_rolling_back_to_the_last_step_of_all_discards_what_came_after(tmp_path):
+    started(tmp_path)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        (tmp_path / name).write_text("the model of step 5")
+    assert Run(tmp_path, SETTINGS).end(2, 0) == "5 steps"  # only a rollback deletes anything
+    assert Run(tmp_path, SETTINGS).states.steps() == [2, 5]
+    back = Run(tmp_path, SETTINGS, resume=2)
+    assert back.end(2, 0) == "2 steps"
+    assert back.states.steps() == [2]
+    assert last_metrics(tmp_path)["step"] == 2
+    assert (tmp_path / WEIGHTS_NAME).read_text() == "a model"
+
+
 def test_run_resumes_from_the_requested_snapshot(tmp_path):
     started(tmp_path)
     with pytest.raises(UserError, match=r"keeps no state of step 3; --resume one of these: 2, 5$"):

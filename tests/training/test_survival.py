@@ -44,6 +44,7 @@ class Slow:
 def program(folder, family, kind, config: FitConfig, seconds=0.0, hangs=-1):
     """Trains in a process of its own and exits as the commands do."""
     torch.set_num_threads(1)
+    os.setpgid(0, 0)  # so that a test can signal it and its workers together
     folder.mkdir(exist_ok=True)
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     try:
@@ -105,6 +106,22 @@ def test_interrupted_run_equals_uninterrupted_run(start, uninterrupted, tmp_path
     process.join(60)
     assert process.exitcode == 0
     assert toys.outcome(tmp_path) == toys.outcome(uninterrupted / kind)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_stops_it_after_a_snapshot(start, uninterrupted, tmp_path, number):
+    """Ctrl-C in a terminal and schedulers signal data loader workers too."""
+    config = replace(CONFIG, workers=2, save_steps=100)
+    process = start(tmp_path, "tokenizer", "hrvq", config, 0.05)
+    while process.is_alive() and not lines(tmp_path):
+        time.sleep(0.001)
+    os.killpg(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number, (tmp_path / "stderr").read_text()
+    process = start(tmp_path, "tokenizer", "hrvq", config)
+    process.join(60)
+    assert process.exitcode == 0
+    assert toys.outcome(tmp_path) == toys.outcome(uninterrupted / "hrvq")
 
 
 @pytest.mark.parametrize("kind", ["hrvq", "vqgan"])

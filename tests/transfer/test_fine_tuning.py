@@ -43,6 +43,27 @@ def tune(capfd, *arguments):
     return run(capfd, train_tokenizer.main, "--images", "img", "--device", "cpu", *FIT, *arguments)
 
 
+@pytest.mark.parametrize("family", ["tokenizer", "prior"])
+def test_a_run_that_starts_from_the_package_by_the_name_of_its_kind_resumes(trained, capfd, family):
+    """After its first snapshot, the kind's name stands for the run itself, elsewhere."""
+    kind, module = ("hrvq", train_tokenizer) if family == "tokenizer" else ("hourglass", train_prior)
+    source = ("--images", "img", "--batch-size", "4") if family == "tokenizer" else ("--latents", "package.h5")
+    if family == "prior":
+        build = ("--tokenizer", "portraits", "--images", "img", "--workers", "0", "--device", "cpu")
+        assert run(capfd, build_latents.main, *build, "--out", "package.h5")[0] == 0
+    command = (*source, "--init", kind, "--device", "cpu")
+    assert run(capfd, module.main, *command, "--steps", "1")[0] == 0
+    status, printed, err = run(capfd, module.main, *command, "--steps", "1")
+    assert (status, "is finished: 1 steps" in printed) == (0, True), err
+    assert run(capfd, module.main, *command, "--steps", "2")[0] == 0
+    own = f"runs/{family}s/{kind}"
+    run_json = json.loads((trained / own / "run.json").read_text())
+    package = (load_tokenizer if family == "tokenizer" else load_only_prior)("portraits")
+    assert run_json["settings"]["init_digest"] == package.digest()
+    status, _, err = run(capfd, module.main, *source, "--device", "cpu", "--out", own, "--init", own)
+    assert (status, "is the folder of this run itself" in err) == (2, True)
+
+
 def test_a_tuned_decoder_keeps_the_codes_of_a_latent_set_and_its_prior(trained, capfd):
     status, _, err = tune(capfd, "--init", "old", "--freeze", "encoder", "codebook", "--seed", "1", "--out", "tuned")
     assert status == 0

@@ -204,14 +204,19 @@ def require_used(config: Any, defaults: Any) -> None:
     """Refuses a config of a tokenizer with settings that its quantizer does not use, unless they are the defaults.
 
     Args:
-        config: a config with a `quantizer`; any other passes.
+        config: the config. Without a `quantizer`, as that of `vqvae2`, it has flat codebooks.
         defaults: the config of the same kind before the person changed it.
 
     Raises:
         UserError: naming the first such setting.
     """
-    if not hasattr(config, "quantizer"):
-        return
-    for field in sorted(unused_settings(config.quantizer, getattr(config, "levels", ()))):
+    if hasattr(config, "quantizer"):
+        user, unused = (
+            f"--quantizer {config.quantizer}",
+            unused_settings(config.quantizer, getattr(config, "levels", ())),
+        )
+    else:  # its other settings may have the names of a quantizer's, such as HQA's temperature
+        user, unused = "a flat codebook", {"combined_commitment_weight"}
+    for field in sorted(unused):
         if getattr(config, field, None) != getattr(defaults, field, None):
-            raise UserError(f"--quantizer {config.quantizer} does not use --{field.replace('_', '-')}; leave it out")
+            raise UserError(f"{user} does not use --{field.replace('_', '-')}; leave it out")

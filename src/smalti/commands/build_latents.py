@@ -201,13 +201,15 @@ def job_of(
     """Divides the images into blocks and files, with a key of everything that decides their codes.
 
     Raises:
-        UserError: if the tokenizer cannot encode images of this size.
+        UserError: if the tokenizer cannot encode images of this size, or a file would not hold the rows of an image.
     """
     encoding_device = _device_of(tokenizer)
     blank = torch.zeros(1, *(images.preprocessing[side] for side in SIDES), device=encoding_device)
     with torch.no_grad():
         codes = tokenizer.encode(blank)
     rows_per_image = (1 + config.crops_per_image) * (1 + config.flips)
+    if config.shard_rows and config.shard_rows < rows_per_image:
+        raise UserError(f"an image has {rows_per_image} rows, so --shard-rows must be at least as many")
     block_images = max(1, config.batch_size // rows_per_image)
     return Job(
         path,
@@ -217,7 +219,8 @@ def job_of(
         flips=config.flips,
         crops=config.crops_per_image,
         condition_width=conditions.width if conditions else 0,
-        shard_blocks=max(1, config.shard_rows // (block_images * rows_per_image)) if config.shard_rows else 0,
+        shard_blocks=config.shard_rows // (block_images * rows_per_image) if config.shard_rows else 0,
+        most_rows=config.batch_size,
         key={
             "tokenizer_digest": provenance.tokenizer_digest,
             "image_fingerprint": provenance.image_fingerprint,

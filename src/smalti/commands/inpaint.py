@@ -181,7 +181,10 @@ def _jobs(config: Inpaint[Any], image: Path) -> list[_Job]:
         raise UserError(f"{image} has several images called {min(duplicates)}; give each a name of its own")
     masks = dict.fromkeys(stems, config.mask)
     if config.mask is not None and os.path.isdir(config.mask):
-        mask_files = {mask.stem: mask for mask in _image_files(config.mask)}
+        all_masks = _image_files(config.mask)
+        mask_files = {mask.stem: mask for mask in all_masks}
+        if several := [mask for mask in all_masks if mask_files[mask.stem] != mask and mask.stem in stems]:
+            raise UserError(f"{config.mask} has several masks called {several[0].stem}; keep one of them")
         if missing := [image for image in images if image.stem not in mask_files]:
             raise UserError(f"{config.mask} has no mask called {missing[0].stem} for {missing[0]}; add it")
         masks = {stem: mask_files[stem] for stem in stems}

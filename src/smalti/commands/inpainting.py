@@ -9,6 +9,7 @@ Legend: b batch, k candidates, c channels, h w pixels, y x codes.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,11 +266,18 @@ def _prepared(
 def _to_working_size(
     images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b h w"], size: WorkingSize
 ) -> tuple[Float[Tensor, "b c h2 w2"], Bool[Tensor, "b h2 w2"]]:
-    """Resizes and pads images and masks; a pixel made from any masked pixel is masked."""
+    """Resizes and pads images and masks. A pixel is masked if any of the pixels that it replaces is.
+
+    The filter reaches further than these. So that no masked pixel shows in one that is not masked, such a pixel is the
+    mean of the known pixels alone, weighted by the filter.
+    """
     resized, masks = (size.height, size.width), mask.unsqueeze(1).float()
     if resized != tuple(images.shape[2:]):
-        images = F.interpolate(images, resized, mode="bicubic", antialias=True).clamp(-1, 1)
+        shrink = partial(F.interpolate, size=resized, mode="bicubic", antialias=True)
+        known = 1 - masks
+        of_all, of_known = shrink(images), shrink(images * known) / shrink(known).clamp(min=0.5)
         masks = F.adaptive_max_pool2d(masks, resized)
+        images = torch.where(masks > 0, of_all, of_known).clamp(-1, 1)
     padding = (0, size.padded_width - size.width, 0, size.padded_height - size.height)
     images, masks = (F.pad(each, padding, mode="replicate") for each in (images, masks))
     return images, masks.squeeze(1) > 0

@@ -67,6 +67,23 @@ def find_model(source: str, family: models.Family) -> Path:
     )
 
 
+def find_initial_model(source: str, family: models.Family, run_folder: Path) -> Path:
+    """Returns the folder of the model whose weights a run starts from; `source` is as in `find_model`.
+
+    A kind whose folder is that of the run itself, which has a model by now if the run is resumed, stands for the model
+    in the package, as it did at the start.
+
+    Raises:
+        UserError: as `find_model` does, or if the model is that of the run itself.
+    """
+    folder = find_model(source, family)
+    if folder.resolve() != run_folder.resolve():
+        return folder
+    if name := SHIPPED_DEFAULTS.get((family, source)):
+        return _shipped_folder(name, family)
+    raise UserError(f"--init {source} is the folder of this run itself; give another --out")
+
+
 class TrainedConfig(NamedTuple):
     """The class and the config of a trained model, read without its weights."""
 

@@ -15,6 +15,7 @@ from smalti.commands.class_labels import draw_labels, label_counts, trained_clas
 from smalti.commands.model_paths import (
     LATENTS,
     PRIORS,
+    find_initial_model,
     load_only_prior,
     load_tokenizer,
 )
@@ -126,7 +127,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     config, prior = _new_prior(config, latents)
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
-    other = load_only_prior(config.init) if config.init else None
+    other = load_only_prior(str(find_initial_model(config.init, "prior", folder))) if config.init else None
     settings["init_digest"] = other.digest() if other else None
     with process.main_process_first():  # it may delete an earlier run
         off = added_values(config)
@@ -205,6 +206,8 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
     prior = cls(config.model)
     if isinstance(prior, CodePrior) and prior.of_vector:
         trained = torch.nonzero(~latents.held_out)[:, 0]
+        if not len(trained):
+            raise UserError(f"{latents.path} has no train rows among {len(latents)}; build it from more images")
         prior.of_vector.init_from_data(latents.vectors(trained[:: -(-len(trained) // STANDARDIZING_ROWS)]))
     prior.provenance = {
         "tokenizer_digest": latents.provenance.tokenizer_digest,

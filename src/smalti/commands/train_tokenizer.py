@@ -10,9 +10,15 @@ from accelerate import Accelerator
 
 from smalti.commands.codebook_usage import CodebookAlarm
 from smalti.commands.feature_cache import with_feature_cache
-from smalti.commands.model_paths import TOKENIZERS, find_model, layer_name, layer_source, load_tokenizer
+from smalti.commands.model_paths import (
+    TOKENIZERS,
+    find_initial_model,
+    layer_name,
+    layer_source,
+    load_tokenizer,
+)
 from smalti.core import models
-from smalti.core.config import added_values, flatten, former_switches
+from smalti.core.config import added_values, flatten, former_switches, read_json
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
@@ -28,7 +34,7 @@ from smalti.training.accelerator import accelerator, main_first, tracked
 from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end
 from smalti.training.loop import fit
-from smalti.training.run_folder import Resume, Run
+from smalti.training.run_folder import RUN_NAME, Resume, Run
 from smalti.training.snapshots import Snapshots
 from smalti.transfer.weights import discriminator_of, take_weights
 
@@ -126,12 +132,12 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     kind = cast(type[Tokenizer], models.class_of_kind("tokenizer", config.tokenizer))
     *lower_models, top_model = kind.stages(config.model)
     *lower_fits, top_fit = _layer_fits(config, len(lower_models) + 1)
-    lower = None
+    lower, folders = None, [*(folder / layer_name(number + 1) for number in range(len(lower_models))), folder]
     for number, (model, layer_fit) in enumerate(zip(lower_models, lower_fits, strict=True), 1):
         resume = config.resume if config.resume == "never" else "auto"  # a step number is for the top layer alone
         init = config.init and layer_source(config.init, number)
-        stage = replace(config, model=model, fit=layer_fit, init=init, out=folder / layer_name(number), resume=resume)
-        lower, images = _train(stage, images, lower)
+        stage = replace(config, model=model, fit=layer_fit, init=init, out=folders[number - 1], resume=resume)
+        lower, images = _train(stage, images, lower, above=folders[number])
     return _train(replace(config, model=top_model, fit=top_fit, out=folder), images, lower)[0]
 
 
@@ -157,8 +163,20 @@ def _layer_fits(config: TrainTokenizer[Any], layers: int) -> list[FitConfig]:
     return [replace(config.fit, steps=count, batch_size=size) for count, size in zip(steps, sizes, strict=True)]
 
 
-def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: Path | None) -> tuple[Path, ImageSet]:
-    """Trains one stage on top of the stage before it; returns its folder and the opened images."""
+def _train(
+    config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: Path | None, above: Path | None = None
+) -> tuple[Path, ImageSet]:
+    """Trains one stage on top of the stage before it; returns its folder and the opened images.
+
+    Args:
+        config: the settings, with the model and the folder of this stage.
+        images: the opened images, or None before the first stage.
+        lower_folder: the folder of the stage below, if there is one.
+        above: the folder of the stage above, if there is one.
+
+    Raises:
+        UserError: as `train_tokenizer` does; if the stage above was trained on this one and this one would change.
+    """
     folder = config.out
     assert folder is not None
     process = accelerator(config.precision, config.fit.trackers, folder, config.device)
@@ -170,7 +188,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         images = main_first(process, lambda: read_images(*asked, **size, shown=main))
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
     settings["fit"] = None if config.reading.fit == "crop" else config.reading.fit  # the default, and that of old runs
-    other = load_tokenizer(config.init) if config.init else None
+    initial = find_initial_model(config.init, "tokenizer", folder) if config.init else None
+    other = load_tokenizer(str(initial)) if initial else None
     settings["init_digest"] = other.digest() if other else None
     lower = load_tokenizer(str(lower_folder)) if lower_folder else None
     if lower:
@@ -180,8 +199,16 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
         off, switches = added_values(config), former_switches(config.model)
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off, switches=switches)
     if ending := run.end(config.fit.steps, config.fit.patience):
-        process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
+        more = "more --layer-steps for the last layer" if lower else "--steps"
+        process.print(
+            f"{folder} is finished: {ending}." + ("" if above else f" Give {more} to train on, or --resume never.")
+        )
         return folder, images
+    if run.step and above and _is_trained_on(above, folder):
+        raise UserError(
+            f"{above} was trained on {folder} with its {run.step} steps, which must stay as it is; give --layer-steps "
+            f"with {run.step} for it, another --out, or --resume never to train all layers anew"
+        )
     train = ImageRows(images, split="train", flips=config.flips)
     train_rows = with_feature_cache(lower, train, process) if lower else train
     held_out = ImageRows(images, split="held_out", flips=False)
@@ -204,8 +231,8 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
     if not phases:
         objective = Reconstruction(tokenizer)
         phases = [Phase("tokenizer", objective, config.fit.optimizer_of(objective))]
-    if config.init and not run.step:
-        _take_discriminator(config.init, phases, process)
+    if initial and not run.step:
+        _take_discriminator(initial, phases, process)
     shown, alarm = held_out if len(held_out) else train, CodebookAlarm()
     with tracked(process, settings):
         fit(
@@ -221,6 +248,12 @@ def _train(config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: P
             what=f"training {folder.name}",
         )
     return folder, images
+
+
+def _is_trained_on(above: Path, folder: Path) -> bool:
+    """Returns whether the run in the folder of a stage was trained on the present model of the stage below it."""
+    run = above / RUN_NAME
+    return run.exists() and read_json(run)["settings"].get("below") == load_tokenizer(str(folder)).digest()
 
 
 def _take_weights(
@@ -252,17 +285,17 @@ def _needs_codebooks(tokenizer: Tokenizer, config: TrainTokenizer[Any], new: lis
     return config.init is None or any(modules is None or name.partition(".")[0] in modules for name in new)
 
 
-def _take_discriminator(init: str, phases: list[Phase], process: Accelerator) -> None:
-    """Takes the discriminator of the run that `--init` names, if it has snapshots of one of the same size."""
+def _take_discriminator(initial: Path, phases: list[Phase], process: Accelerator) -> None:
+    """Takes the discriminator of the run in the folder of `--init`, if it has snapshots of one of the same size."""
     if len(phases) < 2:
         return
     name, objective = phases[1].name, phases[1].objective
-    saved, own = discriminator_of(Snapshots(find_model(init, "tokenizer"))) or {}, objective.state_dict()
+    saved, own = discriminator_of(Snapshots(initial)) or {}, objective.state_dict()
     fits = {key: each.shape for key, each in saved.items()} == {key: each.shape for key, each in own.items()}
     if fits:
         objective.load_state_dict(saved)
     if process.is_main_process:
-        print_note(f"the {name} starts {'from that of the run ' + init if fits else 'untrained'}")
+        print_note(f"the {name} starts {f'from that of the run {initial}' if fits else 'untrained'}")
 
 
 def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -> None:

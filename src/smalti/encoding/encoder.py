@@ -22,7 +22,7 @@ from smalti.latentsets.building.jobs import Job
 from smalti.latentsets.conditions import ConditionSource
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.quantizers.search import part_of_job
-from smalti.training.batches import leave_interrupts
+from smalti.training.batches import leave_signals
 
 Block: TypeAlias = tuple[int, Tensor, dict[int, str]]
 """A block's number, its images (uint8), each followed by its crops, and errors of images by their numbers."""
@@ -103,10 +103,13 @@ def results(batch: Mapping[str, Any]) -> Iterator[tuple[int, bytes, dict[int, st
 
 def encode_block(tokenizer: Tokenizer, pixels: Tensor, job: Job) -> Codes:
     """Returns the codes of uint8 images of a job; if it has flips, each image is followed by its mirror image."""
-    batch = to_float(pixels)
+    rows = to_float(pixels)
+    if job.flips:
+        rows = torch.stack([rows, rows.flip(-1)], 1).flatten(0, 1)
     positions = sum(level.height * level.width for level in tokenizer.layout.levels)
     with part_of_job(job.images * job.rows_per_image * positions):
-        return tokenizer.encode(torch.stack([batch, batch.flip(-1)], 1).flatten(0, 1) if job.flips else batch)
+        parts = [tokenizer.encode(part) for part in rows.split(job.most_rows or len(rows))]
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def decoded(encoder: Encoder, blocks: Sequence[int], workers: int, device: torch.device) -> Iterator[Block]:
@@ -117,7 +120,7 @@ def decoded(encoder: Encoder, blocks: Sequence[int], workers: int, device: torch
         sampler=list(blocks),
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=leave_interrupts,
+        worker_init_fn=leave_signals,
     )
     for block, pixels, bad in loader:
         yield block, pixels.to(device, non_blocking=True), bad

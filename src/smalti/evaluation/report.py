@@ -133,8 +133,10 @@ def _repeat(config: RepeatEvaluation) -> Scores:
     try:
         before = read_json(config.again)
         settings = before["settings"]
-        config_class = config_for(settings["of"], settings.get("prior", [""])[0])
+        config_class = config_for(settings["of"], settings.get("prior", [""])[-1])
         evaluation = config_from_json(config_class, settings, str(config.again))
+        if isinstance(evaluation, (PriorEvaluation, TokenizerEvaluation)):
+            evaluation = replace(evaluation, samples_npz=None)  # those of the result stay
         old_scores, old_conditions = before["scores"], before["conditions"]
     except OSError as error:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error

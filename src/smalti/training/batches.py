@@ -3,7 +3,9 @@
 Training counts steps, not epochs; an epoch is only a new permutation of the rows. Data sets define what a row contains.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
@@ -61,13 +63,13 @@ class StepRows(Sampler[list[int]]):
 
 
 def batches(data: RowData, rows: StepRows, *, workers: int, pin_memory: bool) -> DataLoader:
-    """Returns a loader of whole batches, made in this process or in workers that ignore Ctrl-C."""
+    """Returns a loader of whole batches, made in this process or in workers that leave signals to it."""
     return DataLoader(
         cast(Dataset, data),
         batch_sampler=rows,
         num_workers=workers,
         collate_fn=_unchanged,
-        worker_init_fn=leave_interrupts,
+        worker_init_fn=leave_signals,
         pin_memory=pin_memory,
     )
 
@@ -76,6 +78,19 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def leave_interrupts(_worker: int) -> None:
-    """Makes a data loader worker ignore SIGINT: Ctrl-C reaches workers too, but the training process handles it."""
+def leave_signals(_worker: int) -> None:
+    """Makes a data loader worker ignore SIGINT, and SIGTERM unless the process that it works for sent it.
+
+    Ctrl-C and schedulers signal all processes of a job. The process that trains handles that, and still needs its
+    workers for the step that it finishes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_if_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_if_told_by(process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)

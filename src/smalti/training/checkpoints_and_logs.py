@@ -165,6 +165,15 @@ class CheckpointsAndLogs:
         self.run.step = done
         self.accelerator.wait_for_everyone()
 
+    def stop(self, done: int) -> int:
+        """Saves a snapshot for a run that is stopped, unless there is a good one already; returns its step.
+
+        Within skipped steps none is saved, as in `after_step`: the resumed run repeats them from the last snapshot.
+        """
+        if self.run.step < done and not (self.run.step and self.skipped.read()[1]):
+            self.save(done)
+        return self.run.step
+
     def end(self) -> None:
         """Ends the run after its last step. With early stopping, the model gets the best weights and is drawn again."""
         ending, best = self.run.end(self.config.steps, self.config.patience), self.best[1]
@@ -204,6 +213,7 @@ class CheckpointsAndLogs:
         if self.accelerator.is_main_process:
             print_note(f"{trouble}: taking the weights of step {step} (rollback)")
         self._restore(self.run.states.load(step))
+        self.skipped.counts[1] = 0  # the restored weights get as many steps before the next rollback
         self.accelerator.wait_for_everyone()
 
     def _log(self, done: int, measured: dict[str, Tensor], skipped: int) -> None:
@@ -281,7 +291,7 @@ def held_out_losses(
     be gathered.
     """
     rows = min(len(held_out), HELD_OUT_ROWS)
-    stride, size = len(held_out) / rows, -(-config.batch_size // config.accumulation)
+    stride, size = len(held_out) / rows, -(-config.batch_size // (config.accumulation * accelerator.num_processes))
     totals: dict[str, float] = {}
     starts, main = range(0, rows, size), accelerator.is_main_process
     for start in bar(starts, what="held-out loss", unit="batch", delay_seconds=SLOW_SECONDS, shown=main):

@@ -90,6 +90,7 @@ def fit(
         received_signals() as received,
         subnormals_flushed(),
         Watchdog(config.stall_seconds) as watchdog,
+        Agreement(accelerator.num_processes) as agreement,
         explain_errors(device, _memory_remedies(config)),
         bar(
             what=what, total=config.steps, initial=run.step, unit="step", shown=accelerator.is_main_process
@@ -107,7 +108,6 @@ def fit(
                 phase.objective.compile(mode="reduce-overhead" if graph else None)
         prepared = [_prepare(accelerator, phase) for phase in phases]
         expected = ExpectedTime(steps, progress, shown=accelerator.is_main_process)
-        agreement = Agreement(accelerator.num_processes)
         for step, batch in zip(steps, _batches(accelerator, data, config, steps), strict=True):
             measured = _step(accelerator, prepared, batch, config, step, skipped)
             ema.update(step)
@@ -122,8 +122,7 @@ def fit(
                 between.draw_first(step + 1)
                 watchdog.progressed(step + 1)
             if stop:
-                between.save(step + 1)
-                raise Interrupted(step + 1, config.steps, stop)
+                raise Interrupted(between.stop(step + 1), config.steps, stop)
             if last:
                 break
         between.end()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from smalti.core.errors import OneProcessError
+from smalti.training.accelerator import LONGEST_WAIT
 
 ROLL_BACK_AFTER = 10
 """Skipped steps in a row after which the weights, not the batch, must be bad."""
@@ -76,8 +77,15 @@ class Agreement:
     """
 
     def __init__(self, processes: int) -> None:
-        self.group = dist.new_group(backend="gloo") if processes > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if processes > 1 else None
         self.pending: tuple[dist.Work, Tensor] | None = None
+
+    def __enter__(self) -> "Agreement":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.group is not None and kind is None:  # after an error the other processes may not get here
+            dist.destroy_process_group(self.group)
 
     def after_step(self, stop: int, draw: bool, *, last: bool) -> tuple[int, bool]:
         """Returns the flags that hold on any process, the largest of each, the same on all processes.

@@ -26,13 +26,15 @@ Resume: TypeAlias = Literal["auto", "never"] | int
 """`auto`: resume from the newest intact snapshot, if there is one. `never`: delete the run in the folder. A number:
 resume from the snapshot of that step and delete what came after."""
 
-# Settings that may change when a run resumes. Except for `steps`, they do not change the result beyond rounding. With
-# more steps, the learning rate follows the schedule of the longer run from then on.
+# Settings that may change when a run resumes. Most do not change the result beyond rounding. With more steps, the
+# learning rate follows the schedule of the longer run from then on; `patience` and `report_steps` decide where early
+# stopping ends. `log_steps` and `save_steps` decide when the NaN guard takes back weights, and to which snapshot. Each
+# layer of a run by layers has `steps` and `batch_size` of its own.
 FREE_SETTINGS = frozenset(
     {
         *("steps", "report_steps", "save_steps", "log_steps", "keep_states", "stall_seconds", "trackers", "patience"),
         *("accumulation", "gradient_checkpointing", "compile", "workers", "out", "resume", "sheet_samples"),
-        *("device", "on_bad_image"),
+        *("device", "on_bad_image", "layer_steps", "layer_batch_sizes"),
     }
 )
 _NOT_FLAGS = {
@@ -63,6 +65,7 @@ class Run:
     Attributes:
         step: number of steps done in the snapshot to resume from; 0 if there is none.
         states: the snapshots.
+        rolls_back: whether `resume` is the step of a snapshot.
 
     Raises:
         UserError: if another process trains in the folder, or it has a model that no training run made; if it has a run
@@ -90,6 +93,7 @@ class Run:
         if resume == "never" and main:
             self.states.delete(self.states.steps())  # first, so that a kill leaves nothing to resume from
             (folder / METRICS_NAME).unlink(missing_ok=True)  # `run.json` is replaced by `begin`
+        self.rolls_back = not isinstance(resume, str)
         self.step = (self.states.newest(warn=main) or 0) if isinstance(resume, str) else self._intact(resume)
         if self.step:
             before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))["settings"]
@@ -144,6 +148,9 @@ class Run:
         best = self.states.best(self.step) if self.step and patience else None
         if self.step < steps and (best is None or self.step - best < patience):
             return None
+        if self.main and self.rolls_back:
+            self._delete_after(self.step)
+            self.states.publish(self.step)
         if best is None:
             return f"{self.step} steps"
         if self.main:
@@ -160,10 +167,10 @@ class Run:
             made_by = {"command": command(), "settings": self.settings, "versions": versions()}
             started = {"git_commit": git_commit(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
             write_json(self.folder / RUN_NAME, {**made_by, **started})
-            self._delete_metrics_after(self.step)
-            self.states.delete([step for step in self.states.steps() if step > self.step])
+            self._delete_after(self.step)
 
-    def _delete_metrics_after(self, step: int) -> None:
+    def _delete_after(self, step: int) -> None:
+        self.states.delete([later for later in self.states.steps() if later > step])
         metrics = self.folder / METRICS_NAME
         if metrics.exists():
             # a kill may have truncated the last line
