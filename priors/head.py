@@ -100,10 +100,6 @@ class FactorizedHead(TreeEmbedding):
             hits.append(logits.argmax(-1) == digit)
         return torch.stack(nll, dim=-1).view(*codes.shape, -1), torch.stack(hits).all(0)
 
-    def digit_nll(self, features: Float[Tensor, "b n d"], codes: Int64[Tensor, "b n"]) -> Float[Tensor, "b n k"]:
-        """Returns -log p(digit | features, the digits before it), nats."""
-        return self.score(features, codes)[0]
-
     def nll(
         self, features: Float[Tensor, "b n d"], codes: Int64[Tensor, "b n"], **options: Any
     ) -> Float[Tensor, "b n"]:

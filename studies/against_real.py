@@ -78,11 +78,6 @@ class AgainstReal:
     def _copy_distance(self) -> Tensor:
         return nearest(self._extractor(self._held_out_pixels), self._known)[0].quantile(COPY_QUANTILE)
 
-    @property
-    def reference_size(self) -> int:
-        """Returns the number of training images in the reference set."""
-        return int((~self._as_samples).sum())
-
     def floor(self) -> float:
         """Returns the Fréchet distance of real images that are not in the reference set."""
         return frechet_distance(Moments.of(self._known[self._as_samples]), self._reference)

@@ -31,10 +31,10 @@ class Reconstruction(nn.Module):
 
         Args:
             batch: `images`, uint8 `(b, c, h, w)`; the entries that `Tokenizer.uses` names; and, if they are cached,
-                `given`, the features of the frozen layers below the one in training (`Tokenizer.build_on`).
+                `features`, the features of the frozen layers below the one in training (`Tokenizer.build_on`).
         """
         images = to_float(batch["images"])
-        cached = {"features": batch["given"]} if "given" in batch else {}
+        cached = {"features": batch["features"]} if "features" in batch else {}
         output = self.tokenizer(images, *(batch[name] for name in self.tokenizer.uses), **cached)
         loss = torch.stack(list(output.losses.values())).sum()
         terms = {} if output.reconstruction is None else {"mse": logged_mse(output.reconstruction, images)}

@@ -87,10 +87,10 @@ def test_the_feature_cache_does_not_change_training(folder, capfd, monkeypatch):
     rows = ImageRows(open_images("img", height=8, width=8), split="train", flips=True)
     lower, process = load(folder / HQA / "layer-2", "tokenizer"), accelerator("fp32")
     batch = with_feature_cache(lower, rows, process).__getitems__([5, 0, 5, 4])
-    assert batch["given"].allclose(lower.features(to_float(batch["images"])), atol=1e-5)
+    assert batch["features"].allclose(lower.features(to_float(batch["images"])), atol=1e-5)
     plain = rows.__getitems__([5, 0, 5, 4])
     assert all(batch[name].equal(plain[name]) for name in plain)
-    assert batch.keys() == {*plain, "given"}
+    assert batch.keys() == {*plain, "features"}
     monkeypatch.setattr(feature_cache, "MOST_BYTES", 0)
     assert with_feature_cache(lower, rows, process) is rows
     assert run(capfd, train_tokenizer.main, *TRAIN, "--out", "each-step")[0] == 0

@@ -89,7 +89,7 @@ def test_nll_is_that_of_the_definition(radices):
     for row, position in itertools.product(range(2), range(2)):
         expected = -log_prob_by_definition(head, features[row, position], int(codes[row, position]))
         assert torch.allclose(nll[row, position], expected, atol=1e-5)
-    assert torch.allclose(head.digit_nll(features, codes).sum(-1), nll)
+    assert torch.allclose(head.score(features, codes)[0].sum(-1), nll)
 
 
 @pytest.mark.parametrize("radices", TREES)

@@ -34,7 +34,7 @@ class HasFeatures(Protocol):
 
 
 class RowsWithFeatures(Dataset):
-    """Rows of images whose batches also hold `given`, the cached features of each image."""
+    """Rows of images whose batches also hold `features`, the cached features of each image."""
 
     def __init__(self, rows: ImageRows, features: Float[Tensor, "n c h w"]) -> None:
         self._rows, self._features = rows, features
@@ -45,7 +45,7 @@ class RowsWithFeatures(Dataset):
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         """Returns a batch; see `ImageRows`."""
         batch = self._rows.__getitems__(rows)
-        return {**batch, "given": self._features[batch["rows"]]}
+        return {**batch, "features": self._features[batch["rows"]]}
 
 
 @torch.no_grad()

@@ -163,11 +163,6 @@ class Layout:
             for level in self.levels
         ]
 
-    @classmethod
-    def from_json(cls, levels: Sequence[dict[str, Any]]) -> "Layout":
-        """Rebuilds the layout: the inverse of `to_json`."""
-        return cls(tuple(Level(**{**level, "radices": tuple(level["radices"])}) for level in levels))
-
     def __str__(self) -> str:
         def describe(level: Level) -> str:
             codebook = f"{level.channels} floats" if level.channels else "·".join(map(str, level.radices))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,8 @@ class Agreement:
     """
 
     def __init__(self, processes: int) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if processes > 1 else None
+        group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if processes > 1 else None
+        self.group = cast(dist.ProcessGroup | None, group)  # a number stands for groups without this process
         self.pending: tuple[dist.Work, Tensor] | None = None
 
     def __enter__(self) -> "Agreement":
