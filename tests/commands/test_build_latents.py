@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -341,17 +339,6 @@ def test_too_little_disk_space_is_reported_before_encoding(workspace, latents, m
     status, _, err = run(capfd, *FLAGS, "--out", "latents.h5")
     assert status == 2
     assert re.search(r"no room for latents.h5: it takes \d+\.\d KiB while it is built, but 2\.9 KiB are free", err)
-
-
-def test_the_room_for_vectors_counts(tmp_path, monkeypatch):
-    usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 1_000_000))
-    job = Job(tmp_path / "x.h5", Layout(HRVQ(CONFIG).layout.levels), 1_000, 8, flips=False, key={})
-    for width in (0, 768):
-        with BlockStore(replace(job, condition_width=width)) as store:
-            store.claim()
-            with pytest.raises(UserError, match="no room") if width else nullcontext():
-                store.require_room(0)
 
 
 def test_codes_outside_the_layout_are_refused_at_once(tmp_path):

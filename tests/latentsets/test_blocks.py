@@ -1,5 +1,7 @@
 """Blocks of an unfinished latent set: only undamaged ones count, the rest is encoded again, and all are merged."""
 
+from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,3 +186,13 @@ def test_records_are_hardly_larger_than_their_codes(tmp_path):
     layout = Layout((Level(8, 8, (512,)),))
     store = BlockStore(job(tmp_path / "latents.h5", layout=layout, block_images=128))
     assert store.record.itemsize < 1.01 * 256 * 128
+
+
+def test_the_room_for_vectors_counts(tmp_path, monkeypatch):
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 1_000_000))
+    for width in (0, 768):
+        with BlockStore(job(tmp_path / "x.h5", images=1_000, condition_width=width)) as store:
+            store.claim()
+            with pytest.raises(UserError, match="no room") if width else nullcontext():
+                store.require_room(0)

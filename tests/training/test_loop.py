@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import create_autospec
@@ -12,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import toys
-from helpers.toys import CONFIG, Rows, Signalling, outcome, train
+from helpers.toys import CONFIG, Signalling, outcome, train
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,7 +27,6 @@ from smalti.training.ema import EMA
 from smalti.training.loop import fit
 from smalti.training.run_folder import METRICS_NAME, Run
 from smalti.training.signals import Interrupted
-from smalti.training.snapshots import Snapshots
 
 
 def test_loop_equals_one_written_by_hand(tmp_path):
@@ -189,40 +187,6 @@ def test_kill_between_saving_model_and_snapshot_does_no_harm(tmp_path, saved_bef
     assert Run(tmp_path / "killed", {"settings": "same"}).step < saves[-1]
     train(tmp_path / "killed")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
-
-
-def test_a_stop_at_a_saved_step_does_not_write_its_snapshot_again(tmp_path, monkeypatch):
-    saved, save = [], Snapshots.save
-
-    def recording(self, step, *state, **kept):
-        saved.append(step)
-        save(self, step, *state, **kept)
-
-    monkeypatch.setattr(Snapshots, "save", recording)
-    with pytest.raises(Interrupted, match="after step 10 of 12"):
-        train(tmp_path, wrap=lambda rows: Signalling(rows, 9))
-    assert saved == [4, 5, 8, 10]
-
-
-def test_processes_share_the_memory_of_held_out_losses_as_they_do_that_of_training():
-    sizes = []
-
-    class Sized(Rows):
-        def __getitems__(self, rows):
-            sizes.append(len(rows))
-            return super().__getitems__(rows)
-
-    _, objective, _, held_out = toys.toy()
-    losses = {}
-    for processes in (1, 4):
-        process = create_autospec(Accelerator, instance=True)
-        process.configure_mock(
-            device=torch.device("cpu"), is_main_process=True, num_processes=processes, autocast=nullcontext
-        )
-        objective.eval()
-        losses[processes] = held_out_losses(process, objective, Sized(**held_out.columns), CONFIG)["held_out_loss"]
-    assert sizes == [5, 2, 2, 1]
-    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_signal_during_the_last_report_is_not_lost(tmp_path):

@@ -8,10 +8,12 @@ import shutil
 
 import pytest
 import torch
+from helpers.toys import Signalling, train
 from hypothesis import given
 from hypothesis import strategies as st
 
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
+from smalti.training.signals import Interrupted
 from smalti.training.snapshots import DIGESTS_NAME, STATE_NAME, Snapshots
 
 STATE = {"step": 3, "weights": torch.arange(1000.0), "more": [1, 0.5, "text", None]}
@@ -128,3 +130,16 @@ def test_leftovers_of_a_kill_are_ignored_and_replaced(states):
     states.save(2, STATE, keep=1, best=None)
     assert [path.name for path in states.folder.iterdir()] == ["step_00000002"]
     assert json.loads((states.path(2) / DIGESTS_NAME).read_text())["step"] == 2
+
+
+def test_a_stop_at_a_saved_step_does_not_write_its_snapshot_again(tmp_path, monkeypatch):
+    saved, save = [], Snapshots.save
+
+    def recording(self, step, *state, **kept):
+        saved.append(step)
+        save(self, step, *state, **kept)
+
+    monkeypatch.setattr(Snapshots, "save", recording)
+    with pytest.raises(Interrupted, match="after step 10 of 12"):
+        train(tmp_path, wrap=lambda rows: Signalling(rows, 9))
+    assert saved == [4, 5, 8, 10]

@@ -23,13 +23,7 @@ from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
-from smalti.images.decoding import (
-    image_sha256,
-    load_image,
-    load_layers,
-    load_transparency,
-    to_float,
-)
+from smalti.images.decoding import image_sha256, load_image, load_layers, load_transparency, to_float
 from smalti.images.formats.opening import most_pixels
 from smalti.images.listing import images_among
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
@@ -181,13 +175,12 @@ def _jobs(config: Inpaint[Any], image: Path) -> list[_Job]:
         raise UserError(f"{image} has several images called {min(duplicates)}; give each a name of its own")
     masks = dict.fromkeys(stems, config.mask)
     if config.mask is not None and os.path.isdir(config.mask):
-        all_masks = _image_files(config.mask)
-        mask_files = {mask.stem: mask for mask in all_masks}
-        if several := [mask for mask in all_masks if mask_files[mask.stem] != mask and mask.stem in stems]:
-            raise UserError(f"{config.mask} has several masks called {several[0].stem}; keep one of them")
-        if missing := [image for image in images if image.stem not in mask_files]:
+        files = _image_files(config.mask)
+        masks = {mask.stem: mask for mask in files if mask.stem in stems}
+        if several := {mask.stem for mask in files if masks.get(mask.stem, mask) != mask}:
+            raise UserError(f"{config.mask} has several masks called {min(several)}; keep one of them")
+        if missing := [image for image in images if image.stem not in masks]:
             raise UserError(f"{config.mask} has no mask called {missing[0].stem} for {missing[0]}; add it")
-        masks = {stem: mask_files[stem] for stem in stems}
     outputs = _distinct_output_names([out / f"{stem}.png" for stem in stems], config.num)
     return [_Job(image, masks[image.stem], *names) for image, names in zip(images, outputs, strict=True)]
 
