@@ -106,6 +106,10 @@ class VQFamily(Tokenizer[VQConfigT]):
         """Returns a quantizer with the config's settings."""
         return build_quantizer(name, code_width=self.config.code_width, radices=radices, config=self.config)
 
+    def use_channels_last(self) -> None:
+        """Stores the weights in channels-last layout, in which convolutions are 1.3-2 times faster, also on GPUs."""
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
+
     def prepared(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Checks the size of images and returns them in channels-last layout, in which the convolutions are faster.
 
@@ -206,6 +210,20 @@ class OneGrid(VQFamily[OneGridConfigT]):
             return self.quantizer(z_e)
         return self.quantizer(z_e, seeds)
 
+    def forward(self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None) -> TokenizerOutput:
+        """Computes the losses `reconstruction` (see `reconstruction_loss`) and those of the quantizer.
+
+        VQ-GAN's perceptual and adversarial losses are computed in `vqgan/losses.py`.
+
+        Args:
+            images: images in [-1, 1].
+            seeds: one per image, for a quantizer that samples; without seeds it takes the most probable codes.
+        """
+        quantized = self.quantize(self.encoder(self.prepared(images)), seeds)
+        reconstruction = self.decoder(quantized.z_q).float()
+        losses = {"reconstruction": self.reconstruction_loss(reconstruction, images), **quantized.losses}
+        return TokenizerOutput(reconstruction, (quantized.codes,), losses)
+
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
         """See `Tokenizer.encode`."""
@@ -261,20 +279,7 @@ class ConvolutionalVQ(OneGrid[OneGridConfigT]):
         )
         self.encoder, self.decoder = encoder, decoder
         self.quantizer = self.quantizer_of(config.quantizer, self.radices)
-        # convolutions are 1.3-2 times faster in this layout, on CPUs and GPUs
-        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
-
-    def forward(self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None) -> TokenizerOutput:
-        """Computes the losses `reconstruction` (see `reconstruction_loss`) and those of the quantizer.
-
-        Args:
-            images: images in [-1, 1].
-            seeds: one per image, for a quantizer that samples; without seeds it takes the most probable codes.
-        """
-        quantized = self.quantize(self.encoder(self.prepared(images)), seeds)
-        reconstruction = self.decoder(quantized.z_q).float()
-        losses = {"reconstruction": self.reconstruction_loss(reconstruction, images), **quantized.losses}
-        return TokenizerOutput(reconstruction, (quantized.codes,), losses)
+        self.use_channels_last()
 
 
 @dataclass(frozen=True)

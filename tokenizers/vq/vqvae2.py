@@ -75,8 +75,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
             nn.ConvTranspose2d((1 + level) * d, (1 + level) * d, 4, 2, 1) for level in finer
         )
         self.decoder = conv.decoder(**image, code_width=config.levels * d)
-        # convolutions are 1.3-2 times faster in this layout, on CPUs and GPUs
-        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub has no such overload
+        self.use_channels_last()
 
     @property
     def layout(self) -> Layout:
