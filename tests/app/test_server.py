@@ -52,7 +52,7 @@ def test_port_out_of_range_is_a_user_error(port):
 
 def test_missing_gradio_is_a_user_error(prior, monkeypatch):
     monkeypatch.setitem(sys.modules, "smalti.app.page", None)
-    with pytest.raises(UserError, match=r"pip install 'smalti\[app\]'"), serve(App(prior=str(prior))):
+    with pytest.raises(UserError, match=r"pip install -e '.\[app\]'"), serve(App(prior=str(prior))):
         pass
 
 

