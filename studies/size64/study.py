@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,13 +21,16 @@ from smalti.commands.presets import small64
 from smalti.commands.sample import generate_images
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import save_reconstructions, train_tokenizer
+from smalti.core.config import read_json
 from smalti.core.devices import Precision, best_device
 from smalti.core.errors import require_at_least_one
+from smalti.core.models import CONFIG_NAME
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import open_images
 from smalti.images.sheets import save_grid
 from smalti.latentsets.reader import LatentSet, perplexity
 from smalti.metrics.extractors import find_extractor
+from smalti.priors.base import Prior
 from smalti.priors.methods.sundae import SundaeConfig
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.studies.against_real import AgainstReal
@@ -38,6 +42,7 @@ from smalti.studies.experiment import (
     table_row,
     write_section,
 )
+from smalti.tokenizers.base import Tokenizer
 from smalti.training.run_folder import last_metrics
 
 KindName: TypeAlias = Literal["hrvq", "vqgan"]
@@ -121,7 +126,7 @@ def trained(cell: Cell, images: str, config: ReproduceSize64) -> Path:
     Raises:
         Interrupted: if a signal stopped a training; the same call resumes it.
     """
-    folder = config.work / f"{data_name(images)}-{cell.name}"
+    folder = folder_of(cell, images, config)
     defaults = small64(cell.kind)
     fit = replace(defaults.fit, steps=config.tokenizer_steps or defaults.fit.steps)
     settings = replace(defaults, model=replace(defaults.model, widths=cell.widths), images=images, fit=fit)
@@ -132,6 +137,26 @@ def trained(cell: Cell, images: str, config: ReproduceSize64) -> Path:
     fit = replace(prior.fit, steps=config.prior_steps, batch_size=cell.prior_batch)
     train_prior(replace(prior, fit=fit, latents=latents, precision=config.precision, out=folder / "prior"))
     return folder
+
+
+def folder_of(cell: Cell, images: str, config: ReproduceSize64) -> Path:
+    """Returns the folder of a cell."""
+    return config.work / f"{data_name(images)}-{cell.name}"
+
+
+def scores_of(folder: Path, tokenizer: Tokenizer, prior: Prior, config: ReproduceSize64) -> Path:
+    """Returns the file for the scores of a cell's models."""
+    return folder / f"scores-{tokenizer.digest()[:12]}-{prior.digest()[:12]}-{config.samples}.json"
+
+
+def finished(cell: Cell, images: str, config: ReproduceSize64) -> dict[str, Any] | None:
+    """Returns what an earlier call measured of a cell; None if it is not finished."""
+    folder = folder_of(cell, images, config)
+    if not (folder / "prior" / CONFIG_NAME).exists():
+        return None
+    prior, tokenizer = load_prior(str(folder / "prior"), None)
+    scores = scores_of(folder, tokenizer, prior, config)
+    return read_json(scores) if scores.exists() else None
 
 
 def data_name(images: str) -> str:
@@ -178,12 +203,13 @@ def measured(folder: Path, real: RealImagesOnce, config: ReproduceSize64) -> dic
             "images": [len(against.training), len(against.held_out)],
         }
 
-    digests = f"{tokenizer.digest()[:12]}-{prior.digest()[:12]}"
-    return measure_once(folder / f"scores-{digests}-{config.samples}.json", measure)
+    return measure_once(scores_of(folder, tokenizer, prior, config), measure)
 
 
 def reproduce_size64(config: ReproduceSize64) -> None:
     """Trains and measures what is missing, and writes a set's section of the report after each of its cells.
+
+    A section shows the cells that earlier calls finished too.
 
     Raises:
         UserError: for images that cannot be used.
@@ -191,14 +217,17 @@ def reproduce_size64(config: ReproduceSize64) -> None:
     """
     cells = [cell for cell in CELLS if cell.kind in config.kinds and cell.side in config.sides]
     real = {images: RealImagesOnce(images, config) for images in config.images}
-    results: dict[str, dict[Cell, dict[str, Any]]] = {images: {} for images in config.images}
+    results = {
+        images: {cell: result for cell in CELLS if (result := finished(cell, images, config))}
+        for images in config.images
+    }
     for cell in cells:
         for images in config.images:
             folder = trained(cell, images, config)
             results[images][cell] = measured(folder, real[images], config)
             name = data_name(images)
-            for picture in (SAMPLES_NAME, FILLS_NAME):
-                shutil.copy(folder / picture, _picture(config, name, cell, picture))
+            for shown, picture in product(results[images], (SAMPLES_NAME, FILLS_NAME)):
+                shutil.copy(folder_of(shown, images, config) / picture, _picture(config, name, shown, picture))
             write_section(
                 config.out, name, section(name, results[images], config), "priors in batches of 64 (8×8) and 32 (16×16)"
             )
@@ -216,7 +245,7 @@ def section(name: str, results: dict[Cell, dict[str, Any]], config: ReproduceSiz
         table_row(COLUMNS),
         table_row(["---", "---", *["---:"] * (len(COLUMNS) - 2)]),
     ]
-    for cell, result in results.items():
+    for cell, result in sorted(results.items(), key=lambda item: CELLS.index(item[0])):
         tokenizer, prior = result["tokenizer"], result["prior"]
         rows.append(
             table_row(
@@ -242,7 +271,7 @@ def section(name: str, results: dict[Cell, dict[str, Any]], config: ReproduceSiz
 
 def _pictures(name: str, cells: Iterable[Cell], config: ReproduceSize64) -> list[str]:
     lines = []
-    for cell in cells:
+    for cell in sorted(cells, key=CELLS.index):
         caption = f"{name}, {cell.kind} with {cell.side}×{cell.side} codes"
         for picture, what in ((SAMPLES_NAME, "samples, none selected"), (FILLS_NAME, "fills of held-out images")):
             lines += [

@@ -65,7 +65,8 @@ def test_size64_trains_every_cell_and_writes_a_section_for_each_set_of_images(tm
         return replace(hrvq, model=replace(hrvq.model, **tiny), fit=replace(hrvq.fit, batch_size=4))
 
     monkeypatch.setattr(size64, "small64", preset)
-    monkeypatch.setattr(size64, "CELLS", (size64.Cell("hrvq", 8, (8, 8, 8)), size64.Cell("hrvq", 16, (8, 8))))
+    cells = size64.Cell("hrvq", 8, (8, 8, 8), prior_batch=4), size64.Cell("hrvq", 16, (8, 8), prior_batch=2)
+    monkeypatch.setattr(size64, "CELLS", cells)
     monkeypatch.setattr(size64, "PRIOR", replace(size64.PRIOR, **TINY_PRIOR))
     monkeypatch.setattr(size64, "SHOWN_SAMPLES", 4)
     config = size64.ReproduceSize64(
@@ -86,6 +87,8 @@ def test_size64_trains_every_cell_and_writes_a_section_for_each_set_of_images(tm
             assert (tmp_path / f"size64-faces-hrvq-{side}-{picture}.png").exists()
     monkeypatch.setattr(size64, "generate_images", None)  # finished: nothing is sampled again
     size64.reproduce_size64(config)
+    assert config.out.read_text() == text
+    size64.reproduce_size64(replace(config, sides=(16,)))  # the other cell stays
     assert config.out.read_text() == text
 
 
