@@ -79,6 +79,19 @@ def test_an_animation_shows_every_sampling_step(capfd):
     assert not np.array_equal(frames[0], frames[-1])
 
 
+def test_long_animations_keep_the_last_of_every_few_steps(capfd, monkeypatch):
+    more = ["--num", "3", "--steps", "7", "--animate"]
+    assert run(capfd, sample.main, *FLAGS, *more, "--out", "every.png")[0] == 0
+    monkeypatch.setattr("smalti.commands.sample.MOST_FRAMES", 3)
+    assert run(capfd, sample.main, *FLAGS, *more, "--out", "few.png")[0] == 0
+    with Image.open("every-steps.png") as every, Image.open("few-steps.png") as few:
+        assert (every.n_frames, few.n_frames) == (7, 3)
+        for frame, step in enumerate((2, 5, 6)):
+            every.seek(step)
+            few.seek(frame)
+            assert np.array_equal(np.array(every.convert("RGB")), np.array(few.convert("RGB")))
+
+
 def test_only_the_sheet_is_written_by_default(capfd, workspace):
     before = set(workspace.rglob("*"))
     assert run(capfd, sample.main, *FLAGS, "--out", "only.png")[0] == 0

@@ -1,5 +1,6 @@
 """Generates new images with a trained prior and tokenizer. Filling parts of given images is in `inpainting.py`."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -116,7 +117,17 @@ def _sample(
     conditions: Conditions,
     digests: Sequence[str],
 ) -> None:
-    steps_by_batch: dict[int, list[Codes]] = {}  # the codes after every step, by the batch's first row
+    steps_by_batch: dict[int, list[Codes]] = {}  # the codes after steps, by the batch's first row
+    calls, seen = sampling_for(priors[-1], config.sampling).calls(*grids[-1]), Counter[int]()
+
+    def keep(first: int, codes: Codes) -> None:
+        kept = steps_by_batch.setdefault(first, [])
+        if seen[first] % -(-calls // MOST_FRAMES):
+            kept[-1] = codes  # of the steps of one frame the last
+        else:
+            kept.append(codes)
+        seen[first] += 1
+
     images = generate_images(
         priors,
         tokenizer,
@@ -127,7 +138,7 @@ def _sample(
         conditions=conditions.values,
         batch_size=config.batch_size,
         precision=config.precision,
-        watch=lambda first, codes: steps_by_batch.setdefault(first, []).append(codes) if config.animate else None,
+        watch=keep if config.animate else None,
     )
     settings = {"command": "sample", **flatten(config), "prior_digests": digests, "versions": versions()}
     names = conditions.names
@@ -290,15 +301,10 @@ def generate_codes(
 
 @torch.no_grad()
 def _frames(tokenizer: Tokenizer, steps_by_batch: Sequence[Sequence[tuple[Tensor, ...]]]) -> list[Tensor]:
-    """Decodes the codes of all batches after each step, at most `MOST_FRAMES` evenly spaced steps.
-
-    A batch that finished early repeats its last step.
-    """
-    steps = max(map(len, steps_by_batch))
-    shown = torch.linspace(0, steps - 1, min(steps, MOST_FRAMES)).round().long().tolist()
+    """Decodes the codes of all batches after each kept step. A batch that finished early repeats its last one."""
     return [
         torch.cat([tokenizer.decode(batch[min(step, len(batch) - 1)]).cpu() for batch in steps_by_batch])
-        for step in shown
+        for step in range(max(map(len, steps_by_batch)))
     ]
 
 
