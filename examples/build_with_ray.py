@@ -3,7 +3,7 @@
 The set is the one that `build_latents` writes, to the digest. Run the program again to resume. An actor that dies is
 replaced. Ray runs on this machine alone; on a cluster, pass its address to `ray.init` (docs/scale.md).
 
-$ pip install 'smalti[ray]'
+$ pip install -e '.[ray]'
 $ python examples/build_with_ray.py --tokenizer hrvq --images my/photos --out runs/latents/photos --actors 8 --gpus 1
 """
 
@@ -45,7 +45,7 @@ def ray_engine(actors: int, gpus: float) -> Engine:
         import ray.data
         from ray._private import services
     except ImportError as error:
-        raise UserError("this program needs Ray; install it with: pip install 'smalti[ray]'") from error
+        raise UserError("this program needs Ray; install it with: pip install -e '.[ray]'") from error
     if not ray.is_initialized():
         # Ray replaces 127.0.0.1 by the address that other machines reach, and would listen there.
         services.resolve_ip_for_localhost = lambda host: host

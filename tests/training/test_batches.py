@@ -1,6 +1,11 @@
 """Tests of the row order: every epoch has each row once, for any batch size, number of processes and resumed step."""
 
 import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ from helpers.toys import Rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalti.training.batches import StepRows, batches
+from smalti.training.batches import StepRows, batches, leave_signals
 
 SIZES = {"size": st.integers(2, 20), "share": st.integers(1, 5), "seed": st.integers(-5, 5)}
 
@@ -44,6 +49,28 @@ def test_processes_share_the_batch_and_resuming_keeps_the_order(size, share, see
     ]
     assert all(len(rows) == share for share_of_process in shares for rows in share_of_process)
     assert [[*itertools.chain(*rows)] for rows in zip(*shares, strict=True)] == whole[first:]
+
+
+def _worker(ready):
+    leave_signals(0)
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_only_the_training_process_ends_its_workers(start):
+    context = multiprocessing.get_context(start)
+    ready = context.Event()
+    worker = context.Process(target=_worker, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    os.kill(worker.pid, signal.SIGINT)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 def test_order_depends_on_epoch_and_seed():

@@ -102,22 +102,38 @@ def test_steps_skipped_after_a_rollback_count_anew(tmp_path, log_steps, capsys):
     assert capsys.readouterr().err.count("(rollback)") == (1 if log_steps == 1 else 0)
 
 
-def test_a_stop_within_skipped_steps_keeps_the_good_snapshots(tmp_path):
-    """The resumed run repeats the skipped steps, so it equals an uninterrupted one."""
+def test_stops_within_skipped_steps_keep_the_good_snapshots(tmp_path):
+    """Each takes the place of the one before; the resumed run equals an uninterrupted one."""
     config, bad = replace(CONFIG, steps=30), range(6, 14)
     train(tmp_path / "whole", config=config, wrap=lambda rows: BadRows(rows, bad))
-    for before in (0, 5, 5):
-        rest = range(6 - before, 14 - before)
-        with pytest.raises(Interrupted) as stopped:
-            train(
-                tmp_path / "stopped",
-                config=config,
-                wrap=lambda rows, rest=rest: toys.Signalling(BadRows(rows, rest), rest[3]),
-            )
-        assert stopped.value.step == 5
-    assert Run(tmp_path / "stopped", {"settings": "same"}).states.steps() == [4, 5]
-    train(tmp_path / "stopped", config=config, wrap=lambda rows: BadRows(rows, rest))
+    for before, stop, kept in ((0, 10, [4, 5, 10]), (10, 12, [4, 5, 12])):
+        rows = Stopped(bad, before, stop)
+        with pytest.raises(Interrupted, match=f"after step {stop} of 30"):
+            train(tmp_path / "stopped", config=config, wrap=rows)
+        assert Run(tmp_path / "stopped", {"settings": "same"}).states.steps() == kept
+    train(tmp_path / "stopped", config=config, wrap=Stopped(bad, stop))
     assert toys.outcome(tmp_path / "stopped") == toys.outcome(tmp_path / "whole")
+
+
+def test_a_stop_after_a_rollback_leaves_the_snapshots_for_another(tmp_path):
+    config, bad = replace(CONFIG, steps=50, report_steps=100), range(11, 33)
+    train(tmp_path / "whole", config=config, wrap=lambda rows: BadRows(rows, bad))
+    with pytest.raises(Interrupted, match="after step 10 of 50"):
+        train(tmp_path / "stopped", config=config, wrap=Stopped(bad, 0, 21))
+    assert Run(tmp_path / "stopped", {"settings": "same"}).states.steps() == [5, 10]
+    train(tmp_path / "stopped", config=config, wrap=Stopped(bad, 10))
+    assert toys.outcome(tmp_path / "stopped") == toys.outcome(tmp_path / "whole")
+
+
+class Stopped:
+    """Wraps rows of a run that resumes after step `before`, with bad ones in `bad`; a signal comes in step `stop`."""
+
+    def __init__(self, bad, before, stop=None):
+        self.bad, self.before, self.stop = bad, before, stop
+
+    def __call__(self, rows):
+        rest = BadRows(rows, range(max(0, self.bad.start - self.before), self.bad.stop - self.before))
+        return rest if self.stop is None else toys.Signalling(rest, self.stop - self.before - 1)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "plain sgd"])

@@ -106,7 +106,7 @@ def test_batched_muon_takes_the_steps_of_torchs_muon(monkeypatch: pytest.MonkeyP
     seed=st.integers(0, 2**16),
 )
 def test_orthogonalization_maps_singular_values_near_1(rows, further_columns, smallest, scale, bf16, seed):
-    """Singular vectors stay, and singular values from a hundredth of the largest come near 1, whatever the scale."""
+    """Singular vectors stay, and singular values from a hundredth of the largest come near 1, at any usual scale."""
     draw = torch.Generator().manual_seed(seed)
     left, right = (torch.linalg.qr(torch.randn(n, rows, generator=draw))[0] for n in (rows, rows + further_columns))
     values = smallest ** torch.linspace(0, 1, rows)

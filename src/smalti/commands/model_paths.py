@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from smalti.core import models
-from smalti.core.config import config_from_json
+from smalti.core.config import config_from_json, read_json
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
 from smalti.core.progress import print_note
+from smalti.core.provenance import RUN_NAME
 from smalti.images.image_set import ImageSet
 from smalti.images.reading import Reading, read_images_for
 from smalti.images.sources import local_paths
@@ -70,8 +71,8 @@ def find_model(source: str, family: models.Family) -> Path:
 def find_initial_model(source: str, family: models.Family, run_folder: Path) -> Path:
     """Returns the folder of the model whose weights a run starts from; `source` is as in `find_model`.
 
-    A kind whose folder is that of the run itself, which has a model by now if the run is resumed, stands for the model
-    in the package, as it did at the start.
+    A run that began from the package by the name of its kind has a model of that name by now. If it is resumed, the
+    name stands for the model in the package as before.
 
     Raises:
         UserError: as `find_model` does, or if the model is that of the run itself.
@@ -79,7 +80,8 @@ def find_initial_model(source: str, family: models.Family, run_folder: Path) -> 
     folder = find_model(source, family)
     if folder.resolve() != run_folder.resolve():
         return folder
-    if name := SHIPPED_DEFAULTS.get((family, source)):
+    name, run = SHIPPED_DEFAULTS.get((family, source)), run_folder / RUN_NAME
+    if name and run.exists() and read_json(run)["settings"].get("init") == source:
         return _shipped_folder(name, family)
     raise UserError(f"--init {source} is the folder of this run itself; give another --out")
 

@@ -253,7 +253,7 @@ def _train(
 def _is_trained_on(above: Path, folder: Path) -> bool:
     """Returns whether the run in the folder of a stage was trained on the present model of the stage below it."""
     run = above / RUN_NAME
-    return run.exists() and read_json(run)["settings"].get("below") == load_tokenizer(str(folder)).digest()
+    return run.exists() and read_json(run)["settings"].get("below") == models.read_config(folder)["digest"]
 
 
 def _take_weights(

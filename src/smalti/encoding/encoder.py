@@ -103,12 +103,12 @@ def results(batch: Mapping[str, Any]) -> Iterator[tuple[int, bytes, dict[int, st
 
 def encode_block(tokenizer: Tokenizer, pixels: Tensor, job: Job) -> Codes:
     """Returns the codes of uint8 images of a job; if it has flips, each image is followed by its mirror image."""
-    rows = to_float(pixels)
-    if job.flips:
-        rows = torch.stack([rows, rows.flip(-1)], 1).flatten(0, 1)
     positions = sum(level.height * level.width for level in tokenizer.layout.levels)
+    parts, size = [], max(1, job.most_rows // (1 + job.flips)) if job.most_rows else len(pixels)
     with part_of_job(job.images * job.rows_per_image * positions):
-        parts = [tokenizer.encode(part) for part in rows.split(job.most_rows or len(rows))]
+        for part in map(to_float, pixels.split(size)):
+            rows = torch.stack([part, part.flip(-1)], 1).flatten(0, 1) if job.flips else part
+            parts.append(tokenizer.encode(rows))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 

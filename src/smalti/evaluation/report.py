@@ -142,7 +142,7 @@ def _repeat(config: RepeatEvaluation) -> Scores:
         raise UserError(f"{config.again} cannot be read ({error.strerror}); give a result of evaluate.py") from error
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{config.again} is not a result of evaluate.py; give a JSON file that it wrote") from error
     claim = claim_result(replace(evaluation, out=config.out), again=config.again) if config.out else nullcontext()
     with claim:

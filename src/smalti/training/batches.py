@@ -3,6 +3,7 @@
 Training counts steps, not epochs; an epoch is only a new permutation of the rows. Data sets define what a row contains.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -82,15 +83,17 @@ def leave_signals(_worker: int) -> None:
     """Makes a data loader worker ignore SIGINT, and SIGTERM unless the process that it works for sent it.
 
     Ctrl-C and schedulers signal all processes of a job. The process that trains handles that, and still needs its
-    workers for the step that it finishes.
+    workers for the step that it finishes. A worker within a call that holds the interpreter ends after it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_if_told_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_by_signal, daemon=True).start()
 
 
-def _end_if_told_by(process: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
-        pass
+def _end_by_signal() -> None:
+    trainer = multiprocessing.parent_process()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != getattr(trainer, "pid", None):
+        if trainer is None or not trainer.is_alive():
+            break
     os._exit(0)

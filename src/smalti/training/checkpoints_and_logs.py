@@ -143,8 +143,13 @@ class CheckpointsAndLogs:
         patience, best = self.config.patience, self.best[1]
         return done == self.config.steps or bool(patience and best is not None and done - best >= patience)
 
-    def save(self, done: int) -> None:
-        """Saves the model, then the snapshot, so that the model of every complete snapshot is in place."""
+    def save(self, done: int, *, keep: int | None = None) -> None:
+        """Saves the model, then the snapshot, so that the model of every complete snapshot is in place.
+
+        Args:
+            done: number of steps done.
+            keep: number of newest snapshots to keep [default: as configured].
+        """
         main = self.accelerator.is_main_process
         with self._averaged() as model:
             if main:
@@ -161,17 +166,22 @@ class CheckpointsAndLogs:
             state = {"step": done, **learned, **counts}
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
-            self.run.states.save(done, state, keep=self.config.keep_states, best=self.best[1])
+            self.run.states.save(done, state, keep=keep or self.config.keep_states, best=self.best[1])
         self.run.step = done
         self.accelerator.wait_for_everyone()
 
     def stop(self, done: int) -> int:
-        """Saves a snapshot for a run that is stopped, unless there is a good one already; returns its step.
+        """Saves a snapshot for a run that is stopped, unless its last step is saved; returns the snapshot's step.
 
-        Within skipped steps none is saved, as in `after_step`: the resumed run repeats them from the last snapshot.
+        A snapshot within skipped steps does not push out those from before, to which a rollback would go, but takes the
+        place of others within them. After a rollback none is saved until a step counts: it would pass for a good one.
+        The resumed run repeats these steps.
         """
-        if self.run.step < done and not (self.run.step and self.skipped.read()[1]):
-            self.save(done)
+        in_a_row = self.skipped.read()[1]
+        if self.run.step < done and not (self.run.step and self.rollbacks):
+            if self.accelerator.is_main_process:
+                self.run.states.delete([step for step in self.run.states.steps() if step > done - in_a_row])
+            self.save(done, keep=self.config.keep_states + bool(in_a_row))
         return self.run.step
 
     def end(self) -> None:

@@ -29,12 +29,12 @@ resume from the snapshot of that step and delete what came after."""
 # Settings that may change when a run resumes. Most do not change the result beyond rounding. With more steps, the
 # learning rate follows the schedule of the longer run from then on; `patience` and `report_steps` decide where early
 # stopping ends. `log_steps` and `save_steps` decide when the NaN guard takes back weights, and to which snapshot. Each
-# layer of a run by layers has `steps` and `batch_size` of its own.
+# layer of a run by layers has `steps` of its own.
 FREE_SETTINGS = frozenset(
     {
         *("steps", "report_steps", "save_steps", "log_steps", "keep_states", "stall_seconds", "trackers", "patience"),
         *("accumulation", "gradient_checkpointing", "compile", "workers", "out", "resume", "sheet_samples"),
-        *("device", "on_bad_image", "layer_steps", "layer_batch_sizes"),
+        *("device", "on_bad_image", "layer_steps"),
     }
 )
 _NOT_FLAGS = {
