@@ -1,21 +1,17 @@
-"""Tests of held-out losses and early stopping: where it ends, which weights it keeps, after a kill too."""
+"""Tests of early stopping: where it ends, which weights it keeps, after a kill too."""
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
-from unittest.mock import create_autospec
 
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers import toys
-from helpers.toys import CONFIG, Rows, train
+from helpers.toys import CONFIG, train
 from safetensors.torch import load_file
 
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.training import checkpoints_and_logs
-from smalti.training.checkpoints_and_logs import held_out_losses
 from smalti.training.run_folder import Run, last_metrics
 
 
@@ -52,24 +48,3 @@ def test_early_stopping_needs_held_out_rows(tmp_path):
 
     with pytest.raises(UserError, match="--patience needs held-out images"):
         train(tmp_path, without_held_out_rows, replace(CONFIG, patience=1))
-
-
-def test_processes_share_the_memory_of_held_out_losses_as_they_do_that_of_training():
-    sizes = []
-
-    class Sized(Rows):
-        def __getitems__(self, rows):
-            sizes.append(len(rows))
-            return super().__getitems__(rows)
-
-    _, objective, _, held_out = toys.toy()
-    losses = {}
-    for processes in (1, 4):
-        process = create_autospec(Accelerator, instance=True)
-        process.configure_mock(
-            device=torch.device("cpu"), is_main_process=True, num_processes=processes, autocast=nullcontext
-        )
-        objective.eval()
-        losses[processes] = held_out_losses(process, objective, Sized(**held_out.columns), CONFIG)["held_out_loss"]
-    assert sizes == [5, 2, 2, 1]
-    assert losses[4] == pytest.approx(losses[1], rel=1e-5)

@@ -45,6 +45,7 @@ def program(folder, family, kind, config: FitConfig, seconds=0.0, hangs=-1):
     """Trains in a process of its own and exits as the commands do."""
     torch.set_num_threads(1)
     os.setpgid(0, 0)  # so that a test can signal it and its workers together
+    multiprocessing.set_start_method("fork", force=True)  # of workers, whose own server would die by the signal
     folder.mkdir(exist_ok=True)
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     try:
