@@ -93,7 +93,8 @@ class BatchedMuon(torch.optim.Optimizer):
                 rate = group["lr"] * 0.2 * math.sqrt(columns)  # arXiv 2502.16982, Eq. 4
                 for parameter, update in zip(parameters, updates, strict=True):
                     update = (update if len(update) == len(parameter) else update.T).reshape(parameter.shape)
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    if group["weight_decay"]:
+                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     local_shard(parameter).add_(shard_of(update, parameter), alpha=-rate)
 
     def _momenta(self, parameters: list[Tensor], momentum: float) -> Sequence[Tensor]:
