@@ -43,7 +43,7 @@ class Reading:
     which are then held out; or `none` [default: 0.1, or as in the training of the model]."""
     fit: Fit | None = None
     """The way in which images of other proportions get the model's: `crop` keeps the centre, `pad` keeps the whole
-    image between white borders, `squash` ignores the proportions. [default: crop, or as in the training of
+    image between white borders, `squash` ignores the proportions [default: crop, or as in the training of
     the model]."""
     image_depth: Literal[8, 16] | None = added(None)
     """Bits of each channel: 16 keeps those of deep grey images and arrays, for scans and measurements; 8 scales them

@@ -123,7 +123,7 @@ def orthogonalized(matrices: Float[Tensor, "b r c"], eps: float) -> Float[Tensor
 
     Deviation from Muon: four iterations with coefficients of their own (`NEWTON_SCHULZ`), not five with the same; and
     the norm of X X^T, not that of X, scales singular values below 1. It is the nearer bound, the fourth root of the sum
-    of their fourth powers. `eps` alone keeps a matrix of zeros; smaller matrices are scaled up twice.
+    of their fourth powers. Zeros stay zeros; a norm below `eps`, which leaves a small result in Muon, does not here.
     """
     bf16 = has_native_bf16(matrices.device.type)
     x = matrices.bfloat16() if bf16 else matrices.float()
