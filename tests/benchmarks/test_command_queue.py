@@ -62,9 +62,11 @@ def test_several_commands_run_at_once(tmp_path: Path):
 
 
 STOPPABLE = """
+import signal
 import sys
 from pathlib import Path
 from smalti.benchmarks.command_queue import run_all
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 sleep = "import time; print('asleep', flush=True); time.sleep(60)"
 run_all(["smalti a", "smalti b"], Path(sys.argv[1]), program=(sys.executable, "-S", "-c", sleep))
 """
