@@ -29,6 +29,7 @@ from torch import Tensor
 
 from smalti.core import locks
 from smalti.core.codes import Codes
+from smalti.core.config import read_json
 from smalti.core.errors import UserError
 from smalti.core.files import sync, write_json
 from smalti.core.progress import SLOW_SECONDS, bar
@@ -77,7 +78,7 @@ class BlockStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ABANDONED_NAME).unlink(missing_ok=True)
         key_file, key = self.folder / KEY_NAME, {**self._shape(), **self.job.key}
-        before = json.loads(key_file.read_text(encoding="utf-8")) if key_file.exists() else {}
+        before = read_json(key_file) if key_file.exists() else {}
         changed = sorted(name for name in {*before, *key} if before.get(name) != key.get(name))
         if changed:  # old blocks are deleted before the new key is written: a kill in between must not mix them
             self._delete_blocks("*")
