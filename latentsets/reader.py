@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from smalti.core.codes import Codes, Layout
+from smalti.core.codes import MOST_COUNTED_CODES, Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.hub.ids import parse_target
 from smalti.core.hub.upload import upload
@@ -32,9 +32,6 @@ from smalti.latentsets.sharing import files_to_share, find_file
 
 BLOCK_VALUES = 1 << 18
 """Codes that are counted at a time; numpy widens each to 8 bytes."""
-
-MOST_COUNTED_CODES = 1 << 24
-"""Largest codebook whose codes are counted, as each count takes 8 bytes."""
 
 
 class LatentSet:

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from smalti.core.codes import MOST_COUNTED_CODES
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME, code, front_matter, license_line, listed, require_license, table
 from smalti.core.hub.download import MOST_NAMES, download
@@ -20,8 +21,6 @@ from smalti.latentsets.provenance import Provenance
 
 SUFFIXES = (".h5", ".hdf5")
 DATA_SUFFIXES = (*SUFFIXES, ".parquet")
-MOST_COUNTED_CODES = 1 << 24
-"""Largest codebook whose usage the card has."""
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 """The hub's classes of sizes, by the first number of rows beyond each."""
 

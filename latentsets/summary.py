@@ -2,10 +2,10 @@
 
 import json
 
-from smalti.core.codes import Level
+from smalti.core.codes import MOST_COUNTED_CODES, Level
 from smalti.core.errors import printable
 from smalti.latentsets.provenance import Provenance
-from smalti.latentsets.reader import MOST_COUNTED_CODES, LatentSet, perplexity
+from smalti.latentsets.reader import LatentSet, perplexity
 
 LONGEST_TEXT = 4000
 """Longest attribute that is printed whole, in characters."""

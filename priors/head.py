@@ -176,7 +176,10 @@ class FactorizedHead(TreeEmbedding):
 
     def random_codes(self, seeds: Int64[Tensor, " b"], *grid: int) -> Int64[Tensor, "b *grid"]:
         """Returns codes drawn uniformly from the codebook, decided by each row's seed."""
-        return (uniform(seeds, *grid) * self.codebook_size).long()
+        if self.codebook_size <= 1 << 24:
+            return (uniform(seeds, *grid) * self.codebook_size).long()
+        high, low = (uniform(seeds, 2, *grid) * (1 << 24)).long().unbind(1)  # 32 bits, as one draw has only 24
+        return ((high << 8 | low >> 16) * self.codebook_size) >> 32
 
     def _guided_logits(
         self, features: Tensor, temperature: float | Tensor, unconditional: Tensor | None, guidance: float

@@ -23,6 +23,7 @@ from smalti.core.models import register
 from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
 from smalti.priors.conditioning import Condition
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
+from smalti.priors.methods.causal_canvas import decode_windows, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
 
 
@@ -159,7 +160,9 @@ class PixelCNN(CausalPrior):
     A vertical stack covers all rows above a position, a horizontal stack the positions left of it in its row. The
     vertical stack feeds the horizontal one, so there is no blind spot. Condition and coarser levels enter every gate
     (Eq. 4). The vertical stack's input is shifted down by one row, the horizontal stack's by one position in raster
-    order (so that attention reaches the last column of the row above). No layer then needs a mask.
+    order (so that attention reaches the last column of the row above). No layer then needs a mask. Convolutions read
+    grids of any size; with attention, larger ones are read through windows, as it has only learned the offsets within
+    the trained size.
 
     Deviations: the vertical stack has residual connections too, without which deep stacks start with vanishing
     signals; a LayerNorm ends the network instead of two layers, as the head's initial weights expect.
@@ -193,6 +196,8 @@ class PixelCNN(CausalPrior):
     ) -> Float[Tensor, "b n d"]:
         """Computes features; see `CodePrior.features`. Those of a position depend only on the codes before it."""
         b, h, w = codes.shape
+        if self.config.attention_every and self.exceeds_training(h, w):
+            return window_features(self, codes, condition, upper)
         x = self.head.embed(codes)  # b n d
         vectors = self.condition_vectors(b, h, w, condition, upper)  # b h w d, b 1 1 d or None
         vertical, horizontal = (
@@ -215,6 +220,9 @@ class PixelCNN(CausalPrior):
         A row of the vertical stack is computed once, when the row above is complete, together with its contribution
         to the horizontal stack. A position then costs two matrix products per layer.
         """
+        if self.config.attention_every and self.exceeds_training(h, w):
+            yield from decode_windows(self, b, h, w, condition, upper)
+            return
         vectors = self.condition_vectors(b, h, w, condition, upper)
         layers, d, c = cast(list[GatedLayer], list(self.layers)), self.config.model_width, self.config.kernel // 2 + 1
         zeros = self.norm.weight.new_zeros

@@ -127,7 +127,7 @@ class Transformer(CausalPrior):
     ) -> Float[Tensor, "b n d"]:
         """Computes features; see `CodePrior.features`. Those of a position depend only on the codes before it."""
         b, h, w = codes.shape
-        if self._exceeds_training(h, w):
+        if self.exceeds_training(h, w):
             return window_features(self, codes, condition, upper)
         start = self.start.expand(b, 1, -1)
         x = torch.cat([start, self.head.embed(codes)[:, :-1]], dim=1)
@@ -150,7 +150,7 @@ class Transformer(CausalPrior):
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
         """Decodes code by code with a KV cache; see `CausalPrior.decode_stepwise`."""
-        if self._exceeds_training(h, w):
+        if self.exceeds_training(h, w):
             yield from decode_windows(self, b, h, w, condition, upper)
             return
         vectors = self.condition_vectors(b, h, w, condition, upper)
@@ -172,6 +172,3 @@ class Transformer(CausalPrior):
             return None
         positions = sinusoidal_positions(h, w, self.start.shape[-1], self.start.device)
         return rearrange(positions, "(h w) d -> 1 h w d", h=h)
-
-    def _exceeds_training(self, h: int, w: int) -> bool:
-        return h > self.level.height or w > self.level.width

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smalti.core.codes import Level
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds, uniform
 from smalti.priors.head import DENSE_NODES, FactorizedHead, inverse_cdf, node_products, nucleus
@@ -217,3 +220,15 @@ def test_nucleus_is_the_smallest_likeliest_set(probabilities, top_p):
     assert kept[kept > 0].equal(probabilities[kept > 0])
     assert ordered[: count - 1].sum() < top_p + 1e-6
     assert ordered[:count].sum() >= top_p - 1e-6
+
+
+@pytest.mark.parametrize("radices", [(3, 2, 4), (32,) * 5, (1024,) * 3])
+def test_random_codes_take_every_value_of_every_digit(radices):
+    """Also of codes with more bits than a float32 draw has. Nothing is computed with the head's tables."""
+    seeds, level = row_seeds(0, torch.arange(16)), Level(64, 64, radices)
+    drawn = FactorizedHead.random_codes(cast(Any, SimpleNamespace(codebook_size=level.codebook_size)), seeds, 64, 64)
+    assert 0 <= drawn.min() <= drawn.max() < level.codebook_size
+    for digit, radix in enumerate(radices):
+        counts = level.digit(drawn, digit).flatten().bincount(minlength=radix).double()
+        expected = drawn.numel() / radix
+        assert ((counts - expected) ** 2 / expected).sum() < radix - 1 + 6 * math.sqrt(2 * (radix - 1))

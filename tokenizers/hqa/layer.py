@@ -54,14 +54,16 @@ class HQAConfig:
     """Train with the posterior's entropy and probabilistic commitment. If off, train with VQ-VAE's codebook and
     commitment losses. Applies to `stochastic` posteriors."""
     latent_weight: float = 0.001
-    """Weight of these losses relative to the reconstruction loss."""
+    """Weight of these losses relative to the reconstruction loss. Applies to `stochastic` posteriors."""
     upper_latent_weight: float | None = None
     """The same weight for layers above the first [default: that of the first]."""
     temperature: float = 0.667
-    """Temperature of the Gumbel-softmax at the start of training. It falls linearly to 0."""
+    """Temperature of the Gumbel-softmax at the start of training. It falls linearly to 0. Applies to `stochastic`
+    posteriors."""
     reset_below: float = 0.03
     """Against codebook collapse: a codeword used less than this share of the most used one is dead, and moves next to
-    one in use. 0 resets none."""
+    one in use; of `nearest`, one used less than this share of the mean, which moves to an encoder output. 0 resets
+    none."""
     codebook_init: Literal["kmeans", "random"] = replacing("kmeans_start", on="kmeans", off="random", default="kmeans")
     """Initialization of each layer's codebook: `kmeans` takes k-means centres of the outputs of the layer's untrained
     encoder, `random` random vectors."""
@@ -135,7 +137,8 @@ class HQALayer(nn.Module):
         z_e = encoder(inputs)
         if isinstance(self.quantizer, StochasticQuantizer):
             # scaled so that encoder outputs are as widely spread as random codewords
-            scale = START_LENGTH / z_e.var((0, 2, 3)).sum().sqrt().clamp_min(1e-6)
+            spread = z_e.var((0, 2, 3), correction=0).sum().sqrt()
+            scale = torch.where(spread > 0, START_LENGTH / spread, 1.0)
             z_e = z_e * scale
             if isinstance(encoder, PCAEncoder):
                 encoder.multiply(scale)

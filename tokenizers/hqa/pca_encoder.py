@@ -101,7 +101,8 @@ def init_linear(encoder: nn.Sequential, decoder: nn.Sequential, inputs: Float[Te
     decoder_first, decoder_last = (cast(nn.Conv2d, decoder[index]) for index in (0, -2))
     axes, variances, mean = principal_components(inputs, min(last.in_channels // 2, last.out_channels))
     count = len(axes)
-    gain = variances.mean().clamp_min(1e-12).rsqrt()  # gives channels a variance of about 1
+    variance = variances.mean()
+    gain = torch.where(variance > 1e-12, variance.rsqrt(), 1.0)  # gives channels a variance of about 1
     for block in (*encoder, *decoder):
         if isinstance(block, ResidualBlock):
             cast(Tensor, block.second.bias).zero_()  # with weights of zero, the block is the identity

@@ -28,8 +28,8 @@ def ema_update(
     """EMA codebook update (VQ-VAE, arXiv 1711.00937, Eqs. 6-8), with counts smoothed within each codebook.
 
     Returns the codewords and counts after the step. The running sum of the vectors that choose a codeword is not
-    stored: it is the codeword times its smoothed count, so the two cannot disagree. A codebook that no vector reached
-    keeps its codewords.
+    stored: it is the codeword times its smoothed count, so the two cannot disagree. A codeword that no vector chose
+    stays, as in the equations; the smoothing would draw it to zero.
 
     Args:
         codebook: codewords before the step.
@@ -40,8 +40,8 @@ def ema_update(
     """
     new_counts = decay * counts + (1 - decay) * chosen
     new_sums = decay * _smoothed(counts)[..., None] * codebook + (1 - decay) * sums
-    reached = chosen.sum(1) > 0
-    return torch.where(reached[:, None, None], new_sums / _smoothed(new_counts)[..., None], codebook), new_counts
+    means = new_sums / _smoothed(new_counts)[..., None]
+    return torch.where(chosen[..., None] > 0, means, codebook), new_counts
 
 
 def _smoothed(counts: Tensor) -> Tensor:

@@ -44,11 +44,14 @@ class GumbelQuantizer(nn.Module):
         return (len(self.codebook),)
 
     def forward(self, z_e: Float[Tensor, "b d h w"], seeds: Int64[Tensor, " b"] | None = None) -> QuantizerOutput:
-        """Samples codes, each image from its own seed; without seeds, takes the most probable code per position."""
+        """Samples codes in training, each image from its own seed; otherwise takes the most probable ones.
+
+        Without seeds it takes the most probable codes in training too.
+        """
         k, (h, w) = len(self.codebook), z_e.shape[2:]
         logits = self._logits(z_e)
         noisy = logits
-        if seeds is not None:
+        if seeds is not None and self.training:
             noisy = logits + rearrange(gumbel(seeds, h, w, k), "b h w k -> b k h w")
         codes = noisy.argmax(1)
         soft = (noisy / self.temperature).softmax(1)

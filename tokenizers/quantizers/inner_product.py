@@ -27,7 +27,8 @@ class InnerProductQuantizer(nn.Module):
     codebook collapse. Logits and losses are float32 under autocast.
 
     Deviation: beta weights the commitment term, as in the other quantizers; the published code weights the codebook
-    term with it.
+    term with it. The mean over the batch is that of one process and micro-batch, so gradient accumulation and more
+    processes change the result, as for `lfq`.
 
     Args:
         code_width: length of z_e and of a codeword.

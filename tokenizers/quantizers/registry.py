@@ -215,6 +215,9 @@ def require_used(config: Any, defaults: Any) -> None:
             f"--quantizer {config.quantizer}",
             unused_settings(config.quantizer, getattr(config, "levels", ())),
         )
+    elif getattr(config, "posterior", None) == "nearest":
+        user = "--posterior nearest"
+        unused = {"probabilistic", "latent_weight", "upper_latent_weight", "temperature"}
     else:  # its other settings may have the names of a quantizer's, such as HQA's temperature
         user, unused = "a flat codebook", {"combined_commitment_weight"}
     for field in sorted(unused):

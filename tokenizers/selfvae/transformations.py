@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smalti.core.errors import UserError
+from smalti.images.decoding import visible
 from smalti.tokenizers.selfvae.logistic import to_bins
 
 Transformation: TypeAlias = Literal["downscale", "sketch", "grayscale", "bits"]
@@ -81,7 +82,8 @@ def downscale(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _h _w"]:
 
 
 def grey(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
-    """Returns the luma of colour images, and grey images unchanged."""
+    """Returns the luma of the visible channels, and grey images unchanged."""
+    images = visible(images)
     if images.shape[1] == 1:
         return images
     return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)

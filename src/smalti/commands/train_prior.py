@@ -141,6 +141,11 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
             _take_weights(config.init, prior, other, quiet=not process.is_main_process)
     if process.is_main_process:
         _warn_of_untrained_classes(prior)
+        if isinstance(prior, CodePrior) and prior.conditional and not config.objective.label_dropout:
+            print_note(
+                "note: with --label-dropout 0 the prior is never trained without a class or vector, so sample with "
+                "--guidance 1"
+            )
         _save_tokenizer(tokenizer, folder)
     tokenizer.to(process.device)
     objective = prior.method.objective(prior, config.objective)

@@ -20,6 +20,8 @@ Codes: TypeAlias = tuple[Int64[Tensor, "b _h _w"] | Float[Tensor, "b _c _h _w"],
 for a continuous level."""
 
 LARGEST_CODEBOOK_SIZE = 2**31 - 1
+MOST_COUNTED_CODES = 1 << 24
+"""Largest codebook whose use is counted, as each count takes 8 bytes."""
 
 Digits: TypeAlias = int | slice
 """The digits of codes that are decoded: the first i, or a slice of them, counted from 0."""

@@ -169,7 +169,7 @@ def _checkpoint_gradients(model: Checkpointed) -> None:
 def _memory_remedies(config: FitConfig) -> list[str]:
     """Returns what to try if memory is full, the best first."""
     recompute = [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
-    accumulate = f"--accumulation {2 * config.accumulation} (the result stays the same, and this run resumes)"
+    accumulate = f"--accumulation {2 * config.accumulation} (with it, this run resumes)"
     return [accumulate, *recompute, "a smaller --batch-size"]
 
 

@@ -26,6 +26,23 @@ def test_there_is_no_blind_spot(options):
     assert torch.equal(seen, before if unlimited else before & near)
 
 
+@pytest.mark.parametrize("options", [OPTIONS["attention"], OPTIONS["everything"]], ids=["attention", "everything"])
+@torch.no_grad()
+def test_attention_reads_larger_canvases_through_windows(options):
+    """The canvas's last position does not depend on its first, which no window of it covers."""
+    prior = prior_of(height=4, width=4, **options)
+    conditioning = random_conditioning(prior, 1, 12, 12)
+    codes = torch.zeros(1, 12, 12, dtype=torch.int64)
+    changed = codes.index_put((torch.tensor(0), torch.tensor(0), torch.tensor(0)), torch.tensor(5))
+    features, others = (prior.features(each, **conditioning).view(12, 12, -1) for each in (codes, changed))
+    assert features[11, 11].equal(others[11, 11])
+    assert not features[0, 1].equal(others[0, 1])
+    steps, received = prior.decode_stepwise(1, 12, 12, **conditioning), []
+    for position in range(12 * 12):
+        received.append(steps.send(changed.flatten(1)[:, position - 1 : position]) if position else next(steps))
+    torch.testing.assert_close(torch.cat(received, 1)[0].view(12, 12, -1), others, atol=1e-4, rtol=1e-4)
+
+
 def test_receptive_field_of_a_single_layer():
     """With one layer of kernel 3 it is these eight codes; so the test above can fail."""
     seen = receptive_field(prior_of(height=5, width=7, layers=1), 3 * 7 + 3)

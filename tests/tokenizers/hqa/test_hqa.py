@@ -4,6 +4,7 @@ The stochastic quantizer is tested in quantizers/test_stochastic.py, layer-by-la
 """
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -17,6 +18,7 @@ from smalti.core.models import load
 from smalti.core.randomness import row_seeds
 from smalti.tokenizers.hqa.hams import HAMs, HAMsConfig
 from smalti.tokenizers.hqa.hqa import HQA, HQAConfig
+from smalti.tokenizers.quantizers.registry import require_used
 from smalti.tokenizers.quantizers.stochastic import START_LENGTH
 from smalti.tokenizers.reconstruction import Reconstruction
 
@@ -184,6 +186,22 @@ def test_initialization_from_images_changes_only_the_top_layer_or_nothing():
         before = {name: tensor.clone() for name, tensor in random.state_dict().items()}
         random.init_from_data(images)
         assert all(tensor.equal(before[name]) for name, tensor in random.state_dict().items())
+
+
+def test_initialization_from_one_vector_is_finite():
+    tokenizer = hqa_of(widths=(4, 4, 4))
+    tokenizer.init_from_data(images_of(1))
+    assert all(parameter.isfinite().all() for parameter in tokenizer.parameters())
+    assert max(parameter.abs().max() for parameter in tokenizer.parameters()) < 100
+
+
+@pytest.mark.parametrize("change", [{"latent_weight": 1.0}, {"temperature": 2.0}, {"probabilistic": True}])
+def test_settings_that_nearest_codewords_do_not_use_are_refused(change):
+    defaults = HAMsConfig(height=8, width=8, widths=(4, 4))
+    require_used(defaults, defaults)
+    require_used(replace(defaults, posterior="stochastic", **change), defaults)
+    with pytest.raises(UserError, match="--posterior nearest does not use --"):
+        require_used(replace(defaults, **change), defaults)
 
 
 def test_invalid_sizes_and_settings_are_refused():

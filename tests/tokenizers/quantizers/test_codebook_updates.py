@@ -39,7 +39,7 @@ def as_rows(z_e: Tensor) -> np.ndarray:
 
 
 def step_by_hand(books, counts, sums, z_e, decay):
-    """A step of VQ-VAE's App. A.1 in every node that is reached, in float64, with the sums stored explicitly."""
+    """A step of VQ-VAE's App. A.1 for every codeword that is chosen, in float64, with the sums stored explicitly."""
     chosen, added = [np.zeros_like(c) for c in counts], [np.zeros_like(s) for s in sums]
     for xi in as_rows(z_e):
         node, residual = 0, xi
@@ -53,11 +53,10 @@ def step_by_hand(books, counts, sums, z_e, decay):
             counts[layer][node] = decay * counts[layer][node] + (1 - decay) * chosen[layer][node]
             total = counts[layer][node].sum()
             smoothed = (counts[layer][node] + SMOOTHING) / (total + book.shape[1] * SMOOTHING) * total
-            if chosen[layer][node].any():
-                sums[layer][node] = decay * sums[layer][node] + (1 - decay) * added[layer][node]
-                book[node] = sums[layer][node] / smoothed[:, None]
-            else:
-                sums[layer][node] = book[node] * smoothed[:, None]
+            hit = chosen[layer][node][:, None] > 0
+            sums[layer][node] = decay * sums[layer][node] + (1 - decay) * added[layer][node]
+            np.divide(sums[layer][node], smoothed[:, None], out=book[node], where=hit)
+            sums[layer][node] = np.where(hit, sums[layer][node], book[node] * smoothed[:, None])
 
 
 @given(tree=st.lists(st.integers(2, 4), min_size=1, max_size=3), decay=st.sampled_from([0.0, 0.7, 0.99]))
@@ -74,6 +73,20 @@ def test_ema_update_equals_the_papers_sums_and_counts(tree, decay):
         step_by_hand(books, counts, sums, z_e, decay)
         for layer, book in enumerate(books):
             np.testing.assert_allclose(quantizer.codebooks[layer], book, rtol=1e-3, atol=1e-4)
+
+
+def test_codewords_that_no_vector_chooses_stay():
+    """However long: their counts fall far below the smoothing."""
+    quantizer = quantizer_of(1, (4,), decay=0.9, revive_below=0.0)
+    z_e = features(3)
+    z_e = z_e[:, :, :1, :1].detach().expand(-1, -1, 2, 3)
+    unchosen = torch.ones(4, dtype=torch.bool).index_fill(0, quantizer.encode(z_e).unique(), False)
+    before = quantizer.codebooks[0][0, unchosen].clone()
+    assert len(before)
+    for _ in range(300):
+        quantizer(z_e)
+        quantizer.after_step()
+    assert quantizer.codebooks[0][0, unchosen].equal(before)
 
 
 @pytest.mark.parametrize("learning", ["ema", "gradient"])

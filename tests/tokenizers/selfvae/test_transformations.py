@@ -7,6 +7,7 @@ import torch
 from helpers import toys
 
 from smalti.core.errors import UserError
+from smalti.images.decoding import visible
 from smalti.tokenizers.selfvae.logistic import to_bins
 from smalti.tokenizers.selfvae.selfvae import SelfVAE
 from smalti.tokenizers.selfvae.transformations import Form, forms, sketch, transform
@@ -39,6 +40,14 @@ def test_representations_have_their_form(name, levels, expected):
         assert len(y.unique()) > 1
     for alone, batched in zip(model.representations(images()[1:2]), representations, strict=True):
         assert alone.equal(batched[1:2])
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+@pytest.mark.parametrize("name", ["sketch", "grayscale"])
+def test_grey_forms_are_those_of_the_visible_channels(name, channels):
+    x = to_bins(torch.rand(3, channels, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1, 256)
+    before, after = forms(name, 2, channels)
+    assert transform(name, x, before, after).equal(transform(name, visible(x), Form(visible(x).shape[1]), after))
 
 
 def test_transformations_of_simple_images():
