@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -107,8 +107,14 @@ def write_codes(
         header |= {"payload_bytes": len(payload), "codes_sha256": _codes_digest(codes)}
     header["sha256"] = _digest(header, payload)
     line = magic + json.dumps(header).encode() + b"\n"
-    if len(line) > LARGEST_HEADER_BYTES:
-        raise UserError(f"{len(codes[0])} images are too many for one file of packed codes; compress fewer at a time")
+    try:
+        if len(line) > LARGEST_HEADER_BYTES:
+            raise ValueError
+        parse_json(line[len(magic) :])
+    except ValueError as error:  # `read_codes` would refuse it
+        raise UserError(
+            f"{len(codes[0])} images are too many for one file of packed codes; compress fewer at a time"
+        ) from error
     with whole_file(path) as partial:
         partial.write_bytes(line + payload)
     return path.stat().st_size
@@ -232,6 +238,9 @@ def find_name_error(names: Any, images: int) -> str | None:
             return f"{name[:60]!r} in its header is not the name of a file"
     if len({name.casefold() for name in names}) < images:
         return "names in its header repeat"
+    folders = {str(folder).casefold() for name in names for folder in PurePosixPath(name).parents}
+    if any(f"{name}.png".casefold() in folders for name in names):
+        return "names in its header are those of pictures and of folders at once"
     return None
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +12,13 @@ from smalti.core.provenance import command, versions
 
 ADDED_IN_4 = ("condition_source",)
 """Attributes that format versions 2 and 3 lack."""
+MOST_REASONS = 1000
+"""Images left out of a set whose reasons are recorded. Of others only the row is: the attribute must stay readable."""
+
+
+def shortened(skipped: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Returns images that were left out, with the reasons of the first `MOST_REASONS` only."""
+    return tuple(image if number < MOST_REASONS else {"row": image["row"]} for number, image in enumerate(skipped))
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class Provenance:
         image_fingerprint: A fingerprint that changes if the images change.
         preprocessing: What was done to the images before encoding, as JSON values.
         label_names: The name of each label, from label 0 on; empty if the images have no labels.
-        skipped: Images left out because they could not be decoded: `row` in the image source and `reason`, in order.
+        skipped: Images left out because they could not be decoded: `row` in the image source and, for the first
+            `MOST_REASONS`, `reason`, in order.
         condition_source: The function or file that the conditions come from, with a digest; empty if there are none.
         command: The command line that made the set.
         created: UTC time of creation, ISO 8601.

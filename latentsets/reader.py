@@ -289,7 +289,7 @@ class LatentSet:
         recorded = attributes.get("content_digest")
         if recorded and (digest := current._digest(attributes)) != recorded:
             digests = f"its content has digest {digest[:12]}, not {recorded[:12]}"
-            raise UserError(f"{self.path} is damaged: {digests}; copy it or build it again")
+            raise UserError(f"{self.path} is damaged: {digests}; copy it again, or build it with --overwrite")
         for index in range(0 if several else len(self.layout.levels)):
             for block in self.codes_in_order(index):
                 self._require_valid(index, block)

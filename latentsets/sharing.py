@@ -107,7 +107,9 @@ def files_to_share(
         paths = [scratch / path.name for path in paths]
     names = [*paths, *([paths[0].with_name(INDEX_NAME)] if indexed else [])]
     card = latent_set_card(latent_set, provenance, target, license=license)
-    return {CARD_NAME: card.encode(), **{path.name: path for path in names}}
+    readable = (*SUFFIXES, Path(INDEX_NAME).suffix)  # `find_file` finds no others
+    found = {path.name if path.suffix in readable else f"{path.name}.h5": path for path in names}
+    return {CARD_NAME: card.encode(), **found}
 
 
 def _public(latent_set: SetToShare, before: Provenance, tokenizer: str | None) -> Provenance:
@@ -118,7 +120,7 @@ def _public(latent_set: SetToShare, before: Provenance, tokenizer: str | None) -
         if has_folders(reason := str(image.get("reason", ""))):
             raise UserError(
                 f"{latent_set.path} records the folder of an image that was left out ({reason}), and its digest covers "
-                "that; build it again with images that are given relative to the working folder"
+                "that; as builds of former versions did; build it again with --overwrite"
             )
     if tokenizer is not None:
         values["tokenizer_source"] = tokenizer

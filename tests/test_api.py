@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from helpers.toys import untrained_pair
 from PIL import Image
 
 import smalti
-from smalti import UserError, inpaint, load_prior, load_tokenizer, sample
+from smalti import UserError, api, inpaint, load_prior, load_tokenizer, sample
 from smalti.priors.methods.sundae import SundaeSampling
 
 
@@ -71,6 +72,37 @@ def test_pil_images_are_filled_as_tensors_are(pair, image, mask):
     prior = load_prior(pair)
     pictures = Image.fromarray(image.permute(1, 2, 0).numpy()), Image.fromarray(mask.numpy().astype(np.uint8) * 255)
     assert torch.equal(inpaint(prior, *pictures, num=1), inpaint(prior, image, mask, num=1))
+
+
+def test_pil_masks_and_images_of_every_mode_are_read_as_files_are(pair, image, mask, monkeypatch):
+    seen: list = []
+
+    def fills(_priors, _tokenizer, pixels, masked, **_):
+        seen.append((pixels, masked))
+        return pixels[None]
+
+    monkeypatch.setattr(api, "fills", fills)
+    prior, grey = load_prior(pair), image.float().mean(0)
+    deep = np.where(mask.numpy(), 65535, 6000).astype(np.uint16)  # of 16 bits; the dark part is not filled
+    pictures = {
+        "I;16": Image.fromarray((grey.numpy() * 257).round().astype(np.uint16)),
+        "F": Image.fromarray((grey / 255).numpy()),
+        "La": Image.fromarray(grey.byte().numpy()).convert("LA").convert("La"),
+    }
+    for mode, picture in pictures.items():
+        assert picture.mode == mode
+        inpaint(prior, picture, Image.fromarray(deep))
+        pixels, masked = seen.pop()
+        assert masked.equal(mask)
+        assert (pixels - grey).abs().max() <= 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG", exif=exif)
+    inpaint(prior, Image.open(buffer), mask)
+    pixels, masked = seen.pop()
+    assert pixels.equal(image)
+    assert masked.equal(mask)
 
 
 def test_mistakes_are_one_line(pair, image, mask):

@@ -13,6 +13,7 @@ A set of one file is built in the same way, as its only shard. The files are wri
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -35,12 +36,13 @@ from smalti.core.files import sync, write_json
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.latentsets.building.jobs import Job, SourceNumbers, checksum
 from smalti.latentsets.hdf5.format import CONDITIONS, arrays_of, number_sources, read_header
-from smalti.latentsets.hdf5.sharded import write_index
-from smalti.latentsets.provenance import Provenance
+from smalti.latentsets.hdf5.sharded import INDEX_NAME, write_index
+from smalti.latentsets.provenance import Provenance, shortened
 from smalti.latentsets.summary import size_text
 from smalti.latentsets.writer import LatentSetWriter, reporting_full_disk
 
-KEY_NAME, ABANDONED_NAME, SHARDS_NAME = "key.json", "abandoned", "shards"
+KEY_NAME, ABANDONED_NAME, SHARDS_NAME, REPLACED_NAME = "key.json", "abandoned", "shards", "replaced"
+_SHARD = re.compile(r"\d{5,}\.h5")
 
 
 class BlockStore:
@@ -219,13 +221,18 @@ class BlockStore:
             shards = self.folder / SHARDS_NAME
             write_index(shards)
             if self.job.path.exists():  # a kill between the two leaves the complete shards, for another attempt
-                self.job.path.rename(self.folder / "replaced")
+                self.job.path.rename(self.folder / REPLACED_NAME)
             shards.rename(self.job.path)
             sync(self.job.path.parent)
         self.discard()
 
     def discard(self) -> None:
-        """Removes the folder with all blocks."""
+        """Removes the folder with all blocks. What else was in the folder of a replaced set is moved to the new one."""
+        replaced = self.folder / REPLACED_NAME
+        if replaced.exists():
+            for other in replaced.iterdir():
+                if not _SHARD.fullmatch(other.name) and other.name != INDEX_NAME:
+                    other.rename(self.job.path / other.name)
         if os.name == "nt":  # Windows does not remove open files
             self.close()
         shutil.rmtree(self.folder)
@@ -321,7 +328,7 @@ class BlockStore:
                     note = json.loads(line)
                     reasons[note["row"]] = note["reason"]
         rows = ((~kept).nonzero().squeeze(1) + first).tolist()
-        return tuple({"row": row, "reason": reasons.get(row, "it could not be decoded")} for row in rows)
+        return shortened({"row": row, "reason": reasons.get(row, "it could not be decoded")} for row in rows)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from smalti.latentsets.hdf5.format import (
     read_header,
     require_version,
 )
-from smalti.latentsets.provenance import Provenance
+from smalti.latentsets.provenance import Provenance, shortened
 
 INDEX_NAME = "index.json"
 ALIKE = ("tokenizer_digest", "preprocessing", "label_names", "condition_source")
@@ -185,7 +185,7 @@ def _combined(path: Path, found: Sequence[Path]) -> SetFiles:
         first.provenance,
         image_source=", ".join(dict.fromkeys(each.image_source for each in provenances)),
         image_fingerprint=prints.popitem()[0] if len(prints) == 1 else _digest_of(list(prints)),
-        skipped=tuple(image for each in provenances for image in each.skipped),
+        skipped=shortened(image for each in provenances for image in each.skipped),
     )
     return SetFiles(
         first.layout,

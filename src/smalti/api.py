@@ -5,14 +5,13 @@ and progress bars. `smalti/__init__.py` exports them.
 """
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from smalti.commands import model_paths
@@ -21,11 +20,11 @@ from smalti.commands.inpainting import Filling, fills
 from smalti.commands.sample import generate_images
 from smalti.core.devices import Precision
 from smalti.core.errors import UserError
-from smalti.images.decoding import decode, to_uint8
+from smalti.images.decoding import to_uint8
+from smalti.images.formats.planes import MODES, flatten, to_tensor
+from smalti.images.masks import MID_GREY
 from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
-
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -141,7 +140,7 @@ def inpaint(
     """
     priors, tokenizer = _together(prior, tokenizer)
     pixels = image if isinstance(image, Tensor) else _pixels(image, tokenizer.image_channels)
-    masked = mask if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask.convert("L"))) > 127
+    masked = mask.bool() if isinstance(mask, Tensor) else _pixels(mask, 1)[0] > MID_GREY
     if masked.shape != pixels.shape[1:]:
         sizes = [f"{shape[-1]}x{shape[-2]}" for shape in (masked.shape, pixels.shape)]
         raise UserError(f"the mask is {sizes[0]} but the image is {sizes[1]}; resize one to the other")
@@ -170,7 +169,11 @@ def _together(prior: Prior | Sequence[Prior], tokenizer: Tokenizer | None) -> tu
 
 
 def _pixels(image: Image.Image, channels: int) -> UInt8[Tensor, "c h w"]:
-    """Returns the pixels that a file of this image would give: upright, on white, grey or RGB."""
-    buffer = BytesIO()
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
-    return decode(buffer.getvalue(), channels=channels)
+    """Returns the pixels that a file of this image would give: upright, on white, with these channels.
+
+    Raises:
+        UserError: for a number of channels that PIL images do not have.
+    """
+    if channels not in MODES:
+        raise UserError(f"PIL images have no {channels} channels; give a tensor")
+    return to_tensor([flatten(ImageOps.exif_transpose(image), MODES[channels])])

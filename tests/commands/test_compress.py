@@ -163,3 +163,13 @@ def test_unsuitable_priors_and_classes_are_refused(tmp_path, tokenizer, prior):
     ):
         with pytest.raises(UserError, match=error):
             compress(settings)
+
+
+def test_a_folder_with_the_name_of_a_picture_is_decompressed_by_number(tmp_path, tokenizer):
+    (tmp_path / "tree" / "a.png").mkdir(parents=True)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "tree" / "a.jpg")
+    Image.new("RGB", (16, 16), "blue").save(tmp_path / "tree" / "a.png" / "in.png")
+    codes = compress(Compress(tokenizer, images=str(tmp_path / "tree"), out=tmp_path / "tree.smalti"))
+    out = decompress(Decompress(codes, tokenizer, out=tmp_path / "back"))
+    assert sorted(path.name for path in out.iterdir()) == ["00000.png", "00001.png"]
+    assert find_name_error(["a", "a.png/in"], 2) == "names in its header are those of pictures and of folders at once"

@@ -272,3 +272,25 @@ def test_large_images_are_small_on_the_sheet(capfd):
     assert run(capfd, inpaint.main, *COMMON, *flags)[0] == 0
     assert read("tall-out.png").shape == (1030, 20, 3)
     assert read("tall-out-sheet.png").shape[0] < 3 * 600
+
+
+def test_slight_transparency_is_not_a_mask_for_expand(capfd):
+    alpha = np.full((12, 20), 255, np.uint8)
+    alpha[3, 3] = 200
+    Image.fromarray(np.dstack([noise(0), alpha])).save("slight.png")
+    flags = [*COMMON, "--image", "slight.png", "--num", "1", "--out", "slight-out.png"]
+    assert run(capfd, inpaint.main, *flags, "--expand", "0", "0", "8", "0")[0] == 0
+    assert read("slight-out.png").shape[:2] == (12, 28)
+    assert np.array_equal(read("slight-out.png")[:, :20, :3][alpha == 255], noise(0)[alpha == 255])
+    status, _, err = run(capfd, inpaint.main, *flags)
+    assert (status, "masks nothing: no pixel is transparent" in err) == (2, True)
+
+
+def test_a_folder_of_fills_may_have_a_dot_in_its_name(capfd):
+    Path("two").mkdir()
+    Image.fromarray(noise(0)).save("two/a.png")
+    flags = [*COMMON, "--image", "two", "--mask", "mask.png", "--num", "1", "--out"]
+    assert run(capfd, inpaint.main, *flags, "fills.v3")[0] == 0
+    assert Path("fills.v3/a.png").exists()
+    status, _, err = run(capfd, inpaint.main, *flags, "fills.png")
+    assert (status, "so --out must be a folder, not fills.png" in err) == (2, True)

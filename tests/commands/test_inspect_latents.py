@@ -112,3 +112,13 @@ def test_a_corrupted_byte_and_another_tokenizer_are_refused(workspace, monkeypat
     assert status == 2
     assert err.startswith("error: latents.h5 is damaged: its content has digest")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--codes", "--plot"])
+def test_real_valued_latents_have_no_codes_to_show(workspace, monkeypatch, capsys, flag):
+    layout = Layout((Level(2, 2, channels=3),))
+    write(workspace / "latents.h5", layout, (torch.zeros(8, 3, 2, 2),), [0], PROVENANCE)
+    status, err = run(monkeypatch, capsys, flag, "x.png")
+    assert status == 2
+    assert "holds no codes but real-valued latents; leave --codes and --plot out" in err
+    assert not (workspace / "x.png").exists()

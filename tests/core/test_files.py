@@ -122,6 +122,21 @@ def test_disk_error_names_the_file(tmp_path, whole):
     assert caught.value.filename == str(tmp_path / "place")
 
 
+def test_an_error_of_a_library_after_a_failed_write_is_that_of_the_disk(tmp_path):
+    """pyarrow and matplotlib close their file when the disk is full, which fails in another way."""
+
+    def fill():
+        with whole_file(tmp_path / "place"):
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            finally:
+                raise ValueError("I/O operation on closed file")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        fill()
+    assert caught.value.filename == str(tmp_path / "place")
+
+
 def test_json_round_trips_and_is_readable(tmp_path):
     value = {"größe": [1, 2.5, None], "nested": {"a": "×"}}
     write_json(tmp_path / "value.json", value)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
+import h5py
 import pytest
 from helpers.build_toys import FLAGS, Builders, one_thread, run, save_tokenizer, write_images
 
@@ -15,6 +16,7 @@ from smalti.core.errors import UserError
 from smalti.encoding import encoder
 from smalti.encoding.encoder import EncodeBatches
 from smalti.images.reading import Reading
+from smalti.latentsets.building.blocks import BlockStore
 from smalti.latentsets.reader import LatentSet
 
 IMAGES, BLOCK_IMAGES = 24, 4
@@ -112,9 +114,40 @@ def test_a_set_with_other_files_is_built_again(capfd):
     assert len(built(Path("set"), shard_rows=24).files.extents) == 2
     assert "already holds these codes" in capfd.readouterr().out
     assert Path("set/00000.h5").stat().st_ino == before
+    Path("set/notes.txt").write_text("mine")
+    Path("set/plots").mkdir()
+    Path("set/plots/usage.png").write_text("a plot")
     again = built(Path("set"), shard_rows=16)
     assert len(again.files.extents) == 3
     assert same(again, LatentSet("one.h5"))
+    assert Path("set/notes.txt").read_text() == "mine"
+    assert Path("set/plots/usage.png").read_text() == "a plot"
+
+
+def test_a_kill_before_other_files_are_moved_to_the_new_set_loses_none(workspace, monkeypatch):
+    built(Path("set"), shard_rows=24)
+    Path("set/notes.txt").write_text("mine")
+    monkeypatch.setattr(BlockStore, "discard", lambda _: None)
+    built(Path("set"), shard_rows=16)
+    assert not Path("set/notes.txt").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(workspace)
+    built(Path("set"), shard_rows=16)
+    assert Path("set/notes.txt").read_text() == "mine"
+    assert not Path(".set.building").exists()
+
+
+@pytest.mark.parametrize("shards", [{}, {"shard_rows": 24}])
+def test_a_damaged_set_is_built_again_with_overwrite(shards, capfd):
+    out = Path("set" if shards else "engine.h5")
+    built(out, **shards)
+    with h5py.File(out / "00000.h5" if shards else out, "r+") as file:
+        file["codes/0"][2, 1, 1] ^= 1
+    with pytest.raises(UserError, match="build it with --overwrite"):
+        LatentSet(out).verify()
+    built(out, **shards)
+    assert "already holds these codes" in capfd.readouterr().out
+    assert same(built(out, **shards, overwrite=True), LatentSet("one.h5"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from smalti.core.errors import UserError
 from smalti.core.files import file_digest
+from smalti.core.hub.public_names import has_folders
 from smalti.encoding import build
 from smalti.images.decoding import decode, load_image, load_transparency, to_float
 from smalti.images.formats.opening import BadImageError, bad_images_error
@@ -104,6 +105,21 @@ def test_a_bad_image_is_named_with_file_and_row(workspace, capfd, name, workers)
     assert f"img/{name}, row {row}: {reason}" in line
     assert line.endswith("or leave out such images with --on-bad-image skip")
     assert not (workspace / "latents.h5").exists()
+
+
+def test_the_digest_does_not_depend_on_the_folder_of_images_that_are_left_out(workspace, capfd):
+    (name, (content, _)), digests = next(iter(BAD.items())), set()
+    for folder in ("here", "there/deeper"):
+        shutil.copytree(workspace / "img", workspace / folder / "photos")
+        write(workspace / folder / "photos", name, content)
+        flags = [*FLAGS, "--images", f"{folder}/photos", "--on-bad-image", "skip", "--out", f"{folder}.h5"]
+        assert run(capfd, *flags)[0] == 0
+        latents = LatentSet(f"{folder}.h5")
+        digests.add(latents.content_digest)
+        (image,) = latents.provenance.skipped
+        assert image["reason"].startswith(f"{name}, row ")
+    assert len(digests) == 1
+    assert not any(has_folders(image["reason"]) for image in latents.provenance.skipped)  # so it can be pushed
 
 
 def test_skipped_images_are_recorded_and_counted(workspace, capfd):

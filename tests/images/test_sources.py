@@ -280,3 +280,36 @@ def test_a_hub_split_without_rows_is_refused(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: marked(["red"]).select([]))
     with pytest.raises(UserError, match=r"things:train\[:0\] has no rows"):
         open_images("things:train[:0]")
+
+
+def test_files_that_a_table_names_by_path_are_read_anew_when_they_change(tmp_path):
+    files = write_folder(tmp_path / "files", ["0.png", "1.png"])
+    paths = [str(path) for path in sorted(files.iterdir())]
+    schema = datasets.Features({"image": datasets.Image()}).arrow_schema
+    images = {"image": [{"bytes": None, "path": path} for path in paths]}
+    pq.write_table(pa.table(images, schema=schema), tmp_path / "paths.parquet")
+    before = open_images(str(tmp_path / "paths.parquet"))
+    assert before.fingerprint == open_images(str(tmp_path / "paths.parquet")).fingerprint
+    Path(paths[0]).write_bytes(png("white"))
+    after = open_images(str(tmp_path / "paths.parquet"))
+    assert after.fingerprint != before.fingerprint
+    assert after.source_ids[0] != before.source_ids[0]
+    assert after.source_ids[1] == before.source_ids[1]
+
+
+def test_held_out_images_of_another_source_have_the_chosen_columns(tmp_path):
+    labels = {"style": ["ink", "oil"], "label": ["paris", "rome"], "text": ["a", "b"]}
+    for name, colours in (("train", ["red", "blue"]), ("test", ["green", "white"])):
+        images = {column: [png(colour) for colour in colours] for column in ("left", "right")}
+        write_parquet(tmp_path / f"{name}.parquet", **images, **labels)
+    chosen = {"image_column": "left", "label_column": "style", "caption_column": "text"}
+    images = open_images(str(tmp_path / "train.parquet"), held_out=str(tmp_path / "test.parquet"), **chosen)
+    assert images.label_names == ("ink", "oil")
+    assert images.labels.tolist() == [0, 1, 0, 1]
+    assert images.captions() == ["a", "b", "a", "b"]
+    write_folder(tmp_path / "folder", ["ink/0.png", "oil/1.png"])
+    images = open_images(str(tmp_path / "train.parquet"), held_out=str(tmp_path / "folder"), **chosen)
+    assert images.labels.tolist() == [0, 1, 0, 1]
+    assert any("read without the columns that were chosen" in note for note in images.notes)
+    with pytest.raises(UserError, match="nothing at"):
+        open_images(str(tmp_path / "train.parquet"), held_out=str(tmp_path / "gone"), **chosen)

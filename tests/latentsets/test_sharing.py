@@ -134,3 +134,10 @@ def test_data_sets_that_name_no_set_are_one_line(hub, tmp_path):
     for path in ("my/photos.h5", "runs/latents/photos.h5", "/tmp/nothing/x", "codes.hdf5", "a/b/c"):
         assert "there is no latent set at" in error_of(path)
     assert len(hub.requests) == asked
+
+
+def test_a_set_of_any_file_name_can_be_opened_by_its_id(hub, tmp_path):
+    write(tmp_path / "codes", GRID, make_codes(GRID, 60), [0])
+    latents = LatentSet("codes")
+    latents.push_to_hub("me/codes")
+    assert LatentSet("me/codes").content_digest == latents.content_digest

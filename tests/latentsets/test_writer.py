@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from smalti.core.codes import Layout
 from smalti.core.errors import UserError
+from smalti.latentsets.provenance import MOST_REASONS, shortened
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter
 
@@ -138,3 +139,12 @@ def test_full_disk_is_one_line_and_leaves_the_target_unchanged(tmp_path, monkeyp
     assert "\n" not in str(caught.value)
     assert (tmp_path / "latents.h5").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["latents.h5"]
+
+
+def test_a_set_without_very_many_damaged_images_can_be_read(tmp_path):
+    """Their reasons would be more than is read of an attribute; those of the first are kept, and all rows."""
+    reasons = ({"row": row, "reason": f"{row}.png, row {row}: {'the image is damaged ' * 6}"} for row in range(150_000))
+    write(tmp_path / "set.h5", GRID, make_codes(GRID, 30), [0], replace(PROVENANCE, skipped=shortened(reasons)))
+    skipped = LatentSet(tmp_path / "set.h5").provenance.skipped
+    assert [image["row"] for image in skipped] == [*range(150_000)]
+    assert ["reason" in image for image in skipped] == [row < MOST_REASONS for row in range(150_000)]

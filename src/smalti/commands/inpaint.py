@@ -166,9 +166,9 @@ def _jobs(config: Inpaint[Any], image: Path) -> list[_Job]:
         if config.mask is not None and os.path.isdir(config.mask):
             raise UserError(f"--mask {config.mask} is a folder but --image {image} is not; give one mask")
         return [_Job(image, config.mask, *_output_names(config.out, config.num, "-"))]
-    if config.out.suffix and config.out != RUNS / "inpainted.png":
-        raise UserError(f"--image {image} is a folder, so --out must be a folder, not {config.out}")
-    out = config.out.with_suffix("")
+    out = config.out.with_suffix("") if config.out == RUNS / "inpainted.png" else config.out
+    if [*images_among([out])] and not out.is_dir():
+        raise UserError(f"--image {image} is a folder, so --out must be a folder, not {out}")
     images = _image_files(image)
     stems = [image.stem for image in images]
     if duplicates := {stem for stem in stems if stems.count(stem) > 1}:
@@ -264,8 +264,9 @@ def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor,
     pixels = load_image(job.image, channels=channels)
     _, height, width = pixels.shape
     mask_file = job.mask
-    if mask_file is None and load_transparency(job.image) is not None:
-        mask_file = job.image
+    if mask_file is None and (transparency := load_transparency(job.image)) is not None:
+        slight = any(config.expand) and not (transparency > config.threshold).any()  # soft edges: nothing is erased
+        mask_file = None if slight else job.image
     if mask_file is not None:
         if job.mask is not None:
             refuse_swapped(job.image, pixels, job.mask)

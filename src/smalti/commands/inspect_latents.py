@@ -62,6 +62,8 @@ def inspect_latents(config: InspectLatents) -> None:
     if config.plot and config.plot.suffix.removeprefix(".") not in PLOT_KINDS:
         raise UserError(f"{config.plot} cannot be drawn; give a name that ends in .png, .pdf or .svg")
     latent_set = LatentSet(config.latents)
+    if (config.codes or config.plot) and not any(level.radices for level in latent_set.layout.levels):
+        raise UserError(f"{config.latents} holds no codes but real-valued latents; leave --codes and --plot out")
     settings = {"command": "inspect-latents", "content_digest": latent_set.content_digest}
 
     def is_own(path: Path) -> bool:

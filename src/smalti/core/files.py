@@ -46,11 +46,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync(partial)
         partial.replace(path)
         sync(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # errors from write(), unlike open(), do not name the file
-        raise
+    except Exception as error:
+        if isinstance(error, UserError) or (failed := _failed_write(error)) is None:
+            raise
+        failed.filename = failed.filename or str(path)  # errors from write(), unlike open(), do not name the file
+        raise failed from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _failed_write(error: BaseException | None) -> OSError | None:
+    """Returns the OSError that an error is, or that a library handled when it failed with another one."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager

@@ -80,6 +80,7 @@ class Stream(IntEnum):
     EVALUATION_HELD_OUT = "evaluation", 1
     EVALUATION_MASKS = "evaluation", 2
     EVALUATION_FILLS = "evaluation", 3
+    EVALUATION_MANIFOLD = "evaluation", 4
     HQA_STUDY_DECODE = "HQA study", 64
 
 

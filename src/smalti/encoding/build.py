@@ -49,7 +49,7 @@ def encode(
         process: This process.
         workers: The number of processes that decode images for this one.
         skips: Whether images that cannot be decoded are left out; otherwise they are an error.
-        overwrite: Whether to replace any file.
+        overwrite: Whether to replace any file, also a set that has the same codes.
         engine: Encodes in other processes than those of this command.
         captions: The text of each image, "" for none; None for a set without captions.
 
@@ -63,7 +63,8 @@ def encode(
         _on_all_processes(process, lambda: stack.enter_context(claim) if main else None)
         stale = _on_all_processes(process, lambda: store.claim(with_bad=not skips) if main else None)
         before = _provenance_of(job.path)
-        finished = before is not None and provenance.is_met_by(before) and not (before.skipped and not skips)
+        same = before is not None and provenance.is_met_by(before) and not (before.skipped and not skips)
+        finished = same and not overwrite
         # every process lists what is missing before any process writes it
         unfinished = _on_all_processes(process, store.unfinished, store)
         if finished and len(LatentSet(job.path).files.extents) == len(job.shards):
@@ -136,7 +137,7 @@ def _encoded_by(
         for batch in engine(encoder, blocks) if blocks else ():
             for block, record, bad in results(batch):
                 _require_whole(bad, skips=skips)
-                store.append_record(block, record, bad)
+                store.append_record(block, record, encoder.images.without_folder(bad))
                 waiting[job.shard_of(block)].discard(block)
                 progress.update()
             while waiting and not waiting[first := min(waiting)]:
@@ -176,7 +177,7 @@ def _encode_share(
                 return
             _require_whole(bad, skips=skips)
             codes = encode_block(tokenizer, pixels, job)
-            store.append(block, codes, bad, encoder.vectors(block, pixels))
+            store.append(block, codes, encoder.images.without_folder(bad), encoder.vectors(block, pixels))
             progress.update()
     store.close()
 

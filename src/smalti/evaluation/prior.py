@@ -13,6 +13,7 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from smalti.commands.sample import generate_images
+from smalti.core.randomness import Stream, choose
 from smalti.evaluation.config import PriorEvaluation
 from smalti.evaluation.image_sets import write_samples
 from smalti.evaluation.real_images import BATCH_SIZE, open_priors
@@ -54,7 +55,9 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
         write_samples(config.samples_npz, samples)
     reference = real.reference()
     features = {"model": extractor(samples), "real": real.features}
-    manifolds = {who: precision_recall(reference[: len(each)], each) for who, each in features.items()}
+    # as many as there are samples, drawn at random because training images may be sorted by class
+    equal = reference[choose(len(reference), len(samples), protocol.seed, Stream.EVALUATION_MANIFOLD)]
+    manifolds = {who: precision_recall(equal, each) for who, each in features.items()}
     neighbours = {who: nearest(each, reference) for who, each in features.items()}
     copy_distance = neighbours["real"][0].quantile(COPY_QUANTILE)
     too_near = {who: (distances < copy_distance).double() for who, (distances, _) in neighbours.items()}

@@ -6,8 +6,8 @@ Tables are opened in `sources.py`. Pixels are decoded in `image_set.py`.
 import hashlib
 import os
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from torch import Tensor
 from smalti.core.errors import UserError
 from smalti.images.formats.archives import member_of, read_member, shown_path
 from smalti.images.formats.opening import UnreadableImageError
-from smalti.images.sources import Table, open_table
+from smalti.images.sources import Table, open_table, stamp
 from smalti.images.splits import HELD_OUT_PERCENT, held_out
 
 _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
 _KEY_RECIPE = "smalti 1"  # part of every source id: change it whenever the keys change, so that no cached id is reused
 _ROWS_AT_ONCE = 64  # encoded rows in memory
+NO_COLUMNS: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Contents:
     captions: Callable[[], list[str] | None]
 
 
-def read_contents(table: Table, held_out_images: str | None, channels: int) -> Contents:
+def read_contents(
+    table: Table, held_out_images: str | None, channels: int, columns: Mapping[str, Any] = NO_COLUMNS
+) -> Contents:
     """Reads the contents of a table, and of a second one if other images are held out.
 
     Args:
@@ -65,6 +68,8 @@ def read_contents(table: Table, held_out_images: str | None, channels: int) -> C
         held_out_images: `none`, a fraction such as `0.05`, or another source, whose images are added and are the
             held-out split; None for the fraction 0.1.
         channels: of the images.
+        columns: the columns that a person chose, as `open_table` takes them; those of the other source have the same
+            names, unless it has none of these.
 
     Raises:
         UserError: if the fraction is not between 0 and 1, or the other source cannot be opened.
@@ -73,7 +78,7 @@ def read_contents(table: Table, held_out_images: str | None, channels: int) -> C
     tables = [table]
     if percent is None:
         assert held_out_images is not None
-        tables.append(open_table(held_out_images, channels=channels))
+        tables.append(_open_held_out(held_out_images, channels, columns))
     labels, label_names = _joined_labels([read_labels(each) for each in tables])
     ids = torch.cat([read_source_ids(each) for each in tables])
     contents = torch.cat([_hash_of_images(each) for each in tables])
@@ -96,6 +101,21 @@ def read_contents(table: Table, held_out_images: str | None, channels: int) -> C
     fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()
     captions = partial(_read_captions, tables)
     return Contents(joined, table.image_column, labels, label_names, ids, out, fingerprint, notes, captions)
+
+
+def _open_held_out(source: str, channels: int, columns: Mapping[str, Any]) -> Table:
+    """Opens the source of the held-out images with the chosen columns; without them, and a note, if it has none."""
+    try:
+        return open_table(source, channels=channels, **columns)
+    except UserError as error:
+        if not any(columns.values()):
+            raise
+        try:
+            table = open_table(source, channels=channels)
+        except UserError:
+            raise error from None
+        note = f"{source} is read without the columns that were chosen for the other images: {error}"
+        return replace(table, notes=(*table.notes, note))
 
 
 def _read_captions(tables: Sequence[Table]) -> list[str] | None:
@@ -161,14 +181,28 @@ def encoded(image: bytes | dict[str, Any] | None) -> bytes:
 
 def file_names(rows: datasets.Dataset, column: str) -> list[str] | None:
     """Returns the paths of the images' files below the folder that all are in; None if an image is in no file."""
+    if (paths := _file_paths(rows, column)) is None:
+        return None
+    folder = _folder_of(paths)
+    return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
+
+
+def common_folder(rows: datasets.Dataset, column: str) -> str | None:
+    """Returns the absolute path of the folder that all the images' files are in; None if an image is in no file."""
+    paths = _file_paths(rows, column)
+    return None if paths is None else _folder_of(paths)
+
+
+def _folder_of(paths: Sequence[str]) -> str:
+    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+
+
+def _file_paths(rows: datasets.Dataset, column: str) -> list[str] | None:
     images = rows.data.column(column)
     if not pa.types.is_struct(images.type):
         return None
     paths = [path and shown_path(path) for chunk in images.chunks for path in chunk.field("path").to_pylist()]
-    if any(path is None or "://" in path for path in paths):
-        return None
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    return [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
+    return None if any(path is None or "://" in path for path in paths) else paths
 
 
 def read_labels(table: Table) -> tuple[Int64[Tensor, " n"], tuple[str, ...]]:
@@ -213,6 +247,8 @@ def _hash_of_images(table: Table) -> Int64[Tensor, " n"]:
 
 def _hashes(table: Table, column: str, kind: str) -> Int64[Tensor, " n"]:
     options = {"kind": kind, "recipe": _KEY_RECIPE}
+    if kind == "image" and (stamps := _stamps_of_paths(table)):
+        options["stamps"] = stamps
     return torch.tensor(_computed(table.rows, column, _hash_keys, options, datasets.Value("int64"), "hashing"))
 
 
@@ -235,7 +271,21 @@ def _computed(
     return values["value"][:]
 
 
-def _hash_keys(keys: list[Any], kind: str, recipe: str) -> dict[str, list[int]]:
+def _stamps_of_paths(table: Table) -> str:
+    """Returns a digest that changes with the files that a table names without stamps; "" for a table of none."""
+    images = table.rows.data.column(table.image_column)
+    if table.stamped or not pa.types.is_struct(images.type):
+        return ""
+    stamps = hashlib.sha256()
+    for chunk in images.chunks:
+        for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist():
+            if path is not None and "://" not in path:
+                stamps.update(f"{path}\0{stamp(Path(path))}\n".encode())
+    return stamps.hexdigest()
+
+
+def _hash_keys(keys: list[Any], kind: str, recipe: str, stamps: str = "") -> dict[str, list[int]]:
+    """Returns the hashes of keys. `stamps` is a part of the cache's key only."""
     hashes = [hashlib.blake2b(_key_bytes(key, kind), digest_size=8, person=recipe.encode()).digest() for key in keys]
     return {"value": [int.from_bytes(digest, "big") >> 1 for digest in hashes]}  # 63 bits: torch has no unsigned int64
 

@@ -8,9 +8,10 @@ Legend: n images in a set, b rows of a batch, c channels, h w pixels.
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from smalti.core.errors import UserError
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images import sources
 from smalti.images.checks import Checks, load_checks, save_checks
-from smalti.images.contents import Contents, encoded, file_names, read_contents
+from smalti.images.contents import Contents, common_folder, encoded, file_names, read_contents
 from smalti.images.decoding import Decoded, decode_crops, decode_with_size
 from smalti.images.fitting import Fit, describe, random_crops, ten_crops
 from smalti.images.formats.archives import shown_path
@@ -152,6 +153,16 @@ class ImageSet:
         """Returns the name of each image's file, with its subfolders; None if an image is in no file of its own."""
         return file_names(self._encoded, self._column)
 
+    def without_folder(self, errors: Mapping[int, str]) -> dict[int, str]:
+        """Returns errors that name files below the folder that all are in, so that they do not depend on its path."""
+        return {index: error.removeprefix(self._folder) for index, error in errors.items()}
+
+    @cached_property
+    def _folder(self) -> str:
+        if (folder := common_folder(self._encoded, self._column)) is not None:
+            return f"{folder}{os.sep}"
+        return f"{os.path.dirname(self.source)}{os.sep}" if os.path.isabs(self.source) else ""
+
     def leave_out(self, bad: dict[int, str]) -> None:
         """Excludes images from all splits of `ImageRows`; the fingerprint stays that of the whole set.
 
@@ -280,13 +291,13 @@ def open_images(
     for flag, value in (("limit", limit), ("most-pixels", most_pixels)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} must be at least 1, not {value}")
-    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    columns |= {"caption_column": caption_column, "split": split, "limit": limit}
+    chosen = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
+    columns: dict[str, Any] = {**chosen, "split": split, "limit": limit}
     table = sources.open_table(source, **columns, channels=channels)
     selection = {name: value for name, value in {**columns, "held_out": held_out}.items() if value is not None}
     return ImageSet(
         source,
-        read_contents(table, held_out, channels),
+        read_contents(table, held_out, channels, chosen),
         size={"channels": channels, "height": height, "width": width, "fit": fit, "depth": depth},
         most_pixels=most_pixels,
         selection=selection,

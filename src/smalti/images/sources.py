@@ -58,6 +58,7 @@ class Table:
         key_column: the column that identifies the sources; None if the images' bytes do.
         caption_column: the column of captions; None if there are none.
         notes: what was left out and why, a sentence each.
+        stamped: whether the cached values of `rows` depend on the stamps of the files that it names.
     """
 
     rows: datasets.Dataset
@@ -66,6 +67,7 @@ class Table:
     key_column: str | None
     notes: tuple[str, ...] = ()
     caption_column: str | None = None
+    stamped: bool = False
 
 
 def local_paths(source: str | None) -> list[Path]:
@@ -226,7 +228,7 @@ def _read_image_list(path: Path, chosen_columns: _Chosen) -> Table:
     )
     paths = [paths[index] for index in chosen.indices]
     captions = choose_captions(columns, str(path), caption_column)
-    rows = _read_paths(str(path), paths, labels, [_stamp(Path(each)) for each in paths], captions)
+    rows = _read_paths(str(path), paths, labels, [stamp(Path(each)) for each in paths], captions)
     return _table_of_paths(rows, (*chosen.notes, *labels.notes))
 
 
@@ -237,12 +239,13 @@ def _read_image_files(source: str, listing: Listing, label_column: str | None, c
     columns, notes = join_metadata(texts, [Path(path).as_posix() for path in paths], os.path.exists)
     labels = choose_labels(columns, listing.labels, source, label_column)
     captions = choose_captions(columns, source, caption_column)
-    rows = _read_paths(source, paths, labels, [_stamp(path) for path in listing.paths], captions)
+    rows = _read_paths(source, paths, labels, [stamp(path) for path in listing.paths], captions)
     return _table_of_paths(rows, (*listing.notes, *notes, *labels.notes))
 
 
 def _table_of_paths(rows: datasets.Dataset, notes: tuple[str, ...]) -> Table:
-    return Table(rows, "image", "label", None, notes, "caption" if "caption" in rows.features else None)
+    captions = "caption" if "caption" in rows.features else None
+    return Table(rows, "image", "label", None, notes, captions, stamped=True)
 
 
 def _read_paths(
@@ -276,7 +279,7 @@ def _read_arrays(listing: Listing, channels: int) -> Table:
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.Value(arrays.kind_of_labels(paths))}
     )
-    described = {"paths": [*map(str, paths)], "stamps": [*map(_stamp, paths)], "channels": channels}
+    described = {"paths": [*map(str, paths)], "stamps": [*map(stamp, paths)], "channels": channels}
 
     def open_rows() -> Any:
         return datasets.Dataset.from_generator(arrays.describe_arrays, features, gen_kwargs={"described": described})
@@ -293,7 +296,7 @@ def _refusing_columns(table: Table, image_column: str | None, label_column: str 
     return table
 
 
-def _stamp(path: Path) -> str:
+def stamp(path: Path) -> str:
     """Returns a stamp that changes with a file's content or permissions, so that its cached source id is not reused."""
     try:
         stat = path.stat()

@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+MOST_DECIBELS = 100.0
+"""The PSNR of exact images. That of images which are exact but for rounding to 8 bits is 59 dB."""
+
 
 def mse(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Float64[Tensor, " n"]:
     """Computes the mean squared error of each image; inputs are in [-1, 1], the error is in units of [0, 1]."""
@@ -16,8 +19,11 @@ def mse(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Fl
 
 
 def psnr(mse: Float64[Tensor, "*n"]) -> Float64[Tensor, "*n"]:
-    """Computes the peak signal-to-noise ratio, in dB, from errors in units of [0, 1]; it is infinite for error 0."""
-    return -10 * mse.log10()
+    """Computes the peak signal-to-noise ratio, in dB, from errors in units of [0, 1].
+
+    It is at most `MOST_DECIBELS`, so that one exact image does not make the mean of many infinite.
+    """
+    return (-10 * mse.log10()).clamp(max=MOST_DECIBELS)
 
 
 def masked_mse(

@@ -72,6 +72,8 @@ def flatten(image: Image.Image, mode: str) -> Image.Image:
     """Converts to L, LA, RGB or RGBA, 8 bits deep; composes transparency on white unless the mode keeps it."""
     if image.mode in DEEP_GREY_MODES:
         image = Image.fromarray(_deep_grey(image, 8))
+    if image.mode == "La":  # premultiplied, which converts to nothing else
+        image = image.convert("LA")
     if mode in ("LA", "RGBA"):
         transparent = image.mode == "P" or image.has_transparency_data
         rgba = (image if transparent else image.convert("RGB")).convert("RGBA")
