@@ -238,12 +238,8 @@ class CausalPrior(CodePrior):
     The product of the head's probabilities over all positions is then the exact likelihood of a grid
     (chain rule), and ancestral sampling draws one code after the other. Samplers do not split canvases into
     windows: grids of any size must work. A network whose receptive field is not bounded by convolutions reads larger
-    grids (`exceeds_training`) through `smalti.priors.methods.causal_canvas`.
+    grids through `smalti.priors.methods.causal_canvas`.
     """
-
-    def exceeds_training(self, h: int, w: int) -> bool:
-        """Returns whether a grid is larger than those in training, in one direction at least."""
-        return h > self.level.height or w > self.level.width
 
     def condition_vectors(
         self,

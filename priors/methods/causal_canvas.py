@@ -17,6 +17,11 @@ from smalti.priors.conditioning import Condition
 from smalti.priors.methods.canvas import Windows, window_shares
 
 
+def exceeds_training(prior: CausalPrior, h: int, w: int) -> bool:
+    """Returns whether a grid is larger than those in training, in one direction at least."""
+    return h > prior.level.height or w > prior.level.width
+
+
 def window_features(
     prior: CausalPrior,
     codes: Int64[Tensor, "b h w"],

@@ -23,7 +23,7 @@ from smalti.core.models import register
 from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
 from smalti.priors.conditioning import Condition
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
-from smalti.priors.methods.causal_canvas import decode_windows, window_features
+from smalti.priors.methods.causal_canvas import decode_windows, exceeds_training, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
 
 
@@ -196,7 +196,7 @@ class PixelCNN(CausalPrior):
     ) -> Float[Tensor, "b n d"]:
         """Computes features; see `CodePrior.features`. Those of a position depend only on the codes before it."""
         b, h, w = codes.shape
-        if self.config.attention_every and self.exceeds_training(h, w):
+        if self.config.attention_every and exceeds_training(self, h, w):
             return window_features(self, codes, condition, upper)
         x = self.head.embed(codes)  # b n d
         vectors = self.condition_vectors(b, h, w, condition, upper)  # b h w d, b 1 1 d or None
@@ -220,7 +220,7 @@ class PixelCNN(CausalPrior):
         A row of the vertical stack is computed once, when the row above is complete, together with its contribution
         to the horizontal stack. A position then costs two matrix products per layer.
         """
-        if self.config.attention_every and self.exceeds_training(h, w):
+        if self.config.attention_every and exceeds_training(self, h, w):
             yield from decode_windows(self, b, h, w, condition, upper)
             return
         vectors = self.condition_vectors(b, h, w, condition, upper)

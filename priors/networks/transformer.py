@@ -22,7 +22,7 @@ from smalti.core.models import register
 from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
 from smalti.priors.conditioning import Condition
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
-from smalti.priors.methods.causal_canvas import decode_windows, window_features
+from smalti.priors.methods.causal_canvas import decode_windows, exceeds_training, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
 from smalti.priors.networks.positions import require_rotary_heads, sinusoidal_positions
 
@@ -127,7 +127,7 @@ class Transformer(CausalPrior):
     ) -> Float[Tensor, "b n d"]:
         """Computes features; see `CodePrior.features`. Those of a position depend only on the codes before it."""
         b, h, w = codes.shape
-        if self.exceeds_training(h, w):
+        if exceeds_training(self, h, w):
             return window_features(self, codes, condition, upper)
         start = self.start.expand(b, 1, -1)
         x = torch.cat([start, self.head.embed(codes)[:, :-1]], dim=1)
@@ -150,7 +150,7 @@ class Transformer(CausalPrior):
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
         """Decodes code by code with a KV cache; see `CausalPrior.decode_stepwise`."""
-        if self.exceeds_training(h, w):
+        if exceeds_training(self, h, w):
             yield from decode_windows(self, b, h, w, condition, upper)
             return
         vectors = self.condition_vectors(b, h, w, condition, upper)

@@ -89,7 +89,8 @@ class BuildLatents:
     """The file to write, or the folder with --shard-rows [default: runs/latents/KIND.h5, or KIND-layer-N.h5 with
     --layer N; without .h5 for a folder]."""
     overwrite: bool = False
-    """Replace an existing file. Without it, only a latent set of the same tokenizer and images is replaced."""
+    """Replace an existing file, even a latent set that holds these codes. Without it, such a set is left as it is, and
+    only one of the same tokenizer and images is replaced."""
 
     @property
     def crops_per_image(self) -> int:

@@ -46,7 +46,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync(partial)
         partial.replace(path)
         sync(path.parent)
-    except Exception as error:
+    except (OSError, ValueError, AttributeError) as error:  # of a library that failed to handle the first
         if isinstance(error, UserError) or (failed := _failed_write(error)) is None:
             raise
         failed.filename = failed.filename or str(path)  # errors from write(), unlike open(), do not name the file

@@ -28,6 +28,7 @@ from smalti.images.splits import HELD_OUT_PERCENT, held_out
 _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
 _KEY_RECIPE = "smalti 1"  # part of every source id: change it whenever the keys change, so that no cached id is reused
 _ROWS_AT_ONCE = 64  # encoded rows in memory
+_SHOWN_CLASSES = 10  # the largest ones
 NO_COLUMNS: Mapping[str, Any] = {}
 
 
@@ -227,6 +228,20 @@ def read_labels(table: Table) -> tuple[Int64[Tensor, " n"], tuple[str, ...]]:
     distinct = sorted(set(values) - missing)
     number = {value: index for index, value in enumerate(distinct)} | dict.fromkeys(missing, -1)
     return torch.tensor([number[value] for value in values]), tuple(map(str, distinct))
+
+
+def describe_classes(labels: Int64[Tensor, " n"], names: Sequence[str]) -> str:
+    """Returns the classes with their numbers of images, the largest first."""
+    if not names:
+        return "without classes"
+    counts = torch.bincount(labels + 1, minlength=len(names) + 1).tolist()
+    largest = sorted(zip(counts[1:], names, strict=True), key=lambda each: -each[0])[:_SHOWN_CLASSES]
+    shown = [f"{name} {count}" for count, name in largest]
+    if len(names) > len(shown):
+        shown.append(f"and {len(names) - len(shown)} more")
+    if counts[0]:
+        shown.append(f"without a class {counts[0]}")
+    return f"in {len(names)} class{'es' * (len(names) != 1)}: {', '.join(shown)}"
 
 
 def read_source_ids(table: Table) -> Int64[Tensor, " n"]:

@@ -23,7 +23,7 @@ from smalti.core.errors import UserError
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images import sources
 from smalti.images.checks import Checks, load_checks, save_checks
-from smalti.images.contents import Contents, common_folder, encoded, file_names, read_contents
+from smalti.images.contents import Contents, common_folder, describe_classes, encoded, file_names, read_contents
 from smalti.images.decoding import Decoded, decode_crops, decode_with_size
 from smalti.images.fitting import Fit, describe, random_crops, ten_crops
 from smalti.images.formats.archives import shown_path
@@ -31,7 +31,6 @@ from smalti.images.formats.opening import BadImageError, TooLargeError, Unreadab
 from smalti.images.formats.planes import Depth
 
 CACHE_BYTES = 2**30
-_SHOWN_CLASSES = 10  # the largest ones, in a summary
 _DECODED_AT_ONCE = 64  # images; limits the encoded bytes in memory while the cache fills
 _DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow releases the GIL, but small images gain little
 
@@ -82,16 +81,8 @@ class ImageSet:
 
     def summary(self) -> list[str]:
         """Returns lines for a person: how many images of which classes were found, and what was left out and why."""
-        counts = torch.bincount(self.labels + 1, minlength=len(self.label_names) + 1).tolist()
-        classes = sorted(zip(counts[1:], self.label_names, strict=True), key=lambda each: -each[0])
-        shown = [f"{name} {count}" for count, name in classes[:_SHOWN_CLASSES]]
-        if len(classes) > len(shown):
-            shown.append(f"and {len(classes) - len(shown)} more")
-        if classes and counts[0]:
-            shown.append(f"without a class {counts[0]}")
-        plural = "es" * (len(classes) != 1)
-        kinds = f"in {len(classes)} class{plural}: {', '.join(shown)}" if classes else "without classes"
-        return [f"{len(self)} image{'s' * (len(self) != 1)} from {self.source}, {kinds}", *self.notes]
+        classes = describe_classes(self.labels, self.label_names)
+        return [f"{len(self)} image{'s' * (len(self) != 1)} from {self.source}, {classes}", *self.notes]
 
     def pixels(
         self, indices: Sequence[int] | Int64[Tensor, " b"], *, bad: dict[int, str] | None = None
@@ -159,9 +150,7 @@ class ImageSet:
 
     @cached_property
     def _folder(self) -> str:
-        if (folder := common_folder(self._encoded, self._column)) is not None:
-            return f"{folder}{os.sep}"
-        return f"{os.path.dirname(self.source)}{os.sep}" if os.path.isabs(self.source) else ""
+        return f"{common_folder(self._encoded, self._column) or os.path.dirname(self.source)}{os.sep}"
 
     def leave_out(self, bad: dict[int, str]) -> None:
         """Excludes images from all splits of `ImageRows`; the fingerprint stays that of the whole set.
