@@ -64,15 +64,52 @@ def test_a_constant_colour_offset_is_removed_everywhere():
 
 
 def test_rim_weights_are_inverse_cubes_of_the_distance():
-    """Two masked pixels in a row of six, computed by hand; the rim is the pixel on each side."""
-    image, filled = torch.tensor([0.0, 0.2, 9, 9, -0.4, 0.0]), torch.tensor([0.0, 0.0, 0.5, -0.5, 0.0, 0.0])
+    """Two masked pixels in a row of six, computed by hand; the rim is the pixel on each side.
+
+    The differences are shades, so their median makes no difference.
+    """
+    image, filled = torch.tensor([0.0, 0.2, 9, 9, -0.04, 0.0]), torch.tensor([0.0, 0.0, 0.5, -0.5, 0.0, 0.0])
     mask = torch.tensor([False, False, True, True, False, False])
     pixels = to_uint8(image.clamp(-1, 1)).view(1, 1, 1, 6)
     result = compose(pixels, filled.view(1, 1, 1, 6), mask.view(1, 1, 6), feather_pixels=0, match_colour=True)
-    left, right = 0.2, -0.4
+    left, right = 0.2, -0.04
     expected = [0.5 + (left + right / 8) / 1.125, -0.5 + (left / 8 + right) / 1.125]
     assert to_float(result)[0, 0, 0, 2:4].tolist() == pytest.approx(expected, abs=0.01)
     assert torch.equal(result[..., ~mask], pixels[..., ~mask])
+
+
+@pytest.mark.parametrize("exact_area", [0, blending._EXACT_AREA])
+def test_other_content_at_the_rim_is_not_smeared_over_the_fill(monkeypatch, exact_area):
+    """The image has a black stripe that the fill lacks; the fill is shifted by its shade alone."""
+    monkeypatch.setattr(blending, "_EXACT_AREA", exact_area)
+    image = torch.full((1, 3, 24, 24), 0.4)
+    image[..., 10:13] = -1.0
+    mask = torch.zeros(1, 24, 24, dtype=torch.bool)
+    mask[:, 6:18, 4:20] = True
+    fill = torch.full((1, 3, 24, 24), 0.4) + torch.tensor([0.1, -0.1, 0.05]).view(1, 3, 1, 1)
+    result = to_float(compose(to_uint8(image), fill, mask, feather_pixels=0, match_colour=True))
+    assert (result[0, :, mask[0]] - 0.4).abs().max() < 0.02
+    assert result[0, :, ~mask[0]].equal(to_float(to_uint8(image))[0, :, ~mask[0]])
+
+
+@settings(max_examples=25)
+@given(SEEDS, st.floats(0.05, 0.5))
+def test_small_differences_are_interpolated_whole(seed, share):
+    """A mean of the rim's differences by brute force, without the median that the method splits off."""
+    pixels, _, mask = example(seed, share)
+    filled = to_float(pixels) + 0.1 * (draw(seed + 3, 2, 3, 7, 9) - 0.5)
+    result = to_float(compose(pixels, filled, mask, feather_pixels=0, match_colour=True))
+    for image in range(2):
+        rim = [
+            (y, x)
+            for y, x in (~mask[image]).nonzero().tolist()
+            if mask[image, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].any()
+        ]
+        for y, x in mask[image].nonzero().tolist() if rim else []:
+            weights = torch.tensor([max(1.0, (v - y) ** 2 + (u - x) ** 2) ** -1.5 for v, u in rim])
+            differences = torch.stack([to_float(pixels)[image, :, v, u] - filled[image, :, v, u] for v, u in rim])
+            expected = filled[image, :, y, x] + (weights[:, None] * differences).sum(0) / weights.sum()
+            assert (result[image, :, y, x] - expected.clamp(-1, 1)).abs().max() < 0.01
 
 
 def test_a_mask_of_the_whole_image_returns_the_fill():
