@@ -32,6 +32,7 @@ from smalti.images.sheets import embedded_settings, save_animation
 from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet, perplexity
 from smalti.metrics.image_errors import mse
+from smalti.priors.base import Prior
 from smalti.priors.methods.sundae import SundaeConfig, SundaeFilling, SundaeSampling
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.base import Tokenizer
@@ -40,7 +41,7 @@ from smalti.training.run_folder import RUN_NAME, OtherSettingsError, last_metric
 
 RECONSTRUCTIONS, SAMPLES, INPAINTING = "reconstructions.png", "samples.png", "inpainting.png"
 DENOISING = "denoising.gif"
-SHIPPED_SAMPLES = "samples-of-the-shipped-model.png"
+SHIPPED_SAMPLES, SHIPPED_FILLS = "samples-of-the-shipped-model.png", "inpainting-of-the-shipped-model.png"
 REPORT_NAME, DONE_NAME = "report.md", "demo.json"
 
 SHIPPED_MODEL = "portraits"
@@ -83,7 +84,8 @@ def demo(config: Demo) -> Path:
     def is_own(path: Path) -> bool:
         return begun or embedded_settings(path).get("command") == "sample"
 
-    outputs, inputs = [*results, config.out / SHIPPED_SAMPLES], local_paths(config.images)
+    shipped = [config.out / name for name in (SHIPPED_SAMPLES, SHIPPED_FILLS)]
+    outputs, inputs = [*results, *shipped], local_paths(config.images)
     with locks.claim(outputs, folder=config.out, inputs=inputs, is_own=is_own):
         settings, done = json.loads(json.dumps(flatten(config), default=str)), config.out / DONE_NAME
         if all(each.exists() for each in results) and json.loads(done.read_text())["settings"] == settings:
@@ -105,25 +107,16 @@ def demo(config: Demo) -> Path:
 def _demo(config: Demo, settings: dict[str, Any]) -> None:
     seconds: dict[str, float] = {}
     if SHIPPED_MODEL in shipped_models("prior"):
-        with _timed(seconds, "samples of the shipped model"):
+        with _timed(seconds, "samples and fills of the shipped model"):
             print(_sample(config, SHIPPED_MODEL, SHIPPED_SAMPLES))
+            _fill(config, *load_prior(SHIPPED_MODEL, None), SHIPPED_MODEL, SHIPPED_FILLS)
     latents, prior_folder = _train(config, seconds)
     with _timed(seconds, "samples"):
         _sample(config, str(prior_folder), SAMPLES)
         _animate(config, prior_folder)
     prior, tokenizer = load_prior(str(prior_folder), None)
-    rows = _held_out(config, tokenizer)
     with _timed(seconds, "fills"):
-        save_example_fills(
-            prior.to(best_device()),
-            tokenizer.to(best_device()),
-            rows,
-            config.out / INPAINTING,
-            sampling=SundaeFilling(),
-            seed=config.seed,
-            precision=config.precision,
-            settings=flatten(config),
-        )
+        rows = _fill(config, prior, tokenizer, config.images, INPAINTING)
     tokenizer = tokenizer.cpu()
     save_reconstructions(tokenizer, rows, config.out / RECONSTRUCTIONS)
     text = _report(config, tokenizer, rows, LatentSet(latents), last_metrics(prior_folder), seconds)
@@ -204,11 +197,21 @@ def _animate(config: Demo, prior_folder: Path) -> None:
     save_animation(config.out / DENOISING, frames, settings=flatten(config))
 
 
-def _held_out(config: Demo, tokenizer: Tokenizer) -> ImageRows:
-    """Opens the held-out images in the tokenizer's size."""
+def _fill(config: Demo, prior: Prior, tokenizer: Tokenizer, images: str, name: str) -> ImageRows:
+    """Writes a sheet of fills of held-out images; returns these."""
     size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
-    images = open_images(config.images, **size, channels=tokenizer.image_channels)
-    return ImageRows(images, split="held_out", flips=False)
+    rows = ImageRows(open_images(images, **size, channels=tokenizer.image_channels), split="held_out", flips=False)
+    save_example_fills(
+        prior.to(best_device()),
+        tokenizer.to(best_device()),
+        rows,
+        config.out / name,
+        sampling=SundaeFilling(),
+        seed=config.seed,
+        precision=config.precision,
+        settings=flatten(config),
+    )
+    return rows
 
 
 @torch.no_grad()

@@ -53,7 +53,8 @@ class Filling:
     """Width, in pixels outside the mask, of the band where the fill fades into the image. All other known pixels stay
     exact."""
     match_colour: bool = True
-    """Shift the fill's colours to match the image at the mask's edge."""
+    """Shift the fill's colours to match the image's shades at the mask's edge. If the fill is visible because it has
+    other colours than the image, try --feather 1."""
     largest: float = 4.0
     """Largest area that the model fills directly, as a multiple of the area it was trained at. Larger images are filled
     at reduced size and the fill is enlarged; their known pixels stay exact."""
