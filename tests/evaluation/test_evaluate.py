@@ -29,6 +29,7 @@ from smalti.metrics.image_errors import mse
 from smalti.scripts import evaluate
 
 QUICK = ["--images", "img", "--num", "50", "--reference", "12", "--precision", "fp32"]
+FILLS = ["--candidates", "2", "--fills", "2", "--no-match-colour"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +59,7 @@ def results(folder):
         flags = {
             "tokenizer": ["--tokenizer", "pair/tokenizer"],
             "prior": ["--prior", "pair", "--steps", "2"],
-            "inpainting": ["--prior", "pair", *"--steps 2 --candidates 2 --fills 2 --no-match-colour".split()],
+            "inpainting": ["--prior", "pair", "--steps", "2", *FILLS],
         }[of]
         sys.argv = ["evaluate.py", "--of", of, *flags, *QUICK, "--out", f"{of}.json"]
         evaluate.main()
@@ -210,7 +211,7 @@ def test_images_default_to_those_of_training(results, capfd, of):
     model = "known/tokenizer" if of == "tokenizer" else "known"
     flags = ["--tokenizer" if of == "tokenizer" else "--prior", model]
     steps = [] if of == "tokenizer" else ["--steps", "2"]
-    fills = ["--candidates", "2", "--fills", "2", "--no-match-colour"] if of == "inpainting" else []
+    fills = FILLS if of == "inpainting" else []
     status, _, err = run(capfd, evaluate.main, "--of", of, *flags, *steps, *fills, *QUICK[2:])
     assert status == 0
     result = json.loads(Path(f"runs/evaluations/{of}-known.json").read_text())
