@@ -120,7 +120,7 @@ def _public(latent_set: SetToShare, before: Provenance, tokenizer: str | None) -
         if has_folders(reason := str(image.get("reason", ""))):
             raise UserError(
                 f"{latent_set.path} records the folder of an image that was left out ({reason}), and its digest covers "
-                "that; as builds of former versions did; build it again with --overwrite"
+                "that, as in sets of former versions; build it again with --overwrite"
             )
     if tokenizer is not None:
         values["tokenizer_source"] = tokenizer

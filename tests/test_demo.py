@@ -9,6 +9,7 @@ from PIL import Image
 from smalti import demo as module
 from smalti.core.errors import UserError
 from smalti.demo import Demo, demo
+from smalti.images.sheets import save_png
 
 
 def test_demonstration_writes_all_pictures_and_is_not_repeated(tmp_path, monkeypatch, capsys):
@@ -35,3 +36,19 @@ def test_demonstration_writes_all_pictures_and_is_not_repeated(tmp_path, monkeyp
         UserError, match=r"demo holds a demonstration with other settings.*; remove the folder, or give"
     ):
         demo(config)
+
+
+def test_a_stop_after_the_shipped_models_pictures_is_resumed(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def sheet(_prior, _tokenizer, _rows, path, *, settings, **_):
+        save_png(path, Image.new("RGB", (4, 4)), settings)
+
+    monkeypatch.setattr(module, "_sample", lambda *_: None)
+    monkeypatch.setattr(module, "save_example_fills", sheet)
+    monkeypatch.setattr(module, "_train", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            demo(Demo(out=tmp_path / "demo"))
+    assert (tmp_path / "demo" / "inpainting-of-the-shipped-model.png").exists()

@@ -82,7 +82,7 @@ def demo(config: Demo) -> Path:
     begun = (config.out / "tokenizer" / RUN_NAME).exists()  # only a demonstration that runs again replaces its files
 
     def is_own(path: Path) -> bool:
-        return begun or embedded_settings(path).get("command") == "sample"
+        return begun or embedded_settings(path).get("command") in ("sample", "demo")
 
     shipped = [config.out / name for name in (SHIPPED_SAMPLES, SHIPPED_FILLS)]
     outputs, inputs = [*results, *shipped], local_paths(config.images)
@@ -209,7 +209,7 @@ def _fill(config: Demo, prior: Prior, tokenizer: Tokenizer, images: str, name: s
         sampling=SundaeFilling(),
         seed=config.seed,
         precision=config.precision,
-        settings=flatten(config),
+        settings={"command": "demo", **flatten(config)},
     )
     return rows
 

@@ -25,7 +25,7 @@ from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
 from smalti.images.decoding import image_sha256, load_image, load_layers, load_transparency, to_float
 from smalti.images.formats.opening import most_pixels
-from smalti.images.listing import images_among
+from smalti.images.listing import images_among, is_image_file
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
 from smalti.images.sheets import embedded_settings, image_paths, require_png, save_image, save_sheet
 from smalti.images.sources import EXAMPLE_IMAGE
@@ -167,7 +167,7 @@ def _jobs(config: Inpaint[Any], image: Path) -> list[_Job]:
             raise UserError(f"--mask {config.mask} is a folder but --image {image} is not; give one mask")
         return [_Job(image, config.mask, *_output_names(config.out, config.num, "-"))]
     out = config.out.with_suffix("") if config.out == RUNS / "inpainted.png" else config.out
-    if [*images_among([out])] and not out.is_dir():
+    if is_image_file(out) and not out.is_dir():
         raise UserError(f"--image {image} is a folder, so --out must be a folder, not {out}")
     images = _image_files(image)
     stems = [image.stem for image in images]

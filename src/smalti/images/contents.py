@@ -29,7 +29,6 @@ _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
 _KEY_RECIPE = "smalti 1"  # part of every source id: change it whenever the keys change, so that no cached id is reused
 _ROWS_AT_ONCE = 64  # encoded rows in memory
 _SHOWN_CLASSES = 10  # the largest ones
-NO_COLUMNS: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,7 @@ class Contents:
     captions: Callable[[], list[str] | None]
 
 
-def read_contents(
-    table: Table, held_out_images: str | None, channels: int, columns: Mapping[str, Any] = NO_COLUMNS
-) -> Contents:
+def read_contents(table: Table, held_out_images: str | None, channels: int, columns: Mapping[str, Any]) -> Contents:
     """Reads the contents of a table, and of a second one if other images are held out.
 
     Args:
