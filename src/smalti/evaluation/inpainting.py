@@ -1,6 +1,7 @@
-"""Evaluates inpainting: fills of masked held-out images against the originals, each other, and two simple baselines.
+"""Evaluates inpainting: fills of masked held-out images against the originals, each other, and simple baselines.
 
-The masks are random strokes. The baselines are the mean colour of the image and scikit-image's biharmonic fill.
+The masks are random strokes. The baselines are the mean colour of the image, scikit-image's biharmonic fill and, where
+OpenCV is installed, Telea's.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from smalti.evaluation.real_images import open_priors
 from smalti.evaluation.scores import Conditions, Scores
 from smalti.images.decoding import to_8_bits, to_float, to_uint8
 from smalti.images.masks import blank, strokes
-from smalti.metrics.baselines import biharmonic
+from smalti.metrics.baselines import biharmonic, telea, telea_is_installed
 from smalti.metrics.image_errors import diversity, masked_mse, seam_steps
 from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
@@ -44,6 +45,7 @@ def evaluate_inpainting(config: InpaintingEvaluation[Any]) -> tuple[Scores, Cond
         "real": judged,
         "mean_colour": to_uint8(blank(originals, mask)),
         "biharmonic": biharmonic(judged, mask),
+        **({"telea": telea(judged, mask)} if telea_is_installed() else {}),
     }
     errors = {who: masked_mse(to_float(each), originals, mask) for who, each in completed.items()}
     steps = {who: float(seam_steps(to_float(each), mask).mean()) for who, each in completed.items()}

@@ -1,5 +1,10 @@
-"""Structural similarity (SSIM) and the biharmonic fill, by scikit-image, which the extra `metrics` installs."""
+"""Structural similarity (SSIM) and fills without a model, by other libraries.
 
+scikit-image, of the extra `metrics`, has SSIM and the biharmonic fill; OpenCV, of the extra `opencv`, has Telea's.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +17,7 @@ from smalti.images.decoding import to_uint8
 from smalti.metrics.extractors import EXTRA
 
 SSIM_WINDOW = 7  # pixels; scikit-image's default
+TELEA_RADIUS = 3  # pixels; that of OpenCV's examples
 
 
 def ssim(images: UInt8[Tensor, "n c h w"], truth: UInt8[Tensor, "n c h w"]) -> float:
@@ -38,6 +44,30 @@ def biharmonic(pixels: UInt8[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]) ->
     progress = bar(pairs, what="biharmonic fills", unit="image", delay_seconds=SLOW_SECONDS)
     filled = [torch.from_numpy(inpaint(image, image_mask, channel_axis=0)) for image, image_mask in progress]
     return torch.where(mask.unsqueeze(1), to_uint8(torch.stack(filled) * 2 - 1), pixels)
+
+
+def telea_is_installed() -> bool:
+    """Whether OpenCV, which has `telea`, is installed."""
+    return find_spec("cv2") is not None
+
+
+def telea(pixels: UInt8[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]) -> UInt8[Tensor, "n c h w"]:
+    """Fills the masked pixels of each image from the edge of the mask inwards, by the fast marching method.
+
+    Source: Telea, An image inpainting technique based on the fast marching method, 2004; as OpenCV has it, with a
+    neighbourhood of `TELEA_RADIUS`.
+
+    Raises:
+        ImportError: if OpenCV is not installed.
+    """
+    cv2 = import_module("cv2")
+    filled = [
+        torch.stack(
+            [torch.from_numpy(cv2.inpaint(channel, image_mask, TELEA_RADIUS, cv2.INPAINT_TELEA)) for channel in image]
+        )
+        for image, image_mask in zip(pixels.numpy(), mask.byte().numpy(), strict=True)
+    ]
+    return torch.stack(filled)
 
 
 def _scikit_image() -> Any:
