@@ -21,6 +21,7 @@ from smalti.images.image_set import ImageRows, open_images
 from smalti.images.splits import held_out
 from smalti.latentsets.reader import LatentSet
 from smalti.scripts import build_latents, compress, evaluate, sample, train_prior, train_tokenizer
+from smalti.training.end_of_run import print_end
 
 SMALL = "--height 8 --width 8 --widths 6 8 --residual-blocks 1 --code-width 6 --depth 2 --branching 4"
 FLAGS = f"{SMALL} --steps 2 --batch-size 4 --warmup-steps 0 --precision fp32 --images img"
@@ -208,6 +209,23 @@ def test_a_training_ends_with_its_folder_numbers_pictures_and_the_next_command(w
     first, pictures, following = out.splitlines()
     assert first.startswith("prior: 2 steps; held_out_loss ")
     assert (pictures, following) == ("pictures: prior/samples.png", "next: python scripts/sample.py --prior prior")
+
+
+@pytest.mark.parametrize(
+    ("losses", "rises"),
+    [({1: 3.0, 2: 2.0}, False), ({1: 2.0, 2: 2.03}, False), ({1: 2.0, 2: 2.1}, True), ({1: -1.0, 2: -0.9}, True)],
+)
+def test_the_end_of_a_training_says_that_the_held_out_loss_rose(losses, rises, tmp_path, capsys):
+    described = {"family": "prior", "kind": "hourglass", "config": {}, "digest": ""}
+    (tmp_path / "config.json").write_text(json.dumps({**described, "provenance": {"steps": 2}}))
+    lines = [json.dumps({"step": step, "held_out_loss": loss}) for step, loss in (losses | {3: 9.0}).items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (tmp_path / "states/step_00000001").mkdir(parents=True)
+    print_end(tmp_path, pictures="samples.png", following="sample", remedies="Remedies: patience")
+    text = f"overfitting: the held-out loss was lowest after 1 steps, {losses[1]:.4g} (its weights: {tmp_path}/states"
+    assert (text in capsys.readouterr().out) == rises
+    print_end(tmp_path, pictures="samples.png", following="sample")
+    assert "overfitting" not in capsys.readouterr().out
 
 
 def test_classes_whose_images_are_all_held_out_are_named(workspace, capfd):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from smalti.core.errors import UserError
 from smalti.core.models import class_of_kind
-from smalti.core.randomness import Stream, choose
+from smalti.core.randomness import Stream, generator_for
 from smalti.evaluation import image_sets
 from smalti.evaluation.config import EvaluationSettings, ImagesEvaluation, TokenizerEvaluation
 from smalti.evaluation.image_sets import evaluate_images, write_samples
@@ -125,7 +125,7 @@ def test_two_folders_score_as_torch_fidelity_scores_them(folders, monkeypatch):
 
     fidelity.register_feature_extractor("random", Registered)
     a, b, (pixels, real) = folders
-    order = choose(len(pixels), len(pixels), 0, Stream.EVALUATION_HELD_OUT)
+    order = torch.randperm(len(pixels), generator=generator_for(0, Stream.EVALUATION_HELD_OUT))
     expected = fidelity.calculate_metrics(
         **{"input1": Pixels(pixels[order]), "input2": Pixels(real), "feature_extractor": "random", "cuda": False},
         **{"fid": True, "kid": True, "prc": True, "isc": True, "samples_shuffle": False, "verbose": False},
@@ -142,6 +142,20 @@ def test_two_folders_score_as_torch_fidelity_scores_them(folders, monkeypatch):
         assert values[name] == pytest.approx(expected[theirs], rel=1e-5), name
     error = expected["kernel_inception_distance_std"] / 400**0.5
     assert values["kernel_distance"] == pytest.approx(expected["kernel_inception_distance_mean"], abs=4 * error)
+
+
+def test_inception_score_of_images_that_are_sorted_by_class(folders, tmp_path):
+    """In the order of the folder each of the ten parts would have one image, and a score of 1."""
+    colours = torch.randint(0, 256, (10, 3, 1, 1), generator=torch.Generator().manual_seed(0))
+    for number, colour in enumerate(colours.repeat_interleave(4, 0)):
+        image = colour.expand(3, 8, 8).permute(1, 2, 0).numpy().astype(np.uint8)
+        (tmp_path / "sorted").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "sorted" / f"{number:02}.png")
+    values, _ = score(str(tmp_path / "sorted"), folders[1])
+    other, _ = score(str(tmp_path / "sorted"), folders[1], seed=1)
+    assert values["inception_score"] > 1.01
+    assert values["inception_score"] != other["inception_score"]
+    assert values["frechet"] == other["frechet"]
 
 
 def test_stored_statistics_score_as_their_images(folders, tmp_path):

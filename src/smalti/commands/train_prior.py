@@ -49,6 +49,9 @@ MOST_NAMES = 20
 """Names of classes in a warning."""
 STANDARDIZING_ROWS = 1 << 16
 """Most training rows, evenly spread, whose vectors give the mean and deviation that vectors are standardized by."""
+OVERFITTING_REMEDIES = (
+    "Remedies: --dropout 0.2, more images, --patience; docs/guide/train-a-prior.md, Small sets of images"
+)
 RESIZABLE = frozenset({"classes", "condition_width", "radices", "height", "width"})
 """Settings of a network that may differ from those of `--init`."""
 
@@ -185,7 +188,7 @@ def print_end_of_prior(folder: Path, latents: Path, level: int) -> None:
     else:
         others = f", with the priors of the other {levels - 1} level(s) beside it" if levels > 1 else ""
         command = f"python scripts/sample.py --prior {quote(str(folder))}{others}"
-    print_end(folder, pictures="samples.png", following=command)
+    print_end(folder, pictures="samples.png", following=command, remedies=OVERFITTING_REMEDIES)
 
 
 def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainPrior[Any, Any], Prior]:

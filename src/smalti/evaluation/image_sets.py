@@ -15,7 +15,7 @@ from smalti.core.devices import device
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.core.progress import SLOW_SECONDS, bar
-from smalti.core.randomness import Stream, choose
+from smalti.core.randomness import Stream, generator_for
 from smalti.evaluation.config import ImagesEvaluation
 from smalti.evaluation.scores import Conditions, Scores
 from smalti.images.decoding import to_8_bits, visible
@@ -54,8 +54,8 @@ def evaluate_images(config: ImagesEvaluation) -> tuple[Scores, Conditions]:
     if real is not None:
         values["kernel_distance"] = kernel_distance(features, real)
         values["precision"], values["recall"] = precision_recall(real, features)
-    shuffled = features[choose(len(features), len(features), config.seed, Stream.EVALUATION_HELD_OUT)]
-    if (logits := extractor.logits(shuffled)) is not None:
+    order = torch.randperm(len(features), generator=generator_for(config.seed, Stream.EVALUATION_HELD_OUT))
+    if (logits := extractor.logits(features[order])) is not None:
         values["inception_score"] = inception_score(logits)
     conditions: Conditions = {
         "image_source": config.images,

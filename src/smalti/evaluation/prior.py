@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Integer
+from jaxtyping import Int64, Integer
 from torch import Tensor
 
+from smalti.commands.class_labels import class_names
 from smalti.commands.sample import generate_images
 from smalti.core.randomness import Stream, choose
 from smalti.evaluation.config import PriorEvaluation
@@ -69,7 +70,10 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
         "share_too_near": {who: float(each.mean()) for who, each in too_near.items()},
         "seconds_per_image": {"model": seconds / len(samples)},
     }
-    scores |= _bits_per_code(priors, tokenizer, real.judged, torch_device)
+    labels = [
+        _classes(prior, real.labels, real.label_names).to(torch_device) if prior.classes else None for prior in priors
+    ]
+    scores |= _bits_per_code(priors, tokenizer, real.judged, labels)
     distances, indices = neighbours["model"]
     nearest_first = distances.argsort()[:NEIGHBOURS_SHOWN]
     rows = {
@@ -85,17 +89,38 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
 
 @torch.no_grad()
 def _bits_per_code(
-    priors: Sequence[Prior], tokenizer: Tokenizer, pixels: Integer[Tensor, "n c h w"], torch_device: torch.device
+    priors: Sequence[Prior],
+    tokenizer: Tokenizer,
+    pixels: Integer[Tensor, "n c h w"],
+    labels: Sequence[Int64[Tensor, " n"] | None],
 ) -> Scores:
-    """Returns bits per code of held-out images, without class or vector, for priors with an exact likelihood."""
+    """Returns bits per code of held-out images, for priors with an exact likelihood.
+
+    Args:
+        priors: one for each level, coarsest first.
+        tokenizer: encodes the images.
+        pixels: the images.
+        labels: for each prior the class of each image, -1 for none; None for a prior without classes. Priors of vectors
+            get none.
+    """
     scores: Scores = {}
-    batches = [tokenizer.encode(to_float(batch).to(torch_device)) for batch in pixels.split(BATCH_SIZE)]
-    for level, prior in enumerate(priors):
+    own_device = next(tokenizer.parameters()).device
+    batches = [tokenizer.encode(to_float(batch).to(own_device)) for batch in pixels.split(BATCH_SIZE)]
+    for level, (prior, classes) in enumerate(zip(priors, labels, strict=True)):
         if isinstance(prior, CausalPrior):
+            conditions = [None] * len(batches) if classes is None else classes.split(BATCH_SIZE)
             nats = [
-                prior.head.nll(prior.features(codes[level], upper=codes[:level]), codes[level].flatten(1)).double()
-                for codes in batches
+                prior.head.nll(
+                    prior.features(codes[level], condition=condition, upper=codes[:level]), codes[level].flatten(1)
+                ).double()
+                for codes, condition in zip(batches, conditions, strict=True)
             ]
             bits = float(torch.cat(nats).mean()) / math.log(2)
             scores[level_score("bits_per_code", level, len(priors))] = {"model": bits}
     return scores
+
+
+def _classes(prior: Prior, labels: Int64[Tensor, " n"], label_names: Sequence[str]) -> Int64[Tensor, " n"]:
+    """Returns the classes of a prior that have the names of images' labels; -1 if it has none of that name."""
+    numbers = {name: number for number, name in enumerate(class_names(prior))}
+    return torch.tensor([*(numbers.get(name, -1) for name in label_names), -1])[labels]

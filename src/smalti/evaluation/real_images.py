@@ -38,6 +38,8 @@ class RealImages:
 
     Attributes:
         judged: the held-out images, uint8 or int32 `(n, c, h, w)`.
+        labels: their labels, int64 `(n,)`, -1 for none.
+        label_names: the names of the labels 0, 1, ...; their numbers if the images have no names.
         features: the features of the held-out images, `(n, d)`.
         conditions: the part of a result that describes the images and the extractor, as JSON.
 
@@ -54,9 +56,10 @@ class RealImages:
             )
         self._extractor, self._training = extractor, training
         self._chosen = choose(len(training), settings.reference, settings.seed, Stream.EVALUATION_REFERENCE)
-        self.judged: Integer[Tensor, "n c h w"] = held_out.__getitems__(
-            choose(len(held_out), settings.num, settings.seed, Stream.EVALUATION_HELD_OUT)
-        )["images"]
+        batch = held_out.__getitems__(choose(len(held_out), settings.num, settings.seed, Stream.EVALUATION_HELD_OUT))
+        self.judged: Integer[Tensor, "n c h w"] = batch["images"]
+        self.labels: Int64[Tensor, " n"] = batch["labels"]
+        self.label_names = images.label_names or tuple(map(str, range(int(images.labels.max()) + 1)))
         self.features = extractor(self.judged)
         self.conditions: Conditions = {
             "image_source": images.source,

@@ -1,32 +1,54 @@
 """The last lines of the commands that make models: the folder, held-out numbers, the pictures and the next command."""
 
+import json
 from pathlib import Path
 
 from accelerate import PartialState
 
 from smalti.core.errors import as_invoked
 from smalti.core.models import read_config
+from smalti.core.provenance import METRICS_NAME
 from smalti.training.run_folder import last_metrics
+from smalti.training.snapshots import Snapshots
 
 MOST_NUMBERS = 6
+OVERFITTING_RISE = 0.02  # of the lowest held-out loss
 
 
-def print_end(folder: Path, *, pictures: str, following: str) -> None:
+def print_end(folder: Path, *, pictures: str, following: str, remedies: str = "") -> None:
     """Prints the last lines of a training, on the main process.
 
     Args:
         folder: of the run.
         pictures: name of the file of pictures in it, which may be missing.
         following: the next command.
+        remedies: what to do if the held-out loss has risen; "" if a rise means nothing.
     """
     if not PartialState().is_main_process:
         return
-    metrics = last_metrics(folder, until=read_config(folder)["provenance"]["steps"])  # early stopping keeps the best
+    steps = read_config(folder)["provenance"]["steps"]  # early stopping keeps the best
+    metrics = last_metrics(folder, until=steps)
     held_out = [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("held_out_")]
     print(f"{folder}: {metrics['step']:.0f} steps; {', '.join(held_out[:MOST_NUMBERS]) or 'no images are held out'}")
+    if remedies and (lowest := _lowest_held_out_loss(folder, steps)):
+        step, loss = lowest
+        weights = Snapshots(folder).path(step)
+        kept = f" (its weights: {weights})" if weights.exists() else ""
+        print(f"overfitting: the held-out loss was lowest after {step} steps, {loss:.4g}{kept}, and rose. {remedies}")
     if (folder / pictures).exists():
         print(f"pictures: {folder / pictures}")
     print_next(following)
+
+
+def _lowest_held_out_loss(folder: Path, until: int) -> tuple[int, float] | None:
+    """Returns the step and the value of the lowest held-out loss of a run, if it has risen since; otherwise None."""
+    lines = map(json.loads, (folder / METRICS_NAME).read_text().splitlines())
+    losses = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    losses = {step: loss for step, loss in losses.items() if step <= until}
+    if not losses:
+        return None
+    step, lowest = min(losses.items(), key=lambda item: item[1])
+    return (step, lowest) if losses[max(losses)] > lowest + OVERFITTING_RISE * abs(lowest) else None
 
 
 def print_next(following: str) -> None:
