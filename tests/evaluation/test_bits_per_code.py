@@ -8,7 +8,7 @@ import torch
 from smalti.evaluation.prior import _bits_per_code, _classes
 from smalti.images.decoding import to_float
 from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
-from smalti.tokenizers.vq.hrvq import HRVQVAE, HRVQVAEConfig
+from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
 
 
 def conditional_prior(codes: int) -> PixelCNN:
@@ -22,7 +22,7 @@ def conditional_prior(codes: int) -> PixelCNN:
 @torch.no_grad()
 def test_bits_are_given_the_class_of_each_image():
     torch.manual_seed(0)
-    tokenizer = HRVQVAE(HRVQVAEConfig(height=4, width=4, widths=(8,), branching=(5,), depth=1)).eval()
+    tokenizer = HRVQ(HRVQConfig(height=4, width=4, widths=(8,), branching=5, depth=1)).eval()
     prior, images = conditional_prior(5), torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
     labels = _classes(prior, torch.tensor([0, 1, 2, 1, -1, 2]), ("bird", "dog", "cat"))
     assert labels.tolist() == [-1, 1, 0, 1, -1, 0]

@@ -137,6 +137,17 @@ def test_fills_are_compared_with_originals_and_baselines(results):
     assert 0.1 < results["inpainting"]["conditions"]["share_masked"] < 0.4
 
 
+def test_fills_of_plain_images_have_no_relative_seam(results, folder, capfd):
+    (folder / "plain").mkdir()
+    for index in range(80):
+        Image.new("RGB", (16, 8), (index, 3 * index, 90)).save(folder / "plain" / f"{index}.png")
+    flags = ["--of", "inpainting", "--prior", "pair", "--steps", "2", *FILLS, *QUICK, "--images", "plain"]
+    assert run(capfd, evaluate.main, *flags, "--out", "plain.json")[0] == 0
+    scores = json.loads(Path("plain.json").read_text())["scores"]
+    assert scores["seam_steps"]["real"] == 0
+    assert "seam_steps_to_real" not in scores
+
+
 @pytest.mark.parametrize("of", ["tokenizer", "prior", "inpainting"])
 def test_repeated_evaluation_gives_the_same_scores(results, capfd, of):
     status, out, _ = run(capfd, evaluate.main, "--again", f"{of}.json", "--out", f"again-{of}.json")

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -142,6 +143,24 @@ def test_two_folders_score_as_torch_fidelity_scores_them(folders, monkeypatch):
         assert values[name] == pytest.approx(expected[theirs], rel=1e-5), name
     error = expected["kernel_inception_distance_std"] / 400**0.5
     assert values["kernel_distance"] == pytest.approx(expected["kernel_inception_distance_mean"], abs=4 * error)
+
+
+def test_a_result_is_not_replaced_by_that_of_another_reference(folders, tmp_path, monkeypatch):
+    """Neither if the files of the reference changed, nor the statistics in a file of the same name."""
+    monkeypatch.chdir(tmp_path)
+    a, b, (_, real) = folders
+    results = Path("runs/evaluations")
+    for _ in range(2):
+        evaluate(ImagesEvaluation(a, b))
+    assert len([*results.iterdir()]) == 1
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(Path(b) / "00.png")
+    evaluate(ImagesEvaluation(a, b))
+    assert len([*results.iterdir()]) == 2
+    features = random_features(real).double().numpy()
+    for shift in (0, 0, 1):
+        np.savez("stored.npz", mu=features.mean(0) + shift, sigma=np.cov(features, rowvar=False))
+        evaluate(ImagesEvaluation(a, "stored.npz"))
+    assert len([*results.iterdir()]) == 4
 
 
 def test_inception_score_of_images_that_are_sorted_by_class(folders, tmp_path):

@@ -13,6 +13,7 @@ from helpers.toys import Rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalti.core.randomness import generator_for
 from smalti.training.batches import StepRows, batches, leave_signals
 
 SIZES = {"size": st.integers(2, 20), "share": st.integers(1, 5), "seed": st.integers(-5, 5)}
@@ -78,6 +79,7 @@ def test_order_depends_on_epoch_and_seed():
     first, second = list(StepRows(size, batch_size=size, seed=0, steps=range(2)))
     (other,) = list(StepRows(size, batch_size=size, seed=1, steps=range(1)))
     assert len({tuple(order) for order in (first, second, other, sorted(first))}) == 4
+    assert first == torch.randperm(size, generator=generator_for(0, 0)).tolist()  # of int64; half as large here
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,11 @@ def test_model_that_was_not_trained_in_the_folder_is_kept(tmp_path):
         with pytest.raises(UserError, match="has a model that was not trained there"):
             Run(tmp_path, SETTINGS, resume=resume)
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_snapshots_without_the_record_of_their_settings_are_not_resumed(tmp_path):
+    started(tmp_path / "run")
+    shutil.copytree(tmp_path / "run" / "states", tmp_path / "copy" / "states")
+    with pytest.raises(UserError, match="copy has snapshots, but no run"):
+        Run(tmp_path / "copy", SETTINGS)
+    assert Run(tmp_path / "copy", SETTINGS, resume="never").step == 0

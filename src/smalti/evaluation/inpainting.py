@@ -52,7 +52,11 @@ def evaluate_inpainting(config: InpaintingEvaluation[Any]) -> tuple[Scores, Cond
     scores: Scores = {
         "frechet": {who: real.distance(each) for who, each in completed.items()},
         "seam_steps": steps,
-        "seam_steps_to_real": {who: value / steps["real"] for who, value in steps.items()},
+        **(
+            {"seam_steps_to_real": {who: value / steps["real"] for who, value in steps.items()}}
+            if steps["real"]
+            else {}
+        ),
         "mse_in_mask": {who: float(each.mean()) for who, each in errors.items()},
     }
     if config.fills > 1:

@@ -1,7 +1,7 @@
 """The files that evaluations write: their default names, and the rule that no result replaces one of another model.
 
 A result is JSON; the evaluation of a prior writes a sheet of pictures beside it. A file is replaced only by the same
-evaluation: the same settings and the same weights.
+evaluation: the same settings, weights and images.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ from smalti.training.snapshots import STATES_NAME
 
 EVALUATIONS = RUNS / "evaluations"
 _LONGEST_NAME = 100  # characters; names of several priors are joined
-_DIGESTS = ("tokenizer_digest", "prior_digests")
+_INPUTS = ("tokenizer_digest", "prior_digests", "images_fingerprint", "reference_fingerprint")
+"""Conditions of a result that tell its models and images from others of the same names."""
 
 
 def settings_of(config: Evaluation) -> dict[str, Any]:
@@ -96,9 +97,7 @@ def _is_own(path: Path, config: Evaluation, conditions: Conditions | None = None
         result = read_json(path) if path.suffix != ".png" else embedded_settings(path)
         same_settings = {**result["settings"], "out": None} == {**settings_of(config), "out": None}
         recorded = result["conditions"]
-        return same_settings and all(
-            recorded.get(name) == (conditions or recorded).get(name) for name in (*_DIGESTS, "images_fingerprint")
-        )
+        return same_settings and all(recorded.get(name) == (conditions or recorded).get(name) for name in _INPUTS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not a result
         return False
 

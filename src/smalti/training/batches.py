@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
@@ -52,15 +51,19 @@ class StepRows(Sampler[list[int]]):
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        @lru_cache(maxsize=2)
-        def order(epoch: int) -> Tensor:
-            return torch.randperm(self.size, generator=generator_for(self.seed, epoch))
-
+        orders: dict[int, Tensor] = {}
         for step in self.steps:
             first, end = step * self.batch_size, (step + 1) * self.batch_size
             epochs = range(first // self.size, (end - 1) // self.size + 1)
-            parts = [order(epoch)[max(0, first - epoch * self.size) : end - epoch * self.size] for epoch in epochs]
+            orders = {epoch: orders[epoch] if epoch in orders else self._order(epoch) for epoch in epochs}
+            parts = [
+                rows[max(0, first - epoch * self.size) : end - epoch * self.size] for epoch, rows in orders.items()
+            ]
             yield torch.cat(parts)[self.slice].tolist()
+
+    def _order(self, epoch: int) -> Tensor:
+        kind = torch.int32 if self.size < 2**31 else torch.int64  # the order is the same, and takes half the memory
+        return torch.randperm(self.size, generator=generator_for(self.seed, epoch), dtype=kind)
 
 
 def batches(data: RowData, rows: StepRows, *, workers: int, pin_memory: bool) -> DataLoader:

@@ -96,6 +96,11 @@ class Run:
         self.rolls_back = not isinstance(resume, str)
         self.step = (self.states.newest(warn=main) or 0) if isinstance(resume, str) else self._intact(resume)
         if self.step:
+            if not (folder / RUN_NAME).exists():
+                raise UserError(
+                    f"{folder} has snapshots, but no {RUN_NAME}, which records their settings; copy it too, or give "
+                    "--resume never to delete them"
+                )
             before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))["settings"]
             self._compare(without_switches(before, switches or {}))
 
