@@ -1,5 +1,6 @@
 """Converts VQ-GAN checkpoints; see `smalti.tokenizers.vqgan.convert`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,8 @@ from typing import Literal
 from smalti import cli
 from smalti.commands.model_paths import TOKENIZERS
 from smalti.core import locks
+from smalti.core.errors import UserError
+from smalti.core.progress import print_note
 from smalti.tokenizers.vqgan.convert import import_checkpoint
 from smalti.tokenizers.vqgan.readers.diffusers import to_diffusers
 from smalti.tokenizers.vqgan.vqgan import VQGAN
@@ -51,10 +54,12 @@ def convert(config: Convert) -> None:
     """Converts a checkpoint and prints a summary.
 
     Raises:
-        UserError: if `out` exists or cannot be written, or the source cannot be converted.
+        UserError: if `out` exists or cannot be written, the source cannot be converted, or `description` is not read.
     """
-    description = config.description or config.source.with_suffix(".yaml")
-    with locks.claim([config.out], inputs=[config.source, description]):
+    inputs = [config.source, *([config.description] if config.description else [])]
+    if os.path.isfile(config.source):
+        inputs.append(config.source.with_suffix(".yaml"))
+    with locks.claim([config.out], inputs=inputs):
         model = _convert(config)
     size = f"{model.config.height}x{model.config.width}"
     print(f"{config.out}: {size} images to {str(model.layout).replace('×', 'x')}, digest {model.digest()[:12]}")
@@ -63,8 +68,16 @@ def convert(config: Convert) -> None:
 def _convert(config: Convert) -> VQGAN:
     """Writes the converted model and returns it."""
     if config.to == "diffusers":
+        if config.description is not None:
+            raise UserError(f"--to diffusers reads no description; leave --description {config.description} out")
         model = VQGAN.load(config.source)
         to_diffusers(model, config.out)
+        height, width = model.config.height, model.config.width
+        if height != width:
+            print_note(
+                f"note: diffusers stores one size, so {config.out} keeps the height and not the width: converted back, "
+                f"it is a tokenizer of {height}x{height} images, with another digest"
+            )
     else:
         model = import_checkpoint(config.source, config.description)
         print(f"{config.source}: recognised as {model.provenance['format']}")

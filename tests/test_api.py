@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from io import BytesIO
+from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,9 @@ from PIL import Image
 
 import smalti
 from smalti import UserError, api, inpaint, load_prior, load_tokenizer, sample
-from smalti.priors.methods.sundae import SundaeSampling
+from smalti.priors.methods.masked import MaskedSampling
+from smalti.priors.methods.sundae import SundaeFilling, SundaeSampling
+from smalti.priors.networks.hourglass import Hourglass
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,41 @@ def test_pil_masks_and_images_of_every_mode_are_read_as_files_are(pair, image, m
     pixels, masked = seen.pop()
     assert pixels.equal(image)
     assert masked.equal(mask)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (sample, {"num": 0}, "num must be at least 1, not 0"),
+        (sample, {"num": -1}, "num must be at least 1, not -1"),
+        (sample, {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        (sample, {"prior": []}, "there is no prior; give one"),
+        (sample, {"sampling": MaskedSampling(steps=1)}, "sampling is MaskedSampling.* the prior; give SundaeSampling"),
+        (sample, {"sampling": SundaeSampling}, "does not fit the prior; give SundaeSampling"),
+        (inpaint, {"sampling": MaskedSampling(steps=1)}, "does not fit the prior; give SundaeSampling"),
+        (inpaint, {"num": 0}, "num must be at least 1, not 0"),
+        (inpaint, {"image": torch.rand(3, 8, 16)}, "the image is a torch.float32 tensor .*; give a torch.uint8 tensor"),
+        (inpaint, {"image": torch.zeros(1, 8, 16).byte()}, r"of the shape \(1, 8, 16\); give .* the shape \(3, h, w\)"),
+        (inpaint, {"image": torch.zeros(8, 16).byte()}, r"of the shape \(8, 16\); give"),
+        (inpaint, {"image": "in.png"}, "the image is a str; give a PIL image"),
+        (inpaint, {"image": np.zeros((8, 16, 3), np.uint8)}, "the image is a ndarray; give a PIL image"),
+        (inpaint, {"mask": Path("m.png")}, "the mask is a PosixPath; give a PIL image"),
+        (inpaint, {"mask": torch.rand(8, 16)}, "the mask is a torch.float32 tensor .*; give a torch.bool tensor"),
+        (inpaint, {"mask": torch.eye(8, 16)[None] > 0}, r"of the shape \(1, 8, 16\); give a torch.bool tensor"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_sampling(function, arguments, message, pair, image, mask, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    monkeypatch.setattr(Hourglass, "features", None)
+    right = {"prior": load_prior(pair), **({"image": image, "mask": mask} if function is inpaint else {})}
+    with pytest.raises(UserError, match=message):
+        function(**right | arguments)
+
+
+def test_settings_for_filling_and_for_sampling_both_fit_inpainting(pair, image, mask):
+    cool, hot = (SundaeFilling(steps=3, temperature=(t, t)) for t in (0.01, 9.0))
+    assert not torch.equal(*(inpaint(load_prior(pair), image, mask, num=1, sampling=each) for each in (cool, hot)))
+    assert inpaint(load_prior(pair), image, mask, num=1, sampling=SundaeSampling(steps=3)).shape == (1, 3, 8, 16)
 
 
 def test_mistakes_are_one_line(pair, image, mask):

@@ -1,8 +1,13 @@
 """The demonstration: every stage runs once, and the results are the promised files."""
 
+import re
+import shlex
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tyro
 from helpers.image_toys import write_patches
 from PIL import Image
 
@@ -10,6 +15,7 @@ from smalti import demo as module
 from smalti.core.errors import UserError
 from smalti.demo import Demo, demo
 from smalti.images.sheets import save_png
+from smalti.priors.methods.sundae import SundaeSampling
 
 
 def test_demonstration_writes_all_pictures_and_is_not_repeated(tmp_path, monkeypatch, capsys):
@@ -36,6 +42,30 @@ def test_demonstration_writes_all_pictures_and_is_not_repeated(tmp_path, monkeyp
         UserError, match=r"demo holds a demonstration with other settings.*; remove the folder, or give"
     ):
         demo(config)
+
+
+def test_few_images_of_which_none_is_held_out_and_commands_that_fit(tmp_path, monkeypatch, capsys):
+    images, out = tmp_path / "my images", tmp_path / "demo"
+    write_patches(images, 4)
+    monkeypatch.setattr(sys, "argv", ["smalti demo"])
+    monkeypatch.setattr(module, "TOKENIZER", replace(module.TOKENIZER, widths=(8, 8), residual_blocks=1, branching=2))
+    monkeypatch.setattr(module, "PRIOR", replace(module.PRIOR, model_width=16, heads=2, depth=(0, 1, 0)))
+    monkeypatch.setattr(module, "ANIMATED_SAMPLES", 4)
+    monkeypatch.setattr(module, "shipped_models", lambda _family: [])
+    sampling = SundaeSampling(steps=3, temperature=(1.0, 0.5))
+    config = Demo(str(images), tokenizer_steps=2, prior_steps=2, sampling=sampling, samples=4, seed=1, out=out)
+    text = demo(config).read_text()
+    assert "4 of `" in text
+    assert "of which 0 are held out" in text
+    assert "| tokenizer (2 steps) | training MSE" in text
+    assert "| held-out loss | no image is held out |" in text
+    assert f"no image of {images} is held out, so the pictures and errors are of training images" in (
+        capsys.readouterr().err
+    )
+    assert f"smalti sample --prior {out}/prior --seed 2 " in text
+    (longer,) = re.findall("`smalti demo (.*)`", text)
+    again = replace(config, prior_steps=8, out=Path(f"{out}-longer"))
+    assert tyro.cli(Demo, args=shlex.split(longer), config=(tyro.conf.OmitArgPrefixes,)) == again
 
 
 def test_a_stop_after_the_shipped_models_pictures_is_resumed(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def sample(
     """Draws new images, on the device of the prior.
 
     Args:
-        prior: a prior; for a tokenizer of several levels, the prior of each level, coarsest first.
+        prior: a prior; for a tokenizer of several levels, the prior of each level.
         tokenizer: the tokenizer that made the prior's codes; by default the copy in the folder that the prior was
             loaded from. It is moved to the prior's device.
         num: the number of images.
@@ -78,6 +78,7 @@ def sample(
         conditions: for a prior conditioned on vectors, those of the images, in turn; by default, none.
         seed: image i depends on the seed and on i alone, whatever `num` is.
         sampling: the sampler's settings, for example `SundaeSampling(steps=25)`; by default those of the prior's kind.
+            Among priors of several kinds, they apply to those of their kind.
         batch_size: images drawn at once.
         precision: of the prior's network: `auto`, `fp32` or `bf16`.
 
@@ -85,10 +86,11 @@ def sample(
         Images with values from 0 to 255, on the CPU.
 
     Raises:
-        UserError: for an unknown class, vectors that do not fit the prior, a tokenizer that cannot be found, or priors
-            that do not fit together.
+        UserError: for an unknown class, vectors or settings that do not fit the prior, a number below 1, a tokenizer
+            that cannot be found, or if there is not one prior for each level of the tokenizer.
     """
-    priors, tokenizer = _together(prior, tokenizer)
+    _require_at_least_one(num=num, batch_size=batch_size)
+    priors, tokenizer = _together(prior, tokenizer, sampling)
     images = generate_images(
         priors,
         tokenizer,
@@ -120,15 +122,15 @@ def inpaint(
     """Fills the masked part of an image, several times; every other pixel comes back unchanged.
 
     Args:
-        prior: a prior over codes; for a tokenizer of several levels, the prior of each level, coarsest first.
-        image: a PIL image of any size and mode, or a tensor with values from 0 to 255.
+        prior: a prior over codes; for a tokenizer of several levels, the prior of each level.
+        image: a PIL image of any size and mode, or a uint8 tensor with the tokenizer's channels.
         mask: True is filled; of a PIL image, pixels lighter than mid-grey are.
         tokenizer: as in `sample`.
         num: the number of fills.
         classes: names of classes to fill with in turn; by default any.
         conditions: for a prior conditioned on vectors, those of the fills, in turn; by default, none.
         seed: fill i depends on the seed and on i alone.
-        sampling: the sampler's settings; by default those that the prior's kind has for inpainting.
+        sampling: as in `sample`; by default those that the prior's kind has for inpainting.
         filling: how a fill meets its image: candidates, feathering, colour matching.
         precision: of the prior's network.
 
@@ -136,11 +138,24 @@ def inpaint(
         The fills at the image's size, on the CPU.
 
     Raises:
-        UserError: for a mask of another size than the image, a mask that covers all or nothing, or as `sample` does.
+        UserError: for an image or a mask of another type, a mask of another size than the image, a mask that covers all
+            or nothing, or as `sample` does.
     """
-    priors, tokenizer = _together(prior, tokenizer)
-    pixels = image if isinstance(image, Tensor) else _pixels(image, tokenizer.image_channels)
-    masked = mask.bool() if isinstance(mask, Tensor) else _pixels(mask, 1)[0] > MID_GREY
+    _require_at_least_one(num=num)
+    priors, tokenizer = _together(prior, tokenizer, sampling)
+    channels = tokenizer.image_channels
+    pixels = image if isinstance(image, Tensor) else _pixels(image, channels, "image")
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != channels:
+        raise UserError(
+            f"the image is a {pixels.dtype} tensor of the shape {tuple(pixels.shape)}; give a torch.uint8 tensor of "
+            f"the shape ({channels}, h, w), with values from 0 to 255"
+        )
+    masked = mask if isinstance(mask, Tensor) else _pixels(mask, 1, "mask")[0] > MID_GREY
+    if masked.dtype != torch.bool or masked.ndim != 2:
+        raise UserError(
+            f"the mask is a {masked.dtype} tensor of the shape {tuple(masked.shape)}; give a torch.bool tensor of the "
+            "shape (h, w), True where the image is filled"
+        )
     if masked.shape != pixels.shape[1:]:
         sizes = [f"{shape[-1]}x{shape[-2]}" for shape in (masked.shape, pixels.shape)]
         raise UserError(f"the mask is {sizes[0]} but the image is {sizes[1]}; resize one to the other")
@@ -160,20 +175,41 @@ def inpaint(
     )
 
 
-def _together(prior: Prior | Sequence[Prior], tokenizer: Tokenizer | None) -> tuple[list[Prior], Tokenizer]:
-    """Returns the priors as a list, and their tokenizer on the same device."""
+def _require_at_least_one(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{name} must be at least 1, not {number}")
+
+
+def _together(
+    prior: Prior | Sequence[Prior], tokenizer: Tokenizer | None, sampling: Any
+) -> tuple[list[Prior], Tokenizer]:
+    """Returns the priors, coarsest first, and their tokenizer on the same device.
+
+    Raises:
+        UserError: if they do not fit together, or the settings of the sampler fit none of the priors.
+    """
     priors = [prior] if isinstance(prior, Prior) else list(prior)
+    if not priors:
+        raise UserError("there is no prior; give one, or one for each level of the tokenizer")
     tokenizer = tokenizer or model_paths.tokenizer_beside(priors[0])
     model_paths.require_same_codes(priors, tokenizer)
-    return priors, tokenizer.to(next(priors[0].parameters()).device)
+    kinds = tuple(dict.fromkeys(each.method.sampling for each in priors))
+    if sampling is not None and not isinstance(sampling, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"sampling is {str(sampling)[:100]}, which does not fit the prior; give {names}(...)")
+    return model_paths.coarsest_first(priors, tokenizer), tokenizer.to(next(priors[0].parameters()).device)
 
 
-def _pixels(image: Image.Image, channels: int) -> UInt8[Tensor, "c h w"]:
+def _pixels(image: Image.Image, channels: int, name: str) -> UInt8[Tensor, "c h w"]:
     """Returns the pixels that a file of this image would give: upright, on white, with these channels.
 
     Raises:
-        UserError: for a number of channels that PIL images do not have.
+        UserError: if it is no PIL image, whose `name` the error has; for a number of channels that PIL images do not
+            have.
     """
+    if not isinstance(image, Image.Image):
+        raise UserError(f"the {name} is a {type(image).__name__}; give a PIL image, as Image.open returns, or a tensor")
     if channels not in MODES:
         raise UserError(f"PIL images have no {channels} channels; give a tensor")
     return to_tensor([flatten(ImageOps.exif_transpose(image), MODES[channels])])

@@ -4,6 +4,7 @@ Every stage is a command of its own, called here with small settings. A stage th
 """
 
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Precision, best_device, resolve
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, as_invoked
 from smalti.core.files import whole_file
+from smalti.core.progress import print_note
 from smalti.core.provenance import versions
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
@@ -198,9 +200,13 @@ def _animate(config: Demo, prior_folder: Path) -> None:
 
 
 def _fill(config: Demo, prior: Prior, tokenizer: Tokenizer, images: str, name: str) -> ImageRows:
-    """Writes a sheet of fills of held-out images; returns these."""
+    """Writes a sheet of fills of held-out images, or of training images if none is held out; returns these."""
     size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
-    rows = ImageRows(open_images(images, **size, channels=tokenizer.image_channels), split="held_out", flips=False)
+    image_set = open_images(images, **size, channels=tokenizer.image_channels)
+    rows = ImageRows(image_set, split="held_out", flips=False)
+    if not len(rows):
+        print_note(f"note: no image of {images} is held out, so the pictures and errors are of training images")
+        rows = ImageRows(image_set, split="train", flips=False)
     save_example_fills(
         prior.to(best_device()),
         tokenizer.to(best_device()),
@@ -216,7 +222,7 @@ def _fill(config: Demo, prior: Prior, tokenizer: Tokenizer, images: str, name: s
 
 @torch.no_grad()
 def _reconstruction_mse(tokenizer: Tokenizer, rows: ImageRows) -> float:
-    """Computes the mean squared error of reconstructions of all held-out images, in units of [0, 1]."""
+    """Computes the mean squared error of reconstructions of all rows, in units of [0, 1]."""
     images = to_float(rows.__getitems__(range(len(rows)))["images"])
     errors = [mse(tokenizer.decode(tokenizer.encode(batch)), batch) for batch in images.split(128)]
     return float(torch.cat(errors).mean())
@@ -234,39 +240,55 @@ def _report(
     counts = latents.usage()
     used = int((counts > 0).sum())
     error = _reconstruction_mse(tokenizer, rows)
-    loss, held_out_loss = prior_metrics["loss"], prior_metrics["held_out_loss"]
+    held_out = int(latents.held_out.sum())
+    shown = "held-out" if held_out else "training"
+    loss = prior_metrics["loss"]
+    held_out_loss = f"{prior_metrics['held_out_loss']:.3f}" if held_out else "no image is held out"
+    prior = shlex.quote(f"{config.out}/prior")
+    longer = _flags(replace(config, prior_steps=4 * config.prior_steps, out=Path(f"{config.out}-longer")))
     stages = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
-    return f"""# The demonstration's results
+    text = f"""# The demonstration's results
 
-The images are {len(latents)} of `{config.images}`, of which {len(rows)} are held out.
+The images are {len(latents)} of `{config.images}`, of which {held_out} are held out.
 
 | stage | measure | value |
 |---|---|---|
-| tokenizer ({config.tokenizer_steps} steps) | held-out MSE, in units of [0, 1] | {error:.4f} |
+| tokenizer ({config.tokenizer_steps} steps) | {shown} MSE, in units of [0, 1] | {error:.4f} |
 | latent set | codes per image | {latents.layout} |
 | | codebook usage | {used} of {len(counts)} codes ({used / len(counts):.0%}) |
 | | perplexity | {perplexity(counts):.0f} |
 | prior ({config.prior_steps} steps) | training loss, nats per code, mean over corruption rates | {loss:.3f} |
-| | held-out loss | {held_out_loss:.3f} |
+| | held-out loss | {held_out_loss} |
 
 Seconds per stage: {stages}; {sum(seconds.values()):.0f} in total,
 in {resolve(config.precision)} on {best_device().type}. Stages that were resumed count from the last start.
 
-- `reconstructions.png`: held-out images, their reconstructions, and reconstructions from the first digits of each code.
+- `reconstructions.png`: {shown} images, their reconstructions, and reconstructions from the first digits of each code.
 - `samples.png`: new images of every class, not selected; `denoising.gif`: others while they form.
-- `inpainting.png`: held-out images masked by a box, a half, a stroke and a letter, with three fills each, not selected.
+- `inpainting.png`: {shown} images masked by a box, a half, a stroke and a letter, with three fills each, not selected.
 
 ## What to try next
 
 - Another seed and a lower temperature:
-  `python scripts/sample.py --prior {config.out}/prior --seed 1 --temperature 0.8 0.4`
+  `python scripts/sample.py --prior {prior} --seed {config.seed + 1} --temperature 0.8 0.4`
 - Your own picture (32×32 pixels) and mask (white is filled):
-  `python scripts/inpaint.py --prior {config.out}/prior --image in.png --mask mask.png`
+  `python scripts/inpaint.py --prior {prior} --image in.png --mask mask.png`
 - Longer training, the surest way to better samples:
-  `python scripts/demo.py --prior-steps {4 * config.prior_steps} --out runs/longer`
+  `python scripts/demo.py {longer}`
 - Your own images: `python scripts/train_tokenizer.py --images my/photos`, then `build_latents.py` and `train_prior.py`
   (see the README).
 """
+    return as_invoked(text)
+
+
+def _flags(config: Demo) -> str:
+    """Returns the settings that differ from the defaults as flags of a command line."""
+    defaults, words = flatten(Demo()), list[str]()
+    for name, value in flatten(config).items():
+        if value != defaults[name]:
+            values = () if value is True else value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import smalti
 from smalti.commands.inpainting import Filling, fill
 from smalti.commands.model_paths import load_prior, load_priors
 from smalti.commands.sample import generate_levels
@@ -26,6 +27,7 @@ from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter
 from smalti.priors.grids import grids
 from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling
+from smalti.priors.methods.masked import MaskedSampling
 from smalti.priors.methods.sundae import SundaeSampling
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
@@ -195,6 +197,21 @@ def test_priors_that_make_no_model_are_refused_in_one_line(place, capfd, main, f
     err = capfd.readouterr().err
     assert message in err
     assert "Traceback" not in err
+
+
+def test_functions_of_the_library_need_one_prior_for_each_level(place):
+    priors, _ = load_priors(("top", "bottom"), None)
+    pixels, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.eye(4, dtype=torch.bool)
+    for wrong, levels in ((priors[0], "0"), (priors[1:], "1"), ([priors[0]] * 2, "0, 0")):
+        with pytest.raises(UserError, match=f"the tokenizer has levels 0, 1, but the priors given draw {levels};"):
+            smalti.sample(wrong, num=1)
+        with pytest.raises(UserError, match=f"the tokenizer has levels 0, 1, but the priors given draw {levels};"):
+            smalti.inpaint(wrong, pixels, mask)
+    assert torch.equal(smalti.sample(priors, num=2), smalti.sample(priors[::-1], num=2))
+    few = smalti.sample(priors, num=2, sampling=SundaeSampling(steps=1, proportion=(0.1, 0.1)))
+    assert not torch.equal(few, smalti.sample(priors, num=2))
+    with pytest.raises(UserError, match=r"does not fit the prior; give SundaeSampling or AncestralSampling"):
+        smalti.sample(priors, num=1, sampling=MaskedSampling())
 
 
 @pytest.mark.parametrize(

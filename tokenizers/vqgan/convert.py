@@ -35,7 +35,8 @@ def import_checkpoint(source: Path, description: Path | None = None) -> VQGAN:
             folder, or the weights' file with the suffix `.yaml`.
 
     Raises:
-        UserError: if the format is not recognised, a file cannot be read, or the network differs from smalti's VQ-GAN.
+        UserError: if the format is not recognised, a file cannot be read, `description` is given for a format that has
+            none, or the network differs from smalti's VQ-GAN.
     """
     files = weights_files(source, _LARGER_MODELS) if source.is_dir() else [source]
     state, where = _tokenizer({name: tensor for file in files for name, tensor in read_weights(file).items()})
@@ -51,6 +52,8 @@ def import_checkpoint(source: Path, description: Path | None = None) -> VQGAN:
     if _has(state, "encoder.down_blocks."):
         return from_diffusers(checkpoint(description or config, "VQModel of diffusers"))
     if _has(state, "encoder.down.") and not state.keys() & {"encoder.conv_in.bias", "quant_conv.weight"}:
+        if description is not None:
+            raise UserError(f"the weights of a MaskGIT-VQGAN describe it; leave --description {description} out")
         return from_maskgit(checkpoint(weights, "MaskGIT-VQGAN"))
     if _has(state, "encoder.down."):
         path = description or (config if source.is_dir() else weights.with_suffix(".yaml"))

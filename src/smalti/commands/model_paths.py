@@ -208,13 +208,22 @@ def load_priors(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Pri
     if not sources:
         raise UserError("--prior needs at least one prior")
     priors, decoder = _load(sources, tokenizer)
-    levels, needed = [prior.provenance.get("level", 0) for prior in priors], list(range(len(decoder.layout.levels)))
+    return coarsest_first(priors, decoder), decoder
+
+
+def coarsest_first(priors: Sequence[Prior], tokenizer: Tokenizer) -> list[Prior]:
+    """Returns the priors of all levels of a tokenizer, given in any order, coarsest first.
+
+    Raises:
+        UserError: if there is not one prior for each level.
+    """
+    levels, needed = [prior.provenance.get("level", 0) for prior in priors], list(range(len(tokenizer.layout.levels)))
     if sorted(levels) != needed:
         raise UserError(
             f"the tokenizer has levels {_listed(needed)}, but the priors given draw {_listed(levels)}; "
             "give one for each level (train_prior.py --level N trains it)"
         )
-    return [priors[levels.index(level)] for level in needed], decoder
+    return [priors[levels.index(level)] for level in needed]
 
 
 def prior_class(source: str) -> type[Prior]:

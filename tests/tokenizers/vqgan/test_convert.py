@@ -101,6 +101,22 @@ def test_export_and_import_are_inverse(folder):
     assert (again.config.norm_groups, again.config.attention_stages) == (16, (1,))
 
 
+def test_the_folder_of_the_weights_may_be_the_current_one(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    assert run(capfd, convert.main, "--source", ".", "--out", "../ours")[0] == 0
+    assert (folder.parent / "ours" / "model.safetensors").exists()
+
+
+def test_export_of_images_that_are_not_square_says_that_the_width_is_lost(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name, width in (("wide", 32), ("square", 16)):
+        VQGAN(VQGANConfig(**SMALL, height=16, width=width)).save(tmp_path / name)
+        status, _, err = run(capfd, convert.main, "--source", name, "--to", "diffusers", "--out", f"{name}-vq")
+        assert status == 0
+        assert ("converted back, it is a tokenizer of 16x16 images" in err) == (name == "wide")
+    assert import_checkpoint(tmp_path / "wide-vq").config.width == 16
+
+
 def test_weights_that_do_not_match_the_description_are_refused(folder):
     path = folder / "diffusion_pytorch_model.safetensors"
     state = load_file(path)

@@ -74,6 +74,23 @@ def test_weights_of_other_models_are_refused(names, message, tmp_path):
     assert message in refusal(tmp_path / "a.pt")
 
 
+def test_descriptions_that_would_not_be_read_are_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    VQGAN(VQGANConfig(height=8, width=8, widths=(32, 32))).save(tmp_path / "ours")
+    (tmp_path / "plain.yaml").write_text("codebook_l2_norm")
+    for name in ("llamagen", "maskgit"):
+        (tmp_path / name).mkdir()
+    sources = {name: FORMATS[name][0](tmp_path / name)[0] for name in ("llamagen", "maskgit")}
+    for arguments, message in (
+        ((sources["llamagen"], "--description", "nothing.json"), ". has no nothing.json, which describes the network"),
+        ((sources["llamagen"], "--description", "plain.yaml"), "plain.yaml is not JSON"),
+        ((sources["maskgit"], "--description", "plain.yaml"), "leave --description plain.yaml out"),
+        (("ours", "--to", "diffusers", "--description", "nothing.yaml"), "leave --description nothing.yaml out"),
+    ):
+        status, _, err = run(capfd, convert.main, "--source", *arguments, "--out", "out")
+        assert (status, message in err, (tmp_path / "out").exists()) == (2, True, False), err
+
+
 def test_smalti_folders_are_refused(tmp_path):
     VQGAN(VQGANConfig(widths=(32,))).save(tmp_path)
     assert "is smalti's already" in refusal(tmp_path)

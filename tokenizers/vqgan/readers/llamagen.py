@@ -61,6 +61,6 @@ def from_llamagen(checkpoint: Checkpoint) -> VQGAN:
 
 
 def _settings(checkpoint: Checkpoint) -> _Settings:
-    if checkpoint.description.suffix != ".json" or not checkpoint.description.exists():
+    if checkpoint.description == checkpoint.source:  # there is none
         return _Settings()
     return described(_Settings, read_json(checkpoint.description), checkpoint.description)
