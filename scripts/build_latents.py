@@ -18,7 +18,7 @@ $ accelerate launch --num_processes 8 scripts/build_latents.py          # eight 
 
 If it is stopped or killed, run the same command to resume; the number of processes may change.
 
-Next step: accelerate launch scripts/train_prior.py"""
+Next step: python scripts/train_prior.py"""
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
 
 def _build(config: BuildLatents) -> None:
     path = build_latents(config)
-    print_next(f"accelerate launch scripts/train_prior.py --latents {quote(str(path))}")
+    print_next(f"python scripts/train_prior.py --latents {quote(str(path))}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from smalti import cli
 from smalti.commands.inpaint import default_config, inpaint
 
-ABOUT = """Fills the masked part of an image, several times; all other pixels stay exact.
+ABOUT = """Fills the masked part of an image, several times; all other pixels stay exact, in 8 bits.
 
 $ python scripts/inpaint.py --image in.png --mask mask.png               # fills the white part of the mask
 $ python scripts/inpaint.py --image erased.png                           # fills the image's transparent part

@@ -33,6 +33,7 @@ _DISK_ERRORS = {
     errno.EACCES: "permission denied; give another --out",
     errno.ENOTEMPTY: "it is a folder with files; give another --out",
     errno.EISDIR: "it is a folder; give another --out",
+    errno.EEXIST: "it is a file, not a folder; give another --out",
     errno.ENOTDIR: "a part of its path is a file; give another --out",
     errno.ENAMETOOLONG: "its name is too long; give a shorter --out",
 }

@@ -222,7 +222,7 @@ def test_the_end_of_a_training_says_that_the_held_out_loss_rose(losses, rises, t
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (tmp_path / "states/step_00000001").mkdir(parents=True)
     print_end(tmp_path, pictures="samples.png", following="sample", remedies="Remedies: patience")
-    text = f"overfitting: the held-out loss was lowest after 1 steps, {losses[1]:.4g} (its weights: {tmp_path}/states"
+    text = f"overfitting: the held-out loss rose from {losses[1]:.4g} after step 1 (its weights: {tmp_path}/states"
     assert (text in capsys.readouterr().out) == rises
     print_end(tmp_path, pictures="samples.png", following="sample")
     assert "overfitting" not in capsys.readouterr().out

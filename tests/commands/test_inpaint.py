@@ -231,6 +231,11 @@ def test_only_fills_of_the_same_image_are_replaced(capfd):
     assert Path("kept/notes-2.png").read_text() == "mine"
 
 
+def test_a_mask_needs_its_image(capfd):
+    status, _, err = run(capfd, inpaint.main, *COMMON, "--mask", "mask.png")
+    assert (status, lines(err, "error: ")) == (2, ["error: --mask mask.png needs its image; give --image"])
+
+
 def test_white_paint_on_a_transparent_layer_is_the_mask(capfd):
     layer = np.dstack([np.full((12, 20, 3), 255, np.uint8), box()])
     Image.fromarray(layer).save("layer.png")

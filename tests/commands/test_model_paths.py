@@ -39,7 +39,7 @@ def test_default_kinds_are_those_of_the_package_until_trained(shipped, capsys):
 
 
 def test_other_kinds_must_be_trained_first(shipped):
-    with pytest.raises(UserError, match=r"runs/priors/pixelcnn does not exist: train it first \(accelerate launch"):
+    with pytest.raises(UserError, match=r"runs/priors/pixelcnn does not exist: train it first \(python scripts"):
         find_model("pixelcnn", "prior")
     with pytest.raises(UserError, match=r"runs/tokenizers/vqvae does not exist: train it first \(python"):
         find_model("vqvae", "tokenizer")

@@ -88,6 +88,8 @@ class Inpaint(Generic[S]):
     """Replace existing files. Without it, only fills that this command made from the same image are replaced."""
 
     def __post_init__(self) -> None:
+        if self.mask is not None and self.image is None:
+            raise UserError(f"--mask {self.mask} needs its image; give --image")
         if self.num < 1:
             raise UserError(f"--num must be at least 1, not {self.num}")
         if self.num > _MOST_FILLS:
@@ -313,6 +315,7 @@ def _write(
     image, shown_mask = to_float(_shown(pixels.unsqueeze(0))), _shown(mask[None, None].to(torch.uint8))[:, 0] > 0
     rows = {"image": image, "masked": blank(image, shown_mask), "fills": to_float(_shown(results))}
     save_sheet(job.sheet, rows, settings=settings)
+    print_note(f"also written: {', '.join(map(str, (*job.fills[1:], job.sheet)))}")
 
 
 def _shown(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c _h _w"]:
@@ -335,7 +338,7 @@ def _print_notes(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tok
         print_note(
             f"note: {job.image} is filled at {size.padded_width}x{size.padded_height}, as this model's codes are "
             f"{tokenizer.downsampling} pixels wide and it was trained at {trained.width}x{trained.height} "
-            "(see --largest); its known pixels stay exact"
+            "(see --largest); its known pixels stay exact, in 8 bits"
         )
     if share > _LARGE_MASK:
         print_note(f"note: the mask covers {share:.0%} of {job.image}; use --invert if it is the wrong way round")

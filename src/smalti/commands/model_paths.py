@@ -61,9 +61,8 @@ def find_model(source: str, family: models.Family) -> Path:
     if name in shipped_models(family):
         print_note(f"there is no {folder} yet: using the {family} {name!r} of the package")
         return _shipped_folder(name, family)
-    launcher = "python" if family == "tokenizer" else "accelerate launch"
     raise UserError(
-        f"{folder} does not exist: train it first ({launcher} scripts/train_{family}.py --{family} {source}), "
+        f"{folder} does not exist: train it first (python scripts/train_{family}.py --{family} {source}), "
         f"or give --{family} a folder or hub id"
     )
 

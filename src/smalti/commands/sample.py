@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,8 @@ from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, autocast, device
 from smalti.core.errors import UserError, require_finite
-from smalti.core.progress import bar, counting
+from smalti.core.files import free_name
+from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import Stream, derive, require_seed, row_seeds
 from smalti.images.formats.opening import most_pixels
@@ -75,8 +75,9 @@ class Sample(Generic[S]):
     """Device to run on."""
     precision: Precision = "auto"
     """Precision of the prior; `auto` is bf16 where the hardware is fast in it, else fp32."""
-    out: Path = RUNS / "samples.png"
-    """The sheet to write, a PNG with these settings embedded."""
+    out: Path | None = None
+    """The sheet to write, a PNG with these settings embedded [default: runs/samples.png, numbered if samples of another
+    prior are there]."""
     files: bool = False
     """Also write each image to a file of its own, in a folder named after the sheet."""
     animate: bool = False
@@ -97,20 +98,37 @@ def sample(config: Sample[Any]) -> Path:
     require_seed(config.seed)
     if config.num < 1 or config.batch_size < 1:
         raise UserError(f"--num and --batch-size must be at least 1, not {config.num} and {config.batch_size}")
-    require_png(config.out)
+    if config.out:
+        require_png(config.out)
     sampling_device = device(config.device)
     priors, tokenizer = load_priors(config.prior, config.tokenizer)
     priors, tokenizer = [prior.to(sampling_device) for prior in priors], tokenizer.to(sampling_device)
     conditions = find_conditions(priors, config.classes, config.conditions)
     grids = _grids(config, priors, tokenizer)
     digests = [prior.digest() for prior in priors]
-    with _claimed(config, digests):
-        _sample(config, priors, tokenizer, grids, conditions, digests)
-    return config.out
+
+    def is_own(path: Path) -> bool:  # a rerun with the same priors may replace its own
+        settings = embedded_settings(path)
+        return settings.get("command") == "sample" and settings.get("prior_digests") == digests
+
+    out = config.out or free_name(
+        RUNS / "samples.png", lambda name: _outputs(config, name), lambda each: config.overwrite or is_own(each)
+    )
+    outputs = locks.claim(
+        _outputs(config, out),
+        folder=out.with_suffix("") if config.files else None,
+        inputs=image_inputs(None, priors=config.prior, tokenizer=config.tokenizer),
+        overwrite=config.overwrite,
+        is_own=is_own,
+    )
+    with outputs:
+        _sample(replace(config, out=out), out, priors, tokenizer, grids, conditions, digests)
+    return out
 
 
 def _sample(
     config: Sample[Any],
+    out: Path,
     priors: Sequence[Prior],
     tokenizer: Tokenizer,
     grids: Sequence[tuple[int, int]],
@@ -144,40 +162,30 @@ def _sample(
     names = conditions.names
     if names and (config.classes or len(names) < config.num):
         rows = {name: images[i :: len(names)] for i, name in enumerate(names) if i < config.num}
-        save_sheet(config.out, rows, settings=settings)
+        save_sheet(out, rows, settings=settings)
     else:
-        save_grid(config.out, images, settings=settings)
-    for number, (name, image) in enumerate(zip(_files(config), images, strict=False)):
+        save_grid(out, images, settings=settings)
+    for number, (name, image) in enumerate(zip(_files(config, out), images, strict=False)):
         save_png(name, to_image(image), {**settings, "number": number})
     if config.animate:
         frames = _frames(tokenizer, list(steps_by_batch.values()))
-        save_animation(_animation(config), frames, settings=settings)
+        save_animation(_animation(out), frames, settings=settings)
+    if also := [out.with_suffix("")] * config.files + [_animation(out)] * config.animate:
+        print_note(f"also written: {' and '.join(map(str, also))}")
 
 
-def _files(config: Sample[Any]) -> list[Path]:
+def _outputs(config: Sample[Any], out: Path) -> list[Path]:
+    return [out, *_files(config, out), *([_animation(out)] if config.animate else [])]
+
+
+def _files(config: Sample[Any], out: Path) -> list[Path]:
     """Returns the file of each image; none if only a sheet is written."""
-    folder, digits = config.out.with_suffix(""), len(str(config.num - 1))
+    folder, digits = out.with_suffix(""), len(str(config.num - 1))
     return [folder / f"{number:0{digits}}.png" for number in range(config.num)] if config.files else []
 
 
-def _animation(config: Sample[Any]) -> Path:
-    return config.out.with_stem(f"{config.out.stem}-steps")
-
-
-def _claimed(config: Sample[Any], digests: Sequence[str]) -> AbstractContextManager[None]:
-    """Claims all outputs. A rerun with the same priors may replace its own."""
-
-    def is_own(path: Path) -> bool:
-        settings = embedded_settings(path)
-        return settings.get("command") == "sample" and settings.get("prior_digests") == digests
-
-    return locks.claim(
-        [config.out, *_files(config), *([_animation(config)] if config.animate else [])],
-        folder=config.out.with_suffix("") if config.files else None,
-        inputs=image_inputs(None, priors=config.prior, tokenizer=config.tokenizer),
-        overwrite=config.overwrite,
-        is_own=is_own,
-    )
+def _animation(out: Path) -> Path:
+    return out.with_stem(f"{out.stem}-steps")
 
 
 @torch.no_grad()

@@ -184,7 +184,7 @@ def print_end_of_prior(folder: Path, latents: Path, level: int) -> None:
     """Prints the last lines of the command, on the main process; the next level is trained before sampling."""
     levels = len(LatentSet(latents).layout.levels)
     if level < levels - 1:
-        command = f"accelerate launch scripts/train_prior.py --latents {quote(str(latents))} --level {level + 1}"
+        command = f"python scripts/train_prior.py --latents {quote(str(latents))} --level {level + 1}"
     else:
         others = f", with the priors of the other {levels - 1} level(s) beside it" if levels > 1 else ""
         command = f"python scripts/sample.py --prior {quote(str(folder))}{others}"

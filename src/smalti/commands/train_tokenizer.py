@@ -225,7 +225,8 @@ def _train(
     tokenizer.freeze(config.freeze)
     if not run.step and _needs_codebooks(tokenizer, config, new):
         if process.is_main_process:
-            print_note("initializing the codebooks from training images")
+            parts = "codebooks" if any(level.radices for level in tokenizer.layout.levels) else "network"
+            print_note(f"initializing the {parts} from training images")
         _init_codebooks(tokenizer, train, config.model.height * config.model.width)
     phases = tokenizer.phases(config.fit)
     if not phases:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,18 @@ def require_replaceable(
                 f"{flag} {output} exists and this command did not make it from the same input; give another name, "
                 f"or {advice}"
             )
+
+
+def free_name(path: Path, outputs: Callable[[Path], Iterable[Path]], is_own: Callable[[Path], bool]) -> Path:
+    """Returns a default name, numbered (-2, -3, ...) until none of its outputs exists but the command's own.
+
+    Args:
+        path: the default name.
+        outputs: returns all files that a command writes whose output has a name.
+        is_own: see `require_replaceable`.
+    """
+    names = chain([path], (path.with_stem(f"{path.stem}-{number}") for number in count(2)))
+    return next(name for name in names if all(not os.path.lexists(each) or is_own(each) for each in outputs(name)))
 
 
 @contextmanager

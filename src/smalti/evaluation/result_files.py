@@ -8,13 +8,13 @@ import dataclasses
 import json
 import re
 from contextlib import AbstractContextManager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from smalti.commands.model_paths import RUNS, image_inputs
 from smalti.core import locks, models
 from smalti.core.config import read_json
+from smalti.core.files import free_name
 from smalti.evaluation.config import (
     Evaluation,
     ImagesEvaluation,
@@ -70,11 +70,7 @@ def result_path(config: Evaluation, conditions: Conditions | None = None) -> Pat
         conditions: those of the result, with the digests of the models; None before they are known.
     """
     path = config.out or EVALUATIONS / f"{config.of}-{_model_name(config)}.json"
-    for number in count(1):
-        numbered = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-        if all(not each.exists() or _is_own(each, config, conditions) for each in _outputs(numbered, config)):
-            return numbered
-    raise AssertionError
+    return free_name(path, lambda name: _outputs(name, config), lambda each: _is_own(each, config, conditions))
 
 
 def sheet_path(path: Path) -> Path:

@@ -179,8 +179,25 @@ def arrange(source: str, names: Sequence[PurePath], split: str | None, *, divisi
     if splits is not None:
         unit = "file" if names[0].suffix.lower() in CONTAINERS else "image"
         indices, notes = _select_split(source, splits, split, unit)
-    labels = tuple(_label(names[index].parent.parts, splits is not None) for index in indices)
-    return Arrangement(indices, labels, notes)
+    folders = [names[index].parent.parts for index in indices]
+    labels = tuple(_label(parts, splits is not None) for parts in folders)
+    return Arrangement(indices, labels, [*notes, *_describe_merged(folders, labels, splits is not None)])
+
+
+def _describe_merged(folders: Sequence[Sequence[str]], labels: Sequence[str | None], divided: bool) -> list[str]:
+    """Returns a note if a class has the images of several folders, such as cats/young and dogs/young."""
+    outer: dict[str, set[str]] = {}
+    for parts, label in {(tuple(parts), label) for parts, label in zip(folders, labels, strict=True)}:
+        if label is not None:
+            kept = [part for part in parts if not (divided and part.lower() in SPLITS)]
+            place = "/".join(kept[: len(kept) - kept[::-1].index(label)])
+            outer.setdefault(label, set()).add(place)
+    merged = {label: sorted(places) for label, places in outer.items() if len(places) > 1}
+    if not merged:
+        return []
+    label, places = min(merged.items())
+    others = f", and {len(merged) - 1} other class(es)" if len(merged) > 1 else ""
+    return [f"the innermost folder names the class: {label!r} is all of {', '.join(places[:_MOST_SUFFIXES])}{others}"]
 
 
 def is_data_file(path: PurePath) -> bool:

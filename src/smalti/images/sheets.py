@@ -35,12 +35,13 @@ def save_sheet(
 ) -> None:
     """Saves rows of images in [-1, 1] below each other, each with its caption, which names the channels if not all."""
     strips = [(caption + _describe_shown(images), _strip(images)) for caption, images in rows.items()]
-    width = max(strip.width for _, strip in strips)
+    font = ImageFont.load_default(CAPTION_SIZE)
+    width = max(max(strip.width, math.ceil(font.getlength(caption)) + 2 * GAP) for caption, strip in strips)
     band = CAPTION_SIZE + 2 * GAP
     sheet = Image.new("RGB", (width, sum(strip.height + band for _, strip in strips)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for caption, strip in strips:
-        draw.text((GAP, top + GAP), caption, fill="#444444", font=ImageFont.load_default(CAPTION_SIZE))
+        draw.text((GAP, top + GAP), caption, fill="#444444", font=font)
         sheet.paste(strip, (0, top + band))
         top += band + strip.height
     save_png(path, sheet, settings)

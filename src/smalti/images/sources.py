@@ -44,7 +44,7 @@ DEFAULT = "portraits"
 EXAMPLE_IMAGE = Path(str(files("smalti.images") / "data" / "example.png"))
 """A held-out portrait with a transparent part, which `inpaint` fills without flags."""
 _ROWS_AT_ONCE = 64  # encoded rows in memory; the `datasets` default fails if the first row group is empty
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\-\[\]%:]+))?", re.ASCII)
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\-\[\]%:]+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def _list_files(source: str, split: str | None) -> Listing | None:
     listing = list_files(source, split) if path.exists() or not _HUB_ID.fullmatch(source) else None
     if listing is None and not hub_id:
         raise UserError(
-            f"there is nothing at {source}; give a folder of images, Parquet files, archives, a list, a hub id, or "
-            f"{' or '.join(map(repr, EMBEDDED))}"
+            f"there is nothing at {source}; give a folder of images, Parquet files, archives, a list, a hub id "
+            f"(owner/name), or {' or '.join(map(repr, EMBEDDED))}"
         )
     return listing
 

@@ -29,12 +29,13 @@ def print_end(folder: Path, *, pictures: str, following: str, remedies: str = ""
     steps = read_config(folder)["provenance"]["steps"]  # early stopping keeps the best
     metrics = last_metrics(folder, until=steps)
     held_out = [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("held_out_")]
-    print(f"{folder}: {metrics['step']:.0f} steps; {', '.join(held_out[:MOST_NUMBERS]) or 'no images are held out'}")
+    done = f"{metrics['step']:.0f} step{'s' * (metrics['step'] != 1)}"
+    print(f"{folder}: {done}; {', '.join(held_out[:MOST_NUMBERS]) or 'no images are held out'}")
     if remedies and (lowest := _lowest_held_out_loss(folder, steps)):
         step, loss = lowest
         weights = Snapshots(folder).path(step)
         kept = f" (its weights: {weights})" if weights.exists() else ""
-        print(f"overfitting: the held-out loss was lowest after {step} steps, {loss:.4g}{kept}, and rose. {remedies}")
+        print(f"overfitting: the held-out loss rose from {loss:.4g} after step {step}{kept}. {remedies}")
     if (folder / pictures).exists():
         print(f"pictures: {folder / pictures}")
     print_next(following)
