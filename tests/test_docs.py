@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,10 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from smalti import cli
+from smalti import cli, load_tokenizer
+from smalti.commands.train_tokenizer import RESIZABLE
 from smalti.core.files import write_json
 from smalti.core.models import class_of_kind
 from smalti.tokenizers.vq.hrvq import HRVQConfig
+from smalti.transfer.weights import take_weights
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -122,6 +124,21 @@ def test_commands_of_all_pages_parse(monkeypatch, tmp_path, capsys):
                 wrong.append(f"{page.relative_to(ROOT)}: {name} {shlex.join(arguments)}: {status}, {said}")
     assert wrong == []
     assert len(parsed) == count > 80
+
+
+def test_fine_tuning_of_tokenizers_names_its_images():
+    """Without `--images`, the example would train on the embedded portraits."""
+    tuned = [args for page in PAGES for name, args in commands(page) if name == "train-tokenizer" and "--init" in args]
+    assert len(tuned) >= 4
+    assert all("--images" in arguments for arguments in tuned), tuned
+
+
+def test_the_printed_table_of_new_weights_is_the_real_one():
+    portraits = load_tokenizer("portraits")
+    grey = type(portraits)(replace(portraits.config, image_channels=1))
+    lines = take_weights(grey, portraits, "portraits", resizable=RESIZABLE).lines("portraits", portraits.digest())
+    page = (ROOT / "docs" / "guide" / "fine-tune.md").read_text()
+    assert "".join(f"    {line}\n" for line in lines) in page
 
 
 def test_commands_are_found_in_blocks(tmp_path):

@@ -4,6 +4,7 @@ The run's folder also holds a copy of the tokenizer, so it has everything that g
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -239,15 +240,22 @@ def _take_weights(init: str, prior: Prior, other: Prior, *, quiet: bool) -> None
         UserError: if the two networks do not fit.
     """
     taken = take_weights(prior, other, init, resizable=RESIZABLE)
-    matched = take_classes(prior, other)
+    matched, new = take_classes(prior, other)
     if quiet:
         return
-    print_note(taken.table(init, other.digest()))
+    for line in taken.lines(init, other.digest(), new_classes=bool(new)):
+        print_note(line)
     if matched:
-        print_note(f"classes that {init} knows: {', '.join(matched[:MOST_NAMES])}")
+        print_note(f"classes that {init} knows: {_first_names(matched)}")
+    if new:
+        print_note(f"new classes, which start without influence: {_first_names(new)}")
     codes = [each.provenance.get("tokenizer_digest") for each in (prior, other)]
     if codes[0] != codes[1]:
         print_note(f"note: {init} was trained on the codes of another tokenizer, {str(codes[1])[:12]}")
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (" ..." if len(names) > MOST_NAMES else "")
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -268,10 +276,9 @@ def _warn_of_untrained_classes(prior: Prior) -> None:
     trained, names = trained_classes(prior), prior.provenance["label_names"]
     untrained = [names[number] if names else str(number) for number in range(prior.classes) if number not in trained]
     if untrained:
-        shown = ", ".join(untrained[:MOST_NAMES]) + (" ..." if len(untrained) > MOST_NAMES else "")
         print_note(
             f"warning: {len(untrained)} of {prior.classes} classes have no training images, since all of theirs are "
-            f"held out or there are none; they cannot be sampled: {shown}"
+            f"held out or there are none; they cannot be sampled: {_first_names(untrained)}"
         )
 
 

@@ -271,7 +271,8 @@ def _take_weights(
         return []
     taken = take_weights(tokenizer, other, config.init, resizable=RESIZABLE)
     if not quiet:
-        print_note(taken.table(config.init, other.digest()))
+        for line in taken.lines(config.init, other.digest()):
+            print_note(line)
     for part in config.freeze:
         if untrained := [name for name in taken.new if name.partition(".")[0] in tokenizer.parts.get(part, ())]:
             raise UserError(f"--freeze {part} keeps the weights of --init, which has no {untrained[0]} of this size")

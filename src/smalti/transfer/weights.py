@@ -31,17 +31,20 @@ class Taken(NamedTuple):
     tensors: list[str]
     new: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]]
 
-    def table(self, source: str, digest: str) -> str:
-        """Describes it: one line, and a line for each new tensor."""
+    def lines(self, source: str, digest: str, *, new_classes: bool = False) -> list[str]:
+        """Describes it: one line, and a line for each new tensor.
+
+        `new_classes` says that the tensor of class vectors has some that were not taken.
+        """
         begin = f"weights from {source} (digest {digest[:12]}): {len(self.tensors)} tensors"
         if not self.new:
-            return f"{begin}, which is all"
+            return [begin if new_classes else f"{begin}, which is all"]
         lines = [
             f"  {name} {_shape(own)}{f', there {_shape(theirs)}' if theirs else ''}"
             for name, (own, theirs) in list(self.new.items())[:MOST_LINES]
         ]
         more = [f"  and {len(self.new) - MOST_LINES} more"] if len(self.new) > MOST_LINES else []
-        return "\n".join([f"{begin}; {len(self.new)} are new and start untrained:", *lines, *more])
+        return [f"{begin}; {len(self.new)} are new and start untrained:", *lines, *more]
 
 
 @torch.no_grad()
@@ -95,25 +98,29 @@ def _refuse_other_network(
 
 
 @torch.no_grad()
-def take_classes(prior: Prior, other: Prior) -> list[str]:
-    """Copies the vectors of the classes that both priors have by name, and that of no class; returns their names.
+def take_classes(prior: Prior, other: Prior) -> tuple[list[str], list[str]]:
+    """Copies the vectors of the classes that both priors have by name, and that of no class.
 
     The vectors of other classes start at zero, as in an untrained prior. Without any names, classes are matched by
     number if there are as many.
+
+    Returns:
+        The names of the classes that were taken, and of those that were not.
     """
     mine, others = prior.of_class, other.of_class
     if not isinstance(mine, ClassEmbedding) or not isinstance(others, ClassEmbedding):
-        return []
+        return [], []
     own, theirs = mine.vectors.weight, others.vectors.weight
     names, known = (list(each.provenance.get("label_names", ())) for each in (prior, other))
     if not names and not known and own.shape == theirs.shape:
-        return []
+        return [], []
     own.zero_()
     own[0] = theirs[0]
     matched = [name for name in names if name in known]
     for name in matched:
         own[1 + names.index(name)] = theirs[1 + known.index(name)]
-    return matched
+    labels = names or [str(number) for number in range(len(own) - 1)]
+    return matched, [label for label in labels if label not in matched]
 
 
 def discriminator_of(run: Snapshots) -> dict[str, Tensor] | None:
