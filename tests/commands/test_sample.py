@@ -42,6 +42,19 @@ def pictures(sheet, count, height=8, width=16):
     return np.stack(images)
 
 
+def test_the_default_name_is_numbered_if_samples_of_another_prior_are_there(capfd):
+    prior, tokenizer = load_prior("pair", None)
+    next(prior.parameters()).data += 1
+    prior.save(Path("other"))
+    tokenizer.save(Path("other/tokenizer"))
+    flags = [*FLAGS[2:], "--num", "1"]
+    for prior, name in (("pair", "samples"), ("other", "samples-2"), ("pair", "samples"), ("other", "samples-2")):
+        assert run(capfd, sample.main, "--prior", prior, *flags)[:2] == (0, f"runs/{name}.png\n")
+    status, _, err = run(capfd, sample.main, "--prior", "other", *flags, "--out", "runs/samples.png")
+    assert (status, "runs/samples.png exists" in err) == (2, True)
+    assert run(capfd, sample.main, "--prior", "other", *flags, "--overwrite")[:2] == (0, "runs/samples.png\n")
+
+
 def test_single_files_hold_their_number_and_settings(capfd):
     assert run(capfd, sample.main, *FLAGS, "--files", "--seed", "3", "--out", "many.png")[:2] == (0, "many.png\n")
     names = sorted(path.name for path in Path("many").iterdir())

@@ -57,6 +57,16 @@ def test_a_sheet_has_a_caption_above_every_row(tmp_path):
             assert torch.equal(crop(sheet, top + band + GAP, index * across + GAP, image, 1), image)
 
 
+def test_a_sheet_is_as_wide_as_its_longest_caption(tmp_path):
+    """So that captions that differ at their end can be told apart."""
+    for number in range(2):
+        rows = {f"conditional generation, draw {number}": to_float(pictures(1, 3, 96, 48))}
+        save_sheet(tmp_path / f"{number}.png", rows)
+    first, second = (np.array(Image.open(tmp_path / f"{number}.png")) for number in range(2))
+    assert not np.array_equal(first, second)
+    assert first.shape[1] > 48 + 2 * GAP
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_a_png_holds_the_exact_image_and_its_settings(tmp_path, channels, mode):
     (image,) = pictures(1, channels, 5, 7)

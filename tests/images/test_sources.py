@@ -33,6 +33,12 @@ def test_a_flat_folder_has_no_labels_and_one_file_is_a_set(tmp_path):
     assert len(open_images(str(tmp_path / "[ab].*"))) == 2
 
 
+def test_a_mistyped_folder_without_a_slash_is_no_hub_id(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match="there is nothing at nosuch; give a folder of images, .* a hub id"):
+        open_images("nosuch", height=8, width=8)
+
+
 def test_linked_folders_are_read_unless_circular(tmp_path):
     write_folder(tmp_path / "other", ["x.png"])
     write_folder(tmp_path / "images", ["y.png"])

@@ -47,7 +47,7 @@ def biharmonic(pixels: UInt8[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]) ->
 
 
 def telea_is_installed() -> bool:
-    """Whether OpenCV, which has `telea`, is installed."""
+    """Returns whether OpenCV, which has `telea`, is installed."""
     return find_spec("cv2") is not None
 
 
