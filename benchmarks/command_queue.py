@@ -1,5 +1,6 @@
 """Runs the `smalti` commands of a page in order, for a given time, and never again once they are finished."""
 
+import hashlib
 import re
 import shlex
 import subprocess
@@ -12,12 +13,18 @@ from pathlib import Path
 from typing import IO
 
 SMALTI = (sys.executable, "-m", "smalti")
+DIGEST_LETTERS = 10
 
 
 def commands(page: str) -> list[str]:
     """Returns the `smalti` commands in the indented blocks of a page of Markdown, in order."""
     lines = re.sub(r"\\\n\s*", "", page).splitlines()  # continued lines are joined
     return [line.strip() for line in lines if line.startswith("    smalti ")]
+
+
+def log_name(line: str) -> str:
+    """Returns the name of a command's log, without its suffix."""
+    return f"{shlex.split(line)[1]}-{hashlib.sha256(line.encode()).hexdigest()[:DIGEST_LETTERS]}"
 
 
 def run_all(
@@ -30,7 +37,8 @@ def run_all(
 ) -> bool:
     """Runs each command whose log is not finished, until the minutes are over; returns whether all are finished.
 
-    A log is called `NUMBER-COMMAND.txt`, and `.partial` until its command succeeds. A failure does not stop the rest.
+    A log is called `COMMAND-DIGEST.txt`, by the digest of the whole line, so that it is found wherever the line stands
+    among the others; and `.partial` until its command succeeds. A failure does not stop the rest.
     Commands that still run at the end get SIGTERM, at which trainings save a snapshot, and so do they on Ctrl-C.
 
     Args:
@@ -44,7 +52,7 @@ def run_all(
     queue = _Queue(logs, time.monotonic() + 60 * minutes if minutes else None, program)
     with ThreadPoolExecutor(processes) as pool:
         try:
-            finished = [pool.submit(queue.run, number, line) for number, line in enumerate(lines)]
+            finished = [pool.submit(queue.run, line) for line in dict.fromkeys(lines)]
             return all([future.result() for future in finished])
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -58,19 +66,18 @@ class _Queue:
         self._lock, self._stopping = threading.Lock(), False
         self._running: set[subprocess.Popen[bytes]] = set()
 
-    def run(self, number: int, line: str) -> bool:
+    def run(self, line: str) -> bool:
         """Runs a command with its output in its log, unless it is finished; returns whether it is."""
         words = shlex.split(line)[1:]
-        log = self._logs / f"{number:02}-{words[0]}.txt"
-        heading = f"$ {line}\n"
-        if log.exists() and log.read_text().startswith(heading):
+        log = self._logs / f"{log_name(line)}.txt"
+        if log.exists():
             return True
         partial, start = log.with_suffix(".partial"), time.monotonic()
         left = self._end - start if self._end else None
         if left is not None and left <= 0:
             return False
         with partial.open("w") as output:
-            print(heading, end="", file=output, flush=True)
+            print(f"$ {line}", file=output, flush=True)
             process = self._start([*self._program, *words], output)
             if process is None:
                 return False

@@ -16,6 +16,7 @@ import torch
 
 from smalti.benchmarks import ancestral, blending, head, latents, megapixel, parity, priors, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
+from smalti.core import locks
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.core.provenance import machine
@@ -85,7 +86,8 @@ def benchmark(config: Benchmark) -> None:
         measured = []
         for comparison in SECTIONS[section]():
             measured.append((comparison, medians(comparison, config.repetitions)))
-        text = f"{machine()}; medians of {config.repetitions}.\n\n{table(measured)}"
+        repeated = any(comparison.varies for comparison, _ in measured)
+        text = f"{machine()}{f'; medians of {config.repetitions}' if repeated else ''}.\n\n{table(measured)}"
         print(f"## {section}\n\n{text}\n", flush=True)
         if config.out:
             insert(config.out, section, text)
@@ -124,11 +126,15 @@ def table(measured: list[tuple[Comparison, list[float]]]) -> str:
 
 
 def insert(path: Path, section: str, text: str) -> None:
-    """Replaces a section's text between its markers in a Markdown file, or appends both to the file."""
+    """Replaces a section's text between its markers in a Markdown file, or appends both to the file.
+
+    Processes that write sections of one file take turns.
+    """
     first, last = f"<!-- measured: {section} -->", f"<!-- end: {section} -->"
-    before = path.read_text() if path.exists() else ""
     block = f"{first}\n{text}\n{last}"
     marked = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
-    after = marked.sub(lambda _: block, before) if marked.search(before) else f"{before}\n{block}\n".lstrip()
-    with whole_file(path) as partial:
-        partial.write_text(after)
+    with locks.writing(path, wait=True):
+        before = path.read_text() if path.exists() else ""
+        after = marked.sub(lambda _: block, before) if marked.search(before) else f"{before}\n{block}\n".lstrip()
+        with whole_file(path) as partial:
+            partial.write_text(after)

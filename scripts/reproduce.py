@@ -24,6 +24,7 @@ from smalti.studies.selfvae.study import ReproduceSelfVAE
 from smalti.studies.size64.study import ReproduceSize64, reproduce_size64
 from smalti.studies.sundae.report import reproduce_sundae
 from smalti.studies.sundae.study import ReproduceSundae
+from smalti.training.run_folder import OtherSettingsError
 
 StudyName: TypeAlias = Literal[
     "hr-vqvae", "hqa", "selfvae", "sundae", "priors", "quantizers", "overfitting", "size64", "portraits"
@@ -106,8 +107,16 @@ def chosen_config_class() -> type[Any]:
 
 
 def run_study(config: Any) -> None:
-    """Runs the study that the settings belong to."""
-    STUDIES[config.study].command(config)
+    """Runs the study that the settings belong to.
+
+    Raises:
+        UserError: for a folder with trainings of other settings, and as the study does.
+    """
+    try:
+        STUDIES[config.study].command(config)
+    except OtherSettingsError as error:  # its advice names flags that mean something else here, or do not exist
+        problem, flag = str(error).partition("; give ")[0], "--work" if hasattr(config, "work") else "--out"
+        raise UserError(f"{problem}; give the same settings, or another {flag}") from error
 
 
 def main() -> None:

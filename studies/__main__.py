@@ -40,7 +40,7 @@ class RunStudies:
     """Studies that run at once; each gets its share of the CPU cores."""
     data: Path = Path(".")
     """Folder of the Parquet files that studies name, such as mnist-train.parquet. Studies whose files are not there are
-    left out; a name is also found with a suffix, as in cifar10-train-25k.parquet."""
+    left out; a name that is not there is also found with a suffix, as in cifar10-train-25k.parquet."""
     page: Path = PAGE
     """The page whose indented commands are the queue."""
     logs: Path = Path("runs/studies")
@@ -59,7 +59,8 @@ def with_data(line: str, folder: Path) -> tuple[str, list[str]]:
     words, missing = [], []
     for word in line.split(" "):
         if word.endswith(".parquet"):
-            found = sorted(folder.glob(f"{escape(word.removesuffix('.parquet'))}*.parquet"))
+            others = sorted(folder.glob(f"{escape(word.removesuffix('.parquet'))}*.parquet"))
+            found = [folder / word] if (folder / word).is_file() else others
             missing += [] if found else [word]
             word = shlex.quote(str(found[0])) if found else word
         words.append(word)

@@ -229,6 +229,7 @@ def test_files_and_folders_are_small():
     counts = {folder: sum(file.parent == folder for file in files) for folder in folders}
     assert {folder: count for folder, count in counts.items() if count > MOST_FILES_OF_A_FOLDER} == {}
 
+
 NOT_INSTALLED = {"cv2": "opencv-python-headless"}
 """Packages of extras that may not be installed, by the name that is imported, where it is not their own."""
 

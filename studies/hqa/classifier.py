@@ -3,6 +3,7 @@
 The data that it is trained and tested on is opened in `study.py`.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from smalti.studies.experiment import Evaluator
 
 CLASSIFIER_FEATURES = 128
 IMAGES_AT_ONCE = 250
+DIGEST_LETTERS = 10
+"""Letters of the digests of both sets of images in the names of results."""
 
 
 class Classifier(nn.Module):
@@ -83,9 +86,11 @@ class ClassifierEvaluator(Evaluator):
     def __init__(
         self, train: ImageSet, test: Float[Tensor, "n 1 h w"], labels: Int64[Tensor, " n"], *, steps: int, folder: Path
     ) -> None:
-        super().__init__(f"{len(test)}images-{steps}steps")
+        tested = hashlib.sha256(test.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:DIGEST_LETTERS]
+        trained = f"{steps}steps-{train.fingerprint[:DIGEST_LETTERS]}"
+        super().__init__(f"{len(test)}images-{tested}-{trained}")
         self._test, self._labels = test, labels
-        self.classifier = train_classifier(folder / f"classifier-{steps}steps.pt", train, steps)
+        self.classifier = train_classifier(folder / f"classifier-{trained}.pt", train, steps)
 
     @torch.no_grad()
     def scores(self, images: Float[Tensor, "n 1 h w"]) -> dict[str, float]:

@@ -172,9 +172,10 @@ def trained(kind: str, config: ReproduceHQA, data: Data, *, seed: int = 0, layer
         steps = (config.vqvae_steps,) if config.vqvae_steps else steps
     else:
         variant += ("-normalized" if config.normalize else "") + f"-weight{config.upper_latent_weight}"
-    counts = "-".join(str(count) for count in (steps if config.layer_steps or len(steps) == 1 else (config.steps,)))
+    counts = "-".join(str(count) for count in (steps if config.layer_steps else (config.steps,)))
+    budget = f"{sum(steps)}steps-in-all" if kind == "vqvae" else f"{counts}steps"
     rate = config.vqvae_learning_rate if kind == "vqvae" else None
-    folder = config.work / f"{kind}{variant}-{counts}steps-seed{seed}"
+    folder = config.work / f"{kind}{variant}-{budget}-seed{seed}"
     fit = FitConfig(
         steps=sum(steps),
         batch_size=config.batch_size,

@@ -137,9 +137,9 @@ def evaluator_of(config: ReproduceHRVQVAE) -> FrechetEvaluator:
     return FrechetEvaluator(f"{budget.extractor}-{budget.num}-of-{budget.reference}", open_real)
 
 
-def real_scores(config: ReproduceHRVQVAE, evaluator: FrechetEvaluator) -> dict[str, Any]:
+def real_scores(config: ReproduceHRVQVAE, images: ImageSet, evaluator: FrechetEvaluator) -> dict[str, Any]:
     """Measures the held-out images themselves once: `frechet`, and their number `num`."""
-    path = config.work / config.data / f"real-{evaluator.key}.json"
+    path = config.work / config.data / f"real-{evaluator.key}-{images.fingerprint[:12]}.json"
     return measure_once(path, lambda: {**evaluator.held_out_scores(), "num": len(evaluator.real.judged)})
 
 
@@ -147,11 +147,8 @@ def reconstruction_scores(
     spec: TokenizerSpec, config: ReproduceHRVQVAE, images: ImageSet, evaluator: FrechetEvaluator
 ) -> dict[str, Any]:
     """Measures the reconstructions of the held-out images once, as `frechet`. Samples are not expected to be better."""
-    return evaluator.result(
-        trial_of(spec, config),
-        "reconstructed",
-        lambda: evaluator.reconstruction_scores(trained(spec, config, images).tokenizer()),
-    )
+    trial = trained(spec, config, images)
+    return evaluator.result(trial, "reconstructed", lambda: evaluator.reconstruction_scores(trial.tokenizer()))
 
 
 def sample_scores(
@@ -161,11 +158,12 @@ def sample_scores(
 
     The seconds are the median over batches of `SAMPLES_AT_ONCE`.
     """
+    trained(spec.tokenizer, config, images)
     trial = prior_trial(spec, config)
 
     def measure() -> dict[str, Any]:
         priors, tokenizer = load_trained(spec, config, images)
-        number = real_scores(config, evaluator)["num"]
+        number = real_scores(config, images, evaluator)["num"]
         seeds = range(math.ceil(number / SAMPLES_AT_ONCE))
         batches = [timed_samples(priors, tokenizer, seed, config.precision) for seed in seeds]
         samples = torch.cat([images for images, _ in batches])[:number]
@@ -202,6 +200,7 @@ def code_bits(spec: PriorSpec, config: ReproduceHRVQVAE, images: ImageSet) -> di
     Returns:
         Bits `per_image`; `per_code` and `standard_errors` of each level; the number of `rows`.
     """
+    trained(spec.tokenizer, config, images)
 
     def measure() -> dict[str, Any]:
         priors, _ = load_trained(spec, config, images)

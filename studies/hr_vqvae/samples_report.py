@@ -58,7 +58,8 @@ def distances(
 ) -> None:
     """Trains and measures what is missing for Table 1's Fréchet distances; writes the table after each tokenizer."""
     evaluator = evaluator_of(config)
-    real, results = real_scores(config, evaluator), {(kind, plain): [] for kind in KINDS for plain in (True, False)}
+    real = real_scores(config, images, evaluator)
+    results = {(kind, plain): [] for kind in KINDS for plain in (True, False)}
     for spec in specs:
         results[spec.kind, spec.plain].append(reconstruction_scores(spec, config, images, evaluator))
         write(distances_table(config, results, real))
@@ -95,7 +96,7 @@ def samples(
 ) -> None:
     """Trains and measures what is missing for Table 3; writes the table and the samples after each prior."""
     evaluator = evaluator_of(config)
-    real = real_scores(config, evaluator)
+    real = real_scores(config, images, evaluator)
     results: Results = {}
     for spec in specs:
         trained(spec, config, images)

@@ -27,7 +27,7 @@ from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet, open_images
 from smalti.latentsets.reader import perplexity
 from smalti.metrics.extractors import ExtractorName
-from smalti.studies.experiment import Trial, count_parameters, picture_path
+from smalti.studies.experiment import Trial, count_parameters, logged_hours, picture_path
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.quantizers.linked import LinkedQuantizer
 from smalti.tokenizers.vq.hrvq import HRVQConfig
@@ -241,11 +241,12 @@ def trial_of(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> Trial:
 
 
 def trained(spec: TokenizerSpec, config: ReproduceHRVQVAE, images: ImageSet) -> Trial:
-    """Returns the trial of a tokenizer, trained (or resumed) and measured if it was not."""
+    """Returns the trial of a tokenizer, trained (or resumed) and measured if it was not.
+
+    Call it before any result in the trial's folder is read: `train_tokenizer` returns at once for a finished run, and
+    refuses one of other images or another precision, which the folder's name leaves out.
+    """
     trial = trial_of(spec, config)
-    if result(spec, config):
-        return trial
-    path, start = trial.folder / RESULT_NAME, time.perf_counter()
     fit = FitConfig(steps=spec.steps, batch_size=config.batch_size, seed=spec.seed, report_steps=spec.steps)
     settings = TrainTokenizer(
         model=model_of(spec, config),
@@ -257,11 +258,11 @@ def trained(spec: TokenizerSpec, config: ReproduceHRVQVAE, images: ImageSet) -> 
         out=trial.folder,
     )
     train_tokenizer(settings, images)
-    seconds = time.perf_counter() - start
-    before = json.loads(path.read_text()) if path.exists() else {"train_seconds": seconds}
-    usage_images = usage_images_of(spec, config)
-    scores = measured(trial.tokenizer(), images, usage_images)
-    write_json(path, {**before, "cell": asdict(spec), "usage_images": usage_images, **scores})
+    if result(spec, config) is None:
+        usage_images = usage_images_of(spec, config)
+        scores = measured(trial.tokenizer(), images, usage_images)
+        logged = {"train_seconds": logged_hours(trial.folder) * 3600, "cell": asdict(spec)}
+        write_json(trial.folder / RESULT_NAME, {**logged, "usage_images": usage_images, **scores})
     return trial
 
 

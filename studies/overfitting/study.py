@@ -86,6 +86,8 @@ class Overfitting:
 
     def __init__(self, config: ReproduceOverfitting) -> None:
         self.config = config
+        self.folder = config.work / f"{Path(config.images).stem}-{config.tokenizer_steps}steps"
+        """Folder of one tokenizer and all that is trained and measured on its codes."""
 
     @cached_property
     def tokenizer_folder(self) -> Path:
@@ -93,11 +95,11 @@ class Overfitting:
         defaults = TrainTokenizer(model=TOKENIZER)
         fit = FitConfig(steps=self.config.tokenizer_steps, batch_size=32)
         settings = replace(defaults, images=self.config.images, fit=fit, precision=self.config.precision)
-        return train_tokenizer(replace(settings, out=self.config.work / "tokenizer"))
+        return train_tokenizer(replace(settings, out=self.folder / "tokenizer"))
 
     def latents(self, crops: int) -> Path:
         """Returns the latent set with a number of crops, built. It has no mirror images."""
-        path = self.config.work / f"latents-{crops}crops.h5"
+        path = self.folder / f"latents-{crops}crops.h5"
         return build_latents(BuildLatents(tokenizer=str(self.tokenizer_folder), flips=False, crops=crops, out=path))
 
     def trained(self, dropout: float, crops: int, seed: int) -> Path:
@@ -111,7 +113,7 @@ class Overfitting:
             seed=seed,
         )
         settings = replace(defaults, fit=fit, latents=self.latents(crops), precision=self.config.precision)
-        folder = self.config.work / f"prior-dropout{dropout}-{crops}crops-seed{seed}"
+        folder = self.folder / f"prior-dropout{dropout}-{crops}crops-{self.config.prior_steps}steps-seed{seed}"
         return train_prior(replace(settings, sheet_samples=0, out=folder))
 
     @cached_property
@@ -155,7 +157,7 @@ class Overfitting:
         def measure() -> dict[str, float]:
             return {"real": self.real.floor(), "reconstructions": self.real.score_reconstructions(tokenizer)["frechet"]}
 
-        return measure_once(self.config.work / f"floors-of-{self.config.samples}.json", measure)
+        return measure_once(self.folder / f"floors-of-{self.config.samples}.json", measure)
 
 
 def reproduce_overfitting(config: ReproduceOverfitting) -> None:

@@ -6,6 +6,7 @@ Trained tokenizers and what is measured of them are kept, so a study that was st
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -121,7 +122,11 @@ def model_of(variant: Variant, *, side: int, bits: int, image_channels: int) -> 
 
 
 class Quantizers:
-    """The trainings of the study and what is measured of them; what is on the disk is not done again."""
+    """The trainings of the study and what is measured of them; what is on the disk is not done again.
+
+    `train_tokenizer` runs before any result is read: it returns at once for a finished run, and refuses one of other
+    images, channels or precision, which the names of folders leave out.
+    """
 
     def __init__(self, config: ReproduceQuantizers) -> None:
         self.config = config
@@ -129,7 +134,7 @@ class Quantizers:
         """Name of the images, in names of files and sections."""
 
     def folder(self, variant: Variant, side: int, bits: int, seed: int) -> Path:
-        """Returns the folder of a training, named by everything that decides it."""
+        """Returns the folder of a training, named by all that the trainings of one set of images differ in."""
         details = "".join(f"-{value}" for value in variant.settings.values() if value is not True)
         shared = "-shared" if variant.settings.get("shared_codebooks") else ""
         name = f"{variant.quantizer}{shared}{details}-{side}x{side}-{bits}bits-{self.config.steps}steps-seed{seed}"
@@ -143,21 +148,21 @@ class Quantizers:
         defaults = small(kind)
         fit = replace(defaults.fit, steps=config.steps, batch_size=BATCH_SIZE, seed=seed)
         settings = replace(defaults, model=model, fit=fit, images=config.images, precision=config.precision)
-        return train_tokenizer(replace(settings, out=self.folder(variant, side, bits, seed)))
+        return train_tokenizer(replace(settings, out=self.folder(variant, side, bits, seed)), self.images)
 
     def result(self, variant: Variant, side: int, bits: int, seed: int) -> dict[str, Any]:
         """Returns `mse`, `codes_used` and `perplexity` on the held-out images, and `seconds` a step."""
-        scores = self.folder(variant, side, bits, seed) / "scores.json"
-        if not scores.exists():
-            self.trained(variant, side, bits, seed)
+        folder = self.trained(variant, side, bits, seed)
 
         def measure() -> dict[str, Any]:
-            seconds = logged_hours(scores.parent) * 3600 / self.config.steps
-            return {**held_out_scores(load_tokenizer(str(scores.parent)), self._open()), "seconds": seconds}
+            seconds = logged_hours(folder) * 3600 / self.config.steps
+            return {**held_out_scores(load_tokenizer(str(folder)), self.images), "seconds": seconds}
 
-        return measure_once(scores, measure)
+        return measure_once(folder / "scores.json", measure)
 
-    def _open(self) -> ImageSet:
+    @cached_property
+    def images(self) -> ImageSet:
+        """The images."""
         return open_images(self.config.images, height=SIZE, width=SIZE, channels=self.config.image_channels)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -240,6 +241,32 @@ def test_tables_are_written_between_their_markers(tmp_path, monkeypatch, capsys)
     assert "| ours | 1 s | 1× |  |" in path.read_text()
     assert f"torch {torch.__version__}" in path.read_text()
     assert path.read_text().split("<!-- end: search -->")[0].split("-->\n")[1].strip() in capsys.readouterr().out
+
+
+def test_medians_are_named_only_if_something_was_repeated(tmp_path, monkeypatch):
+    for varies, named in ((True, True), (False, False)):
+        comparison = Comparison("a path", (Variant("ours", lambda: Measured(1)),), varies=varies)
+        monkeypatch.setitem(run.SECTIONS, "strips", lambda comparison=comparison: iter([comparison]))
+        run.benchmark(Benchmark(only=("strips",), repetitions=2, out=tmp_path / "page.md"))
+        assert ("; medians of 2." in (tmp_path / "page.md").read_text()) == named
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from smalti.benchmarks.run import insert
+for number in range(20):
+    insert(Path(sys.argv[1]), f"{sys.argv[2]} {number}", "text")
+"""
+
+
+def test_processes_that_write_one_file_lose_no_section(tmp_path):
+    path = tmp_path / "page.md"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, name]) for name in "ab"]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    expected = {f"{name} {number}" for name in "ab" for number in range(20)}
+    assert set(re.findall("<!-- measured: (.+?) -->", path.read_text())) == expected
+    assert [each.name for each in tmp_path.iterdir()] == ["page.md"]
 
 
 def test_zero_repetitions_are_refused():

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from smalti.benchmarks.command_queue import commands
+from smalti.benchmarks.command_queue import commands, log_name
 from smalti.benchmarks.command_queue import run_all as run_with
 
 FAILS_IF_ASKED = "import sys; sys.exit('fail' in sys.argv)"
@@ -22,22 +22,31 @@ def test_only_indented_commands_of_smalti_are_taken():
 def test_finished_commands_are_not_run_again(tmp_path: Path):
     lines = ["smalti sample --help", "smalti evaluate fail", "smalti inpaint --help"]
     assert not run_all(lines, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "00-sample.txt",
-        "01-evaluate.partial",
-        "02-inpaint.txt",
-    ]
-    before = (tmp_path / "00-sample.txt").stat().st_mtime_ns
+    sample, evaluate, inpaint = (log_name(line) for line in lines)
+    assert sample.startswith("sample-")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{sample}.txt", f"{evaluate}.partial", f"{inpaint}.txt"}
+    before = (tmp_path / f"{sample}.txt").stat().st_mtime_ns
     assert not run_all(lines, tmp_path)  # tries the failed one again
-    assert (tmp_path / "00-sample.txt").stat().st_mtime_ns == before
+    assert (tmp_path / f"{sample}.txt").stat().st_mtime_ns == before
     assert run_all(["smalti sample --help", "smalti inpaint --help"], tmp_path / "other")
 
 
-def test_a_command_that_was_changed_runs_again(tmp_path: Path):
-    assert run_all(["smalti sample --help"], tmp_path)
-    assert run_all(["smalti inpaint --help"], tmp_path)
-    assert run_all(["smalti inspect-latents --help"], tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"00-sample.txt", "00-inpaint.txt", "00-inspect-latents.txt"}
+def test_a_command_that_was_changed_runs_again_and_the_former_log_stays(tmp_path: Path):
+    lines = ["smalti sample --num 2", "smalti sample --num 4"]
+    for line in lines:
+        assert run_all([line], tmp_path)
+    logs = {path.name: path.read_text().splitlines()[0] for path in tmp_path.iterdir()}
+    assert logs == {f"{log_name(line)}.txt": f"$ {line}" for line in lines}
+
+
+def test_a_new_command_before_the_finished_ones_runs_none_of_them_again(tmp_path: Path):
+    """A study whose data was missing is one when its data appears."""
+    finished = ["smalti sample --help", "smalti inpaint --help"]
+    assert run_all(finished, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert run_all(["smalti evaluate --help", *finished], tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len([*tmp_path.iterdir()]) == 3
 
 
 def test_no_command_starts_after_the_time_is_over(tmp_path: Path):
@@ -76,13 +85,13 @@ def test_ctrl_c_ends_the_running_command_and_starts_no_other(tmp_path: Path):
     queue = subprocess.Popen(
         [sys.executable, "-c", STOPPABLE, tmp_path], start_new_session=True, stderr=subprocess.PIPE
     )
-    running = tmp_path / "00-a.partial"
+    running = tmp_path / f"{log_name('smalti a')}.partial"
     while not (running.exists() and "asleep" in running.read_text()):
         time.sleep(0.05)
     queue.send_signal(signal.SIGINT)  # to the queue alone
     _, error = queue.communicate(timeout=30)
     assert b"KeyboardInterrupt" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["00-a.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == [running.name]
 
 
 def test_a_command_that_outlasts_the_time_is_ended(tmp_path: Path):
@@ -90,4 +99,4 @@ def test_a_command_that_outlasts_the_time_is_ended(tmp_path: Path):
     sleep = (sys.executable, "-S", "-c", "import time; time.sleep(60)")
     assert not run_with(["smalti a", "smalti b"], tmp_path, minutes=1 / 60, program=sleep)
     assert time.monotonic() - start < 30
-    assert [path.name for path in tmp_path.iterdir()] == ["00-a.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{log_name('smalti a')}.partial"]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,15 @@ def test_second_process_is_refused_until_the_first_ends_or_is_killed(tmp_path, k
         with locks.writing(path, folder=folder):
             pass
     assert [*(tmp_path / "new").rglob("*lock")] == []
+
+
+def test_a_lock_that_waits_is_taken_when_the_first_process_ends(tmp_path):
+    process = holder(tmp_path / "out", "file")
+    release = threading.Timer(3 * locks.RETRY_SECONDS, process.communicate)
+    release.start()
+    with locks.writing(tmp_path / "out", wait=True):
+        release.join()
+    assert process.returncode == 0
 
 
 def test_lock_may_be_taken_again_in_one_process(tmp_path):

@@ -58,7 +58,7 @@ def test_a_sheet_has_a_caption_above_every_row(tmp_path):
 
 
 def test_a_sheet_is_as_wide_as_its_longest_caption(tmp_path):
-    """So that captions that differ at their end can be told apart."""
+    """Captions that differ at their end must be told apart."""
     for number in range(2):
         rows = {f"conditional generation, draw {number}": to_float(pictures(1, 3, 96, 48))}
         save_sheet(tmp_path / f"{number}.png", rows)

@@ -35,7 +35,7 @@ def test_a_flat_folder_has_no_labels_and_one_file_is_a_set(tmp_path):
 
 def test_a_mistyped_folder_without_a_slash_is_no_hub_id(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
-    with pytest.raises(UserError, match="there is nothing at nosuch; give a folder of images, .* a hub id"):
+    with pytest.raises(UserError, match=r"there is nothing at nosuch; give a folder of images, .* a hub id"):
         open_images("nosuch", height=8, width=8)
 
 

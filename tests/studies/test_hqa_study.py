@@ -7,15 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.image_toys import write_patches
 from PIL import Image
 
 from smalti.core import models
 from smalti.core.errors import UserError
 from smalti.core.models import load
+from smalti.images.image_set import open_images
 from smalti.metrics.frechet import Moments, frechet_distance
 from smalti.scripts import reproduce as command
 from smalti.studies.hqa import report, study
-from smalti.studies.hqa.classifier import CLASSIFIER_FEATURES
+from smalti.studies.hqa.classifier import CLASSIFIER_FEATURES, ClassifierEvaluator
 from smalti.studies.hqa.four_modes import COVERING, DROPPING, MODES, SINGLE, evaluate_points, four_modes
 from smalti.studies.hqa.study import MODELS, ReproduceHQA, compressed, evaluator_of, interpolations, open_data
 
@@ -79,7 +81,7 @@ def test_scores_are_those_of_the_reconstructed_test_images(folder):
     data = open_data(config)
     classifier = evaluator_of(config, data).classifier
     path = folder_of(folder, "hams")
-    scores = json.loads((path / "result-probable-6images-2steps.json").read_text())
+    scores = json.loads((path / f"result-probable-{evaluator_of(config, data).key}.json").read_text())
     tokenizer = load(path, "tokenizer")
     with torch.no_grad():
         images = tokenizer.decode(tokenizer.encode(data.test))
@@ -116,7 +118,7 @@ def test_report_has_every_part_and_row(folder):
     assert "not run" not in text
     assert "| HQA | 0.053 | 22.8 | 12.4 % |" in text
     assert text.count("<!-- measured: ") == 4
-    path = folder / "runs/reproductions/hqa/vqvae-1steps-seed0/result-probable-6images-2steps.json"
+    (path,) = folder.glob("runs/reproductions/hqa/vqvae-2steps-in-all-seed0/result-probable-6images-*.json")
     scores = json.loads(path.read_text())
     (row,) = [line for line in text.splitlines() if line.startswith("| VQ-VAE |")]
     assert f"| {scores['mse']:.4f} | {scores['frechet']:.1f} | {scores['error']:.1%} |" in row
@@ -136,16 +138,39 @@ def test_finished_study_trains_nothing_again(folder):
 def test_layer_steps_apply_per_layer_and_vqvae_gets_their_sum(folder):
     config = config_of(layer_steps=(1, 2), normalize=False, batch_size=4, work=folder / "own")
     data = open_data(config)
-    steps = {}
+    steps, names = {}, {"hqa": "hqa-weight0.05-1-2steps-seed0", "vqvae": "vqvae-3steps-in-all-seed0"}
     for kind in ("hqa", "vqvae"):
         path = study.trained(kind, config, data).folder
-        assert path.name == f"{kind}{'-weight0.05' if kind == 'hqa' else ''}-1-2steps-seed0"
+        assert path.name == names[kind]
         paths = [path / "layer-1", path] if kind == "hqa" else [path]
         settings = [json.loads((each / "run.json").read_text())["settings"] for each in paths]
         steps[kind] = [(run["steps"], run.get("normalize")) for run in settings]
     assert steps == {"hqa": [(1, False), (2, False)], "vqvae": [(3, None)]}
     few = study.trained("vqvae", replace(config, vqvae_steps=1), data).folder
-    assert (few.name, json.loads((few / "run.json").read_text())["settings"]["steps"]) == ("vqvae-1steps-seed0", 1)
+    assert few.name == "vqvae-1steps-in-all-seed0"
+    assert json.loads((few / "run.json").read_text())["settings"]["steps"] == 1
+
+
+def test_vqvae_of_the_default_steps_and_of_as_many_as_a_layer_has_are_two_trainings(folder):
+    config = config_of(steps=2, batch_size=4, work=folder / "budgets")
+    data = open_data(config)
+    trained = [study.trained("vqvae", each, data).folder for each in (config, replace(config, vqvae_steps=2))]
+    assert [json.loads((path / "run.json").read_text())["settings"]["steps"] for path in trained] == [4, 2]
+
+
+def test_other_images_have_a_classifier_and_results_of_their_own(folder):
+    data = open_data(config_of())
+    other = ClassifierEvaluator(data.train, -data.test, data.labels, steps=2, folder=folder / "classifiers")
+    same = ClassifierEvaluator(data.train, data.test, data.labels, steps=2, folder=folder / "classifiers")
+    assert other.key != same.key
+    relabelled = ClassifierEvaluator(data.train, data.test, 1 - data.labels, steps=2, folder=folder / "classifiers")
+    assert relabelled.key != same.key
+    assert len([*(folder / "classifiers").iterdir()]) == 1
+    write_patches(folder / "img2" / "0", 4)
+    train = open_images(str(folder / "img2"), channels=1)
+    retrained = ClassifierEvaluator(train, data.test, data.labels, steps=2, folder=folder / "classifiers")
+    assert retrained.key != same.key
+    assert len([*(folder / "classifiers").iterdir()]) == 2
 
 
 def test_layers_and_vqvae_have_their_own_batch_sizes_and_learning_rates(folder):

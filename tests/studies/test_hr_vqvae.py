@@ -10,6 +10,7 @@ import torch
 from helpers.image_toys import write_patches
 from PIL import Image
 
+from smalti.core.devices import resolve
 from smalti.core.models import load
 from smalti.core.randomness import Stream, choose
 from smalti.evaluation.code_likelihood import count_bits
@@ -22,6 +23,7 @@ from smalti.priors.methods.sundae import SundaeSampling
 from smalti.priors.networks.hourglass import Hourglass
 from smalti.scripts import reproduce as command
 from smalti.studies.hr_vqvae import report, samples, samples_report, study
+from smalti.studies.hr_vqvae.samples import PriorSpec
 from smalti.studies.hr_vqvae.samples_report import order
 from smalti.studies.hr_vqvae.study import (
     RESULT_NAME,
@@ -36,6 +38,7 @@ from smalti.studies.hr_vqvae.study import (
     trial_of,
     usage_images_of,
 )
+from smalti.training.run_folder import OtherSettingsError
 
 FLAGS = "--images img --seeds 1 --steps 1 --size-steps 1 --batch-size 4 --channels 4 --code-width 3 "
 FLAGS += "--num 8 --reference 1000 --usage-images 8 --prior-steps 2 --prior-batch-size 4 "
@@ -203,6 +206,51 @@ def test_another_number_of_usage_images_is_measured_again_but_not_trained_again(
     path.write_text(json.dumps(before))
 
 
+def test_seconds_of_a_training_are_those_of_all_its_sessions(folder):
+    spec = specs_by_part(config_of())["methods"][0]
+    path = trial_of(spec, config_of()).folder / RESULT_NAME
+    metrics, result_before = path.with_name("metrics.jsonl"), path.read_text()
+    lines = metrics.read_text()
+    slow = [json.loads(line) | {"rows_per_second": 0.01} for line in lines.splitlines()]
+    metrics.write_text("".join(f"{json.dumps(line)}\n" for line in slow))
+    path.unlink()
+    trained(spec, config_of(), open_data(config_of()))
+    assert read(path)["train_seconds"] == pytest.approx(4 / 0.01)  # one step of four rows
+    path.write_text(result_before)
+    metrics.write_text(lines)
+
+
+def test_results_of_other_images_or_another_precision_are_not_reported(folder):
+    write_patches(folder / "other", 100)
+    other_precision = "fp32" if resolve("auto") == "bf16" else "bf16"
+    for changes, problem in (
+        ({"images": "other"}, "images with the fingerprint .+, not images"),
+        ({"precision": other_precision}, "with --precision .+, not --precision"),
+    ):
+        config = config_of(parts=("methods",), out=folder / "other.md", **changes)
+        spec = PriorSpec(specs_by_part(replace(config, parts=("samples",)))["samples"][0], "pixelcnn")
+        with pytest.raises(OtherSettingsError, match=problem):
+            report.reproduce_hr_vqvae(config)
+        images, evaluator = open_data(config), samples.evaluator_of(config)
+        with pytest.raises(OtherSettingsError, match=problem):
+            samples.sample_scores(spec, config, images, evaluator)
+        with pytest.raises(OtherSettingsError, match=problem):
+            samples.reconstruction_scores(spec.tokenizer, config, images, evaluator)
+        with pytest.raises(OtherSettingsError, match=problem):
+            samples.code_bits(spec, config, images)
+        assert not config.out.exists()
+
+
+def test_real_images_of_another_set_are_measured_anew(folder):
+    write_patches(folder / "more", 110)
+    config = config_of(generating=study.Generating(num=8, reference=1000))
+    config = replace(config, work=folder / "real")
+    for source in ("img", "more"):
+        other = replace(config, images=source)
+        samples.real_scores(other, open_data(other), samples.evaluator_of(other))
+    assert len([*folder.glob("real/mnist/real-*.json")]) == 2
+
+
 def test_codes_of_large_flat_codebooks_are_counted_over_fewer_images(folder):
     flat, linked = (TokenizerSpec("hrvq", False, 1, leaves=64, depth=depth) for depth in (1, 3))
     assert (usage_images_of(flat, config_of()), usage_images_of(linked, config_of())) == (1, 8)
@@ -236,7 +284,7 @@ def test_sample_scores_are_those_of_the_kept_samples(folder):
             levels = [load(path / f"level-{level}", "prior") for level in range(3 if kind == "vqvae2" else 1)]
             assert scores["parameters"] == sum(p.numel() for level in levels for p in level.parameters())
             assert all(level.classes == 0 for level in levels)
-    real = read(folder / "runs/reproductions/mnist/real-lite0-8-of-1000.json")
+    (real,) = map(read, folder.glob("runs/reproductions/mnist/real-lite0-8-of-1000-*.json"))
     assert real["num"] == 8
     assert real["frechet"] < scores["frechet"]
 

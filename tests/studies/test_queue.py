@@ -21,6 +21,8 @@ def test_names_of_data_become_files_of_the_folder(tmp_path):
     )
     assert queue.with_data("smalti x cifar10-train.parquet", tmp_path)[0].endswith("/cifar10-train-25k.parquet")
     assert queue.with_data("smalti x mnist-test.parquet", tmp_path)[1] == ["mnist-test.parquet"]
+    (tmp_path / "mnist-train-1k.parquet").touch()  # sorts before the exact name
+    assert queue.with_data("smalti x mnist-train.parquet", tmp_path)[0].endswith("/mnist-train.parquet")
     spaced = tmp_path / "my data"
     spaced.mkdir()
     (spaced / "a.parquet").touch()

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from smalti.scripts import reproduce
+from smalti.training.run_folder import OtherSettingsError
 
 FLAGS = {"selfvae": "--steps", "size64": "--samples", "portraits": "--seed"}
 
@@ -47,6 +48,19 @@ def test_command_line_without_a_study_is_refused_in_one_line(monkeypatch, capsys
     studies = "hr-vqvae, hqa, selfvae, sundae, priors, quantizers, overfitting, size64 or portraits"
     advice = f"the first argument must be {studies}"
     assert capsys.readouterr().err == f"error: {problem}; {advice}\n"
+
+
+@pytest.mark.parametrize(("name", "flag"), [("quantizers", "--work"), ("portraits", "--out")])
+def test_trainings_of_other_settings_are_refused_with_the_flag_of_the_study(monkeypatch, capsys, name, flag):
+    def refuse(_config):
+        raise OtherSettingsError("runs/x holds a run with --images a, not --images b; give another --out")
+
+    monkeypatch.setitem(reproduce.STUDIES, name, reproduce.STUDIES[name]._replace(command=refuse))
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", name])
+    with pytest.raises(SystemExit):
+        reproduce.main()
+    advice = f"give the same settings, or another {flag}"
+    assert capsys.readouterr().err == f"error: runs/x holds a run with --images a, not --images b; {advice}\n"
 
 
 def test_help_describes_every_study(monkeypatch, capsys):

@@ -19,6 +19,7 @@ from smalti.studies.selfvae import study as selfvae
 from smalti.studies.size64 import study as size64
 from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
 from smalti.tokenizers.vq.vqvae import VQVAE
+from smalti.training.run_folder import OtherSettingsError, last_metrics
 
 TINY_PRIOR = {"model_width": 16, "heads": 2, "depth": (0, 1, 0)}
 
@@ -53,6 +54,17 @@ def test_overfitting_measures_the_last_and_the_best_state_of_each_run(tmp_path, 
     monkeypatch.setattr(overfitting, "generate_images", None)  # finished: nothing is sampled or measured again
     overfitting.reproduce_overfitting(config)
     assert config.out.read_bytes() == before
+    for name in ("prior_steps", "tokenizer_steps"):
+        other = overfitting.Overfitting(replace(config, **{name: getattr(config, name) + 1}))
+        with pytest.raises(TypeError, match="NoneType"):  # it samples from priors of its own
+            other.result(0.1, 0, 0)
+        folders = [
+            each.folder / f"prior-dropout0.1-0crops-{each.config.prior_steps}steps-seed0" for each in (study, other)
+        ]
+        assert [last_metrics(folder)["step"] for folder in folders] == [3, 4 if name == "prior_steps" else 3]
+    assert other.tokenizer_folder != study.tokenizer_folder
+    assert other.latents(0) != study.latents(0)
+    assert study.result(0.1, 1, 0) == result
 
 
 def test_size64_trains_every_cell_and_writes_a_section_for_each_set_of_images(tmp_path, monkeypatch):
@@ -137,8 +149,34 @@ def test_quantizers_are_trained_once_and_measured_on_held_out_images(tmp_path, m
     assert result["codes_used"] == len(shares)
     assert result["perplexity"] == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item(), rel=1e-4)
     assert result["seconds"] > 0
-    monkeypatch.setattr(quantizers, "train_tokenizer", None)  # finished: nothing is trained again
+    before = {path: path.stat().st_mtime_ns for path in config.work.rglob("*") if path.is_file()}
+    quantizers.reproduce_quantizers(config)  # finished: nothing is trained or measured again
+    assert {path: path.stat().st_mtime_ns for path in config.work.rglob("*") if path.is_file()} == before
+    assert config.out.read_text() == text
+
+
+@pytest.mark.parametrize("changed", ["images", "image_channels", "precision"])
+def test_scores_of_quantizers_on_other_images_or_settings_are_not_reported(tmp_path, monkeypatch, changed):
+    monkeypatch.setattr(quantizers, "WIDTHS", {8: (6, 6)})
+    monkeypatch.setattr(quantizers, "RESIDUAL_BLOCKS", 0)
+    for folder in ("a", "b"):
+        write_patches(tmp_path / folder / "img", 40)
+    config = quantizers.ReproduceQuantizers(
+        "quantizers",
+        images=str(tmp_path / "a" / "img"),
+        quantizers=("fsq",),
+        bits=(9,),
+        seeds=1,
+        steps=1,
+        precision="fp32",
+        work=tmp_path / "runs",
+        out=tmp_path / "page.md",
+    )
     quantizers.reproduce_quantizers(config)
+    text = config.out.read_text()
+    other = {"images": str(tmp_path / "b" / "img"), "image_channels": 1, "precision": "bf16"}[changed]
+    with pytest.raises(OtherSettingsError, match=f"with --{changed.replace('_', '-')} .+, not"):
+        quantizers.reproduce_quantizers(replace(config, **{changed: other}))
     assert config.out.read_text() == text
 
 

@@ -6,6 +6,7 @@ The system releases a lock when its process ends, also after `kill -9`. Within o
 """
 
 import errno
+import math
 import os
 import time
 from collections import Counter
@@ -70,7 +71,7 @@ def claim(
 
 
 @contextmanager
-def writing(path: Path, *, folder: bool = False, required: bool = False) -> Iterator[None]:
+def writing(path: Path, *, folder: bool = False, required: bool = False, wait: bool = False) -> Iterator[None]:
     """Locks an output while a block writes it.
 
     Args:
@@ -78,6 +79,7 @@ def writing(path: Path, *, folder: bool = False, required: bool = False) -> Iter
         folder: Whether it is a folder that stays in place and is written into. It is created, and the lock file is in
             it; otherwise the lock file is beside it.
         required: Whether to refuse a disk without locks, on which an output is otherwise written without one.
+        wait: Whether to wait while another process writes it, instead of refusing.
 
     Raises:
         UserError: if another process writes it, or if it cannot be locked and must be.
@@ -85,7 +87,7 @@ def writing(path: Path, *, folder: bool = False, required: bool = False) -> Iter
     with made_folders(path if folder else path.parent):
         target = path.resolve()
         lock_path = target / LOCK_NAME if folder else target.with_name(f".{target.name}{LOCK_NAME}")
-        _take(lock_path, path, required)
+        _take(lock_path, path, required, math.inf if wait else RETRY_SECONDS)
         try:
             yield
         finally:
@@ -103,11 +105,11 @@ def hold(path: Path, *, folder: bool = False, required: bool = False) -> ExitSta
     return stack
 
 
-def _take(lock_path: Path, path: Path, required: bool) -> None:
+def _take(lock_path: Path, path: Path, required: bool, seconds: float) -> None:
     if not _holders[lock_path]:
         lock = FileLock(lock_path)
         try:
-            _acquire(lock, lock_path)
+            _acquire(lock, lock_path, seconds)
         except Timeout as error:
             raise UserError(
                 f"{path} is being written by another process; wait until it is done, or give another --out"
@@ -123,16 +125,16 @@ def _take(lock_path: Path, path: Path, required: bool) -> None:
     _holders[lock_path] += 1
 
 
-def _acquire(lock: FileLock, lock_path: Path) -> None:
+def _acquire(lock: FileLock, lock_path: Path, seconds: float) -> None:
     """Locks a file that still exists afterwards: the holder before removes it.
 
     Raises:
-        Timeout: if another process holds it.
+        Timeout: if another process holds it for so many seconds.
         OSError: if the disk has no locks.
     """
-    end = time.monotonic() + RETRY_SECONDS
+    end = time.monotonic() + seconds
     while True:
-        lock.acquire(timeout=RETRY_SECONDS, poll_interval=RETRY_SECONDS / 4)
+        lock.acquire(timeout=seconds, poll_interval=RETRY_SECONDS / 4)
         if isinstance(lock, SoftFileLock):  # filelock's fallback, which a killed process would leave behind
             lock.release(force=True)
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
