@@ -1,5 +1,6 @@
 """Sources of images: formats, errors, labels and source ids."""
 
+import logging
 import os
 import re
 import tracemalloc
@@ -33,10 +34,15 @@ def test_a_flat_folder_has_no_labels_and_one_file_is_a_set(tmp_path):
     assert len(open_images(str(tmp_path / "[ab].*"))) == 2
 
 
-def test_a_mistyped_folder_without_a_slash_is_no_hub_id(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
-    with pytest.raises(UserError, match=r"there is nothing at nosuch; give a folder of images, .* a hub id"):
+def test_a_mistyped_folder_gives_one_line_without_the_hubs_warnings(monkeypatch, caplog):
+    def load(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=r"there is no folder nosuch, and as a hub data set .* \(no network\)"):
         open_images("nosuch", height=8, width=8)
+    assert caplog.text == ""
 
 
 def test_linked_folders_are_read_unless_circular(tmp_path):

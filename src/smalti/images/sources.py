@@ -22,6 +22,7 @@ from fsspec.core import url_to_fs
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from smalti.core.errors import UserError
+from smalti.core.hub.download import quiet_hub
 from smalti.core.malloc import give_back_freed_memory
 from smalti.images.columns import describe_unread_labels, find_image_column, find_label_column, require_captions
 from smalti.images.formats import archives, arrays
@@ -44,7 +45,7 @@ DEFAULT = "portraits"
 EXAMPLE_IMAGE = Path(str(files("smalti.images") / "data" / "example.png"))
 """A held-out portrait with a transparent part, which `inpaint` fills without flags."""
 _ROWS_AT_ONCE = 64  # encoded rows in memory; the `datasets` default fails if the first row group is empty
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\-\[\]%:]+))?", re.ASCII)
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\-\[\]%:]+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -325,11 +326,12 @@ def _read_hub(source: str, split: str | None) -> datasets.Dataset:
     if split is not None and named["split"] is not None:
         raise UserError(f"{source} names a split already; leave --split out")
     open_rows = partial(datasets.load_dataset, named["id"], named["config"], split=split or named["split"] or "train")
-    return _opened(
-        open_rows,
-        f"there is no folder {source}, and as a hub data set it",
-        "check its name (id@config:split) and the network",
-    )
+    with quiet_hub():
+        return _opened(
+            open_rows,
+            f"there is no folder {source}, and as a hub data set it",
+            "check its name (id@config:split) and the network",
+        )
 
 
 def _opened(open_rows: Callable[[], Any], what: str, remedy: str) -> datasets.Dataset:

@@ -30,7 +30,7 @@ def download(hub_id: HubId, names: Sequence[str], kind: RepoType = "model") -> P
     """
     patterns = [hub_id.within(name) for name in names]
     try:
-        with _quiet_log():
+        with quiet_hub():
             root = snapshot_download(hub_id.repo, repo_type=kind, revision=hub_id.revision, allow_patterns=patterns)
     except HUB_ERRORS as error:
         raise UserError(describe_problem(error, hub_id, kind)) from error
@@ -62,8 +62,8 @@ def describe_missing(hub_id: HubId, needed: Sequence[str], kind: RepoType = "mod
 
 
 @contextmanager
-def _quiet_log() -> Iterator[None]:
-    """Leaves out warnings of `huggingface_hub`, such as that no file matches: the error that follows is enough."""
+def quiet_hub() -> Iterator[None]:
+    """Leaves out warnings of `huggingface_hub`, such as that it tries again: the error that follows is enough."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.ERROR)

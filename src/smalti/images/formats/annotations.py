@@ -181,11 +181,10 @@ def choose_labels(columns: Columns, folder_labels: Sequence[str | None], source:
     Raises:
         UserError: if the requested column is missing or holds no labels.
     """
-    if requested is not None and requested not in columns and not (requested == "label" and any(folder_labels)):
-        raise UserError(
-            f"{source} has no column {requested!r}; its columns are {', '.join(map(repr, columns)) or 'none'}"
-        )
     columns = {name: values for name, values in columns.items() if name.lower() not in _PATH_COLUMNS}
+    if requested is not None and requested not in columns and not (requested == "label" and any(folder_labels)):
+        names = ", ".join(map(repr, columns)) or "none"
+        raise UserError(f"{source} has no column {requested!r}; its columns are {names}")
     features = datasets.Features({name: _feature(values, name, source) for name, values in columns.items()})
     if "label" not in features and any(folder_labels):
         features["label"] = datasets.Value("string")
