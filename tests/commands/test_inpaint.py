@@ -233,7 +233,8 @@ def test_only_fills_of_the_same_image_are_replaced(capfd):
 
 def test_a_mask_needs_its_image(capfd):
     status, _, err = run(capfd, inpaint.main, *COMMON, "--mask", "mask.png")
-    assert (status, err) == (2, "error: --mask mask.png needs its image; give --image\n")
+    assert status == 2
+    assert err.startswith("error: --mask mask.png needs its image; give --image;")
 
 
 def test_white_paint_on_a_transparent_layer_is_the_mask(capfd):
