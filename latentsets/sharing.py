@@ -12,7 +12,7 @@ from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME, code, front_matter, license_line, listed, require_license, table
 from smalti.core.hub.download import MOST_NAMES, download
 from smalti.core.hub.ids import HubId, find_hub_id
-from smalti.core.hub.public_names import has_folders, public_command, public_values
+from smalti.core.hub.public_names import public_command, public_values
 from smalti.core.hub.upload import Files
 from smalti.latentsets.copies import SetToShare, copy_file
 from smalti.latentsets.hdf5.digests import MEANING
@@ -114,17 +114,15 @@ def files_to_share(
 
 def _public(latent_set: SetToShare, before: Provenance, tokenizer: str | None) -> Provenance:
     """Returns a provenance without local folders, which may not change what the content digest covers."""
-    values = public_values(vars(before))
-    kept = {name: getattr(before, name) for name in MEANING if name != "layout"}
-    for image in before.skipped:
-        if has_folders(reason := str(image.get("reason", ""))):
+    public = replace(before, **public_values(vars(before)))
+    texts, public_texts = before.to_attributes(), public.to_attributes()
+    for name in MEANING:
+        if name in texts and texts[name] != public_texts[name]:
             raise UserError(
-                f"{latent_set.path} records the folder of an image that was left out ({reason}), and its digest covers "
+                f"{latent_set.path} records local folders or an address with a query in {name}, and its digest covers "
                 "that, as in sets of former versions; build it again with --overwrite"
             )
-    if tokenizer is not None:
-        values["tokenizer_source"] = tokenizer
-    return replace(before, **{**values, **kept})
+    return public if tokenizer is None else replace(public, tokenizer_source=tokenizer)
 
 
 def latent_set_card(
@@ -152,7 +150,7 @@ def latent_set_card(
         "flips": _flips(latent_set),
         "crops": _crops(provenance),
         "classes": _classes(latent_set),
-        "vectors": _vectors(latent_set),
+        "vectors": _vectors(latent_set, provenance),
         "captions": f"{captioned:,} rows have one" if (captioned := len(latent_set.captioned_rows())) else "",
         "left out": f"{len(provenance.skipped)} damaged images" if provenance.skipped else "",
         "layout of the codes": str(latent_set.layout),
@@ -234,8 +232,8 @@ def _classes(latent_set: SetToShare) -> str:
     return f"{classes}; {without:,} rows have none" if without else classes
 
 
-def _vectors(latent_set: SetToShare) -> str:
-    source, width = latent_set.provenance.condition_source, latent_set.condition_width
+def _vectors(latent_set: SetToShare, provenance: Provenance) -> str:
+    source, width = provenance.condition_source, latent_set.condition_width
     return f"{width} numbers for each row, from {code(source)}" if width else ""
 
 

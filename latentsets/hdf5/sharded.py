@@ -34,7 +34,7 @@ from smalti.latentsets.hdf5.format import (
     read_header,
     require_version,
 )
-from smalti.latentsets.provenance import Provenance, shortened
+from smalti.latentsets.provenance import OPTIONAL, Provenance, shortened
 
 INDEX_NAME = "index.json"
 ALIKE = ("tokenizer_digest", "preprocessing", "label_names", "condition_source")
@@ -214,6 +214,7 @@ def _read_index(folder: Path) -> SetFiles:
         names = [*require_version(path, attributes.get("format_version")), "format_version"]
         if missing := [name for name in names if name not in attributes]:
             raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
+        names += [name for name in OPTIONAL if name in attributes]
         layout, provenance, texts = described(path, {name: attributes[name] for name in names})
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import yaml
 from helpers import fake_hub
-from helpers.latents import GRID, LEVELS, PROVENANCE, make_codes, small_set, write
+from helpers.latents import GRID, LEVELS, PROVENANCE, extended_set, make_codes, small_set, write
 
 from smalti.core.codes import Layout
 from smalti.core.errors import UserError
+from smalti.latentsets.copies import copy_set
 from smalti.latentsets.dataset import LatentRows
 from smalti.latentsets.reader import LatentSet
 
@@ -66,9 +67,29 @@ def test_the_uploaded_copy_has_no_local_folders_and_the_same_digest(hub, tmp_pat
     assert LatentSet("codes.h5").provenance == latents.provenance
     skipped = dataclasses.replace(LOCAL, skipped=({"row": 1, "reason": "/home/jane/photos/1.png is empty"},))
     write(tmp_path / "skipped.h5", GRID, make_codes(GRID, 60), [0], skipped)
-    with pytest.raises(UserError, match="records the folder of an image that was left out"):
+    with pytest.raises(UserError, match=r"records local folders .* in skipped, and its digest"):
         LatentSet("skipped.h5").push_to_hub("me/skipped")
     assert "datasets/me/skipped" not in hub.repos
+    held_out = dataclasses.replace(LOCAL, preprocessing={"held_out": "/home/jane/client/test"})
+    write(tmp_path / "held_out.h5", GRID, make_codes(GRID, 60), [0], held_out)
+    with pytest.raises(UserError, match="in preprocessing, and its digest covers that"):
+        LatentSet("held_out.h5").push_to_hub("me/held-out")
+    assert "datasets/me/held-out" not in hub.repos
+
+
+def test_the_sources_of_vectors_and_held_out_images_have_no_local_folders(hub, tmp_path):
+    extended_set(tmp_path / "codes.h5")
+    latents = LatentSet("codes.h5")
+    sources = {"held_out_source": "/home/jane/client/test", "condition_source": "clients/jane/clip.npy, SHA-256 f00d"}
+    copy_set(latents, dataclasses.replace(latents.provenance, **sources), tmp_path / "copy.h5")
+    LatentSet("copy.h5").push_to_hub("me/codes")
+    files = hub.repos["datasets/me/codes"].files()
+    assert not any(b"home" in contents or b"jane" in contents for contents in files.values())
+    assert "| vectors | 5 numbers for each row, from `clip.npy, SHA-256 f00d` |" in files["README.md"].decode()
+    opened = LatentSet("me/codes")
+    opened.verify()
+    assert opened.content_digest == latents.content_digest
+    assert opened.provenance.held_out_source == "test"
 
 
 def test_the_card_says_which_crops_a_set_has(hub, tmp_path):

@@ -2,16 +2,20 @@
 
 import json
 import socket
+from io import BytesIO
 
 import pytest
+import torch
 import yaml
 from helpers import fake_hub
 from helpers.command_toys import save_pair
 from helpers.toys import untrained_pair
+from PIL import Image
 
 from smalti.api import load_prior, load_tokenizer, sample
 from smalti.core import models
 from smalti.core.errors import UserError
+from smalti.images.sheets import embedded_settings, save_grid
 
 
 @pytest.fixture
@@ -71,6 +75,18 @@ def test_only_what_makes_the_model_is_uploaded(hub, pair):
     assert json.loads(files["config.json"])["provenance"]["image_source"] == "photos"
     load_prior(pair).push_to_hub("me/bare", sheet=False)
     assert sorted(hub.repos["models/me/bare"].files()) == ["README.md", "config.json", "model.safetensors", *copy]
+
+
+def test_pictures_are_uploaded_without_their_embedded_settings(hub, pair):
+    pixels = torch.rand(2, 3, 8, 16) * 2 - 1
+    save_grid(pair / "samples.png", pixels, settings={"latents": "/home/jane/codes.h5"})
+    load_prior(pair).push_to_hub("me/pair")
+    uploaded = hub.repos["models/me/pair"].files()["samples.png"]
+    assert b"jane" not in uploaded
+    with Image.open(BytesIO(uploaded)) as shown, Image.open(pair / "samples.png") as saved:
+        assert shown.info == {}
+        assert shown.tobytes() == saved.tobytes()
+    assert embedded_settings(pair / "samples.png")  # the run's own file keeps them
 
 
 def test_the_card_says_what_the_run_knows(hub, pair):

@@ -11,6 +11,7 @@ from smalti.core.hub.cards import CARD_NAME, require_license
 from smalti.core.hub.download import describe_missing, download
 from smalti.core.hub.ids import HubId
 from smalti.core.hub.model_card import model_card
+from smalti.core.hub.pictures import without_texts
 from smalti.core.hub.public_names import public_values
 from smalti.core.hub.upload import Files
 
@@ -84,7 +85,8 @@ def model_files(
         text = model_card(
             described, records[-1], target, facts=facts, license=license, picture=next(iter(pictures), None)
         )
-    return {CARD_NAME: text.encode(), **files, **pictures}
+    shown = {name: without_texts(path.read_bytes()) for name, path in pictures.items()}
+    return {CARD_NAME: text.encode(), **files, **shown}
 
 
 def public_config(folder: Path) -> dict[str, Any]:
