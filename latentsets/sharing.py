@@ -105,11 +105,14 @@ def files_to_share(
         if indexed:
             write_index(scratch, latent_set.content_digest)
         paths = [scratch / path.name for path in paths]
-    names = [*paths, *([paths[0].with_name(INDEX_NAME)] if indexed else [])]
     card = latent_set_card(latent_set, provenance, target, license=license)
-    readable = (*SUFFIXES, Path(INDEX_NAME).suffix)  # `find_file` finds no others
-    found = {path.name if path.suffix in readable else f"{path.name}.h5": path for path in names}
-    return {CARD_NAME: card.encode(), **found}
+    index = {INDEX_NAME: paths[0].with_name(INDEX_NAME)} if indexed else {}
+    return {CARD_NAME: card.encode(), **{_name_on_hub(path): path for path in paths}, **index}
+
+
+def _name_on_hub(path: Path) -> str:
+    """Returns the name with a suffix by which `find_file` finds the file."""
+    return path.name if path.suffix in SUFFIXES else f"{path.name}.h5"
 
 
 def _public(latent_set: SetToShare, before: Provenance, tokenizer: str | None) -> Provenance:
@@ -136,8 +139,9 @@ def latent_set_card(
         target: where it will be on the hub.
         license: the licence, or None for none.
     """
-    rows, images, name = len(latent_set.labels), latent_set.count_images(), latent_set.files.extents[0].path.name
-    count, last = len(latent_set.files.extents), latent_set.files.extents[-1].path.name
+    rows, images = len(latent_set.labels), latent_set.count_images()
+    names = [_name_on_hub(extent.path) for extent in latent_set.files.extents]
+    count, name, last = len(names), names[0], names[-1]
     files = f"one HDF5 file (`{name}`)" if count == 1 else f"{count:,} HDF5 files (`{name}` to `{last}`)"
     size = next((label for limit, label in SIZES.items() if rows < limit), "n>10M")
     front = front_matter(license, tags=["smalti", "latent-set", "hdf5"], size_categories=[size])

@@ -158,7 +158,10 @@ def test_data_sets_that_name_no_set_are_one_line(hub, tmp_path):
 
 
 def test_a_set_of_any_file_name_can_be_opened_by_its_id(hub, tmp_path):
-    write(tmp_path / "codes", GRID, make_codes(GRID, 60), [0])
-    latents = LatentSet("codes")
-    latents.push_to_hub("me/codes")
-    assert LatentSet("me/codes").content_digest == latents.content_digest
+    for file in ("codes", "codes.json"):
+        write(tmp_path / file, GRID, make_codes(GRID, 60), [0])
+        latents = LatentSet(file)
+        latents.push_to_hub(f"me/{file}")
+        assert LatentSet(f"me/{file}").content_digest == latents.content_digest
+        card = hub.repos[f"datasets/me/{file}"].files()["README.md"].decode()
+        assert f'hf_hub_download("me/{file}", "{file}.h5", repo_type="dataset")' in card

@@ -116,6 +116,12 @@ def test_a_card_beside_the_model_is_kept(hub, pair):
     assert "samples.png" not in hub.repos["models/me/pair"].files()  # the card does not show it
     with pytest.raises(UserError, match="put the license into its front matter"):
         load_prior(pair).push_to_hub("me/pair", license="mit")
+    (pair / "README.md").write_bytes("# Café\r\n".encode())
+    load_prior(pair).push_to_hub("me/pair")
+    assert hub.repos["models/me/pair"].files()["README.md"] == "# Café\r\n".encode()
+    (pair / "README.md").write_bytes("# Café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"README\.md is not UTF-8, which the hub needs of a card; save it as UTF-8"):
+        load_prior(pair).push_to_hub("me/pair")
 
 
 def test_models_that_are_not_saved_are_pushed_as_they_are(hub, pair):

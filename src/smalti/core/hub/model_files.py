@@ -77,16 +77,23 @@ def model_files(
     if own_card is not None:
         if license is not None:
             raise UserError(f"{own_card} is the card; put the license into its front matter, and leave the flag out")
-        text = own_card.read_text(encoding="utf-8")
+        card = own_card.read_bytes()
+        text = _text_of(own_card, card)
         pictures = {name: path for name, path in pictures.items() if name in text}
     else:
         require_license(license)
         pictures = dict(list(pictures.items())[:1])
-        text = model_card(
-            described, records[-1], target, facts=facts, license=license, picture=next(iter(pictures), None)
-        )
+        picture = next(iter(pictures), None)
+        card = model_card(described, records[-1], target, facts=facts, license=license, picture=picture).encode()
     shown = {name: without_texts(path.read_bytes()) for name, path in pictures.items()}
-    return {CARD_NAME: text.encode(), **files, **shown}
+    return {CARD_NAME: card, **files, **shown}
+
+
+def _text_of(path: Path, card: bytes) -> str:
+    try:
+        return card.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8, which the hub needs of a card; save it as UTF-8") from error
 
 
 def public_config(folder: Path) -> dict[str, Any]:
