@@ -4,6 +4,7 @@ The uploaded copy has the same content digest: only attributes that it does not 
 """
 
 import os
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from smalti.core.hub.public_names import public_command, public_values
 from smalti.core.hub.upload import Files
 from smalti.latentsets.copies import SetToShare, copy_file
 from smalti.latentsets.hdf5.digests import MEANING
-from smalti.latentsets.hdf5.sharded import INDEX_NAME, write_index
+from smalti.latentsets.hdf5.sharded import INDEX_NAME, names_in_index, write_index
 from smalti.latentsets.provenance import Provenance
 
 SUFFIXES = (".h5", ".hdf5")
@@ -108,6 +109,26 @@ def files_to_share(
     card = latent_set_card(latent_set, provenance, target, license=license)
     index = {INDEX_NAME: paths[0].with_name(INDEX_NAME)} if indexed else {}
     return {CARD_NAME: card.encode(), **{_name_on_hub(path): path for path in paths}, **index}
+
+
+def former_set(files: Files, names: Collection[str], read: Callable[[str], bytes]) -> set[str]:
+    """Returns the files of an earlier set of several files; see `smalti.core.hub.upload.FindFormer`.
+
+    Single files of other names stay, since a repository may have several latent sets of one file.
+
+    Raises:
+        UserError: if a set of several files would lie beside other latent sets, where it cannot be read.
+    """
+    names = {name for name in names if name == INDEX_NAME or ("/" not in name and name.endswith(".h5"))}
+    listed = names_in_index(read(INDEX_NAME)) if INDEX_NAME in names else []
+    former = names.intersection([*listed, INDEX_NAME] if listed else [])
+    others = sorted(names - former - files.keys())
+    if INDEX_NAME in files and others:
+        raise UserError(
+            f"a set of several files cannot be read beside another latent set ({others[0]}); remove that first, or "
+            "give another repository or folder"
+        )
+    return former - files.keys()
 
 
 def _name_on_hub(path: Path) -> str:

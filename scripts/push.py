@@ -14,12 +14,13 @@ from smalti.core import locks, models
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME
 from smalti.core.hub.ids import HubId, RepoType, parse_target
-from smalti.core.hub.upload import Files, size_of, upload, write_files
+from smalti.core.hub.model_files import former_pictures
+from smalti.core.hub.upload import Files, former_files, size_of, upload, write_files
 from smalti.core.models import read_config
 from smalti.images.sources import local_paths
 from smalti.latentsets.hdf5.sharded import INDEX_NAME
 from smalti.latentsets.reader import LatentSet
-from smalti.latentsets.sharing import files_to_share
+from smalti.latentsets.sharing import files_to_share, former_set
 from smalti.latentsets.summary import size_text
 from smalti.priors.base import Prior
 
@@ -73,17 +74,20 @@ def push(config: Push) -> None:
     target = parse_target(config.target, config.revision)
     with TemporaryDirectory(prefix="smalti-push-") as scratch:
         kind, files, inputs, following = _collect(config, target, Path(scratch))
+        find_former = former_set if kind == "dataset" else former_pictures
         if config.preview is None:
             _print_files(files)
             _print_notes(config, files)
-            print(upload(files, target, kind, private=config.private, message=config.message))
+            uploaded = {"find_former": find_former, "private": config.private, "message": config.message}
+            print(upload(files, target, kind, **uploaded))
             print(f"next: {following}")
         else:
-            outputs = [config.preview / name for name in files]
+            former = former_files(files, config.preview, find_former)
+            outputs = [*(config.preview / name for name in files), *former]
             with locks.claim(
                 outputs, folder=config.preview, inputs=inputs, overwrite=config.overwrite, flag="--preview"
             ):
-                write_files(files, config.preview)
+                write_files(files, config.preview, former)
             _print_files(files)
             _print_notes(config, files)
             print(f"nothing was uploaded; the files are in {config.preview}, and {CARD_NAME} is the card")

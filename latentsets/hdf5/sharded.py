@@ -6,6 +6,7 @@ index that describes the whole set. Files without an index are read as one set t
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -234,6 +235,15 @@ def _read_index(folder: Path) -> SetFiles:
         condition_width=shards[0].condition_width,
         captioned=tuple(shard.captioned for shard in shards),
     )
+
+
+def names_in_index(contents: bytes) -> list[str]:
+    """Returns the names of the shards that an index lists; empty if it is not the index of a latent set."""
+    try:
+        index = json.loads(contents)
+        return [str(shard["name"]) for shard in index["shards"]] if index["attributes"]["format"] == FORMAT else []
+    except (ValueError, TypeError, KeyError):
+        return []
 
 
 def _require_listed(folder: Path, layout: Layout, shards: Sequence[Shard]) -> None:

@@ -1,17 +1,21 @@
 """Latent sets on the hub, against a local fake: the content digest survives, and local folders do not."""
 
 import dataclasses
+import shutil
 
 import pytest
+import torch
 import yaml
 from helpers import fake_hub
-from helpers.latents import GRID, LEVELS, PROVENANCE, extended_set, make_codes, small_set, write
+from helpers.latents import GRID, LEVELS, PROVENANCE, extended_set, make_codes, make_columns, small_set, write
 
 from smalti.core.codes import Layout
 from smalti.core.errors import UserError
 from smalti.latentsets.copies import copy_set
 from smalti.latentsets.dataset import LatentRows
+from smalti.latentsets.hdf5.sharded import write_index
 from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.writer import LatentSetWriter
 
 LOCAL = dataclasses.replace(
     PROVENANCE,
@@ -126,6 +130,47 @@ def test_the_card_of_a_set(hub, tmp_path):
         "Licence of the codes: `cc0-1.0`.",
     ]
     assert [part for part in parts if part not in card] == []
+
+
+def write_shards(folder, count):
+    """Writes a set of several files anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for number in range(count):
+        columns = {**make_columns(12), "source_numbers": 6 * number + torch.arange(6)}
+        with LatentSetWriter(folder / f"{number:05}.h5", GRID, **columns, provenance=LOCAL) as writer:
+            writer.write(0, make_codes(GRID, 12, number))
+    write_index(folder)
+    return LatentSet(folder)
+
+
+def test_a_set_pushed_again_replaces_all_files_of_a_set_of_several_files(hub, tmp_path):
+    write_shards(tmp_path / "set", 3).push_to_hub("me/codes")
+    files = hub.repos["datasets/me/codes"].files()
+    assert sorted(files) == ["00000.h5", "00001.h5", "00002.h5", "README.md", "index.json"]
+    files |= {"notes.txt": b"a person's own", "more/00002.h5": files["00002.h5"]}
+    fewer = write_shards(tmp_path / "set", 2)
+    fewer.push_to_hub("me/codes")
+    own = ["more/00002.h5", "notes.txt"]
+    files = hub.repos["datasets/me/codes"].files()
+    assert sorted(files) == sorted(["00000.h5", "00001.h5", "README.md", "index.json", *own])
+    assert LatentSet("me/codes").content_digest == fewer.content_digest
+    write(tmp_path / "codes.h5", GRID, make_codes(GRID, 60), [0], LOCAL)
+    one = LatentSet("codes.h5")
+    one.push_to_hub("me/codes")
+    assert sorted(hub.repos["datasets/me/codes"].files()) == sorted(["README.md", "codes.h5", *own])
+    del hub.repos["datasets/me/codes"].files()["more/00002.h5"]
+    assert LatentSet("me/codes").content_digest == one.content_digest
+
+
+def test_another_latent_set_in_the_repository_stays(hub, tmp_path):
+    for name in ("train.h5", "test.h5"):
+        write(tmp_path / name, GRID, make_codes(GRID, 60), [0], LOCAL)
+        LatentSet(name).push_to_hub("me/codes")
+    before = dict(hub.repos["datasets/me/codes"].files())
+    assert {"train.h5", "test.h5"} < before.keys()
+    with pytest.raises(UserError, match=r"cannot be read beside another latent set \(test\.h5\); remove that first"):
+        write_shards(tmp_path / "set", 2).push_to_hub("me/codes")
+    assert hub.repos["datasets/me/codes"].files() == before
 
 
 def test_damaged_sets_stay_here(hub, tmp_path):

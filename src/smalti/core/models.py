@@ -37,7 +37,7 @@ from smalti.core.config import ADDED, RENAMED, config_from_json, former_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.hub.ids import FORMS, HubId, find_hub_id, parse_target
-from smalti.core.hub.model_files import TOKENIZER_FOLDER, download_model, model_files
+from smalti.core.hub.model_files import TOKENIZER_FOLDER, download_model, former_pictures, model_files
 from smalti.core.hub.upload import Files, upload
 
 Family: TypeAlias = Literal["tokenizer", "prior"]
@@ -164,7 +164,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         target = parse_target(hub_id, revision)
         with TemporaryDirectory(prefix="smalti-push-") as scratch:
             files = self.files_to_share(target, Path(scratch), license=license, sheet=sheet, tokenizer=tokenizer)
-            return upload(files, target, private=private, message=message)
+            return upload(files, target, find_former=former_pictures, private=private, message=message)
 
     @classmethod
     def load(cls, source: str | Path) -> Self:

@@ -1,7 +1,7 @@
 """The files that make a model on the hub: which are downloaded, and which are uploaded and how they are changed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,11 @@ def _text_of(path: Path, card: bytes) -> str:
         return card.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8, which the hub needs of a card; save it as UTF-8") from error
+
+
+def former_pictures(files: Files, names: Collection[str], read: Callable[[str], bytes]) -> set[str]:
+    """Returns the pictures of an earlier upload; see `smalti.core.hub.upload.FindFormer`."""
+    return set(names).intersection(SHEETS) - files.keys()
 
 
 def public_config(folder: Path) -> dict[str, Any]:
