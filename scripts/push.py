@@ -14,6 +14,7 @@ from smalti.core import locks, models
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME
 from smalti.core.hub.ids import HubId, RepoType, parse_target
+from smalti.core.hub.model_card import priors_of_levels
 from smalti.core.hub.model_files import former_pictures
 from smalti.core.hub.upload import Files, former_files, size_of, upload, write_files
 from smalti.core.models import read_config
@@ -105,15 +106,18 @@ def _collect(config: Push, target: HubId, scratch: Path) -> tuple[RepoType, File
     folder = _model_folder(config.source)
     described = read_config(folder)
     model = models.load(folder, described["family"])
+    command = f"build-latents --tokenizer {target}"
     if isinstance(model, Prior):
-        require_same_codes([model], tokenizer_beside(model), names=[config.source])
+        tokenizer = tokenizer_beside(model)
+        require_same_codes([model], tokenizer, names=[config.source])
+        names = priors_of_levels(target, model.provenance, len(tokenizer.layout.levels))
+        command = f"sample --prior {' '.join(names)}"
     files = model.files_to_share(target, scratch, license=config.license, sheet=config.sheet)
-    command = "sample --prior" if isinstance(model, Prior) else "build-latents --tokenizer"
     return (
         "model",
         files,
         [folder, *local_paths(described["provenance"].get("image_source"))],
-        f"smalti {command} {target}",
+        f"smalti {command}",
     )
 
 

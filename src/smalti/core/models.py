@@ -52,6 +52,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
     Attributes:
         family: `tokenizer` or `prior`.
         kind: its name on the command line and in `config.json`.
+        fills: whether it can fill masked parts of images.
         config_class: the frozen dataclass that its constructor takes.
         config: an instance of that dataclass.
         provenance: how this model was made (JSON values: sources, digests, settings). It is stored with the model, but
@@ -61,6 +62,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
 
     family: ClassVar[Family]
     kind: ClassVar[str]
+    fills: ClassVar[bool] = False
     config_class: ClassVar[type]
 
     def __init__(self, config: ConfigT) -> None:
@@ -128,11 +130,13 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         """
         folder, records = self.folder, [scratch, *([self.folder] if self.folder else [])]
         stored = folder is not None and (folder / CONFIG_NAME).is_file()
-        if folder is None or not stored or read_config(folder)["digest"] != self.digest():
+        changed = folder is not None and stored and read_config(folder)["digest"] != self.digest()
+        if folder is None or not stored or changed:
             self.save(folder := scratch)
         if tokenizer is not None:
             tokenizer.save(scratch / TOKENIZER_FOLDER)
-        return model_files(folder, records, target, facts=self.facts(), license=license, sheet=sheet)
+        about = {"facts": self.facts(), "fills": self.fills, "changed": changed, "load": load}
+        return model_files(folder, records, target, **about, license=license, sheet=sheet)
 
     def push_to_hub(
         self,

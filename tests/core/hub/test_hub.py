@@ -9,7 +9,7 @@ import torch
 import yaml
 from helpers import fake_hub
 from helpers.command_toys import save_pair
-from helpers.toys import untrained_pair
+from helpers.toys import TINY, untrained_pair
 from PIL import Image
 
 from smalti.api import load_prior, load_tokenizer, sample
@@ -96,6 +96,7 @@ def test_the_card_says_what_the_run_knows(hub, pair):
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "cc-by-4.0"
     assert (front["library_name"], front["pipeline_tag"]) == ("smalti", "unconditional-image-generation")
+    assert front["tags"] == ["smalti", "image-generation", "inpainting", "hourglass"]
     assert "![Samples, not selected](samples.png)" in card
     assert 'prior = load_prior("me/pair")' in card
     assert "smalti train-prior --latents codes.h5 --out pair\n" in card
@@ -107,6 +108,56 @@ def test_the_card_says_what_the_run_knows(hub, pair):
     assert "license" not in yaml.safe_load(card.split("---\n")[1])
     assert "No licence of the weights is given." in card
     assert "| codes of an image | 4×8 of 3·3 |" in card
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_the_card_of_a_prior_of_several_levels_names_the_priors_of_all(hub, level):
+    prior, tokenizer = untrained_pair()[0], models.class_of_kind("tokenizer", "vqvae2")(TINY["vqvae2"])
+    prior.provenance = {"tokenizer_digest": tokenizer.digest(), "level": level}
+    prior.push_to_hub(f"me/pair/level-{level}", tokenizer=tokenizer)
+    card = hub.repos["models/me/pair"].files()[f"level-{level}/README.md"].decode()
+    names = ["LEVEL-0", "LEVEL-1"]
+    names[level] = f"me/pair/level-{level}"
+    parts = [
+        f"which draws level {level} of the 2 levels of new images and fills masked parts",
+        f"smalti sample --prior {names[0]} {names[1]}\n",
+        f"smalti inpaint --prior {names[0]} {names[1]} --image",
+        f'priors = [load_prior("{names[0]}"), load_prior("{names[1]}")]\nimages = sample(priors, num=16)',
+        f"the priors of all levels; `LEVEL-{1 - level}` stands for the ones of the other levels",
+    ]
+    assert [part for part in parts if part not in card] == []
+
+
+def test_the_card_of_a_prior_that_cannot_fill_offers_no_inpainting(hub):
+    """RealNVP models real-valued latents, of which no part can be given."""
+    prior = models.class_of_kind("prior", "realnvp")(TINY["realnvp"])
+    tokenizer = models.class_of_kind("tokenizer", "vae")(TINY["vae"])
+    prior.provenance = {"tokenizer_digest": tokenizer.digest(), "level": 0}
+    prior.push_to_hub("me/flow", tokenizer=tokenizer)
+    card = hub.repos["models/me/flow"].files()["README.md"].decode()
+    assert "smalti sample --prior me/flow\n" in card
+    assert not [word for word in ("inpaint", "fill") if word in card]
+
+
+def test_the_card_of_changed_weights_has_no_records_of_the_training(hub, pair):
+    changed = load_prior(pair)
+    changed.head.weight.data.zero_()
+    changed.push_to_hub("me/changed")
+    files = hub.repos["models/me/changed"].files()
+    card = files["README.md"].decode()
+    assert changed.digest() in card
+    assert "The weights were changed after the training that is recorded beside them." in card
+    assert not [part for part in ("Held-out", "2.5", "train-prior", "steps", "samples.png", "torch 9") if part in card]
+    assert "samples.png" not in files
+
+
+def test_a_damaged_tokenizer_beside_a_prior_stays_here(hub, pair):
+    prior = load_prior(pair)
+    weights = pair / "tokenizer/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(UserError, match="do not belong together"):
+        prior.push_to_hub("me/pair")
+    assert hub.repos == {}
 
 
 def test_a_card_beside_the_model_is_kept(hub, pair):

@@ -94,6 +94,18 @@ def test_a_kind_is_the_one_that_was_trained_here(hub, capfd):
     assert "config.json" in repo.files("v1")
 
 
+def test_the_next_command_names_the_priors_of_all_levels(hub, capfd):
+    tokenizer = models.class_of_kind("tokenizer", "vqvae2")(toys.TINY["vqvae2"])
+    prior = load("pair", "prior")
+    prior.provenance |= {"tokenizer_digest": tokenizer.digest(), "level": 0}
+    prior.save("coarse")
+    tokenizer.save("coarse/tokenizer")
+    status, out, _ = run(capfd, push.main, "coarse", "me/photos/level-0")
+    assert (status, out.splitlines()[-1]) == (0, "next: smalti sample --prior me/photos/level-0 LEVEL-1")
+    status, out, _ = run(capfd, push.main, "pair", "me/photos")
+    assert (status, out.splitlines()[-1]) == (0, "next: smalti sample --prior me/photos")
+
+
 def test_a_latent_set_goes_to_a_data_set(hub, capfd):
     small_set(Path("codes.h5"))
     status, out, _ = run(capfd, push.main, "codes.h5", "me/codes", "--tokenizer", "me/tokenizer")

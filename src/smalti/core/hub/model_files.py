@@ -42,7 +42,16 @@ def download_model(hub_id: HubId) -> Path:
 
 
 def model_files(
-    folder: Path, records: Sequence[Path], target: HubId, *, facts: dict[str, str], license: str | None, sheet: bool
+    folder: Path,
+    records: Sequence[Path],
+    target: HubId,
+    *,
+    facts: dict[str, str],
+    fills: bool,
+    changed: bool,
+    load: Callable[[Path, str], Any],
+    license: str | None,
+    sheet: bool,
 ) -> Files:
     """Returns the files of a trained model to upload, with its card.
 
@@ -54,13 +63,17 @@ def model_files(
             counts. The last one may have the records of the training.
         target: where it will be on the hub.
         facts: what the card says of the network, by title.
+        fills: whether the model can fill masked parts of images.
+        changed: whether the weights are other ones than those of the training: then its records are not theirs.
+        load: loads a model of a family from a folder.
         license: the licence for the card, or None.
         sheet: whether pictures are uploaded.
 
     Raises:
-        UserError: if a prior has no tokenizer, or one that did not make its codes; or for an unsuitable licence.
+        UserError: if a prior has no tokenizer, a damaged one, or one that did not make its codes; or for an unsuitable
+            licence or card.
     """
-    described = public_config(folder)
+    described, levels = public_config(folder), 1
     files: dict[str, Path | bytes] = {**_two_files(folder, described)}
     if described["family"] == "prior":
         copy = next((each / TOKENIZER_FOLDER for each in records if (each / TOKENIZER_FOLDER).is_dir()), None)
@@ -71,6 +84,7 @@ def model_files(
         tokenizer = public_config(copy)
         if described["provenance"].get("tokenizer_digest", tokenizer["digest"]) not in digests_of_codes(tokenizer):
             raise UserError(f"{copy} is not the tokenizer that made the codes of the prior; give that one")
+        levels = len(load(copy, "tokenizer").layout.levels)
         files |= {f"{TOKENIZER_FOLDER}/{name}": contents for name, contents in _two_files(copy, tokenizer).items()}
     pictures = {name: path for name in SHEETS for path in (_first(records, name),) if path is not None and sheet}
     own_card = _first(records, CARD_NAME)
@@ -82,9 +96,10 @@ def model_files(
         pictures = {name: path for name, path in pictures.items() if name in text}
     else:
         require_license(license)
-        pictures = dict(list(pictures.items())[:1])
-        picture = next(iter(pictures), None)
-        card = model_card(described, records[-1], target, facts=facts, license=license, picture=picture).encode()
+        pictures = {} if changed else dict(list(pictures.items())[:1])
+        run, picture = None if changed else records[-1], next(iter(pictures), None)
+        about = {"facts": facts, "fills": fills, "levels": levels}
+        card = model_card(described, run, target, **about, license=license, picture=picture).encode()
     shown = {name: without_texts(path.read_bytes()) for name, path in pictures.items()}
     return {CARD_NAME: card, **files, **shown}
 
