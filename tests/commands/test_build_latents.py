@@ -10,14 +10,12 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import command_toys
 from helpers.build_toys import (
     CONDITIONS,
     CONFIG,
@@ -39,9 +37,7 @@ from smalti.images.image_set import open_images
 from smalti.images.splits import held_out
 from smalti.latentsets.building.blocks import BlockStore
 from smalti.latentsets.building.jobs import Job
-from smalti.latentsets.copies import copy_set
 from smalti.latentsets.reader import LatentSet
-from smalti.scripts import train_prior
 from smalti.tokenizers.vq.hrvq import HRVQ
 
 BLOCK_IMAGES = 4
@@ -238,35 +234,6 @@ def test_an_existing_set_is_rebuilt_only_if_its_inputs_change(workspace, capfd, 
     assert run(capfd, *FLAGS, "--out", "latents.h5")[0] == 0
     assert not same("latents.h5", workspace / "whole.h5")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["img", "latents.h5", "tokenizer"]
-
-
-@pytest.mark.parametrize("shards", [[], ["--shard-rows", "24"]])
-def test_a_set_records_held_out_images_without_their_folder_where_its_digest_covers_them(
-    capfd, monkeypatch, tmp_path, shards
-):
-    """A set of a former version, whose preprocessing has the whole path, still counts as built."""
-    monkeypatch.chdir(tmp_path)
-    save_tokenizer(Path("tokenizer"))
-    write_images(Path("img"), 20)
-    write_images(Path("client/test"), 4, seed=1)
-    path, flags = tmp_path / "client/test", [*FLAGS, *shards, "--held-out", str(tmp_path / "client/test")]
-    assert run(capfd, *flags, "--out", "latents")[0] == 0
-    built = LatentSet("latents")
-    built.verify()
-    assert built.provenance.preprocessing["held_out"] == "test"
-    assert built.provenance.held_out_source == str(path)
-    assert built.count_images()["held_out"] == 4
-    if not shards:
-        former = replace(built.provenance, preprocessing={**built.provenance.preprocessing, "held_out": str(path)})
-        copy_set(built, former, tmp_path / "latents")
-    status, out, _ = run(capfd, *flags, "--out", "latents")
-    assert (status, "latents already holds these codes" in out) == (0, True)
-    assert run(capfd, *flags, "--out", "latents", "--overwrite")[0] == 0
-    assert LatentSet("latents").content_digest == built.content_digest
-    small = "--model-width 16 --heads 2 --depth 1 1 1 --sheet-samples 2 --steps 1 --batch-size 4 --device cpu"
-    assert command_toys.run(capfd, train_prior.main, "--latents", "latents", "--out", "prior", *small.split())[0] == 0
-    described = json.loads(Path("prior/config.json").read_text())["provenance"]
-    assert (described["held_out"], described["preprocessing"]["held_out"]) == (str(path), "test")
 
 
 def test_bf16_gives_other_codes_and_the_set_records_it(capfd, monkeypatch, tmp_path):
