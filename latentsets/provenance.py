@@ -8,10 +8,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from smalti.core.config import added, config_from_json, parse_json
+from smalti.core.hub.public_names import public_values
 from smalti.core.provenance import command, versions
 
 ADDED_IN_4 = ("condition_source",)
 """Attributes that format versions 2 and 3 lack."""
+OPTIONAL = ("held_out_source",)
+"""Attributes that a file has only if they are not empty."""
 MOST_REASONS = 1000
 """Images left out of a set whose reasons are recorded. Of others only the row is: the attribute must stay readable."""
 
@@ -34,11 +37,13 @@ class Provenance:
         tokenizer_source: The folder or hub id it was loaded from.
         image_source: The value of `--images`.
         image_fingerprint: A fingerprint that changes if the images change.
-        preprocessing: What was done to the images before encoding, as JSON values.
+        preprocessing: What was done to the images before encoding, as JSON values without local folders, because the
+            content digest covers them.
         label_names: The name of each label, from label 0 on; empty if the images have no labels.
         skipped: Images left out because they could not be decoded: `row` in the image source and, for the first
             `MOST_REASONS`, `reason`, in order.
         condition_source: The function or file that the conditions come from, with a digest; empty if there are none.
+        held_out_source: The value of `--held-out` if it names other images; otherwise empty.
         command: The command line that made the set.
         created: UTC time of creation, ISO 8601.
         software: Versions of the software that made the set.
@@ -54,6 +59,7 @@ class Provenance:
     label_names: tuple[str, ...] = ()
     skipped: tuple[dict[str, Any], ...] = ()
     condition_source: str = added(off="")
+    held_out_source: str = added(off="")
     command: str = field(default_factory=command)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     software: dict[str, str] = field(default_factory=versions)
@@ -66,10 +72,12 @@ class Provenance:
     def is_met_by(self, other: "Provenance") -> bool:
         """Returns whether another set has the same tokenizer, images and preprocessing, and therefore the same codes.
 
-        It must also have the conditions of this one, if this one has any.
+        It must also have the conditions of this one, if this one has any. Sets of former versions have local folders in
+        their preprocessing, which are not compared.
         """
-        same = ("tokenizer_digest", "image_fingerprint", "preprocessing", "label_names")
+        same = ("tokenizer_digest", "image_fingerprint", "label_names")
         codes_are_equal = all(getattr(self, name) == getattr(other, name) for name in same)
+        codes_are_equal &= public_values(self.preprocessing) == public_values(other.preprocessing)
         return codes_are_equal and self.condition_source in ("", other.condition_source)
 
     def is_rebuild_of(self, other: "Provenance | None") -> bool:
@@ -89,6 +97,7 @@ class Provenance:
         return {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             for name, value in vars(self).items()
+            if value or name not in OPTIONAL
         }
 
     @classmethod
@@ -100,6 +109,8 @@ class Provenance:
             KeyError: if an attribute is missing.
         """
         types: dict[str, Any] = {described.name: described.type for described in dataclasses.fields(cls)}
-        described = {name: kind for name, kind in types.items() if name in texts or name not in ADDED_IN_4}
+        described = {
+            name: kind for name, kind in types.items() if name in texts or name not in (*ADDED_IN_4, *OPTIONAL)
+        }
         values = {name: texts[name] if kind is str else parse_json(texts[name]) for name, kind in described.items()}
         return config_from_json(cls, values, source)

@@ -28,7 +28,7 @@ from smalti.latentsets.hdf5.mapped import MappedRows
 from smalti.latentsets.hdf5.sharded import SetFiles, digest_of_files, open_files
 from smalti.latentsets.overview import Overview, read_overview
 from smalti.latentsets.provenance import Provenance
-from smalti.latentsets.sharing import files_to_share, find_file
+from smalti.latentsets.sharing import files_to_share, find_file, former_set
 
 BLOCK_VALUES = 1 << 18
 """Codes that are counted at a time; numpy widens each to 8 bytes."""
@@ -154,7 +154,7 @@ class LatentSet:
         target = parse_target(hub_id, revision)
         with TemporaryDirectory(prefix="smalti-push-") as scratch:
             files = files_to_share(self, target, Path(scratch), license=license, tokenizer=tokenizer)
-            return upload(files, target, "dataset", private=private, message=message)
+            return upload(files, target, "dataset", find_former=former_set, private=private, message=message)
 
     def batch(self, rows: Sequence[int] | Int64[Tensor, " b"]) -> Codes:
         """Returns the codes of the given rows, in their order.

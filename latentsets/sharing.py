@@ -4,6 +4,7 @@ The uploaded copy has the same content digest: only attributes that it does not 
 """
 
 import os
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME, code, front_matter, license_line, listed, require_license, table
 from smalti.core.hub.download import MOST_NAMES, download
 from smalti.core.hub.ids import HubId, find_hub_id
-from smalti.core.hub.public_names import has_folders, public_command, public_values
+from smalti.core.hub.public_names import public_command, public_values
 from smalti.core.hub.upload import Files
 from smalti.latentsets.copies import SetToShare, copy_file
 from smalti.latentsets.hdf5.digests import MEANING
-from smalti.latentsets.hdf5.sharded import INDEX_NAME, write_index
+from smalti.latentsets.hdf5.sharded import INDEX_NAME, names_in_index, write_index
 from smalti.latentsets.provenance import Provenance
 
 SUFFIXES = (".h5", ".hdf5")
@@ -105,26 +106,47 @@ def files_to_share(
         if indexed:
             write_index(scratch, latent_set.content_digest)
         paths = [scratch / path.name for path in paths]
-    names = [*paths, *([paths[0].with_name(INDEX_NAME)] if indexed else [])]
     card = latent_set_card(latent_set, provenance, target, license=license)
-    readable = (*SUFFIXES, Path(INDEX_NAME).suffix)  # `find_file` finds no others
-    found = {path.name if path.suffix in readable else f"{path.name}.h5": path for path in names}
-    return {CARD_NAME: card.encode(), **found}
+    index = {INDEX_NAME: paths[0].with_name(INDEX_NAME)} if indexed else {}
+    return {CARD_NAME: card.encode(), **{_name_on_hub(path): path for path in paths}, **index}
+
+
+def former_set(files: Files, names: Collection[str], read: Callable[[str], bytes]) -> set[str]:
+    """Returns the files of an earlier set of several files; see `smalti.core.hub.upload.FindFormer`.
+
+    Single files of other names stay, since a repository may have several latent sets of one file.
+
+    Raises:
+        UserError: if a set of several files would lie beside other latent sets, where it cannot be read.
+    """
+    names = {name for name in names if name == INDEX_NAME or ("/" not in name and name.endswith(".h5"))}
+    listed = names_in_index(read(INDEX_NAME)) if INDEX_NAME in names else []
+    former = names.intersection([*listed, INDEX_NAME] if listed else [])
+    others = sorted(names - former - files.keys())
+    if INDEX_NAME in files and others:
+        raise UserError(
+            f"a set of several files cannot be read beside another latent set ({others[0]}); remove that first, or "
+            "give another repository or folder"
+        )
+    return former - files.keys()
+
+
+def _name_on_hub(path: Path) -> str:
+    """Returns the name with a suffix by which `find_file` finds the file."""
+    return path.name if path.suffix in SUFFIXES else f"{path.name}.h5"
 
 
 def _public(latent_set: SetToShare, before: Provenance, tokenizer: str | None) -> Provenance:
     """Returns a provenance without local folders, which may not change what the content digest covers."""
-    values = public_values(vars(before))
-    kept = {name: getattr(before, name) for name in MEANING if name != "layout"}
-    for image in before.skipped:
-        if has_folders(reason := str(image.get("reason", ""))):
+    public = replace(before, **public_values(vars(before)))
+    texts, public_texts = before.to_attributes(), public.to_attributes()
+    for name in MEANING:
+        if name in texts and texts[name] != public_texts[name]:
             raise UserError(
-                f"{latent_set.path} records the folder of an image that was left out ({reason}), and its digest covers "
+                f"{latent_set.path} records local folders or an address with a query in {name}, and its digest covers "
                 "that, as in sets of former versions; build it again with --overwrite"
             )
-    if tokenizer is not None:
-        values["tokenizer_source"] = tokenizer
-    return replace(before, **{**values, **kept})
+    return public if tokenizer is None else replace(public, tokenizer_source=tokenizer)
 
 
 def latent_set_card(
@@ -138,8 +160,9 @@ def latent_set_card(
         target: where it will be on the hub.
         license: the licence, or None for none.
     """
-    rows, images, name = len(latent_set.labels), latent_set.count_images(), latent_set.files.extents[0].path.name
-    count, last = len(latent_set.files.extents), latent_set.files.extents[-1].path.name
+    rows, images = len(latent_set.labels), latent_set.count_images()
+    names = [_name_on_hub(extent.path) for extent in latent_set.files.extents]
+    count, name, last = len(names), names[0], names[-1]
     files = f"one HDF5 file (`{name}`)" if count == 1 else f"{count:,} HDF5 files (`{name}` to `{last}`)"
     size = next((label for limit, label in SIZES.items() if rows < limit), "n>10M")
     front = front_matter(license, tags=["smalti", "latent-set", "hdf5"], size_categories=[size])
@@ -152,7 +175,7 @@ def latent_set_card(
         "flips": _flips(latent_set),
         "crops": _crops(provenance),
         "classes": _classes(latent_set),
-        "vectors": _vectors(latent_set),
+        "vectors": _vectors(latent_set, provenance),
         "captions": f"{captioned:,} rows have one" if (captioned := len(latent_set.captioned_rows())) else "",
         "left out": f"{len(provenance.skipped)} damaged images" if provenance.skipped else "",
         "layout of the codes": str(latent_set.layout),
@@ -234,8 +257,8 @@ def _classes(latent_set: SetToShare) -> str:
     return f"{classes}; {without:,} rows have none" if without else classes
 
 
-def _vectors(latent_set: SetToShare) -> str:
-    source, width = latent_set.provenance.condition_source, latent_set.condition_width
+def _vectors(latent_set: SetToShare, provenance: Provenance) -> str:
+    source, width = provenance.condition_source, latent_set.condition_width
     return f"{width} numbers for each row, from {code(source)}" if width else ""
 
 

@@ -170,6 +170,8 @@ class CodePrior(Prior, ABC):
             there are none. Conditioning has an effect only if `features` uses these.
     """
 
+    fills: ClassVar[bool] = True
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         width = config.model_width

@@ -14,12 +14,14 @@ from smalti.core import locks, models
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME
 from smalti.core.hub.ids import HubId, RepoType, parse_target
-from smalti.core.hub.upload import Files, size_of, upload, write_files
+from smalti.core.hub.model_card import priors_of_levels
+from smalti.core.hub.model_files import former_pictures
+from smalti.core.hub.upload import Files, former_files, size_of, upload, write_files
 from smalti.core.models import read_config
 from smalti.images.sources import local_paths
 from smalti.latentsets.hdf5.sharded import INDEX_NAME
 from smalti.latentsets.reader import LatentSet
-from smalti.latentsets.sharing import files_to_share
+from smalti.latentsets.sharing import files_to_share, former_set
 from smalti.latentsets.summary import size_text
 from smalti.priors.base import Prior
 
@@ -73,17 +75,20 @@ def push(config: Push) -> None:
     target = parse_target(config.target, config.revision)
     with TemporaryDirectory(prefix="smalti-push-") as scratch:
         kind, files, inputs, following = _collect(config, target, Path(scratch))
+        find_former = former_set if kind == "dataset" else former_pictures
         if config.preview is None:
             _print_files(files)
             _print_notes(config, files)
-            print(upload(files, target, kind, private=config.private, message=config.message))
+            uploaded = {"find_former": find_former, "private": config.private, "message": config.message}
+            print(upload(files, target, kind, **uploaded))
             print(f"next: {following}")
         else:
-            outputs = [config.preview / name for name in files]
+            former = former_files(files, config.preview, find_former)
+            outputs = [*(config.preview / name for name in files), *former]
             with locks.claim(
                 outputs, folder=config.preview, inputs=inputs, overwrite=config.overwrite, flag="--preview"
             ):
-                write_files(files, config.preview)
+                write_files(files, config.preview, former)
             _print_files(files)
             _print_notes(config, files)
             print(f"nothing was uploaded; the files are in {config.preview}, and {CARD_NAME} is the card")
@@ -101,15 +106,18 @@ def _collect(config: Push, target: HubId, scratch: Path) -> tuple[RepoType, File
     folder = _model_folder(config.source)
     described = read_config(folder)
     model = models.load(folder, described["family"])
+    command = f"build-latents --tokenizer {target}"
     if isinstance(model, Prior):
-        require_same_codes([model], tokenizer_beside(model), names=[config.source])
+        tokenizer = tokenizer_beside(model)
+        require_same_codes([model], tokenizer, names=[config.source])
+        names = priors_of_levels(target, model.provenance, len(tokenizer.layout.levels))
+        command = f"sample --prior {' '.join(names)}"
     files = model.files_to_share(target, scratch, license=config.license, sheet=config.sheet)
-    command = "sample --prior" if isinstance(model, Prior) else "build-latents --tokenizer"
     return (
         "model",
         files,
         [folder, *local_paths(described["provenance"].get("image_source"))],
-        f"smalti {command} {target}",
+        f"smalti {command}",
     )
 
 

@@ -23,7 +23,7 @@ from smalti.core.config import config_from_json, parse_json
 from smalti.core.errors import UserError
 from smalti.latentsets.hdf5.captions import CAPTION_ENDS, check_captions
 from smalti.latentsets.hdf5.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
-from smalti.latentsets.provenance import ADDED_IN_4, Provenance
+from smalti.latentsets.provenance import ADDED_IN_4, OPTIONAL, Provenance
 
 FORMAT = "smalti-latents"
 FORMAT_VERSION = 4
@@ -244,6 +244,7 @@ def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, d
         names = require_version(path, attribute(file, "format_version"))
         if missing := [name for name in names if name not in file.attrs]:
             raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
+        names += [name for name in OPTIONAL if name in file.attrs]
         return described(path, {name: attribute(file, name) for name in (*names, "format_version")})
     except (UserError, OSError):
         raise
@@ -252,7 +253,7 @@ def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, d
 
 
 def require_version(path: Path, number: Any) -> list[str]:
-    """Returns the names of the text attributes of a format version.
+    """Returns the names of the text attributes that every file of a format version has.
 
     Raises:
         UserError: if the version is not read.
@@ -265,7 +266,7 @@ def require_version(path: Path, number: Any) -> list[str]:
         read = f"{VERSIONS[0]} to {VERSIONS[-1]}"
         raise UserError(f"{path} has format version {number}, this smalti reads {read}; {remedy}")
     digests = ["content_digest", *(["attributes_digest"] if number != 2 else [])]
-    new = ADDED_IN_4 if number < 4 else ()
+    new = (*OPTIONAL, *(ADDED_IN_4 if number < 4 else ()))
     return [
         "format",
         "layout",

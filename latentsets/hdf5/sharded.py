@@ -6,6 +6,7 @@ index that describes the whole set. Files without an index are read as one set t
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from smalti.latentsets.hdf5.format import (
     read_header,
     require_version,
 )
-from smalti.latentsets.provenance import Provenance, shortened
+from smalti.latentsets.provenance import OPTIONAL, Provenance, shortened
 
 INDEX_NAME = "index.json"
 ALIKE = ("tokenizer_digest", "preprocessing", "label_names", "condition_source")
@@ -214,6 +215,7 @@ def _read_index(folder: Path) -> SetFiles:
         names = [*require_version(path, attributes.get("format_version")), "format_version"]
         if missing := [name for name in names if name not in attributes]:
             raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
+        names += [name for name in OPTIONAL if name in attributes]
         layout, provenance, texts = described(path, {name: attributes[name] for name in names})
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
@@ -233,6 +235,15 @@ def _read_index(folder: Path) -> SetFiles:
         condition_width=shards[0].condition_width,
         captioned=tuple(shard.captioned for shard in shards),
     )
+
+
+def names_in_index(contents: bytes) -> list[str]:
+    """Returns the names of the shards that an index lists; empty if it is not the index of a latent set."""
+    try:
+        index = json.loads(contents)
+        return [str(shard["name"]) for shard in index["shards"]] if index["attributes"]["format"] == FORMAT else []
+    except (ValueError, TypeError, KeyError):
+        return []
 
 
 def _require_listed(folder: Path, layout: Layout, shards: Sequence[Shard]) -> None:

@@ -1,11 +1,24 @@
 """Names of models: kinds, folders, and the models in the package, which stand in for kinds that are not trained."""
 
+import shutil
+from pathlib import Path
+
 import pytest
+from helpers import fake_hub
 from helpers.command_toys import save_pair
+from helpers.toys import TINY
 
 from smalti.commands import model_paths
-from smalti.commands.model_paths import find_model, load_only_prior, load_tokenizer, prior_class, tokenizer_beside
+from smalti.commands.model_paths import (
+    find_model,
+    layer_source,
+    load_only_prior,
+    load_tokenizer,
+    prior_class,
+    tokenizer_beside,
+)
 from smalti.core.errors import UserError
+from smalti.tokenizers.hqa.hqa import HQA
 
 
 @pytest.fixture
@@ -49,3 +62,17 @@ def test_a_folder_in_the_working_directory_needs_a_path_if_the_package_has_its_n
     save_pair(tmp_path / "portraits")
     assert find_model("portraits", "prior") == shipped
     assert find_model("./portraits", "prior").resolve() == tmp_path / "portraits"
+
+
+def test_missing_parts_of_a_local_model_are_not_requested_from_the_hub(tmp_path, monkeypatch):
+    """Paths such as models/faces/tokenizer have the form of a hub id."""
+    monkeypatch.chdir(tmp_path)
+    save_pair(Path("models/faces"))
+    shutil.rmtree("models/faces/tokenizer")
+    HQA(TINY["hqa"]).save("models/hqa")
+    with fake_hub.in_use(monkeypatch, tmp_path / "cache") as hub:
+        with pytest.raises(UserError, match="copy of its tokenizer is missing: put it at models/faces/tokenizer, or"):
+            tokenizer_beside(load_only_prior("models/faces"))
+        with pytest.raises(UserError, match="models/hqa/layer-1 with the first layers of models/hqa is missing; copy"):
+            layer_source("models/hqa", 1)
+        assert hub.requests == []

@@ -218,6 +218,8 @@ def commit(hub: FakeHub, repo: Repo, name: str, branch: str, body: bytes) -> tup
             repo.messages.append(value["summary"])
         elif line["key"] == "file":
             files[value["path"]] = base64.b64decode(value["content"])
+        elif line["key"] == "deletedFile":
+            del files[value["path"]]
         else:
             assert line["key"] == "lfsFile"
             files[value["path"]] = hub.large[value["oid"]]

@@ -1,16 +1,21 @@
 """Latent sets on the hub, against a local fake: the content digest survives, and local folders do not."""
 
 import dataclasses
+import shutil
 
 import pytest
+import torch
 import yaml
 from helpers import fake_hub
-from helpers.latents import GRID, LEVELS, PROVENANCE, make_codes, small_set, write
+from helpers.latents import GRID, LEVELS, PROVENANCE, extended_set, make_codes, make_columns, small_set, write
 
 from smalti.core.codes import Layout
 from smalti.core.errors import UserError
+from smalti.latentsets.copies import copy_set
 from smalti.latentsets.dataset import LatentRows
+from smalti.latentsets.hdf5.sharded import write_index
 from smalti.latentsets.reader import LatentSet
+from smalti.latentsets.writer import LatentSetWriter
 
 LOCAL = dataclasses.replace(
     PROVENANCE,
@@ -66,9 +71,29 @@ def test_the_uploaded_copy_has_no_local_folders_and_the_same_digest(hub, tmp_pat
     assert LatentSet("codes.h5").provenance == latents.provenance
     skipped = dataclasses.replace(LOCAL, skipped=({"row": 1, "reason": "/home/jane/photos/1.png is empty"},))
     write(tmp_path / "skipped.h5", GRID, make_codes(GRID, 60), [0], skipped)
-    with pytest.raises(UserError, match="records the folder of an image that was left out"):
+    with pytest.raises(UserError, match=r"records local folders .* in skipped, and its digest"):
         LatentSet("skipped.h5").push_to_hub("me/skipped")
     assert "datasets/me/skipped" not in hub.repos
+    held_out = dataclasses.replace(LOCAL, preprocessing={"held_out": "/home/jane/client/test"})
+    write(tmp_path / "held_out.h5", GRID, make_codes(GRID, 60), [0], held_out)
+    with pytest.raises(UserError, match="in preprocessing, and its digest covers that"):
+        LatentSet("held_out.h5").push_to_hub("me/held-out")
+    assert "datasets/me/held-out" not in hub.repos
+
+
+def test_the_sources_of_vectors_and_held_out_images_have_no_local_folders(hub, tmp_path):
+    extended_set(tmp_path / "codes.h5")
+    latents = LatentSet("codes.h5")
+    sources = {"held_out_source": "/home/jane/client/test", "condition_source": "clients/jane/clip.npy, SHA-256 f00d"}
+    copy_set(latents, dataclasses.replace(latents.provenance, **sources), tmp_path / "copy.h5")
+    LatentSet("copy.h5").push_to_hub("me/codes")
+    files = hub.repos["datasets/me/codes"].files()
+    assert not any(b"home" in contents or b"jane" in contents for contents in files.values())
+    assert "| vectors | 5 numbers for each row, from `clip.npy, SHA-256 f00d` |" in files["README.md"].decode()
+    opened = LatentSet("me/codes")
+    opened.verify()
+    assert opened.content_digest == latents.content_digest
+    assert opened.provenance.held_out_source == "test"
 
 
 def test_the_card_says_which_crops_a_set_has(hub, tmp_path):
@@ -107,6 +132,47 @@ def test_the_card_of_a_set(hub, tmp_path):
     assert [part for part in parts if part not in card] == []
 
 
+def write_shards(folder, count):
+    """Writes a set of several files anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for number in range(count):
+        columns = {**make_columns(12), "source_numbers": 6 * number + torch.arange(6)}
+        with LatentSetWriter(folder / f"{number:05}.h5", GRID, **columns, provenance=LOCAL) as writer:
+            writer.write(0, make_codes(GRID, 12, number))
+    write_index(folder)
+    return LatentSet(folder)
+
+
+def test_a_set_pushed_again_replaces_all_files_of_a_set_of_several_files(hub, tmp_path):
+    write_shards(tmp_path / "set", 3).push_to_hub("me/codes")
+    files = hub.repos["datasets/me/codes"].files()
+    assert sorted(files) == ["00000.h5", "00001.h5", "00002.h5", "README.md", "index.json"]
+    files |= {"notes.txt": b"a person's own", "more/00002.h5": files["00002.h5"]}
+    fewer = write_shards(tmp_path / "set", 2)
+    fewer.push_to_hub("me/codes")
+    own = ["more/00002.h5", "notes.txt"]
+    files = hub.repos["datasets/me/codes"].files()
+    assert sorted(files) == sorted(["00000.h5", "00001.h5", "README.md", "index.json", *own])
+    assert LatentSet("me/codes").content_digest == fewer.content_digest
+    write(tmp_path / "codes.h5", GRID, make_codes(GRID, 60), [0], LOCAL)
+    one = LatentSet("codes.h5")
+    one.push_to_hub("me/codes")
+    assert sorted(hub.repos["datasets/me/codes"].files()) == sorted(["README.md", "codes.h5", *own])
+    del hub.repos["datasets/me/codes"].files()["more/00002.h5"]
+    assert LatentSet("me/codes").content_digest == one.content_digest
+
+
+def test_another_latent_set_in_the_repository_stays(hub, tmp_path):
+    for name in ("train.h5", "test.h5"):
+        write(tmp_path / name, GRID, make_codes(GRID, 60), [0], LOCAL)
+        LatentSet(name).push_to_hub("me/codes")
+    before = dict(hub.repos["datasets/me/codes"].files())
+    assert {"train.h5", "test.h5"} < before.keys()
+    with pytest.raises(UserError, match=r"cannot be read beside another latent set \(test\.h5\); remove that first"):
+        write_shards(tmp_path / "set", 2).push_to_hub("me/codes")
+    assert hub.repos["datasets/me/codes"].files() == before
+
+
 def test_damaged_sets_stay_here(hub, tmp_path):
     small_set(tmp_path / "codes.h5")
     latents = LatentSet("codes.h5")
@@ -137,7 +203,10 @@ def test_data_sets_that_name_no_set_are_one_line(hub, tmp_path):
 
 
 def test_a_set_of_any_file_name_can_be_opened_by_its_id(hub, tmp_path):
-    write(tmp_path / "codes", GRID, make_codes(GRID, 60), [0])
-    latents = LatentSet("codes")
-    latents.push_to_hub("me/codes")
-    assert LatentSet("me/codes").content_digest == latents.content_digest
+    for file in ("codes", "codes.json"):
+        write(tmp_path / file, GRID, make_codes(GRID, 60), [0])
+        latents = LatentSet(file)
+        latents.push_to_hub(f"me/{file}")
+        assert LatentSet(f"me/{file}").content_digest == latents.content_digest
+        card = hub.repos[f"datasets/me/{file}"].files()["README.md"].decode()
+        assert f'hf_hub_download("me/{file}", "{file}.h5", repo_type="dataset")' in card

@@ -16,9 +16,11 @@ from accelerate import PartialState
 from smalti.commands.model_paths import LATENTS, images_for, layer_name, layer_source, load_tokenizer
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
+from smalti.core.hub.public_names import public_values
 from smalti.core.provenance import command, versions
 from smalti.encoding.build import Engine, encode
 from smalti.encoding.encoder import Encoder
+from smalti.images.contents import held_out_percent
 from smalti.images.fitting import SMALLEST_CROP, TEN_CROP_SIDE, recorded_fit, ten_crops
 from smalti.images.image_set import ImageSet
 from smalti.images.reading import Reading
@@ -154,6 +156,7 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
     crops |= {"ten_crop_side": TEN_CROP_SIDE} if config.ten_crop else {}
     other = {} if config.precision == "fp32" else {"precision": config.precision}
     other |= {"captions_digest": digest_of_captions(captions)} if captions else {}
+    held_out = images.preprocessing.get("held_out", "")
     provenance = Provenance(
         tokenizer_kind=tokenizer.kind,
         tokenizer_config=dataclasses.asdict(tokenizer.config),
@@ -161,9 +164,10 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
         tokenizer_source=tokenizer_source,
         image_source=images.source,
         image_fingerprint=images.fingerprint,
-        preprocessing={**images.preprocessing, "flips": config.flips, **crops, **other},
+        preprocessing=public_values({**images.preprocessing, "flips": config.flips, **crops, **other}),
         label_names=images.label_names,
         condition_source=conditions.source if conditions else "",
+        held_out_source=held_out if held_out_percent(held_out) is None else "",
         command=command(),
     )
     device_type = config.device if engine else wanted.type

@@ -141,7 +141,7 @@ def layer_source(source: str, layer: int | None) -> str:
     """Returns the source of the tokenizer with the first `layer` layers of `source`; `source` if None.
 
     Raises:
-        UserError: if there is no such layer, or `source` is no tokenizer.
+        UserError: if there is no such layer, its folder is missing, or `source` is no tokenizer.
     """
     if layer is None:
         return source
@@ -150,7 +150,10 @@ def layer_source(source: str, layer: int | None) -> str:
     stages = cast(type[Tokenizer], cls).stages(config)
     if not 1 <= layer <= len(stages):
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
-    return str(folder if layer == len(stages) else folder / layer_name(layer))
+    own = folder if layer == len(stages) else folder / layer_name(layer)
+    if not own.is_dir():  # its path could be the id of a model on the hub
+        raise UserError(f"{own} with the first layers of {source} is missing; copy it from the training's folder")
+    return str(own)
 
 
 def images_for(
@@ -257,11 +260,14 @@ def tokenizer_beside(prior: Prior) -> Tokenizer:
     """Loads the copy of the tokenizer in the folder that a prior was loaded from.
 
     Raises:
-        UserError: if the prior was not loaded from a folder, or as `smalti.core.models.load` does.
+        UserError: if the prior was not loaded from a folder, the copy is missing, or as `smalti.core.models.load` does.
     """
     if prior.folder is None:
         raise UserError("this prior was not loaded from a folder; give its tokenizer too")
-    return load_tokenizer(str(_run_folder(prior.folder) / "tokenizer"))
+    copy = _run_folder(prior.folder) / models.TOKENIZER_FOLDER
+    if not copy.is_dir():  # its path could be the id of a model on the hub
+        raise UserError(f"the prior's copy of its tokenizer is missing: put it at {copy}, or give the tokenizer too")
+    return load(copy, "tokenizer")
 
 
 def require_same_codes(

@@ -226,6 +226,7 @@ def _new_prior(config: TrainPrior[Any, Any], latents: LatentSet) -> tuple[TrainP
         "image_fingerprint": latents.provenance.image_fingerprint,
         "images": latents.count_images(),
         "preprocessing": latents.provenance.preprocessing,
+        **({"held_out": latents.provenance.held_out_source} if latents.provenance.held_out_source else {}),
         "label_names": names,
         **({"condition_source": latents.provenance.condition_source} if by_vector else {}),
         "label_counts": label_counts(**counts, classes=classes).tolist(),  # unlabelled rows first

@@ -37,7 +37,7 @@ from smalti.core.config import ADDED, RENAMED, config_from_json, former_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.hub.ids import FORMS, HubId, find_hub_id, parse_target
-from smalti.core.hub.model_files import TOKENIZER_FOLDER, download_model, model_files
+from smalti.core.hub.model_files import TOKENIZER_FOLDER, download_model, former_pictures, model_files
 from smalti.core.hub.upload import Files, upload
 
 Family: TypeAlias = Literal["tokenizer", "prior"]
@@ -52,6 +52,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
     Attributes:
         family: `tokenizer` or `prior`.
         kind: its name on the command line and in `config.json`.
+        fills: whether it can fill masked parts of images.
         config_class: the frozen dataclass that its constructor takes.
         config: an instance of that dataclass.
         provenance: how this model was made (JSON values: sources, digests, settings). It is stored with the model, but
@@ -61,6 +62,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
 
     family: ClassVar[Family]
     kind: ClassVar[str]
+    fills: ClassVar[bool] = False
     config_class: ClassVar[type]
 
     def __init__(self, config: ConfigT) -> None:
@@ -128,11 +130,13 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         """
         folder, records = self.folder, [scratch, *([self.folder] if self.folder else [])]
         stored = folder is not None and (folder / CONFIG_NAME).is_file()
-        if folder is None or not stored or read_config(folder)["digest"] != self.digest():
+        changed = folder is not None and stored and read_config(folder)["digest"] != self.digest()
+        if folder is None or not stored or changed:
             self.save(folder := scratch)
         if tokenizer is not None:
             tokenizer.save(scratch / TOKENIZER_FOLDER)
-        return model_files(folder, records, target, facts=self.facts(), license=license, sheet=sheet)
+        about = {"facts": self.facts(), "fills": self.fills, "changed": changed, "load": load}
+        return model_files(folder, records, target, **about, license=license, sheet=sheet)
 
     def push_to_hub(
         self,
@@ -164,7 +168,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         target = parse_target(hub_id, revision)
         with TemporaryDirectory(prefix="smalti-push-") as scratch:
             files = self.files_to_share(target, Path(scratch), license=license, sheet=sheet, tokenizer=tokenizer)
-            return upload(files, target, private=private, message=message)
+            return upload(files, target, find_former=former_pictures, private=private, message=message)
 
     @classmethod
     def load(cls, source: str | Path) -> Self:

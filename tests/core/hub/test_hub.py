@@ -2,16 +2,20 @@
 
 import json
 import socket
+from io import BytesIO
 
 import pytest
+import torch
 import yaml
 from helpers import fake_hub
 from helpers.command_toys import save_pair
-from helpers.toys import untrained_pair
+from helpers.toys import TINY, untrained_pair
+from PIL import Image
 
 from smalti.api import load_prior, load_tokenizer, sample
 from smalti.core import models
 from smalti.core.errors import UserError
+from smalti.images.sheets import embedded_settings, save_grid
 
 
 @pytest.fixture
@@ -73,6 +77,18 @@ def test_only_what_makes_the_model_is_uploaded(hub, pair):
     assert sorted(hub.repos["models/me/bare"].files()) == ["README.md", "config.json", "model.safetensors", *copy]
 
 
+def test_pictures_are_uploaded_without_their_embedded_settings(hub, pair):
+    pixels = torch.rand(2, 3, 8, 16) * 2 - 1
+    save_grid(pair / "samples.png", pixels, settings={"latents": "/home/jane/codes.h5"})
+    load_prior(pair).push_to_hub("me/pair")
+    uploaded = hub.repos["models/me/pair"].files()["samples.png"]
+    assert b"jane" not in uploaded
+    with Image.open(BytesIO(uploaded)) as shown, Image.open(pair / "samples.png") as saved:
+        assert shown.info == {}
+        assert shown.tobytes() == saved.tobytes()
+    assert embedded_settings(pair / "samples.png")  # the run's own file keeps them
+
+
 def test_the_card_says_what_the_run_knows(hub, pair):
     prior = load_prior(pair)
     prior.push_to_hub("me/pair", license="cc-by-4.0")
@@ -80,6 +96,7 @@ def test_the_card_says_what_the_run_knows(hub, pair):
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "cc-by-4.0"
     assert (front["library_name"], front["pipeline_tag"]) == ("smalti", "unconditional-image-generation")
+    assert front["tags"] == ["smalti", "image-generation", "inpainting", "hourglass"]
     assert "![Samples, not selected](samples.png)" in card
     assert 'prior = load_prior("me/pair")' in card
     assert "smalti train-prior --latents codes.h5 --out pair\n" in card
@@ -93,6 +110,56 @@ def test_the_card_says_what_the_run_knows(hub, pair):
     assert "| codes of an image | 4×8 of 3·3 |" in card
 
 
+@pytest.mark.parametrize("level", [0, 1])
+def test_the_card_of_a_prior_of_several_levels_names_the_priors_of_all(hub, level):
+    prior, tokenizer = untrained_pair()[0], models.class_of_kind("tokenizer", "vqvae2")(TINY["vqvae2"])
+    prior.provenance = {"tokenizer_digest": tokenizer.digest(), "level": level}
+    prior.push_to_hub(f"me/pair/level-{level}", tokenizer=tokenizer)
+    card = hub.repos["models/me/pair"].files()[f"level-{level}/README.md"].decode()
+    names = ["LEVEL-0", "LEVEL-1"]
+    names[level] = f"me/pair/level-{level}"
+    parts = [
+        f"which draws level {level} of the 2 levels of new images and fills masked parts",
+        f"smalti sample --prior {names[0]} {names[1]}\n",
+        f"smalti inpaint --prior {names[0]} {names[1]} --image",
+        f'priors = [load_prior("{names[0]}"), load_prior("{names[1]}")]\nimages = sample(priors, num=16)',
+        f"the priors of all levels; `LEVEL-{1 - level}` stands for the ones of the other levels",
+    ]
+    assert [part for part in parts if part not in card] == []
+
+
+def test_the_card_of_a_prior_that_cannot_fill_offers_no_inpainting(hub):
+    """RealNVP models real-valued latents, of which no part can be given."""
+    prior = models.class_of_kind("prior", "realnvp")(TINY["realnvp"])
+    tokenizer = models.class_of_kind("tokenizer", "vae")(TINY["vae"])
+    prior.provenance = {"tokenizer_digest": tokenizer.digest(), "level": 0}
+    prior.push_to_hub("me/flow", tokenizer=tokenizer)
+    card = hub.repos["models/me/flow"].files()["README.md"].decode()
+    assert "smalti sample --prior me/flow\n" in card
+    assert not [word for word in ("inpaint", "fill") if word in card]
+
+
+def test_the_card_of_changed_weights_has_no_records_of_the_training(hub, pair):
+    changed = load_prior(pair)
+    changed.head.weight.data.zero_()
+    changed.push_to_hub("me/changed")
+    files = hub.repos["models/me/changed"].files()
+    card = files["README.md"].decode()
+    assert changed.digest() in card
+    assert "The weights were changed after the training that is recorded beside them." in card
+    assert not [part for part in ("Held-out", "2.5", "train-prior", "steps", "samples.png", "torch 9") if part in card]
+    assert "samples.png" not in files
+
+
+def test_a_damaged_tokenizer_beside_a_prior_stays_here(hub, pair):
+    prior = load_prior(pair)
+    weights = pair / "tokenizer/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(UserError, match="do not belong together"):
+        prior.push_to_hub("me/pair")
+    assert hub.repos == {}
+
+
 def test_a_card_beside_the_model_is_kept(hub, pair):
     (pair / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     load_prior(pair).push_to_hub("me/pair")
@@ -100,6 +167,12 @@ def test_a_card_beside_the_model_is_kept(hub, pair):
     assert "samples.png" not in hub.repos["models/me/pair"].files()  # the card does not show it
     with pytest.raises(UserError, match="put the license into its front matter"):
         load_prior(pair).push_to_hub("me/pair", license="mit")
+    (pair / "README.md").write_bytes("# Café\r\n".encode())
+    load_prior(pair).push_to_hub("me/pair")
+    assert hub.repos["models/me/pair"].files()["README.md"] == "# Café\r\n".encode()
+    (pair / "README.md").write_bytes("# Café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"README\.md is not UTF-8, which the hub needs of a card; save it as UTF-8"):
+        load_prior(pair).push_to_hub("me/pair")
 
 
 def test_models_that_are_not_saved_are_pushed_as_they_are(hub, pair):

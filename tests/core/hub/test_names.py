@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
 from smalti.core.hub.ids import HubId, find_hub_id, parse_target
-from smalti.core.hub.public_names import has_folders, public_command, public_path, public_values
+from smalti.core.hub.public_names import public_command, public_path, public_values
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,29 @@ def test_public_paths_have_no_local_folders(path, public, tmp_path, monkeypatch)
     assert public_path(path) == public
 
 
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("https://b.s3.amazonaws.com/x.tar?X-Amz-Signature=SECRET", "https://b.s3.amazonaws.com/x.tar"),
+        ("https://jane:SECRET@host/x-{00..11}.tar#SECRET", "https://host/x-{00..11}.tar"),
+        ("HTTPS://SECRET@host", "HTTPS://host"),
+        ("hf://datasets/me/x@main/a.tar", "hf://datasets/me/x@main/a.tar"),
+        ("file:///home/SECRET/my photos.tar", "my photos.tar"),
+        ("zip://a/b.png::/home/SECRET/x.zip", "zip://a/b.png::x.zip"),
+        (
+            "https://a.b/x.tar, https://jane:SECRET@host/y.tar, /home/SECRET/z",
+            "https://a.b/x.tar, https://host/y.tar, z",
+        ),
+        ("/home/SECRET/https://a", "a"),
+    ],
+)
+def test_public_urls_have_no_secrets_and_local_ones_no_folders(url, public):
+    assert public_path(url) == public
+    assert public_values({"image_source": url, "held_out": url}) == {"image_source": public, "held_out": public}
+    assert "SECRET" not in public_command(f"smalti build-latents '--images={url}' --held-out '{url}'")
+    assert "SECRET" not in public_values({"reason": f"row 3 of {url.replace('my photos', 'photos')}: empty"})["reason"]
+
+
 def test_a_relative_path_that_exists_is_local(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "acme" / "photos").mkdir(parents=True)
@@ -117,5 +140,5 @@ def test_names_of_classes_stay():
         "command": "smalti x --images photos",
         "nested": {"reasons": ["cannot read a.png (row 3)"], "number": 3},
     }
-    assert has_folders("photos at /home/jane/a.png")
-    assert not has_folders("photos/a.png (row 3), 3/4")
+    assert public_values({"text": "photos at /home/jane/a.png"}) == {"text": "photos at a.png"}
+    assert public_values({"text": "photos/a.png (row 3), 3/4"}) == {"text": "photos/a.png (row 3), 3/4"}

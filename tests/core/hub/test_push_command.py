@@ -1,5 +1,6 @@
 """`smalti push`: a preview, an upload and a load as a person runs them, and mistakes as one line with exit status 2."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -54,6 +55,33 @@ def test_a_preview_has_what_would_be_uploaded(hub, capfd):
     assert load("look", "tokenizer").digest() == load("me/tokenizer", "tokenizer").digest()
 
 
+def test_without_the_sheet_that_of_an_earlier_push_is_deleted(hub, capfd):
+    """Other files stay, and without --overwrite all files of a preview do."""
+    again = ["pair/tokenizer", "me/tokenizer", "--no-sheet"]
+    for flags in ([], ["--preview", "look"]):
+        assert run(capfd, push.main, "pair/tokenizer", "me/tokenizer", *flags)[0] == 0
+    hub.repos["models/me/tokenizer"].files()["notes.txt"] = b"a person's own"
+    Path("look/notes.txt").write_text("a person's own")
+    for name in ("README.md", "config.json", "model.safetensors"):
+        Path("look", name).unlink()
+    assert "look/reconstructions.png exists" in refusal(capfd, *again, "--preview", "look")
+    for flags in ([], ["--preview", "look", "--overwrite"]):
+        assert run(capfd, push.main, *again, *flags)[0] == 0
+    left = ["README.md", "config.json", "model.safetensors", "notes.txt"]
+    assert sorted(hub.repos["models/me/tokenizer"].files()) == sorted(os.listdir("look")) == left
+
+
+def test_the_preview_of_a_set_has_no_files_of_an_earlier_one(hub, capfd):
+    Path("look").mkdir()
+    index = {"attributes": {"format": "smalti-latents"}, "shards": [{"name": "00000.h5"}, {"name": "notes.txt"}]}
+    Path("look/index.json").write_text(json.dumps(index))
+    for name in ("00000.h5", "notes.txt", "other.h5"):
+        Path("look", name).write_text("contents")
+    small_set(Path("codes.h5"))
+    assert run(capfd, push.main, "codes.h5", "me/codes", "--preview", "look", "--overwrite")[0] == 0
+    assert sorted(os.listdir("look")) == ["README.md", "codes.h5", "notes.txt", "other.h5"]
+
+
 def test_a_kind_is_the_one_that_was_trained_here(hub, capfd):
     torch.manual_seed(0)
     models.class_of_kind("tokenizer", "vqvae")(toys.TINY["vqvae"]).save("runs/tokenizers/vqvae")
@@ -64,6 +92,18 @@ def test_a_kind_is_the_one_that_was_trained_here(hub, capfd):
     repo = hub.repos["models/me/vqvae"]
     assert (repo.private, repo.messages, repo.files()) == (True, ["Mine"], {})
     assert "config.json" in repo.files("v1")
+
+
+def test_the_next_command_names_the_priors_of_all_levels(hub, capfd):
+    tokenizer = models.class_of_kind("tokenizer", "vqvae2")(toys.TINY["vqvae2"])
+    prior = load("pair", "prior")
+    prior.provenance |= {"tokenizer_digest": tokenizer.digest(), "level": 0}
+    prior.save("coarse")
+    tokenizer.save("coarse/tokenizer")
+    status, out, _ = run(capfd, push.main, "coarse", "me/photos/level-0")
+    assert (status, out.splitlines()[-1]) == (0, "next: smalti sample --prior me/photos/level-0 LEVEL-1")
+    status, out, _ = run(capfd, push.main, "pair", "me/photos")
+    assert (status, out.splitlines()[-1]) == (0, "next: smalti sample --prior me/photos")
 
 
 def test_a_latent_set_goes_to_a_data_set(hub, capfd):

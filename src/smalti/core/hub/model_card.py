@@ -11,7 +11,7 @@ from smalti.core.provenance import RUN_NAME, last_metrics
 
 PIPELINES = {"tokenizer": "image-feature-extraction", "prior": "unconditional-image-generation"}
 """The hub's task of each family, by which it lists models."""
-TAGS = {"tokenizer": ["image-tokenizer", "vector-quantization"], "prior": ["image-generation", "inpainting"]}
+TAGS = {"tokenizer": ["image-tokenizer", "vector-quantization"], "prior": ["image-generation"]}
 MEASURED = ("held_out_", "codes_used", "code_perplexity")
 """Beginnings of the names of the metrics that a card has."""
 NOT_MEASURED = ("_first_",)
@@ -21,13 +21,17 @@ PICTURES = {
     "neighbours.png": "Samples, and below each the nearest training image",
 }
 
+CHANGED = "The weights were changed after the training that is recorded beside them."
+
 
 def model_card(
     described: dict[str, Any],
-    run: Path,
+    run: Path | None,
     target: HubId,
     *,
     facts: dict[str, str],
+    fills: bool,
+    levels: int,
     license: str | None,
     picture: str | None,
 ) -> str:
@@ -35,53 +39,65 @@ def model_card(
 
     Args:
         described: the model's `config.json`, without local folders.
-        run: the folder of its training, which may have no records.
+        run: the folder of its training, which may have no records; None if the weights were changed after it.
         target: where the model will be on the hub.
         facts: what it says of the network, by title.
+        fills: whether the model can fill masked parts of images.
+        levels: of a prior's tokenizer; sampling needs a prior for each.
         license: the licence, or None for none.
         picture: the name of the sheet beside the card, or None.
     """
     family, kind, provenance = described["family"], described["kind"], described["provenance"]
-    record = _read_record(run)
-    front = front_matter(
-        license, library_name="smalti", pipeline_tag=PIPELINES[family], tags=["smalti", *TAGS[family], kind]
-    )
-    parts = [front, f"# {target.title}\n", _introduction(family, kind, provenance)]
+    record = _read_record(run) if run else {}
+    tags = ["smalti", *TAGS[family], *(["inpainting"] if fills else []), kind]
+    front = front_matter(license, library_name="smalti", pipeline_tag=PIPELINES[family], tags=tags)
+    parts = [front, f"# {target.title}\n", _introduction(family, kind, provenance, fills, levels)]
     if picture:
         parts.append(f"![{PICTURES[picture]}]({picture})\n\n*{PICTURES[picture]}.*\n")
-    parts.append(f"## Use\n\n{_usage(family, target, provenance)}")
+    parts.append(f"## Use\n\n{_usage(family, target, provenance, fills, levels)}")
     rows = {
         "kind": code(kind),
         **facts,
         **_data(provenance, described["config"]),
-        "steps": f"{provenance['steps']:,}" if "steps" in provenance else "",
+        "steps": f"{provenance['steps']:,}" if run and "steps" in provenance else "",
         "digest": code(described["digest"]),
         "encodes as": ", ".join(map(code, _same_codes(provenance))),
         "digest of its tokenizer": code(provenance["tokenizer_digest"]) if "tokenizer_digest" in provenance else "",
         "software": _software(described, record),
     }
     parts.append(f"## The model\n\n{table(rows)}\n")
-    if measured := _measured(run, provenance.get("steps")):
+    if run and (measured := _measured(run, provenance.get("steps"))):
         parts.append(
             "## Held-out numbers\n\nMeasured at the last step, on images that the training did not see.\n\n"
             f"{table({code(name): _number(name, value) for name, value in measured.items()})}\n"
         )
-    parts.append(f"## Recipe\n\n{_recipe(record, provenance)}\n")
+    parts.append(f"## Recipe\n\n{_recipe(record, provenance) if run else CHANGED}\n")
     parts.append(f"## Licence\n\n{license_line(license, 'weights')}\n")
     return "\n".join(parts)
 
 
-def _introduction(family: str, kind: str, provenance: dict[str, Any]) -> str:
+def _introduction(family: str, kind: str, provenance: dict[str, Any], fills: bool, levels: int) -> str:
     data = f" It was trained on the images {code(str(provenance['image_source']))}." if _source(provenance) else ""
     if family == "tokenizer":
         does = "turns images into grids of discrete codes, and codes into images"
         if kind in ("selfvae", "vae"):
             does = "turns images into latents, and latents into images"
         return f"A tokenizer (`{kind}`) of smalti, which {does}.{data}\n"
-    return f"A prior (`{kind}`) of smalti, which draws new images and fills masked parts of images.{data}\n"
+    draws = "new images" if levels == 1 else f"level {_level(provenance)} of the {levels} levels of new images"
+    also = " and fills masked parts of images" if fills else ""
+    return f"A prior (`{kind}`) of smalti, which draws {draws}{also}.{data}\n"
 
 
-def _usage(family: str, target: HubId, provenance: dict[str, Any]) -> str:
+def priors_of_levels(target: HubId, provenance: dict[str, Any], levels: int) -> list[str]:
+    """Returns the names of the priors that sampling needs, coarsest first: this one, and `LEVEL-N` for the others."""
+    return [str(target) if level == _level(provenance) else f"LEVEL-{level}" for level in range(levels)]
+
+
+def _level(provenance: dict[str, Any]) -> int:
+    return provenance.get("level", 0)
+
+
+def _usage(family: str, target: HubId, provenance: dict[str, Any], fills: bool, levels: int) -> str:
     """Returns how to load the model, in three lines, and the command."""
     if family == "tokenizer":
         program = [
@@ -93,23 +109,22 @@ def _usage(family: str, target: HubId, provenance: dict[str, Any]) -> str:
         ]
         commands = [f"smalti build-latents --tokenizer {target} --images my/photos"]
         rest = ""
-    elif provenance.get("level"):
-        program = ["from smalti import load_prior", "", f'prior = load_prior("{target}")']
-        commands = [f"smalti sample --prior COARSER {target}"]
-        rest = "\nIt draws one of several levels; sampling needs the priors of the coarser levels too.\n"
     else:
+        names = priors_of_levels(target, provenance, levels)
+        loaded = ", ".join(f'load_prior("{name}")' for name in names)
         program = [
             "from smalti import load_prior, sample",
             "",
-            f'prior = load_prior("{target}")',
-            "images = sample(prior, num=16)  # uint8 (16, c, h, w)",
+            f"prior = {loaded}" if levels == 1 else f"priors = [{loaded}]",
+            f"images = sample({'prior' if levels == 1 else 'priors'}, num=16)  # uint8 (16, c, h, w)",
         ]
-        commands = [
-            f"smalti sample --prior {target}",
-            f"smalti inpaint --prior {target} --image in.png --mask mask.png",
-        ]
+        commands = [f"smalti sample --prior {' '.join(names)}"]
+        commands += [f"smalti inpaint --prior {' '.join(names)} --image in.png --mask mask.png"] if fills else []
         copy = HubId(target.repo, target.revision, target.within("tokenizer"))
         rest = f'\nIts tokenizer is in the folder `tokenizer`: `load_tokenizer("{copy}")`.\n'
+        if levels > 1:
+            others = ", ".join(f"`{name}`" for name in names if name != str(target))
+            rest += f"\nSampling needs the priors of all levels; {others} stands for the ones of the other levels.\n"
     lines = "\n".join(["```python", *program, "```"])
     shell = "\n".join(["```", *commands, "```"])
     return f"{lines}\n\nOr from the command line:\n\n{shell}\n{rest}"

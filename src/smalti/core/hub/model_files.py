@@ -1,7 +1,7 @@
 """The files that make a model on the hub: which are downloaded, and which are uploaded and how they are changed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from smalti.core.hub.cards import CARD_NAME, require_license
 from smalti.core.hub.download import describe_missing, download
 from smalti.core.hub.ids import HubId
 from smalti.core.hub.model_card import model_card
+from smalti.core.hub.pictures import without_texts
 from smalti.core.hub.public_names import public_values
 from smalti.core.hub.upload import Files
 
@@ -41,7 +42,16 @@ def download_model(hub_id: HubId) -> Path:
 
 
 def model_files(
-    folder: Path, records: Sequence[Path], target: HubId, *, facts: dict[str, str], license: str | None, sheet: bool
+    folder: Path,
+    records: Sequence[Path],
+    target: HubId,
+    *,
+    facts: dict[str, str],
+    fills: bool,
+    changed: bool,
+    load: Callable[[Path, str], Any],
+    license: str | None,
+    sheet: bool,
 ) -> Files:
     """Returns the files of a trained model to upload, with its card.
 
@@ -53,13 +63,17 @@ def model_files(
             counts. The last one may have the records of the training.
         target: where it will be on the hub.
         facts: what the card says of the network, by title.
+        fills: whether the model can fill masked parts of images.
+        changed: whether the weights are other ones than those of the training: then its records are not theirs.
+        load: loads a model of a family from a folder.
         license: the licence for the card, or None.
         sheet: whether pictures are uploaded.
 
     Raises:
-        UserError: if a prior has no tokenizer, or one that did not make its codes; or for an unsuitable licence.
+        UserError: if a prior has no tokenizer, a damaged one, or one that did not make its codes; or for an unsuitable
+            licence or card.
     """
-    described = public_config(folder)
+    described, levels = public_config(folder), 1
     files: dict[str, Path | bytes] = {**_two_files(folder, described)}
     if described["family"] == "prior":
         copy = next((each / TOKENIZER_FOLDER for each in records if (each / TOKENIZER_FOLDER).is_dir()), None)
@@ -70,21 +84,36 @@ def model_files(
         tokenizer = public_config(copy)
         if described["provenance"].get("tokenizer_digest", tokenizer["digest"]) not in digests_of_codes(tokenizer):
             raise UserError(f"{copy} is not the tokenizer that made the codes of the prior; give that one")
+        levels = len(load(copy, "tokenizer").layout.levels)
         files |= {f"{TOKENIZER_FOLDER}/{name}": contents for name, contents in _two_files(copy, tokenizer).items()}
     pictures = {name: path for name in SHEETS for path in (_first(records, name),) if path is not None and sheet}
     own_card = _first(records, CARD_NAME)
     if own_card is not None:
         if license is not None:
             raise UserError(f"{own_card} is the card; put the license into its front matter, and leave the flag out")
-        text = own_card.read_text(encoding="utf-8")
+        card = own_card.read_bytes()
+        text = _text_of(own_card, card)
         pictures = {name: path for name, path in pictures.items() if name in text}
     else:
         require_license(license)
-        pictures = dict(list(pictures.items())[:1])
-        text = model_card(
-            described, records[-1], target, facts=facts, license=license, picture=next(iter(pictures), None)
-        )
-    return {CARD_NAME: text.encode(), **files, **pictures}
+        pictures = {} if changed else dict(list(pictures.items())[:1])
+        run, picture = None if changed else records[-1], next(iter(pictures), None)
+        about = {"facts": facts, "fills": fills, "levels": levels}
+        card = model_card(described, run, target, **about, license=license, picture=picture).encode()
+    shown = {name: without_texts(path.read_bytes()) for name, path in pictures.items()}
+    return {CARD_NAME: card, **files, **shown}
+
+
+def _text_of(path: Path, card: bytes) -> str:
+    try:
+        return card.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8, which the hub needs of a card; save it as UTF-8") from error
+
+
+def former_pictures(files: Files, names: Collection[str], read: Callable[[str], bytes]) -> set[str]:
+    """Returns the pictures of an earlier upload; see `smalti.core.hub.upload.FindFormer`."""
+    return set(names).intersection(SHEETS) - files.keys()
 
 
 def public_config(folder: Path) -> dict[str, Any]:
