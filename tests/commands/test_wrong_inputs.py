@@ -8,7 +8,7 @@ import pytest
 from helpers.command_toys import run, save_pair
 from PIL import Image
 
-from smalti.scripts import evaluate, inpaint, sample
+from smalti.scripts import evaluate, inpaint, sample, train_tokenizer
 
 FILL = ["--prior", "pair", "--image", "in.png", "--mask", "mask.png"]
 
@@ -139,3 +139,11 @@ def test_wrong_input_gives_one_line(workspace, capfd, main, arguments, message):
     assert err.startswith("error: ")
     assert message in err
     assert sorted(workspace.rglob("*")) == before
+
+
+def test_the_folder_of_a_training_is_no_file(workspace, capfd):
+    before = (workspace / "in.png").read_bytes()
+    status, _, err = run(capfd, train_tokenizer.main, "--images", "pictures", "--out", "in.png")
+    assert status == 2
+    assert err.splitlines()[-1] == "error: in.png cannot be written: it is a file, not a folder; give another --out"
+    assert (workspace / "in.png").read_bytes() == before

@@ -120,7 +120,7 @@ def require_replaceable(
     outputs: Iterable[Path],
     *,
     overwrite: bool | None = None,
-    is_own: Callable[[Path], bool] = lambda path: False,
+    is_own: Callable[[Path], bool] | None = None,
     flag: str = "--out",
 ) -> None:
     """Checks that outputs do not exist or may be replaced.
@@ -131,21 +131,21 @@ def require_replaceable(
         outputs: the files, or folders, that will be written.
         overwrite: replace existing files, whatever made them; None if the command has no such flag. Folders are
             replaced only if they are the command's own.
-        is_own: returns whether an existing output was made by this command from the same input and may be replaced.
+        is_own: returns whether an existing output was made by this command from the same input and may be replaced;
+            None if that cannot be told.
         flag: the flag that sets the outputs, for messages.
 
     Raises:
         UserError: if an output exists that may not be replaced.
     """
     for output in outputs:
-        if os.path.isdir(output) and not is_own(output):
+        own = is_own is not None and os.path.lexists(output) and is_own(output)
+        if os.path.isdir(output) and not own:
             raise UserError(f"{flag} {output} is a folder; give another name")
-        if os.path.lexists(output) and not overwrite and not is_own(output):
+        if os.path.lexists(output) and not overwrite and not own:
             advice = "remove it first" if overwrite is None else "pass --overwrite to replace it"
-            raise UserError(
-                f"{flag} {output} exists and this command did not make it from the same input; give another name, "
-                f"or {advice}"
-            )
+            reason = " and this command did not make it from the same input" if is_own else ""
+            raise UserError(f"{flag} {output} exists{reason}; give another name, or {advice}")
 
 
 def free_name(path: Path, outputs: Callable[[Path], Iterable[Path]], is_own: Callable[[Path], bool]) -> Path:
