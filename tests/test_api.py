@@ -128,6 +128,8 @@ def test_pil_masks_and_images_of_every_mode_are_read_as_files_are(pair, image, m
         (inpaint, {"mask": Path("m.png")}, "the mask is a PosixPath; give a PIL image"),
         (inpaint, {"mask": torch.rand(8, 16)}, "the mask is a torch.float32 tensor .*; give a torch.bool tensor"),
         (inpaint, {"mask": torch.eye(8, 16)[None] > 0}, r"of the shape \(1, 8, 16\); give a torch.bool tensor"),
+        (sample, {"classes": "faces"}, r"classes is the text 'faces'; give a list of names, such as \['faces'\]"),
+        (inpaint, {"filling": SundaeFilling()}, r"filling is a SundaeFilling; give Filling\(...\), and the sampler's"),
     ],
 )
 def test_wrong_arguments_are_refused_before_sampling(function, arguments, message, pair, image, mask, monkeypatch):

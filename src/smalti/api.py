@@ -161,11 +161,15 @@ def inpaint(
         raise UserError(f"the mask is {sizes[0]} but the image is {sizes[1]}; resize one to the other")
     if not masked.any() or masked.all():
         raise UserError("the mask must cover a part of the image: True is filled, and something must be left")
+    if filling is not None and not isinstance(filling, Filling):
+        raise UserError(
+            f"filling is a {type(filling).__name__}; give Filling(...), and the sampler's settings as sampling"
+        )
     return fills(
         priors,
         tokenizer,
-        pixels,
-        masked,
+        pixels.cpu(),
+        masked.cpu(),
         num=num,
         seed=seed,
         conditions=find_conditions(priors, classes, conditions).values,

@@ -28,6 +28,8 @@ def find_classes(prior: Prior, requested: Sequence[str]) -> dict[str, int]:
     Raises:
         UserError: if the prior has no classes, or a request matches none, several, or a class without training images.
     """
+    if isinstance(requested, str):
+        raise UserError(f"classes is the text {requested!r}; give a list of names, such as [{requested!r}]")
     if requested and not prior.classes:
         raise UserError("this prior has no classes, as its latent set had no labels; leave --classes out")
     names = class_names(prior)
