@@ -112,9 +112,7 @@ def files_to_share(
 
 
 def former_set(files: Files, names: Collection[str], read: Callable[[str], bytes]) -> set[str]:
-    """Returns the files of an earlier set of several files; see `smalti.core.hub.upload.FindFormer`.
-
-    Single files of other names stay, since a repository may have several latent sets of one file.
+    """Returns the files of an earlier set of several files that another such set replaces; see `FindFormer`.
 
     Raises:
         UserError: if a set of several files would lie beside other latent sets, where it cannot be read.
@@ -122,11 +120,11 @@ def former_set(files: Files, names: Collection[str], read: Callable[[str], bytes
     names = {name for name in names if name == INDEX_NAME or ("/" not in name and name.endswith(".h5"))}
     listed = names_in_index(read(INDEX_NAME)) if INDEX_NAME in names else []
     former = names.intersection([*listed, INDEX_NAME] if listed else [])
-    others = sorted(names - former - files.keys())
-    if INDEX_NAME in files and others:
+    others = sorted(names - former - files.keys() if INDEX_NAME in files else former)
+    if others:
         raise UserError(
-            f"a set of several files cannot be read beside another latent set ({others[0]}); remove that first, or "
-            "give another repository or folder"
+            f"a set of several files cannot be read beside another latent set ({others[0]} is there); remove that "
+            "first, or give another repository or folder"
         )
     return former - files.keys()
 

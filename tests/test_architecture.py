@@ -230,8 +230,8 @@ def test_files_and_folders_are_small():
     assert {folder: count for folder, count in counts.items() if count > MOST_FILES_OF_A_FOLDER} == {}
 
 
-NOT_INSTALLED = {"cv2": "opencv-python-headless"}
-"""Packages of extras that may not be installed, by the name that is imported, where it is not their own."""
+OPTIONAL = {"cv2": "opencv-python-headless"}
+"""Packages that may not be installed, or from another package of that name, by the name that is imported."""
 
 
 def test_imports_match_requirements():
@@ -240,7 +240,7 @@ def test_imports_match_requirements():
     owners = packages_distributions()
     tops -= sys.stdlib_module_names | {"smalti"}
     # the extras `lpips` and `opencv` may not be installed
-    names = {top: owners.get(top, [NOT_INSTALLED.get(top, top)])[0] for top in tops}
+    names = {top: OPTIONAL.get(top) or owners.get(top, [top])[0] for top in tops}
     imported = {canonicalize_name(name) for name in names.values()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

@@ -155,11 +155,10 @@ def test_a_set_pushed_again_replaces_all_files_of_a_set_of_several_files(hub, tm
     assert sorted(files) == sorted(["00000.h5", "00001.h5", "README.md", "index.json", *own])
     assert LatentSet("me/codes").content_digest == fewer.content_digest
     write(tmp_path / "codes.h5", GRID, make_codes(GRID, 60), [0], LOCAL)
-    one = LatentSet("codes.h5")
-    one.push_to_hub("me/codes")
-    assert sorted(hub.repos["datasets/me/codes"].files()) == sorted(["README.md", "codes.h5", *own])
-    del hub.repos["datasets/me/codes"].files()["more/00002.h5"]
-    assert LatentSet("me/codes").content_digest == one.content_digest
+    before = dict(hub.repos["datasets/me/codes"].files())
+    with pytest.raises(UserError, match=r"cannot be read beside another latent set \(00000\.h5 is there\)"):
+        LatentSet("codes.h5").push_to_hub("me/codes")
+    assert hub.repos["datasets/me/codes"].files() == before
 
 
 def test_another_latent_set_in_the_repository_stays(hub, tmp_path):
@@ -168,7 +167,7 @@ def test_another_latent_set_in_the_repository_stays(hub, tmp_path):
         LatentSet(name).push_to_hub("me/codes")
     before = dict(hub.repos["datasets/me/codes"].files())
     assert {"train.h5", "test.h5"} < before.keys()
-    with pytest.raises(UserError, match=r"cannot be read beside another latent set \(test\.h5\); remove that first"):
+    with pytest.raises(UserError, match=r"cannot be read beside another latent set \(test\.h5 is there\); remove that"):
         write_shards(tmp_path / "set", 2).push_to_hub("me/codes")
     assert hub.repos["datasets/me/codes"].files() == before
 

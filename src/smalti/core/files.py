@@ -139,10 +139,9 @@ def require_replaceable(
         UserError: if an output exists that may not be replaced.
     """
     for output in outputs:
-        own = is_own is not None and os.path.lexists(output) and is_own(output)
-        if os.path.isdir(output) and not own:
+        if os.path.isdir(output) and not (is_own and is_own(output)):
             raise UserError(f"{flag} {output} is a folder; give another name")
-        if os.path.lexists(output) and not overwrite and not own:
+        if os.path.lexists(output) and not overwrite and not (is_own and is_own(output)):
             advice = "remove it first" if overwrite is None else "pass --overwrite to replace it"
             reason = " and this command did not make it from the same input" if is_own else ""
             raise UserError(f"{flag} {output} exists{reason}; give another name, or {advice}")

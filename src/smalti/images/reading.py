@@ -123,8 +123,9 @@ def read_images_for(
     if source is None:
         raise UserError(f"{name} does not record which images it was trained on; give --images")
     kept = {each: trained.get(each, recorded.get(each)) for each in _OF_THE_IMAGES} if trained else {}
-    if not trained and _is_fraction(recorded.get("held_out")):
-        kept["held_out"] = recorded["held_out"]  # another source of held-out images goes with the training's images
+    held_out = provenance.get("held_out", recorded.get("held_out"))  # recorded without its folders, `folds/1` is 1
+    if not trained and _is_fraction(held_out):
+        kept["held_out"] = held_out  # another source of held-out images goes with the training's images
     kept |= {"fit": recorded_fit(recorded), "image_depth": recorded.get("image_depth", 8)}
     changes = {each: value for each, value in kept.items() if value is not None and getattr(asked, each) is None}
     completed = replace(asked, **changes)

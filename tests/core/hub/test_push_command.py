@@ -60,26 +60,34 @@ def test_without_the_sheet_that_of_an_earlier_push_is_deleted(hub, capfd):
     again = ["pair/tokenizer", "me/tokenizer", "--no-sheet"]
     for flags in ([], ["--preview", "look"]):
         assert run(capfd, push.main, "pair/tokenizer", "me/tokenizer", *flags)[0] == 0
-    hub.repos["models/me/tokenizer"].files()["notes.txt"] = b"a person's own"
-    Path("look/notes.txt").write_text("a person's own")
-    for name in ("README.md", "config.json", "model.safetensors"):
-        Path("look", name).unlink()
-    assert "look/reconstructions.png exists" in refusal(capfd, *again, "--preview", "look")
+    for name in ("notes.txt", "samples.png"):
+        hub.repos["models/me/tokenizer"].files()[name] = b"a person's own"
+        Path("look", name).write_text("a person's own")
+    assert "look/README.md exists" in refusal(capfd, *again, "--preview", "look")
     for flags in ([], ["--preview", "look", "--overwrite"]):
-        assert run(capfd, push.main, *again, *flags)[0] == 0
-    left = ["README.md", "config.json", "model.safetensors", "notes.txt"]
+        status, _, err = run(capfd, push.main, *again, *flags)
+        assert (status, "deleted, as left from an earlier push: reconstructions.png\n" in err) == (0, True)
+    left = ["README.md", "config.json", "model.safetensors", "notes.txt", "samples.png"]
     assert sorted(hub.repos["models/me/tokenizer"].files()) == sorted(os.listdir("look")) == left
 
 
-def test_the_preview_of_a_set_has_no_files_of_an_earlier_one(hub, capfd):
+def test_a_picture_that_a_persons_card_shows_stays(hub, capfd):
+    assert run(capfd, push.main, "pair/tokenizer", "me/tokenizer")[0] == 0
+    Path("pair/tokenizer/README.md").write_text("![what it does](reconstructions.png)")
+    assert run(capfd, push.main, "pair/tokenizer", "me/tokenizer", "--no-sheet")[0] == 0
+    assert "reconstructions.png" in hub.repos["models/me/tokenizer"].files()
+
+
+def test_the_preview_of_a_set_lies_beside_no_set_of_several_files(hub, capfd):
     Path("look").mkdir()
     index = {"attributes": {"format": "smalti-latents"}, "shards": [{"name": "00000.h5"}, {"name": "notes.txt"}]}
     Path("look/index.json").write_text(json.dumps(index))
     for name in ("00000.h5", "notes.txt", "other.h5"):
         Path("look", name).write_text("contents")
     small_set(Path("codes.h5"))
-    assert run(capfd, push.main, "codes.h5", "me/codes", "--preview", "look", "--overwrite")[0] == 0
-    assert sorted(os.listdir("look")) == ["README.md", "codes.h5", "notes.txt", "other.h5"]
+    error = refusal(capfd, "codes.h5", "me/codes", "--preview", "look", "--overwrite")
+    assert "beside another latent set (00000.h5 is there)" in error
+    assert sorted(os.listdir("look")) == ["00000.h5", "index.json", "notes.txt", "other.h5"]
 
 
 def test_a_kind_is_the_one_that_was_trained_here(hub, capfd):

@@ -24,6 +24,11 @@ PICTURES = {
 CHANGED = "The weights were changed after the training that is recorded beside them."
 
 
+def picture_line(name: str) -> str:
+    """Returns the line of a card that shows a sheet."""
+    return f"![{PICTURES[name]}]({name})"
+
+
 def model_card(
     described: dict[str, Any],
     run: Path | None,
@@ -53,7 +58,7 @@ def model_card(
     front = front_matter(license, library_name="smalti", pipeline_tag=PIPELINES[family], tags=tags)
     parts = [front, f"# {target.title}\n", _introduction(family, kind, provenance, fills, levels)]
     if picture:
-        parts.append(f"![{PICTURES[picture]}]({picture})\n\n*{PICTURES[picture]}.*\n")
+        parts.append(f"{picture_line(picture)}\n\n*{PICTURES[picture]}.*\n")
     parts.append(f"## Use\n\n{_usage(family, target, provenance, fills, levels)}")
     rows = {
         "kind": code(kind),

@@ -10,7 +10,7 @@ from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME, require_license
 from smalti.core.hub.download import describe_missing, download
 from smalti.core.hub.ids import HubId
-from smalti.core.hub.model_card import model_card
+from smalti.core.hub.model_card import model_card, picture_line
 from smalti.core.hub.pictures import without_texts
 from smalti.core.hub.public_names import public_values
 from smalti.core.hub.upload import Files
@@ -112,8 +112,11 @@ def _text_of(path: Path, card: bytes) -> str:
 
 
 def former_pictures(files: Files, names: Collection[str], read: Callable[[str], bytes]) -> set[str]:
-    """Returns the pictures of an earlier upload; see `smalti.core.hub.upload.FindFormer`."""
-    return set(names).intersection(SHEETS) - files.keys()
+    """Returns the pictures that a former card of smalti showed and the new card does not; see `FindFormer`."""
+    card = files[CARD_NAME]
+    new, old = (card if isinstance(card, bytes) else card.read_bytes(), read(CARD_NAME) if CARD_NAME in names else b"")
+    shown = {name: (picture_line(name).encode() in old, name.encode() in new) for name in SHEETS}
+    return {name for name, (before, now) in shown.items() if before and not now and name in names} - files.keys()
 
 
 def public_config(folder: Path) -> dict[str, Any]:

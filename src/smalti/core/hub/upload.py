@@ -11,6 +11,7 @@ from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.core.hub.ids import HubId, RepoType
 from smalti.core.hub.problems import HUB_ERRORS, LOG_IN, describe_problem
+from smalti.core.progress import print_note
 
 Files: TypeAlias = Mapping[str, Path | bytes]
 """The files to upload: the path in the target's folder, and the file that is uploaded as it is, or its contents."""
@@ -67,7 +68,9 @@ def upload(
         ]
 
         def read(name: str) -> bytes:
-            return Path(api.hf_hub_download(target.repo, target.within(name), **place)).read_bytes()
+            commit = api.repo_info(target.repo, **place).sha  # names of branches may have slashes
+            path = api.hf_hub_download(target.repo, target.within(name), repo_type=kind, revision=commit)
+            return Path(path).read_bytes()
 
         former = find_former(files, names, read)
         api.create_commit(
@@ -80,6 +83,7 @@ def upload(
             revision=target.revision,
             commit_message=message or f"Upload {target.title} with smalti",
         )
+        _print_deleted(former)
     except UserError:
         raise
     except HUB_ERRORS as error:
@@ -104,6 +108,12 @@ def write_files(files: Files, folder: Path, former: Collection[Path]) -> None:
                 shutil.copyfile(contents, partial)
     for path in former:
         path.unlink()
+    _print_deleted({path.name for path in former})
+
+
+def _print_deleted(names: Collection[str]) -> None:
+    if names:
+        print_note(f"deleted, as left from an earlier push: {', '.join(sorted(names))}")
 
 
 def size_of(contents: Path | bytes) -> int:
