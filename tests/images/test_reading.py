@@ -90,3 +90,12 @@ def test_an_unreadable_file_is_checked_again(folder):
     images = read_images(str(folder), Reading(on_bad_image="skip"), **SIZE)
     assert images.left_out.sum() == 1
     assert checks.load_checks(images.fingerprint, FORM) is None
+
+
+@pytest.mark.parametrize(("recorded", "source", "shares"), [("0.5", "0.5", True), ("0.5", "folds/0.5", False)])
+def test_held_out_images_in_a_folder_named_like_a_number_are_no_share(folder, recorded, source, shares):
+    """Latent sets record the last part of its path; other images then have the usual share."""
+    provenance = {"preprocessing": {"held_out": recorded}, "held_out": source}
+    images = read_images_for(provenance, "it", str(folder), Reading(), **SIZE)
+    usual = read_images(str(folder), Reading(), **SIZE)
+    assert images.held_out.equal(usual.held_out) != shares
