@@ -22,7 +22,7 @@ from smalti.benchmarks.comparison import synchronize
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.model_paths import load_priors
 from smalti.commands.sample import generate_images
-from smalti.commands.train_prior import TrainPrior, train_prior
+from smalti.commands.train_prior import TrainPrior, default_fit, train_prior
 from smalti.core import models
 from smalti.core.devices import Precision, best_device
 from smalti.core.files import whole_file
@@ -97,7 +97,7 @@ def train_priors(spec: PriorSpec, config: ReproduceHRVQVAE, images: ImageSet) ->
         sizes = {"model_width": width, "heads": max(1, width // HEAD_WIDTH)}
     default = TrainPrior(model=cls.config_class(**sizes), objective=cls.method.objective_config(label_dropout=1.0))
     fit = replace(
-        default.fit,
+        default_fit(spec.kind),
         steps=budget.prior_steps,
         batch_size=budget.prior_batch_size,
         seed=spec.tokenizer.seed,

@@ -19,7 +19,7 @@ from smalti.benchmarks.comparison import Comparison, Variant
 from smalti.benchmarks.run import medians
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.model_paths import prior_class
-from smalti.commands.train_prior import TrainPrior, train_prior
+from smalti.commands.train_prior import TrainPrior, default_fit, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.config import flatten
 from smalti.core.devices import Precision, autocast, best_device, resolve
@@ -148,10 +148,11 @@ def network(model: Model, config: ReproducePriors) -> Any:
 
 def fit_of(cell: Cell, config: ReproducePriors) -> FitConfig:
     """Returns the defaults of `train_prior` with the run's steps, batch size, rate and seed."""
-    defaults = TrainPrior(model=None, objective=None).fit
+    model = SETUPS[cell.part].models[cell.model]
+    defaults = default_fit(model.kind)
     return replace(
         defaults,
-        learning_rate=SETUPS[cell.part].models[cell.model].learning_rate or defaults.learning_rate,
+        learning_rate=model.learning_rate or defaults.learning_rate,
         steps=cell.steps,
         batch_size=SETUPS[cell.part].batch * config.factor,
         seed=cell.seed,

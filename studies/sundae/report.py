@@ -49,13 +49,15 @@ def reproduce_sundae(config: ReproduceSundae) -> None:
             priors.setdefault(prior, []).append(study.result(prior, seed, sampling))
             write_section(config.out, f"sundae {study.name} priors", prior_table(study, priors), budget)
             if prior != config.priors[0]:
+                text = sampler_table(study, samplers, priors)
+                write_section(config.out, f"sundae {study.name} samplers", text, budget)
                 continue
             if seed == 0:
                 sheet(study)
             for label, steps in product(SAMPLERS, config.step_counts):
                 sampling = replace(SAMPLERS[label], steps=steps, min_steps=min(SAMPLERS[label].min_steps, steps))
                 samplers.setdefault((label, steps), []).append(study.result(prior, seed, sampling))
-                text = sampler_table(study, samplers)
+                text = sampler_table(study, samplers, priors)
                 write_section(config.out, f"sundae {study.name} samplers", text, budget)
 
 
@@ -83,8 +85,11 @@ def prior_table(study: Study, results: dict[Trained, list[dict[str, Any]]]) -> s
     return "\n".join(rows)
 
 
-def sampler_table(study: Study, results: Results) -> str:
-    """Returns the table of samplers by denoising steps, and draws the plot of distance by time."""
+def sampler_table(study: Study, results: Results, priors: dict[Trained, list[dict[str, Any]]]) -> str:
+    """Returns the table of samplers by denoising steps, and draws the plot of distance by time.
+
+    The plot also has a point for each other kind of prior, with its defaults.
+    """
     counts = [steps for steps in study.config.step_counts if any(each == steps for _, each in results)]
     rows = [
         f"`{study.name}`: Fréchet distance of {study.config.samples} samples of the first prior, by denoising steps, "
@@ -108,6 +113,10 @@ def sampler_table(study: Study, results: Results) -> str:
         rows.append(table_row([label, *cells]))
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    for prior, runs in priors.items():
+        if prior.kind != study.config.priors[0].kind:
+            means = [sum(run[key] for run in runs) / len(runs) for key in ("seconds", "frechet")]
+            axes.plot(*([mean] for mean in means), marker="s", linestyle="", label=prior.kind)
     axes.axhline(study.floors()["reconstructions_frechet"], color="grey", linestyle=":", label="reconstructions")
     axes.legend()
     save_figure(figure, path := picture_path(study.config.out, study.name, "samplers"))

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.model_paths import RUNS, load_prior, prior_class
 from smalti.commands.sample import generate_images
-from smalti.commands.train_prior import TrainPrior, grids, train_prior
+from smalti.commands.train_prior import TrainPrior, default_fit, grids, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device
 from smalti.core.errors import UserError, require_at_least_one
@@ -164,7 +164,7 @@ class Study:
         steps = self.steps[prior]
         model = prior_class(prior.kind).config_class(**SMALLER)
         defaults = TrainPrior(model=model, objective=prior.objective, prior=prior.kind)
-        fit = replace(defaults.fit, steps=steps, seed=seed)
+        fit = replace(default_fit(prior.kind), steps=steps, seed=seed)
         settings = replace(defaults, fit=fit, latents=self.latents, precision=self.config.precision, sheet_samples=0)
         unrolled = f"{prior.unrolled}" if prior.unrolled else ""
         return train_prior(replace(settings, out=self.folder / f"{prior.kind}{unrolled}-{steps}steps-seed{seed}"))

@@ -36,6 +36,12 @@ def test_long_presets_have_the_papers_codebook_decay(name, kind):
     assert 0 < long.model.revive_below < short.model.revive_below
 
 
+def test_pixelcnn_has_a_learning_rate_of_its_own():
+    """It diverges at that of the others."""
+    rates = {kind: default_prior_config("small", kind)[1].fit.learning_rate for kind in ("hourglass", "pixelcnn")}
+    assert rates == {"hourglass": 0.005, "pixelcnn": 0.001}
+
+
 def test_the_small_preset_equals_the_defaults():
     _, config = default_config("small", "hrvq")
     assert config == training.TrainTokenizer(model=models.class_of_kind("tokenizer", "hrvq").config_class())

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from smalti.commands.model_paths import prior_class, trained_config
-from smalti.commands.train_prior import PriorPreset, TrainPrior
+from smalti.commands.train_prior import PriorPreset, TrainPrior, default_fit
 from smalti.commands.train_tokenizer import Preset, TrainTokenizer
 from smalti.core import models
 from smalti.core.errors import UserError
@@ -260,7 +260,8 @@ def _vqgan(
 def small_prior(kind: str) -> TrainPrior[Any, Any]:
     """Defaults: minutes on two CPU cores; also the prior of the demonstration."""
     prior = prior_class(kind)
-    return TrainPrior(model=prior.config_class(), objective=prior.method.objective_config(), prior=kind)
+    objective = prior.method.objective_config()
+    return TrainPrior(model=prior.config_class(), objective=objective, fit=default_fit(kind), prior=kind)
 
 
 def ffhq256(kind: str) -> TrainPrior[Any, Any]:

@@ -46,6 +46,8 @@ C = TypeVar("C")
 Objective = TypeVar("Objective")
 PriorPreset: TypeAlias = Literal["small", "ffhq256", "ffhq1024"]
 
+LEARNING_RATE, LEARNING_RATES = 5e-3, {"pixelcnn": 1e-3}
+"""The default, and those of kinds that diverge with it."""
 MOST_NAMES = 20
 """Names of classes in a warning."""
 STANDARDIZING_ROWS = 1 << 16
@@ -55,6 +57,18 @@ OVERFITTING_REMEDIES = (
 )
 RESIZABLE = frozenset({"classes", "condition_width", "radices", "height", "width"})
 """Settings of a network that may differ from those of `--init`."""
+
+
+def default_fit(kind: str) -> FitConfig:
+    """Returns the training settings of a kind of prior, for two CPU cores."""
+    return FitConfig(
+        steps=3_000,
+        batch_size=32,
+        learning_rate=LEARNING_RATES.get(kind, LEARNING_RATE),
+        optimizer="muon",
+        decay_fraction=0.75,
+        ema_decay=0.998,
+    )
 
 
 @dataclass(frozen=True)
@@ -69,11 +83,7 @@ class TrainPrior(Generic[C, Objective]):
     """The network. The latent set decides its grid and its codes."""
     objective: Objective
     """The training objective."""
-    fit: FitConfig = field(
-        default_factory=lambda: FitConfig(
-            steps=3_000, batch_size=32, learning_rate=5e-3, optimizer="muon", decay_fraction=0.75, ema_decay=0.998
-        )
-    )
+    fit: FitConfig = field(default_factory=lambda: default_fit("hourglass"))
     prior: str = "hourglass"
     """Kind of prior. Each kind has its own options: see `--prior KIND --help`."""
     preset: PriorPreset = added(off="small")
