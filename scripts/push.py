@@ -85,9 +85,8 @@ def push(config: Push) -> None:
         else:
             former = former_files(files, config.preview, find_former)
             outputs = [*(config.preview / name for name in files), *former]
-            with locks.claim(
-                outputs, folder=config.preview, inputs=inputs, overwrite=config.overwrite, flag="--preview"
-            ):
+            checks = {"inputs": inputs, "overwrite": config.overwrite, "is_own": None, "flag": "--preview"}
+            with locks.claim(outputs, folder=config.preview, **checks):
                 write_files(files, config.preview, former)
             _print_files(files)
             _print_notes(config, files)

@@ -95,7 +95,7 @@ def place(tmp_path_factory):
         writer.write(0, codes_of_rows())
     for flags in (
         "--prior hourglass --level 0 --steps 40 --depth 1 --shorten --out top",
-        "--prior pixelcnn --level 1 --steps 120 --layers 2 --out bottom",
+        "--prior pixelcnn --level 1 --steps 120 --learning-rate 0.005 --layers 2 --out bottom",
     ):
         assert run(train_prior.main, *TRAIN.split(), *flags.split()) == 0
     yield folder

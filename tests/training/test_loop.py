@@ -199,7 +199,7 @@ def test_signal_during_the_last_report_is_not_lost(tmp_path):
     assert Run(tmp_path, {"settings": "same"}).step == CONFIG.steps
 
 
-def test_reports_receive_the_averaged_model_in_evaluation_mode(tmp_path, monkeypatch):
+def test_reports_receive_the_averaged_model_in_evaluation_mode(tmp_path):
     seen, (model, objective, rows, held_out) = [], toys.toy()
 
     def report(done, model):
@@ -226,12 +226,6 @@ def test_reports_receive_the_averaged_model_in_evaluation_mode(tmp_path, monkeyp
     model.load_state_dict(saved)
     losses = held_out_losses(accelerator("fp32"), objective.eval(), held_out, CONFIG)
     assert losses["held_out_loss"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-5)
-    sizes = []
-    objective.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0]["rows"])))
-    monkeypatch.setattr(Accelerator, "num_processes", 2)  # each holds as many rows as in training
-    losses = held_out_losses(accelerator("fp32"), objective, held_out, CONFIG)
-    assert losses["held_out_loss"] == pytest.approx(lines[-1]["held_out_loss"], rel=1e-5)
-    assert max(sizes) == CONFIG.batch_size // 2
 
 
 def test_first_pictures_come_before_the_first_report_and_change_nothing(tmp_path, monkeypatch, capfd):

@@ -120,7 +120,7 @@ def require_replaceable(
     outputs: Iterable[Path],
     *,
     overwrite: bool | None = None,
-    is_own: Callable[[Path], bool] | None = None,
+    is_own: Callable[[Path], bool] | None = lambda path: False,
     flag: str = "--out",
 ) -> None:
     """Checks that outputs do not exist or may be replaced.
@@ -132,7 +132,7 @@ def require_replaceable(
         overwrite: replace existing files, whatever made them; None if the command has no such flag. Folders are
             replaced only if they are the command's own.
         is_own: returns whether an existing output was made by this command from the same input and may be replaced;
-            None if that cannot be told.
+            None if the command cannot tell.
         flag: the flag that sets the outputs, for messages.
 
     Raises:

@@ -39,7 +39,7 @@ def claim(
     folder: Path | None = None,
     inputs: Iterable[Path] = (),
     overwrite: bool | None = None,
-    is_own: Callable[[Path], bool] | None = None,
+    is_own: Callable[[Path], bool] | None = lambda path: False,
     required: bool = False,
     flag: str = "--out",
 ) -> Iterator[None]:

@@ -301,8 +301,7 @@ def held_out_losses(
     be gathered.
     """
     rows = min(len(held_out), HELD_OUT_ROWS)
-    micro_batches = config.accumulation * accelerator.num_processes
-    stride, size = len(held_out) / rows, -(-config.batch_size // micro_batches)  # as in training: no more memory
+    stride, size = len(held_out) / rows, -(-config.batch_size // config.accumulation)
     totals: dict[str, float] = {}
     starts, main = range(0, rows, size), accelerator.is_main_process
     for start in bar(starts, what="held-out loss", unit="batch", delay_seconds=SLOW_SECONDS, shown=main):
