@@ -65,7 +65,9 @@ def test_a_class_of_several_folders_is_named(tmp_path):
     names = ["cat/young/1.png", "dog/young/2.png", "dog/old/3.png", "dog/old/images/4.png"]
     _, labels, notes = listed(write_folder(tmp_path, names))
     assert sorted(map(str, labels)) == ["old", "old", "young", "young"]
-    assert notes == ("the innermost folder names the class: 'young' is that of cat/young, dog/young",)
+    assert notes == (
+        "without a column of labels the innermost folder is the class: 'young' is that of cat/young, dog/young",
+    )
 
 
 def test_files_that_are_passed_over_are_counted_by_suffix(tmp_path):
