@@ -198,9 +198,8 @@ def _describe_merged(folders: Sequence[Sequence[str]], labels: Sequence[str | No
     label, places = min(merged.items())
     more = f" and {len(places) - 2} more" if len(places) > 2 else ""
     others = f"; so are {len(merged) - 1} more classes" if len(merged) > 1 else ""
-    return [
-        f"without a column of labels the innermost folder is the class: {label!r} is that of {', '.join(places[:2])}{more}{others}"
-    ]
+    shown = f"{', '.join(places[:2])}{more}{others}"
+    return [f"without a column of labels the innermost folder is the class: {label!r} is that of {shown}"]
 
 
 def is_data_file(path: PurePath) -> bool:
