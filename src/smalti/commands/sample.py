@@ -165,7 +165,7 @@ def _sample(
         save_sheet(out, rows, settings=settings)
     else:
         save_grid(out, images, settings=settings)
-    for number, (name, image) in enumerate(zip(_files(config, out), images, strict=False)):
+    for number, (name, image) in enumerate(zip(_files(config, out), images, strict=False)):  # no files without --files
         save_png(name, to_image(image), {**settings, "number": number})
     if config.animate:
         frames = _frames(tokenizer, list(steps_by_batch.values()))

@@ -34,7 +34,7 @@ class Taken(NamedTuple):
     def lines(self, source: str, digest: str, *, new_classes: bool = False) -> list[str]:
         """Describes it: one line, and a line for each new tensor.
 
-        `new_classes` says that the tensor of class vectors has some that were not taken.
+        `new_classes`: whether the tensor of class vectors has some that were not taken.
         """
         begin = f"weights from {source} (digest {digest[:12]}): {len(self.tensors)} tensors"
         if not self.new:
