@@ -19,7 +19,7 @@ from smalti.commands.class_labels import find_conditions
 from smalti.commands.inpainting import Filling, fills
 from smalti.commands.sample import generate_images
 from smalti.core.devices import Precision
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.images.decoding import to_uint8
 from smalti.images.formats.planes import MODES, flatten, to_tensor
 from smalti.images.masks import MID_GREY
@@ -89,7 +89,7 @@ def sample(
         UserError: for an unknown class, vectors or settings that do not fit the prior, a number below 1, a tokenizer
             that cannot be found, or if there is not one prior for each level of the tokenizer.
     """
-    _require_at_least_one(num=num, batch_size=batch_size)
+    require_at_least_one({"num": num, "batch_size": batch_size})
     priors, tokenizer = _together(prior, tokenizer, sampling)
     images = generate_images(
         priors,
@@ -141,7 +141,7 @@ def inpaint(
         UserError: for an image or a mask of another type, a mask of another size than the image, a mask that covers all
             or nothing, or as `sample` does.
     """
-    _require_at_least_one(num=num)
+    require_at_least_one({"num": num})
     priors, tokenizer = _together(prior, tokenizer, sampling)
     channels = tokenizer.image_channels
     pixels = image if isinstance(image, Tensor) else _pixels(image, channels, "image")
@@ -177,12 +177,6 @@ def inpaint(
         filling=filling or Filling(),
         precision=precision,
     )
-
-
-def _require_at_least_one(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name} must be at least 1, not {number}")
 
 
 def _together(

@@ -37,7 +37,7 @@ from smalti.priors.grids import continuous_grid, grids
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.accelerator import accelerator, tracked
 from smalti.training.config import FitConfig, Phase
-from smalti.training.end_of_run import print_end
+from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run
 from smalti.transfer.weights import take_classes, take_weights
@@ -147,7 +147,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
         off = added_values(config)
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off)
     if ending := run.end(config.fit.steps, config.fit.patience):
-        process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
+        print_finished(folder, ending, more="--steps")
         return folder
     if config.init is not None and other is not None:
         prior.provenance |= {"init": config.init, "init_digest": settings["init_digest"]}

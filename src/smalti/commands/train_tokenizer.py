@@ -32,7 +32,7 @@ from smalti.tokenizers.base import PartName, Tokenizer
 from smalti.tokenizers.reconstruction import Reconstruction
 from smalti.training.accelerator import accelerator, main_first, tracked
 from smalti.training.config import FitConfig, Phase
-from smalti.training.end_of_run import print_end
+from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run
 from smalti.training.snapshots import Snapshots
@@ -200,9 +200,7 @@ def _train(
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off, switches=switches)
     if ending := run.end(config.fit.steps, config.fit.patience):
         more = "more --layer-steps for the last layer" if lower else "--steps"
-        process.print(
-            f"{folder} is finished: {ending}." + ("" if above else f" Give {more} to train on, or --resume never.")
-        )
+        print_finished(folder, ending, more="" if above else more)
         return folder, images
     if run.step and above and _is_trained_on(above, folder):
         raise UserError(
