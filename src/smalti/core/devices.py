@@ -4,7 +4,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
@@ -51,8 +51,10 @@ def resolve(precision: Precision, device: torch.device | None = None) -> Literal
     Recent GPUs and CPUs with AMX or AVX512-BF16 have bf16. `device` defaults to this machine's best one.
 
     Raises:
-        UserError: for fp16 on a CPU.
+        UserError: for fp16 on a CPU, or if there is no such precision.
     """
+    if precision not in get_args(Precision):
+        raise UserError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
     kind = (device or best_device()).type
     if precision == "fp16" and kind == "cpu":
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32")
