@@ -19,6 +19,7 @@ from smalti.commands.model_paths import (
     find_initial_model,
     load_only_prior,
     load_tokenizer,
+    require_config,
 )
 from smalti.commands.sample import generate_codes
 from smalti.core import models
@@ -75,6 +76,9 @@ def default_fit(kind: str) -> FitConfig:
 class TrainPrior(Generic[C, Objective]):
     """Settings of `train_prior`.
 
+    From Python, `prior` must be the kind of `model`. The defaults of `fit` are those of `hourglass`;
+    `default_fit(kind)` has those of another kind.
+
     Raises:
         UserError: for a negative number of samples.
     """
@@ -130,6 +134,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
         UserError: for an unsuitable latent set, tokenizer, setting or folder, or if they do not match.
         Interrupted: if a signal stopped the run.
     """
+    require_config(models.class_of_kind("prior", config.prior), config.model)
     latents = LatentSet(config.latents)
     levels = latents.layout.levels
     folder = config.out or PRIORS / (f"{config.prior}-{config.level}" if len(levels) > 1 else config.prior)

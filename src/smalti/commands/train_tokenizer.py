@@ -16,6 +16,7 @@ from smalti.commands.model_paths import (
     layer_name,
     layer_source,
     load_tokenizer,
+    require_config,
 )
 from smalti.core import models
 from smalti.core.config import added_values, flatten, former_switches, read_json
@@ -69,7 +70,11 @@ SHEET_IMAGES = 12
 
 @dataclass(frozen=True)
 class TrainTokenizer(Generic[C]):
-    """Settings of `train_tokenizer`."""
+    """Settings of `train_tokenizer`.
+
+    From Python, `tokenizer` must be the kind of `model`. The defaults of `fit` are those of `hrvq`;
+    `smalti.commands.presets.small(kind)` has those of another kind.
+    """
 
     model: C
     """The network."""
@@ -130,6 +135,7 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     if config.reading.image_depth == 16 and config.tokenizer in EIGHT_BIT_KINDS:
         raise UserError(f"{config.tokenizer} models pixels of 8 bits; leave --image-depth out")
     kind = cast(type[Tokenizer], models.class_of_kind("tokenizer", config.tokenizer))
+    require_config(kind, config.model)
     *lower_models, top_model = kind.stages(config.model)
     *lower_fits, top_fit = _layer_fits(config, len(lower_models) + 1)
     lower, folders = None, [*(folder / layer_name(number + 1) for number in range(len(lower_models))), folder]
