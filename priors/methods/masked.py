@@ -23,7 +23,7 @@ from smalti.core.randomness import Stream, derive, gumbel, uniform
 from smalti.priors.base import CodePrior, Method, ObjectiveConfig
 from smalti.priors.conditioning import Condition
 from smalti.priors.methods.compiled_step import compiled
-from smalti.priors.methods.orders import Order, halton_ranks, ranks, require_order
+from smalti.priors.methods.orders import Order, halton_ranks, ranks
 from smalti.priors.methods.sampling import Sampling, check_inputs, guided_features, linear_schedule
 
 MASK_TOKEN = -1
@@ -108,7 +108,6 @@ class MaskedSampling(Sampling):
         super().__post_init__()
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
-        require_order(self.order)
         if min(self.temperature) <= 0:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
         if self.choice_temperature < 0 or self.guidance < 0:

@@ -4,25 +4,13 @@ Legend: b batch, h w grid, n positions (n = h w).
 """
 
 from functools import cache
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smalti.core.errors import UserError
-
 Order: TypeAlias = Literal["halton", "confidence", "random"]
-
-
-def require_order(order: str) -> None:
-    """Checks the setting `order` of a sampler; any other text would select in one of the three orders.
-
-    Raises:
-        UserError: if there is no such order.
-    """
-    if order not in get_args(Order):
-        raise UserError(f"order must be one of {', '.join(get_args(Order))}, got {order!r}")
 
 
 def ranks(keys: Float[Tensor, "b n"]) -> Int64[Tensor, "b n"]:

@@ -22,7 +22,7 @@ from smalti.priors.base import CodePrior, Method, ObjectiveConfig
 from smalti.priors.conditioning import Condition
 from smalti.priors.head import FactorizedHead
 from smalti.priors.methods.compiled_step import compiled
-from smalti.priors.methods.orders import Order, require_order
+from smalti.priors.methods.orders import Order
 from smalti.priors.methods.sampling import Sampling, check_inputs, guided_features, linear_schedule, select_positions
 
 
@@ -136,7 +136,6 @@ class SundaeSampling(Sampling):
         super().__post_init__()
         if self.steps < 1 or self.min_steps < 1:
             raise UserError(f"steps and min_steps must be at least 1, got {self.steps} and {self.min_steps}")
-        require_order(self.order)
         if min(self.temperature) <= 0:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
         if self.guidance < 0:

@@ -23,7 +23,7 @@ from smalti.commands.model_paths import (
 )
 from smalti.commands.sample import generate_codes
 from smalti.core import models
-from smalti.core.config import added, added_values, flatten
+from smalti.core.config import added, added_values, flatten, require_choices
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
@@ -120,6 +120,7 @@ class TrainPrior(Generic[C, Objective]):
     number rolls back to the snapshot of that step and discards everything after it."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         if self.sheet_samples < 0:
             raise UserError(f"--sheet-samples must not be negative, not {self.sheet_samples}; 0 draws none")
 

@@ -4,10 +4,11 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 
+from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
@@ -53,8 +54,7 @@ def resolve(precision: Precision, device: torch.device | None = None) -> Literal
     Raises:
         UserError: for fp16 on a CPU, or if there is no such precision.
     """
-    if precision not in get_args(Precision):
-        raise UserError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+    require_choice("precision", precision, Precision)
     kind = (device or best_device()).type
     if precision == "fp16" and kind == "cpu":
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32")

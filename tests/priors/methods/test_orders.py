@@ -3,11 +3,8 @@
 import subprocess
 import sys
 
-import jaxtyping
-import pytest
 import torch
 
-from smalti import MaskedSampling, SundaeSampling, UserError
 from smalti.priors.methods.orders import halton_ranks
 
 
@@ -19,11 +16,3 @@ def test_choosing_a_prior_does_not_import_the_compiler():
 def test_ranks_are_constant_to_the_compiler():
     marked = torch.compiler.assume_constant_result(lambda: None)
     assert vars(halton_ranks).items() >= vars(marked).items()
-
-
-@pytest.mark.parametrize("settings", [MaskedSampling, SundaeSampling])
-def test_unknown_orders_are_refused(settings, monkeypatch):
-    """They would otherwise select in Halton order, or not at all, without a word."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
-    with pytest.raises(UserError, match="order must be one of halton, confidence, random, got 'hatlon'"):
-        settings(order="hatlon")
