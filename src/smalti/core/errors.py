@@ -32,6 +32,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(problem: object) -> str:
+    """Returns the message of another library's error on one line, or the name of the error if it has no message."""
+    return " ".join(str(problem).split()) or type(problem).__name__
+
+
 LONGEST_MESSAGE = 1_000
 """Most characters of an error's message: names of many thousand characters would bury what to do."""
 
