@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from io import BytesIO
 from math import nan
 from pathlib import Path
@@ -54,6 +55,10 @@ def test_exports_are_what_their_modules_hold():
     assert sorted(name for names in smalti._MODULES.values() for name in names) == sorted(smalti.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Tesserae'"):
         smalti.Tesserae  # noqa: B018 - asking is the test
+
+
+def test_version_is_that_of_the_package():
+    assert smalti.__version__ == version("smalti")
 
 
 def test_importing_smalti_loads_nothing():

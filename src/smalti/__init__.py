@@ -99,6 +99,10 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # not at the top: `import smalti` loads nothing
+
+        return version("smalti")
     for module, names in _MODULES.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f"smalti.{module}"), name)
