@@ -1,4 +1,4 @@
-"""What the page adds to Gradio's own in the browser: styles, colours and a script. The controls are in `page.py`."""
+"""The page's styles, colours and script, which add to those of Gradio. The controls are in `page.py`."""
 
 from gradio import themes
 
