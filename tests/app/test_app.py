@@ -157,6 +157,14 @@ def test_painted_area_becomes_the_mask(height, width):
     assert not painted_mask([Image.new("RGBA", canvas.size)], height, width).any()
 
 
+def test_a_stroke_too_thin_for_any_pixel_is_named():
+    """Pixels of an image of 32x32 are 16 wide on the canvas, and the thinnest brush is 1."""
+    layer = Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))
+    layer.paste((255, 0, 0, 255), (100, 100, 300, 104))
+    with pytest.raises(UserError, match="take a larger brush"):
+        painted_mask([layer], 32, 32)
+
+
 def test_a_bad_upload_is_named_and_leaves_the_photo_and_the_painting(prior):
     handlers = _Handlers(Session(str(prior), None, "cpu", "fp32"), lambda *_: [])
     outputs = handlers.open({"path": __file__, "orig_name": "my *photo* <1>.png"})

@@ -45,11 +45,17 @@ def canvas_image(pixels: Tensor) -> Image.Image:
 
 
 def painted_mask(layers: list[Image.Image], height: int, width: int) -> Tensor:
-    """Returns the mask `(h, w)` of the image's pixels whose area on the canvas is painted over by half or more."""
+    """Returns the mask `(h, w)` of the image's pixels whose area on the canvas is painted over by half or more.
+
+    Raises:
+        UserError: if something is painted, but less than half of every pixel.
+    """
     coverage = np.zeros((height, width), np.uint8)
     for layer in layers:
         painted = Image.fromarray(np.array(layer.convert("RGBA"))[..., 3] > 0).convert("L")
         coverage |= np.array(painted.resize((width, height), Image.Resampling.BOX))
+    if coverage.any() and coverage.max() <= 127:
+        raise UserError("no pixel of the image is painted over by half or more; take a larger brush or paint more")
     return torch.from_numpy(coverage > 127)
 
 
