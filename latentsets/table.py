@@ -21,7 +21,7 @@ from datasets.exceptions import DatasetsError
 
 from smalti.core.codes import Codes, Layout, Level
 from smalti.core.config import parse_json
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, one_line
 from smalti.core.files import whole_file
 from smalti.latentsets.hdf5.format import (
     layout_from_json,
@@ -119,7 +119,7 @@ def from_parquet(source: str, path: Path) -> LatentSet:
     try:
         table = datasets.load_dataset("parquet", data_files=source, split="train")
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise UserError(f"{source} cannot be opened as Parquet ({reason}); give one made from a latent set") from error
     return from_dataset(table, path)
 

@@ -145,6 +145,8 @@ def test_pil_masks_and_images_of_every_mode_are_read_as_files_are(pair, image, m
         (inpaint, {"mask": torch.eye(8, 16)[None] > 0}, r"of the shape \(1, 8, 16\); give a torch.bool tensor"),
         (sample, {"classes": "faces"}, r"classes is the text 'faces'; give a list of names, such as \['faces'\]"),
         (sample, {"prior": "portraits"}, "prior is 'portraits'; give a prior, as load_prior returns"),
+        (sample, {"prior": Path("photos")}, "prior is 'photos'; give a prior, as load_prior returns"),
+        (sample, {"prior": None}, "prior is a NoneType; give a prior, as load_prior returns"),
         (sample, {"tokenizer": "portraits"}, "tokenizer is 'portraits'; give a tokenizer, as load_tokenizer returns"),
         (sample, {"precision": "half"}, "precision must be one of auto, fp32, bf16, fp16, not 'half'"),
         (sample, {"sampling": SundaeSampling(temperature=(nan, 1.0))}, "temperature must be a finite number, not nan"),

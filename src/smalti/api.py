@@ -4,7 +4,7 @@ These four functions work on tensors and PIL images and write no files; the comm
 and progress bars. `smalti/__init__.py` exports them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +192,13 @@ def _together(
         UserError: if they do not fit together or are no models, or the settings of the sampler fit none of the priors
             or are not finite.
     """
-    priors = [prior] if isinstance(prior, Prior | str | Path) else list(prior)
+    priors: list[Any] = list(prior) if isinstance(prior, Iterable) and not isinstance(prior, str) else [prior]
     if not priors:
         raise UserError("there is no prior; give one, or one for each level of the tokenizer")
-    for name, kind, given in [("prior", Prior, priors), ("tokenizer", Tokenizer, [tokenizer] if tokenizer else [])]:
-        if wrong := [each for each in given if not isinstance(each, kind)]:
-            raise UserError(f"{name} is {str(wrong[0])[:100]!r}; give a {name}, as load_{name} returns")
+    for name, kind, models in [("prior", Prior, priors), ("tokenizer", Tokenizer, [tokenizer] if tokenizer else [])]:
+        if wrong := [each for each in models if not isinstance(each, kind)]:
+            shown = repr(str(wrong[0])[:100]) if isinstance(wrong[0], str | Path) else f"a {type(wrong[0]).__name__}"
+            raise UserError(f"{name} is {shown}; give a {name}, as load_{name} returns")
     tokenizer = tokenizer or model_paths.tokenizer_beside(priors[0])
     model_paths.require_same_codes(priors, tokenizer)
     kinds = tuple(dict.fromkeys(each.method.sampling for each in priors))

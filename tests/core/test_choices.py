@@ -5,10 +5,12 @@ from typing import Literal, get_origin, get_type_hints
 
 import jaxtyping
 import pytest
+import torch
 from helpers.toys import KINDS, TINY
 
 from smalti import LinkedQuantizer, MaskedSampling, SundaeSampling, UserError, open_images
 from smalti.core.models import class_of_kind
+from smalti.images.reading import Reading
 from smalti.training.config import FitConfig
 
 
@@ -30,7 +32,7 @@ def test_networks_refuse_choices_that_they_do_not_have(family, kind):
             class_of_kind(family, kind)(replace(config, **{name: "mistyped"}))
 
 
-@pytest.mark.parametrize("config", [FitConfig(steps=1), SundaeSampling(), MaskedSampling()])
+@pytest.mark.parametrize("config", [FitConfig(steps=1), SundaeSampling(), MaskedSampling(), Reading()])
 def test_settings_refuse_choices_that_they_do_not_have(config):
     names = choices(config)
     assert names
@@ -43,6 +45,12 @@ def test_settings_refuse_choices_that_they_do_not_have(config):
 def test_quantizers_refuse_choices_that_they_do_not_have(name):
     with pytest.raises(UserError, match=f"{name} must be one of .*, not 'mistyped'"):
         LinkedQuantizer(code_width=2, branching=2, **{name: "mistyped"})
+
+
+def test_pixels_of_a_likelihood_are_the_mean_or_samples():
+    model = class_of_kind("tokenizer", "selfvae")(TINY["selfvae"])
+    with pytest.raises(UserError, match="pixels must be one of mean, sample, not 'mode'"):
+        model.generation(torch.arange(1), pixels="mode")
 
 
 def test_images_refuse_choices_that_they_do_not_have():

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.codes import Codes, Digits, Layout, Level
+from smalti.core.config import require_choice
 from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.randomness import Stream, derive, normal, row_seeds
 from smalti.core.realnvp_flow import Flow
@@ -253,7 +254,11 @@ class Hierarchy(Tokenizer[VAEConfigT]):
             transmitted: parts of the images; all empty for new images.
             seeds: one per image, for all samples. Without seeds the mean of every distribution is used.
             pixels: how images and representations are taken from their likelihoods; without seeds, always the mean.
+
+        Raises:
+            UserError: if `pixels` is none of its choices.
         """
+        require_choice("pixels", pixels, Pixels)
         y, latents = transmitted.y, transmitted.u
         if latents is None and y is None:
             assert seeds is not None, "new images need seeds"

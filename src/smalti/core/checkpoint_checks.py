@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from smalti.core.config import LARGEST_JSON_BYTES, parse_json, read_json
-from smalti.core.errors import UserError, unreadable
+from smalti.core.errors import UserError, one_line, unreadable
 from smalti.core.files import open_regular
 
 WEIGHTS_NAME = "model.safetensors"
@@ -165,8 +165,9 @@ def build_without_weights(
     except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError, RuntimeError, MemoryError) as error:
         if "meta" in str(error):
             return None
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{config} does not describe a network ({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"{config} does not describe a network ({type(error).__name__}: {one_line(error)[:200]})"
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from smalti.core.config import added
+from smalti.core.config import added, require_choices
 from smalti.core.errors import UserError
 from smalti.core.progress import print_note
 from smalti.images.checks import Checks
@@ -24,7 +24,11 @@ OnBadImage: TypeAlias = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class Reading:
-    """Settings of how a set of images is read."""
+    """Settings of how a set of images is read.
+
+    Raises:
+        UserError: if `on_bad_image` is none of its choices.
+    """
 
     image_column: str | None = None
     """Column of the images, if a table has several; column of the paths in a list; extension of the images in
@@ -54,6 +58,9 @@ class Reading:
     on_bad_image: OnBadImage = "raise"
     """Handling of images that cannot be decoded: all files are decoded at the start, then `raise` names those that
     cannot be, and `skip` leaves them out."""
+
+    def __post_init__(self) -> None:
+        require_choices(self)
 
     @property
     def held_out_paths(self) -> list[Path]:

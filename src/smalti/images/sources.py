@@ -21,7 +21,7 @@ from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, one_line
 from smalti.core.hub.download import quiet_hub
 from smalti.core.malloc import give_back_freed_memory
 from smalti.images.columns import describe_unread_labels, find_image_column, find_label_column, require_captions
@@ -341,8 +341,7 @@ def _opened(open_rows: Callable[[], Any], what: str, remedy: str) -> datasets.Da
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         if isinstance(error.__cause__, UserError):  # raised in a generator of rows
             raise error.__cause__ from error
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{what} cannot be opened ({reason}); {remedy}") from error
+        raise UserError(f"{what} cannot be opened ({one_line(error.__cause__ or error)}); {remedy}") from error
     # frees the row groups of a Parquet file: Arrow would keep some 50 MiB, and the C library 30
     pa.default_memory_pool().release_unused()
     give_back_freed_memory()

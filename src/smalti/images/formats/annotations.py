@@ -18,7 +18,7 @@ import pyarrow.json
 from datasets.features.features import generate_from_arrow_type
 
 from smalti.core.config import parse_json
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, one_line
 from smalti.core.files import open_regular
 from smalti.images.columns import describe_unread_labels, find_label_column
 
@@ -244,9 +244,8 @@ def _parse(text: str, suffix: str, name: str) -> Columns:
                 ),
             )
     except (ValueError, OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
         advice = "give a header and one line for each image"
-        raise UserError(f"{name} cannot be read as a table ({reason}); {advice}") from error
+        raise UserError(f"{name} cannot be read as a table ({one_line(error)}); {advice}") from error
     if repeated := [each for each, count in Counter(table.column_names).items() if count > 1]:
         raise UserError(f"{name} has several columns called {repeated[0]!r}; give each a name of its own")
     return {each: table[each].to_pylist() for each in table.column_names}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, one_line
 from smalti.images.formats.opening import LONGEST_SIDE, BadImageError, TooLargeError, refuse_expansion
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -197,8 +197,7 @@ def _open(path: Path) -> Any:
     except BadImageError as error:
         raise UserError(f"{path}: {error}") from error
     except _DAMAGED as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason}); save it with numpy.save or numpy.savez") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}); save it with numpy.save or numpy.savez") from error
 
 
 _DAMAGED = (OSError, ValueError, EOFError, LookupError, SyntaxError, MemoryError, zipfile.BadZipFile, TypeError)
