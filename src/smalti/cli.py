@@ -40,6 +40,8 @@ _DISK_ERRORS = {
 _LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
 """Variables that torchrun and `accelerate launch` set for the processes that they start."""
 _MOST_SECONDS_LATER = 20.0
+_SECONDS_OF_MAIN_PROCESS = 8.0
+"""Time in which a launcher ends the other processes if the main one has failed too."""
 _ONE_OR_SEVERAL = re.compile(r"\b(\w+)\|\{\[\1 \[\1 \.\.\.\]\]\}")
 """tyro's name of the values of a flag that takes one number, or several."""
 _NO_COMPILER = "No working C++ compiler found"
@@ -239,9 +241,15 @@ sys.excepthook = _quiet_interrupts
 def _leave(message: str, status: int, *, every_process: bool = False, after_launcher: bool = False) -> NoReturn:
     """Exits with a message on standard error, printed by the main process only unless `every_process` is set.
 
+    An error of another process alone, such as a disk that only the main process sees, is printed a little later: the
+    launcher ends the others at once if the main process failed too, which then has printed the same error.
     With `after_launcher` the message comes after what a launcher, such as `accelerate launch`, prints at its own end.
     """
-    shown = every_process or os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    shown = every_process or rank == "0"
+    if not shown and status == 2:
+        time.sleep(_SECONDS_OF_MAIN_PROCESS)
+        shown, message = True, f"{message} (in process {int(rank) + 1} of {os.environ.get('WORLD_SIZE', '?')})"
     if shown and not (after_launcher and _LAUNCHED & os.environ.keys() and _print_later(message)):
         print(message, file=sys.stderr)
     sys.exit(status)

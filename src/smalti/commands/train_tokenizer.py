@@ -203,6 +203,7 @@ def _train(
         process.print(
             f"{folder} is finished: {ending}." + ("" if above else f" Give {more} to train on, or --resume never.")
         )
+        process.wait_for_everyone()  # the main process may have just put the best model there
         return folder, images
     if run.step and above and _is_trained_on(above, folder):
         raise UserError(
