@@ -115,6 +115,7 @@ def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
         (Interrupted(3, 10, signal.SIGTERM), 143, "\nstopped after step 3 of 10, state saved; the same command"),
         (KeyboardInterrupt(), 130, "\nstopped\n"),
         (OSError(errno.ENOSPC, "no space", "x.h5"), 2, "error: x.h5 cannot be written: the disk is full; make room"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer [::1]:9"), 1, "error: another process"),
         (OSError(errno.EFBIG, "too large", "x.h5"), 2, "error: x.h5 cannot be written: it is larger than a file may"),
         (IsADirectoryError(errno.EISDIR, "is a folder", "out"), 2, "error: out cannot be written: it is a folder"),
     ],

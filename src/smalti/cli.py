@@ -50,6 +50,8 @@ _NO_MEMORY = re.compile(
     "can't allocate memory|out of memory|integer multiplication overflow|calculation overflowed", re.I
 )
 """Texts in torch's errors of type RuntimeError for tensors that are too large."""
+_PROCESS_ENDED = re.compile(r"gloo.*(closed by peer|reset by peer|broken pipe)", re.I)
+"""Texts in torch's errors of type RuntimeError for a process that waits for one that has ended."""
 
 
 def run(
@@ -97,6 +99,8 @@ def run(
     except (MemoryError, RuntimeError) as error:
         if _NO_COMPILER in str(error):
             _leave("error: --compile needs a C++ compiler, and none was found: install g++, or leave --compile out", 2)
+        if _PROCESS_ENDED.search(str(error)):
+            _leave("error: another process has ended, so this one stops too; the same command resumes the work", 1)
         if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
             raise
         reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
