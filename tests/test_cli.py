@@ -98,6 +98,16 @@ def test_a_wrong_flag_suggests_the_right_one(monkeypatch, capsys, main, wrong, r
     assert "Traceback" not in shown
 
 
+def test_two_wrong_flags_suggest_flags_and_no_rules_between_them(monkeypatch, capsys):
+    wrong = ["--revive-below", "-1", "--gradient", "rotation"]  # two boxes of suggestions, with a rule between them
+    monkeypatch.setattr(sys, "argv", ["command.py", "--tokenizer", "vae", *wrong])
+    with pytest.raises(SystemExit):
+        train_tokenizer.main()
+    shown = capsys.readouterr().err
+    assert "Unrecognized options: --revive-below, -1, --gradient, rotation; " in shown
+    assert "----" not in shown
+
+
 @pytest.mark.parametrize("form", [["--tokenizer", "hrqv"], ["--tokenizer=hrqv"]])
 def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *form])

@@ -154,7 +154,8 @@ def _parse(cls: Any, arguments: list[str], about: str, defaults: dict[str, Any])
             r"\1 [\1 ...]", message.partition(" Got errors:")[0]
         )  # of each type that was tried
         suggests = any(phrase in output.getvalue() for phrase in ("Perhaps you meant", "similar to"))
-        similar = [line.split()[0] for line in lines if line.startswith("--")] if suggests else []
+        flags = [line.split()[0] for line in lines if line.startswith("--") and not _is_rule(line)]
+        similar = flags if suggests else []
         advice = f"did you mean {' or '.join(similar)}?" if similar else "--help lists the flags"
         raise UserError(f"{message or ' '.join(output.getvalue().split())}; {advice}") from exit_
 
