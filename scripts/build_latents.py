@@ -11,7 +11,7 @@ ABOUT = """Encodes images with a trained tokenizer and stores their codes as a l
 $ python scripts/build_latents.py --tokenizer hrvq                      # the images it was trained on
 $ python scripts/build_latents.py --tokenizer hrvq --images my/photos   # other images
 $ python scripts/build_latents.py --tokenizer hqa --layer 3             # the codes of the third layer
-$ python scripts/build_latents.py --conditions encoders:features         # a vector for each image, by your function
+$ python scripts/build_latents.py --conditions encoders:features        # a vector for each image, by your function
 $ python scripts/build_latents.py --on-bad-image skip                   # leave out images that cannot be decoded
 $ python scripts/build_latents.py --shard-rows 1000000                  # a folder of files, which reads as one set
 $ accelerate launch --num_processes 8 scripts/build_latents.py          # eight processes write one set

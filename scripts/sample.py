@@ -6,11 +6,11 @@ from smalti.commands.selfvae_modes import SampleMode, sample_mode
 
 ABOUT = """Generates images with a trained prior, as one sheet, or by one of selfvae's generation modes.
 
-$ python scripts/sample.py                                               # 64 images from runs/priors/hourglass
+$ python scripts/sample.py                                               # runs/priors/hourglass, or the package's prior
 $ python scripts/sample.py --num 16 --seed 7 --temperature 0.8 0.4       # likelier codes, less variety
-$ python scripts/sample.py --classes flags smileys --guidance 2          # two classes, a row each
+$ python scripts/sample.py --classes pixel-art toon --guidance 2         # two classes, a row each
 $ python scripts/sample.py --prior my/prior --conditions vectors.npy     # a vector for each image
-$ python scripts/sample.py --steps 8 --proportion 1 1 --out fast.png       # fewer steps, larger proportions
+$ python scripts/sample.py --steps 8 --proportion 1 1 --out fast.png     # fewer steps, larger proportions
 $ python scripts/sample.py --num 8 --files --animate                     # also single files and an animation
 $ python scripts/sample.py --prior pixelcnn --temperature 0.9            # another kind of prior
 $ python scripts/sample.py --prior my/top my/bottom                      # one prior for each level of the tokenizer

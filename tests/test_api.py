@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from io import BytesIO
+from math import nan
 from pathlib import Path
 
 import jaxtyping
@@ -14,9 +16,18 @@ from helpers.toys import untrained_pair
 from PIL import Image
 
 import smalti
-from smalti import UserError, api, inpaint, load_prior, load_tokenizer, sample
-from smalti.priors.methods.masked import MaskedSampling
-from smalti.priors.methods.sundae import SundaeFilling, SundaeSampling
+from smalti import (
+    Filling,
+    MaskedSampling,
+    SundaeFilling,
+    SundaeSampling,
+    UserError,
+    api,
+    inpaint,
+    load_prior,
+    load_tokenizer,
+    sample,
+)
 from smalti.priors.networks.hourglass import Hourglass
 
 
@@ -44,6 +55,10 @@ def test_exports_are_what_their_modules_hold():
     assert sorted(name for names in smalti._MODULES.values() for name in names) == sorted(smalti.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Tesserae'"):
         smalti.Tesserae  # noqa: B018 - asking is the test
+
+
+def test_version_is_that_of_the_package():
+    assert smalti.__version__ == version("smalti")
 
 
 def test_importing_smalti_loads_nothing():
@@ -129,6 +144,11 @@ def test_pil_masks_and_images_of_every_mode_are_read_as_files_are(pair, image, m
         (inpaint, {"mask": torch.rand(8, 16)}, "the mask is a torch.float32 tensor .*; give a torch.bool tensor"),
         (inpaint, {"mask": torch.eye(8, 16)[None] > 0}, r"of the shape \(1, 8, 16\); give a torch.bool tensor"),
         (sample, {"classes": "faces"}, r"classes is the text 'faces'; give a list of names, such as \['faces'\]"),
+        (sample, {"prior": "portraits"}, "prior is 'portraits'; give a prior, as load_prior returns"),
+        (sample, {"tokenizer": "portraits"}, "tokenizer is 'portraits'; give a tokenizer, as load_tokenizer returns"),
+        (sample, {"precision": "half"}, "precision must be one of auto, fp32, bf16, fp16, not 'half'"),
+        (sample, {"sampling": SundaeSampling(temperature=(nan, 1.0))}, "temperature must be a finite number, not nan"),
+        (inpaint, {"filling": Filling(largest=nan)}, "largest must be a finite number, not nan"),
         (inpaint, {"filling": SundaeFilling()}, r"filling is a SundaeFilling; give Filling\(...\), and the sampler's"),
     ],
 )

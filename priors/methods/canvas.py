@@ -36,8 +36,8 @@ def canvas_features(
     Windows start at most half a window apart. At each call every position draws one of its windows at
     random. A code sampled from the features therefore follows the average of the windows' distributions,
     at the cost of sampling from one. A window's weight falls with the distance of the position from the
-    window's centre, where its context is largest, so no seams appear. A canvas of at most the trained
-    size is a single window.
+    window's centre, where its context is largest, which keeps borders of windows hardly visible
+    (docs/reproductions/priors.md has a measurement). A canvas of at most the trained size is a single window.
 
     Args:
         prior: trained on grids of `prior.level`.

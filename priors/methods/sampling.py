@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from smalti.core.config import require_choices
 from smalti.core.errors import UserError
 from smalti.core.randomness import gumbel
 from smalti.priors.base import CodePrior
@@ -27,7 +28,7 @@ class Sampling:
     """The settings that every sampler of codes has.
 
     Raises:
-        UserError: for a top-p outside (0, 1].
+        UserError: for a top-p outside (0, 1], or a setting that is none of its choices.
     """
 
     top_p: float = 1.0
@@ -35,6 +36,7 @@ class Sampling:
     probability together. Values below 1 exclude unlikely digits."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}; 1 excludes nothing")
 

@@ -23,7 +23,7 @@ COMMANDS = {
     "app": "Inpaint and sample in the browser",
     "evaluate": "Measure a tokenizer, a prior or its fills against held-out images",
     "compress": "Compress images to files of codes, and decompress them",
-    "convert": "Convert a VQ-GAN from taming-transformers or diffusers, or to diffusers",
+    "convert": "Convert a published VQ-GAN to a tokenizer, or one of yours to diffusers",
     "push": "Share a model or a latent set on the Hugging Face hub, with a card",
     "benchmark": "Measure the speed of the hot paths (from a checkout)",
     "reproduce": "Repeat a paper's experiments and compare (from a checkout)",

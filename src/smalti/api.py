@@ -19,7 +19,7 @@ from smalti.commands.class_labels import find_conditions
 from smalti.commands.inpainting import Filling, fills
 from smalti.commands.sample import generate_images
 from smalti.core.devices import Precision
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one, require_finite
 from smalti.images.decoding import to_uint8
 from smalti.images.formats.planes import MODES, flatten, to_tensor
 from smalti.images.masks import MID_GREY
@@ -69,7 +69,7 @@ def sample(
     """Draws new images, on the device of the prior.
 
     Args:
-        prior: a prior; for a tokenizer of several levels, the prior of each level.
+        prior: a prior in evaluation mode, as loaded; for a tokenizer of several levels, the prior of each level.
         tokenizer: the tokenizer that made the prior's codes; by default the copy in the folder that the prior was
             loaded from. It is moved to the prior's device.
         num: the number of images.
@@ -80,7 +80,7 @@ def sample(
         sampling: the sampler's settings, for example `SundaeSampling(steps=25)`; by default those of the prior's kind.
             Among priors of several kinds, they apply to those of their kind.
         batch_size: images drawn at once.
-        precision: of the prior's network: `auto`, `fp32` or `bf16`.
+        precision: of the prior's network: `auto`, `fp32`, `bf16`, or `fp16` on a GPU.
 
     Returns:
         Images with values from 0 to 255, on the CPU.
@@ -89,7 +89,7 @@ def sample(
         UserError: for an unknown class, vectors or settings that do not fit the prior, a number below 1, a tokenizer
             that cannot be found, or if there is not one prior for each level of the tokenizer.
     """
-    _require_at_least_one(num=num, batch_size=batch_size)
+    require_at_least_one({"num": num, "batch_size": batch_size})
     priors, tokenizer = _together(prior, tokenizer, sampling)
     images = generate_images(
         priors,
@@ -122,7 +122,7 @@ def inpaint(
     """Fills the masked part of an image, several times; every other pixel comes back unchanged.
 
     Args:
-        prior: a prior over codes; for a tokenizer of several levels, the prior of each level.
+        prior: a prior over codes, in evaluation mode; for a tokenizer of several levels, the prior of each level.
         image: a PIL image of any size and mode, or a uint8 tensor with the tokenizer's channels.
         mask: True is filled; of a PIL image, pixels lighter than mid-grey are.
         tokenizer: as in `sample`.
@@ -130,9 +130,11 @@ def inpaint(
         classes: names of classes to fill with in turn; by default any.
         conditions: for a prior conditioned on vectors, those of the fills, in turn; by default, none.
         seed: fill i depends on the seed and on i alone.
-        sampling: as in `sample`; by default those that the prior's kind has for inpainting.
-        filling: how a fill meets its image: candidates, feathering, colour matching.
-        precision: of the prior's network.
+        sampling: the sampler's settings, for example `SundaeFilling(steps=25)`; by default those that the prior's kind
+            has for inpainting. `SundaeSampling`, `MaskedSampling` and `AncestralSampling` fit too, with the defaults
+            for new images.
+        filling: the other settings, for example `Filling(candidates=4, feather=1)`.
+        precision: as in `sample`.
 
     Returns:
         The fills at the image's size, on the CPU.
@@ -141,7 +143,7 @@ def inpaint(
         UserError: for an image or a mask of another type, a mask of another size than the image, a mask that covers all
             or nothing, or as `sample` does.
     """
-    _require_at_least_one(num=num)
+    require_at_least_one({"num": num})
     priors, tokenizer = _together(prior, tokenizer, sampling)
     channels = tokenizer.image_channels
     pixels = image if isinstance(image, Tensor) else _pixels(image, channels, "image")
@@ -165,6 +167,8 @@ def inpaint(
         raise UserError(
             f"filling is a {type(filling).__name__}; give Filling(...), and the sampler's settings as sampling"
         )
+    filling = filling or Filling()
+    require_finite(filling)
     return fills(
         priors,
         tokenizer,
@@ -174,15 +178,9 @@ def inpaint(
         seed=seed,
         conditions=find_conditions(priors, classes, conditions).values,
         sampling=sampling,
-        filling=filling or Filling(),
+        filling=filling,
         precision=precision,
     )
-
-
-def _require_at_least_one(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name} must be at least 1, not {number}")
 
 
 def _together(
@@ -191,17 +189,23 @@ def _together(
     """Returns the priors, coarsest first, and their tokenizer on the same device.
 
     Raises:
-        UserError: if they do not fit together, or the settings of the sampler fit none of the priors.
+        UserError: if they do not fit together or are no models, or the settings of the sampler fit none of the priors
+            or are not finite.
     """
-    priors = [prior] if isinstance(prior, Prior) else list(prior)
+    priors = [prior] if isinstance(prior, Prior | str | Path) else list(prior)
     if not priors:
         raise UserError("there is no prior; give one, or one for each level of the tokenizer")
+    for name, kind, given in [("prior", Prior, priors), ("tokenizer", Tokenizer, [tokenizer] if tokenizer else [])]:
+        if wrong := [each for each in given if not isinstance(each, kind)]:
+            raise UserError(f"{name} is {str(wrong[0])[:100]!r}; give a {name}, as load_{name} returns")
     tokenizer = tokenizer or model_paths.tokenizer_beside(priors[0])
     model_paths.require_same_codes(priors, tokenizer)
     kinds = tuple(dict.fromkeys(each.method.sampling for each in priors))
     if sampling is not None and not isinstance(sampling, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise UserError(f"sampling is {str(sampling)[:100]}, which does not fit the prior; give {names}(...)")
+    if sampling is not None:
+        require_finite(sampling)
     return model_paths.coarsest_first(priors, tokenizer), tokenizer.to(next(priors[0].parameters()).device)
 
 

@@ -20,9 +20,7 @@ RANGES: dict[str, tuple[int, int]] = {
     **dict.fromkeys(
         ("workers", "accumulation", "depth", "layers", "levels", "stages", "heads", "particles"), (0, 2**10)
     ),
-    **dict.fromkeys(
-        ("residual_blocks", "dense_layers", "flow_layers", "discriminator_layers", "particles"), (0, 2**10)
-    ),
+    **dict.fromkeys(("residual_blocks", "dense_layers", "flow_layers", "discriminator_layers"), (0, 2**10)),
     **dict.fromkeys(("widths", "model_width", "code_width", "latent_width", "channels", "growth"), (0, 2**16)),
     **dict.fromkeys(("latent_channels", "flow_width", "discriminator_width", "image_channels"), (0, 2**16)),
     **dict.fromkeys(("hourglass_width", "pixelcnn_width", "kernel", "mixtures"), (0, 2**16)),

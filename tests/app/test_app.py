@@ -18,7 +18,18 @@ import gradio
 from helpers.command_toys import save_pair
 from helpers.page import picture
 
-from smalti.app.page import CANVAS_SIZE, _Handlers, canvas_image, painted_mask, progress_text
+from smalti.app.page import (
+    CANVAS_SIZE,
+    _another_image,
+    _Handlers,
+    _ready,
+    _stopped,
+    _waiting,
+    canvas_image,
+    page,
+    painted_mask,
+    progress_text,
+)
 
 SETTINGS = {"steps": 6, "temperature": (0.9, 0.5), "guidance": 2.0}
 
@@ -146,6 +157,14 @@ def test_painted_area_becomes_the_mask(height, width):
     assert not painted_mask([Image.new("RGBA", canvas.size)], height, width).any()
 
 
+def test_a_stroke_too_thin_for_any_pixel_is_named():
+    """Pixels of an image of 32x32 are 16 wide on the canvas, and the thinnest brush is 1."""
+    layer = Image.new("RGBA", (CANVAS_SIZE, CANVAS_SIZE))
+    layer.paste((255, 0, 0, 255), (100, 100, 300, 104))
+    with pytest.raises(UserError, match="take a larger brush"):
+        painted_mask([layer], 32, 32)
+
+
 def test_a_bad_upload_is_named_and_leaves_the_photo_and_the_painting(prior):
     handlers = _Handlers(Session(str(prior), None, "cpu", "fp32"), lambda *_: [])
     outputs = handlers.open({"path": __file__, "orig_name": "my *photo* <1>.png"})
@@ -162,6 +181,36 @@ def test_opening_another_image_removes_the_fills_and_their_message(prior, tmp_pa
     assert "in.png will be filled at" in opened
     assert 'role="status"></p>' in fills_message
     assert fills == []
+
+
+def test_clearing_the_canvas_keeps_the_image(session):
+    handlers = _Handlers(session, lambda *_: [])
+    assert handlers.clear(picture().numpy()).tobytes() == canvas_image(picture()).tobytes()
+    assert handlers.clear(None) == gradio.skip()
+
+
+def test_buttons_before_during_and_after_work():
+    """One button starts work and is off during it; Stop is off before and after it, and stays on after a click."""
+    assert [button.interactive for button in _waiting()[1:]] == [False, True]
+    assert [button.interactive for button in _ready()] == [True, False]
+    assert [button.interactive for button in _stopped()[1:]] == [True]
+    fills, message, *buttons = _another_image()
+    assert (fills, message) == ([], '<p class="message" role="status"></p>')
+    assert [button.interactive for button in buttons] == [True, False]
+
+
+def test_fills_and_images_are_computed_one_after_the_other(session):
+    """Two tabs of the browser may ask for both at once."""
+    functions = {function.api_name: function for function in page(session, lambda *_: []).fns.values()}
+    assert functions["inpaint"].concurrency_id == functions["generate"].concurrency_id
+    assert functions["inpaint"].queue
+    assert functions["generate"].queue
+
+
+def test_the_page_offers_no_upload_to_a_website(session):
+    galleries = [block for block in page(session, lambda *_: []).blocks.values() if isinstance(block, gradio.Gallery)]
+    assert len(galleries) == 2
+    assert not [gallery for gallery in galleries if "share" in gallery.buttons]
 
 
 def test_a_seed_that_browsers_cannot_send_exactly_is_a_message_without_flags(session):

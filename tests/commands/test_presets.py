@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smalti import UserError
+from smalti import PixelCNNConfig, UserError, VQVAEConfig
 from smalti.commands import train_tokenizer as training
 from smalti.commands.presets import PRESETS, PRIOR_PRESETS, default_config, default_prior_config
 from smalti.commands.train_prior import TrainPrior
 from smalti.core import models
+from smalti.priors.methods.autoregressive import LikelihoodConfig
 from smalti.priors.methods.sundae import SundaeConfig
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 from smalti.scripts import train_prior, train_tokenizer
@@ -116,3 +117,13 @@ def test_flags_override_a_preset_of_priors(monkeypatch):
     (config,) = configs
     assert (config.model.model_width, config.model.depth, config.fit.steps) == (64, (2, 12, 2), 7)
     assert (config.preset, config.objective.unrolled_steps, config.fit.batch_size) == ("ffhq1024", 3, 10)
+
+
+def test_networks_of_another_kind_are_refused(tmp_path):
+    """Command lines cannot mix them, but programs can."""
+    message = "the tokenizer is hrvq, but its model is a VQVAEConfig; give a HRVQConfig, or the kind of this one"
+    with pytest.raises(UserError, match=message):
+        training.train_tokenizer(training.TrainTokenizer(VQVAEConfig(), out=tmp_path / "run"))
+    with pytest.raises(UserError, match="the prior is hourglass, but its model is a PixelCNNConfig; give a Hourglass"):
+        train_prior.train_prior(TrainPrior(PixelCNNConfig(), LikelihoodConfig(), out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

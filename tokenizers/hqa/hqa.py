@@ -37,6 +37,9 @@ class HQA(Tokenizer[HQAConfig]):
     are sampled, so one code decodes to many images. The codes of a lower layer represent the image at a higher rate;
     the argument `layer` of several methods selects them.
 
+    Deviation: without seeds, encoding and decoding take the most probable codes, so that equal images have equal codes.
+    The paper samples at test time (Section 5.1).
+
     Raises:
         UserError: if there is no layer, or the image size is not divisible by the downsampling.
     """

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.codes import Digits, chosen_digits
+from smalti.core.config import require_choice
 from smalti.core.distributed import total
 from smalti.core.errors import UserError
 from smalti.core.randomness import derive, uniform
@@ -122,8 +123,8 @@ class LinkedQuantizer(nn.Module):
     Raises:
         UserError: if `code_width` or `depth` is below 1, a branching below 2, a weight negative, the number of
             branchings or weights another than that of layers, `decay` or `revive_below` not from 0 to below 1, there
-            are more than 2**31 - 1 leaves, or `cosine` is used with several layers: residuals of directions are not
-            directions.
+            are more than 2**31 - 1 leaves, `start`, `learning` or `gradient` is none of its choices, or `cosine` is
+            used with several layers: residuals of directions are not directions.
     """
 
     def __init__(
@@ -142,6 +143,9 @@ class LinkedQuantizer(nn.Module):
         gradient: Gradient = "straight-through",
     ) -> None:
         super().__init__()
+        require_choice("start", start, RandomStart)
+        require_choice("learning", learning, CodebookLearning)
+        require_choice("gradient", gradient, Gradient)
         if code_width < 1:
             raise UserError(f"code_width must be at least 1, not {code_width}")
         self.radices = radices_of(branching, depth_of(branching, depth, default=1))

@@ -43,7 +43,7 @@ _job_vectors: ContextVar[int] = ContextVar("vectors of the job", default=0)
 
 @contextmanager
 def part_of_job(vectors: int) -> Iterator[None]:
-    """Says how many vectors the job searches in all, of which the block searches some: compiling pays for large jobs.
+    """Sets how many vectors the job searches in all, of which the block searches some: compiling pays for large jobs.
 
     The choice depends on nothing else, so that every process of a job, and one that resumes it, finds the same paths.
     """

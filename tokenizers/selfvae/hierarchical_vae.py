@@ -316,8 +316,8 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         bits = self.bits_sent(transmitted)
         return 8 * images[0].numel() / bits if bits else math.inf
 
-    def says_all(self, transmitted: Transmitted) -> bool:
-        """Returns whether decoding samples no latents, because the transmitted parts determine all of them."""
+    def determines_latents(self, transmitted: Transmitted) -> bool:
+        """Returns whether the transmitted parts determine all latents, so that decoding samples none."""
         return len(transmitted.z) == self.top and (transmitted.u is not None or transmitted.y is not None)
 
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:

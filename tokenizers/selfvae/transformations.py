@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 from smalti.images.decoding import visible
 from smalti.tokenizers.selfvae.logistic import to_bins
@@ -46,8 +47,9 @@ def forms(transformation: Transformation, levels: int, channels: int) -> list[Fo
     channel and cannot be repeated.
 
     Raises:
-        UserError: if `levels` is below 1, or more than the transformation allows.
+        UserError: if `levels` is below 1, or more than the transformation allows, or there is no such transformation.
     """
+    require_choice("transformation", transformation, Transformation)
     most = {"downscale": levels, "bits": 4, "sketch": 2, "grayscale": 2 if channels > 1 else 1}[transformation]
     if not 1 <= levels <= most:
         raise UserError(f"{transformation} with {channels} channel(s) allows 1 to {most} levels, not {levels}")

@@ -27,7 +27,7 @@ _LARGER_MODELS = {
 
 
 def import_checkpoint(source: Path, description: Path | None = None) -> VQGAN:
-    """Imports a VQ-GAN of another system. Its `provenance` tells as which format it was recognised.
+    """Imports a VQ-GAN of another system. Its `provenance` records the recognised format.
 
     Args:
         source: the file of the weights, or a folder with weights and a `config.json`.

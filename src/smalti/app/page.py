@@ -10,10 +10,10 @@ from typing import Any, cast, no_type_check
 import gradio
 import numpy as np
 import torch
-from gradio import themes
 from PIL import Image
 from torch import Tensor
 
+from smalti.app.browser import IMAGE_IS_OPEN
 from smalti.app.session import Frame, Session
 from smalti.commands.inpainting import Filling
 from smalti.core.errors import UserError
@@ -23,44 +23,11 @@ from smalti.images.sheets import to_image
 
 CANVAS_SIZE = 512
 """Pixels of the longer side of the canvas that a mask is painted on. Small images are enlarged to it."""
+FIRST_STEP = "Open, drop or paste an image, then paint over the part to fill."
 MAX_IMAGES = 16
 MAX_SEED = 2**53 - 1
 """The largest whole number that browsers send exactly."""
 ANY_CLASS = "any"
-CSS = """
-#fills img, #images img { image-rendering: pixelated }
-.toast-wrap { position: static !important; order: -1; width: 100% !important }  /* above the page, over no button */
-.message { margin: 0; min-height: 1.5em }
-.message.problem { color: var(--error-text-color); font-weight: 600 }
-#server-gone { margin: 0; padding: 0.75em 1em; text-align: center }
-"""
-HEAD = """
-<script>
-// Gradio shows nothing when a button is pressed and its server has ended or was started again.
-let servedBy = null;
-async function checkServer() {
-  let text = "";
-  try {
-    const answer = await (await fetch("gradio_api/app_id", { cache: "no-store" })).text();
-    servedBy ??= answer;
-    if (answer !== servedBy) text = "smalti was started again: reload this page. Save the fills that you need first.";
-  } catch {
-    text = "smalti has ended, so the buttons do nothing: start `smalti app` again, then reload this page.";
-  }
-  let line = document.getElementById("server-gone");
-  if (!line && text) {
-    line = document.createElement("p");
-    line.id = "server-gone";
-    line.className = "message problem";
-    line.setAttribute("role", "alert");
-    document.body.prepend(line);
-  }
-  if (line) { line.textContent = text; line.hidden = !text; }
-}
-setInterval(checkServer, 2000);
-</script>
-"""
-THEME = themes.Default(font="system-ui", font_mono="monospace")  # Gradio downloads fonts of other names
 _SLIDER_RANGES = {  # minimum, maximum, step
     "steps": (1, 200, 1),
     "temperature": (0.05, 2.0, 0.05),
@@ -78,11 +45,17 @@ def canvas_image(pixels: Tensor) -> Image.Image:
 
 
 def painted_mask(layers: list[Image.Image], height: int, width: int) -> Tensor:
-    """Returns the mask `(h, w)` of the image's pixels whose area on the canvas is painted over by half or more."""
+    """Returns the mask `(h, w)` of the image's pixels whose area on the canvas is painted over by half or more.
+
+    Raises:
+        UserError: if something is painted, but less than half of every pixel.
+    """
     coverage = np.zeros((height, width), np.uint8)
     for layer in layers:
         painted = Image.fromarray(np.array(layer.convert("RGBA"))[..., 3] > 0).convert("L")
         coverage |= np.array(painted.resize((width, height), Image.Resampling.BOX))
+    if coverage.any() and coverage.max() <= 127:
+        raise UserError("no pixel of the image is painted over by half or more; take a larger brush or paint more")
     return torch.from_numpy(coverage > 127)
 
 
@@ -131,6 +104,10 @@ class _Handlers:
             return gradio.skip(), gradio.skip(), _message(text, problem=True), gradio.skip(), gradio.skip()
         text = f"{name} will be {self._size(pixels, explained=True)}"
         return pixels.numpy(), canvas_image(pixels), _message(text), _message(""), []
+
+    def clear(self, opened: Any) -> Any:
+        """Returns the canvas of the opened image, which Gradio's button for clearing takes away with the painting."""
+        return gradio.skip() if opened is None else canvas_image(torch.from_numpy(opened))
 
     def edit(self, event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, ...]:
         """Opens a generated image that was clicked, on the other tab."""
@@ -211,9 +188,9 @@ def _inpaint_tab(session: Session, handlers: _Handlers) -> list[Any]:
     with gradio.Column():
         opened = gradio.State()
         upload = gradio.UploadButton("Open an image", elem_id="open")  # any file, so that others get a message
-        file_status = gradio.HTML(elem_id="open-status")
+        file_status = gradio.HTML(_message(FIRST_STEP), elem_id="open-status")
         editor = gradio.ImageEditor(
-            label="Paint over the part to fill",
+            label="Paint the mask",
             elem_id="editor",
             type="pil",
             sources=None,
@@ -225,15 +202,23 @@ def _inpaint_tab(session: Session, handlers: _Handlers) -> list[Any]:
         )
         controls = _controls(session, session.prior.method.filling, num=3)
     with gradio.Column():
-        button = gradio.Button("Fill", variant="primary", elem_id="fill")
-        stop = gradio.Button("Stop")
-        status = gradio.HTML(elem_id="fill-status")
-        gallery = gradio.Gallery(label="Fills", elem_id="fills", format="png", columns=3, object_fit="contain")
+        button, stop = _buttons("Fill", elem_id="fill")
+        status = gradio.HTML(_message(""), elem_id="fill-status")
+        gallery = gradio.Gallery(
+            label="Fills",
+            elem_id="fills",
+            format="png",
+            columns=3,
+            object_fit="contain",
+            interactive=False,
+            buttons=["download", "download_all", "fullscreen"],  # without "share", which uploads to a website
+        )
     opening = [opened, editor, file_status, status, gallery]
     upload.upload(handlers.open, upload, opening, preprocess=False, show_progress_on=file_status)
-    waiting = button.click(_waiting, None, status, queue=False, show_progress="hidden")
-    running = waiting.then(handlers.inpaint, [opened, editor, *controls], [gallery, status], show_progress="hidden")
-    stop.click(_stopped, None, status, cancels=[running], queue=False)
+    editor.clear(handlers.clear, opened, editor, show_progress="hidden")
+    running = _connect(button, stop, handlers.inpaint, [opened, editor, *controls], gallery, status)
+    ended = [gallery, status, button, stop]
+    opened.change(_another_image, None, ended, cancels=[running], queue=False, show_progress="hidden", js=IMAGE_IS_OPEN)
     return opening
 
 
@@ -242,38 +227,83 @@ def _generate_tab(session: Session, handlers: _Handlers) -> gradio.Gallery:
     with gradio.Column():
         controls = _controls(session, session.prior.method.sampling, num=8)
     with gradio.Column():
-        button = gradio.Button("Generate", variant="primary", elem_id="generate")
-        stop = gradio.Button("Stop")
+        button, stop = _buttons("Generate", elem_id="generate")
         status = gradio.HTML(_message("Click an image to inpaint it."), elem_id="generate-status")
         images = gradio.Gallery(
-            label="Images", elem_id="images", format="png", columns=4, allow_preview=False, interactive=False
+            label="Images",
+            elem_id="images",
+            format="png",
+            columns=4,
+            allow_preview=False,
+            interactive=False,
+            buttons=["download_all"],
         )
-    waiting = button.click(_waiting, None, status, queue=False, show_progress="hidden")
-    running = waiting.then(handlers.generate, controls, [images, status], show_progress="hidden")
-    stop.click(_stopped, None, status, cancels=[running], queue=False)
+    _connect(button, stop, handlers.generate, controls, images, status)
     return images
 
 
-def _waiting() -> str:
+def _buttons(name: str, elem_id: str) -> tuple[gradio.Button, gradio.Button]:
+    """Lays out the button that starts work, and the one that stops it."""
+    with gradio.Row():
+        button = gradio.Button(name, variant="primary", elem_id=elem_id, scale=3)
+        return button, gradio.Button("Stop", interactive=False, elem_id=f"{elem_id}-stop")
+
+
+def _connect(
+    button: gradio.Button, stop: gradio.Button, work: Callable[..., Any], inputs: list[Any], *outputs: Any
+) -> Any:
+    """Connects the buttons to the work, and returns it: one can be pressed before and after it, the other during it.
+
+    Args:
+        button: starts the work.
+        stop: stops it.
+        work: a generator of the outputs.
+        inputs: its inputs.
+        outputs: the gallery and the message.
+    """
+    buttons, (_, status) = [button, stop], outputs
+    one_at_a_time = "models"  # fills and images that are computed at the same time slow each other down
+    waiting = button.click(_waiting, None, [status, *buttons], queue=False, show_progress="hidden")
+    running = waiting.then(work, inputs, [*outputs], show_progress="hidden", concurrency_id=one_at_a_time)
+    running.then(_ready, None, buttons, queue=False, show_progress="hidden")
+    stop.click(_stopped, None, [status, button], cancels=[running], queue=False, show_progress="hidden")
+    return running
+
+
+def _waiting() -> tuple[Any, ...]:
     """Returns the message until the first step: requests of several windows are processed one after the other."""
-    return _message("waiting: another window of this page is served first, if it is at work")
+    text = "starting; if another window of this page is at work, its work is finished first"
+    return _message(text), gradio.Button(interactive=False), gradio.Button(interactive=True)
 
 
-def _stopped() -> str:
-    """Returns the message after a click on Stop."""
-    return _message("stopped")
+def _ready() -> tuple[Any, ...]:
+    """Returns the states of the buttons while there is no work."""
+    return gradio.Button(interactive=True), gradio.Button(interactive=False)
+
+
+def _another_image() -> tuple[Any, ...]:
+    """Returns no fills and no message, and the states of the buttons: work on the image before is cancelled."""
+    return [], _message(""), *_ready()
+
+
+def _stopped() -> tuple[Any, ...]:
+    """Returns the message after a click on Stop, and the states of the buttons.
+
+    Stop can be pressed again, because Gradio does not cancel work that has not reached the server yet.
+    """
+    return _message("stopped; pictures that were shown meanwhile are unfinished"), gradio.Button(interactive=True)
 
 
 def _controls(session: Session, sampling: type, num: int) -> list[Any]:
     """Lays out controls of number, seed, class and sampler settings, in the order that `_settings` reads them."""
     conditional = bool(session.classes)
     with gradio.Row():
-        number = gradio.Slider(1, MAX_IMAGES, num, step=1, label="number of images")
+        number = gradio.Slider(1, MAX_IMAGES, num, step=1, label="images")
         seed = gradio.Number(0, label="seed", precision=0)
         image_class = gradio.Dropdown(
             [ANY_CLASS, *session.classes], value=ANY_CLASS, label="class", visible=conditional
         )
-    with gradio.Row():
+    with gradio.Accordion("Sampler settings", open=False), gradio.Row():
         sliders = []
         for name, label, value in _slider_defaults(sampling):
             minimum, maximum, step = _SLIDER_RANGES[name]
@@ -291,7 +321,7 @@ def _slider_defaults(sampling: type) -> Iterator[tuple[str, str, float]]:
         default = defaults[name]
         if isinstance(default, tuple):
             first, last = default
-            yield from ((name, f"{name}, first step", first), (name, f"{name}, last step", last))
+            yield from ((name, f"first {name}", first), (name, f"last {name}", last))
         else:
             yield name, name, cast(float, default)
 

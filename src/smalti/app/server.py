@@ -85,7 +85,7 @@ def serve(config: App) -> Iterator[str]:
         session = Session(config.prior, config.tokenizer, config.device, config.precision)
         provenance = {**flatten(config), "prior_digest": session.prior.digest(), "versions": versions()}
         blocks = page(session, partial(_save, folder, provenance))
-        blocks.queue(default_concurrency_limit=1)  # requests that run at the same time slow each other down
+        blocks.queue(default_concurrency_limit=1)  # of each function; of the models' work, see `_connect`
         try:
             with _running(blocks, port):
                 yield f"http://127.0.0.1:{port}"
@@ -138,7 +138,7 @@ def _running(blocks: Any, port: int) -> Iterator[None]:
     """
     from starlette.middleware import Middleware
 
-    from smalti.app.page import CSS, HEAD, THEME
+    from smalti.app.browser import CSS, HEAD, THEME
 
     try:
         blocks.launch(

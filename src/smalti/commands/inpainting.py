@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from smalti.commands.class_labels import draw_conditions
+from smalti.commands.sample import sampling_for
 from smalti.core.devices import Precision, autocast
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, row_seeds
@@ -196,16 +197,11 @@ def _sample_levels(
                 seeds=derive(candidate_seeds, Stream.LEVEL, len(codes)) if codes else candidate_seeds,
                 condition=condition if prior.conditional else None,
                 upper=codes,
-                sampling=filling_for(prior, sampling),
+                sampling=sampling_for(prior, sampling, inpainting=True),
                 callback=callback,
             ),
         )
     return codes, scored
-
-
-def filling_for(prior: Prior, requested: Any) -> Any:
-    """Returns the requested sampling settings if they are for the prior's kind, else that kind's filling defaults."""
-    return requested if isinstance(requested, prior.method.sampling) else prior.method.filling()
 
 
 def fills(
@@ -245,7 +241,7 @@ def callback_calls(priors: Sequence[Prior], tokenizer: Tokenizer, sampling: Any,
     """Returns the largest number of callback calls for one image, to scale a progress bar."""
     trained = tokenizer.config
     return sum(
-        filling_for(prior, sampling).calls(
+        sampling_for(prior, sampling, inpainting=True).calls(
             prior.level.height * size.padded_height // trained.height,
             prior.level.width * size.padded_width // trained.width,
         )

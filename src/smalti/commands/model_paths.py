@@ -239,6 +239,19 @@ def prior_class(source: str) -> type[Prior]:
     return cast(type[Prior], class_of_checkpoint(find_model(source, "prior"), "prior"))
 
 
+def require_config(model_class: type[models.Checkpointed], config: object) -> None:
+    """Refuses the config of another kind than the named one. Command lines cannot mix them, programs can.
+
+    Raises:
+        UserError: naming the kind's config class.
+    """
+    if not isinstance(config, model_class.config_class):
+        raise UserError(
+            f"the {model_class.family} is {model_class.kind}, but its model is a {type(config).__name__}; give a "
+            f"{model_class.config_class.__name__}, or the kind of this one"
+        )
+
+
 def _load(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:
     """Loads the priors in the given order, and the tokenizer that made the codes of all of them."""
     priors = [load_only_prior(source) for source in sources]

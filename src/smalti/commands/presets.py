@@ -1,14 +1,14 @@
 """Presets of `train_tokenizer` and `train_prior`: default settings by name; flags override them.
 
 `small` is for every kind, `small64` for hrvq, vqvae and vqgan, both on two CPU cores. `paperN` is
-for the VQ-VAE family and images of N pixels: the code grids of the HR-VQVAE paper; the rest is
-VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open: networks 128 channels wide, 2
-residual blocks, codewords of 64, 512 codes, batches of 128. The learning rate of 3e-4 is that of the
-example in Sonnet, its authors' library. Unlike there, residual branches are as wide as their stage,
-SiLU replaces ReLU, pixel shuffles replace transposed convolutions, and k-means initializes the
-codebooks. The others are for `vqgan`: the networks of the published checkpoints, and one for a
-megapixel. Their learning rate is 4.5e-6 times the batch size, and their codebooks are not initialized
-by k-means, which is slow for so many codes.
+for the VQ-VAE family and images of N pixels: the code grids of the HR-VQVAE paper, which has no
+images of 64 pixels; the rest is VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open:
+networks 128 channels wide, 2 residual blocks, codewords of 64, 512 codes, batches of 128. The
+learning rate of 3e-4 is that of the example in Sonnet, its authors' library. Unlike there, residual
+branches are as wide as their stage, SiLU replaces ReLU, pixel shuffles replace transposed
+convolutions, and k-means initializes the codebooks. The others are for `vqgan`: the networks of the
+published checkpoints, and one for a megapixel. Their learning rate is 4.5e-6 times the batch size,
+and their codebooks are not initialized by k-means, which is slow for so many codes.
 
 The presets of priors are at the end: `small`, and the recipe of SUNDAE on VQ-GAN codes (arXiv
 2206.12351) from its authors' published settings.

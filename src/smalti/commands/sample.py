@@ -334,9 +334,14 @@ def _grids(config: Sample[Any], priors: Sequence[Prior], tokenizer: Tokenizer) -
     return [(level.height * height // trained.height, level.width * width // trained.width) for level in levels]
 
 
-def sampling_for(prior: Prior, requested: Any) -> Any:
-    """Returns the requested sampling settings if they are for the prior's kind, else that kind's defaults."""
-    return requested if isinstance(requested, prior.method.sampling) else prior.method.sampling()
+def sampling_for(prior: Prior, requested: Any, *, inpainting: bool = False) -> Any:
+    """Returns the requested settings of the sampler if they are for the prior's kind, else that kind's defaults.
+
+    The defaults are those for generation, or those for inpainting.
+    """
+    if isinstance(requested, prior.method.sampling):
+        return requested
+    return prior.method.filling() if inpainting else prior.method.sampling()
 
 
 def default_config(source: str) -> Any:

@@ -108,7 +108,7 @@ def _sample_mode(config: SampleMode, model: Hierarchy, settings: dict[str, objec
     sheet: dict[str, Float[Tensor, "_b _c _h _w"]] = {"original": images.cpu()}
     if transmitted.y is not None:
         sheet["representation"] = _enlarged(transmitted.y, images).cpu()
-    for number in range(1 if model.says_all(transmitted) and config.pixels == "mean" else config.draws):
+    for number in range(1 if model.determines_latents(transmitted) and config.pixels == "mean" else config.draws):
         decoded = model.decode_from(transmitted, derive(seeds[: len(images)], number), config.pixels)
         sheet[f"{config.mode}, draw {number + 1}"] = decoded.cpu()
     save_sheet(config.out, sheet, settings=settings)

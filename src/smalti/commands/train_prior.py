@@ -19,10 +19,11 @@ from smalti.commands.model_paths import (
     find_initial_model,
     load_only_prior,
     load_tokenizer,
+    require_config,
 )
 from smalti.commands.sample import generate_codes
 from smalti.core import models
-from smalti.core.config import added, added_values, flatten
+from smalti.core.config import added, added_values, flatten, require_choices
 from smalti.core.devices import Device, Precision
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
@@ -37,7 +38,7 @@ from smalti.priors.grids import continuous_grid, grids
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.accelerator import accelerator, tracked
 from smalti.training.config import FitConfig, Phase
-from smalti.training.end_of_run import print_end
+from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run
 from smalti.transfer.weights import take_classes, take_weights
@@ -74,6 +75,9 @@ def default_fit(kind: str) -> FitConfig:
 @dataclass(frozen=True)
 class TrainPrior(Generic[C, Objective]):
     """Settings of `train_prior`.
+
+    From Python, `prior` must be the kind of `model`. The defaults of `fit` are those of `hourglass`;
+    `default_fit(kind)` has those of another kind.
 
     Raises:
         UserError: for a negative number of samples.
@@ -116,6 +120,7 @@ class TrainPrior(Generic[C, Objective]):
     number rolls back to the snapshot of that step and discards everything after it."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         if self.sheet_samples < 0:
             raise UserError(f"--sheet-samples must not be negative, not {self.sheet_samples}; 0 draws none")
 
@@ -130,6 +135,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
         UserError: for an unsuitable latent set, tokenizer, setting or folder, or if they do not match.
         Interrupted: if a signal stopped the run.
     """
+    require_config(models.class_of_kind("prior", config.prior), config.model)
     latents = LatentSet(config.latents)
     levels = latents.layout.levels
     folder = config.out or PRIORS / (f"{config.prior}-{config.level}" if len(levels) > 1 else config.prior)
@@ -147,7 +153,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
         off = added_values(config)
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off)
     if ending := run.end(config.fit.steps, config.fit.patience):
-        process.print(f"{folder} is finished: {ending}. Give --steps to train on, or --resume never.")
+        print_finished(folder, ending, more="--steps")
         return folder
     if config.init is not None and other is not None:
         prior.provenance |= {"init": config.init, "init_digest": settings["init_digest"]}

@@ -16,6 +16,7 @@ from smalti.commands.model_paths import (
     layer_name,
     layer_source,
     load_tokenizer,
+    require_config,
 )
 from smalti.core import models
 from smalti.core.config import added_values, flatten, former_switches, read_json
@@ -32,7 +33,7 @@ from smalti.tokenizers.base import PartName, Tokenizer
 from smalti.tokenizers.reconstruction import Reconstruction
 from smalti.training.accelerator import accelerator, main_first, tracked
 from smalti.training.config import FitConfig, Phase
-from smalti.training.end_of_run import print_end
+from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run
 from smalti.training.snapshots import Snapshots
@@ -69,7 +70,11 @@ SHEET_IMAGES = 12
 
 @dataclass(frozen=True)
 class TrainTokenizer(Generic[C]):
-    """Settings of `train_tokenizer`."""
+    """Settings of `train_tokenizer`.
+
+    From Python, `tokenizer` must be the kind of `model`. The defaults of `fit` are those of `hrvq`;
+    `smalti.commands.presets.small(kind)` has those of another kind.
+    """
 
     model: C
     """The network."""
@@ -130,6 +135,7 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     if config.reading.image_depth == 16 and config.tokenizer in EIGHT_BIT_KINDS:
         raise UserError(f"{config.tokenizer} models pixels of 8 bits; leave --image-depth out")
     kind = cast(type[Tokenizer], models.class_of_kind("tokenizer", config.tokenizer))
+    require_config(kind, config.model)
     *lower_models, top_model = kind.stages(config.model)
     *lower_fits, top_fit = _layer_fits(config, len(lower_models) + 1)
     lower, folders = None, [*(folder / layer_name(number + 1) for number in range(len(lower_models))), folder]
@@ -200,9 +206,7 @@ def _train(
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off, switches=switches)
     if ending := run.end(config.fit.steps, config.fit.patience):
         more = "more --layer-steps for the last layer" if lower else "--steps"
-        process.print(
-            f"{folder} is finished: {ending}." + ("" if above else f" Give {more} to train on, or --resume never.")
-        )
+        print_finished(folder, ending, more="" if above else more)
         process.wait_for_everyone()  # the main process may have just put the best model there
         return folder, images
     if run.step and above and _is_trained_on(above, folder):

@@ -9,6 +9,7 @@ import json
 import math
 import types
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -23,6 +24,34 @@ def flatten(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         flat.update(flatten(value) if dataclasses.is_dataclass(value) else {field.name: value})
     return flat
+
+
+def require_choice(name: str, value: object, choices: Any) -> None:
+    """Refuses a value that a `Literal` type does not have; otherwise a mistyped one would be read as one of the others.
+
+    Command lines are checked where they are parsed, the arguments of programs are not.
+
+    Raises:
+        UserError: naming the choices.
+    """
+    if value not in get_args(choices):
+        raise UserError(f"{name} must be one of {', '.join(map(str, get_args(choices)))}, not {value!r}")
+
+
+def require_choices(config: Any) -> None:
+    """Checks every field of a config dataclass whose type is a `Literal`; see `require_choice`.
+
+    Raises:
+        UserError: naming the first field with another value.
+    """
+    for name, choices in _literals(type(config)).items():
+        require_choice(name, getattr(config, name), choices)
+
+
+@cache
+def _literals(cls: type) -> dict[str, Any]:
+    """Returns the types of the fields that are `Literal`s."""
+    return {name: hint for name, hint in get_type_hints(cls).items() if get_origin(hint) is Literal}
 
 
 LARGEST_JSON_BYTES = 1 << 24

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
@@ -51,8 +52,9 @@ def resolve(precision: Precision, device: torch.device | None = None) -> Literal
     Recent GPUs and CPUs with AMX or AVX512-BF16 have bf16. `device` defaults to this machine's best one.
 
     Raises:
-        UserError: for fp16 on a CPU.
+        UserError: for fp16 on a CPU, or if there is no such precision.
     """
+    require_choice("precision", precision, Precision)
     kind = (device or best_device()).type
     if precision == "fp16" and kind == "cpu":
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32")

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def printable(text: str) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
+
+
+def one_line(problem: object) -> str:
+    """Returns the message of another library's error on one line, or the name of the error if it has no message."""
+    return " ".join(str(problem).split()) or type(problem).__name__
 
 
 LONGEST_MESSAGE = 1_000
@@ -54,15 +60,20 @@ def unreadable(path: object, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read: {error.strerror or error}; {advice}")
 
 
-def require_at_least_one(config: object, *names: str) -> None:
-    """Refuses a config in which one of the named numbers is below 1.
+def require_at_least_one(config: object | Mapping[str, int], *fields: str) -> None:
+    """Refuses numbers below 1.
+
+    Args:
+        config: a config, of which some fields are checked and named as flags; or the numbers by their names.
+        fields: the config's fields to check.
 
     Raises:
         UserError: naming the first such number.
     """
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    flags = {f"--{field.replace('_', '-')}": getattr(config, field) for field in fields}
+    for name, number in (config if isinstance(config, Mapping) else flags).items():
+        if number < 1:
+            raise UserError(f"{name} must be at least 1, not {number}")
 
 
 def require_finite(config: Any) -> None:

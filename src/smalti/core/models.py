@@ -33,7 +33,7 @@ from smalti.core.checkpoint_checks import (
     require_sizes,
     some,
 )
-from smalti.core.config import ADDED, RENAMED, config_from_json, former_switches, with_switches
+from smalti.core.config import ADDED, RENAMED, config_from_json, former_switches, require_choices, with_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.hub.ids import FORMS, HubId, find_hub_id, parse_target
@@ -55,8 +55,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         fills: whether it can fill masked parts of images.
         config_class: the frozen dataclass that its constructor takes.
         config: an instance of that dataclass.
-        provenance: how this model was made (JSON values: sources, digests, settings). It is stored with the model, but
-            not needed to rebuild it.
+        provenance: how this model was made (JSON values: sources, digests, settings), stored with the model.
         folder: the folder that `load` read it from; None for a model that was not loaded.
     """
 
@@ -67,6 +66,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
 
     def __init__(self, config: ConfigT) -> None:
         super().__init__()
+        require_choices(config)
         self.config = config
         self.provenance: dict[str, Any] = {}
         self.folder: Path | None = None

@@ -117,8 +117,8 @@ class PriorEvaluation(Generic[S]):
     of: Literal["prior"] = "prior"
     """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     prior: tuple[str, ...] = ("hourglass",)
-    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one per level, coarsest first,
-    if the tokenizer has several levels."""
+    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one for each level if the
+    tokenizer has several levels."""
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     protocol: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -146,8 +146,8 @@ class InpaintingEvaluation(Generic[S]):
     fills: int = 3
     """Fills of each image. Distances use the first one only; diversity and the best error use all."""
     prior: tuple[str, ...] = ("hourglass",)
-    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one per level, coarsest first,
-    if the tokenizer has several levels."""
+    """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one for each level if the
+    tokenizer has several levels."""
     tokenizer: str | None = None
     """Its tokenizer: a kind, a folder or a hub id [default: the copy in the prior's folder]."""
     filling: Filling = field(default_factory=Filling)

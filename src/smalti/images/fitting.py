@@ -7,7 +7,9 @@ from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 
+from smalti.core.config import require_choice
 from smalti.core.randomness import Stream, derive, uniform
+from smalti.images.formats.planes import Depth
 
 Fit: TypeAlias = Literal["crop", "pad", "squash"]
 """The way in which an image of other proportions becomes one of a given size."""
@@ -73,7 +75,13 @@ def fitted(image: Image.Image, *, height: int, width: int, fit: Fit, crop: Crop 
 
 
 def describe(*, height: int, width: int, channels: int, fit: Fit = "crop", depth: int = 8) -> dict[str, Any]:
-    """Describes what `decode` does to every image, as JSON for latent sets; keep it in step with `decode`."""
+    """Describes what `decode` does to every image, as JSON for latent sets; keep it in step with `decode`.
+
+    Raises:
+        UserError: for a fit or a depth that there is not.
+    """
+    require_choice("fit", fit, Fit)
+    require_choice("depth", depth, Depth)
     return {
         "height": height,
         "width": width,

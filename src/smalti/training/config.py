@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
+from smalti.core.config import require_choices
 from smalti.core.errors import UserError, require_at_least_one
 from smalti.training.optimizers import BETAS, Optimizer, OptimizerName, make_optimizer
 
@@ -68,6 +69,7 @@ class FitConfig:
     disables it."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require_at_least_one(
             self, "steps", "batch_size", "accumulation", "log_steps", "report_steps", "save_steps", "keep_states"
         )

@@ -41,6 +41,19 @@ def print_end(folder: Path, *, pictures: str, following: str, remedies: str = ""
     print_next(following)
 
 
+def print_finished(folder: Path, ending: str, *, more: str) -> None:
+    """Prints that a run has all of its steps, on the main process.
+
+    Args:
+        folder: of the run.
+        ending: how it ended; see `Run.end`.
+        more: the flag that trains on; "" for a run that must stay as it is.
+    """
+    advice = f" Give {more} to train on, or --resume never." if more else ""
+    if PartialState().is_main_process:
+        print(f"{folder} is finished: {ending}.{advice}")
+
+
 def _lowest_held_out_loss(folder: Path, until: int) -> tuple[int, float] | None:
     """Returns the step and the value of the lowest held-out loss of a run, if it has risen since; otherwise None."""
     lines = map(json.loads, (folder / METRICS_NAME).read_text().splitlines())

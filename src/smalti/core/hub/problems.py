@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from smalti.core.errors import one_line
 from smalti.core.hub.ids import HubId, RepoType
 
 HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, RuntimeError, ValueError)
@@ -32,8 +33,8 @@ def describe_problem(error: BaseException, hub_id: HubId, kind: RepoType) -> str
     if isinstance(error, OSError) and error.errno and error.filename:
         return f"{error.filename} cannot be written ({os.strerror(error.errno)}); make room, or set HF_HOME"
     if isinstance(error, (HUB_ERRORS[0], LocalEntryNotFoundError, ConnectionError, TimeoutError)):
-        return f"{constants.ENDPOINT} cannot be reached ({_text(inner or error)}); check the network, or HF_ENDPOINT"
-    return f"{_text(error)}; see the documentation of `huggingface_hub`"
+        return f"{constants.ENDPOINT} cannot be reached ({one_line(inner or error)}); check the network, or HF_ENDPOINT"
+    return f"{one_line(error)}; see the documentation of `huggingface_hub`"
 
 
 def _describe_answer(error: HfHubHTTPError, hub_id: HubId, kind: RepoType) -> str:
@@ -52,11 +53,6 @@ def _describe_answer(error: HfHubHTTPError, hub_id: HubId, kind: RepoType) -> st
         return f"{endpoint} has no {_WORDS[kind]} {hub_id.repo}, or {private}; check the name, or {LOG_IN}"
     if status == 403:
         said = error.server_message or "403 Forbidden"
-        return f"the token may not do this ({_text(said)}); use one with write access to {hub_id.repo}"
+        return f"the token may not do this ({one_line(said)}); use one with write access to {hub_id.repo}"
     said = error.server_message or error
-    return f"{endpoint} answers with status {status} ({_text(said)}); try again later"
-
-
-def _text(problem: object) -> str:
-    """Returns a message on one line."""
-    return " ".join(str(problem).split()) or type(problem).__name__
+    return f"{endpoint} answers with status {status} ({one_line(said)}); try again later"

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from datasets.config import HF_DATASETS_CACHE
 from fsspec.core import url_to_fs
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, one_line
 from smalti.core.files import whole_file
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images.formats.opening import BadImageError, UnreadableImageError, refuse_expansion
@@ -123,7 +123,7 @@ def read_member(member: Member) -> bytes:
     except UnreadableImageError:
         raise
     except (OSError, ValueError, struct.error) as error:
-        raise UnreadableImageError(f"the archive cannot be read ({_one_line(error)}); repair or remove it") from error
+        raise UnreadableImageError(f"the archive cannot be read ({one_line(error)}); repair or remove it") from error
     if member.method not in (None, zipfile.ZIP_STORED):
         data = _inflated(data, member)
     if len(data) != member.size or (member.checksum is not None and zlib.crc32(data) != member.checksum):
@@ -266,7 +266,7 @@ def _named(archive: str) -> Iterator[None]:
         raise UserError(f"there is no {archive}; check the name") from error
     except (*_DAMAGED, ImportError, NotImplementedError) as error:  # no package for the URL; an unknown kind of zip
         raise UserError(
-            f"{archive} cannot be opened ({_one_line(error)}); give a whole, uncompressed tar or a zip"
+            f"{archive} cannot be opened ({one_line(error)}); give a whole, uncompressed tar or a zip"
         ) from error
 
 
@@ -302,7 +302,3 @@ def _load(kept: Path) -> Index | None:
         return None
     texts = [Text(row["name"], row["text"]) for row in rows if row["text"] is not None]
     return Index([Member(*(row[field] for field in Member._fields)) for row in rows], texts)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -9,7 +9,7 @@ from io import BytesIO
 
 from PIL import Image, ImageOps
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, one_line
 
 # What Pillow's decoders raise on damaged bytes, determined by truncating files of every format and flipping bits.
 DAMAGED = (
@@ -90,7 +90,7 @@ def opened(encoded: bytes, *, channels: int, load: bool = True, limit: int | Non
             f"the image has more than {most_pixels()} pixels, the most that are read; shrink or remove it"
         ) from error
     except DAMAGED as error:
-        raise BadImageError(f"the image cannot be decoded ({_one_line(error)}); repair or remove it") from error
+        raise BadImageError(f"the image cannot be decoded ({one_line(error)}); repair or remove it") from error
 
 
 def _refuse_size(image: Image.Image, file_size: int, channels: int, limit: int | None) -> None:
@@ -154,7 +154,3 @@ def _upright(image: Image.Image) -> Image.Image:
     with suppress(*DAMAGED):
         ImageOps.exif_transpose(image, in_place=True)
     return image
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
