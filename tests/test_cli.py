@@ -98,6 +98,16 @@ def test_a_wrong_flag_suggests_the_right_one(monkeypatch, capsys, main, wrong, r
     assert "Traceback" not in shown
 
 
+def test_two_wrong_flags_suggest_flags_and_no_rules_between_them(monkeypatch, capsys):
+    wrong = ["--revive-below", "-1", "--gradient", "rotation"]  # two boxes of suggestions, with a rule between them
+    monkeypatch.setattr(sys, "argv", ["command.py", "--tokenizer", "vae", *wrong])
+    with pytest.raises(SystemExit):
+        train_tokenizer.main()
+    shown = capsys.readouterr().err
+    assert "Unrecognized options: --revive-below, -1, --gradient, rotation; " in shown
+    assert "----" not in shown
+
+
 @pytest.mark.parametrize("form", [["--tokenizer", "hrqv"], ["--tokenizer=hrqv"]])
 def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
     monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *form])
@@ -115,6 +125,7 @@ def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
         (Interrupted(3, 10, signal.SIGTERM), 143, "\nstopped after step 3 of 10, state saved; the same command"),
         (KeyboardInterrupt(), 130, "\nstopped\n"),
         (OSError(errno.ENOSPC, "no space", "x.h5"), 2, "error: x.h5 cannot be written: the disk is full; make room"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer [::1]:9"), 1, "error: another process"),
         (OSError(errno.EFBIG, "too large", "x.h5"), 2, "error: x.h5 cannot be written: it is larger than a file may"),
         (IsADirectoryError(errno.EISDIR, "is a folder", "out"), 2, "error: out cannot be written: it is a folder"),
     ],
@@ -135,11 +146,25 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
         run(monkeypatch, failing(error))
 
 
-def test_of_several_processes_one_speaks_unless_only_another_has_something_to_say(monkeypatch, capsys):
-    for rank, error, lines in [("0", UserError, 1), ("1", UserError, 0), ("1", OneProcessError, 1)]:
-        monkeypatch.setenv("RANK", rank)
-        assert run(monkeypatch, failing(error("give more"))) == 2
-        assert capsys.readouterr().err.count("\n") == lines
+@pytest.mark.parametrize(("rank", "error"), [("0", UserError), ("1", OneProcessError)])
+def test_of_several_processes_one_prints_an_error(monkeypatch, capsys, rank, error):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli.time, "sleep", pytest.fail)
+    assert run(monkeypatch, failing(error("give more"))) == 2
+    assert capsys.readouterr().err == "error: give more\n"
+
+
+def test_an_error_of_another_process_is_printed_unless_the_main_one_fails_too(monkeypatch, capsys):
+    """The launcher ends the other processes when the main one has failed, during the time that they wait."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    assert run(monkeypatch, failing(UserError("give more"))) == 2
+    assert capsys.readouterr().err == "error: give more (in process 2 of 4)\n"
+    assert len(waited) == 1
+    assert run(monkeypatch, failing(KeyboardInterrupt())) == 130  # each process is stopped
+    assert capsys.readouterr().err == ""
 
 
 def test_help_that_nobody_reads_to_the_end_is_no_bug():

@@ -40,6 +40,8 @@ _DISK_ERRORS = {
 _LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
 """Variables that torchrun and `accelerate launch` set for the processes that they start."""
 _MOST_SECONDS_LATER = 20.0
+_SECONDS_OF_MAIN_PROCESS = 8.0
+"""Time in which a launcher ends the other processes if the main one has failed too."""
 _ONE_OR_SEVERAL = re.compile(r"\b(\w+)\|\{\[\1 \[\1 \.\.\.\]\]\}")
 """tyro's name of the values of a flag that takes one number, or several."""
 _NO_COMPILER = "No working C++ compiler found"
@@ -48,6 +50,8 @@ _NO_MEMORY = re.compile(
     "can't allocate memory|out of memory|integer multiplication overflow|calculation overflowed", re.I
 )
 """Texts in torch's errors of type RuntimeError for tensors that are too large."""
+_PROCESS_ENDED = re.compile(r"gloo.*(closed by peer|reset by peer|broken pipe)", re.I)
+"""Texts in torch's errors of type RuntimeError for a process that waits for one that has ended."""
 
 
 def run(
@@ -95,6 +99,8 @@ def run(
     except (MemoryError, RuntimeError) as error:
         if _NO_COMPILER in str(error):
             _leave("error: --compile needs a C++ compiler, and none was found: install g++, or leave --compile out", 2)
+        if _PROCESS_ENDED.search(str(error)):
+            _leave("error: another process has ended, so this one stops too; the same command resumes the work", 1)
         if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
             raise
         reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
@@ -148,7 +154,8 @@ def _parse(cls: Any, arguments: list[str], about: str, defaults: dict[str, Any])
             r"\1 [\1 ...]", message.partition(" Got errors:")[0]
         )  # of each type that was tried
         suggests = any(phrase in output.getvalue() for phrase in ("Perhaps you meant", "similar to"))
-        similar = [line.split()[0] for line in lines if line.startswith("--")] if suggests else []
+        flags = [line.split()[0] for line in lines if line.startswith("--") and not _is_rule(line)]
+        similar = flags if suggests else []
         advice = f"did you mean {' or '.join(similar)}?" if similar else "--help lists the flags"
         raise UserError(f"{message or ' '.join(output.getvalue().split())}; {advice}") from exit_
 
@@ -239,9 +246,15 @@ sys.excepthook = _quiet_interrupts
 def _leave(message: str, status: int, *, every_process: bool = False, after_launcher: bool = False) -> NoReturn:
     """Exits with a message on standard error, printed by the main process only unless `every_process` is set.
 
+    An error of another process alone, such as a disk that only the main process sees, is printed a little later: the
+    launcher ends the others at once if the main process failed too, which then has printed the same error.
     With `after_launcher` the message comes after what a launcher, such as `accelerate launch`, prints at its own end.
     """
-    shown = every_process or os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    shown = every_process or rank == "0"
+    if not shown and status == 2:
+        time.sleep(_SECONDS_OF_MAIN_PROCESS)
+        shown, message = True, f"{message} (in process {int(rank) + 1} of {os.environ.get('WORLD_SIZE', '?')})"
     if shown and not (after_launcher and _LAUNCHED & os.environ.keys() and _print_later(message)):
         print(message, file=sys.stderr)
     sys.exit(status)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from smalti.core.errors import UserError
 from smalti.core.models import WEIGHTS_NAME
 from smalti.training import accelerator as accelerator_file
-from smalti.training.accelerator import accelerator, subnormals_flushed, tracked
+from smalti.training.accelerator import accelerator, note_single_process, subnormals_flushed, tracked
 
 
 class ToFile(tracking.GeneralTracker):
@@ -143,3 +143,23 @@ def test_trainings_of_one_process_may_have_different_precisions(tmp_path):
     first, second, third = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("first", "second", "third"))
     assert all(torch.equal(third[name], weight) for name, weight in first.items())
     assert any(not torch.equal(second[name], weight) for name, weight in first.items())
+
+
+@pytest.mark.parametrize(
+    ("environment", "notes"),
+    [
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}, 1),  # accelerate launch --cpu --num_processes 2
+        ({"ACCELERATE_USE_CPU": "False"}, 0),  # accelerate launch
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500", "PMI_SIZE": "2"}, 0),  # with MPI
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "29500"}, 0),  # torchrun, and accelerate launch --multi_gpu
+    ],
+)
+def test_launch_of_several_processes_that_starts_one_is_noted(monkeypatch, capsys, environment, notes):
+    for name in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    note_single_process.cache_clear()
+    note_single_process()
+    note_single_process()
+    assert capsys.readouterr().err.count("torchrun --nproc_per_node") == notes

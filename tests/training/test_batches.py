@@ -13,6 +13,7 @@ from helpers.toys import Rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalti.core.errors import OneProcessError, UserError
 from smalti.core.randomness import generator_for
 from smalti.training.batches import StepRows, batches, leave_signals
 
@@ -90,3 +91,22 @@ def test_loader_returns_whole_batches_in_order_with_and_without_workers(workers)
     assert [batch["rows"].tolist() for batch in loaded] == list(rows)
     assert all(torch.equal(batch["x"], batch["rows"] * 10) for batch in loaded)
     assert len(rows) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_of_a_row_is_one_line_that_its_process_prints(workers):
+    """Another process does not read the row, and a worker's exception would be a traceback."""
+    rows = StepRows(7, batch_size=3, seed=0, steps=range(4))
+    loaded = batches(MissingRow(x=torch.arange(7)), rows, workers=workers, pin_memory=False)
+    with pytest.raises(OneProcessError) as raised:
+        list(loaded)
+    assert str(raised.value) == "row 4 is missing"
+
+
+class MissingRow(Rows):
+    """A data set whose row 4 cannot be read."""
+
+    def __getitems__(self, rows):
+        if 4 in rows:
+            raise UserError("row 4 is missing")
+        return super().__getitems__(rows)

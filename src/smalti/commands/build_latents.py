@@ -31,7 +31,7 @@ from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.summary import describe
 from smalti.tokenizers.base import Tokenizer
-from smalti.training.accelerator import LONGEST_WAIT, main_first
+from smalti.training.accelerator import LONGEST_WAIT, main_first, note_single_process
 
 SIDES = ("channels", "height", "width")
 MOST_CROPS = 1_000
@@ -136,6 +136,7 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
             f"--shard-rows {config.shard_rows} is less than --batch-size {config.batch_size}, which a file has at least"
         )
     wanted = device("cpu" if engine else config.device)
+    note_single_process()
     process = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
     own_device = process.device  # with several GPUs, each process has its own
     encoding_device = own_device if own_device is not None and own_device.type == wanted.type else wanted

@@ -207,6 +207,7 @@ def _train(
     if ending := run.end(config.fit.steps, config.fit.patience):
         more = "more --layer-steps for the last layer" if lower else "--steps"
         print_finished(folder, ending, more="" if above else more)
+        process.wait_for_everyone()  # the main process may have just put the best model there
         return folder, images
     if run.step and above and _is_trained_on(above, folder):
         raise UserError(

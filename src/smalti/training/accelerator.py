@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
 from smalti.core.devices import Device, Precision, device, resolve
 from smalti.core.errors import UserError
+from smalti.core.progress import print_note
 from smalti.training.fsdp import refuse_engines
 
 T = TypeVar("T")
@@ -46,6 +48,7 @@ def accelerator(
             that exists, or as `refuse_engines` does.
     """
     refuse_engines()
+    note_single_process()
     if (steps := os.environ.get(ACCUMULATION_VARIABLE, "1")) != "1":
         raise _accumulation_error(f"{ACCUMULATION_VARIABLE}={steps}")
     chosen = device(device_name)
@@ -91,6 +94,21 @@ def refuse_accumulation(process: Accelerator) -> None:
     """
     if process.gradient_accumulation_steps != 1:
         raise _accumulation_error(f"Accelerate's gradient_accumulation_steps={process.gradient_accumulation_steps}")
+
+
+@cache
+def note_single_process() -> None:
+    """Prints a note, once, if `accelerate launch` was asked for several processes and started this one alone.
+
+    It does so with `--cpu`, and on machines without GPUs unless it is given `--multi_gpu`. Only its launcher of one
+    process sets `ACCELERATE_USE_CPU`, and for several it also sets the port at which they meet.
+    """
+    several = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}  # of torchrun and MPI
+    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and not several & os.environ.keys():
+        print_note(
+            "note: accelerate launch was asked for several processes, but starts only one on CPUs; to use several, "
+            "start the command with torchrun --nproc_per_node NUMBER"
+        )
 
 
 def _accumulation_error(setting: str) -> UserError:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from smalti.core.errors import OneProcessError, UserError
 from smalti.core.randomness import generator_for
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -66,16 +67,40 @@ class StepRows(Sampler[list[int]]):
         return torch.randperm(self.size, generator=generator_for(self.seed, epoch), dtype=kind)
 
 
-def batches(data: RowData, rows: StepRows, *, workers: int, pin_memory: bool) -> DataLoader:
-    """Returns a loader of whole batches, made in this process or in workers that leave signals to it."""
-    return DataLoader(
-        cast(Dataset, data),
+class _ErrorsReturned:
+    """Returns errors of rows, such as a missing image, as text: an exception of a worker would be a traceback."""
+
+    def __init__(self, data: RowData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, rows: list[int]) -> Batch | str:
+        try:
+            return self.data.__getitems__(rows)
+        except UserError as error:
+            return str(error)
+
+
+def batches(data: RowData, rows: StepRows, *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Yields whole batches, made in this process or in workers that leave signals to it.
+
+    Raises:
+        OneProcessError: if rows cannot be read; other processes read other rows of the batch.
+    """
+    loader = DataLoader(
+        cast(Dataset, _ErrorsReturned(data)),
         batch_sampler=rows,
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=leave_signals,
         pin_memory=pin_memory,
     )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise OneProcessError(batch)
+        yield batch
 
 
 def _unchanged(batch: Any) -> Any:

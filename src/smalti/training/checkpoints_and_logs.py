@@ -193,6 +193,7 @@ class CheckpointsAndLogs:
             self._restore(self.run.states.load(best))
             with self._evaluated() as model:
                 self._draw(best, model)
+        self.accelerator.wait_for_everyone()  # the next layer's training loads the model that the main process put here
 
     @contextmanager
     def _averaged(self) -> Iterator[Checkpointed]:
