@@ -252,7 +252,7 @@ def _leave(message: str, status: int, *, every_process: bool = False, after_laun
     """
     rank = os.environ.get("RANK", "0")
     shown = every_process or rank == "0"
-    if not shown and status == 2:
+    if not shown and status == 2 and _LAUNCHED & os.environ.keys():
         time.sleep(_SECONDS_OF_MAIN_PROCESS)
         shown, message = True, f"{message} (in process {int(rank) + 1} of {os.environ.get('WORLD_SIZE', '?')})"
     if shown and not (after_launcher and _LAUNCHED & os.environ.keys() and _print_later(message)):

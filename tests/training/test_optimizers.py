@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -105,6 +105,7 @@ def test_batched_muon_takes_the_steps_of_torchs_muon(monkeypatch: pytest.MonkeyP
     bf16=st.booleans(),
     seed=st.integers(0, 2**16),
 )
+@example(rows=3, further_columns=0, smallest=0.8125, scale=1.0, bf16=True, seed=1)  # near a polynomial's minimum
 def test_orthogonalization_maps_singular_values_near_1(rows, further_columns, smallest, scale, bf16, seed):
     """Singular vectors stay, and singular values from a hundredth of the largest come near 1, at any usual scale."""
     draw = torch.Generator().manual_seed(seed)

@@ -140,8 +140,10 @@ def orthogonalized(matrices: Float[Tensor, "b r c"], eps: float) -> Float[Tensor
             product = polynomial @ product if step else polynomial
         return product @ x
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        gram = x @ x.mT if step else gram
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        # a + b g + c g^2, written as a square: near its minimum, large terms would cancel, which bf16 is too coarse for
+        root = x @ x.mT if step else gram
+        root.diagonal(dim1=1, dim2=2).add_(b / (2 * c))
+        x = torch.baddbmm(x, root @ root, x, beta=a - b * b / (4 * c), alpha=c)
     return x
 
 
