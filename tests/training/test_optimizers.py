@@ -98,7 +98,7 @@ def test_batched_muon_takes_the_steps_of_torchs_muon(monkeypatch: pytest.MonkeyP
 
 @settings(deadline=None)
 @given(
-    rows=st.integers(1, 24),
+    rows=st.integers(1, 48),
     further_columns=st.integers(0, 60),
     smallest=st.floats(0.01, 1),
     scale=st.floats(-4, 15).map(lambda power: 10.0**power),

@@ -36,6 +36,8 @@ As in Polar Express (arXiv 2505.16932), each polynomial is the one whose largest
 iterations before it take singular values of 0.003 to 1, here with 1 % above for rounding. The four together take these
 to 0.79 ... 1.21.
 """
+FP32_UP_TO = 32
+"""Matrices with at most this many rows are computed in fp32, which costs little and rounds less."""
 GRAM_FROM_ASPECT = 2
 """Matrices with more columns than this many times their rows are iterated by their Gram matrices."""
 
@@ -117,34 +119,35 @@ def _matrix_shape(weight: Tensor) -> tuple[int, int]:
 def orthogonalized(matrices: Float[Tensor, "b r c"], eps: float) -> Float[Tensor, "b r c"]:
     """Approximates the nearest matrices with orthonormal rows (r <= c) by Newton-Schulz iterations.
 
-    It computes in bf16, which is exact enough, if the hardware has it; otherwise in fp32, which is then much faster. In
-    fp32, wide matrices are iterated by their Gram matrices alone: the iterations multiply X by polynomials of X X^T,
-    which commute, so that the products with X itself are done once.
+    It computes in bf16, which is exact enough, if the hardware has it; otherwise in fp32, which is then much faster.
+    Small matrices are always computed in fp32. In fp32, wide matrices are iterated by their Gram matrices alone: the
+    iterations multiply X by polynomials of X X^T, which commute, so that the products with X itself are done once.
 
     Deviation from Muon: four iterations with coefficients of their own (`NEWTON_SCHULZ`), not five with the same; and
     the norm of X X^T, not that of X, scales singular values below 1. It is the nearer bound, the fourth root of the sum
     of their fourth powers. Zeros stay zeros; a norm below `eps`, which leaves a small result in Muon, does not here.
     """
     bf16 = has_native_bf16(matrices.device.type)
-    x = matrices.bfloat16() if bf16 else matrices.float()
+    dtype = torch.bfloat16 if bf16 else torch.float32  # of the result
+    x = matrices.float() if matrices.shape[1] <= FP32_UP_TO else matrices.to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # the squares of small values would be zero
     gram = x @ x.mT
     norm = gram.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     x, gram = x / norm.sqrt(), gram / norm
-    if not bf16 and x.shape[2] > GRAM_FROM_ASPECT * x.shape[1]:
+    if x.dtype == torch.float32 and x.shape[2] > GRAM_FROM_ASPECT * x.shape[1]:
         identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
         product = polynomial = identity
         for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
             gram = polynomial @ gram @ polynomial if step else gram
             polynomial = torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
             product = polynomial @ product if step else polynomial
-        return product @ x
+        return (product @ x).to(dtype)
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
         # a + b g + c g^2, written as a square: near its minimum, large terms would cancel, which bf16 is too coarse for
         root = x @ x.mT if step else gram
         root.diagonal(dim1=1, dim2=2).add_(b / (2 * c))
         x = torch.baddbmm(x, root @ root, x, beta=a - b * b / (4 * c), alpha=c)
-    return x
+    return x.to(dtype)
 
 
 def _wide(matrices: Sequence[Tensor]) -> Tensor:
