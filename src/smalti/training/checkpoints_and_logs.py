@@ -292,6 +292,7 @@ class CheckpointsAndLogs:
         self.drawn = True
 
 
+@torch.compiler.set_stance("force_eager")  # compiling it too took 52 s on an H100 (docs/gpu.md)
 @torch.no_grad()
 def held_out_losses(
     accelerator: Accelerator, objective: nn.Module, held_out: RowData, config: FitConfig
