@@ -127,8 +127,7 @@ def orthogonalized(matrices: Float[Tensor, "b r c"], eps: float) -> Float[Tensor
     the norm of X X^T, not that of X, scales singular values below 1. It is the nearer bound, the fourth root of the sum
     of their fourth powers. Zeros stay zeros; a norm below `eps`, which leaves a small result in Muon, does not here.
     """
-    bf16 = has_native_bf16(matrices.device.type)
-    dtype = torch.bfloat16 if bf16 else torch.float32  # of the result
+    dtype = torch.bfloat16 if has_native_bf16(matrices.device.type) else torch.float32  # of the result
     x = matrices.float() if matrices.shape[1] <= FP32_UP_TO else matrices.to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # the squares of small values would be zero
     gram = x @ x.mT
