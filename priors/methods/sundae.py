@@ -104,19 +104,18 @@ def corrupt(
 class SundaeSampling(Sampling):
     """Settings of the SUNDAE sampler for generation.
 
-    Temperature and proportion are interpolated linearly from the first step to the last. The proportion falls, since
-    with a constant one half the samples of little-trained priors drift to plain areas. In SUNDAE the order is random.
-    The defaults were measured against others on a trained and a little-trained prior (docs/notebook/priors.md).
+    Temperature and proportion are interpolated linearly from the first step to the last. In SUNDAE the order is random,
+    and there is no guidance. The defaults were measured against others on seven priors (docs/notebook/priors.md).
 
     Raises:
         UserError: for values outside their ranges.
     """
 
-    steps: int = 32
+    steps: int = 25
     """Denoising steps at most. With fewer, raise the proportion, so that each code is updated as often."""
     temperature: tuple[float, float] = (1.0, 0.6)
     """Divides the logits, at the first and at the last step. Lower values give likelier codes and less variety."""
-    proportion: tuple[float, float] = (0.94, 0.31)
+    proportion: tuple[float, float] = (0.5, 0.5)
     """Share of positions updated at a step, at the first and at the last step, in (0, 1]."""
     order: Order = "confidence"
     """Selects the positions to update. random: each position independently, as in SUNDAE. confidence: those whose codes

@@ -19,9 +19,13 @@ from smalti.studies.sundae.study import ReproduceSundae, Study, Trained
 
 AUTHORS = SundaeSampling(temperature=(0.8, 0.8), proportion=(0.5, 0.5), order="random", guidance=1.0)
 """The authors' settings for FFHQ at 256x256 (arXiv 2206.12351)."""
+FORMER = SundaeSampling(steps=32, temperature=(1.0, 0.6), proportion=(0.94, 0.31))
+"""smalti's former defaults."""
 SAMPLERS: dict[str, SundaeSampling] = {
     "smalti's defaults": SundaeSampling(),
     "smalti's defaults without guidance": SundaeSampling(guidance=1.0),
+    "the former defaults: proportion 0.94 to 0.31": FORMER,
+    "the former defaults without guidance": replace(FORMER, guidance=1.0),
     "the authors', FFHQ256: temperature 0.8": AUTHORS,
     "the authors', FFHQ1024: temperature 1.0 to 0.7": replace(AUTHORS, temperature=(1.0, 0.7)),
 }
@@ -95,8 +99,8 @@ def sampler_table(study: Study, results: Results, priors: dict[Trained, list[dic
         f"`{study.name}`: Fréchet distance of {study.config.samples} samples of the first prior, by denoising steps, "
         "and the CPU seconds of a sample. Means over seeds, from the least to the most.",
         "",
-        table_row(["sampler", *map(str, counts)]),
-        table_row(["---", *["---:"] * len(counts)]),
+        table_row(["sampler", "seeds", *map(str, counts)]),
+        table_row(["---", "---:", *["---:"] * len(counts)]),
     ]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="CPU seconds of a sample", ylabel="Fréchet distance", xscale="log")
@@ -110,7 +114,8 @@ def sampler_table(study: Study, results: Results, priors: dict[Trained, list[dic
                 cells.append(f"{in_spread([run['frechet'] for run in runs], '.0f')}, {seconds:.3f} s")
             else:
                 cells.append("")
-        rows.append(table_row([label, *cells]))
+        seeds = max((len(results.get((label, steps), [])) for steps in counts), default=0)
+        rows.append(table_row([label, str(seeds), *cells]))
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
     for prior, runs in priors.items():
