@@ -340,7 +340,7 @@ class Method:
         sampler: samples grids.
         sampling: the sampler's config for generation, a frozen dataclass. Its `calls(h, w)` is the most
             calls of the callback for a grid.
-        filling: the sampler's config for inpainting: a subclass of `sampling` with other defaults.
+        filling: the sampler's config for inpainting: `sampling`, or a subclass of it with other defaults.
     """
 
     objective: Callable[[Any, Any], nn.Module]

@@ -19,7 +19,6 @@ import smalti
 from smalti import (
     Filling,
     MaskedSampling,
-    SundaeFilling,
     SundaeSampling,
     UserError,
     api,
@@ -151,7 +150,11 @@ def test_pil_masks_and_images_of_every_mode_are_read_as_files_are(pair, image, m
         (sample, {"precision": "half"}, "precision must be one of auto, fp32, bf16, fp16, not 'half'"),
         (sample, {"sampling": SundaeSampling(temperature=(nan, 1.0))}, "temperature must be a finite number, not nan"),
         (inpaint, {"filling": Filling(largest=nan)}, "largest must be a finite number, not nan"),
-        (inpaint, {"filling": SundaeFilling()}, r"filling is a SundaeFilling; give Filling\(...\), and the sampler's"),
+        (
+            inpaint,
+            {"filling": SundaeSampling()},
+            r"filling is a SundaeSampling; give Filling\(...\), and the sampler's",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_before_sampling(function, arguments, message, pair, image, mask, monkeypatch):
@@ -162,8 +165,8 @@ def test_wrong_arguments_are_refused_before_sampling(function, arguments, messag
         function(**right | arguments)
 
 
-def test_settings_for_filling_and_for_sampling_both_fit_inpainting(pair, image, mask):
-    cool, hot = (SundaeFilling(steps=3, temperature=(t, t)) for t in (0.01, 9.0))
+def test_settings_of_the_sampler_change_fills(pair, image, mask):
+    cool, hot = (SundaeSampling(steps=3, temperature=(t, t)) for t in (0.01, 9.0))
     assert not torch.equal(*(inpaint(load_prior(pair), image, mask, num=1, sampling=each) for each in (cool, hot)))
     assert inpaint(load_prior(pair), image, mask, num=1, sampling=SundaeSampling(steps=3)).shape == (1, 3, 8, 16)
 

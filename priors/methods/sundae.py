@@ -102,7 +102,7 @@ def corrupt(
 
 @dataclass(frozen=True)
 class SundaeSampling(Sampling):
-    """Settings of the SUNDAE sampler for generation.
+    """Settings of the SUNDAE sampler, for generation and for inpainting.
 
     Temperature and proportion are interpolated linearly from the first step to the last. In SUNDAE the order is random,
     and there is no guidance. The defaults were measured against others on seven priors (docs/notebook/priors.md).
@@ -149,20 +149,6 @@ class SundaeSampling(Sampling):
     def at(self, step: int) -> tuple[float, float]:
         """Returns temperature and proportion of a step, counted from 0."""
         return linear_schedule(self.temperature, step, self.steps), linear_schedule(self.proportion, step, self.steps)
-
-
-@dataclass(frozen=True)
-class SundaeFilling(SundaeSampling):
-    """Settings of the SUNDAE sampler for inpainting.
-
-    Cooler than generation, since a fill must agree with its surroundings rather than vary, and with fewer
-    steps, since it starts from known codes.
-    """
-
-    steps: int = 60
-    temperature: tuple[float, float] = (0.7, 0.3)
-    proportion: tuple[float, float] = (0.5, 0.2)
-    order: Order = "random"
 
 
 @torch.no_grad()
@@ -243,6 +229,6 @@ SUNDAE = Method(
     objective_config=SundaeConfig,
     sampler=sample_sundae,
     sampling=SundaeSampling,
-    filling=SundaeFilling,
+    filling=SundaeSampling,
 )
 """Step-unrolled denoising, for non-causal networks."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from smalti.priors.base import Prior
     from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling, sample_ancestral
     from smalti.priors.methods.masked import MaskedFilling, MaskedSampling, sample_masked
-    from smalti.priors.methods.sundae import SundaeFilling, SundaeSampling, sample_sundae
+    from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
     from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
     from smalti.priors.networks.maskgit import MaskGIT
     from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
@@ -54,7 +54,6 @@ __all__ = [
     "PixelCNN",
     "PixelCNNConfig",
     "Prior",
-    "SundaeFilling",
     "SundaeSampling",
     "Tokenizer",
     "TokenizerOutput",
@@ -84,7 +83,7 @@ _MODULES = {
     "priors.base": ("Prior",),
     "priors.methods.autoregressive": ("AncestralFilling", "AncestralSampling", "sample_ancestral"),
     "priors.methods.masked": ("MaskedFilling", "MaskedSampling", "sample_masked"),
-    "priors.methods.sundae": ("SundaeFilling", "SundaeSampling", "sample_sundae"),
+    "priors.methods.sundae": ("SundaeSampling", "sample_sundae"),
     "priors.networks.hourglass": ("Hourglass", "HourglassConfig"),
     "priors.networks.maskgit": ("MaskGIT",),
     "priors.networks.pixelcnn": ("PixelCNN", "PixelCNNConfig"),

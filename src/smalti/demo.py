@@ -35,7 +35,7 @@ from smalti.images.sources import local_paths
 from smalti.latentsets.reader import LatentSet, perplexity
 from smalti.metrics.image_errors import mse
 from smalti.priors.base import Prior
-from smalti.priors.methods.sundae import SundaeConfig, SundaeFilling, SundaeSampling
+from smalti.priors.methods.sundae import SundaeConfig, SundaeSampling
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.vq.hrvq import HRVQConfig
@@ -62,7 +62,7 @@ class Demo:
     prior_steps: int = 570
     """Training steps of the prior. More steps are the surest way to better samples."""
     sampling: SundaeSampling = field(default_factory=SundaeSampling)
-    """Sampler settings for the new images; fills use the defaults for filling."""
+    """Sampler settings for the new images; fills use the default settings."""
     samples: int = 48
     """Number of new images."""
     seed: int = 0
@@ -212,7 +212,7 @@ def _fill(config: Demo, prior: Prior, tokenizer: Tokenizer, images: str, name: s
         tokenizer.to(best_device()),
         rows,
         config.out / name,
-        sampling=SundaeFilling(),
+        sampling=SundaeSampling(),
         seed=config.seed,
         precision=config.precision,
         settings={"command": "demo", **flatten(config)},

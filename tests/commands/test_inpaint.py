@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from smalti.commands.inpainting import Filling, fill
 from smalti.commands.model_paths import load_priors
 from smalti.core.randomness import row_seeds
-from smalti.priors.methods.sundae import SundaeFilling
+from smalti.priors.methods.sundae import SundaeSampling
 from smalti.scripts import inpaint
 
 QUICK = ["--steps", "2", "--candidates", "2", "--precision", "fp32"]
@@ -71,7 +71,7 @@ def test_the_command_gives_the_functions_result(capfd):
         torch.from_numpy(noise(0)).permute(2, 0, 1)[None],
         torch.from_numpy(box() > 0)[None],
         seeds=row_seeds(4, torch.arange(1)),
-        sampling=SundaeFilling(steps=2),
+        sampling=SundaeSampling(steps=2),
         filling=Filling(candidates=2),
     )
     assert np.array_equal(read("runs/inpainted.png"), filled[0].permute(1, 2, 0).numpy())
