@@ -131,8 +131,7 @@ def inpaint(
         conditions: for a prior conditioned on vectors, those of the fills, in turn; by default, none.
         seed: fill i depends on the seed and on i alone.
         sampling: the sampler's settings, for example `SundaeSampling(steps=10)`; by default those that the prior's kind
-            has for inpainting. `SundaeSampling`, `MaskedSampling` and `AncestralSampling` fit too, with the defaults
-            for new images.
+            has for inpainting. `MaskedSampling` and `AncestralSampling` fit too, with the defaults for new images.
         filling: the other settings, for example `Filling(candidates=4, feather=1)`.
         precision: as in `sample`.
 

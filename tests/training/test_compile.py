@@ -42,6 +42,7 @@ def program(folder):
     assert not graphs()
     with suppress(Interrupted):
         train("compiled", COMPILED, lambda rows: toys.Signalling(rows, STOPPED_AT))
+    assert graphs()
     shutil.copytree(folder / "compiled", folder / "resumed eagerly")
     train("compiled", COMPILED)
     assert graphs() == 1, "the training step is compiled, and the held-out losses are not"
