@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from smalti.core.codes import Codes, Digits, Layout
+from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 from smalti.core.models import Checkpointed, Family, digest
 from smalti.training.config import FitConfig, Phase
@@ -160,8 +161,10 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
         """Keeps parts of the tokenizer as they are in training.
 
         Raises:
-            UserError: if this kind has no such parts, or nothing is left to train.
+            UserError: if there are no such parts, this kind has none, or nothing is left to train.
         """
+        for part in parts:
+            require_choice("freeze", part, PartName)
         if parts and not self.parts:
             raise UserError(f"--freeze is not for {self.kind}, whose parts cannot be trained apart")
         for part in parts:

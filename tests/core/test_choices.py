@@ -9,8 +9,11 @@ import torch
 from helpers.toys import KINDS, TINY
 
 from smalti import LinkedQuantizer, MaskedSampling, SundaeSampling, UserError, open_images
+from smalti.core.devices import device
 from smalti.core.models import class_of_kind
 from smalti.images.reading import Reading
+from smalti.metrics.extractors import find_extractor
+from smalti.tokenizers.vqgan.perceptual import find_perceptual
 from smalti.training.config import FitConfig
 
 
@@ -58,3 +61,14 @@ def test_images_refuse_choices_that_they_do_not_have():
         open_images(fit="mistyped")
     with pytest.raises(UserError, match="depth must be one of 8, 16, not 12"):
         open_images(depth=12)
+
+
+def test_devices_scores_and_frozen_parts_are_those_there_are():
+    with pytest.raises(UserError, match="device must be one of auto, cpu, cuda, mps, not 'gpu'"):
+        device("gpu")
+    with pytest.raises(UserError, match="extractor must be one of lite0, inception, not 'mistyped'"):
+        find_extractor("mistyped", torch.device("cpu"))
+    with pytest.raises(UserError, match=r"perceptual must be one of .*, not 'mistyped'"):
+        find_perceptual("mistyped")
+    with pytest.raises(UserError, match=r"freeze must be one of .*, not 'mistyped'"):
+        class_of_kind("tokenizer", "vqgan")(TINY["vqgan"]).freeze(["encoder", "mistyped"])

@@ -4,15 +4,19 @@ import copy
 
 import pytest
 import torch
+from helpers.toys import TINY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from smalti.core.errors import UserError
+from smalti.core.models import class_of_kind
 from smalti.training import optimizers
 from smalti.training.optimizers import (
     BETAS,
     MUON,
     MUON_RATE_FACTOR,
+    NEWTON_SCHULZ,
     BatchedMuon,
     CombinedOptimizer,
     make_optimizer,
@@ -45,6 +49,21 @@ def test_muon_trains_weights_of_linear_layers_and_adamw_the_rest():
     assert {group["lr"] for group in muon.param_groups} == {MUON_RATE_FACTOR * 0.1}
 
 
+@pytest.mark.parametrize("kind", ["hourglass", "maskgit"])
+def test_muon_leaves_maps_to_queries_and_keys_to_adamw(kind):
+    module = class_of_kind("prior", kind)(TINY[kind])
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    adamw, muon = (
+        {names[id(p)] for group in part.param_groups for p in group["params"]}
+        for part in make_optimizer(module, "muon", learning_rate=0.1).parts
+    )
+    for name in ("to_q.weight", "to_k.weight"):
+        assert any(each.endswith(name) for each in adamw)
+        assert not any(each.endswith(name) for each in muon)
+    for name in ("to_v.weight", "to_out.weight"):
+        assert any(each.endswith(name) for each in muon)
+
+
 def test_module_without_matrices_gets_adamw_alone():
     (part,) = make_optimizer(
         nn.Sequential(nn.LayerNorm(4), nn.Conv2d(4, 4, 3, groups=2)), "muon", learning_rate=0.1
@@ -71,12 +90,12 @@ def test_muon_takes_a_convolution_as_the_matrix_of_its_kernels():
 def test_batched_muon_takes_the_steps_of_torchs_muon(monkeypatch: pytest.MonkeyPatch):
     """They are equal if both orthogonalize exactly; the iterations are tested on their own."""
 
-    def of_torch(gradient, *settings):
+    def exactly(gradient, *settings):
         left, _, right = torch.linalg.svd(gradient, full_matrices=False)
         return left @ right
 
-    monkeypatch.setattr(optimizers, "orthogonalized", of_torch)
-    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", of_torch)
+    monkeypatch.setattr(optimizers, "orthogonalized", lambda matrices, *settings: exactly(torch.stack(matrices)))
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", exactly)
     ours, theirs = (
         nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 4)) for _ in range(2)
     )
@@ -98,51 +117,58 @@ def test_batched_muon_takes_the_steps_of_torchs_muon(monkeypatch: pytest.MonkeyP
 
 @settings(deadline=None)
 @given(
-    rows=st.integers(1, 48),
-    further_columns=st.integers(0, 60),
+    rows=st.integers(1, 96),
+    further_columns=st.integers(0, 160),
+    tall=st.booleans(),
     smallest=st.floats(0.01, 1),
     scale=st.floats(-4, 15).map(lambda power: 10.0**power),
     bf16=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@example(rows=3, further_columns=0, smallest=0.8125, scale=1.0, bf16=True, seed=1)  # near a polynomial's minimum
-def test_orthogonalization_maps_singular_values_near_1(rows, further_columns, smallest, scale, bf16, seed):
+@example(rows=3, further_columns=0, tall=False, smallest=0.8125, scale=1.0, bf16=True, seed=1)  # a polynomial's minimum
+def test_orthogonalization_applies_the_polynomials_to_singular_values(
+    rows, further_columns, tall, smallest, scale, bf16, seed
+):
     """Singular vectors stay, and singular values from a hundredth of the largest come near 1, at any usual scale."""
     draw = torch.Generator().manual_seed(seed)
     left, right = (torch.linalg.qr(torch.randn(n, rows, generator=draw))[0] for n in (rows, rows + further_columns))
     values = smallest ** torch.linspace(0, 1, rows)
-    matrices = (left * values * scale @ right.T)[None]
+    matrix = left * values * scale @ right.T
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizers, "has_native_bf16", lambda kind: bf16)
-        result = orthogonalized(matrices, MUON["eps"])
+        (result,) = orthogonalized([matrix.T.contiguous() if tall else matrix], MUON["eps"])
     assert result.dtype == (torch.bfloat16 if bf16 else torch.float32)
-    inner = left.T @ result[0].float() @ right
+    inner = left.T @ (result.T if tall else result).float() @ right
+    expected = values.double() / values.double().pow(4).sum() ** 0.25
+    for a, b, c in NEWTON_SCHULZ:
+        expected = a * expected + b * expected**3 + c * expected**5
     error = 0.15 if bf16 else 0.001  # of rounding, in bf16 where singular values are close together
     assert 0.79 - error < inner.diagonal().min()
     assert inner.diagonal().max() < 1.21 + error
+    assert bf16 or (inner.diagonal() - expected).abs().max() < error  # bf16 moves values along steep polynomials
     assert (inner - inner.diagonal().diag()).abs().max() < error
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (48, 96), (192, 192), (192, 768)])
 def test_orthogonalization_is_more_exact_than_torchs(monkeypatch: pytest.MonkeyPatch, shape):
     monkeypatch.setattr(optimizers, "has_native_bf16", lambda kind: True)  # torch's Muon always computes in bf16
-    assert not orthogonalized(torch.zeros(1, *shape), MUON["eps"]).any()
+    assert not orthogonalized([torch.zeros(shape)], MUON["eps"]).any()
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    ours = orthogonalized(matrix[None], MUON["eps"])[0].float()
+    ours = orthogonalized([matrix], MUON["eps"])[0].float()
     theirs = torch.optim._muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.775, 2.0315), 5, MUON["eps"]).float()
     assert (ours - left @ right).norm() < (theirs - left @ right).norm()
 
 
-@pytest.mark.parametrize("shape", [(8, 17), (8, 72), (64, 576)])
+@pytest.mark.parametrize("shape", [(8, 17), (8, 72), (64, 576), (576, 64)])
 def test_iterations_of_the_gram_matrix_equal_those_of_the_matrix(monkeypatch: pytest.MonkeyPatch, shape):
     monkeypatch.setattr(optimizers, "has_native_bf16", lambda kind: False)
     matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     matrices[:, 0] = matrices[:, 1] + 1e-4 * matrices[:, 0]  # nearly singular
     results = []
-    for aspect in (optimizers.GRAM_FROM_ASPECT, 1_000):
-        monkeypatch.setattr(optimizers, "GRAM_FROM_ASPECT", aspect)
-        results.append(orthogonalized(matrices, MUON["eps"]))
+    for aspect in (optimizers.TWO_FROM_ASPECT, 1_000):
+        monkeypatch.setattr(optimizers, "TWO_FROM_ASPECT", aspect)
+        results.append(orthogonalized(list(matrices), MUON["eps"]))
     torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
 
 
@@ -171,6 +197,13 @@ def test_restored_state_continues_equally():
     for seed in range(2, 4):
         step(stopped, second, seed)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
+
+
+def test_state_of_an_optimizer_of_other_weights_is_refused():
+    saved = make_optimizer(network(), "muon", learning_rate=0.1).state_dict()
+    other = make_optimizer(nn.Sequential(network(), nn.Linear(4, 4)), "muon", learning_rate=0.1)
+    with pytest.raises(UserError, match=r"begun by another version of smalti, .* --resume never"):
+        restore(other, saved)
 
 
 def test_adamax_equals_torchs_and_can_be_restored():

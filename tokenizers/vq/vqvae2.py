@@ -43,7 +43,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
     decoded from the codewords of all levels, upsampled to the finest grid.
 
     Raises:
-        UserError: if `levels` is not 2 or 3, or as `VQFamily` and `LinkedQuantizer` do.
+        UserError: if `levels` is not 2 or 3, `codebook_size` is below 2, or as `VQFamily` and `LinkedQuantizer` do.
     """
 
     kind: ClassVar[str] = "vqvae2"
@@ -57,6 +57,8 @@ class VQVAE2(VQFamily[VQVAE2Config]):
     def __init__(self, config: VQVAE2Config) -> None:
         if config.levels not in (2, 3):
             raise UserError(f"levels must be 2 or 3, got {config.levels}; --tokenizer vqvae has one")
+        if config.codebook_size < 2:
+            raise UserError(f"--codebook-size must be at least 2, not {config.codebook_size}")
         super().__init__(config, downsampling=2 ** (len(config.widths) + config.levels - 1))
         width, d, finer = config.widths[-1], config.code_width, range(config.levels - 1)
         shape = {"residual_blocks": config.residual_blocks}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 from smalti.images.decoding import visible
 from smalti.metrics.extractors import lite0_network
@@ -104,8 +105,9 @@ def find_perceptual(name: PerceptualName) -> PerceptualDistance:
     """Returns the distance of a name.
 
     Raises:
-        UserError: as the distance's class does.
+        UserError: as the distance's class does, or if there is no such name.
     """
+    require_choice("perceptual", name, PerceptualName)
     return {kind.name: kind for kind in (Lite0Distance, VGGDistance)}[name]()
 
 

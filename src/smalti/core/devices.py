@@ -31,8 +31,9 @@ def device(name: Device) -> torch.device:
     """Returns the device that a `--device` flag names.
 
     Raises:
-        UserError: if this machine has no such device.
+        UserError: if this machine has no such device, or there is no such name.
     """
+    require_choice("device", name, Device)
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(name):
         raise UserError(f"--device {name}: there is none here; leave --device out to use the best device")

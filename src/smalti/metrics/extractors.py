@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
+from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 from smalti.images.decoding import to_8_bits, visible
 from smalti.metrics.frechet import Moments
@@ -151,8 +152,9 @@ def find_extractor(name: ExtractorName, device: torch.device) -> Extractor:
     """Builds an extractor by its name.
 
     Raises:
-        UserError: if its package or its weights are not available.
+        UserError: if its package or its weights are not available, or there is no such name.
     """
+    require_choice("extractor", name, ExtractorName)
     return {"lite0": Lite0, "inception": Inception}[name](device)
 
 

@@ -129,6 +129,12 @@ def test_unsupported_numbers_of_levels_are_refused(levels):
         vqvae2_of(levels=levels)
 
 
+@pytest.mark.parametrize("size", [0, 1])
+def test_codebook_of_fewer_than_two_codes_is_refused(size):
+    with pytest.raises(UserError, match=f"--codebook-size must be at least 2, not {size}"):
+        vqvae2_of(codebook_size=size)
+
+
 def test_losses_are_the_sums_over_levels():
     """Also checks that every part gets gradients, coarse levels through the finer ones."""
     tokenizer = vqvae2_of(levels=3, codebook_learning="gradient").train()
