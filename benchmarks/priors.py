@@ -4,7 +4,7 @@ Each function yields comparisons; measuring and the report are in `comparison.py
 `head.py`, ancestral sampling in `ancestral.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +20,7 @@ from smalti.priors.methods.sundae import Sundae, SundaeConfig, SundaeSampling, s
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 from smalti.priors.networks.pixelcnn import PixelCNNConfig
 from smalti.training.config import FitConfig
-from smalti.training.optimizers import MUON_RATE_FACTOR, CombinedOptimizer
+from smalti.training.optimizers import MUON_RATE_FACTOR, CombinedOptimizer, OptimizerName, clip
 
 DEMONSTRATION = HourglassConfig()
 
@@ -32,12 +32,15 @@ LARGE = tuple((16, HourglassConfig(side, side, model_width=512, heads=8, depth=(
 SMALLEST_SHARE = 1 / 1.05
 """Share of a sampling step's time that the bare forward pass must take, for a large network."""
 
+MUON_STEP = 1.15
+"""Most that a training step with Muon may take, as a multiple of one with AdamW."""
+
 SHORTER_TARGET = 2.0
 """Factor by which a flat transformer of as many parameters must be slower than the hourglass, at 32x32."""
 
 
 def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterator[Comparison]:
-    """Compares SUNDAE's loss and gradients with those of its unrolled forward passes alone; then the optimizers.
+    """Compares SUNDAE's loss and gradients with those of its unrolled forward passes alone; then training with Muon.
 
     The network is that of the demonstration.
     """
@@ -68,7 +71,36 @@ def prior(*, batch: int = 64, config: HourglassConfig = DEMONSTRATION) -> Iterat
                 Variant(f"limit: features alone, {unrolled} times", lambda precision=precision: body(precision)),
             ),
         )
+    yield training_steps(config)
     yield optimizers(Hourglass(config).to(device))
+
+
+def training_steps(config: HourglassConfig, *, batch: int = 32, steps: int = 8) -> Comparison:
+    """Compares training steps with Muon and with AdamW: loss, gradients, clipping and the optimizer's step."""
+    device, seeds = best_device(), row_seeds(0, torch.arange(batch, device=best_device()))
+
+    def trained_by(name: OptimizerName) -> Callable[[], None]:
+        objective = Sundae(Hourglass(config).to(device), SundaeConfig())
+        fit, parameters = FitConfig(optimizer=name), list(objective.parameters())
+        optimizer, codes = fit.optimizer_of(objective), random_codes(objective.prior, batch)
+
+        def step() -> None:
+            objective.zero_grad()
+            with autocast(device, "auto"):
+                loss, _ = objective({"codes": codes, "seeds": seeds})
+            loss.backward()
+            clip(parameters, fit.clip_norm)
+            optimizer.step()
+
+        return lambda: [step() for _ in range(steps)][-1]
+
+    return Comparison(
+        f"a training step of the same prior, batch of {batch}",
+        (
+            Variant("smalti, Muon", trained_by("muon"), units=steps),
+            Variant("smalti, AdamW", trained_by("adamw"), units=steps, target=1 / MUON_STEP),
+        ),
+    )
 
 
 def optimizers(network: Hourglass) -> Comparison:

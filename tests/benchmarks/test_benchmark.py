@@ -117,11 +117,12 @@ def test_megapixel_section_samples_decodes_and_trains():
 
 
 def test_training_and_sampling_variants_run():
-    *training, steps = priors.prior(batch=2, config=TINY)
+    *training, whole, steps = priors.prior(batch=2, config=TINY)
     assert [comparison.path.split(", ")[-1] for comparison in training] == ["fp32", "bf16"]
+    assert [variant.target for variant in whole.variants] == [None, 1 / priors.MUON_STEP]
     sampling = list(priors.sampler(batch=2, config=TINY, large=[(1, TINY)], compiled=False))
     assert [comparison.variants[1].target is None for comparison in sampling] == [True, False]
-    for comparison in [*training, steps, *sampling]:
+    for comparison in [*training, whole, steps, *sampling]:
         assert all(clock(variant) > 0 for variant in comparison.variants)
 
 

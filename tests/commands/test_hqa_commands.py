@@ -138,6 +138,20 @@ def test_only_the_last_layer_trains_on(folder, capfd):
     assert run(capfd, train_tokenizer.main, *command, "--steps", "8", "--resume", "never")[0] == 0
 
 
+def test_resume_never_forgets_the_upper_layers_at_once(folder, capfd, monkeypatch):
+    """So that the same command without it, after an interruption, trains the rest."""
+    out = folder / "anew"
+    command = [*TRAIN, "--widths", "4", "4", "--out", out]
+    assert run(capfd, train_tokenizer.main, *command)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("smalti.commands.train_tokenizer.load_tokenizer", lambda _: pytest.fail("the second layer began"))
+        with pytest.raises(pytest.fail.Exception):
+            run(capfd, train_tokenizer.main, *command, "--seed", "1", "--resume", "never")
+    assert not (out / METRICS_NAME).exists()
+    assert run(capfd, train_tokenizer.main, *command, "--seed", "1")[0] == 0
+    assert json.loads((out / RUN_NAME).read_text())["settings"]["seed"] == 1
+
+
 def test_a_layer_does_not_resume_on_other_lower_layers(folder, capfd):
     out = folder / "others"
     command = [*TRAIN, "--widths", "4", "4", "--out", out]

@@ -1,5 +1,6 @@
 """Stage one: trains a tokenizer on images, layer by layer for the kinds that need it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
@@ -35,7 +36,7 @@ from smalti.training.accelerator import accelerator, main_first, tracked
 from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
-from smalti.training.run_folder import RUN_NAME, Resume, Run
+from smalti.training.run_folder import RUN_NAME, Resume, Run, forget
 from smalti.training.snapshots import Snapshots
 from smalti.transfer.weights import discriminator_of, take_weights
 
@@ -143,7 +144,7 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         resume = config.resume if config.resume == "never" else "auto"  # a step number is for the top layer alone
         init = config.init and layer_source(config.init, number)
         stage = replace(config, model=model, fit=layer_fit, init=init, out=folders[number - 1], resume=resume)
-        lower, images = _train(stage, images, lower, above=folders[number])
+        lower, images = _train(stage, images, lower, above=folders[number:])
     return _train(replace(config, model=top_model, fit=top_fit, out=folder), images, lower)[0]
 
 
@@ -170,7 +171,7 @@ def _layer_fits(config: TrainTokenizer[Any], layers: int) -> list[FitConfig]:
 
 
 def _train(
-    config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: Path | None, above: Path | None = None
+    config: TrainTokenizer[Any], images: ImageSet | None, lower_folder: Path | None, above: Sequence[Path] = ()
 ) -> tuple[Path, ImageSet]:
     """Trains one stage on top of the stage before it; returns its folder and the opened images.
 
@@ -178,7 +179,8 @@ def _train(
         config: the settings, with the model and the folder of this stage.
         images: the opened images, or None before the first stage.
         lower_folder: the folder of the stage below, if there is one.
-        above: the folder of the stage above, if there is one.
+        above: the folders of the stages above, the next one first. With `--resume never` their runs are deleted too,
+            since they were trained on this one.
 
     Raises:
         UserError: as `train_tokenizer` does; if the stage above was trained on this one and this one would change.
@@ -201,7 +203,10 @@ def _train(
     if lower:
         tokenizer.build_on(lower)
         settings["below"] = lower.digest()  # a run does not resume on other lower layers than it was trained on
-    with process.main_process_first():  # it may delete an earlier run
+    with process.main_process_first():  # it may delete earlier runs
+        if config.resume == "never" and process.is_main_process:
+            for upper in (each for each in reversed(above) if each.exists()):
+                forget(upper)
         off, switches = added_values(config), former_switches(config.model)
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off, switches=switches)
     if ending := run.end(config.fit.steps, config.fit.patience):
@@ -209,10 +214,10 @@ def _train(
         print_finished(folder, ending, more="" if above else more)
         process.wait_for_everyone()  # the main process may have just put the best model there
         return folder, images
-    if run.step and above and _is_trained_on(above, folder):
+    if run.step and above and _is_trained_on(above[0], folder):
         raise UserError(
-            f"{above} was trained on {folder} with its {run.step} steps, which must stay as it is; give --layer-steps "
-            f"with {run.step} for it, another --out, or --resume never to train all layers anew"
+            f"{above[0]} was trained on {folder} with its {run.step} steps, which must stay as it is; give "
+            f"--layer-steps with {run.step} for it, another --out, or --resume never to train all layers anew"
         )
     train = ImageRows(images, split="train", flips=config.flips)
     train_rows = with_feature_cache(lower, train, process) if lower else train

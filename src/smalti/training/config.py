@@ -34,8 +34,9 @@ class FitConfig:
     learning_rate: float = 1e-3
     """Learning rate after warm-up."""
     optimizer: OptimizerName = "adamw"
-    """`adamw`; `muon`, which trains linear layers and convolutions with Muon at five times the learning rate and the
-    rest with AdamW; or `adamax` (arXiv 1412.6980), which selfVAE uses."""
+    """`adamw`; `muon`, which trains linear layers and convolutions with Muon at five times the learning rate, and the
+    rest, such as embeddings and the hourglass's maps to queries and keys, with AdamW; or `adamax` (arXiv 1412.6980),
+    which selfVAE uses."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from zero."""
     decay_fraction: float = 0.5

@@ -44,6 +44,18 @@ _NOT_FLAGS = {
 }
 
 
+def forget(folder: Path) -> None:
+    """Deletes the snapshots and metrics of the run in a folder, which then can only begin anew.
+
+    Raises:
+        UserError: if another process trains there.
+    """
+    with locks.writing(folder, folder=True):
+        states = Snapshots(folder)
+        states.delete(states.steps())  # first, so that a kill leaves nothing to resume from
+        (folder / METRICS_NAME).unlink(missing_ok=True)  # `run.json` is replaced when the next run begins
+
+
 class OtherSettingsError(UserError):
     """The folder holds a run with other settings."""
 
@@ -91,8 +103,7 @@ class Run:
             weakref.finalize(self, held.close)  # also when the process ends
             self._require_own_model()
         if resume == "never" and main:
-            self.states.delete(self.states.steps())  # first, so that a kill leaves nothing to resume from
-            (folder / METRICS_NAME).unlink(missing_ok=True)  # `run.json` is replaced by `begin`
+            forget(folder)
         self.rolls_back = not isinstance(resume, str)
         self.step = (self.states.newest(warn=main) or 0) if isinstance(resume, str) else self._intact(resume)
         if self.step:
