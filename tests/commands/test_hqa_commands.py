@@ -139,7 +139,7 @@ def test_only_the_last_layer_trains_on(folder, capfd):
 
 
 def test_resume_never_forgets_the_upper_layers_at_once(folder, capfd, monkeypatch):
-    """So that the same command without it, after an interruption, trains the rest."""
+    """After an interruption, the same command without it trains the rest."""
     out = folder / "anew"
     command = [*TRAIN, "--widths", "4", "4", "--out", out]
     assert run(capfd, train_tokenizer.main, *command)[0] == 0
