@@ -335,6 +335,7 @@ def save_example_fills(
         blank(to_float(images), mask)[:, None],
         to_float(filled).unflatten(0, (count, FILLS_PER_EXAMPLE)),
     ]
-    captions = [f"{name}: image, masked, {FILLS_PER_EXAMPLE} fills; and another" for name in masks]
+    shown = f"{EXAMPLES_PER_MASK} images, each with the mask and {FILLS_PER_EXAMPLE} fills"
+    captions = [f"{name}: {shown}" for name in masks]
     sheet_rows = torch.cat(columns, 1).flatten(0, 1).chunk(len(masks))
     save_sheet(path, dict(zip(captions, sheet_rows, strict=True)), settings=settings)
