@@ -19,6 +19,7 @@ from smalti.priors.base import CodePrior
 from smalti.priors.methods.sundae import Sundae, SundaeConfig, SundaeSampling, sample_sundae
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 from smalti.priors.networks.pixelcnn import PixelCNNConfig
+from smalti.training.accelerator import subnormals_flushed
 from smalti.training.config import FitConfig
 from smalti.training.optimizers import MUON_RATE_FACTOR, CombinedOptimizer, OptimizerName, clip
 
@@ -92,7 +93,12 @@ def training_steps(config: HourglassConfig, *, batch: int = 32, steps: int = 8) 
             clip(parameters, fit.clip_norm)
             optimizer.step()
 
-        return lambda: [step() for _ in range(steps)][-1]
+        def work() -> None:
+            with subnormals_flushed():  # as in every training
+                for _ in range(steps):
+                    step()
+
+        return work
 
     return Comparison(
         f"a training step of the same prior, batch of {batch}",
