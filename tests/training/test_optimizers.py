@@ -88,7 +88,7 @@ def test_muon_takes_a_convolution_as_the_matrix_of_its_kernels():
 
 
 def test_batched_muon_takes_the_steps_of_torchs_muon(monkeypatch: pytest.MonkeyPatch):
-    """They are equal if both orthogonalize exactly; the iterations are tested on their own."""
+    """They are equal if both orthogonalize exactly, and torch's rate is zero where a weight waits for its turn."""
 
     def exactly(gradient, *settings):
         left, _, right = torch.linalg.svd(gradient, full_matrices=False)
@@ -101,9 +101,11 @@ def test_batched_muon_takes_the_steps_of_torchs_muon(monkeypatch: pytest.MonkeyP
     )
     theirs.load_state_dict(ours.state_dict())
     _, muon = make_optimizer(ours, "muon", learning_rate=0.01, weight_decay=0.1).parts
-    weights = [layer.weight for layer in theirs]
-    reference = torch.optim.Muon(weights, lr=0.01 * MUON_RATE_FACTOR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    weights = [{"params": [layer.weight]} for layer in theirs]
+    reference = torch.optim.Muon(weights, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for seed in range(4):
+        for number, group in enumerate(reference.param_groups):
+            group["lr"] = 2 * 0.01 * MUON_RATE_FACTOR if number % 2 == seed % 2 else 0
         draw = torch.Generator().manual_seed(seed)
         for mine, other in zip(ours, theirs, strict=True):
             mine.weight.grad = torch.randn(mine.weight.shape, generator=draw)
@@ -183,18 +185,27 @@ def test_adamw_equals_torchs():
         torch.testing.assert_close(mine, other)
 
 
+def test_a_run_of_a_version_whose_muon_had_no_turns_resumes():
+    first, second = (make_optimizer(network(), "muon", learning_rate=0.01) for _ in range(2))
+    saved = first.state_dict()
+    for group in saved["parts"][-1]["param_groups"]:
+        del group["turn"]
+    restore(second, saved)
+    assert [group["turn"] for group in second.parts[-1].param_groups] == [0]
+
+
 def test_restored_state_continues_equally():
     whole, stopped = network(), network()
     optimizer = make_optimizer(whole, "muon", learning_rate=0.01)
     for seed in range(4):
         step(whole, optimizer, seed)
     first = make_optimizer(stopped, "muon", learning_rate=0.01)
-    for seed in range(2):
+    for seed in range(3):  # an odd number, so that the second run starts with the second turn
         step(stopped, first, seed)
     second = make_optimizer(stopped, "muon", learning_rate=0.5)  # the rate comes from the state
     assert isinstance(second, CombinedOptimizer)
     restore(second, first.state_dict())
-    for seed in range(2, 4):
+    for seed in range(3, 4):
         step(stopped, second, seed)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
 
