@@ -1,9 +1,9 @@
-"""Benchmark of the default prior beside a plain network of the paper's structure, trained on the same codes.
+"""Benchmark of the default prior beside a plain network, trained on the same codes.
 
 It shows a regression of the loss or of the speed of a training step. All variants have the learning rate, warm-up and
 decay of the defaults, which were chosen for the first one, without EMA. The plain network is written in torch
-alone, with what arXiv 2206.12351 describes: an hourglass (arXiv 2110.13711) without causal masks, whose downsampling
-merges patches of the grid, and axial rotary embeddings.
+alone, with what arXiv 2206.12351 names: an hourglass (arXiv 2110.13711) without causal masks, whose downsampling
+merges patches of the grid, and axial rotary embeddings. Linear resampling is our default.
 
 Legend: b batch, h w grid, n positions, d width, a head's channels.
 """
@@ -37,8 +37,8 @@ from smalti.training.optimizers import clip
 
 CORRUPTION = (0.25, 0.5, 0.75, 1.0)
 """Shares of corrupted codes at which the held-out loss is measured."""
-PAPER_STRUCTURE = {"absolute_positions": False, "qk_norm": False}
-"""Settings with which smalti's network has the paper's structure."""
+PLAIN_STRUCTURE = {"absolute_positions": False, "qk_norm": False}
+"""Settings with which smalti's network has the structure of the plain one."""
 
 
 class PlainBlock(nn.Module):
@@ -74,7 +74,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class PlainHourglass(nn.Module):
-    """The paper's network: blocks over 2x2 patches between a linear down- and upsampling, and logits of every code.
+    """The plain network: blocks over 2x2 patches between a linear down- and upsampling, and logits of every code.
 
     Args:
         config: sizes of an `Hourglass` of one downsampling with blocks at the lowest resolution only.
@@ -159,7 +159,7 @@ def parity(*, steps: int = 200, batch: int = 32, images: int = 2_500, held_out: 
             def score(corrupted: Tensor, target: Tensor) -> Tensor:
                 return F.cross_entropy(network(corrupted).flatten(0, 1), target.flatten())
         else:
-            network = Hourglass(replace(config, **PAPER_STRUCTURE) if name == "structure" else config).to(codes.device)
+            network = Hourglass(replace(config, **PLAIN_STRUCTURE) if name == "structure" else config).to(codes.device)
             objective = Sundae(network, SundaeConfig())
 
             def loss_of(rows: Tensor, seeds: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ def parity(*, steps: int = 200, batch: int = 32, images: int = 2_500, held_out: 
     names = {
         "smalti, the defaults (Muon, QK-norm, absolute positions)": "defaults",
         "smalti, the same with AdamW": "adamw",
-        "smalti, the paper's structure with AdamW": "structure",
-        "plain torch, the paper's structure with AdamW": "plain",
+        "smalti, the plain structure with AdamW": "structure",
+        "plain torch, the plain structure with AdamW": "plain",
     }
     yield Comparison(
         f"training step of the default prior, batch of {batch}",

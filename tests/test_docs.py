@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from smalti import cli, load_tokenizer
-from smalti.commands.train_tokenizer import RESIZABLE
+from smalti.commands.train_tokenizer import RESIZABLE, TrainTokenizer
 from smalti.core.files import write_json
 from smalti.core.models import class_of_kind
 from smalti.tokenizers.vq.hrvq import HRVQConfig
@@ -104,7 +105,9 @@ def describe_tokenizer(folder: Path) -> None:
 
 
 def test_commands_of_all_pages_parse(monkeypatch, tmp_path, capsys):
-    """Each is parsed by its own parser, so that no page names a command or a flag that does not exist."""
+    """Each is parsed by its own parser, so that no page names a command or a flag that does not exist, or a tokenizer
+    whose settings are refused.
+    """
     monkeypatch.chdir(tmp_path)
     parsed, parse = [], cli.run
     monkeypatch.setattr(cli, "run", lambda _, config, **more: parse(parsed.append, config, **more))
@@ -124,6 +127,11 @@ def test_commands_of_all_pages_parse(monkeypatch, tmp_path, capsys):
                 wrong.append(f"{page.relative_to(ROOT)}: {name} {shlex.join(arguments)}: {status}, {said}")
     assert wrong == []
     assert len(parsed) == count > 80
+    trainings = [config for config in parsed if isinstance(config, TrainTokenizer)]
+    assert len(trainings) > 20
+    with torch.device("meta"):  # without the weights of the large ones
+        for config in trainings:
+            class_of_kind("tokenizer", config.tokenizer)(config.model)
 
 
 def test_fine_tuning_of_tokenizers_names_its_images():

@@ -111,7 +111,7 @@ def methods_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal
         f"Table 1, {config.data}: held-out MSE in [0, 1] units, the mean of {config.seeds} seed(s) and from the "
         f"least to the most, {config.steps} steps each.",
         "",
-        "| | paper | ratio | trained as the paper | ratio | leaves in use | at its best | ratio | leaves in use |",
+        "| | paper | ratio | by the paper's losses | ratio | leaves in use | at its best | ratio | leaves in use |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     results: dict[tuple[str, bool], list[dict[str, Any]]] = {(kind, p): [] for kind in KINDS for p in (True, False)}
@@ -141,7 +141,7 @@ def depth_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
         f"Fig. 5, {config.data}: HR-VQVAE of {DEPTH_LEAVES} leaves by depth, {config.steps} steps; held-out MSE, the "
         f"mean of {config.seeds} seed(s) and from the least to the most; in how many seeds it is below the row above.",
         "",
-        "| layers | codewords of a codebook, by layer | trained as the paper | below | leaves in use | perplexity "
+        "| layers | codewords of a codebook, by layer | by the paper's losses | below | leaves in use | perplexity "
         "| at its best | below | leaves in use | perplexity |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -217,7 +217,7 @@ def pictures(config: ReproduceHRVQVAE, images: ImageSet) -> None:
 
 
 def layer_rows(linked: Tokenizer, batch: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
-    """Decodes the codes of images by layers: all, then without the last ones, then without the first ones (Fig. 1)."""
+    """Decodes the codes of images by layers: all, without the last ones, and without the first ones as in Fig. 1."""
     codes, depth = linked.encode(batch), len(linked.layout.levels[0].radices)
     chosen = [(0, end) for end in range(depth, 0, -1)] + [(first, depth) for first in range(1, depth)]
     return {
@@ -230,7 +230,7 @@ def layer_rows(linked: Tokenizer, batch: Float[Tensor, "b c h w"]) -> dict[str, 
 
 @torch.no_grad()
 def depth_pictures(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], images: ImageSet) -> None:
-    """Draws Fig. 4: reconstructions by depth, of the first seed, trained as the paper and at their best."""
+    """Draws Fig. 4: reconstructions by depth, of the first seed, by the paper's losses and at their best."""
     batch = to_float(ImageRows(images, split="held_out", flips=False).spread(SHOWN))
     sheet = {"original": batch}
     for spec in specs:
@@ -238,7 +238,7 @@ def depth_pictures(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], images:
             tokenizer = trained(spec, config, images).tokenizer()
             tree = "x".join(map(str, branching_of(spec.leaves, spec.depth)))
             reconstructed = tokenizer.decode(tokenizer.encode(batch.to(best_device()))).cpu()
-            sheet[f"{tree}, {'as the paper' if spec.plain else 'at its best'}"] = reconstructed
+            sheet[f"{tree}, {'plain' if spec.plain else 'at its best'}"] = reconstructed
     save_sheet(path := config.picture("depth"), sheet)
     write(config, "depth pictures", f"![Reconstructions by the layers' branchings]({path.name})")
 

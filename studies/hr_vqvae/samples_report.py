@@ -82,7 +82,7 @@ def distances_table(
         f"{real['frechet']:.1f}. {config.steps} steps; means over {config.seeds} seed(s), and from the least to "
         "the most.",
         "",
-        "| | paper: FID | trained as the paper | at its best |",
+        "| | paper: FID | by the paper's losses | at its best |",
         "|---|---:|---:|---:|",
     ]
     for kind in KINDS:

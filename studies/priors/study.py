@@ -84,7 +84,7 @@ class Setup:
 
 _ROTARY: dict[str, Any] = {"absolute_positions": False}
 _BEFORE: dict[str, Any] = {**_ROTARY, "qk_norm": False}
-"""The networks of all parts but `positions` and `defaults`, as they were measured, and as the draft paper has them."""
+"""The networks of all parts but `positions` and `defaults`, as they were measured. The draft names neither setting."""
 _SMALL, _MEDIUM = {"model_width": 96, "heads": 3, **_BEFORE}, {"model_width": 128, "heads": 4, **_BEFORE}
 
 

@@ -1,14 +1,14 @@
-"""The plain network of the parity benchmark computes what an hourglass of the paper's structure does."""
+"""The plain network of the parity benchmark computes what an hourglass of the same structure does."""
 
 import math
 
 import torch
 
 from smalti.benchmarks import parity
-from smalti.benchmarks.parity import PAPER_STRUCTURE, PlainHourglass
+from smalti.benchmarks.parity import PLAIN_STRUCTURE, PlainHourglass
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 
-CONFIG = HourglassConfig(4, 6, radices=(7,), model_width=32, heads=2, depth=(0, 2, 0), **PAPER_STRUCTURE)
+CONFIG = HourglassConfig(4, 6, radices=(7,), model_width=32, heads=2, depth=(0, 2, 0), **PLAIN_STRUCTURE)
 NAMES_OF_BLOCK = {
     "norm1.weight": "0.0.0.gamma",
     "q.weight": "0.1.to_q.weight",

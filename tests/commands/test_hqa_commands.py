@@ -98,6 +98,13 @@ def test_the_feature_cache_does_not_change_training(folder, capfd, monkeypatch):
     assert all(ours[name].allclose(theirs[name], atol=1e-4) for name in theirs)
 
 
+def test_settings_of_upper_layers_are_refused_before_lower_ones_are_trained(folder, capfd):
+    command = [*TRAIN, "--out", folder / "tall", "--height", "12"]
+    status, _, err = run(capfd, train_tokenizer.main, *command)
+    assert (status, "images of 12x8 are not divisible by 8, the downsampling of 3 layers" in err) == (2, True)
+    assert not (folder / "tall").exists()
+
+
 def test_each_layer_can_have_its_own_number_of_steps(folder, capfd):
     out = folder / "own"
     assert run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-steps", "1", "3", "2")[0] == 0

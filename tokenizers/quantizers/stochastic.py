@@ -37,11 +37,10 @@ class StochasticQuantizer(nn.Module):
     moves dead codewords next to codewords in use (Section 5.3).
 
     The losses are, per position, the negative entropy and the probabilistic commitment of Eq. 4: -H[q] and
-    E_q ||z_e - e_k||^2. Up to terms that do not depend on q, their sum is the KL divergence of q from a mixture prior
-    (Appendix B): with the unnormalized Gaussians g_k = exp -||z_e - e_k||^2 and Z the sum of all g_k,
-    -H[q] + E_q ||z_e - e_k||^2 = KL(q || g/Z) - log Z. Since Eq. 3 makes q the posterior g/Z itself, the sum is -log Z:
-    the negative log-density of z_e under a uniform mixture of Gaussians of variance 1/2 at the codewords, up to log k
-    and d/2 log pi.
+    E_q ||z_e - e_k||^2. The paper derives them from a mixture prior (Appendix B): with the unnormalized Gaussians
+    g_k = exp -||z_e - e_k||^2 and Z the sum of all g_k, -H[q] + E_q ||z_e - e_k||^2 = KL(q || g/Z) - log Z. Since Eq. 3
+    makes q the posterior g/Z itself, the sum is -log Z: the negative log-density of z_e under a uniform mixture of
+    Gaussians of variance 1/2 at the codewords, up to log k and d/2 log pi.
 
     Args:
         code_width: length of a codeword.

@@ -95,6 +95,8 @@ def sketch(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
     """Returns a pencil sketch (Appendix A.3): the grey image, colour-dodged by its blurred inverse.
 
     Colour dodge of g by m is g / (1 - m), clamped to [0, 1]. Here 1 - m is the blurred grey image.
+
+    Deviation: the blur is Gaussian, while the paper cites an edge-preserving filter.
     """
     value = (grey(images) + 1) / 2
     return 2 * (value / _blur(value).clamp(min=1 / 255)).clamp(max=1) - 1

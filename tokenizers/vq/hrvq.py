@@ -9,7 +9,7 @@ from smalti.tokenizers.quantizers.tree import Branching, depth_of, radices_of
 from smalti.tokenizers.vq.vqvae import ConvolutionalVQ, OneGridConfig
 
 DEPTH = 3
-"""Layers of the paper's examples."""
+"""Layers in most of the paper's experiments."""
 
 
 @dataclass(frozen=True)

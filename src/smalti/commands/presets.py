@@ -2,13 +2,14 @@
 
 `small` is for every kind, `small64` for hrvq, vqvae and vqgan, both on two CPU cores. `paperN` is
 for the VQ-VAE family and images of N pixels: the code grids of the HR-VQVAE paper, which has no
-images of 64 pixels; the rest is VQ-VAE-2's (arXiv 1906.00446), since that paper leaves it open:
-networks 128 channels wide, 2 residual blocks, codewords of 64, 512 codes, batches of 128. The
-learning rate of 3e-4 is that of the example in Sonnet, its authors' library. Unlike there, residual
-branches are as wide as their stage, SiLU replaces ReLU, pixel shuffles replace transposed
-convolutions, and k-means initializes the codebooks. The others are for `vqgan`: the networks of the
-published checkpoints, and one for a megapixel. Their learning rate is 4.5e-6 times the batch size,
-and their codebooks are not initialized by k-means, which is slow for so many codes.
+images of 64 pixels, and the 512 codes of its Fig. 7b; the rest is VQ-VAE-2's (arXiv 1906.00446),
+since that paper leaves it open: networks 128 channels wide, 2 residual blocks, codewords of 64,
+batches of 128. The learning rate of 3e-4 is that of the example in Sonnet, its authors' library.
+Unlike there, residual branches are as wide as their stage, SiLU replaces ReLU, pixel shuffles
+replace transposed convolutions, and k-means initializes the codebooks. The others are for `vqgan`:
+the networks of the published checkpoints, and one for a megapixel. Their learning rate is 4.5e-6
+times the batch size, and their codebooks are not initialized by k-means, which is slow for so many
+codes.
 
 The presets of priors are at the end: `small`, and the recipe of SUNDAE on VQ-GAN codes (arXiv
 2206.12351) from its authors' published settings.
@@ -87,7 +88,7 @@ def small64(kind: str) -> TrainTokenizer[Any]:
 
 
 def paper32(kind: str) -> TrainTokenizer[Any]:
-    """16x16 codes of 32x32 images, as for CIFAR10 and MNIST (28x28, enlarged; add `--image-channels 1`).
+    """16x16 codes of 32x32 images, as for CIFAR10 and MNIST (there 28x28, here enlarged; add `--image-channels 1`).
 
     For a GPU: `python scripts/train_tokenizer.py --preset paper32 --images cifar10.parquet`. The
     paper's MSE of `hrvq` is 0.00041 on CIFAR10 and 0.00011 on MNIST;
@@ -160,8 +161,8 @@ def f32_megapixel(kind: str) -> TrainTokenizer[Any]:
     """32x32 codes of 1024x1024 images from a codebook of 8192, as for FFHQ at full size (arXiv 2206.12351).
 
     Several days on GPUs: `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan
-    --preset f32-megapixel --images ffhq --workers 8 --gradient-checkpointing`. There is no published
-    result to compare with. Attention is at 64x64.
+    --preset f32-megapixel --images ffhq --workers 8 --gradient-checkpointing`. No reconstruction
+    score is published. Attention is at 64x64.
     """
     return _vqgan(
         kind,

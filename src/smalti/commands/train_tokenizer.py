@@ -139,6 +139,8 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
     require_config(kind, config.model)
     *lower_models, top_model = kind.stages(config.model)
     *lower_fits, top_fit = _layer_fits(config, len(lower_models) + 1)
+    if lower_models:
+        kind(top_model)  # refuses unsuitable settings of an upper layer before a lower one is trained
     lower, folders = None, [*(folder / layer_name(number + 1) for number in range(len(lower_models))), folder]
     for number, (model, layer_fit) in enumerate(zip(lower_models, lower_fits, strict=True), 1):
         resume = config.resume if config.resume == "never" else "auto"  # a step number is for the top layer alone

@@ -151,9 +151,9 @@ def orthogonalized(matrices: Sequence[Float[Tensor, "r c"]], eps: float) -> Floa
 
     It computes in bf16, which is exact enough, if the hardware has it; otherwise in fp32, which is then much faster.
     Small matrices are always computed in fp32. The iterations multiply X by polynomials of its Gram matrix X X^T
-    (X^T X where X is tall), which commute. So where rows and columns differ much, several iterations are done on the Gram
-    matrix alone, and X is multiplied once by all their polynomials: in fp32 all four, in bf16 two, since with more
-    rounding would grow.
+    (X^T X where X is tall), which commute. So where rows and columns differ much, several iterations are done on the
+    Gram matrix alone, and X is multiplied once by all their polynomials: in fp32 all four, in bf16 two, since with
+    more the rounding errors would grow.
 
     Deviation from Muon: four iterations with coefficients of their own (`NEWTON_SCHULZ`), not five with the same; and
     the norm of X X^T, not that of X, scales singular values below 1. It is the nearer bound, the fourth root of the sum

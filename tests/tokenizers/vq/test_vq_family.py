@@ -97,7 +97,7 @@ def test_each_level_is_twice_as_fine_at_any_divisible_size(rows, columns, stages
 
 
 def test_three_levels_have_the_papers_grids():
-    """The HR-VQVAE paper has grids of 16, 8 and 4 for images of 32x32 (MNIST, CIFAR10)."""
+    """The HR-VQVAE paper has grids of 16, 8 and 4 for CIFAR10 (32x32) and MNIST (28x28, here enlarged)."""
     tokenizer = vqvae2_of(height=32, width=32, widths=(4,), levels=3, codebook_size=512)
     assert tokenizer.layout == Layout(tuple(Level(size, size, (512,)) for size in (4, 8, 16)))
 
