@@ -18,7 +18,8 @@ from smalti.studies.portraits.card import reproduce_portraits
 from smalti.studies.portraits.recipe import ReproducePortraits
 from smalti.studies.priors.report import reproduce_priors
 from smalti.studies.priors.study import ReproducePriors
-from smalti.studies.quantizers.study import ReproduceQuantizers, reproduce_quantizers
+from smalti.studies.quantizers.report import reproduce_quantizers
+from smalti.studies.quantizers.study import ReproduceQuantizers
 from smalti.studies.selfvae.report import reproduce_selfvae
 from smalti.studies.selfvae.study import ReproduceSelfVAE
 from smalti.studies.size64.study import ReproduceSize64, reproduce_size64

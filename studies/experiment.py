@@ -22,11 +22,10 @@ from smalti.benchmarks.run import insert
 from smalti.commands.model_paths import load_tokenizer
 from smalti.core.devices import best_device
 from smalti.core.files import whole_file, write_json
-from smalti.core.provenance import machine
+from smalti.core.provenance import RUN_NAME, logged_metrics, machine
 from smalti.evaluation.real_images import RealImages
 from smalti.images.decoding import to_float, to_uint8
 from smalti.tokenizers.base import Tokenizer
-from smalti.training.run_folder import METRICS_NAME, RUN_NAME
 
 IMAGES_AT_ONCE = 100
 """Images that are reconstructed in one batch."""
@@ -65,9 +64,8 @@ def count_parameters(*modules: nn.Module) -> int:
 
 def logged_hours(run: Path) -> float:
     """Returns the hours of a training from its logged rows per second, however often it was resumed."""
-    lines = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
     batch_size = json.loads((run / RUN_NAME).read_text())["settings"]["batch_size"]
-    logged = [(line["step"], line["rows_per_second"]) for line in lines if "rows_per_second" in line]
+    logged = [(line["step"], line["rows_per_second"]) for line in logged_metrics(run) if "rows_per_second" in line]
     seconds = sum((step - before) * batch_size / rate for (before, _), (step, rate) in pairwise([(0, 1.0), *logged]))
     return seconds / 3600
 

@@ -22,6 +22,7 @@ from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet
 from smalti.images.sheets import save_sheet
 from smalti.studies.experiment import measure_once, save_figure, table_row, write_section
+from smalti.studies.hr_vqvae.curve import curve_table
 from smalti.studies.hr_vqvae.rate_distortion import bits_of, gaussian_distortion, pixel_variances
 from smalti.studies.hr_vqvae.samples_report import distances, heads, samples
 from smalti.studies.hr_vqvae.study import (
@@ -74,6 +75,7 @@ def reproduce_hr_vqvae(config: ReproduceHRVQVAE) -> None:
         "methods": partial(methods_table, ideal=ideal),
         "depth": depth_table,
         "size": partial(size_table, ideal=ideal),
+        "curve": partial(curve_table, paper=PAPER_MSE[config.data]["hrvq"], ideal=ideal),
     }
     evaluated = {"distances": distances, "samples": samples, "heads": heads}
     for part, specs in specs_by_part(config).items():

@@ -35,7 +35,7 @@ from smalti.tokenizers.vq.vqvae import VQConfig, VQVAEConfig
 from smalti.tokenizers.vq.vqvae2 import VQVAE2Config
 from smalti.training.config import FitConfig
 
-Part: TypeAlias = Literal["methods", "distances", "depth", "search", "size", "samples", "heads"]
+Part: TypeAlias = Literal["methods", "distances", "depth", "search", "size", "samples", "heads", "curve"]
 DataName: TypeAlias = Literal["mnist", "cifar10"]
 
 KINDS = ("vqvae", "vqvae2", "hrvq")
@@ -46,9 +46,10 @@ PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "codebook_init": 
 codewords start. All other settings are smalti's defaults."""
 CODES_OF_IMAGES = 10_000
 """Images whose codes are searched in Table 2."""
-SEARCH_BLOCK, SEARCH_REPETITIONS = 500, 3
+SEARCH_BLOCK, SEARCH_REPETITIONS, REPORT_STEPS = 500, 3, 2_500
 RESULT_NAME = "result.json"
 PAPER_GRID = 16
+LONG_DECAY = 0.99  # of the codewords' running means, as the help of --codebook-decay advises for long trainings
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,16 @@ class ReproduceHRVQVAE:
     """The name of the data set, which selects the paper's numbers."""
     parts: tuple[Part, ...] = get_args(Part)
     """The parts to run: Table 1 with Figs. 1 and 8 (`methods`), the Fréchet distances of Table 1 (`distances`), Fig. 5
-    (`depth`), Table 2 (`search`), Fig. 6 (`size`), Table 3 (`samples`), and a head that predicts HR-VQVAE's codes digit
-    by digit against one softmax over all codes (`heads`)."""
+    (`depth`), Table 2 (`search`), Fig. 6 (`size`), Table 3 (`samples`), a head that predicts HR-VQVAE's codes digit by
+    digit against one softmax over all codes (`heads`), and HR-VQVAE's error by training steps (`curve`)."""
     seeds: int = 3
     """Seeds of each model in Tables 1 and 3 and in Fig. 5, and of each head. The other parts use one seed."""
     steps: int = 1_000
-    """Training steps of every tokenizer except those of Fig. 6."""
+    """Training steps of every tokenizer except those of Fig. 6 and of the curve."""
     size_steps: int = 300
     """Training steps of the tokenizers of Fig. 6, which are slow with 32768 leaves in one codebook."""
+    curve_steps: tuple[int, ...] = (600, 2_000, 6_000, 20_000, 100_000)
+    """Training steps of each tokenizer of the curve, which takes hours on a CPU."""
     batch_size: int = 16
     """Batch size of the tokenizers' training."""
     precision: Precision = "auto"
@@ -128,6 +131,8 @@ class ReproduceHRVQVAE:
         require_at_least_one(
             self, "seeds", "steps", "size_steps", "batch_size", "channels", "code_width", "usage_images"
         )
+        if min(self.curve_steps, default=0) < 1:
+            raise UserError("--curve-steps needs numbers of at least 1")
 
     def picture(self, name: str) -> Path:
         """Returns the path of a picture beside the report."""
@@ -146,6 +151,7 @@ class TokenizerSpec:
         depth: Layers of linked codebooks.
         seed: The seed of training.
         grid: Rows and columns of the codes (of VQ-VAE-2's finest level).
+        decay: Decay of the codewords' running means, of tokenizers that are not plain.
     """
 
     kind: str
@@ -155,13 +161,16 @@ class TokenizerSpec:
     depth: int = 1
     seed: int = 0
     grid: int = PAPER_GRID
+    decay: float = VQConfig.codebook_decay
 
     @property
     def name(self) -> str:
         """The name of its folder, without the settings that all tokenizers of a study share."""
         codebooks = "plain" if self.plain else "best"
         grid = "" if self.grid == PAPER_GRID else f"-grid{self.grid}"
-        return f"{self.kind}-{self.leaves}-depth{self.depth}-{codebooks}-{self.steps}steps-seed{self.seed}{grid}"
+        decay = "" if self.decay == VQConfig.codebook_decay else f"-decay{self.decay}"
+        tree = f"{self.kind}-{self.leaves}-depth{self.depth}-{codebooks}"
+        return f"{tree}-{self.steps}steps-seed{self.seed}{grid}{decay}"
 
 
 def specs_by_part(config: ReproduceHRVQVAE) -> dict[Part, list[TokenizerSpec]]:
@@ -196,6 +205,7 @@ def specs_by_part(config: ReproduceHRVQVAE) -> dict[Part, list[TokenizerSpec]]:
         "size": size,
         "samples": generating,
         "heads": [spec for spec in generating if spec.kind == "hrvq"],
+        "curve": [TokenizerSpec("hrvq", False, n, LEAVES, DEPTH, decay=LONG_DECAY) for n in config.curve_steps],
     }
     return {part: specs.get(part, []) for part in config.parts}
 
@@ -210,7 +220,7 @@ def model_of(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> VQConfig:
         "image_channels": 1 if config.data == "mnist" else 3,
         "widths": (config.channels,) * (1 if spec.grid == PAPER_GRID else 2),
         "code_width": config.code_width,
-        **(PLAIN if spec.plain else {}),
+        **(PLAIN if spec.plain else {"codebook_decay": spec.decay}),
     }
     if spec.kind == "hrvq":
         tree = branching_of(spec.leaves, spec.depth)
@@ -247,7 +257,9 @@ def trained(spec: TokenizerSpec, config: ReproduceHRVQVAE, images: ImageSet) -> 
     refuses one of other images or another precision, which the folder's name leaves out.
     """
     trial = trial_of(spec, config)
-    fit = FitConfig(steps=spec.steps, batch_size=config.batch_size, seed=spec.seed, report_steps=spec.steps)
+    fit = FitConfig(
+        steps=spec.steps, batch_size=config.batch_size, seed=spec.seed, report_steps=min(spec.steps, REPORT_STEPS)
+    )
     settings = TrainTokenizer(
         model=model_of(spec, config),
         fit=fit,

@@ -4,7 +4,6 @@ Every run trains for the same steps, whose cost dropout and crops hardly change.
 early stopping would have kept, so a run is measured twice: after its last step, and at its best held-out loss.
 """
 
-import json
 import statistics
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device
 from smalti.core.errors import require_at_least_one
+from smalti.core.provenance import logged_metrics
 from smalti.images.decoding import to_uint8
 from smalti.images.image_set import open_images
 from smalti.metrics.extractors import find_extractor
@@ -31,7 +31,6 @@ from smalti.studies.against_real import AgainstReal
 from smalti.studies.experiment import logged_hours, measure_once, table_row, write_section
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.training.config import FitConfig
-from smalti.training.run_folder import METRICS_NAME
 from smalti.training.snapshots import Snapshots
 
 TOKENIZER = HRVQConfig(branching=16)
@@ -125,7 +124,7 @@ class Overfitting:
     def result(self, dropout: float, crops: int, seed: int) -> dict[str, Any]:
         """Returns what is measured of a run: `last` and `best`, each with its step and scores, and `hours`."""
         folder = self.trained(dropout, crops, seed)
-        lines = [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
+        lines = logged_metrics(folder)
         held_out = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
         losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
         snapshots = Snapshots(folder)

@@ -7,6 +7,7 @@ with the runs that are missing. Which models there are is in `study.py`.
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,18 @@ def training_step(
         optimizer.step()
 
     return step
+
+
+def cpu_seconds(step: Callable[[], None], count: int) -> float:
+    """Returns the CPU seconds of a training step, the mean of `count` after one that does not count.
+
+    Other work on the machine hardly changes them.
+    """
+    step()
+    start = time.process_time()
+    for _ in range(count):
+        step()
+    return (time.process_time() - start) / count
 
 
 def first_model_steps(part: Part, config: ReproducePriors) -> int:

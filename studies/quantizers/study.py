@@ -1,30 +1,31 @@
 """The study of quantizers: every one at equal bits, with equal networks and steps, over several seeds.
 
-Trained tokenizers and what is measured of them are kept, so a study that was stopped resumes.
+Trained tokenizers and priors and what is measured of them are kept, so a study that was stopped resumes. What is
+measured is in `scores.py`, the page in `report.py`.
 """
 
-import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-import torch
 from tyro.conf import Positional
 
-from smalti.benchmarks.comparison import in_spread
-from smalti.commands.model_paths import RUNS, load_tokenizer
+from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.model_paths import RUNS, load_tokenizer, prior_class
 from smalti.commands.presets import small
+from smalti.commands.train_prior import TrainPrior, default_fit, grids, train_prior
 from smalti.commands.train_tokenizer import train_tokenizer
-from smalti.core.devices import Precision, best_device
+from smalti.core.codes import Level
+from smalti.core.devices import Precision
 from smalti.core.errors import UserError, require_at_least_one
-from smalti.images.decoding import to_float
-from smalti.images.image_set import ImageRows, ImageSet, open_images
-from smalti.latentsets.reader import perplexity
-from smalti.studies.experiment import IMAGES_AT_ONCE, logged_hours, measure_once, table_row, write_section
-from smalti.tokenizers.base import Tokenizer
+from smalti.images.image_set import ImageSet, open_images
+from smalti.latentsets.reader import LatentSet
+from smalti.studies.experiment import logged_hours, measure_once
+from smalti.studies.priors.training import cpu_seconds, keyed, training_step
+from smalti.studies.quantizers.scores import held_out_scores, nats_of_images, search_milliseconds
 from smalti.tokenizers.quantizers.registry import QUANTIZERS, QuantizerName
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.tokenizers.vq.vqvae import VQVAEConfig
@@ -34,11 +35,15 @@ SIZE = 32
 WIDTHS: dict[int, tuple[int, ...]] = {8: (64, 128), 16: (128,)}
 """Channels of the network's stages by the side of the grid of codes."""
 RESIDUAL_BLOCKS, BATCH_SIZE = 2, 32
-BITS_OF_A_DIGIT = {9: 3, 12: 4}
-"""Bits of each of the three digits of linked codebooks and residual VQ."""
+PRIOR, LATENTS_NAME = "transformer", "latents.h5"
+DIGITS = 3
+"""Digits of linked codebooks and residual VQ."""
 FSQ_LEVELS = {9: (8, 8, 8), 12: (8, 8, 8, 8)}
 """Levels with exactly as many codes. The paper recommends none for 9 bits, and 4375 codes for 12."""
-COLUMNS = ("quantizer", "codes", "seeds", "held-out MSE", "codes in use", "perplexity", "seconds a step")
+TIMED_STEPS = 10
+"""Training steps of a prior that are timed, after one that is not."""
+SMALLER: dict[str, Any] = {}
+"""Settings of the priors' network that differ from the defaults; tests make it small."""
 
 
 class Variant(NamedTuple):
@@ -94,6 +99,9 @@ class ReproduceQuantizers:
     """Seeds, and so trainings, of each quantizer."""
     steps: int = 1_000
     """Training steps, of 32 images."""
+    prior_steps: int = 400
+    """Training steps of the causal transformer over the codes of three digits, of 32 rows; over the codes of one digit
+    and of bits for as many as take the same time. 0 trains none."""
     precision: Precision = "auto"
     """Precision of the networks in training."""
     work: Path = RUNS / "quantizers"
@@ -103,6 +111,8 @@ class ReproduceQuantizers:
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "seeds", "steps", "image_channels")
+        if self.prior_steps < 0:
+            raise UserError(f"--prior-steps must be at least 0, not {self.prior_steps}")
         if not (self.quantizers and self.bits and self.sides):
             raise UserError("the study needs at least one of each: --quantizers, --bits and --sides")
 
@@ -113,8 +123,7 @@ def model_of(variant: Variant, *, side: int, bits: int, image_channels: int) -> 
     shared: dict[str, Any] = {**network, "residual_blocks": RESIDUAL_BLOCKS, **variant.settings}
     match variant.quantizer:
         case "linked" | "residual":
-            digit = BITS_OF_A_DIGIT[bits]
-            return HRVQConfig(quantizer=variant.quantizer, depth=bits // digit, branching=2**digit, **shared)
+            return HRVQConfig(quantizer=variant.quantizer, depth=DIGITS, branching=2 ** (bits // DIGITS), **shared)
         case "fsq":
             return VQVAEConfig(quantizer="fsq", codebook_size=2**bits, levels=FSQ_LEVELS[bits], **shared)
         case _:
@@ -151,86 +160,57 @@ class Quantizers:
         return train_tokenizer(replace(settings, out=self.folder(variant, side, bits, seed)), self.images)
 
     def result(self, variant: Variant, side: int, bits: int, seed: int) -> dict[str, Any]:
-        """Returns `mse`, `codes_used` and `perplexity` on the held-out images, and `seconds` a step."""
+        """Returns what is measured of a training, by name.
+
+        Returns:
+            `mse`, `codes_used` and `perplexity` on the held-out images; `seconds` a training step; `search`, the CPU
+            milliseconds to find the codes of an image; `nats` an image of held-out codes by their prior, if there is
+            one.
+        """
         folder = self.trained(variant, side, bits, seed)
 
         def measure() -> dict[str, Any]:
             seconds = logged_hours(folder) * 3600 / self.config.steps
             return {**held_out_scores(load_tokenizer(str(folder)), self.images), "seconds": seconds}
 
-        return measure_once(folder / "scores.json", measure)
+        def search() -> dict[str, float]:
+            return {"search": search_milliseconds(load_tokenizer(str(folder)), self.images)}
+
+        scores = {**measure_once(folder / "scores.json", measure), **measure_once(folder / "search.json", search)}
+        if not self.config.prior_steps:
+            return scores
+        prior = self.prior(folder, seed)
+        latents = LatentSet(folder / LATENTS_NAME)
+        return {**scores, **measure_once(prior / "scores.json", lambda: {"nats": nats_of_images(prior, latents)})}
+
+    def prior(self, tokenizer: Path, seed: int) -> Path:
+        """Returns the folder of the prior over a tokenizer's codes, trained. The latent set has no mirror images."""
+        latents = build_latents(BuildLatents(tokenizer=str(tokenizer), flips=False, out=tokenizer / LATENTS_NAME))
+        steps = self.prior_steps(LatentSet(latents).layout.levels[0])
+        model = prior_class(PRIOR).config_class(**SMALLER)
+        defaults = TrainPrior(model=model, objective=prior_class(PRIOR).method.objective_config(), prior=PRIOR)
+        fit = replace(default_fit(PRIOR), steps=steps, batch_size=BATCH_SIZE, seed=seed)
+        settings = replace(defaults, fit=fit, latents=latents, precision=self.config.precision, sheet_samples=0)
+        return train_prior(replace(settings, out=tokenizer / f"{PRIOR}-{self.config.prior_steps}steps"))
+
+    def prior_steps(self, level: Level) -> int:
+        """Returns the training steps of a prior over codes that take as long as `--prior-steps` over three digits."""
+        precision = self.config.precision
+        digits = (round(level.codebook_size ** (1 / DIGITS)),) * DIGITS
+
+        def seconds(radices: tuple[int, ...]) -> float:
+            shape = grids((replace(level, radices=radices),), 0)
+            name = keyed("seconds", {"shape": shape, "precision": precision, **SMALLER})
+            config = prior_class(PRIOR).config_class(**{**shape, **SMALLER})
+
+            def measure() -> dict[str, float]:
+                return {"cpu": cpu_seconds(training_step(PRIOR, config, BATCH_SIZE, precision), TIMED_STEPS)}
+
+            return measure_once(self.config.work / f"{name}.json", measure)["cpu"]
+
+        return max(1, round(self.config.prior_steps * seconds(digits) / seconds(level.radices)))
 
     @cached_property
     def images(self) -> ImageSet:
         """The images."""
         return open_images(self.config.images, height=SIZE, width=SIZE, channels=self.config.image_channels)
-
-
-@torch.no_grad()
-def held_out_scores(tokenizer: Tokenizer, images: ImageSet) -> dict[str, float]:
-    """Returns scores of the reconstructions and codes of all held-out images.
-
-    Returns:
-        `mse`, the mean squared error of pixels in [0, 1]; `codes_used`, the number of codes that occur; `perplexity` of
-        their distribution; `images`, their number.
-
-    Raises:
-        UserError: if no image is held out.
-    """
-    rows = ImageRows(images, split="held_out", flips=False)
-    if not len(rows):
-        raise UserError("no image is held out, so nothing can be measured; give more images")
-    tokenizer, device = tokenizer.to(best_device()), best_device()
-    counts, error, values = torch.zeros(tokenizer.layout.levels[0].codebook_size).long(), 0.0, 0
-    for indices in torch.arange(len(rows)).split(IMAGES_AT_ONCE):
-        batch = to_float(rows.__getitems__(indices.tolist())["images"]).to(device)
-        codes = tokenizer.encode(batch)
-        error += float((tokenizer.decode(codes) - batch).square().sum(dtype=torch.float64)) / 4
-        values += batch.numel()
-        counts += torch.bincount(codes[0].flatten().cpu(), minlength=len(counts))
-    used = int((counts > 0).sum())
-    return {"mse": error / values, "codes_used": used, "perplexity": perplexity(counts), "images": len(rows)}
-
-
-def reproduce_quantizers(config: ReproduceQuantizers) -> None:
-    """Trains and measures what is missing, seed by seed, and writes the page after each training.
-
-    Raises:
-        UserError: for images that cannot be used.
-        Interrupted: if a signal stopped a training; the same command resumes it.
-    """
-    study = Quantizers(config)
-    results: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
-    for seed, side, bits, variant in _trainings(config):
-        table_results = results.setdefault((side, bits), {})
-        table_results.setdefault(variant.label, []).append(study.result(variant, side, bits, seed))
-        section = f"quantizers {study.name} {side}x{side} {bits} bits"
-        budget = f"{config.steps} steps of {BATCH_SIZE} images each"
-        write_section(config.out, section, table(study.name, side, bits, table_results), budget)
-
-
-def _trainings(config: ReproduceQuantizers) -> Iterator[tuple[int, int, int, Variant]]:
-    """Yields seed, side, bits and variant of every training, a whole table of one seed before the next seed."""
-    variants = [variant for variant in VARIANTS if variant.quantizer in config.quantizers]
-    for seed in range(config.seeds):
-        for side in config.sides:
-            for bits in config.bits:
-                yield from ((seed, side, bits, variant) for variant in variants)
-
-
-def table(name: str, side: int, bits: int, results: dict[str, list[dict[str, Any]]]) -> str:
-    """Returns the table of one grid and size: a row for each variant, with means and spreads over the seeds."""
-    count = next(iter(results.values()))[0]["images"]
-    rows = [
-        f"`{name}`, {side}×{side} codes of {bits} bits; {count} held-out images. The mean over seeds, from the least "
-        "to the most.",
-        "",
-        table_row(COLUMNS),
-        table_row(["---", *["---:"] * (len(COLUMNS) - 1)]),
-    ]
-    best_first = sorted(results.items(), key=lambda each: statistics.mean(run["mse"] for run in each[1]))
-    for label, runs in best_first:
-        forms = {"mse": ".5f", "codes_used": ".0f", "perplexity": ".0f", "seconds": ".3f"}
-        cells = [in_spread([float(run[key]) for run in runs], form) for key, form in forms.items()]
-        rows.append(table_row([label, str(2**bits), str(len(runs)), *cells]))
-    return "\n".join(rows)

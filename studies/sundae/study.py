@@ -5,7 +5,6 @@ resumes. The samplers and the tables are in `report.py`.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,7 @@ from smalti.latentsets.reader import LatentSet
 from smalti.metrics.extractors import find_extractor
 from smalti.studies.against_real import AgainstReal
 from smalti.studies.experiment import count_parameters, measure_once
-from smalti.studies.priors.training import keyed, training_step
+from smalti.studies.priors.training import cpu_seconds, keyed, training_step
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.training.run_folder import last_metrics
 
@@ -140,14 +139,15 @@ class Study:
 
         def measure() -> dict[str, float]:
             return {
-                prior.label: _seconds(
+                prior.label: cpu_seconds(
                     training_step(
                         prior.kind,
                         prior_class(prior.kind).config_class(**shape),
                         batch,
                         self.config.precision,
                         prior.objective,
-                    )
+                    ),
+                    TIMED_STEPS,
                 )
                 for prior in self.config.priors
             }
@@ -208,12 +208,3 @@ class Study:
             return {"real": self.real.floor(), **{f"reconstructions_{k}": v for k, v in of_reconstructions.items()}}
 
         return measure_once(latents.with_name(f"floors-of-{count}.json"), measure)
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    """Returns the CPU seconds of a training step, in which other work on the machine does not count."""
-    step()
-    start = time.process_time()
-    for _ in range(TIMED_STEPS):
-        step()
-    return (time.process_time() - start) / TIMED_STEPS

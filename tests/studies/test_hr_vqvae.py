@@ -40,9 +40,9 @@ from smalti.studies.hr_vqvae.study import (
 )
 from smalti.training.run_folder import OtherSettingsError
 
-FLAGS = "--images img --seeds 1 --steps 1 --size-steps 1 --batch-size 4 --channels 4 --code-width 3 "
-FLAGS += "--num 8 --reference 1000 --usage-images 8 --prior-steps 2 --prior-batch-size 4 "
-FLAGS += "--pixelcnn-width 8 --hourglass-width 8"
+FLAGS = "--images img --seeds 1 --steps 1 --size-steps 1 --curve-steps 1 --batch-size 4 --channels 4 --code-width 3 "
+FLAGS += "--num 8 --reference 1000 --usage-images 8 --prior-steps 2 --prior-batch-size 4 --pixelcnn-width 8 "
+FLAGS += "--hourglass-width 8"
 SHARED = "1steps-seed0-batch_size4-channels4-code_width3"
 SHARED_GRID_8 = "1steps-seed0-grid8-batch_size4-channels4-code_width3"
 BUDGET = "8wide-2steps-batch4"
@@ -91,8 +91,9 @@ def run_study(patch):
 
 
 def config_of(**changes) -> ReproduceHRVQVAE:
-    settings = {"study": "hr-vqvae", "images": "img", "seeds": 1, "steps": 1, "size_steps": 1, "usage_images": 8}
-    return ReproduceHRVQVAE(**{**settings, "batch_size": 4, "channels": 4, "code_width": 3, **changes})
+    settings = {"study": "hr-vqvae", "images": "img", "seeds": 1, "steps": 1, "size_steps": 1, "curve_steps": (1,)}
+    settings |= {"usage_images": 8, "batch_size": 4, "channels": 4, "code_width": 3}
+    return ReproduceHRVQVAE(**{**settings, **changes})
 
 
 def kept_times(folder):
@@ -119,8 +120,8 @@ def frechet(pixels):
 
 
 def report_row(folder, start):
-    text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
-    (row,) = [line for line in text.splitlines() if line.startswith(start)]
+    lines = (folder / "docs/reproductions/hr-vqvae.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith(start)]
     return row
 
 
@@ -129,7 +130,7 @@ def test_every_tokenizer_is_trained_and_its_mse_is_that_of_its_model(folder):
     results = {path.parent.name: (path, read(path)) for path in paths}
     expected = {trial_of(s, config_of()).folder.name: s for specs in specs_by_part(config_of()).values() for s in specs}
     assert results.keys() == expected.keys()
-    assert len(results) == 3 * 2 + 2 + 3  # methods, which the sizes and depth 3 share; depth 1; those for priors
+    assert len(results) == 3 * 2 + 2 + 3 + 1  # methods, which the sizes and depth 3 share; depth 1; priors; the curve
     batch = to_float(images_of_split("held_out"))
     for name in (f"hrvq-8-depth3-best-{SHARED}", f"vqvae2-8-depth1-plain-{SHARED}"):
         path, measured = results[name]
@@ -325,7 +326,7 @@ def test_both_heads_learn_the_same_codes(folder):
 
 def test_report_has_every_part_with_measured_numbers(folder):
     text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
-    assert text.count("<!-- measured: mnist ") == 9
+    assert text.count("<!-- measured: mnist ") == 10
     assert "not run" not in text
     tokenizer = read(folder / "runs/reproductions/mnist" / f"hrvq-8-depth3-best-{SHARED}" / RESULT_NAME)
     assert f"| {tokenizer['mse']:.5f} |" in report_row(folder, "| HR-VQVAE | 0.00011 | 0.27 |")
@@ -333,7 +334,7 @@ def test_report_has_every_part_with_measured_numbers(folder):
     row = report_row(folder, "| HR-VQVAE | 1 | 11.75 |")
     scores = [read(path / f"{prior}-{BUDGET}" / "sampled-lite0-8-of-1000.json") for prior in ("pixelcnn", "hourglass")]
     assert all(f"| {each['frechet']:.1f} |" in row and f"| {each['parameters']:,} |" in row for each in scores)
-    for name in ("layers", "depth", "size", "samples"):
+    for name in ("layers", "depth", "size", "samples", "curve"):
         assert f"(hr-vqvae-mnist-{name}.png)" in text
         assert Image.open(folder / f"docs/reproductions/hr-vqvae-mnist-{name}.png").width > 100
 

@@ -1,25 +1,16 @@
-"""The studies of overfitting, 64x64 pixels, quantizers and selfVAE, with tiny networks: what they train and write."""
+"""The studies of overfitting, 64x64 pixels and selfVAE, with tiny networks: what they train and write."""
 
-import json
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers.image_toys import MeanColours, write_patches
 
-from smalti import UserError
-from smalti.commands.model_paths import load_tokenizer
 from smalti.core import models
-from smalti.images.decoding import to_float
-from smalti.images.image_set import ImageRows, open_images
 from smalti.studies.overfitting import study as overfitting
-from smalti.studies.quantizers import study as quantizers
 from smalti.studies.selfvae import study as selfvae
 from smalti.studies.size64 import study as size64
-from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
-from smalti.tokenizers.vq.vqvae import VQVAE
-from smalti.training.run_folder import OtherSettingsError, last_metrics
+from smalti.training.run_folder import last_metrics
 
 TINY_PRIOR = {"model_width": 16, "heads": 2, "depth": (0, 1, 0)}
 
@@ -102,93 +93,6 @@ def test_size64_trains_every_cell_and_writes_a_section_for_each_set_of_images(tm
     assert config.out.read_text() == text
     size64.reproduce_size64(replace(config, sides=(16,)))  # the other cell stays
     assert config.out.read_text() == text
-
-
-def test_quantizers_are_compared_at_equal_bits_with_equal_networks():
-    for bits in (9, 12):
-        models = [quantizers.model_of(each, side=8, bits=bits, image_channels=1) for each in quantizers.VARIANTS]
-        built = [replace(model, widths=(4, 4), residual_blocks=0) for model in models]
-        tokenizers = [HRVQ(each) if isinstance(each, HRVQConfig) else VQVAE(each) for each in built]
-        assert {math.prod(tokenizer.radices) for tokenizer in tokenizers} == {2**bits}
-        assert {str(tokenizer.layout).partition(" ")[0] for tokenizer in tokenizers} == {"8×8"}
-    networks = [(model.widths, model.residual_blocks, model.image_channels) for model in models]
-    assert len(set(networks)) == 1
-
-
-def test_quantizers_are_trained_once_and_measured_on_held_out_images(tmp_path, monkeypatch):
-    write_patches(tmp_path / "img", 60)
-    monkeypatch.setattr(quantizers, "WIDTHS", {8: (6, 6), 16: (6,)})
-    monkeypatch.setattr(quantizers, "RESIDUAL_BLOCKS", 0)
-    config = quantizers.ReproduceQuantizers(
-        "quantizers",
-        images=str(tmp_path / "img"),
-        quantizers=("linked", "fsq"),
-        bits=(9,),
-        sides=(8, 16),
-        seeds=2,
-        steps=1,
-        work=tmp_path / "runs",
-        out=tmp_path / "page.md",
-    )
-    quantizers.reproduce_quantizers(config)
-    text = config.out.read_text()
-    for side in ("8×8", "16×16"):
-        assert f"`img`, {side} codes of 9 bits" in text
-    rows = [line for line in text.splitlines() if line.startswith(("| `linked`", "| `fsq`"))]
-    assert [row.split(" | ")[1:3] for row in rows] == [["512", "2"]] * 4
-    study = quantizers.Quantizers(config)
-    linked = next(each for each in quantizers.VARIANTS if each.quantizer == "linked")
-    folder = study.folder(linked, 8, 9, 1)
-    result, tokenizer = json.loads((folder / "scores.json").read_text()), load_tokenizer(str(folder))
-    held_out = ImageRows(open_images(config.images, height=32, width=32), split="held_out", flips=False)
-    images = to_float(held_out.__getitems__(list(range(len(held_out))))["images"])
-    (codes,) = tokenizer.encode(images)
-    error = ((tokenizer.decode((codes,)) - images) / 2).square().mean().item()
-    shares = torch.unique(codes, return_counts=True)[1] / codes.numel()
-    assert result["mse"] == pytest.approx(error, rel=1e-5)
-    assert result["codes_used"] == len(shares)
-    assert result["perplexity"] == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item(), rel=1e-4)
-    assert result["seconds"] > 0
-    before = {path: path.stat().st_mtime_ns for path in config.work.rglob("*") if path.is_file()}
-    quantizers.reproduce_quantizers(config)  # finished: nothing is trained or measured again
-    assert {path: path.stat().st_mtime_ns for path in config.work.rglob("*") if path.is_file()} == before
-    assert config.out.read_text() == text
-
-
-@pytest.mark.parametrize("changed", ["images", "image_channels", "precision"])
-def test_scores_of_quantizers_on_other_images_or_settings_are_not_reported(tmp_path, monkeypatch, changed):
-    monkeypatch.setattr(quantizers, "WIDTHS", {8: (6, 6)})
-    monkeypatch.setattr(quantizers, "RESIDUAL_BLOCKS", 0)
-    for folder in ("a", "b"):
-        write_patches(tmp_path / folder / "img", 40)
-    config = quantizers.ReproduceQuantizers(
-        "quantizers",
-        images=str(tmp_path / "a" / "img"),
-        quantizers=("fsq",),
-        bits=(9,),
-        seeds=1,
-        steps=1,
-        precision="fp32",
-        work=tmp_path / "runs",
-        out=tmp_path / "page.md",
-    )
-    quantizers.reproduce_quantizers(config)
-    text = config.out.read_text()
-    other = {"images": str(tmp_path / "b" / "img"), "image_channels": 1, "precision": "bf16"}[changed]
-    with pytest.raises(OtherSettingsError, match=f"with --{changed.replace('_', '-')} .+, not"):
-        quantizers.reproduce_quantizers(replace(config, **{changed: other}))
-    assert config.out.read_text() == text
-
-
-def test_every_variant_has_a_folder_of_its_own(tmp_path):
-    study = quantizers.Quantizers(quantizers.ReproduceQuantizers("quantizers", work=tmp_path))
-    folders = {study.folder(variant, 8, 9, 0) for variant in quantizers.VARIANTS}
-    assert len(folders) == len(quantizers.VARIANTS)
-
-
-def test_a_study_of_no_quantizer_is_refused():
-    with pytest.raises(UserError, match="at least one of each"):
-        quantizers.ReproduceQuantizers("quantizers", quantizers=())
 
 
 @pytest.mark.parametrize("data", ["cifar10", "celeba"])

@@ -18,11 +18,16 @@ RUN_NAME, METRICS_NAME = "run.json", "metrics.jsonl"
 """Files that a training leaves beside its model: settings and versions; what was measured at each step."""
 
 
+def logged_metrics(folder: Path) -> list[dict[str, int | float]]:
+    """Returns what the run at `folder` logged, by metric, with its `step`; a training and a held-out line of a step are
+    two entries."""
+    return [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
+
+
 def last_metrics(folder: Path, *, until: int | None = None) -> dict[str, float]:
     """Returns the newest value of every metric of the run at `folder`, up to a step."""
     newest: dict[str, float] = {}
-    for line in (folder / METRICS_NAME).read_text().splitlines():
-        values = json.loads(line)
+    for values in logged_metrics(folder):
         if until is None or values["step"] <= until:
             newest |= {name: float(value) for name, value in values.items()}
     return newest

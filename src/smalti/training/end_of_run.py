@@ -1,13 +1,12 @@
 """The last lines of the commands that make models: the folder, held-out numbers, the pictures and the next command."""
 
-import json
 from pathlib import Path
 
 from accelerate import PartialState
 
 from smalti.core.errors import as_invoked
 from smalti.core.models import read_config
-from smalti.core.provenance import METRICS_NAME
+from smalti.core.provenance import logged_metrics
 from smalti.training.run_folder import last_metrics
 from smalti.training.snapshots import Snapshots
 
@@ -56,8 +55,7 @@ def print_finished(folder: Path, ending: str, *, more: str) -> None:
 
 def _lowest_held_out_loss(folder: Path, until: int) -> tuple[int, float] | None:
     """Returns the step and the value of the lowest held-out loss of a run, if it has risen since; otherwise None."""
-    lines = map(json.loads, (folder / METRICS_NAME).read_text().splitlines())
-    losses = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    losses = {line["step"]: line["held_out_loss"] for line in logged_metrics(folder) if "held_out_loss" in line}
     losses = {step: loss for step, loss in losses.items() if step <= until}
     if not losses:
         return None

@@ -1,0 +1,95 @@
+"""The page of the study of quantizers: a table and a sheet of reconstructions for each grid and number of codes."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from smalti.benchmarks.comparison import in_spread
+from smalti.commands.model_paths import load_tokenizer
+from smalti.core.devices import best_device
+from smalti.images.decoding import to_float
+from smalti.images.image_set import ImageRows
+from smalti.images.sheets import save_sheet
+from smalti.studies.experiment import picture_path, table_row, write_section
+from smalti.studies.quantizers.study import BATCH_SIZE, VARIANTS, Quantizers, ReproduceQuantizers, Variant
+
+COLUMNS = {
+    "mse": ("held-out MSE", ".5f"),
+    "codes_used": ("codes in use", ".0f"),
+    "perplexity": ("perplexity", ".0f"),
+    "seconds": ("seconds a step", ".3f"),
+    "search": ("search, ms an image", ".3f"),
+    "nats": ("nats an image", ".0f"),
+}
+"""Heading and format of each score."""
+SHOWN = 12
+"""Images in a row of the sheet."""
+
+
+def reproduce_quantizers(config: ReproduceQuantizers) -> None:
+    """Trains and measures what is missing, seed by seed, and writes the page after each training.
+
+    Raises:
+        UserError: for images that cannot be used.
+        Interrupted: if a signal stopped a training; the same command resumes it.
+    """
+    study = Quantizers(config)
+    results: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
+    for seed, side, bits, variant in _trainings(config):
+        table_results = results.setdefault((side, bits), {})
+        table_results.setdefault(variant.label, []).append(study.result(variant, side, bits, seed))
+        write(study, side, bits, table(study, side, bits, table_results))
+
+
+def write(study: Quantizers, side: int, bits: int, text: str) -> None:
+    """Writes the section of a grid and number of codes, with the budget that it was measured with."""
+    config = study.config
+    budget = f"{config.steps} steps of {BATCH_SIZE} images each"
+    if config.prior_steps:
+        budget += f", priors {config.prior_steps} steps of {BATCH_SIZE} rows, or the steps that take as long"
+    write_section(config.out, f"quantizers {study.name} {side}x{side} {bits} bits", text, budget)
+
+
+def _trainings(config: ReproduceQuantizers) -> Iterator[tuple[int, int, int, Variant]]:
+    """Yields seed, side, bits and variant of every training, a whole table of one seed before the next seed."""
+    variants = [variant for variant in VARIANTS if variant.quantizer in config.quantizers]
+    for seed in range(config.seeds):
+        for side in config.sides:
+            for bits in config.bits:
+                yield from ((seed, side, bits, variant) for variant in variants)
+
+
+def table(study: Quantizers, side: int, bits: int, results: dict[str, list[dict[str, Any]]]) -> str:
+    """Formats a row for each variant, with means and spreads over the seeds, above the sheet of reconstructions."""
+    first = next(iter(results.values()))[0]
+    columns = {name: column for name, column in COLUMNS.items() if name in first}
+    headings = ["quantizer", "codes", "seeds", *(heading for heading, _ in columns.values())]
+    lines = [
+        f"`{study.name}`, {side}×{side} codes of {bits} bits; {first['images']} held-out images. Means over seeds, "
+        "with the lowest and the highest in brackets.",
+        "",
+        table_row(headings),
+        table_row(["---", *["---:"] * (len(headings) - 1)]),
+    ]
+    best_first = sorted(results.items(), key=lambda each: statistics.mean(run["mse"] for run in each[1]))
+    for label, runs in best_first:
+        cells = [in_spread([float(run[name]) for run in runs], form) for name, (_, form) in columns.items()]
+        lines.append(table_row([label, str(2**bits), str(len(runs)), *cells]))
+    name = draw(
+        study, side, bits, [variant for label, _ in best_first for variant in VARIANTS if variant.label == label]
+    )
+    return "\n".join([*lines, "", f"![Reconstructions by quantizer]({name})"])
+
+
+@torch.no_grad()
+def draw(study: Quantizers, side: int, bits: int, variants: Sequence[Variant]) -> str:
+    """Draws reconstructions of the same held-out images by each variant's first seed; returns the name of the file."""
+    batch = to_float(ImageRows(study.images, split="held_out", flips=False).spread(SHOWN))
+    sheet = {"original": batch}
+    for variant in variants:
+        tokenizer = load_tokenizer(str(study.folder(variant, side, bits, 0))).to(best_device())
+        sheet[variant.label.replace("`", "")] = tokenizer.decode(tokenizer.encode(batch.to(best_device()))).cpu()
+    save_sheet(path := picture_path(study.config.out, study.name, f"{side}x{side}", f"{bits}bits"), sheet)
+    return path.name
