@@ -125,8 +125,8 @@ class Overfitting:
         """Returns what is measured of a run: `last` and `best`, each with its step and scores, and `hours`."""
         folder = self.trained(dropout, crops, seed)
         lines = logged_metrics(folder)
-        held_out = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
-        losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+        held_out = {int(line["step"]): line["held_out_loss"] for line in lines if "held_out_loss" in line}
+        losses = {int(line["step"]): line["loss"] for line in lines if "loss" in line}
         snapshots = Snapshots(folder)
         best = min(held_out, key=lambda step: held_out[step])
 

@@ -55,7 +55,7 @@ def print_finished(folder: Path, ending: str, *, more: str) -> None:
 
 def _lowest_held_out_loss(folder: Path, until: int) -> tuple[int, float] | None:
     """Returns the step and the value of the lowest held-out loss of a run, if it has risen since; otherwise None."""
-    losses = {line["step"]: line["held_out_loss"] for line in logged_metrics(folder) if "held_out_loss" in line}
+    losses = {int(line["step"]): line["held_out_loss"] for line in logged_metrics(folder) if "held_out_loss" in line}
     losses = {step: loss for step, loss in losses.items() if step <= until}
     if not losses:
         return None
