@@ -267,7 +267,8 @@ def nucleus(probabilities: Float[Tensor, "*n r"], top_p: float) -> Float[Tensor,
         return probabilities
     sorted_, order = probabilities.sort(dim=-1, descending=True, stable=True)
     likelier = sorted_.cumsum(-1) - sorted_  # the total of the likelier values
-    return probabilities.masked_fill((likelier >= top_p).gather(-1, order.argsort(-1)), 0.0)
+    excluded = (likelier >= top_p) & (likelier > 0)  # the likeliest stays, also if top_p is 0 in float32
+    return probabilities.masked_fill(excluded.gather(-1, order.argsort(-1)), 0.0)
 
 
 def inverse_cdf(probabilities: Float[Tensor, "*n r"], uniforms: Float[Tensor, "*n"]) -> Int64[Tensor, "*n"]:

@@ -121,8 +121,10 @@ def sample_ancestral(
     it: grids are sampled from q = product over unknown codes of p(code | codes before), not from
     p(unknown | known). Of several `particles`, one is kept with a probability proportional to p / q, the
     product over known codes of p(code | codes before) (sampling-importance-resampling, Rubin 1987). With more
-    particles the result approaches p(unknown | known). `temperature` and `guidance` are part of p; `top_p`
-    affects only q.
+    particles the result approaches p(unknown | known). Weights are compared at the end only, so where known and
+    unknown codes alternate over many rows, few particles count. `temperature` and `guidance` are part of p. With
+    `top_p` below 1 the weights stay this product, and the result approaches the distribution proportional to q
+    times the product.
 
     Runs in float32 whatever the autocast dtype, so that the codes equal those sampled from the features of the
     whole grid, recomputed at each position, up to draws within rounding error of a border between codes.

@@ -122,7 +122,8 @@ class SundaeSampling(Sampling):
     are least likely, drawn without replacement with weights 1 / p. halton: all positions in turn, in the order of a
     Halton sequence, which is evenly spread at every step."""
     min_steps: int = 10
-    """A sample is finished after a step that changes nothing, but not before this many steps."""
+    """A sample is finished after a step that changes nothing, but not before this many steps; in random and Halton
+    order also not before every position was selected."""
     guidance: float = 1.5
     """Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes more
     typical of it with less variety. Values other than 1 take twice the time. No effect without classes or vectors."""
@@ -168,6 +169,9 @@ def sample_sundae(
     Unknown positions start uniform over the codebook. Each denoising step samples a code for every position
     given all of them, and updates the unknown positions that `sampling.order` selects. A row is finished,
     and no longer changes, after a step that changes nothing in it; the loop ends with the last unfinished row.
+    Deviation from the authors' code: in random and Halton order a row is not finished before each of its unknown
+    positions was selected. A step that selects few positions may change nothing; the others would keep their random
+    start.
     Canvases larger than the grids in training are read through windows (see `canvas_features`).
 
     Arguments and errors are those of `smalti.priors.base.Sampler`. `callback` is called once per denoising step.
@@ -177,10 +181,16 @@ def sample_sundae(
     codes = torch.where(known_mask, known, prior.head.random_codes(derive(seeds, Stream.SUNDAE_START), h, w))
     unfinished = torch.ones(b, 1, 1, dtype=torch.bool, device=known.device)
     selected_before = torch.zeros(b, 1, dtype=torch.int64, device=known.device)
+    waiting = ~known_mask  # unknown positions that no step selected yet
     denoise = compiled(_denoising_step, codes.device) if sampling.compile else _denoising_step
     for step in range(sampling.steps):
         settings = (*sampling.at(step), condition, upper, derive(seeds, Stream.SUNDAE_STEP, step), sampling)
-        codes, selected_before, changed = denoise(prior, codes, ~known_mask, unfinished, selected_before, *settings)
+        codes, selected_before, selected, changed = denoise(
+            prior, codes, ~known_mask, unfinished, selected_before, *settings
+        )
+        if sampling.order != "confidence":  # which selects the least likely first, and so every random start
+            waiting = waiting & ~selected
+            changed = changed | waiting.any(dim=(1, 2), keepdim=True)
         if callback is not None:
             callback(step, codes)
         if step + 1 >= sampling.min_steps:
@@ -202,8 +212,8 @@ def _denoising_step(
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
     seeds: Int64[Tensor, " b"],
     sampling: SundaeSampling,
-) -> tuple[Int64[Tensor, "b h w"], Int64[Tensor, "b 1"], Bool[Tensor, "b 1 1"]]:
-    """Returns the codes after one step, the positions selected up to now, and whether each row changed.
+) -> tuple[Int64[Tensor, "b h w"], Int64[Tensor, "b 1"], Bool[Tensor, "b h w"], Bool[Tensor, "b 1 1"]]:
+    """Returns the codes after one step, the positions selected up to now, those selected now, and which rows changed.
 
     See `select_positions` for `selected_before`. `seeds` differ at every step.
     """
@@ -221,7 +231,7 @@ def _denoising_step(
         )
     update = selected & unknown & unfinished
     changed = update & (proposal != codes)
-    return torch.where(update, proposal, codes), selected_before, changed.any(dim=(1, 2), keepdim=True)
+    return torch.where(update, proposal, codes), selected_before, selected, changed.any(dim=(1, 2), keepdim=True)
 
 
 SUNDAE = Method(

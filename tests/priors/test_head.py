@@ -222,6 +222,12 @@ def test_nucleus_is_the_smallest_likeliest_set(probabilities, top_p):
     assert ordered[:count].sum() >= top_p - 1e-6
 
 
+@pytest.mark.parametrize("top_p", [1e-3, 1e-46])  # the second is 0 in float32
+def test_nucleus_has_the_likeliest_value_however_small_the_share(top_p):
+    kept = nucleus(torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]]), top_p)
+    assert kept.equal(torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 0.8]]))
+
+
 @pytest.mark.parametrize("radices", [(3, 2, 4), (32,) * 5, (1024,) * 3])
 def test_random_codes_take_every_value_of_every_digit(radices):
     """Also of codes with more bits than a float32 draw has. Nothing is computed with the head's tables."""

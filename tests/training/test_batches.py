@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.errors import OneProcessError, UserError
-from smalti.core.randomness import generator_for
+from smalti.core.randomness import derive, generator_for, row_seeds
 from smalti.training.batches import StepRows, batches, leave_signals
+from smalti.training.config import FitConfig
+from smalti.training.loop import step_seeds
 
 SIZES = {"size": st.integers(2, 20), "share": st.integers(1, 5), "seed": st.integers(-5, 5)}
 
@@ -29,6 +31,37 @@ def test_every_epoch_is_a_permutation(size, share, seed, steps):
         epoch = stream[start : start + size]
         assert len(set(epoch)) == len(epoch)
         assert set(epoch) <= set(range(size))
+
+
+@settings(max_examples=50)
+@given(**SIZES, processes=st.integers(1, 4), step=st.integers(0, 9))
+def test_rows_have_a_seed_for_each_time_that_a_step_has_them(size, share, seed, processes, step):
+    """Also a row that a batch larger than the data has several times; equally for any number of processes."""
+    batch_size = share * processes
+    config = FitConfig(seed=seed, batch_size=batch_size)
+
+    def seeds(processes: int) -> list[int]:
+        parts = []
+        for process in range(processes):
+            rows = StepRows(
+                size,
+                batch_size=batch_size,
+                seed=seed,
+                steps=range(step, step + 1),
+                process=process,
+                processes=processes,
+            )
+            (chosen,) = rows
+            first = step * batch_size + process * len(chosen)
+            parts += step_seeds(config, step, torch.tensor(chosen), first, size).tolist()
+        return parts
+
+    together = seeds(1)
+    assert len(set(together)) == batch_size
+    assert seeds(processes) == together
+    if step * batch_size // size == ((step + 1) * batch_size - 1) // size:  # all of one epoch
+        (rows,) = StepRows(size, batch_size=batch_size, seed=seed, steps=range(step, step + 1))
+        assert together == derive(row_seeds(seed, torch.tensor(rows)), step).tolist()
 
 
 @settings(max_examples=50)

@@ -17,14 +17,14 @@ from torch import nn
 
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
-from smalti.core.randomness import derive, row_seeds
+from smalti.core.randomness import derive
 from smalti.training import checkpoints_and_logs, loop
 from smalti.training.accelerator import accelerator
 from smalti.training.batches import StepRows
 from smalti.training.checkpoints_and_logs import held_out_losses
 from smalti.training.config import FitConfig, Phase
 from smalti.training.ema import EMA
-from smalti.training.loop import fit
+from smalti.training.loop import fit, step_seeds
 from smalti.training.run_folder import METRICS_NAME, Run
 from smalti.training.signals import Interrupted
 
@@ -45,7 +45,7 @@ def test_loop_equals_one_written_by_hand(tmp_path):
         fall = max(0, (step + 1 - 6) / 6)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * fall)) / 2)
-        seeds = derive(row_seeds(config.seed, torch.tensor(chosen)), step)
+        seeds = step_seeds(config, step, torch.tensor(chosen), first=8 * step, size=len(rows))
         torch.manual_seed(int(derive(torch.tensor(config.seed), step, 0)))
         loss, _ = objective({**rows.__getitems__(chosen), "seeds": seeds})
         loss.backward()

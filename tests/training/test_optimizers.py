@@ -49,6 +49,15 @@ def test_muon_trains_weights_of_linear_layers_and_adamw_the_rest():
     assert {group["lr"] for group in muon.param_groups} == {MUON_RATE_FACTOR * 0.1}
 
 
+def test_weight_decay_leaves_out_gains_of_any_shape():
+    module = nn.ParameterDict({"limit": torch.ones(4, 1, 1), "gain": torch.ones(4), "row": torch.ones(1, 4)})
+    module["kernel"] = nn.Parameter(torch.ones(4, 2, 1, 1))
+    adamw = make_optimizer(module, "adamw", learning_rate=0.1, weight_decay=0.5)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    decayed = {names[id(p)]: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    assert decayed == {"row": 0.5, "kernel": 0.5, "limit": 0.0, "gain": 0.0}
+
+
 @pytest.mark.parametrize("kind", ["hourglass", "maskgit"])
 def test_muon_leaves_maps_to_queries_and_keys_to_adamw(kind):
     module = class_of_kind("prior", kind)(TINY[kind])

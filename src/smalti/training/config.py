@@ -25,7 +25,8 @@ class FitConfig:
     """Rows per step, over all processes and micro-batches together."""
     accumulation: int = 1
     """Gradient accumulation: number of micro-batches into which each process splits its share of the batch. Raise it if
-    memory is full; the result is the same, except with the quantizers `dot` and `lfq`."""
+    memory is full; the result is the same, except with dropout, whose draws differ, and with the quantizers `dot` and
+    `lfq`."""
     gradient_checkpointing: bool = False
     """Recompute activations of the network's blocks in the backward pass: less memory, about a third more time."""
     compile: bool = False

@@ -1,7 +1,8 @@
 """The training loop: steps, phases, micro-batches, processes and interruption, for any model and loss.
 
-Every random draw of a step is a function of the run's seed, the step and the row's number in the data set, so a resumed
-run equals an uninterrupted one without any generator state. What happens between steps is in `checkpoints_and_logs.py`.
+Every random draw of a step is a function of the seed of the run, the step and the number of the row in the data set;
+dropout depends on seed, step and process. So a resumed run equals an uninterrupted one without any generator state.
+What happens between steps is in `checkpoints_and_logs.py`.
 
 Mixed precision: Accelerate runs the objective under autocast. With fp16, `accelerator.backward` multiplies the loss by
 the scale of `accelerator.scaler`; here gradients are divided by it before gradient clipping, overflows are skipped by
@@ -18,6 +19,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -109,7 +111,7 @@ def fit(
         prepared = [_prepare(accelerator, phase) for phase in phases]
         expected = ExpectedTime(steps, progress, shown=accelerator.is_main_process)
         for step, batch in zip(steps, _batches(accelerator, data, config, steps), strict=True):
-            measured = _step(accelerator, prepared, batch, config, step, skipped)
+            measured = _step(accelerator, prepared, batch, config, step, len(data), skipped)
             ema.update(step)
             progress.update()
             expected.after_step(step + 1, next(iter(measured.values())).item)
@@ -215,10 +217,12 @@ def _step(
     batch: Batch,
     config: FitConfig,
     step: int,
+    size: int,
     skipped_steps: SkippedSteps,
 ) -> dict[str, Tensor]:
-    """Runs every phase once. Returns what they measured, by name."""
-    batch = batch | {"seeds": derive(row_seeds(config.seed, batch["rows"]), step)}
+    """Runs every phase once. Returns what they measured, by name. `size` is the number of rows of the data."""
+    first = step * config.batch_size + accelerator.process_index * len(batch["rows"])
+    batch = batch | {"seeds": step_seeds(config, step, batch["rows"], first, size)}
     batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     batch["progress"] = torch.full_like(batch["rows"], step / config.steps, dtype=torch.float32)
     seed_layers(int(derive(torch.tensor(config.seed), step, accelerator.process_index)), accelerator.device)
@@ -249,6 +253,23 @@ def _step(
         accelerator.scaler.update()
     skipped_steps.count(skipped)
     return measured
+
+
+def step_seeds(config: FitConfig, step: int, rows: Int64[Tensor, " b"], first: int, size: int) -> Int64[Tensor, " b"]:
+    """Returns one seed for each row of a step, equal for any number of processes.
+
+    A step that spans epochs can have a row several times: in each epoch after the step's first, it has another seed.
+
+    Args:
+        config: of the training.
+        step: counted from 0.
+        rows: numbers of rows in the data set.
+        first: the position of the first of them in the training, counted over all steps.
+        size: the number of rows of the data set.
+    """
+    seeds = derive(row_seeds(config.seed, rows), step)
+    begun = (first + torch.arange(len(rows))) // size - step * config.batch_size // size
+    return torch.where(begun > 0, derive(seeds, begun), seeds)
 
 
 def _gradients(accelerator: Accelerator, objective: nn.Module, batch: Batch, count: int) -> dict[str, Tensor]:

@@ -334,10 +334,10 @@ def _adamw(
 
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups parameters of two or more dimensions, with decay, and the rest, without."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Groups matrices and kernels, with decay, and the rest, without: biases, gains, and limits of shape (c, 1, 1)."""
+    decayed, rest = [], []
+    for parameter in parameters:
+        is_matrix = parameter.ndim == 2 or (parameter.ndim > 2 and parameter[0].numel() > 1)
+        (decayed if is_matrix else rest).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -28,8 +28,8 @@ resume from the snapshot of that step and delete what came after."""
 
 # Settings that may change when a run resumes. Most do not change the result beyond rounding. With more steps, the
 # learning rate follows the schedule of the longer run from then on; `patience` and `report_steps` decide where early
-# stopping ends. `log_steps` and `save_steps` decide when the NaN guard takes back weights, and to which snapshot. Each
-# layer of a run by layers has `steps` of its own.
+# stopping ends. `log_steps` and `save_steps` decide when the NaN guard takes back weights, and to which snapshot.
+# `accumulation` changes what dropout draws. Each layer of a run by layers has `steps` of its own.
 FREE_SETTINGS = frozenset(
     {
         *("steps", "report_steps", "save_steps", "log_steps", "keep_states", "stall_seconds", "trackers", "patience"),

@@ -41,15 +41,23 @@ def generate(
     return sample_sundae(prior, known=blank, known_mask=blank.bool(), seeds=seeds, sampling=sampling, callback=callback)
 
 
-def transitions(prior: Hourglass, temperature: float, proportion: float, unknown: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns all 2x2 grids of 3 codes `(81, 4)`, and the transition matrix if only `unknown` positions may change."""
+def transitions(
+    prior: Hourglass, temperature: float, proportion: float, unknown: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the chain on all 2x2 grids of 3 codes if only `unknown` positions may change.
+
+    Returns:
+        The grids `(81, 4)`, the transition matrix, and the probability that all unknown positions of a grid are
+        selected and keep their codes.
+    """
     grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
     log_probs = prior.head.log_probs(prior.features(grids.view(81, 2, 2)))
     new = (log_probs / temperature).softmax(-1).double()  # from, position, code
     stay = torch.nn.functional.one_hot(grids, 3).double()
     each = torch.where(unknown[:, None], proportion * new + (1 - proportion) * stay, stay)
     columns = [each[:, i, grids[:, i]] for i in range(4)]  # from, to
-    return grids, columns[0] * columns[1] * columns[2] * columns[3]
+    settled = torch.where(unknown, proportion * new.gather(2, grids[..., None])[..., 0], 1.0).prod(-1)
+    return grids, columns[0] * columns[1] * columns[2] * columns[3], settled
 
 
 @pytest.mark.parametrize(("known", "min_steps"), [(None, 2), (None, 1), (3, 1)])
@@ -57,20 +65,19 @@ def transitions(prior: Hourglass, temperature: float, proportion: float, unknown
 def test_samples_follow_the_enumerated_chain(known, min_steps):
     """Two steps with different temperature and proportion, optionally with position `known` fixed to code 2.
 
-    With `min_steps=1`, rows that the first step did not change are finished.
+    With `min_steps=1`, rows that the first step did not change, although it selected all positions, are finished.
     """
     prior = prior_of(1.5, height=2, width=2, radices=(3,), depth=(1,), shorten=())
     mask = torch.zeros(4, dtype=torch.bool)
     if known is not None:
         mask[known] = True
-    grids, first = transitions(prior, 1.2, 0.3, ~mask)
-    _, second = transitions(prior, 0.6, 0.8, ~mask)
+    grids, first, settled = transitions(prior, 1.2, 0.3, ~mask)
+    _, second, _ = transitions(prior, 0.6, 0.8, ~mask)
     start = ((grids == 2) | ~mask).all(-1).double()
     start = start / start.sum()
     if min_steps == 1:
-        stopped = start * first.diagonal()
-        moving = (start[:, None] * first).fill_diagonal_(0).sum(0)
-        expected = stopped + moving @ second
+        stopped = start * settled
+        expected = stopped + (start @ first - stopped) @ second
     else:
         expected = start @ first @ second
 
@@ -185,14 +192,15 @@ def test_each_row_depends_on_its_own_seed_only():
 def test_row_is_finished_after_its_first_step_without_change():
     prior = prior_of(12.0)
     seeds = row_seeds(9, torch.arange(16))
-    sampling = SundaeSampling(steps=200, min_steps=3, proportion=(0.3, 0.3), temperature=(0.7, 0.7), order="random")
+    least = 40  # steps, in which every position was selected
+    sampling = SundaeSampling(steps=200, min_steps=least, proportion=(0.3, 0.3), temperature=(0.7, 0.7), order="random")
     history = []
     generate(prior, seeds, 3, 4, sampling, lambda _, codes: history.append(codes))
     path = torch.stack(history)  # steps b h w
     unchanged = (path[1:] == path[:-1]).flatten(2).all(-1)  # of steps 1, 2, ...
     assert len(path) < 200
     for row in range(16):
-        first = next(step for step in range(2, len(path)) if unchanged[step - 1, row])
+        first = next(step for step in range(least - 1, len(path)) if unchanged[step - 1, row])
         assert unchanged[first - 1 :, row].all()
     stops = (~unchanged).sum(0)
     assert len(stops.unique()) > 2
@@ -200,6 +208,25 @@ def test_row_is_finished_after_its_first_step_without_change():
     # with a larger min_steps the same chain continues to change: the sampler stopped it
     running = generate(prior, seeds, 3, 4, replace(sampling, steps=len(path), min_steps=200))
     assert not torch.equal(running, path[-1])
+
+
+@pytest.mark.parametrize("order", ["random", "confidence", "halton"])
+def test_no_position_keeps_its_random_start(order):
+    """A prior that expects code 0 everywhere, and a step that selects few of the unknown positions, or none."""
+    prior = prior_of(radices=(16,))
+    with torch.no_grad():
+        prior.head.weight.zero_()
+        prior.head.bias.copy_(torch.eye(16)[0] * 60)
+    mask = torch.ones(32, 4, 6, dtype=torch.bool)
+    mask[:, 0, :3] = False
+    sampling = SundaeSampling(steps=200, min_steps=1, proportion=(0.1, 0.1), order=order)
+    seeds, known, steps = row_seeds(14, torch.arange(32)), torch.full((32, 4, 6), 5), []
+    filled = sample_sundae(
+        prior, known=known, known_mask=mask, seeds=seeds, sampling=sampling, callback=lambda step, _: steps.append(step)
+    )
+    assert filled[~mask].eq(0).all()
+    assert filled[mask].eq(5).all()
+    assert len(steps) < 200
 
 
 def test_seeds_and_schedules_change_the_samples():
