@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from smalti.core.provenance import logged_metrics
 from smalti.studies.experiment import save_figure, table_row
-from smalti.studies.hr_vqvae.study import LEAVES, ReproduceHRVQVAE, TokenizerSpec, result, trial_of
+from smalti.studies.hr_vqvae.study import CURVE_DECAY, LEAVES, ReproduceHRVQVAE, TokenizerSpec, result, trial_of
 
 
 def curve_table(
@@ -21,8 +21,9 @@ def curve_table(
         ideal: a function that gives an ideal coder's error by leaves.
     """
     lines = [
-        f"HR-VQVAE at its best on {config.data} by training steps, one seed. The learning rate of each training falls "
-        f"in its last half. Running means of the codewords have a decay of {specs[0].decay}.",
+        f"HR-VQVAE at its best on {config.data} by training steps, one seed, trained by Muon, the default of "
+        f"train-tokenizer, with a decay of {CURVE_DECAY} of the codewords' running means. The learning rate of each "
+        "training falls in its last half.",
         "",
         "| steps | held-out MSE | of the paper's | leaves in use | perplexity | minutes |",
         "|---:|---:|---:|---:|---:|---:|",

@@ -7,7 +7,7 @@ are in `samples.py`, tables and pictures in `report.py` and `samples_report.py`.
 import dataclasses
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -49,7 +49,7 @@ CODES_OF_IMAGES = 10_000
 SEARCH_BLOCK, SEARCH_REPETITIONS, REPORT_STEPS = 500, 3, 2_500
 RESULT_NAME = "result.json"
 PAPER_GRID = 16
-LONG_DECAY = 0.99  # of the codewords' running means, as the help of --codebook-decay advises for long trainings
+CURVE_DECAY = 0.99  # of the codewords' running means, as the help of --codebook-decay advises for long trainings
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class TokenizerSpec:
         depth: Layers of linked codebooks.
         seed: The seed of training.
         grid: Rows and columns of the codes (of VQ-VAE-2's finest level).
-        decay: Decay of the codewords' running means, of tokenizers that are not plain.
+        curve: Whether it is on the curve: trained by Muon, the default of `train_tokenizer`, and with slower means.
     """
 
     kind: str
@@ -161,16 +161,15 @@ class TokenizerSpec:
     depth: int = 1
     seed: int = 0
     grid: int = PAPER_GRID
-    decay: float = VQConfig.codebook_decay
+    curve: bool = False
 
     @property
     def name(self) -> str:
         """The name of its folder, without the settings that all tokenizers of a study share."""
         codebooks = "plain" if self.plain else "best"
         grid = "" if self.grid == PAPER_GRID else f"-grid{self.grid}"
-        decay = "" if self.decay == VQConfig.codebook_decay else f"-decay{self.decay}"
         tree = f"{self.kind}-{self.leaves}-depth{self.depth}-{codebooks}"
-        return f"{tree}-{self.steps}steps-seed{self.seed}{grid}{decay}"
+        return f"{tree}-{self.steps}steps-seed{self.seed}{grid}{'-curve' if self.curve else ''}"
 
 
 def specs_by_part(config: ReproduceHRVQVAE) -> dict[Part, list[TokenizerSpec]]:
@@ -205,7 +204,7 @@ def specs_by_part(config: ReproduceHRVQVAE) -> dict[Part, list[TokenizerSpec]]:
         "size": size,
         "samples": generating,
         "heads": [spec for spec in generating if spec.kind == "hrvq"],
-        "curve": [TokenizerSpec("hrvq", False, n, LEAVES, DEPTH, decay=LONG_DECAY) for n in config.curve_steps],
+        "curve": [TokenizerSpec("hrvq", False, n, LEAVES, DEPTH, curve=True) for n in config.curve_steps],
     }
     return {part: specs.get(part, []) for part in config.parts}
 
@@ -220,7 +219,8 @@ def model_of(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> VQConfig:
         "image_channels": 1 if config.data == "mnist" else 3,
         "widths": (config.channels,) * (1 if spec.grid == PAPER_GRID else 2),
         "code_width": config.code_width,
-        **(PLAIN if spec.plain else {"codebook_decay": spec.decay}),
+        **(PLAIN if spec.plain else {}),
+        **({"codebook_decay": CURVE_DECAY} if spec.curve else {}),
     }
     if spec.kind == "hrvq":
         tree = branching_of(spec.leaves, spec.depth)
@@ -257,12 +257,10 @@ def trained(spec: TokenizerSpec, config: ReproduceHRVQVAE, images: ImageSet) -> 
     refuses one of other images or another precision, which the folder's name leaves out.
     """
     trial = trial_of(spec, config)
-    fit = FitConfig(
-        steps=spec.steps, batch_size=config.batch_size, seed=spec.seed, report_steps=min(spec.steps, REPORT_STEPS)
-    )
+    fit = FitConfig(spec.steps, config.batch_size, seed=spec.seed, report_steps=min(spec.steps, REPORT_STEPS))
     settings = TrainTokenizer(
         model=model_of(spec, config),
-        fit=fit,
+        fit=replace(fit, optimizer="muon") if spec.curve else fit,
         tokenizer=spec.kind,
         images=config.images,
         flips=config.data != "mnist",  # mirrored digits are not digits

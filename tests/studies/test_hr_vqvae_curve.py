@@ -35,9 +35,8 @@ def test_rows_are_the_errors_of_the_trainings_in_order(config):
         measured = result(spec, config)
         assert measured is not None
         assert row.startswith(f"| {spec.steps} | {measured['mse']:.6f} | {measured['mse'] / 0.00011:.2f} |")
-        assert (
-            json.loads((trial_of(spec, config).folder / "run.json").read_text())["settings"]["codebook_decay"] == 0.99
-        )
+        settings = json.loads((trial_of(spec, config).folder / "run.json").read_text())["settings"]
+        assert (settings["codebook_decay"], settings["optimizer"]) == (0.99, "muon")
     assert Image.open(config.picture("curve")).width > 100
     assert f"({config.picture('curve').name})" in config.out.read_text()
 
@@ -53,9 +52,9 @@ def test_course_is_what_the_training_logged(config):
     assert held_out_course(TokenizerSpec("hrvq", False, 7, 512, 3), config) == []
 
 
-def test_decay_is_in_the_name_of_a_folder_only_if_it_is_not_the_default():
-    spec = TokenizerSpec("hrvq", False, 600, 512, 3, decay=0.99)
-    assert spec.name == "hrvq-512-depth3-best-600steps-seed0-decay0.99"
+def test_tokenizers_of_the_curve_have_folders_of_their_own():
+    spec = TokenizerSpec("hrvq", False, 600, 512, 3, curve=True)
+    assert spec.name == "hrvq-512-depth3-best-600steps-seed0-curve"
     assert model_of(spec, ReproduceHRVQVAE("hr-vqvae", "img")).codebook_decay == 0.99
 
 
