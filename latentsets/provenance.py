@@ -106,8 +106,8 @@ class Provenance:
 
         Args:
             path: The set, for messages.
-            indexed: Whether the index of a set of several files holds the lists too. They are JSON inside of JSON there, up
-                to twice as long, beside an entry for each file. So they may take half of the bytes and values.
+            indexed: Whether the index of a set of several files holds the lists too. They are JSON inside of JSON
+                there, up to twice as long, beside an entry for each file. So they may take half of what is read.
 
         Raises:
             UserError: if there are too many label names or skipped images, or their text is too long.
