@@ -5,9 +5,18 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from smalti.core.config import added, config_from_json, parse_json
+from smalti.core.config import (
+    LARGEST_JSON_BYTES,
+    MOST_JSON_VALUES,
+    added,
+    config_from_json,
+    count_json_values,
+    parse_json,
+)
+from smalti.core.errors import UserError
 from smalti.core.hub.public_names import public_values
 from smalti.core.provenance import command, versions
 
@@ -91,6 +100,30 @@ class Provenance:
         if other.condition_source and not self.condition_source:
             return self.is_met_by(other)
         return all(any(getattr(self, name) == getattr(other, name) for name in names) for names in same)
+
+    def require_readable(self, path: Path, *, indexed: bool = False) -> None:
+        """Refuses lists that are so long that the set at `path` could be written, but not read.
+
+        Args:
+            path: The set, for messages.
+            indexed: Whether the index of a set of several files holds the lists too. They are JSON inside of JSON
+                there, up to twice as long, beside an entry for each file. So they may take half of what is read.
+
+        Raises:
+            UserError: if there are too many label names or skipped images, or their text is too long.
+        """
+        remedies = {
+            "label_names": ("classes", "choose another column with --label-column, or shorten their names"),
+            "skipped": ("images that cannot be decoded", "remove them from the images"),
+        }
+        texts, share = self.to_attributes(), 2 if indexed else 1
+        for name, (what, remedy) in remedies.items():
+            size, values = len(texts[name].encode()), count_json_values(texts[name])
+            most_bytes, most_values = LARGEST_JSON_BYTES // share, MOST_JSON_VALUES // share
+            if size > most_bytes or values > most_values:
+                taken = f"take {size} bytes and {values} commas and brackets as JSON"
+                most = f"a latent set has at most {most_bytes} and {most_values}"
+                raise UserError(f"{path}: its {len(getattr(self, name))} {what} {taken}, but {most}; {remedy}")
 
     def to_attributes(self) -> dict[str, str]:
         """Returns the attributes as text by name; values that are not text are encoded as JSON."""

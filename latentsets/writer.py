@@ -62,7 +62,8 @@ class LatentSetWriter:
         expected_digest: The content digest that the set must have, if it is known; set it before the block ends.
 
     Raises:
-        UserError: if there are no rows or the columns contradict the description above; in the block, if codes do not
+        UserError: if there are no rows, the columns contradict the description above, or the names of the classes are
+            too long to be read; in the block, if codes do not
             fit the layout, rows are written twice or the disk is full; at its end, if rows are missing or the content
             digest is not the expected one.
     """
@@ -88,6 +89,7 @@ class LatentSetWriter:
         self._columns = {name: column.numpy().astype(dtype, copy=False) for (name, dtype), column in tensors}
         if error := find_column_error(self._columns, provenance.label_names):
             raise UserError(f"{path} was not written: {error}")
+        provenance.require_readable(self.path)
         self._more: dict[str, np.ndarray] = {}  # datasets with another number of values than rows
         if source_numbers is not None:
             self._more[SOURCE_NUMBERS] = source_numbers.numpy()

@@ -221,6 +221,7 @@ class BlockStore:
             shards = self.folder / SHARDS_NAME
             write_index(shards)
             if self.job.path.exists():  # a kill between the two leaves the complete shards, for another attempt
+                self._remove_replaced()  # that of an earlier build which was killed as it cleaned up
                 self.job.path.rename(self.folder / REPLACED_NAME)
             shards.rename(self.job.path)
             sync(self.job.path.parent)
@@ -228,14 +229,19 @@ class BlockStore:
 
     def discard(self) -> None:
         """Removes the folder with all blocks. What else was in the folder of a replaced set is moved to the new one."""
+        self._remove_replaced()
+        if os.name == "nt":  # Windows does not remove open files
+            self.close()
+        shutil.rmtree(self.folder)
+
+    def _remove_replaced(self) -> None:
+        """Removes a replaced set, if there is one, after its other files were moved to the set at the path."""
         replaced = self.folder / REPLACED_NAME
         if replaced.exists():
             for other in replaced.iterdir():
                 if not _SHARD.fullmatch(other.name) and other.name != INDEX_NAME:
                     other.rename(self.job.path / other.name)
-        if os.name == "nt":  # Windows does not remove open files
-            self.close()
-        shutil.rmtree(self.folder)
+            shutil.rmtree(replaced)
 
     def close(self) -> None:
         """Closes this process's files of blocks and releases their locks, after the last block of a shard."""

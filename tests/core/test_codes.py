@@ -125,7 +125,7 @@ def test_resized_layout_keeps_its_codebooks():
 
 def test_codes_of_another_layout_are_refused():
     layout = Layout((Level(2, 3, (4, 4)), Level(1, 1, channels=2)))
-    floats = torch.full((5, 2, 1, 1), 1e9)  # a continuous level accepts any number
+    floats = torch.full((5, 2, 1, 1), 1e9)  # a continuous level accepts any finite number
     layout.check((torch.randint(16, (5, 2, 3)), floats))
     layout.check((torch.zeros(0, 2, 3, dtype=torch.int64), floats[:0]))
     for codes, message in [
@@ -134,6 +134,8 @@ def test_codes_of_another_layout_are_refused():
         ((torch.full((5, 2, 3), 16), floats), "0 to 15"),
         ((torch.full((5, 2, 3), -1), floats), "0 to 15"),
         ((torch.zeros(5, 2, 3, dtype=torch.int64), floats[:, :1]), "level 1"),
+        ((torch.zeros(5, 2, 3, dtype=torch.int64), floats.log().log().neg().log()), "level 1 has latents that are not"),
+        ((torch.zeros(5, 2, 3, dtype=torch.int64), floats.index_fill(0, torch.tensor(4), float("inf"))), "level 1 has"),
     ]:
         with pytest.raises(UserError, match=message):
             layout.check(codes)

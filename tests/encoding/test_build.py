@@ -16,6 +16,7 @@ from smalti.core.errors import UserError
 from smalti.encoding import encoder
 from smalti.encoding.encoder import EncodeBatches
 from smalti.images.reading import Reading
+from smalti.latentsets import provenance
 from smalti.latentsets.building.blocks import BlockStore
 from smalti.latentsets.reader import LatentSet
 
@@ -75,6 +76,14 @@ def test_a_killed_build_of_several_files_resumes(workspace, dies_at, finished):
     assert all((Path("set") / name).stat().st_ino == inode for name, inode in before.items())
     assert same(LatentSet("set"), LatentSet("one.h5"))
     assert not Path(".set.building").exists()
+
+
+@pytest.mark.parametrize("changes", [{"out": Path("engine.h5")}, {"out": Path("set"), "shard_rows": 24}])
+def test_classes_that_could_not_be_read_are_refused_before_anything_is_encoded(workspace, monkeypatch, changes):
+    monkeypatch.setattr(provenance, "LARGEST_JSON_BYTES", 1)
+    with pytest.raises(UserError, match=r"its 0 classes take 2 bytes .*--label-column"):
+        built(**changes)
+    assert not list(Path().glob(".*.building"))
 
 
 def test_two_processes_build_the_set_of_one(workspace):

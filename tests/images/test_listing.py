@@ -139,6 +139,30 @@ def test_outputs_inside_the_folder_of_images_are_refused(tmp_path, monkeypatch):
         require_no_input([Path(out)], local_paths(source))
 
 
+def test_links_that_lead_back_list_no_file_again(tmp_path):
+    """Through one folder, through two, and to a folder above; a link that leads elsewhere is followed."""
+    write_folder(tmp_path, ["set/a/1.png", "set/a/2.png", "set/b/3.png", "set/c/d/4.png", "other/5.png"])
+    links = {"a/see": "../b", "b/see": "../a", "c/self": ".", "c/d/up": "../../..", "c/other": "../../other"}
+    for link, target in links.items():
+        (tmp_path / "set" / link).symlink_to(target)
+    names = ["a/1.png", "a/2.png", "a/see/3.png", "b/3.png", "b/see/1.png", "b/see/2.png", "c/d/4.png", "c/other/5.png"]
+    assert listed(tmp_path / "set")[0] == names
+    for pattern, expected in (
+        ("**/*.png", names),
+        ("*/see/*.png", [name for name in names if "see" in name]),
+        ("c/../*/*.png", ["c/../a/1.png", "c/../a/2.png", "c/../b/3.png"]),
+    ):
+        listing = list_files(str(tmp_path / "set" / pattern))
+        assert [str(path.relative_to(tmp_path / "set")) for path in listing.paths] == expected
+
+
+def test_links_to_files_are_listed_each(tmp_path):
+    write_folder(tmp_path, ["a/1.png"])
+    (tmp_path / "a" / "2.png").symlink_to("1.png")
+    for source in (tmp_path, tmp_path / "*" / "*.png"):
+        assert [path.name for path in list_files(str(source)).paths] == ["1.png", "2.png"]
+
+
 def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path):
     write_folder(tmp_path, ["a/one.png", "a/two.png"])
     (tmp_path / "a/one.png").rename(tmp_path / os.fsdecode(b"a/\xff.png"))

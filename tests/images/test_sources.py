@@ -309,6 +309,18 @@ def test_files_that_a_table_names_by_path_are_read_anew_when_they_change(tmp_pat
     assert after.source_ids[1] == before.source_ids[1]
 
 
+def test_lists_of_text_name_files_with_any_characters(tmp_path):
+    """Characters at which Python splits lines, and spaces at both ends; other spaces around a path are left out."""
+    names = ["a b.png", "x\u2028y.png", "\x0bz\x85.png", " lead.png", "lead.png"]
+    for name, colour in zip(names, COLOURS, strict=False):
+        (tmp_path / name).write_bytes(png(colour))
+    (tmp_path / "c.png").write_bytes(png("grey"))
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "list.txt").write_bytes(end.join([*names, "", "   ", "\tc.png "]).encode())
+        images = open_images(str(tmp_path / "list.txt"))
+        assert [colour_of(images, index) for index in range(len(images))] == [*COLOURS[: len(names)], "grey"]
+
+
 def test_held_out_images_of_another_source_have_the_chosen_columns(tmp_path):
     labels = {"style": ["ink", "oil"], "label": ["paris", "rome"], "text": ["a", "b"]}
     for name, colours in (("train", ["red", "blue"]), ("test", ["green", "white"])):

@@ -94,6 +94,28 @@ def test_shards_have_the_rows_and_the_digest_of_one_file(tmp_path_factory, sourc
     assert describe(several).splitlines()[2:7] == describe(one).splitlines()[2:7]
 
 
+def test_a_set_is_replaced_although_an_earlier_build_was_killed_as_it_removed_the_replaced_one(tmp_path, monkeypatch):
+    """Other files in the folder stay, also those that the killed build had not moved yet."""
+    sets = [build(tmp_path / name, range(count), shard_blocks=1) for name, count in (("set", 8), ("other", 6))]
+    (tmp_path / "set" / "notes.txt").write_text("mine")
+    moved = Path.rename
+
+    def killed(path, target):
+        if path.name == "notes.txt":
+            raise KeyboardInterrupt
+        return moved(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "set", range(4), shard_blocks=1)
+    assert (tmp_path / ".set.building" / "replaced" / "notes.txt").exists()
+    rebuilt = build(tmp_path / "set", range(6), shard_blocks=1)
+    assert rebuilt.content_digest == sets[1].content_digest
+    assert (tmp_path / "set" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / ".set.building").exists()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     return build(tmp_path_factory.mktemp("whole") / "set", range(8), shard_blocks=1).path

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalti.core.codes import Layout
+from smalti.core.config import LARGEST_JSON_BYTES, MOST_JSON_VALUES
 from smalti.core.errors import UserError
 from smalti.latentsets.provenance import MOST_REASONS, shortened
 from smalti.latentsets.reader import LatentSet
@@ -44,6 +45,19 @@ def test_blocks_written_in_any_order_are_read_back(tmp_path_factory, levels, row
     one_block = path.with_name("one.h5")
     write(one_block, layout, codes, [0])
     assert LatentSet(one_block).content_digest == latent_set.content_digest
+
+
+@pytest.mark.parametrize(("character", "most"), [(",", MOST_JSON_VALUES - 1), ("a", LARGEST_JSON_BYTES - 4)])
+def test_label_names_are_refused_if_they_could_not_be_read(tmp_path, character, most):
+    """The names are JSON: a bracket counts as a value, and brackets and quotes take four bytes."""
+    path, codes = tmp_path / "latents.h5", make_codes(GRID, 10)
+    columns = {**make_columns(10), "labels": torch.zeros(10, dtype=torch.int64)}
+    provenances = [replace(PROVENANCE, label_names=(character * length,)) for length in (most, most + 1)]
+    with LatentSetWriter(path, GRID, **columns, provenance=provenances[0]) as writer:
+        writer.write(0, codes)
+    assert LatentSet(path).provenance == provenances[0]
+    with pytest.raises(UserError, match=r"its 1 classes take \d+ bytes .*--label-column"):
+        LatentSetWriter(path, GRID, **columns, provenance=provenances[1])
 
 
 @pytest.mark.parametrize(

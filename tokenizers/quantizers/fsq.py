@@ -24,7 +24,9 @@ LEVELS: dict[int, tuple[int, ...]] = {
 """Levels for about as many codes: the paper's recommendations (Tab. 1), and one for 2**9 by its rule of at least five
 levels a dimension."""
 MARGIN = 1e-3
-"""Share by which the bounds exceed the outermost levels, so that these are reached and `atanh` is finite."""
+"""Share by which the bounds exceed the outermost levels, so that these are reached and `atanh` is finite.
+
+With more than 1000 levels it is more than half a level: values that round to a level beyond become the outermost."""
 
 
 class FSQ(nn.Module):
@@ -46,6 +48,7 @@ class FSQ(nn.Module):
         UserError: if a dimension has fewer than 2 levels, or there are more than 2**31 - 1 codes.
     """
 
+    last: Tensor
     middle: Tensor
     offset: Tensor
     span: Tensor
@@ -56,6 +59,7 @@ class FSQ(nn.Module):
         self.down = nn.Conv2d(code_width, len(radices), 1)
         self.up = nn.Conv2d(len(radices), code_width, 1)
         levels = rearrange(torch.tensor(self.radices), "n -> n 1 1")
+        self.register_buffer("last", levels - 1, persistent=False)  # the largest digit
         self.register_buffer("middle", levels // 2, persistent=False)  # the digit of value 0
         self.register_buffer("offset", (1 - levels % 2) / 2, persistent=False)  # of an even number of levels
         self.register_buffer("span", (levels - 1) * (1 + MARGIN) / 2, persistent=False)
@@ -69,7 +73,8 @@ class FSQ(nn.Module):
         """Quantizes a grid of any size. There are no losses."""
         with torch.autocast(z_e.device.type, enabled=False):
             bounded = self._bounded(z_e)
-            rounded = bounded + (bounded.round() - bounded).detach()  # straight-through estimator
+            nearest = bounded.round().clamp(-self.middle, self.last - self.middle)
+            rounded = bounded + (nearest - bounded).detach()  # straight-through estimator
             z_q = self.up(rounded / self.middle)
         return QuantizerOutput(z_q=z_q, codes=self._codes(bounded), losses={})
 
@@ -82,8 +87,9 @@ class FSQ(nn.Module):
         """Returns z_q of codes, or of some of their dimensions with the others at 0, the centre.
 
         Raises:
-            UserError: if the codes do not have these digits.
+            UserError: if there are no such codes, or they do not have these digits.
         """
+        self.level.require(codes, "FSQ")
         values = (rearrange(self.level.split(codes), "b h w n -> b n h w") - self.middle) / self.middle
         values[:, hidden_digits(digits, len(self.radices))] = 0
         with torch.autocast(codes.device.type, enabled=False):
@@ -93,12 +99,14 @@ class FSQ(nn.Module):
         """Does nothing: there is no codebook."""
 
     def _bounded(self, z_e: Tensor) -> Tensor:
-        """Returns the dimensions, each within the interval that rounds to its levels; 0 stays 0."""
+        """Returns the dimensions, each within bounds slightly outside of its outermost levels; 0 stays 0."""
         shift = torch.atanh(self.offset / self.span)
         return torch.tanh(self.down(z_e.float()) + shift) * self.span - self.offset
 
     def _codes(self, bounded: Tensor) -> Tensor:
-        return self.level.join(rearrange(bounded.detach().round().long() + self.middle, "b n h w -> b h w n"))
+        digits = bounded.detach().round().long() + self.middle
+        digits = digits.clamp(min=0).minimum(self.last)  # also NaN, which is any integer, is a code then
+        return self.level.join(rearrange(digits, "b n h w -> b h w n"))
 
 
 def hidden_digits(digits: Digits | None, count: int) -> list[int]:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.codes import Digits
+from smalti.core.errors import UserError
 from smalti.core.randomness import gumbel
 from smalti.tokenizers.quantizers.linked import QuantizerOutput, codewords
 
@@ -30,10 +31,16 @@ class GumbelQuantizer(nn.Module):
         codebook_size: number of codewords.
         temperature: temperature of the relaxation.
         kl_weight: weight of the KL term, which is in nats per position.
+
+    Raises:
+        UserError: if `temperature` is not above 0, or `kl_weight` negative.
     """
 
     def __init__(self, *, code_width: int, codebook_size: int, temperature: float, kl_weight: float) -> None:
         super().__init__()
+        if not (temperature > 0 and kl_weight >= 0):
+            values = f"{temperature} and {kl_weight}"
+            raise UserError(f"temperature must be above 0 and kl_weight at least 0, not {values}")
         self.temperature, self.kl_weight = temperature, kl_weight
         self.logits = nn.Conv2d(code_width, codebook_size, 1)
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_width))

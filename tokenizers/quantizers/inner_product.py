@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.codes import Digits
+from smalti.core.errors import UserError
 from smalti.tokenizers.quantizers.linked import QuantizerOutput, codewords
 from smalti.tokenizers.quantizers.search import largest_products
 
@@ -35,10 +36,16 @@ class InnerProductQuantizer(nn.Module):
         codebook_size: number of codewords.
         commitment_weight: weight of the commitment loss, beta.
         entropy_weight: weight of the entropy loss, which is in nats per position.
+
+    Raises:
+        UserError: if a weight is negative.
     """
 
     def __init__(self, *, code_width: int, codebook_size: int, commitment_weight: float, entropy_weight: float) -> None:
         super().__init__()
+        if not (commitment_weight >= 0 and entropy_weight >= 0):
+            values = f"{commitment_weight} and {entropy_weight}"
+            raise UserError(f"commitment_weight and entropy_weight must be at least 0, not {values}")
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_width))
 

@@ -45,7 +45,7 @@ class LFQ(nn.Module):
 
     def __init__(self, *, code_width: int, bits: int, commitment_weight: float, entropy_weight: float) -> None:
         super().__init__()
-        if not 1 <= bits <= 30 or min(commitment_weight, entropy_weight) < 0:
+        if not (1 <= bits <= 30 and commitment_weight >= 0 and entropy_weight >= 0):
             values = f"{bits}, {commitment_weight} and {entropy_weight}"
             raise UserError(f"bits must be from 1 to 30, commitment_weight and entropy_weight at least 0, not {values}")
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
@@ -82,8 +82,9 @@ class LFQ(nn.Module):
         """Returns z_q of codes, or of some of their bits with the others at 0, between their two values.
 
         Raises:
-            UserError: if the codes do not have these digits.
+            UserError: if there are no such codes, or they do not have these digits.
         """
+        self.level.require(codes, "LFQ")
         values = rearrange(2.0 * self.level.split(codes) - 1, "b h w n -> b n h w")
         values[:, hidden_digits(digits, len(self.radices))] = 0
         with torch.autocast(codes.device.type, enabled=False):

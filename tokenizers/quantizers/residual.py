@@ -175,8 +175,9 @@ class ResidualQuantizer(nn.Module):
         """Returns the sum of the codewords of each code, or only of the stages of some digits.
 
         Raises:
-            UserError: if the codes do not have these digits.
+            UserError: if there are no such codes, or they do not have these digits.
         """
+        self.level.require(codes, "residual quantization")
         each, books = self.level.split(codes), self._book_of_stage
         chosen = chosen_digits(digits, len(self.radices))
         return torch.stack([books[stage].lookup(each[..., stage]) for stage in chosen]).sum(0)

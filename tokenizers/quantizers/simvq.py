@@ -41,7 +41,7 @@ class SimVQ(nn.Module):
         self, *, code_width: int, codebook_size: int, commitment_weight: float, gradient: Gradient = "straight-through"
     ) -> None:
         super().__init__()
-        if codebook_size < 2 or commitment_weight < 0:
+        if codebook_size < 2 or not commitment_weight >= 0:
             values = f"{codebook_size} and {commitment_weight}"
             raise UserError(f"a codebook has at least 2 codewords and a commitment_weight of at least 0, not {values}")
         self.commitment_weight = commitment_weight

@@ -73,7 +73,7 @@ class StochasticQuantizer(nn.Module):
             raise UserError(
                 f"code_width must be at least 1 and codebook_size at least 2, not {code_width} and {codebook_size}"
             )
-        if weight < 0 or not temperature > 0 or not 0 <= reset_below < 1:
+        if not weight >= 0 or not temperature > 0 or not 0 <= reset_below < 1:
             raise UserError(
                 "the latent weight must not be negative, temperature must be above 0 and reset_below from 0 to below "
                 f"1, not {weight}, {temperature} and {reset_below}"

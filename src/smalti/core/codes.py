@@ -100,6 +100,16 @@ class Level:
             return np.dtype(np.float32)
         return np.dtype(next(t for t in (np.uint8, np.uint16, np.uint32) if self.codebook_size - 1 <= np.iinfo(t).max))
 
+    def require(self, codes: Tensor, name: str) -> None:
+        """Refuses codes that this level does not have. On an accelerator it waits for the codes.
+
+        Raises:
+            UserError: if a code is outside [0, codebook_size); begins with `name`.
+        """
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
+            wrong = f"not from {int(codes.min())} to {int(codes.max())}"
+            raise UserError(f"{name} has codes from 0 to {self.codebook_size - 1}, {wrong}")
+
     def prefix(self, codes: Int64[Tensor, "*shape"], digits: int) -> Int64[Tensor, "*shape"]:
         """Returns the number that the first `digits` digits of every code form: an inner node of the tree."""
         return codes // math.prod(self.radices[digits:])
@@ -140,8 +150,8 @@ class Layout:
         """Refuses codes that do not belong to this layout.
 
         Raises:
-            UserError: for a wrong number of levels, a wrong grid, or a code outside [0, codebook_size); names the
-                level.
+            UserError: for a wrong number of levels, a wrong grid, a code outside [0, codebook_size), or a latent of a
+                continuous level that is not finite; names the level.
         """
         if len(codes) != len(self.levels):
             raise UserError(
@@ -152,10 +162,12 @@ class Layout:
                 raise UserError(
                     f"level {index} has codes of shape {level.shape} per image, not {tuple(grid.shape[1:])}"
                 )
-            if level.radices and grid.numel() and (grid.min() < 0 or grid.max() >= level.codebook_size):
+            if level.radices:
+                level.require(grid, f"level {index}")
+            elif not grid.isfinite().all():
                 raise UserError(
-                    f"level {index} has codes from 0 to {level.codebook_size - 1}, not from {int(grid.min())} to "
-                    f"{int(grid.max())}"
+                    f"level {index} has latents that are not finite; a model that computes NaN or infinity must be "
+                    "trained again"
                 )
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ def encode(
         UserError: as `build_latents` does.
     """
     job, images, main = encoder.job, encoder.images, process.is_main_process
+    provenance.require_readable(job.path, indexed=bool(job.shard_blocks))
     checks = {"inputs": local_paths(provenance.image_source), "overwrite": overwrite, "required": True}
     claim = locks.claim([job.path], **checks, is_own=lambda path: provenance.is_rebuild_of(_provenance_of(path)))
     with ExitStack() as stack, BlockStore(job, process=process.process_index) as store:

@@ -20,10 +20,11 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from smalti.core.errors import UserError
+from smalti.core.randomness import Stream, derive
 from smalti.images.formats.archives import member_of, read_member, shown_path
 from smalti.images.formats.opening import UnreadableImageError
 from smalti.images.sources import Table, open_table, stamp
-from smalti.images.splits import HELD_OUT_PERCENT, held_out
+from smalti.images.splits import HELD_OUT_PERCENT, also_held_out, held_out
 
 _SKIN_TONES_AND_STYLE = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
 _KEY_RECIPE = "smalti 1"  # part of every source id: change it whenever the keys change, so that no cached id is reused
@@ -86,10 +87,8 @@ def read_contents(table: Table, held_out_images: str | None, channels: int, colu
     if percent is not None:
         out, joined = held_out(ids, percent), images[0]
     else:
-        own = len(tables[0].rows)
-        out = torch.isin(ids, ids[own:])
-        if both := int(out[:own].sum()):
-            notes += (f"{both} of {own} images are also in {held_out_images}: they are held out, and not trained on",)
+        ids, out, overlaps = _split_by_source(tables, ids, contents, held_out_images)
+        notes += overlaps
         column = table.image_column
         if tables[1].image_column != column:
             images[1] = images[1].rename_column(tables[1].image_column, column)
@@ -99,6 +98,44 @@ def read_contents(table: Table, held_out_images: str | None, channels: int, colu
     fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()
     captions = partial(_read_captions, tables)
     return Contents(joined, table.image_column, labels, label_names, ids, out, fingerprint, notes, captions)
+
+
+def _split_by_source(
+    tables: Sequence[Table], ids: Int64[Tensor, " n"], contents: Int64[Tensor, " n"], held_out_images: str | None
+) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " n"], tuple[str, ...]]:
+    """Holds out the second table, and what of the first has its images or sources; returns ids, the split, and notes.
+
+    Ids of two tables are compared if both are hashes of contents, or of texts in columns of one name. Numbers are not:
+    two files that each count their sources from 0 would share ids without sharing images, and lose training data.
+    Ids of the held-out images that are equal without being comparable are replaced.
+    """
+    own, key = len(tables[0].rows), tables[0].key_column
+    same_key = key == tables[1].key_column
+    comparable = same_key and (key is None or all(_is_text(each, key) for each in tables))
+    unreadable = contents == _hash_keys([None], "image", _KEY_RECIPE)["value"][0]
+    distinct = torch.where(unreadable, -1 - torch.arange(len(contents)), contents)  # unknown contents are not equal
+    marked = also_held_out(ids[:own], distinct[:own], ids[own:], distinct[own:], comparable=comparable)
+    equal = torch.isin(contents[:own], contents[own:]) & marked
+    confused = torch.isin(ids[:own], ids[own:]) & ~marked
+    notes = []
+    if both := int(equal.sum()):
+        notes.append(f"{both} of {own} images are also in {held_out_images}: they are held out, and not trained on")
+    if siblings := int((marked & ~equal).sum()):
+        shared = f"{siblings} of {own} images share a source ({key}) with held-out images"
+        notes.append(f"{shared}: they are held out too, and not trained on")
+    if same_key and (number := int(confused.sum())):
+        shared = f"{number} of {own} images have a {key} that is also in {held_out_images}, but other contents"
+        notes.append(f"{shared}: they are trained on, as numbers may count from 0 in each; write equal sources as text")
+    if not comparable:
+        clash = torch.isin(ids[own:], ids[:own])
+        renamed = derive(ids[own:], Stream.HELD_OUT_SPLIT) & torch.iinfo(torch.int64).max
+        ids = torch.cat([ids[:own], torch.where(clash, renamed, ids[own:])])
+    return ids, torch.cat([marked, torch.ones(len(ids) - own, dtype=torch.bool)]), tuple(notes)
+
+
+def _is_text(table: Table, column: str) -> bool:
+    kind = table.rows.data.column(column).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _open_held_out(source: str, channels: int, columns: Mapping[str, Any]) -> Table:

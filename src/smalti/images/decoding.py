@@ -10,6 +10,7 @@ Legend: c channels, h w pixels.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from smalti.core.files import open_regular
 from smalti.images.fitting import Crop, Fit, fitted
 from smalti.images.formats.arrays import NPY_MAGIC, read_npy
 from smalti.images.formats.opening import BadImageError, opened
-from smalti.images.formats.planes import DEEP_GREY_MODES, MODES, TOP, Depth, flatten, planes_of, to_tensor
+from smalti.images.formats.planes import DEEP_GREY_MODES, MODES, TOP, Depth, flatten, planes_of, resampled, to_tensor
 
 _PROFILES = {1: b"GRAY", 3: b"RGB "}
 """Colour space of an ICC profile, by the number of channels."""
@@ -91,7 +92,7 @@ def decode_with_size(
     planes = planes_of(encoded, channels=channels, depth=depth, limit=limit)
     original = planes[0].size
     if height is not None and width is not None:
-        planes = [fitted(plane, height=height, width=width, fit=fit) for plane in planes]
+        planes = resampled(planes, partial(fitted, height=height, width=width, fit=fit))
     return Decoded(to_tensor(planes), original[1], original[0])
 
 
@@ -113,7 +114,7 @@ def decode_crops(
     """
     planes = planes_of(encoded, channels=channels, depth=depth, limit=limit)
     size: dict[str, Any] = {"height": height, "width": width, "fit": fit}
-    return torch.stack([to_tensor([fitted(plane, **size, crop=crop) for plane in planes]) for crop in crops])
+    return torch.stack([to_tensor(resampled(planes, partial(fitted, **size, crop=crop))) for crop in crops])
 
 
 def load_image(

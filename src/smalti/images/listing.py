@@ -7,10 +7,10 @@ only one split is read, by default that of training. Opening the files is in `so
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
@@ -102,7 +102,7 @@ def list_files(source: str, split: str | None = None) -> Listing | None:
         root, paths = path.parent, [path]
     elif has_magic(source):
         root = Path(*takewhile(lambda part: not has_magic(part), path.parts))
-        paths = [match for match in map(Path, glob(str(path), recursive=True)) if match.is_file()]
+        paths = _without_circles(root, [match for match in _matches(path) if match.is_file()])
     else:
         return None
     unnamed = [file for file in paths if not _is_unicode(file)]  # which tables cannot hold
@@ -241,16 +241,56 @@ def _suffixes() -> frozenset[str]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yields all files below a folder except hidden ones. Follows links to folders, unless they form a circle."""
+    """Yields all files below a folder except hidden ones. Follows links to folders, unless they lead back."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}); make it readable") from error
 
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+    for parent, names in _folders(folder, refuse):
+        yield from (parent / name for name in names if not name.startswith("."))
+
+
+def _folders(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """Yields a folder and all below it except hidden ones, each with the names of its files; see `_walk`."""
+    passed = {folder: (folder.resolve(),)}
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=onerror):
         root = Path(parent)
-        visible = (name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in visible if not root.resolve().is_relative_to((root / name).resolve())]
-        yield from (root / name for name in names if not name.startswith("."))
+        above = passed.pop(root)
+        entered = {name: _entered(above, root / name) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, chain in entered.items() if chain]
+        passed |= {root / name: chain for name, chain in entered.items() if chain}
+        yield root, names
+
+
+def _matches(pattern: Path) -> set[Path]:
+    """Returns the paths that match a glob. Python's own `**` follows links that lead back, many times."""
+    if "**" not in pattern.parts:
+        return {*map(Path, glob(str(pattern)))}
+    place = pattern.parts.index("**")
+    rest = pattern.parts[place + 1 :] or ("*",)
+    tops = _matches(Path(*pattern.parts[:place])) if place else {Path()}
+    folders = {folder for top in tops if top.is_dir() for folder, _ in _folders(top)}
+    return {match for folder in folders for match in _matches(Path(escape(str(folder)), *rest))}
+
+
+def _entered(above: tuple[Path, ...], folder: Path) -> tuple[Path, ...] | None:
+    """Adds a folder's real path to those that lead to it; returns None if a link leads back to or above one of them."""
+    real = folder.resolve()
+    return None if any(each.is_relative_to(real) for each in above) else (*above, real)
+
+
+def _without_circles(root: Path, files: Iterable[Path]) -> list[Path]:
+    """Returns the files, of those below `root`, whose paths lead through no folder twice; see `_entered`."""
+    passed: dict[Path, tuple[Path, ...] | None] = {}
+
+    def passed_to(folder: Path) -> tuple[Path, ...] | None:
+        if folder not in passed:
+            below = root in folder.parents
+            above = passed_to(folder.parent) if below else ()
+            passed[folder] = above if above is None or (below and folder.name == "..") else _entered(above, folder)
+        return passed[folder]
+
+    return [file for file in files if passed_to(file.parent)]
 
 
 def divide(names: Sequence[PurePath]) -> list[str | None] | None:

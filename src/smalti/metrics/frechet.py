@@ -122,7 +122,8 @@ def frechet_distance(a: Moments | StoredMoments, b: Moments | StoredMoments) -> 
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     trace_of_root = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_of_root)
+    distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_of_root
+    return float(distance.clamp(min=0))  # rounding makes that of equal sets slightly negative
 
 
 def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from smalti.images.decoding import decode, decode_with_size, to_float, to_uint8, visible
+from smalti.images.decoding import decode, decode_crops, decode_with_size, to_float, to_uint8, visible
+from smalti.images.fitting import Crop
 from smalti.images.formats.opening import BadImageError
 from smalti.images.formats.planes import planes_of
 from smalti.images.image_set import ImageRows, open_images
@@ -96,6 +97,32 @@ def test_8_bits_at_depth_16_are_the_same_colours():
     deep = decode_with_size(encoded, channels=3, depth=16).pixels
     assert torch.allclose(to_float(deep), to_float(decode(encoded, channels=3)), atol=1e-6)
     assert to_uint8(to_float(deep)).equal(decode(encoded, channels=3))
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha_of_16_bits_is_resampled_like_that_of_8(channels, fit):
+    """Green that is hidden by transparency does not reach the edge of the red part; Pillow computes the expected."""
+    halves = np.zeros((32, 32, 4), np.uint8)
+    halves[:, :14], halves[:, 14:18], halves[:, 18:] = (255, 0, 0, 255), (200, 50, 20, 90), (0, 255, 0, 0)
+    size = {"channels": channels, "height": 6, "width": 10, "fit": fit}
+    encoded = encode(Image.fromarray(halves))
+    shallow = decode_with_size(encoded, **size).pixels
+    deep = decode_with_size(encoded, **size, depth=16).pixels
+    opaque = shallow[-1] > 40  # 8-bit colours are coarse where alpha is small
+    assert (deep[-1] / 257 - shallow[-1]).abs().max() <= 1
+    assert (deep / 257 - shallow)[:, opaque].abs().max() <= 4
+    assert (deep[:-1, deep[-1] == 0] == 0).all()
+    assert (deep[-1] == 0).any()
+    crop = decode_crops(encoded, [Crop(1.0, 0.5, 0.5)], **{**size, "fit": "crop"}, depth=16)[0]
+    assert crop.equal(decode_with_size(encoded, **{**size, "fit": "crop"}, depth=16).pixels)
+
+
+def test_16_bit_images_with_alpha_of_the_right_size_keep_their_pixels():
+    deep = RNG.integers(0, 65536, (9, 12, 4), dtype=np.uint16)
+    deep[:3, :, 3] = 0
+    pixels = decode_with_size(encode(deep), channels=4, height=9, width=12, depth=16).pixels
+    assert (pixels.permute(1, 2, 0).numpy() == deep).all()
 
 
 def test_16_bit_images_are_resampled_at_their_depth():

@@ -14,6 +14,19 @@ def gumbel(k=4, d=3, **more):
     return GumbelQuantizer(code_width=d, codebook_size=k, **{"temperature": 0.7, "kl_weight": 0.5, **more})
 
 
+@pytest.mark.parametrize("setting", ["temperature", "kl_weight"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_settings_that_cannot_train_are_refused(setting, value):
+    with pytest.raises(UserError, match=f"temperature must be above 0 and kl_weight at least 0, not .*{value}"):
+        gumbel(**{setting: value})
+
+
+def test_a_temperature_of_0_is_refused():
+    gumbel(kl_weight=0.0)
+    with pytest.raises(UserError, match=r"temperature must be above 0 .* not 0\.0 and 0\.5"):
+        gumbel(temperature=0.0)
+
+
 def test_codes_are_sampled_with_their_probabilities():
     """A chi-square test over 4000 images of one position."""
     quantizer, b = gumbel(), 4_000

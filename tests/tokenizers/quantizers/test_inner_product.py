@@ -18,6 +18,14 @@ def quantizer_of(k=7, d=3, **more):
     )
 
 
+@pytest.mark.parametrize("weight", ["commitment_weight", "entropy_weight"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_negative_weights_are_refused(weight, value):
+    quantizer_of(**{weight: 0.0})
+    with pytest.raises(UserError, match=f"commitment_weight and entropy_weight must be at least 0, not .*{value}"):
+        quantizer_of(**{weight: value})
+
+
 @given(k=st.integers(2, 40), b=st.integers(1, 3), tile=st.integers(1, 9), seed=st.integers(0, 2**16))
 def test_codes_have_the_largest_inner_product(k, b, tile, seed):
     """Compares with every codeword, for search tiles of any size; `forward` and `encode` agree."""

@@ -86,6 +86,27 @@ def test_fsq_keeps_zero_at_the_centre():
     assert codes.unique().tolist() == [(4 * 5 + 2) * 2 + 1]
 
 
+@pytest.mark.parametrize("radices", [(1001,), (1002,), (65536,), (3, 2000), (2000, 3)])
+def test_fsq_of_many_levels_has_only_its_own_codes(radices):
+    """The bounds exceed the outermost level by more than half a level; vectors beyond them have the outermost one."""
+    quantizer, z_e = fsq_of(radices), features(4, 8, 8)
+    with torch.no_grad():
+        quantizer.down.weight.mul_(200)
+        output = quantizer(z_e)
+        assert output.codes.equal(quantizer.encode(z_e))
+        assert output.codes.min() >= 0
+        assert output.codes.max() < math.prod(radices)
+        torch.testing.assert_close(output.z_q, quantizer.lookup(output.codes), atol=1e-5, rtol=1e-4)
+
+
+def test_fsq_of_nan_is_a_code():
+    quantizer, z_e = fsq_of((8, 5, 2)), features()
+    z_e[0] = math.nan
+    codes = quantizer.encode(z_e)
+    assert 0 <= codes.min() <= codes.max() < 80
+    assert quantizer(z_e).z_q[0].isnan().all()  # which the training refuses
+
+
 def test_fsq_gradient_is_that_of_the_bound():
     """The straight-through estimator skips the rounding alone: compared with finite differences of the rest."""
     quantizer, weights = fsq_of((7, 4)).double(), torch.randn(1, D, 1, 2, dtype=torch.float64)

@@ -88,6 +88,21 @@ def test_only_digits_that_exist_are_decoded(name):
 
 
 @of_each
+@pytest.mark.parametrize("offset", [-1, 0, 1, 100])
+def test_codes_outside_of_the_codebook_are_refused(name, offset):
+    """Those without a codebook, and of several stages, would decode another code: digits wrap around."""
+    quantizer = quantizer_of(name)
+    size = math.prod(quantizer.radices)
+    codes = torch.zeros(2, 3, 3, dtype=torch.int64)
+    codes[1, 2, 0] = -1 if offset < 0 else size + offset
+    one_line = name in ("fsq", "lfq", "residual")
+    with pytest.raises(
+        UserError if one_line else IndexError, match=f"from 0 to {size - 1}, not from" if one_line else None
+    ):
+        quantizer.lookup(codes)
+
+
+@of_each
 def test_settings_are_fields_of_vqgan_and_arguments(name):
     """The table names neither a field nor an argument that does not exist, and only what changes the quantizer."""
     registered = QUANTIZERS[name]

@@ -63,6 +63,11 @@ def read_list(path: Path, column: str | None) -> tuple[list[str], Columns]:
         UserError: if the list cannot be read, has no column of paths, names an image twice, or one outside its folder.
     """
     columns = _parse(read_text(path), path.suffix.lower(), str(path))
+    if path.suffix.lower() == ".txt":  # spaces around a path are left out, unless the file's name has them
+        columns = {
+            name: [line if (path.parent / line).exists() else line.strip() for line in lines]
+            for name, lines in columns.items()
+        }
     usual = [name for name in columns if name.lower() in _PATH_COLUMNS]
     if column is None and len(usual) != 1:
         found = "several columns" if usual else "no column"
@@ -228,7 +233,9 @@ def _feature(values: list[Any], name: str, source: str) -> Any:
 def _parse(text: str, suffix: str, name: str) -> Columns:
     """Returns the columns of a table in text."""
     if suffix == ".txt":
-        return {PATH_COLUMN: [line.strip() for line in text.splitlines() if line.strip()]}
+        # `splitlines` would split at U+2028 and other characters, which names of files may have
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        return {PATH_COLUMN: [line for line in lines if line.strip()]}
     try:
         if suffix == ".jsonl":
             table = pyarrow.json.read_json(io.BytesIO(text.encode()))

@@ -1,12 +1,12 @@
 """Images as planes: any number of channels, 8 or 16 bits deep, from whatever Pillow or NumPy holds.
 
-The images that Pillow has a mode for (grey, RGB, and either with alpha) stay one image. Others become one
-Pillow image for each channel, which are fitted alike.
+The images that Pillow has a mode for (grey, RGB, and either with alpha) stay one image, 8 bits deep. Others
+become one Pillow image for each channel, which are fitted alike by `resampled`.
 
 Legend: h w pixels, c channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -57,6 +57,25 @@ def planes_of(encoded: bytes, *, channels: int, depth: Depth = 8, limit: int | N
                 "Pillow reads 16-bit colour as 8 bits; save it as a uint16 array (.npy), or leave --image-depth out"
             )
         return _array_planes(_rows(np.asarray(flatten(image, MODES[channels]))), channels, depth)
+
+
+def resampled(planes: Sequence[Image.Image], resample: Callable[[Image.Image], Image.Image]) -> list[Image.Image]:
+    """Resamples the planes of an image by one function; what is transparent has no part in the colours.
+
+    Pillow multiplies the colours of LA and RGBA by alpha before it resamples, and divides them by it afterwards. This
+    does the same for two or four planes of 16 bits, the last of which is alpha. Transparent pixels become black.
+    """
+    fitted = [resample(plane) for plane in planes]
+    if planes[0].mode != "F" or len(planes) not in (2, 4):
+        return fitted
+    alpha, fitted_alpha = (np.asarray(each[-1]) for each in (planes, fitted))
+    if alpha.min() == alpha.max() or np.array_equal(alpha, fitted_alpha):  # all pixels count alike, or none was changed
+        return fitted
+    visible = fitted_alpha >= 0.5  # Lanczos overshoots, so alpha may be negative
+    share = np.where(visible, fitted_alpha, TOP[16]) / TOP[16]
+    weighted = [resample(Image.fromarray(np.asarray(plane) * (alpha / TOP[16]))) for plane in planes[:-1]]
+    colours = [Image.fromarray(np.where(visible, np.asarray(plane) / share, 0)) for plane in weighted]
+    return [*colours, fitted[-1]]
 
 
 def to_tensor(planes: Sequence[Image.Image]) -> UInt8[Tensor, "c h w"] | Int32[Tensor, "c h w"]:
