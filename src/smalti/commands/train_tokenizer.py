@@ -319,9 +319,7 @@ def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -
     """
     positions = max(level.height * level.width for level in tokenizer.layout.levels)
     images = max(START_IMAGES, min(START_VECTORS // positions, START_PIXELS // image_pixels, MOST_START_IMAGES))
-    count = min(images, len(train))
-    rows = torch.arange(count) * (len(train) // count)
-    tokenizer.init_from_data(to_float(train.__getitems__(rows.tolist())["images"]))
+    tokenizer.init_from_data(to_float(train.spread(min(images, len(train)))))
 
 
 @torch.no_grad()
