@@ -111,14 +111,19 @@ def find_perceptual(name: PerceptualName) -> PerceptualDistance:
     return {kind.name: kind for kind in (Lite0Distance, VGGDistance)}[name]()
 
 
-def check_size(height: int, width: int) -> None:
+def check_size(height: int, width: int, remedy: str) -> None:
     """Refuses images that are too small for the coarsest features.
+
+    Args:
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        remedy: what to do instead, for the message.
 
     Raises:
         UserError: if height or width is below `SMALLEST`.
     """
     if min(height, width) < SMALLEST:
-        raise UserError(f"images of {height}x{width} are too small for the perceptual loss; use --perceptual-weight 0")
+        raise UserError(f"images of {height}x{width} are too small for a perceptual distance; {remedy}")
 
 
 def _lpips_network() -> Any:
