@@ -103,8 +103,10 @@ def run(
             _leave("error: another process has ended, so this one stops too; the same command resumes the work", 1)
         if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
             raise
+        found = re.search("cuda|mps|cpu", "cpu" if isinstance(error, MemoryError) else str(error), re.I)
+        where = f" on {found[0].lower()}" if found else ""
         reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
-        _leave(f"error: the memory does not suffice{reason}; lower --batch-size or the sizes that were given", 2)
+        _leave(f"error: out of memory{where}{reason}; lower --batch-size or the sizes that were given", 2)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
