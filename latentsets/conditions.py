@@ -97,7 +97,10 @@ class ConditionSource:
             path = Path(requested)
             self._vectors = read_vectors(path)
             if len(self._vectors) != images:
-                raise UserError(f"--conditions {path} has {len(self._vectors)} rows, but there are {images} images")
+                raise UserError(
+                    f"--conditions {path} has {len(self._vectors)} rows, but there are {images} images; give one row "
+                    "for each image"
+                )
             self.width, name = self._vectors.shape[1], path.name
         else:
             self._function, path = _find_function(requested)
@@ -114,7 +117,10 @@ class ConditionSource:
             return to_half(self._vectors[list(numbers)])
         vectors = self._computed(pixels)
         if vectors.shape != (len(pixels), self.width):
-            raise UserError(f"{self._requested} returned {vectors.shape}, but {(len(pixels), self.width)} is expected")
+            raise UserError(
+                f"{self._requested} returned {vectors.shape}, but {(len(pixels), self.width)} is expected; return as "
+                "many numbers for every image"
+            )
         return to_half(vectors)
 
     @torch.no_grad()
@@ -146,7 +152,7 @@ def _find_function(requested: str) -> tuple[Callable[[Tensor], Any], Path]:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"--conditions {requested}: {module_name} has no function {name!r}")
+        raise UserError(f"--conditions {requested}: {module_name} has no function {name!r}; check its name")
     return function, Path(inspect.getfile(module))
 
 

@@ -88,7 +88,11 @@ def workspace(tmp_path_factory):
             ["--prior", "pair", "--image", "in.png"],
             "in.png has no transparent pixels to fill",
         ),
-        (inpaint.main, ["--prior", "pair", "--image", "mask.png", "--mask", "in.png"], "seem to be swapped"),
+        (
+            inpaint.main,
+            ["--prior", "pair", "--image", "mask.png", "--mask", "in.png"],
+            "swapped; swap --image and --mask",
+        ),
         # sizes
         (inpaint.main, [*FILL, "--mask", "small.png"], "small.png is 16x4 but the image is 16x8; pass --resize-mask"),
         (inpaint.main, [*FILL, "--expand", "-1", "0", "0", "0"], "--expand takes pixels to add"),
@@ -111,7 +115,11 @@ def workspace(tmp_path_factory):
         (sample.main, ["--prior", "pair", "--guidance", "inf"], "--guidance must be a finite number, not inf"),
         (sample.main, ["--prior", "pair", "--temperature", "nan", "nan"], "--temperature must be a finite number"),
         (sample.main, ["--prior", "pair", "--num", "1" + "0" * 9], "do not fit on a sheet; the most is --num"),
-        (sample.main, ["--prior", "pair", "--height", "65536", "--width", "65536"], "are too large: the most is"),
+        (
+            sample.main,
+            ["--prior", "pair", "--height", "65536", "--width", "65536"],
+            "pixels; lower --height and --width",
+        ),
         # flags
         (inpaint.main, [*FILL, "--masc", "x.png"], "Unrecognized options: --masc, x.png; did you mean --mask?"),
         (sample.main, ["--temprature", "1"], "; did you mean --temperature?"),

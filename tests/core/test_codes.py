@@ -61,7 +61,10 @@ def test_chosen_digits_are_those_of_pythons_slices(count, start, stop):
     if expected and (stop or 0) <= count:
         assert list(chosen_digits(slice(start, stop), count)) == expected
     else:
-        with pytest.raises(UserError, match=f"these codes have {count} digits?; give a number from 1 to {count}, or a slice within them"):
+        with pytest.raises(
+            UserError,
+            match=f"these codes have {count} digits?; give a number from 1 to {count}, or a slice within them",
+        ):
             chosen_digits(slice(start, stop), count)
     assert list(chosen_digits(None, count)) == list(range(count))
 

@@ -218,7 +218,10 @@ def test_functions_of_the_library_need_one_prior_for_each_level(place):
     ("levels", "message"),
     [
         ((Level(2, 2, channels=3), Level(4, 4, (3,))), "holds real-valued latents"),
-        ((Level(2, 2, (3,)), Level(4, 6, (3,))), "2x2 and 4x6, are not one a whole multiple"),
+        (
+            (Level(2, 2, (3,)), Level(4, 6, (3,))),
+            "2x2 and 4x6, are not one a whole multiple of the other; give a lower --level",
+        ),
         ((Level(3, 3, (3,)), Level(4, 4, (3,))), "3x3 and 4x4, are not"),
     ],
 )

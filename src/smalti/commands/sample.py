@@ -324,7 +324,8 @@ def _grids(config: Sample[Any], priors: Sequence[Prior], tokenizer: Tokenizer) -
             raise UserError(f"--{name} must be a multiple of {tokenizer.downsampling} pixels, not {pixels}")
     height, width = config.height or trained.height, config.width or trained.width
     if height * width > most_pixels():
-        raise UserError(f"images of {width}x{height} are too large: the most is {most_pixels()} pixels")
+        most = f"the most is {most_pixels()} pixels"
+        raise UserError(f"images of {width}x{height} are too large: {most}; lower --height and --width")
     if config.num * height * width > _MOST_PIXELS:
         raise UserError(
             f"{config.num} images of {width}x{height} do not fit on a sheet; the most is "

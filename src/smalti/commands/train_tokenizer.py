@@ -164,7 +164,10 @@ def _layer_fits(config: TrainTokenizer[Any], layers: int) -> list[FitConfig]:
     """
     for flag, values in (("--layer-steps", config.layer_steps), ("--layer-batch-sizes", config.layer_batch_sizes)):
         if len(values) not in (0, layers):
-            raise UserError(f"{flag} names {len(values)} layers, but {config.tokenizer} has {layers}")
+            raise UserError(
+                f"{flag} names {len(values)} layers, but {config.tokenizer} has {layers}; give one number for each "
+                "layer, or none"
+            )
         if min(values, default=1) < 1:
             raise UserError(f"{flag} must be at least 1 each, not {values}")
     steps = config.layer_steps or (config.fit.steps,) * layers

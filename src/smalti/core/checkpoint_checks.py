@@ -31,6 +31,9 @@ SPARE_MODULES, SPARE_BUFFER_BYTES = 256, 1 << 28
 such as attention masks."""
 
 
+_GIVE = "give the folder of a model that smalti trained, or convert this one with convert.py"
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """The shape and dtype of a tensor in a file."""
@@ -49,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         described = read_json(path)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
+        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}; {_GIVE}") from error
     except UserError:
         raise
     except OSError as error:
@@ -59,9 +62,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     types = {"family": str, "kind": str, "config": dict, "digest": str, "provenance": dict}
     fields = described if isinstance(described, dict) else {}
     if missing := types.keys() - fields.keys():
-        raise UserError(f"{path} is not smalti's: it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{path} is not smalti's: it lacks {', '.join(sorted(missing))}; {_GIVE}")
     if wrong := [name for name, kind in types.items() if not isinstance(fields[name], kind)]:
-        raise UserError(f"{path} is not smalti's: its {wrong[0]} has the wrong type")
+        raise UserError(f"{path} is not smalti's: its {wrong[0]} has the wrong type; {_GIVE}")
     return described
 
 

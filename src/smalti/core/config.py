@@ -209,6 +209,9 @@ def renamed(default: T, old_values: dict[Any, T]) -> T:
     return cast(T, dataclasses.field(default=default, metadata={RENAMED: old_values}))
 
 
+_OTHER_VERSION = "another version of smalti may have written it; use that version, or make it again with this one"
+
+
 def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> Any:
     """Rebuilds a frozen dataclass from the JSON of its `dataclasses.asdict`.
 
@@ -227,9 +230,9 @@ def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> 
     plain = get_origin(config_class) or config_class
     expected, fields = dataclasses.fields(plain), without_switches(fields, former_switches(plain))
     if missing := {field.name for field in expected if ADDED not in field.metadata} - set(fields):
-        raise UserError(f"{source} lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{source} lacks {', '.join(sorted(missing))}; {_OTHER_VERSION}")
     if unknown := set(fields) - {field.name for field in expected}:
-        raise UserError(f"{source} has unknown fields: {', '.join(sorted(unknown))}")
+        raise UserError(f"{source} has unknown fields: {', '.join(sorted(unknown))}; {_OTHER_VERSION}")
     parameters = dict(zip(getattr(plain, "__parameters__", ()), get_args(config_class), strict=True))
     hints = get_type_hints(plain)
     off = {field.name: field.metadata[ADDED] for field in expected if ADDED in field.metadata}

@@ -204,7 +204,8 @@ def test_missing_things_are_named(hub, pair):
 def test_models_of_others_are_refused_before_their_weights_are_downloaded(hub):
     repo = hub.repos["models/me/text"] = fake_hub.Repo()
     repo.files().update({"config.json": b'{"architectures": ["Other"]}', "model.safetensors": b"large"})
-    assert "me/text/config.json is not smalti's: it lacks config, digest" in error_of("me/text")
+    error = error_of("me/text")
+    assert "me/text/config.json is not smalti's: it lacks config, digest, family, kind, provenance; give the" in error
     assert not [request for request in hub.requests if "model.safetensors" in request]
 
 
