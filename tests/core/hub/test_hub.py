@@ -165,7 +165,7 @@ def test_a_card_beside_the_model_is_kept(hub, pair):
     load_prior(pair).push_to_hub("me/pair")
     assert hub.repos["models/me/pair"].files()["README.md"] == b"---\nlicense: mit\n---\n# Mine\n"
     assert "samples.png" not in hub.repos["models/me/pair"].files()  # the card does not show it
-    with pytest.raises(UserError, match="put the license into its front matter"):
+    with pytest.raises(UserError, match="put the licence into its front matter, and leave --license out"):
         load_prior(pair).push_to_hub("me/pair", license="mit")
     (pair / "README.md").write_bytes("# Café\r\n".encode())
     load_prior(pair).push_to_hub("me/pair")

@@ -90,7 +90,7 @@ def model_files(
     own_card = _first(records, CARD_NAME)
     if own_card is not None:
         if license is not None:
-            raise UserError(f"{own_card} is the card; put the license into its front matter, and leave the flag out")
+            raise UserError(f"{own_card} is the card; put the licence into its front matter, and leave --license out")
         card = own_card.read_bytes()
         text = _text_of(own_card, card)
         pictures = {name: path for name, path in pictures.items() if name in text}
