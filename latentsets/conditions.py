@@ -29,7 +29,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 FLOATS = (np.float16, np.float32, np.float64)
 
 
-def read_vectors(path: Path, flag: str = "--conditions") -> np.ndarray:
+def read_vectors(path: Path) -> np.ndarray:
     """Returns the vectors in a `.npy` file, `(n, width)`, memory-mapped.
 
     Raises:
@@ -38,12 +38,14 @@ def read_vectors(path: Path, flag: str = "--conditions") -> np.ndarray:
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be read ({error.strerror or error}); check the name") from error
+        raise UserError(f"--conditions {path} cannot be read ({error.strerror or error}); check the name") from error
     except (ValueError, EOFError) as error:
-        raise UserError(f"{flag} {path} cannot be read: it is no array of numbers that numpy.save wrote") from error
+        raise UserError(
+            f"--conditions {path} cannot be read: it is no array of numbers that numpy.save wrote"
+        ) from error
     if not isinstance(vectors, np.ndarray):
-        raise UserError(f"{flag} {path} holds several arrays; give one array, as numpy.save writes it")
-    require_vectors(vectors, f"{flag} {path}")
+        raise UserError(f"--conditions {path} holds several arrays; give one array, as numpy.save writes it")
+    require_vectors(vectors, f"--conditions {path}")
     return vectors
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.toys import log_probs
 from PIL import Image
 
 import smalti
@@ -235,7 +236,7 @@ def enumerated_bits(prior, upper=()):
     level, size = prior.level, prior.level.codebook_size
     grids = torch.tensor(list(itertools.product(range(size), repeat=level.positions)))
     coarser = tuple(codes.expand(len(grids), -1, -1) for codes in upper)
-    table = prior.head.log_probs(prior.features(grids.view(-1, level.height, level.width), upper=coarser))
+    table = log_probs(prior.head, prior.features(grids.view(-1, level.height, level.width), upper=coarser))
     return -table.gather(-1, grids[..., None])[..., 0].double().sum(-1) / math.log(2)
 
 

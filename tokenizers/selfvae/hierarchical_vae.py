@@ -286,30 +286,6 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         """Generates new images (Fig. 3i): u ~ p(u), then ancestral sampling; nothing is transmitted."""
         return self.decode_from(Transmitted(), seeds, pixels)
 
-    def conditional_generation(
-        self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
-    ) -> Float[Tensor, "b c h w"]:
-        """Conditional generation (Fig. 3ii): transmits y_K, then samples u ~ q(u | y_K), z_K ~ p(z_K | u, y_K), ..."""
-        return self.decode_from(self.transmit(images, "conditional-generation", seeds), seeds, pixels)
-
-    def conditional_reconstruction(
-        self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
-    ) -> Float[Tensor, "b c h w"]:
-        """Conditional reconstruction (Fig. 3iii): transmits y_K and all z_k."""
-        return self.decode_from(self.transmit(images, "conditional-reconstruction", seeds), seeds, pixels)
-
-    def reconstruction_1(
-        self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
-    ) -> Float[Tensor, "b c h w"]:
-        """Reconstruction 1 (Fig. 3iv): transmits u; all other latents are sampled."""
-        return self.decode_from(self.transmit(images, "reconstruction-1", seeds), seeds, pixels)
-
-    def reconstruction_2(
-        self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
-    ) -> Float[Tensor, "b c h w"]:
-        """Reconstruction 2 (Fig. 3v): transmits u and all z_k."""
-        return self.decode_from(self.transmit(images, "reconstruction-2", seeds), seeds, pixels)
-
     def bits_sent(self, transmitted: Transmitted) -> float:
         """Bits transmitted per image, without entropy coding."""
         y = transmitted.y

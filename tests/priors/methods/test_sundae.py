@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from helpers.toys import log_probs
 from torch import Tensor
 
 from smalti.core.errors import UserError
@@ -27,7 +28,7 @@ def tiny(**changes) -> Hourglass:
 
 
 def nll_by_enumeration(prior: Hourglass, inputs: Tensor, codes: Tensor) -> Tensor:
-    return -prior.head.log_probs(prior.features(inputs)).gather(-1, codes.flatten(1)[..., None])[..., 0]
+    return -log_probs(prior.head, prior.features(inputs)).gather(-1, codes.flatten(1)[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("unrolled_steps", [1, 2, 3])
