@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.base import CausalPrior, Method, ObjectiveConfig, Prior
 from smalti.priors.conditioning import Condition, no_condition
@@ -86,8 +86,7 @@ class AncestralSampling(Sampling):
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
         if self.guidance < 0:
             raise UserError(f"guidance must not be negative, got {self.guidance}")
-        if self.particles < 1:
-            raise UserError(f"particles must be at least 1, got {self.particles}")
+        require_at_least_one(self, "particles")
 
     def calls(self, h: int, w: int) -> int:
         """Returns the calls of a sampler's callback: one per position."""

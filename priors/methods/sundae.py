@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.base import CodePrior, Method, ObjectiveConfig
 from smalti.priors.conditioning import Condition
@@ -40,8 +40,7 @@ class SundaeConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.unrolled_steps < 1:
-            raise UserError(f"unrolled_steps must be at least 1, got {self.unrolled_steps}")
+        require_at_least_one(self, "unrolled_steps")
 
 
 class Sundae(nn.Module):
@@ -133,8 +132,7 @@ class SundaeSampling(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1 or self.min_steps < 1:
-            raise UserError(f"steps and min_steps must be at least 1, got {self.steps} and {self.min_steps}")
+        require_at_least_one(self, "steps", "min_steps")
         if min(self.temperature) <= 0:
             raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
         if self.guidance < 0:

@@ -216,7 +216,7 @@ def test_the_study_reports_every_result_beside_the_papers(folder, capfd, monkeyp
 
 def test_invalid_mode_settings_are_refused(folder, capfd):
     for flags, expected in (
-        ("--mode generation --num 0", "--num and --draws must be at least 1"),
+        ("--mode generation --num 0", "--num must be at least 1, not 0"),
         ("--mode sideways", "--mode"),
         ("--mode generation --tokenizer vqvae", "vqvae does not exist"),
     ):

@@ -101,7 +101,7 @@ def workspace(tmp_path_factory):
         (inpaint.main, [*FILL, "--num", "0"], "--num must be at least 1, not 0"),
         (inpaint.main, [*FILL, "--candidates", "0"], "--candidates must be at least 1"),
         (inpaint.main, [*FILL, "--threshold", "255"], "--threshold must be from 0 to 254, not 255"),
-        (sample.main, ["--prior", "pair", "--num", "0"], "--num and --batch-size must be at least 1, not 0"),
+        (sample.main, ["--prior", "pair", "--num", "0"], "--num must be at least 1, not 0"),
         # numbers
         (inpaint.main, [*FILL, "--num", "1" + "0" * 9], "--num must be at most 10000, not 1000000000"),
         (inpaint.main, [*FILL, "--candidates", "1" + "0" * 9], "do not fit in memory; lower --num, --candidates or"),
@@ -134,7 +134,7 @@ def workspace(tmp_path_factory):
         (inpaint.main, [*FILL, "--temperature", "0", "1"], "temperature must be above 0, got (0.0, 1.0)"),
         (inpaint.main, [*FILL, "--classes", "cats"], "no class is called 'cats'; there are: 0, 1"),
         (sample.main, ["--prior", "pair", "--guidance", "-1"], "guidance must not be negative, got -1.0"),
-        (sample.main, ["--prior", "pair", "--steps", "0"], "--steps and --min-steps must be at least 1, got 0 and 10"),
+        (sample.main, ["--prior", "pair", "--steps", "0"], "--steps must be at least 1, not 0"),
         (evaluate.main, ["--of", "nothing"], "--of nothing cannot be evaluated; give one of tokenizer, prior"),
         (evaluate.main, ["--prior", "pair", "--num", "3"], "--num and --reference must be at least 4, not 3 and 5000"),
     ],

@@ -17,6 +17,7 @@ from smalti.core.files import open_regular
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+MODEL_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 
 N = TypeVar("N", bound=nn.Module)
 

@@ -218,7 +218,7 @@ def test_trained_prior_samples_like_its_training_data():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "--steps must be at least 1, not 0"),
         ({"temperature": (1.0, 0.0)}, "temperature must be above 0"),
         ({"guidance": -1.0}, "choice_temperature and guidance must not be negative"),
         ({"choice_temperature": -0.5}, "choice_temperature and guidance must not be negative"),

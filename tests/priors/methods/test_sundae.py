@@ -76,7 +76,7 @@ def test_corruption_of_a_row_depends_on_its_own_seed_only():
 
 
 def test_fewer_than_one_unrolled_step_is_refused():
-    with pytest.raises(UserError, match="at least 1, got 0"):
+    with pytest.raises(UserError, match="--unrolled-steps must be at least 1, not 0"):
         SundaeConfig(unrolled_steps=0)
 
 

@@ -38,7 +38,7 @@ def download(hub_id: HubId, names: Sequence[str], kind: RepoType = "model") -> P
 
 
 def list_files(hub_id: HubId) -> list[str]:
-    """Returns the paths of all files of a model's repository; none if it cannot be listed, as for a copy in the cache."""
+    """Returns the paths of all files of a model's repository; none if it cannot be listed, as for a cached copy."""
     try:
         return sorted(HfApi().list_repo_files(hub_id.repo, revision=hub_id.revision))
     except HUB_ERRORS:
