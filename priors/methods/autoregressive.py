@@ -24,7 +24,7 @@ from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.base import CausalPrior, Method, ObjectiveConfig, Prior
 from smalti.priors.conditioning import Condition, no_condition
 from smalti.priors.head import inverse_cdf
-from smalti.priors.methods.sampling import Sampling, check_inputs
+from smalti.priors.methods.sampling import Guidance, Sampling, check_inputs, require_temperature_and_guidance
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,13 @@ class AncestralSampling(Sampling):
 
     temperature: float = 1.0
     """Divides the logits. 1 samples from the prior itself; lower values give likelier codes and less variety."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes more
-    typical of it with less variety. Values other than 1 take twice the time. No effect without classes or vectors."""
+    guidance: Guidance = 1.0
     particles: tyro.conf.Suppress[int] = 1
     """Particles per sample when codes are known; see `AncestralFilling`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
-        if self.guidance < 0:
-            raise UserError(f"guidance must not be negative, got {self.guidance}")
+        require_temperature_and_guidance(self.temperature, self.guidance)
         require_at_least_one(self, "particles")
 
     def calls(self, h: int, w: int) -> int:

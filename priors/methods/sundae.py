@@ -23,7 +23,16 @@ from smalti.priors.conditioning import Condition
 from smalti.priors.head import FactorizedHead
 from smalti.priors.methods.compiled_step import compiled
 from smalti.priors.methods.orders import Order
-from smalti.priors.methods.sampling import Sampling, check_inputs, guided_features, linear_schedule, select_positions
+from smalti.priors.methods.sampling import (
+    Compiled,
+    Guidance,
+    Sampling,
+    check_inputs,
+    guided_features,
+    linear_schedule,
+    require_temperature_and_guidance,
+    select_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -122,21 +131,13 @@ class SundaeSampling(Sampling):
     Halton sequence, which is evenly spread at every step."""
     min_steps: int = 10
     """A sample is finished after a step that changes nothing, but not before this many steps."""
-    guidance: float = 1.5
-    """Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes more
-    typical of it with less variety. Values other than 1 take twice the time. No effect without classes or vectors."""
-
-    compile: bool = False
-    """Compile each step with torch.compile, on a GPU as a CUDA graph. Takes a minute at the start; worth it for many
-    samples."""
+    guidance: Guidance = 1.5
+    compile: Compiled = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least_one(self, "steps", "min_steps")
-        if min(self.temperature) <= 0:
-            raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
-        if self.guidance < 0:
-            raise UserError(f"guidance must not be negative, got {self.guidance}")
+        require_temperature_and_guidance(self.temperature, self.guidance)
         if not 0 < min(self.proportion) <= max(self.proportion) <= 1:
             raise UserError(f"proportion must be above 0 and at most 1 from first step to last, got {self.proportion}")
 

@@ -43,7 +43,11 @@ def workspace(tmp_path_factory):
     ("main", "arguments", "message"),
     [
         # files
-        (inpaint.main, [*FILL, "--image", "missing.png"], "missing.png cannot be read (No such file or directory)"),
+        (
+            inpaint.main,
+            [*FILL, "--image", "missing.png"],
+            "missing.png cannot be read: No such file or directory; check its name",
+        ),
         (inpaint.main, [*FILL, "--image", "text.png"], "text.png: these 12 bytes are not an image"),
         (inpaint.main, [*FILL, "--image", "cut.png"], "cut.png: the image cannot be decoded"),
         (inpaint.main, [*FILL, "--image", "empty.png"], "empty.png: the image is empty (0 bytes)"),

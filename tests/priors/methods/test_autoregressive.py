@@ -137,7 +137,7 @@ def test_sampling_is_float32_under_autocast():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0; use 0.01"),
         ({"guidance": -1.0}, "guidance must not be negative"),
         ({"particles": 0}, "particles must be at least 1"),
     ],

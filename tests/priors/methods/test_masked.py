@@ -220,8 +220,8 @@ def test_trained_prior_samples_like_its_training_data():
     [
         ({"steps": 0}, "--steps must be at least 1, not 0"),
         ({"temperature": (1.0, 0.0)}, "temperature must be above 0"),
-        ({"guidance": -1.0}, "choice_temperature and guidance must not be negative"),
-        ({"choice_temperature": -0.5}, "choice_temperature and guidance must not be negative"),
+        ({"guidance": -1.0}, "guidance must not be negative"),
+        ({"choice_temperature": -0.5}, "choice_temperature must not be negative, got -0.5"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):
