@@ -91,7 +91,7 @@ class SetToShare(Protocol):
 
 
 def copy_file(path: Path, copy: Path, change: Callable[[Provenance], Provenance]) -> None:
-    """Writes a file of a set anew with another provenance of the same meaning, which `change` returns.
+    """Writes a file of a set again with another provenance of the same meaning, which `change` returns.
 
     A replaced attribute may stay in a file's gaps.
     """
@@ -122,7 +122,7 @@ def copy_set(
     *,
     conditions: Float[Tensor, "rows v"] | None = None,
 ) -> None:
-    """Writes a set anew with another provenance, since a replaced attribute may stay in a file's gaps.
+    """Writes a set again with another provenance, since a replaced attribute may stay in a file's gaps.
 
     Args:
         latent_set: the set.

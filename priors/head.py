@@ -192,7 +192,7 @@ class FactorizedHead(TreeEmbedding):
         weights, biases = self.weight.split(split), self.bias.split(split)
         dense = F.linear(features, weights[0], biases[0]).split(self.rows[: self.dense_digits], dim=-1)
 
-        @no_type_check  # defined anew at every sampling step; under pytest, so would be its shape checks
+        @no_type_check  # defined again at every sampling step; under pytest, so would be its shape checks
         def child_logits(digit: int, parents: Tensor) -> Tensor:
             radix = self.radices[digit]
             if digit == 0:

@@ -76,7 +76,7 @@ def run_studies(config: RunStudies) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // config.processes)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     finished = run_all(lines, config.logs, minutes=60 * config.hours, processes=config.processes)
-    print("all studies are finished" if finished else "not all are finished; the same command goes on")
+    print("all studies are finished" if finished else "not all are finished; run the same command again to go on")
 
 
 def runnable(lines: Sequence[str], folder: Path) -> list[str]:

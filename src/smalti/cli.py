@@ -1,4 +1,4 @@
-"""Turns a command line into a config and a call. A mistake of the person's is one line; a traceback is for bugs."""
+"""Turns a command line into a config and a call. A mistake of the user's is one line; a traceback is for bugs."""
 
 import dataclasses
 import errno
@@ -60,7 +60,7 @@ def run(
     """Parses the command line into `config_class` (or what it returns), calls `command`, exits with its status.
 
     Flags are the config's fields, without the names of the dataclasses they are nested in. The exit status is 2 for a
-    mistake that the person can correct, and 128 plus the signal's number if a signal stopped the command.
+    mistake that the user can correct, and 128 plus the signal's number if a signal stopped the command.
 
     Args:
         command: called with the config.

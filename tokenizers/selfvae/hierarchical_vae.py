@@ -287,13 +287,13 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         return self.decode_from(Transmitted(), seeds, pixels)
 
     def bits_sent(self, transmitted: Transmitted) -> float:
-        """Bits transmitted per image, without entropy coding."""
+        """Returns the bits transmitted per image, without entropy coding."""
         y = transmitted.y
         y_bits = 0.0 if y is None else y[0].numel() * math.log2(self.forms[-1].bins)
         return y_bits + transmitted.latent_bits
 
     def compression_ratio(self, transmitted: Transmitted, images: Float[Tensor, "b c h w"]) -> float:
-        """Ratio of the bits of the 8-bit images to the transmitted bits; infinite if nothing is transmitted."""
+        """Returns the bits of the 8-bit images over the transmitted bits; infinite if nothing is transmitted."""
         bits = self.bits_sent(transmitted)
         return 8 * images[0].numel() / bits if bits else math.inf
 
@@ -302,7 +302,7 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         return len(transmitted.z) == self.top and (transmitted.u is not None or transmitted.y is not None)
 
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
-        """Data-dependent initialization of all convolutions; see `init_weight_norm_from_data`."""
+        """Initializes all convolutions from data; see `init_weight_norm_from_data`."""
         init_weight_norm_from_data(self, lambda: self(images[:START_IMAGES]))
 
     def recomputable(self) -> list[nn.Module]:

@@ -61,7 +61,7 @@ class Lite0Distance(PerceptualDistance):
         super().__init__(lite0_network(torch.device("cpu")))
 
     def distance(self, images: Float[Tensor, "b 3 h w"], others: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-        """Mean over scales; see `PerceptualDistance`."""
+        """Returns the mean over scales; see `PerceptualDistance`."""
         pairs = zip(self._features(images), self._features(others), strict=True)
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
 
@@ -96,7 +96,7 @@ class VGGDistance(PerceptualDistance):
         super().__init__(_lpips_network())
 
     def distance(self, images: Float[Tensor, "b 3 h w"], others: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-        """LPIPS in float32; see `PerceptualDistance`."""
+        """Returns LPIPS, computed in float32; see `PerceptualDistance`."""
         with torch.autocast(images.device.type, enabled=False):
             return self._network(images.float(), others.float()).mean()
 

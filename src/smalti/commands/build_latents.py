@@ -127,9 +127,7 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
     if config.crops and config.ten_crop:
         raise UserError("--crops and --ten-crop are two choices of crops; leave one out")
     if config.shard_rows is not None and config.shard_rows < config.batch_size:
-        raise UserError(
-            f"--shard-rows {config.shard_rows} is less than --batch-size {config.batch_size}, which a file has at least"
-        )
+        raise UserError(f"--shard-rows must be at least --batch-size ({config.batch_size}), not {config.shard_rows}")
     wanted = device("cpu" if engine else config.device)
     note_single_process()
     process = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)

@@ -222,7 +222,7 @@ def _train(
     if run.step and above and _is_trained_on(above[0], folder):
         raise UserError(
             f"{above[0]} was trained on {folder} with its {run.step} steps, which must stay as it is; give "
-            f"--layer-steps with {run.step} for it, another --out, or --resume never to train all layers anew"
+            f"--layer-steps with {run.step} for it, another --out, or --resume never to train all layers again"
         )
     train = ImageRows(images, split="train", flips=config.flips)
     train_rows = with_feature_cache(lower, train, process) if lower else train

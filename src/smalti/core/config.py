@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file that anyone may have written.
 
     Raises:
-        UserError: if it is not a regular file, or this person may not read it.
+        UserError: if it is not a regular file, or the user may not read it.
         FileNotFoundError: if there is none.
         ValueError: as `parse_json` does.
     """
@@ -170,7 +170,10 @@ def without_switches(settings: dict[str, Any], switches: Mapping[str, FormerSwit
 
 
 def with_switches(settings: dict[str, Any], switches: Mapping[str, FormerSwitch]) -> dict[str, Any]:
-    """Returns settings as older versions had them: with the switch, where it could be set to what the field is."""
+    """Returns settings as older versions wrote them: a field that replaced a switch becomes the switch again.
+
+    A field whose value the switch could not have stays.
+    """
     settings = dict(settings)
     for name, (former, values) in switches.items():
         for switch, value in values.items():
@@ -197,7 +200,7 @@ RENAMED = "renamed"
 
 
 def renamed(default: T, old_values: dict[Any, T]) -> T:
-    """Marks a config field some of whose values had other names, by which checkpoints may still call them.
+    """Marks a config field of which some values had other names in older versions, as in their checkpoints.
 
     Reading replaces an old value by the new one. Digests use the old ones, so that those of older checkpoints stay
     valid.

@@ -247,7 +247,7 @@ def open_regular(path: Path) -> BufferedReader:
     """Opens an input. Named pipes are refused, since opening one may never return, and devices, which may never end.
 
     Raises:
-        UserError: if it is not a regular file, or this person may not read it.
+        UserError: if it is not a regular file, or the user may not read it.
         FileNotFoundError: if there is none.
     """
     try:

@@ -42,7 +42,7 @@ _NOT_FLAGS = {
 
 
 def forget(folder: Path) -> None:
-    """Deletes the snapshots and metrics of the run in a folder, which then can only begin anew.
+    """Deletes the snapshots and metrics of the run in a folder, which then can only begin again.
 
     Raises:
         UserError: if another process trains there.

@@ -44,7 +44,7 @@ class Snapshots:
         """Returns what is wrong with a snapshot; None if it is intact, byte for byte.
 
         Raises:
-            UserError: if the system does not let this person read it, which is no damage.
+            UserError: if the system does not let the user read it, which is no damage.
         """
         try:
             digests = json.loads((self.path(step) / DIGESTS_NAME).read_text())["sha256"]
