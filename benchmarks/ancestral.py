@@ -97,7 +97,7 @@ def sample_naively(
     condition: Tensor | None = None,
     upper: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """Ancestral sampling without caches: it recomputes the features of the whole grid at each position.
+    """Samples in raster order without caches: recomputes the features of the whole grid at each position.
 
     It returns the codes of `sample_ancestral`. Positions known in every row cost nothing.
     """

@@ -17,7 +17,7 @@ import torch
 from smalti.benchmarks import ancestral, blending, head, latents, megapixel, parity, priors, strips, training
 from smalti.benchmarks.comparison import Comparison, Measured, Variant, synchronize
 from smalti.core import locks
-from smalti.core.errors import UserError
+from smalti.core.errors import require_at_least_one
 from smalti.core.files import whole_file
 from smalti.core.provenance import machine
 
@@ -72,8 +72,7 @@ class Benchmark:
     """A Markdown file to write the tables to. Existing tables of these sections are replaced, new ones are appended."""
 
     def __post_init__(self) -> None:
-        if self.repetitions < 1:
-            raise UserError(f"repetitions must be at least 1, got {self.repetitions}")
+        require_at_least_one(self, "repetitions")
 
 
 def benchmark(config: Benchmark) -> None:

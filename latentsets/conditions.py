@@ -29,7 +29,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 FLOATS = (np.float16, np.float32, np.float64)
 
 
-def read_vectors(path: Path, flag: str = "--conditions") -> np.ndarray:
+def read_vectors(path: Path) -> np.ndarray:
     """Returns the vectors in a `.npy` file, `(n, width)`, memory-mapped.
 
     Raises:
@@ -38,12 +38,14 @@ def read_vectors(path: Path, flag: str = "--conditions") -> np.ndarray:
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be read ({error.strerror or error}); check the name") from error
+        raise UserError(f"--conditions {path} cannot be read ({error.strerror or error}); check the name") from error
     except (ValueError, EOFError) as error:
-        raise UserError(f"{flag} {path} cannot be read: it is no array of numbers that numpy.save wrote") from error
+        raise UserError(
+            f"--conditions {path} cannot be read: it is no array of numbers that numpy.save wrote"
+        ) from error
     if not isinstance(vectors, np.ndarray):
-        raise UserError(f"{flag} {path} holds several arrays; give one array, as numpy.save writes it")
-    require_vectors(vectors, f"{flag} {path}")
+        raise UserError(f"--conditions {path} holds several arrays; give one array, as numpy.save writes it")
+    require_vectors(vectors, f"--conditions {path}")
     return vectors
 
 
@@ -97,7 +99,10 @@ class ConditionSource:
             path = Path(requested)
             self._vectors = read_vectors(path)
             if len(self._vectors) != images:
-                raise UserError(f"--conditions {path} has {len(self._vectors)} rows, but there are {images} images")
+                raise UserError(
+                    f"--conditions {path} has {len(self._vectors)} rows, but there are {images} images; give one row "
+                    "for each image"
+                )
             self.width, name = self._vectors.shape[1], path.name
         else:
             self._function, path = _find_function(requested)
@@ -114,7 +119,10 @@ class ConditionSource:
             return to_half(self._vectors[list(numbers)])
         vectors = self._computed(pixels)
         if vectors.shape != (len(pixels), self.width):
-            raise UserError(f"{self._requested} returned {vectors.shape}, but {(len(pixels), self.width)} is expected")
+            raise UserError(
+                f"{self._requested} returned {vectors.shape}, but {(len(pixels), self.width)} is expected; return as "
+                "many numbers for every image"
+            )
         return to_half(vectors)
 
     @torch.no_grad()
@@ -146,7 +154,7 @@ def _find_function(requested: str) -> tuple[Callable[[Tensor], Any], Path]:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"--conditions {requested}: {module_name} has no function {name!r}")
+        raise UserError(f"--conditions {requested}: {module_name} has no function {name!r}; check its name")
     return function, Path(inspect.getfile(module))
 
 

@@ -91,7 +91,7 @@ class SetToShare(Protocol):
 
 
 def copy_file(path: Path, copy: Path, change: Callable[[Provenance], Provenance]) -> None:
-    """Writes a file of a set anew with another provenance of the same meaning, which `change` returns.
+    """Writes a file of a set again with another provenance of the same meaning, which `change` returns.
 
     A replaced attribute may stay in a file's gaps.
     """
@@ -121,16 +121,14 @@ def copy_set(
     path: Path,
     *,
     conditions: Float[Tensor, "rows v"] | None = None,
-    expected_digest: str | None = None,
 ) -> None:
-    """Writes a set anew with another provenance, since a replaced attribute may stay in a file's gaps.
+    """Writes a set again with another provenance, since a replaced attribute may stay in a file's gaps.
 
     Args:
         latent_set: the set.
         provenance: that of the copy.
         path: the file to write, whole or not at all.
         conditions: vectors instead of the set's own.
-        expected_digest: the content digest that the copy must have, if it is known.
     """
     rows = len(latent_set.labels)
     columns = {name: getattr(latent_set, name) for name in COLUMNS}
@@ -138,7 +136,6 @@ def copy_set(
     captions = latent_set.captions(range(rows)) if len(latent_set.captioned_rows()) else None
     added = {"provenance": provenance, "condition_width": width, "captions": captions}
     with LatentSetWriter(path, latent_set.layout, **columns, **added) as writer:
-        writer.expected_digest = expected_digest
         for start in range(0, rows, ROWS_AT_ONCE):
             block = range(start, min(start + ROWS_AT_ONCE, rows))
             if conditions is not None:

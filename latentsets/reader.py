@@ -37,7 +37,7 @@ BLOCK_VALUES = 1 << 18
 class LatentSet:
     """A latent set on disk, of one file or several. It opens quickly: what it holds of several files is read on demand.
 
-    It is pickled by its path, so spawned workers map the files anew.
+    It is pickled by its path, so spawned workers map the files again.
 
     Attributes:
         path: The file, folder or pattern; of a hub id, the copy in the hub's cache.

@@ -9,6 +9,9 @@ from smalti.latentsets.reader import LatentSet, perplexity
 
 LONGEST_TEXT = 4000
 """Longest attribute that is printed whole, in characters."""
+_LONGEST_CAPTION = 80
+_CLASSES, _EXAMPLES = 8, 3
+"""Most classes that are named, and most captions and skipped images."""
 
 
 def describe(latent_set: LatentSet) -> str:
@@ -52,14 +55,14 @@ def _sources(latent_set: LatentSet) -> str:
     return f"{sources} source images, {flipped} rows are mirror images, {held_out} rows are held out"
 
 
-def _labels(latent_set: LatentSet, shown: int = 8) -> str:
+def _labels(latent_set: LatentSet) -> str:
     names, (without, *counts) = latent_set.provenance.label_names, latent_set.overview.rows_of_labels()
     if without == len(latent_set):
         return "none"
     labels = [(label, count) for label, count in enumerate(counts) if count]
-    first = labels[:shown]
+    first = labels[:_CLASSES]
     listed = ", ".join(f"{names[label] if names else label} {count}" for label, count in first)
-    more = ", …" if len(labels) > shown else ""
+    more = ", …" if len(labels) > _CLASSES else ""
     return f"{len(labels)} classes (rows of each: {listed}{more}), {without} rows without"
 
 
@@ -68,21 +71,21 @@ def _conditions(latent_set: LatentSet) -> str:
     return f"a vector of {width} numbers for each row, from {source}" if width else "none"
 
 
-def _captions(latent_set: LatentSet, shown: int = 3, longest: int = 80) -> str:
+def _captions(latent_set: LatentSet) -> str:
     rows = latent_set.captioned_rows()
     if not len(rows):
         return "none"
-    some = latent_set.captions(rows[:: -(-len(rows) // shown)].tolist())
-    texts = [text if len(text) <= longest else f"{text[:longest]}…" for text in some]
+    some = latent_set.captions(rows[:: -(-len(rows) // _EXAMPLES)].tolist())
+    texts = [text if len(text) <= _LONGEST_CAPTION else f"{text[:_LONGEST_CAPTION]}…" for text in some]
     return f"{len(rows)} of {len(latent_set)} rows have one, such as {'; '.join(map(repr, texts))}"
 
 
-def _skipped(latent_set: LatentSet, shown: int = 3) -> str:
+def _skipped(latent_set: LatentSet) -> str:
     skipped = latent_set.provenance.skipped
     if not skipped:
         return "none"
-    reasons = "; ".join(str(image.get("reason", "unknown reason")) for image in skipped[:shown])
-    return f"{len(skipped)} images that could not be decoded: {reasons}{'; …' if len(skipped) > shown else ''}"
+    reasons = "; ".join(str(image.get("reason", "unknown reason")) for image in skipped[:_EXAMPLES])
+    return f"{len(skipped)} images that could not be decoded: {reasons}{'; …' if len(skipped) > _EXAMPLES else ''}"
 
 
 def _usage(latent_set: LatentSet, index: int, level: Level) -> list[str]:

@@ -37,7 +37,10 @@ def require_fitting(condition: Condition, classes: int, condition_width: int) ->
     if condition.is_floating_point():
         if condition.shape[1] != condition_width:
             trained = f"vectors of {condition_width} numbers" if condition_width else "no vectors"
-            raise UserError(f"this prior is conditioned on {trained}, but vectors of {condition.shape[1]} were given")
+            advice = "give vectors of that width" if condition_width else "give classes, or no condition"
+            raise UserError(
+                f"this prior is conditioned on {trained}, but vectors of {condition.shape[1]} were given; {advice}"
+            )
     elif condition.numel() and not -1 <= condition.min() <= condition.max() < classes:
         raise UserError(
             f"labels must be from -1 (any class) to {classes - 1}, got {int(condition.min())} to {int(condition.max())}"

@@ -26,7 +26,10 @@ def grids(levels: Sequence[Level], number: int) -> dict[str, Any]:
             level.height * one.width != level.width * one.height
         ):
             sizes = f"{one.height}x{one.width} and {level.height}x{level.width}"
-            raise UserError(f"the grids of the levels, {sizes}, are not one a whole multiple of the other")
+            raise UserError(
+                f"the grids of the levels, {sizes}, are not one a whole multiple of the other; give a lower --level, "
+                "or the codes of another tokenizer"
+            )
     return {
         "height": level.height,
         "width": level.width,

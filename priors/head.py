@@ -162,18 +162,6 @@ class FactorizedHead(TreeEmbedding):
             codes = codes * radix + choose_digit(i, child_logits(i, codes))
         return codes
 
-    def log_probs(self, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n leaves"]:
-        """Returns log p(code | features) of every code, nats.
-
-        For enumeration in tests and for tiny codebooks: it computes all the logits that the tree avoids.
-        """
-        depths = F.linear(features, self.weight, self.bias).float().split(self.rows, dim=-1)
-        total = features.new_zeros(*features.shape[:2], 1, dtype=torch.float32)
-        for logits, radix in zip(depths, self.radices, strict=True):
-            siblings = rearrange(logits, "b n (p r) -> b n p r", r=radix).log_softmax(-1)
-            total = rearrange(total[..., None] + siblings, "b n p r -> b n (p r)")
-        return total
-
     def random_codes(self, seeds: Int64[Tensor, " b"], *grid: int) -> Int64[Tensor, "b *grid"]:
         """Returns codes drawn uniformly from the codebook, decided by each row's seed."""
         if self.codebook_size <= 1 << 24:
@@ -204,7 +192,7 @@ class FactorizedHead(TreeEmbedding):
         weights, biases = self.weight.split(split), self.bias.split(split)
         dense = F.linear(features, weights[0], biases[0]).split(self.rows[: self.dense_digits], dim=-1)
 
-        @no_type_check  # defined anew at every sampling step; under pytest, so would be its shape checks
+        @no_type_check  # defined again at every sampling step; under pytest, so would be its shape checks
         def child_logits(digit: int, parents: Tensor) -> Tensor:
             radix = self.radices[digit]
             if digit == 0:

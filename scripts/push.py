@@ -150,7 +150,7 @@ def _print_notes(config: Push, files: Files) -> None:
     if "reconstructions.png" in files:
         print("reconstructions.png shows held-out images; --no-sheet leaves it out")
     if config.license is None and "license:" not in _front_matter(files):
-        print("the card gives no license; --license NAME does")
+        print("the card gives no licence; --license NAME does")
 
 
 def _front_matter(files: Files) -> str:

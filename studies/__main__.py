@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from smalti import cli
 from smalti.benchmarks.command_queue import commands, run_all
+from smalti.core.devices import cores
 from smalti.core.errors import UserError, require_at_least_one
 
 PAGE = Path("docs/reproductions/queue.md")
@@ -72,10 +73,10 @@ def run_studies(config: RunStudies) -> None:
     lines = runnable(commands(config.page.read_text()), config.data)
     if hasattr(os, "nice"):
         os.nice(19)  # of the studies too: they give way to everything else
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // config.processes)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     finished = run_all(lines, config.logs, minutes=60 * config.hours, processes=config.processes)
-    print("all studies are finished" if finished else "not all are finished; the same command goes on")
+    print("all studies are finished" if finished else "not all are finished; run the same command again to go on")
 
 
 def runnable(lines: Sequence[str], folder: Path) -> list[str]:

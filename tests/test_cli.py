@@ -266,9 +266,7 @@ def test_help_texts_are_wrapped_once(monkeypatch, capsys):
     assert run(monkeypatch, failing(AssertionError()), "--help", config_class=Long) == 0
     lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
     first = next(number for number, line in enumerate(lines) if "A first line" in line)
-    joined = " ".join(lines[first : first + 3])
-    assert "in it, and then a second line" in " ".join(joined.split())
-    assert all(len(line) > 40 for line in lines[first + 1 : first + 2])
+    assert "in it, and then a second line." in lines[first + 1]
 
 
 def test_optional_flags_show_what_to_type_and_one_default(monkeypatch, capsys):

@@ -166,8 +166,10 @@ def test_the_home_folder_is_expanded_after_the_equals_sign(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "the memory does not suffice; lower --batch-size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the memory does not suffice"),
+        (MemoryError(), "out of memory on cpu; lower --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "error: out of memory on cpu (Default"),
+        (RuntimeError("CUDA out of memory. Tried to"), "error: out of memory on cuda (CUDA out of memory. Tried to);"),
+        (RuntimeError("Storage size calculation overflowed"), "error: out of memory (Storage size"),
         (PermissionError(errno.EACCES, "Permission denied", __file__), "cannot be read: Permission denied"),
         (OSError(errno.ENAMETOOLONG, "too long", "n.h5"), "n.h5 cannot be written: its name is too long"),
     ],

@@ -93,7 +93,7 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
     @property
     @abstractmethod
     def layout(self) -> Layout:
-        """Levels of the codes of one image of the size in the config, coarsest first."""
+        """Returns the levels of the codes of one image of the size in the config, coarsest first."""
 
     @abstractmethod
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
@@ -174,10 +174,10 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
             raise UserError("--freeze encoder decoder leaves nothing to train; leave one of them out")
 
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
-        """Data-dependent initialization, called once before training with some training images; default: none."""
+        """Initializes weights from some training images; called once, before training. The default does nothing."""
 
     def phases(self, fit: FitConfig) -> list[Phase]:
-        """Phases of a training step: the objectives with their optimizers, e.g. generator and discriminator.
+        """Returns the phases of a training step: objectives with optimizers, such as generator and discriminator.
 
         The default, an empty list, means one phase: one optimizer minimizes the sum of `forward`'s losses.
         """
@@ -185,7 +185,7 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
 
     @classmethod
     def stages(cls, config: ConfigT) -> Sequence[ConfigT]:
-        """Configs of the tokenizers that are trained one after the other, each on top of the one before.
+        """Returns the configs of the tokenizers that are trained one after the other, each on top of the one before.
 
         The last one is `config` itself. The default is a single stage.
         """
@@ -197,7 +197,7 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
 
     @torch.no_grad()
     def reconstructions(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b c h w"]]:
-        """Reconstructions to show next to images during training, by caption.
+        """Returns reconstructions to show next to images during training, by caption.
 
         The default decodes all digits of the codes, then ever fewer of them.
         """
@@ -209,5 +209,5 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
         return decoded
 
     def collapse_remedy(self) -> str:
-        """Advice against codebook collapse. It completes the sentence "Try ..." of a warning."""
+        """Returns advice against codebook collapse. It completes the sentence "Try ..." of a warning."""
         return "fewer codes, more images, or a lower --learning-rate"

@@ -12,7 +12,7 @@ from smalti.tokenizers.base import Tokenizer
 
 
 def logged_mse(reconstruction: Float[Tensor, "b c h w"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """Mean squared error of the clamped reconstruction, in [0, 1] units, without gradient."""
+    """Returns the mean squared error of the clamped reconstruction, in [0, 1] units, without gradient."""
     return (reconstruction.detach().clamp(-1, 1) - images).square().mean() / 4
 
 

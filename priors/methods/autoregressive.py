@@ -19,12 +19,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.base import CausalPrior, Method, ObjectiveConfig, Prior
 from smalti.priors.conditioning import Condition, no_condition
 from smalti.priors.head import inverse_cdf
-from smalti.priors.methods.sampling import Sampling, check_inputs
+from smalti.priors.methods.sampling import Guidance, Sampling, check_inputs, require_temperature_and_guidance
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,14 @@ class AncestralSampling(Sampling):
 
     temperature: float = 1.0
     """Divides the logits. 1 samples from the prior itself; lower values give likelier codes and less variety."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes more
-    typical of it with less variety. Values other than 1 take twice the time. No effect without classes or vectors."""
+    guidance: Guidance = 1.0
     particles: tyro.conf.Suppress[int] = 1
     """Particles per sample when codes are known; see `AncestralFilling`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
-        if self.guidance < 0:
-            raise UserError(f"guidance must not be negative, got {self.guidance}")
-        if self.particles < 1:
-            raise UserError(f"particles must be at least 1, got {self.particles}")
+        require_temperature_and_guidance(self.temperature, self.guidance)
+        require_at_least_one(self, "particles")
 
     def calls(self, h: int, w: int) -> int:
         """Returns the calls of a sampler's callback: one per position."""

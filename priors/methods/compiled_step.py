@@ -11,7 +11,7 @@ def compiled(step: Callable[..., tuple[Tensor, ...]], device: torch.device) -> C
     """Returns `step` as one compiled program that covers the network, the draws and the update of the codes.
 
     Results may differ from the eager step in the rounding of sums. Float arguments are passed as
-    tensors, since the program would otherwise be compiled anew for each temperature.
+    tensors, since the program would otherwise be compiled again for each temperature.
     """
     program = _program(step, device.type)
 

@@ -18,13 +18,21 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.randomness import Stream, derive, gumbel, uniform
 from smalti.priors.base import CodePrior, Method, ObjectiveConfig
 from smalti.priors.conditioning import Condition
 from smalti.priors.methods.compiled_step import compiled
 from smalti.priors.methods.orders import Order, halton_ranks, ranks
-from smalti.priors.methods.sampling import Sampling, check_inputs, guided_features, linear_schedule
+from smalti.priors.methods.sampling import (
+    Compiled,
+    Guidance,
+    Sampling,
+    check_inputs,
+    guided_features,
+    linear_schedule,
+    require_temperature_and_guidance,
+)
 
 MASK_TOKEN = -1
 """Replaces a masked code in the grids that a network reads."""
@@ -96,25 +104,15 @@ class MaskedSampling(Sampling):
     choice_temperature: float = 4.5
     """Scale of the Gumbel noise added to the confidence, falling linearly to 0 at the last step; used with order
     confidence only. Without noise samples lose variety."""
-    guidance: float = 1.5
-    """Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes more
-    typical of it with less variety. Values other than 1 take twice the time. No effect without classes or vectors."""
-
-    compile: bool = False
-    """Compile each step with torch.compile, on a GPU as a CUDA graph. Takes a minute at the start; worth it for many
-    samples."""
+    guidance: Guidance = 1.5
+    compile: Compiled = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise UserError(f"steps must be at least 1, got {self.steps}")
-        if min(self.temperature) <= 0:
-            raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
-        if self.choice_temperature < 0 or self.guidance < 0:
-            raise UserError(
-                f"choice_temperature and guidance must not be negative, got {self.choice_temperature} and "
-                f"{self.guidance}"
-            )
+        require_at_least_one(self, "steps")
+        require_temperature_and_guidance(self.temperature, self.guidance)
+        if self.choice_temperature < 0:
+            raise UserError(f"choice_temperature must not be negative, got {self.choice_temperature}")
 
     def calls(self, _h: int, _w: int) -> int:
         """Returns the calls of a sampler's callback: one per decoding step."""

@@ -8,9 +8,10 @@ Legend: b batch, h w grid, n positions (n = h w), d width.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
+import tyro
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -21,6 +22,24 @@ from smalti.priors.base import CodePrior
 from smalti.priors.conditioning import Condition, no_condition, require_fitting
 from smalti.priors.methods.canvas import canvas_features
 from smalti.priors.methods.orders import halton_ranks, ranks
+
+Guidance: TypeAlias = Annotated[
+    float,
+    tyro.conf.arg(
+        help="Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes "
+        "more typical of it with less variety. Values other than 1 take twice the time. No effect without classes or "
+        "vectors."
+    ),
+]
+"""A sampler's setting with its help text. A field of `Sampling` would come before the samplers' own in their order."""
+Compiled: TypeAlias = Annotated[
+    bool,
+    tyro.conf.arg(
+        help="Compile each step with torch.compile, on a GPU as a CUDA graph. Takes a minute at the start; worth it "
+        "for many samples."
+    ),
+]
+"""Another such setting, of samplers with few steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +58,18 @@ class Sampling:
         require_choices(self)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}; 1 excludes nothing")
+
+
+def require_temperature_and_guidance(temperature: float | tuple[float, float], guidance: float) -> None:
+    """Checks a sampler's temperature, or its first and last one, and its scale of guidance.
+
+    Raises:
+        UserError: for a temperature that is not above 0, or a negative scale.
+    """
+    if min(temperature if isinstance(temperature, tuple) else (temperature,)) <= 0:
+        raise UserError(f"temperature must be above 0, got {temperature}; use 0.01 for the likeliest codes")
+    if guidance < 0:
+        raise UserError(f"guidance must not be negative, got {guidance}; 0 samples without the class or vector")
 
 
 def linear_schedule(ends: tuple[float, float], step: int, steps: int) -> float:

@@ -16,14 +16,23 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.base import CodePrior, Method, ObjectiveConfig
 from smalti.priors.conditioning import Condition
 from smalti.priors.head import FactorizedHead
 from smalti.priors.methods.compiled_step import compiled
 from smalti.priors.methods.orders import Order
-from smalti.priors.methods.sampling import Sampling, check_inputs, guided_features, linear_schedule, select_positions
+from smalti.priors.methods.sampling import (
+    Compiled,
+    Guidance,
+    Sampling,
+    check_inputs,
+    guided_features,
+    linear_schedule,
+    require_temperature_and_guidance,
+    select_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,7 @@ class SundaeConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.unrolled_steps < 1:
-            raise UserError(f"unrolled_steps must be at least 1, got {self.unrolled_steps}")
+        require_at_least_one(self, "unrolled_steps")
 
 
 class Sundae(nn.Module):
@@ -124,22 +132,13 @@ class SundaeSampling(Sampling):
     min_steps: int = 10
     """A sample is finished after a step that changes nothing, but not before this many steps; in random and Halton
     order also not before every position was selected."""
-    guidance: float = 1.5
-    """Scale of classifier-free guidance: 0 samples without the class or vector, 1 conditionally, above 1 codes more
-    typical of it with less variety. Values other than 1 take twice the time. No effect without classes or vectors."""
-
-    compile: bool = False
-    """Compile each step with torch.compile, on a GPU as a CUDA graph. Takes a minute at the start; worth it for many
-    samples."""
+    guidance: Guidance = 1.5
+    compile: Compiled = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1 or self.min_steps < 1:
-            raise UserError(f"steps and min_steps must be at least 1, got {self.steps} and {self.min_steps}")
-        if min(self.temperature) <= 0:
-            raise UserError(f"temperature must be above 0, got {self.temperature}; use 0.01 for the likeliest codes")
-        if self.guidance < 0:
-            raise UserError(f"guidance must not be negative, got {self.guidance}")
+        require_at_least_one(self, "steps", "min_steps")
+        require_temperature_and_guidance(self.temperature, self.guidance)
         if not 0 < min(self.proportion) <= max(self.proportion) <= 1:
             raise UserError(f"proportion must be above 0 and at most 1 from first step to last, got {self.proportion}")
 

@@ -18,13 +18,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.config import added
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.models import register
 from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
 from smalti.priors.conditioning import Condition
 from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
 from smalti.priors.methods.causal_canvas import decode_windows, exceeds_training, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
+from smalti.priors.networks.positions import require_rotary_heads
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,13 @@ class PixelCNNConfig(PriorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model_width < 1 or self.layers < 1:
-            raise UserError(f"model_width and layers must be at least 1, got {self.model_width} and {self.layers}")
+        require_at_least_one(self, "model_width", "layers")
         if self.kernel < 3 or self.kernel % 2 == 0:
             raise UserError(f"kernel must be odd and at least 3, got {self.kernel}")
         if not 0 <= self.attention_every <= self.layers:
             raise UserError(f"attention_every must be from 0 to layers ({self.layers}), got {self.attention_every}")
-        if self.attention_every and (self.heads < 1 or self.model_width % (4 * self.heads)):
-            raise UserError(
-                f"with attention model_width must be a multiple of 4 x heads (rotary embeddings rotate pairs of "
-                f"channels on two axes), got {self.model_width} for {self.heads} heads"
-            )
+        if self.attention_every:
+            require_rotary_heads(self.model_width, self.heads)
         require_dropout(self.dropout)
 
 

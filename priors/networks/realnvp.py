@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.codes import Level
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.models import register
 from smalti.core.randomness import normal
 from smalti.core.realnvp_flow import Flow
@@ -44,8 +44,7 @@ class RealNVPConfig:
     """Hidden channels of the coupling layers' networks."""
 
     def __post_init__(self) -> None:
-        if self.layers < 1 or self.model_width < 1:
-            raise UserError(f"layers and model_width must be at least 1, not {self.layers} and {self.model_width}")
+        require_at_least_one(self, "layers", "model_width")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.config import added
-from smalti.core.errors import UserError
+from smalti.core.errors import require_at_least_one
 from smalti.core.models import register
 from smalti.priors.base import CausalPrior, PriorConfig, require_dropout
 from smalti.priors.conditioning import Condition
@@ -53,10 +53,7 @@ class TransformerConfig(PriorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_rotary_heads(self.model_width, self.heads)
-        if self.layers < 1 or self.feedforward_mult < 1:
-            raise UserError(
-                f"layers and feedforward_mult must be at least 1, got {self.layers} and {self.feedforward_mult}"
-            )
+        require_at_least_one(self, "layers", "feedforward_mult")
         require_dropout(self.dropout)
 
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "benchmark": "Measure the speed of the hot paths (from a checkout)",
     "reproduce": "Repeat a paper's experiments and compare (from a checkout)",
 }
-"""Maps each command to a line of help, in the order in which a person meets them.
+"""Maps each command to a line of help, in the order in which a user meets them.
 
 A new command is one line here and one file, `scripts/NAME.py`, with a function `main`.
 """

@@ -1,4 +1,4 @@
-"""The library's front door: load a trained tokenizer or prior, draw images, inpaint pictures.
+"""The functions that most programs need: load a trained tokenizer or prior, draw images, inpaint pictures.
 
 These four functions work on tensors and PIL images and write no files; the commands of the same names add files, sheets
 and progress bars. `smalti/__init__.py` exports them.

@@ -1,4 +1,4 @@
-"""Turns a command line into a config and a call. A mistake of the person's is one line; a traceback is for bugs."""
+"""Turns a command line into a config and a call. A mistake of the user's is one line; a traceback is for bugs."""
 
 import dataclasses
 import errno
@@ -60,7 +60,7 @@ def run(
     """Parses the command line into `config_class` (or what it returns), calls `command`, exits with its status.
 
     Flags are the config's fields, without the names of the dataclasses they are nested in. The exit status is 2 for a
-    mistake that the person can correct, and 128 plus the signal's number if a signal stopped the command.
+    mistake that the user can correct, and 128 plus the signal's number if a signal stopped the command.
 
     Args:
         command: called with the config.
@@ -103,8 +103,10 @@ def run(
             _leave("error: another process has ended, so this one stops too; the same command resumes the work", 1)
         if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
             raise
+        found = re.search("cuda|mps|cpu", "cpu" if isinstance(error, MemoryError) else str(error), re.I)
+        where = f" on {found[0].lower()}" if found else ""
         reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
-        _leave(f"error: the memory does not suffice{reason}; lower --batch-size or the sizes that were given", 2)
+        _leave(f"error: out of memory{where}{reason}; lower --batch-size or the sizes that were given", 2)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise

@@ -27,7 +27,7 @@ from smalti.core.devices import Precision, best_device, resolve
 from smalti.core.errors import UserError, as_invoked
 from smalti.core.files import whole_file
 from smalti.core.progress import print_note
-from smalti.core.provenance import versions
+from smalti.core.provenance import last_metrics, versions
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.sheets import embedded_settings, save_animation
@@ -39,7 +39,7 @@ from smalti.priors.methods.sundae import SundaeConfig, SundaeSampling
 from smalti.priors.networks.hourglass import HourglassConfig
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.vq.hrvq import HRVQConfig
-from smalti.training.run_folder import RUN_NAME, OtherSettingsError, last_metrics
+from smalti.training.run_folder import RUN_NAME, OtherSettingsError
 
 RECONSTRUCTIONS, SAMPLES, INPAINTING = "reconstructions.png", "samples.png", "inpainting.png"
 DENOISING = "denoising.gif"

@@ -14,7 +14,6 @@ ANY_COUNT = (0, 10**9)
 """Smallest and largest integer of every flag that `RANGES` does not name."""
 RANGES: dict[str, tuple[int, int]] = {
     "seed": (-(2**63), 2**63 - 1),
-    "port": (0, 2**16 - 1),
     "most_pixels": (1, 2**40),
     **dict.fromkeys(("batch_size", "prior_batch_size", "layer_batch_sizes", "height", "width"), (1, 2**16)),
     **dict.fromkeys(

@@ -122,7 +122,7 @@ def modes(config: ReproduceHQA, models: dict[str, Decoded]) -> str:
         print(
             f"{name}: {decoded.unrealistic:.1%} of decodes unrealistic, {decoded.modes} of {len(MODES)} modes reached"
         )
-    return "\n".join([*lines, "", f"![Points, and what they come back as from one bit]({path.name})"])
+    return "\n".join([*lines, "", f"![Points, and their decodes from one bit]({path.name})"])
 
 
 def table(config: ReproduceHQA, trials: dict[str, list[Trial]], evaluator: ClassifierEvaluator, data: Data) -> str:

@@ -12,7 +12,7 @@ from smalti.commands.sample import generate_images
 from smalti.commands.train_tokenizer import save_reconstructions
 from smalti.core.devices import best_device
 from smalti.core.files import whole_file, write_json
-from smalti.core.provenance import machine
+from smalti.core.provenance import last_metrics, machine
 from smalti.evaluation.prior import COPY_QUANTILE
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
@@ -24,7 +24,6 @@ from smalti.studies.against_real import AgainstReal
 from smalti.studies.experiment import count_parameters, logged_hours, measure_once, table_row
 from smalti.studies.portraits.recipe import ReproducePortraits, train
 from smalti.tokenizers.base import Tokenizer
-from smalti.training.run_folder import last_metrics
 
 SAMPLES = 2_000
 """Number of samples that are measured, and of real images that are measured as if they were samples."""

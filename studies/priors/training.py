@@ -26,6 +26,7 @@ from smalti.core.config import flatten
 from smalti.core.devices import Precision, autocast, best_device, resolve
 from smalti.core.files import write_json
 from smalti.core.models import load
+from smalti.core.provenance import last_metrics
 from smalti.core.randomness import generator_for, row_seeds
 from smalti.latentsets.dataset import LatentRows
 from smalti.latentsets.reader import LatentSet
@@ -37,7 +38,6 @@ from smalti.studies.flat_codes import flatten_codes
 from smalti.studies.priors.study import DEFAULTS, POSITIONS, SETUPS, Cell, Grid, Model, Part, ReproducePriors
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.training.config import FitConfig
-from smalti.training.run_folder import last_metrics
 
 RESULT_NAME = "result.json"
 DIGEST_LETTERS = 10

@@ -25,6 +25,7 @@ from smalti.core.config import read_json
 from smalti.core.devices import Precision, best_device
 from smalti.core.errors import require_at_least_one
 from smalti.core.models import CONFIG_NAME
+from smalti.core.provenance import last_metrics
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import open_images
 from smalti.images.sheets import save_grid
@@ -43,7 +44,6 @@ from smalti.studies.experiment import (
     write_section,
 )
 from smalti.tokenizers.base import Tokenizer
-from smalti.training.run_folder import last_metrics
 
 KindName: TypeAlias = Literal["hrvq", "vqgan"]
 

@@ -21,6 +21,7 @@ from smalti.commands.train_prior import TrainPrior, default_fit, grids, train_pr
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device
 from smalti.core.errors import UserError, require_at_least_one
+from smalti.core.provenance import last_metrics
 from smalti.images.decoding import to_uint8
 from smalti.images.image_set import open_images
 from smalti.latentsets.reader import LatentSet
@@ -29,7 +30,6 @@ from smalti.studies.against_real import AgainstReal
 from smalti.studies.experiment import count_parameters, measure_once
 from smalti.studies.priors.training import cpu_seconds, keyed, training_step
 from smalti.tokenizers.vq.hrvq import HRVQConfig
-from smalti.training.run_folder import last_metrics
 
 PriorKind: TypeAlias = Literal["hourglass", "maskgit", "pixelcnn", "transformer"]
 

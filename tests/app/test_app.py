@@ -1,5 +1,7 @@
 """The session and the page's functions: pictures equal those of the commands. Requests are in `test_server.py`."""
 
+import threading
+
 import pytest
 import torch
 from PIL import Image
@@ -96,9 +98,15 @@ def test_samples_equal_those_of_the_command(session, prior, tmp_path):
 
 
 def test_closing_the_frames_ends_the_work(session):
+    before = set(threading.enumerate())
     frames = session.sample(num=1, seed=0, steps=100_000)
     next(frames)
-    frames.close()  # joins the thread, which would otherwise run for an hour
+    working = set(threading.enumerate()) - before
+    assert working
+    closing = threading.Thread(target=frames.close, daemon=True)  # joins the others
+    closing.start()
+    closing.join(60)  # seconds; the work would take an hour
+    assert not [thread for thread in (closing, *working) if thread.is_alive()]
 
 
 def test_closing_the_session_ends_the_work(session):

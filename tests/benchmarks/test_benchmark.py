@@ -271,5 +271,5 @@ def test_processes_that_write_one_file_lose_no_section(tmp_path):
 
 
 def test_zero_repetitions_are_refused():
-    with pytest.raises(UserError, match="at least 1, got 0"):
+    with pytest.raises(UserError, match="--repetitions must be at least 1, not 0"):
         Benchmark(repetitions=0)

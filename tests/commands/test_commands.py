@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_toys import run
+from helpers.toys import log_probs
 from PIL import Image
 
 from smalti.commands.model_paths import load_prior
@@ -320,6 +321,6 @@ def test_a_transformer_is_trained_sampled_inpainted_and_evaluated(latents, works
     rows = ImageRows(open_images("more", height=8, width=8), split="held_out", flips=False)
     trained, encoder = load_prior("causal", None)
     (codes,) = encoder.encode(to_float(rows.__getitems__(range(len(rows)))["images"]))
-    log_probs = trained.head.log_probs(trained.features(codes)).detach()
-    log_p = log_probs.gather(-1, codes.flatten(1)[..., None])
+    log_p_table = log_probs(trained.head, trained.features(codes)).detach()
+    log_p = log_p_table.gather(-1, codes.flatten(1)[..., None])
     assert scored == pytest.approx(-float(log_p.mean()) / np.log(2), abs=1e-3)

@@ -30,7 +30,7 @@ def test_a_sample_does_not_depend_on_its_batch(models):
 
 def test_counts_below_one_are_refused():
     for wrong in ({"num": 0}, {"batch_size": 0}):
-        with pytest.raises(UserError, match="--num and --batch-size must be at least 1"):
+        with pytest.raises(UserError, match=r"--(num|batch-size) must be at least 1, not 0"):
             sample(Sample(sampling=SAMPLING, **wrong))
 
 

@@ -111,7 +111,10 @@ def test_each_layer_can_have_its_own_number_of_steps(folder, capfd):
     runs = [out / "layer-1", out / "layer-2", out]
     assert [json.loads((each / METRICS_NAME).read_text().splitlines()[-1])["step"] for each in runs] == [1, 3, 2]
     status, _, err = run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-steps", "1", "3")
-    assert (status, "--layer-steps names 2 layers, but hqa has 3" in err) == (2, True)
+    assert (status, "--layer-steps names 2 layers, but hqa has 3; give one number for each layer, or none" in err) == (
+        2,
+        True,
+    )
     status, _, err = run(capfd, train_tokenizer.main, *TRAIN, "--out", out, "--layer-steps", "1", "0", "2")
     assert (status, "--layer-steps must be at least 1 each" in err) == (2, True)
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 from helpers.build_toys import write_images
 from helpers.command_toys import run
-from helpers.image_toys import marked, write_parquet
+from helpers.image_toys import COLOURS, marked, write_folder, write_parquet
+from helpers.toys import TINY
 from PIL import Image
 
+from smalti.commands import train_tokenizer as training
 from smalti.commands.model_paths import load_tokenizer
+from smalti.core import models
 from smalti.core.errors import UserError
 from smalti.core.models import read_config
 from smalti.images.decoding import decode, to_float
@@ -249,3 +252,18 @@ def test_classes_whose_images_are_all_held_out_are_named(workspace, capfd):
     assert status == 2
     assert "error: the prior was trained on no image of the class 'unseen'; choose another one" in err
     assert run(capfd, sample.main, *flags.split(), "seen")[0] == 0
+
+
+def test_codebooks_of_a_set_sorted_by_class_start_from_all_its_classes(tmp_path, monkeypatch):
+    """The set has more images than are taken, but fewer than twice as many."""
+    monkeypatch.setattr(training, "START_IMAGES", 8)
+    monkeypatch.setattr(training, "MOST_START_IMAGES", 1)
+    classes = [f"{'abc'[index // 4]}/{index:02d}.png" for index in range(len(COLOURS))]
+    images = open_images(str(write_folder(tmp_path / "sorted", classes)), height=8, width=8, held_out="none")
+    tokenizer, taken = models.class_of_kind("tokenizer", "vqvae")(TINY["vqvae"]), []
+    monkeypatch.setattr(tokenizer, "init_from_data", taken.append)
+    training._init_codebooks(tokenizer, ImageRows(images, split="train", flips=False), 64)
+    pixels = to_float(images.pixels(range(len(images))))
+    labels = {int(images.labels[(pixels == one).flatten(1).all(1)].item()) for one in taken[0]}
+    assert len(taken[0]) == 8
+    assert labels == {0, 1, 2}

@@ -43,7 +43,11 @@ def workspace(tmp_path_factory):
     ("main", "arguments", "message"),
     [
         # files
-        (inpaint.main, [*FILL, "--image", "missing.png"], "missing.png cannot be read (No such file or directory)"),
+        (
+            inpaint.main,
+            [*FILL, "--image", "missing.png"],
+            "missing.png cannot be read: No such file or directory; check its name",
+        ),
         (inpaint.main, [*FILL, "--image", "text.png"], "text.png: these 12 bytes are not an image"),
         (inpaint.main, [*FILL, "--image", "cut.png"], "cut.png: the image cannot be decoded"),
         (inpaint.main, [*FILL, "--image", "empty.png"], "empty.png: the image is empty (0 bytes)"),
@@ -88,7 +92,11 @@ def workspace(tmp_path_factory):
             ["--prior", "pair", "--image", "in.png"],
             "in.png has no transparent pixels to fill",
         ),
-        (inpaint.main, ["--prior", "pair", "--image", "mask.png", "--mask", "in.png"], "seem to be swapped"),
+        (
+            inpaint.main,
+            ["--prior", "pair", "--image", "mask.png", "--mask", "in.png"],
+            "swapped; swap --image and --mask",
+        ),
         # sizes
         (inpaint.main, [*FILL, "--mask", "small.png"], "small.png is 16x4 but the image is 16x8; pass --resize-mask"),
         (inpaint.main, [*FILL, "--expand", "-1", "0", "0", "0"], "--expand takes pixels to add"),
@@ -97,7 +105,7 @@ def workspace(tmp_path_factory):
         (inpaint.main, [*FILL, "--num", "0"], "--num must be at least 1, not 0"),
         (inpaint.main, [*FILL, "--candidates", "0"], "--candidates must be at least 1"),
         (inpaint.main, [*FILL, "--threshold", "255"], "--threshold must be from 0 to 254, not 255"),
-        (sample.main, ["--prior", "pair", "--num", "0"], "--num and --batch-size must be at least 1, not 0"),
+        (sample.main, ["--prior", "pair", "--num", "0"], "--num must be at least 1, not 0"),
         # numbers
         (inpaint.main, [*FILL, "--num", "1" + "0" * 9], "--num must be at most 10000, not 1000000000"),
         (inpaint.main, [*FILL, "--candidates", "1" + "0" * 9], "do not fit in memory; lower --num, --candidates or"),
@@ -111,7 +119,11 @@ def workspace(tmp_path_factory):
         (sample.main, ["--prior", "pair", "--guidance", "inf"], "--guidance must be a finite number, not inf"),
         (sample.main, ["--prior", "pair", "--temperature", "nan", "nan"], "--temperature must be a finite number"),
         (sample.main, ["--prior", "pair", "--num", "1" + "0" * 9], "do not fit on a sheet; the most is --num"),
-        (sample.main, ["--prior", "pair", "--height", "65536", "--width", "65536"], "are too large: the most is"),
+        (
+            sample.main,
+            ["--prior", "pair", "--height", "65536", "--width", "65536"],
+            "pixels; lower --height and --width",
+        ),
         # flags
         (inpaint.main, [*FILL, "--masc", "x.png"], "Unrecognized options: --masc, x.png; did you mean --mask?"),
         (sample.main, ["--temprature", "1"], "; did you mean --temperature?"),
@@ -126,7 +138,7 @@ def workspace(tmp_path_factory):
         (inpaint.main, [*FILL, "--temperature", "0", "1"], "temperature must be above 0, got (0.0, 1.0)"),
         (inpaint.main, [*FILL, "--classes", "cats"], "no class is called 'cats'; there are: 0, 1"),
         (sample.main, ["--prior", "pair", "--guidance", "-1"], "guidance must not be negative, got -1.0"),
-        (sample.main, ["--prior", "pair", "--steps", "0"], "--steps and --min-steps must be at least 1, got 0 and 10"),
+        (sample.main, ["--prior", "pair", "--steps", "0"], "--steps must be at least 1, not 0"),
         (evaluate.main, ["--of", "nothing"], "--of nothing cannot be evaluated; give one of tokenizer, prior"),
         (evaluate.main, ["--prior", "pair", "--num", "3"], "--num and --reference must be at least 4, not 3 and 5000"),
     ],

@@ -81,9 +81,12 @@ def test_missing_unknown_and_wrong_fields_are_refused_by_name():
     outer = {"sampling": sampling, "several": [], "plain": plain, "out": "x"}
     outer |= {"maybe_path": None, "maybe_sampling": None, "settings": {}}
     for fields, message in [
-        ({name: value for name, value in outer.items() if name != "out"}, "result.json lacks out"),
+        ({name: value for name, value in outer.items() if name != "out"}, "result.json lacks out; another version"),
         ({**outer, "sampling": {"steps": 3}}, "result.json lacks temperature"),
-        ({**outer, "colour": 1}, "result.json has unknown fields: colour"),
+        (
+            {**outer, "colour": 1},
+            "result.json has unknown fields: colour; another version of smalti may have written it",
+        ),
         ({**outer, "plain": 7}, "result.json has 7 where it should have the fields of Plain"),
     ]:
         with pytest.raises(UserError, match=message):

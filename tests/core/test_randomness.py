@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, generator_for, row_seeds, uniform
+from smalti.training.config import FitConfig
 
 MASK, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -170,8 +171,12 @@ def test_planted_stream_collisions_are_found():
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 2**64 - 1])
 def test_seeds_beyond_64_bits_are_refused(seed):
-    for draw_with in (lambda: row_seeds(seed, torch.arange(2)), lambda: generator_for(seed)):
-        with pytest.raises(UserError, match=f"the seed must be from .* not {seed}; give another --seed"):
+    for draw_with in (
+        lambda: row_seeds(seed, torch.arange(2)),
+        lambda: generator_for(seed),
+        lambda: FitConfig(seed=seed),
+    ):
+        with pytest.raises(UserError, match=f"--seed must be from .* not {seed}; give another"):
             draw_with()
     row_seeds(2**63 - 1, torch.arange(2))
     generator_for(-(2**63))

@@ -165,7 +165,7 @@ def test_a_damaged_set_is_built_again_with_overwrite(shards, capfd):
         (("--out", "set.h5", "--shard-rows", "24"), "--out set.h5 is the name of a file; with --shard-rows, give"),
         (("--out", "img"), "--out img is a folder; give a file, or --shard-rows for a set of several files"),
         (("--out", "img", "--shard-rows", "24"), "--out img"),
-        (("--out", "set", "--shard-rows", "4"), "--shard-rows 4 is less than --batch-size 8"),
+        (("--out", "set", "--shard-rows", "4"), "--shard-rows must be at least --batch-size (8), not 4"),
     ],
 )
 def test_unsuitable_outputs_are_refused(capfd, flags, message):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.toys import log_probs
 
 from smalti.evaluation.prior import _bits_per_code, _classes
 from smalti.images.decoding import to_float
@@ -29,7 +30,7 @@ def test_bits_are_given_the_class_of_each_image():
     scored = _bits_per_code([prior], tokenizer, images, [labels])["bits_per_code"]["model"]
     (codes,) = tokenizer.encode(to_float(images))
     log_p = [
-        prior.head.log_probs(prior.features(grid[None], condition=label[None]))[0].gather(1, grid.flatten()[:, None])
+        log_probs(prior.head, prior.features(grid[None], condition=label[None]))[0].gather(1, grid.flatten()[:, None])
         for grid, label in zip(codes, labels, strict=True)
     ]
     assert scored == pytest.approx(-float(torch.cat(log_p).mean()) / math.log(2), rel=1e-5)

@@ -236,6 +236,10 @@ def test_reconstructions_are_written_and_scored_by_a_perceptual_distance(folders
     assert scores["mse"]["model"] == pytest.approx(float(mse(to_float(rebuilt), to_float(originals)).mean()))
     with pytest.raises(UserError, match=r"rebuilt\.npz exists and this command did not make it"):
         evaluate(evaluation)
+    class_of_kind("tokenizer", "hrvq")(TINY["hrvq"]).save(tmp_path / "small")
+    small = replace(evaluation, tokenizer=str(tmp_path / "small"), samples_npz=None, out=tmp_path / "small.json")
+    with pytest.raises(UserError, match="8x12 are too small for a perceptual distance; leave --perceptual out"):
+        evaluate(small)
 
 
 def test_written_samples_are_read_by_numpy_and_score_as_their_images(folders, tmp_path):

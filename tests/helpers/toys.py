@@ -7,6 +7,7 @@ import signal
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from smalti.core import models
@@ -290,3 +291,12 @@ def untrained_pair():
     for table in (prior.head.weight, prior.of_class.vectors.weight):
         torch.nn.init.normal_(table)
     return prior, tokenizer
+
+
+def log_probs(head, features):
+    """Returns log p(code | features) of every code, in nats `(b, n, codes)`: all the logits that the tree avoids."""
+    total = features.new_zeros(*features.shape[:2], 1, dtype=torch.float32)
+    logits = F.linear(features, head.weight, head.bias).float().split(head.rows, dim=-1)
+    for digit, radix in zip(logits, head.radices, strict=True):
+        total = (total[..., None] + digit.unflatten(-1, (-1, radix)).log_softmax(-1)).flatten(2)
+    return total

@@ -134,18 +134,18 @@ def test_functions_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     good = ConditionSource("encoders_of_a_test:good", 2, blank)
     assert good([0, 1], pixels).tolist() == [[4.0] * 3] * 2
     assert good.source.startswith("encoders_of_a_test:good, SHA-256 ")
-    with pytest.raises(UserError, match=r"varying returned \(2, 5\), but \(2, 1\) is expected"):
+    with pytest.raises(UserError, match=r"varying returned \(2, 5\), but \(2, 1\) is expected; return as many"):
         ConditionSource("encoders_of_a_test:varying", 2, blank)([0, 1], pixels)
     for requested, message in (
         ("encoders_of_a_test:flat", r"encoders_of_a_test:flat returned has the shape \(1,\)"),
-        ("encoders_of_a_test:value", "encoders_of_a_test has no function 'value'"),
+        ("encoders_of_a_test:value", "encoders_of_a_test has no function 'value'; check its name"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
         ("colours", "neither FILE.npy nor module:function"),
     ):
         with pytest.raises(UserError, match=message):
             ConditionSource(requested, 2, blank)
     np.save("two.npy", np.zeros((2, 3)))
-    with pytest.raises(UserError, match=r"two\.npy has 2 rows, but there are 5 images"):
+    with pytest.raises(UserError, match=r"two\.npy has 2 rows, but there are 5 images; give one row for each"):
         ConditionSource("two.npy", 5, blank)
 
 

@@ -92,7 +92,7 @@ def test_resident_codes_keep_their_stored_width(latent_set):
 
 @pytest.mark.parametrize(("method", "workers", "reads"), [("fork", 2, 100_000), ("spawn", 1, 10_000)])
 def test_dataloader_workers_read_correct_rows(tmp_path, method, workers, reads):
-    """Spawned workers receive the set by its path and map the file anew."""
+    """Spawned workers receive the set by its path and map the file again."""
     numbers, layout = torch.arange(20_000), Layout((Level(2, 3, (2**17,)),))
     columns = {"labels": numbers % 5 - 1, "source_ids": numbers, "held_out": numbers < 0, "flipped": numbers < 0}
     codes = numbers.view(-1, 1, 1) * 6 + torch.arange(6).view(2, 3)  # they identify their row and position

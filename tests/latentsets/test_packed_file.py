@@ -142,7 +142,7 @@ def decode(_header, payload, images, layout):
 
 
 def write_coded(path: Path, **changes: Any) -> None:
-    """Writes an entropy-coded file, and signs it anew if the header is to be changed."""
+    """Writes an entropy-coded file, and signs it again if the header is to be changed."""
     codes = make_codes(GRID, 5)
     assert write_codes(path, codes, GRID, HEADER, coded(codes)) == path.stat().st_size
     line, _, payload = path.read_bytes().partition(b"\n")

@@ -133,7 +133,7 @@ def test_the_card_of_a_set(hub, tmp_path):
 
 
 def write_shards(folder, count):
-    """Writes a set of several files anew."""
+    """Writes a set of several files again."""
     shutil.rmtree(folder, ignore_errors=True)
     for number in range(count):
         columns = {**make_columns(12), "source_numbers": 6 * number + torch.arange(6)}

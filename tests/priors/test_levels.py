@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.toys import log_probs
 from PIL import Image
 
 import smalti
@@ -218,7 +219,10 @@ def test_functions_of_the_library_need_one_prior_for_each_level(place):
     ("levels", "message"),
     [
         ((Level(2, 2, channels=3), Level(4, 4, (3,))), "holds real-valued latents"),
-        ((Level(2, 2, (3,)), Level(4, 6, (3,))), "2x2 and 4x6, are not one a whole multiple"),
+        (
+            (Level(2, 2, (3,)), Level(4, 6, (3,))),
+            "2x2 and 4x6, are not one a whole multiple of the other; give a lower --level",
+        ),
         ((Level(3, 3, (3,)), Level(4, 4, (3,))), "3x3 and 4x4, are not"),
     ],
 )
@@ -232,7 +236,7 @@ def enumerated_bits(prior, upper=()):
     level, size = prior.level, prior.level.codebook_size
     grids = torch.tensor(list(itertools.product(range(size), repeat=level.positions)))
     coarser = tuple(codes.expand(len(grids), -1, -1) for codes in upper)
-    table = prior.head.log_probs(prior.features(grids.view(-1, level.height, level.width), upper=coarser))
+    table = log_probs(prior.head, prior.features(grids.view(-1, level.height, level.width), upper=coarser))
     return -table.gather(-1, grids[..., None])[..., 0].double().sum(-1) / math.log(2)
 
 

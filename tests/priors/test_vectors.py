@@ -191,7 +191,9 @@ def test_conditions_that_do_not_fit_are_refused(priors, classes, vectors, messag
 
 
 def test_vectors_of_another_width_and_both_conditions_are_refused_from_python():
-    with pytest.raises(UserError, match="conditioned on vectors of 3 numbers, but vectors of 2 were given"):
+    with pytest.raises(
+        UserError, match="conditioned on vectors of 3 numbers, but vectors of 2 were given; give vectors of that width"
+    ):
         codes_of(prior_of(), torch.zeros(16, 2), 1.0)
     with pytest.raises(UserError, match="conditioned on classes or on vectors, not on both"):
         PriorConfig(classes=2, condition_width=3)

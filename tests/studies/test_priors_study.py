@@ -287,7 +287,7 @@ def test_report_has_the_measurements(folder):
     [
         ({"depth_steps": 0}, "--depth-steps must be at least 1, not 0"),
         ({"num": 3}, "--num and --reference must be at least 4"),
-        ({"step_counts": (4, 0)}, "steps and min_steps must be at least 1, got 0"),
+        ({"step_counts": (4, 0)}, "--steps must be at least 1, not 0"),
         ({"guidance": -1.0}, "guidance must not be negative"),
     ],
 )

@@ -61,4 +61,4 @@ def test_the_queue_runs_commands_and_says_what_is_left(tmp_path, monkeypatch, ca
     monkeypatch.setattr(queue, "run_all", lambda lines, logs, **options: bool(ran.append((lines, options))))
     queue.run_studies(queue.RunStudies("run", page=page, logs=tmp_path, hours=2.0, processes=3))
     assert ran == [19, (["smalti reproduce x", "smalti reproduce y"], {"minutes": 120, "processes": 3})]
-    assert capsys.readouterr().out == "not all are finished; the same command goes on\n"
+    assert capsys.readouterr().out == "not all are finished; run the same command again to go on\n"

@@ -7,10 +7,10 @@ import torch
 from helpers.image_toys import MeanColours, write_patches
 
 from smalti.core import models
+from smalti.core.provenance import last_metrics
 from smalti.studies.overfitting import study as overfitting
 from smalti.studies.selfvae import study as selfvae
 from smalti.studies.size64 import study as size64
-from smalti.training.run_folder import last_metrics
 
 TINY_PRIOR = {"model_width": 16, "heads": 2, "depth": (0, 1, 0)}
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
+from smalti.core.provenance import last_metrics
 from smalti.training import checkpoints_and_logs
-from smalti.training.run_folder import Run, last_metrics
+from smalti.training.run_folder import Run
 
 
 def test_early_stopping_keeps_the_best_weights_also_after_a_kill(tmp_path, monkeypatch):

@@ -198,7 +198,7 @@ def test_full_memory_error_lists_remedies(tmp_path, error):
                 raise error
             return {"x": torch.empty(2**55)}  # the allocator's own error
 
-    with pytest.raises(OneProcessError, match=r"memory of \w+ is full; give --accumulation 4 .*--batch-size") as caught:
+    with pytest.raises(OneProcessError, match=r"out of memory on \w+; give --accumulation 4 .*--batch-size") as caught:
         train(tmp_path, config=replace(CONFIG, accumulation=2), wrap=lambda _rows: Greedy())
     assert "--gradient-checkpointing" in str(caught.value)
 

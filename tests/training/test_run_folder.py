@@ -14,8 +14,9 @@ import torch
 from smalti.core.config import former_switches
 from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
+from smalti.core.provenance import last_metrics
 from smalti.tokenizers.vq.hrvq import HRVQConfig
-from smalti.training.run_folder import METRICS_NAME, RUN_NAME, Run, last_metrics
+from smalti.training.run_folder import METRICS_NAME, RUN_NAME, Run
 from smalti.training.snapshots import STATE_NAME
 
 SETTINGS = {"learning_rate": 0.1, "widths": (4, 6), "steps": 10, "out": Path("here"), "tokenizer": None}

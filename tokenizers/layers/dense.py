@@ -48,7 +48,7 @@ class WeightNormConv(nn.Module):
 
 @torch.no_grad()
 def init_weight_norm_from_data(network: nn.Module, run: Callable[[], Any]) -> None:
-    """Data-dependent initialization: gives every convolution's output mean 0 and deviation `gain` on a batch.
+    """Initializes from data: gives every convolution's output mean 0 and deviation `gain` on a batch.
 
     Sets lengths and biases as in arXiv 1602.07868, Eq. 6, in one pass: each convolution when the batch reaches it.
 

@@ -25,7 +25,7 @@ def ema_update(
     sums: Float[Tensor, "nodes m d"],
     decay: float,
 ) -> tuple[Float[Tensor, "nodes m d"], Float[Tensor, "nodes m"]]:
-    """EMA codebook update (VQ-VAE, arXiv 1711.00937, Eqs. 6-8), with counts smoothed within each codebook.
+    """Updates codewords by moving averages (VQ-VAE, arXiv 1711.00937, Eqs. 6-8), with counts smoothed in each codebook.
 
     Returns the codewords and counts after the step. The running sum of the vectors that choose a codeword is not
     stored: it is the codeword times its smoothed count, so the two cannot disagree. A codeword that no vector chose
@@ -45,7 +45,7 @@ def ema_update(
 
 
 def _smoothed(counts: Tensor) -> Tensor:
-    """Laplace smoothing that keeps each codebook's total, so that no codeword is divided by zero."""
+    """Smooths counts (Laplace) and keeps each codebook's total, so that no codeword is divided by zero."""
     total = counts.sum(1, keepdim=True)
     return (counts + SMOOTHING) / (total + counts.shape[1] * SMOOTHING) * total
 
@@ -59,7 +59,7 @@ def dead_codeword_revivals(
     errors: Float[Tensor, " n"],
     noise: Float[Tensor, " n"],
 ) -> tuple[Int64[Tensor, " r"], Float[Tensor, "r d"], Float[Tensor, " r"]]:
-    """Revival of dead codewords: pairs each one with a vector of its node that it is moved to.
+    """Revives dead codewords: pairs each one with a vector of its node that it is moved to.
 
     A codeword is dead when its count is less than `below` times the mean count of its codebook. Vectors are sampled
     with probability proportional to their squared error, as in k-means++ seeding, so a revived codeword lands where the
@@ -105,7 +105,7 @@ def _largest(keys: Tensor, nodes: Tensor, vectors: Tensor) -> tuple[Tensor, Tens
 
 
 def sampling_keys(weights: Float[Tensor, " n"], noise: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Log-weights plus Gumbel noise: the r largest keys are r vectors sampled by weight without replacement.
+    """Returns log-weights plus Gumbel noise: the r largest keys are r vectors sampled by weight without replacement.
 
     Args:
         weights: at least 0. A vector of weight 0 is never sampled; its key is -inf.

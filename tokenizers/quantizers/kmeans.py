@@ -47,7 +47,7 @@ def linked_kmeans(
 
 
 def _kmeans_plus_plus(residual: Tensor, node: Tensor, fallback: Tensor, *, seed: int) -> Tensor:
-    """k-means++ seeding (Arthur and Vassilvitskii 2007) in all nodes at once.
+    """Chooses starting centres by k-means++ (Arthur and Vassilvitskii 2007) in all nodes at once.
 
     Each node samples its vectors one after the other: the first uniformly, the others with probability proportional to
     the squared distance to the nearest seed so far. Codebooks larger than `SEED_ROUNDS` sample several at once, as

@@ -205,7 +205,7 @@ def require_used(config: Any, defaults: Any) -> None:
 
     Args:
         config: the config. Without a `quantizer`, as that of `vqvae2`, it has flat codebooks.
-        defaults: the config of the same kind before the person changed it.
+        defaults: the config of the same kind before the user changed it.
 
     Raises:
         UserError: naming the first such setting.

@@ -286,38 +286,14 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         """Generates new images (Fig. 3i): u ~ p(u), then ancestral sampling; nothing is transmitted."""
         return self.decode_from(Transmitted(), seeds, pixels)
 
-    def conditional_generation(
-        self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
-    ) -> Float[Tensor, "b c h w"]:
-        """Conditional generation (Fig. 3ii): transmits y_K, then samples u ~ q(u | y_K), z_K ~ p(z_K | u, y_K), ..."""
-        return self.decode_from(self.transmit(images, "conditional-generation", seeds), seeds, pixels)
-
-    def conditional_reconstruction(
-        self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
-    ) -> Float[Tensor, "b c h w"]:
-        """Conditional reconstruction (Fig. 3iii): transmits y_K and all z_k."""
-        return self.decode_from(self.transmit(images, "conditional-reconstruction", seeds), seeds, pixels)
-
-    def reconstruction_1(
-        self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
-    ) -> Float[Tensor, "b c h w"]:
-        """Reconstruction 1 (Fig. 3iv): transmits u; all other latents are sampled."""
-        return self.decode_from(self.transmit(images, "reconstruction-1", seeds), seeds, pixels)
-
-    def reconstruction_2(
-        self, images: Float[Tensor, "b c h w"], seeds: Int64[Tensor, " b"] | None = None, pixels: Pixels = "mean"
-    ) -> Float[Tensor, "b c h w"]:
-        """Reconstruction 2 (Fig. 3v): transmits u and all z_k."""
-        return self.decode_from(self.transmit(images, "reconstruction-2", seeds), seeds, pixels)
-
     def bits_sent(self, transmitted: Transmitted) -> float:
-        """Bits transmitted per image, without entropy coding."""
+        """Returns the bits transmitted per image, without entropy coding."""
         y = transmitted.y
         y_bits = 0.0 if y is None else y[0].numel() * math.log2(self.forms[-1].bins)
         return y_bits + transmitted.latent_bits
 
     def compression_ratio(self, transmitted: Transmitted, images: Float[Tensor, "b c h w"]) -> float:
-        """Ratio of the bits of the 8-bit images to the transmitted bits; infinite if nothing is transmitted."""
+        """Returns the bits of the 8-bit images over the transmitted bits; infinite if nothing is transmitted."""
         bits = self.bits_sent(transmitted)
         return 8 * images[0].numel() / bits if bits else math.inf
 
@@ -326,7 +302,7 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         return len(transmitted.z) == self.top and (transmitted.u is not None or transmitted.y is not None)
 
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
-        """Data-dependent initialization of all convolutions; see `init_weight_norm_from_data`."""
+        """Initializes all convolutions from data; see `init_weight_norm_from_data`."""
         init_weight_norm_from_data(self, lambda: self(images[:START_IMAGES]))
 
     def recomputable(self) -> list[nn.Module]:

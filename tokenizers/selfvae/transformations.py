@@ -109,7 +109,7 @@ def fewer_bits(images: Float[Tensor, "b c h w"], before: int, after: int) -> Flo
 
 
 def _blur(images: Tensor) -> Tensor:
-    """Gaussian blur, separable, with mirrored edges."""
+    """Blurs by a Gaussian, separably, with mirrored edges."""
     deviation = BLUR_SHARE * min(images.shape[2:])
     radius = max(1, round(2 * deviation))
     kernel = (-0.5 * (torch.arange(-radius, radius + 1, device=images.device) / deviation).square()).exp()

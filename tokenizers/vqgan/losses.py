@@ -46,7 +46,7 @@ def phases(tokenizer: OneGrid, fit: FitConfig) -> list[Phase]:
         discriminator.check_size(config.height, config.width)
     perceptual = None
     if config.perceptual_weight:
-        check_size(config.height, config.width)
+        check_size(config.height, config.width, "use --perceptual-weight 0")
         perceptual = find_perceptual(config.perceptual)
     generator_loss = GeneratorLoss(tokenizer, perceptual, discriminator)
     result = [Phase("generator", generator_loss, fit.optimizer_of(generator_loss, betas=BETAS))]

@@ -61,7 +61,7 @@ class Lite0Distance(PerceptualDistance):
         super().__init__(lite0_network(torch.device("cpu")))
 
     def distance(self, images: Float[Tensor, "b 3 h w"], others: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-        """Mean over scales; see `PerceptualDistance`."""
+        """Returns the mean over scales; see `PerceptualDistance`."""
         pairs = zip(self._features(images), self._features(others), strict=True)
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
 
@@ -96,7 +96,7 @@ class VGGDistance(PerceptualDistance):
         super().__init__(_lpips_network())
 
     def distance(self, images: Float[Tensor, "b 3 h w"], others: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-        """LPIPS in float32; see `PerceptualDistance`."""
+        """Returns LPIPS, computed in float32; see `PerceptualDistance`."""
         with torch.autocast(images.device.type, enabled=False):
             return self._network(images.float(), others.float()).mean()
 
@@ -111,14 +111,19 @@ def find_perceptual(name: PerceptualName) -> PerceptualDistance:
     return {kind.name: kind for kind in (Lite0Distance, VGGDistance)}[name]()
 
 
-def check_size(height: int, width: int) -> None:
+def check_size(height: int, width: int, remedy: str) -> None:
     """Refuses images that are too small for the coarsest features.
+
+    Args:
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        remedy: what to do instead, for the message.
 
     Raises:
         UserError: if height or width is below `SMALLEST`.
     """
     if min(height, width) < SMALLEST:
-        raise UserError(f"images of {height}x{width} are too small for the perceptual loss; use --perceptual-weight 0")
+        raise UserError(f"images of {height}x{width} are too small for a perceptual distance; {remedy}")
 
 
 def _lpips_network() -> Any:

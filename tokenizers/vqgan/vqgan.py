@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from smalti.core.config import added, renamed
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.models import register
 from smalti.tokenizers.base import PartName
 from smalti.tokenizers.layers import attention_blocks, maskgit_blocks
@@ -164,8 +164,7 @@ def _networks(config: VQGANConfig) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def _check(config: VQGANConfig) -> None:
-    if config.norm_groups < 1:
-        raise UserError(f"--norm-groups must be at least 1, not {config.norm_groups}")
+    require_at_least_one(config, "norm_groups")
     if odd := [width for width in config.widths if width % config.norm_groups]:
         raise UserError(f"a width of {odd[0]} is not divisible into {config.norm_groups} groups; change --norm-groups")
     if absent := [stage for stage in config.attention_stages if not 0 <= stage < len(config.widths)]:

@@ -92,7 +92,7 @@ class _Handlers:
         If it is no image, the opened image, what is painted on it and its fills stay as they are.
 
         Args:
-            upload: Gradio's description of the file, with its name as the person knows it in `orig_name`.
+            upload: Gradio's description of the file, with its name as the user knows it in `orig_name`.
         """
         if upload is None:
             return (gradio.skip(),) * 5

@@ -5,7 +5,6 @@ Images are decoded and encoded one block at a time (`encoding/encoder.py`). Fini
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,7 +13,7 @@ import torch
 from accelerate import PartialState
 
 from smalti.commands.model_paths import LATENTS, images_for, layer_name, layer_source, load_tokenizer
-from smalti.core.devices import Device, device
+from smalti.core.devices import Device, cores, device
 from smalti.core.errors import UserError
 from smalti.core.hub.public_names import public_values
 from smalti.core.provenance import command, versions
@@ -36,10 +35,6 @@ from smalti.training.accelerator import LONGEST_WAIT, main_first, note_single_pr
 SIDES = ("channels", "height", "width")
 MOST_CROPS = 1_000
 MOST_WORKERS = 4  # default limit: each worker holds a few blocks of images in memory
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class BuildLatents:
     batch_size: int = 256
     """Rows that each process encodes at once, mirror images and crops included. Lower it if memory runs out. A
     stopped build repeats at most one batch for each process."""
-    workers: int = field(default_factory=lambda: min(MOST_WORKERS, _cores()))
+    workers: int = field(default_factory=lambda: min(MOST_WORKERS, cores()))
     """Processes that decode images for each encoding process; 0 decodes in the encoding process itself [default: one
     for each core, at most 4]."""
     device: Device = "auto"
@@ -132,9 +127,7 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
     if config.crops and config.ten_crop:
         raise UserError("--crops and --ten-crop are two choices of crops; leave one out")
     if config.shard_rows is not None and config.shard_rows < config.batch_size:
-        raise UserError(
-            f"--shard-rows {config.shard_rows} is less than --batch-size {config.batch_size}, which a file has at least"
-        )
+        raise UserError(f"--shard-rows must be at least --batch-size ({config.batch_size}), not {config.shard_rows}")
     wanted = device("cpu" if engine else config.device)
     note_single_process()
     process = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)

@@ -96,7 +96,7 @@ class Conditions(NamedTuple):
 def find_conditions(
     priors: Sequence[Prior], classes: Sequence[str], vectors: Path | np.ndarray | Tensor | None
 ) -> Conditions:
-    """Returns the conditions that a person asked for: classes by name (see `find_classes`), or vectors as stored.
+    """Returns the conditions that a user asked for: classes by name (see `find_classes`), or vectors as stored.
 
     Args:
         priors: one for each level, coarsest first.

@@ -334,7 +334,10 @@ def _require_layout(config: Decompress, layout: Layout, tokenizer: Tokenizer) ->
     """
     theirs, ours = ([(level.radices, level.channels) for level in each.levels] for each in (layout, tokenizer.layout))
     if theirs != ours:
-        raise UserError(f"{config.codes} holds codes of {layout}, but the tokenizer decodes {tokenizer.layout}")
+        raise UserError(
+            f"{config.codes} holds codes of {layout}, but the tokenizer decodes {tokenizer.layout}; give the tokenizer "
+            "that made them with --tokenizer"
+        )
 
 
 @torch.no_grad()

@@ -18,12 +18,13 @@ from smalti.commands.model_paths import RUNS, image_inputs, load_priors, prior_c
 from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
-from smalti.core.errors import UserError, require_finite
+from smalti.core.errors import UserError, require_at_least_one, require_finite
+from smalti.core.files import file_digest
 from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
-from smalti.images.decoding import image_sha256, load_image, load_layers, load_transparency, to_float
+from smalti.images.decoding import load_image, load_layers, load_transparency, to_float
 from smalti.images.formats.opening import most_pixels
 from smalti.images.listing import images_among, is_image_file
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
@@ -90,8 +91,7 @@ class Inpaint(Generic[S]):
     def __post_init__(self) -> None:
         if self.mask is not None and self.image is None:
             raise UserError(f"--mask {self.mask} needs its image; give --image")
-        if self.num < 1:
-            raise UserError(f"--num must be at least 1, not {self.num}")
+        require_at_least_one(self, "num")
         if self.num > _MOST_FILLS:
             raise UserError(f"--num must be at most {_MOST_FILLS}, not {self.num}")
         if not 0 <= self.threshold <= 254:
@@ -132,7 +132,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
     settings = {"command": "inpaint", **flatten(config), "prior_digests": digests, "versions": versions()}
     calls: list[int] = []
     inputs = None
-    image_digests = [image_sha256(job.image) for job in jobs]
+    image_digests = [file_digest(Path(job.image)) for job in jobs]
     with ExitStack() as stack:
         stack.enter_context(_claimed(config, image, jobs, image_digests, tokenizer.image_channels))
         for job in jobs:  # reads every image before the first fill, so that any bad file is reported at once

@@ -69,7 +69,9 @@ def small(kind: str) -> TrainTokenizer[Any]:
 
 
 def small64(kind: str) -> TrainTokenizer[Any]:
-    """8x8 codes of 64x64 images, for two CPU cores: 4096 codes, as three digits of 16 in `hrvq` and `vqgan`.
+    """Returns settings for 8x8 codes of 64x64 images, for two CPU cores.
+
+    There are 4096 codes, in `hrvq` and `vqgan` as three digits of 16.
 
     `python scripts/train_tokenizer.py --preset small64 --images my/photos`. For 16x16 codes leave out the last of the
     widths: `--widths 48 96`, and for `vqgan` `--widths 32 64 96`. docs/reproductions/size64.md has the results.
@@ -88,7 +90,9 @@ def small64(kind: str) -> TrainTokenizer[Any]:
 
 
 def paper32(kind: str) -> TrainTokenizer[Any]:
-    """16x16 codes of 32x32 images, as for CIFAR10 and MNIST (there 28x28, here enlarged; add `--image-channels 1`).
+    """Returns settings for 16x16 codes of 32x32 images, as for CIFAR10.
+
+    They also fit MNIST (there 28x28, here enlarged; add `--image-channels 1`).
 
     For a GPU: `python scripts/train_tokenizer.py --preset paper32 --images cifar10.parquet`. The
     paper's MSE of `hrvq` is 0.00041 on CIFAR10 and 0.00011 on MNIST;
@@ -98,7 +102,9 @@ def paper32(kind: str) -> TrainTokenizer[Any]:
 
 
 def paper64(kind: str) -> TrainTokenizer[Any]:
-    """16x16 codes of 64x64 images: the grid that the paper has for 32x32; it has no images of this size.
+    """Returns settings for 16x16 codes of 64x64 images.
+
+    The paper has this grid for 32x32, and no images of 64x64.
 
     For a GPU: `python scripts/train_tokenizer.py --preset paper64 --images my/photos`.
     """
@@ -106,7 +112,7 @@ def paper64(kind: str) -> TrainTokenizer[Any]:
 
 
 def paper128(kind: str) -> TrainTokenizer[Any]:
-    """32x32 codes of 128x128 images, as for ImageNet.
+    """Returns settings for 32x32 codes of 128x128 images, as for ImageNet.
 
     For a GPU: `python scripts/train_tokenizer.py --preset paper128 --images imagenet --workers 8`.
     The paper's MSE of `hrvq` is 0.00027.
@@ -115,7 +121,7 @@ def paper128(kind: str) -> TrainTokenizer[Any]:
 
 
 def paper256(kind: str) -> TrainTokenizer[Any]:
-    """32x32 codes of 256x256 images, as for FFHQ.
+    """Returns settings for 32x32 codes of 256x256 images, as for FFHQ.
 
     For a GPU: `python scripts/train_tokenizer.py --preset paper256 --images ffhq --workers 8`. The
     paper's MSE of `hrvq` is 0.00163.
@@ -124,7 +130,7 @@ def paper256(kind: str) -> TrainTokenizer[Any]:
 
 
 def f16_1024(kind: str) -> TrainTokenizer[Any]:
-    """16x16 codes of 256x256 images from a codebook of 1024, as in VQ-GAN (arXiv 2012.09841).
+    """Returns settings for 16x16 codes of 256x256 images from a codebook of 1024, as in VQ-GAN (arXiv 2012.09841).
 
     Several days on GPUs: `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan
     --preset f16-1024 --images ffhq --workers 8`.
@@ -133,7 +139,7 @@ def f16_1024(kind: str) -> TrainTokenizer[Any]:
 
 
 def f16_16384(kind: str) -> TrainTokenizer[Any]:
-    """16x16 codes of 256x256 images from a codebook of 16384, as in VQ-GAN.
+    """Returns settings for 16x16 codes of 256x256 images from a codebook of 16384, as in VQ-GAN.
 
     Several days on GPUs: `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan
     --preset f16-16384 --images imagenet --workers 8 --discriminator-start 250001`.
@@ -142,7 +148,7 @@ def f16_16384(kind: str) -> TrainTokenizer[Any]:
 
 
 def f8_gumbel_8192(kind: str) -> TrainTokenizer[Any]:
-    """32x32 codes of 256x256 images from a codebook of 8192, by Gumbel-softmax, as in VQ-GAN.
+    """Returns settings for 32x32 codes of 256x256 images from a codebook of 8192, by Gumbel-softmax, as in VQ-GAN.
 
     Several days on GPUs: `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan
     --preset f8-gumbel-8192 --images imagenet --workers 8`.
@@ -158,7 +164,9 @@ def f8_gumbel_8192(kind: str) -> TrainTokenizer[Any]:
 
 
 def f32_megapixel(kind: str) -> TrainTokenizer[Any]:
-    """32x32 codes of 1024x1024 images from a codebook of 8192, as for FFHQ at full size (arXiv 2206.12351).
+    """Returns settings for 32x32 codes of 1024x1024 images from a codebook of 8192 (arXiv 2206.12351).
+
+    They are for FFHQ at full size.
 
     Several days on GPUs: `accelerate launch scripts/train_tokenizer.py --tokenizer vqgan
     --preset f32-megapixel --images ffhq --workers 8 --gradient-checkpointing`. No reconstruction
@@ -266,7 +274,7 @@ def small_prior(kind: str) -> TrainPrior[Any, Any]:
 
 
 def ffhq256(kind: str) -> TrainPrior[Any, Any]:
-    """Hourglass of 187 million parameters for FFHQ at 256x256, on 16x16 codes of `f16-1024`.
+    """Returns settings of an hourglass of 187 million parameters for FFHQ at 256x256, on 16x16 codes of `f16-1024`.
 
     For a GPU: `accelerate launch scripts/train_prior.py --preset ffhq256 --latents ffhq256.h5`.
     """
@@ -274,7 +282,7 @@ def ffhq256(kind: str) -> TrainPrior[Any, Any]:
 
 
 def ffhq1024(kind: str) -> TrainPrior[Any, Any]:
-    """Hourglass of 227 million parameters for FFHQ at 1024x1024, on 32x32 codes of `f32-megapixel`.
+    """Returns settings of an hourglass of 227 million parameters for FFHQ at 1024x1024, on codes of `f32-megapixel`.
 
     For a GPU: `accelerate launch scripts/train_prior.py --preset ffhq1024 --latents ffhq1024.h5`.
     """
@@ -305,7 +313,7 @@ def default_prior_config(name: str, kind: str | None, init: str | None = None) -
 def _sundae(
     kind: str, name: PriorPreset, *, middle: int, unrolled_steps: int, batch_size: int, learning_rate: float
 ) -> TrainPrior[Any, Any]:
-    """The authors' settings: a constant learning rate, AdamW, and neither warm-up, EMA nor gradient clipping.
+    """Returns the authors' settings: a constant learning rate, AdamW, and neither warm-up, EMA nor gradient clipping.
 
     A head has 128 channels here and 64 there, and AdamW's second beta is 0.95 here. The number of steps is open: the
     authors name only days.

@@ -17,7 +17,7 @@ from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, autocast, device
-from smalti.core.errors import UserError, require_finite
+from smalti.core.errors import UserError, require_at_least_one, require_finite
 from smalti.core.files import free_name
 from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
@@ -96,8 +96,7 @@ def sample(config: Sample[Any]) -> Path:
     """
     require_finite(config)
     require_seed(config.seed)
-    if config.num < 1 or config.batch_size < 1:
-        raise UserError(f"--num and --batch-size must be at least 1, not {config.num} and {config.batch_size}")
+    require_at_least_one(config, "num", "batch_size")
     if config.out:
         require_png(config.out)
     sampling_device = device(config.device)
@@ -324,7 +323,8 @@ def _grids(config: Sample[Any], priors: Sequence[Prior], tokenizer: Tokenizer) -
             raise UserError(f"--{name} must be a multiple of {tokenizer.downsampling} pixels, not {pixels}")
     height, width = config.height or trained.height, config.width or trained.width
     if height * width > most_pixels():
-        raise UserError(f"images of {width}x{height} are too large: the most is {most_pixels()} pixels")
+        most = f"the most is {most_pixels()} pixels"
+        raise UserError(f"images of {width}x{height} are too large: {most}; lower --height and --width")
     if config.num * height * width > _MOST_PIXELS:
         raise UserError(
             f"{config.num} images of {width}x{height} do not fit on a sheet; the most is "

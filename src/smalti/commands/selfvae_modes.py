@@ -11,7 +11,7 @@ from smalti.commands.model_paths import RUNS, image_inputs, images_for, load_tok
 from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, device
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float
@@ -57,8 +57,7 @@ class SampleMode:
     """Replace an existing file. Without it, only a sheet that this command made with the same tokenizer is replaced."""
 
     def __post_init__(self) -> None:
-        if self.num < 1 or self.draws < 1:
-            raise UserError(f"--num and --draws must be at least 1, not {self.num} and {self.draws}")
+        require_at_least_one(self, "num", "draws")
 
 
 def load_hierarchy(source: str) -> Hierarchy:

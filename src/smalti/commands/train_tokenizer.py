@@ -164,7 +164,10 @@ def _layer_fits(config: TrainTokenizer[Any], layers: int) -> list[FitConfig]:
     """
     for flag, values in (("--layer-steps", config.layer_steps), ("--layer-batch-sizes", config.layer_batch_sizes)):
         if len(values) not in (0, layers):
-            raise UserError(f"{flag} names {len(values)} layers, but {config.tokenizer} has {layers}")
+            raise UserError(
+                f"{flag} names {len(values)} layers, but {config.tokenizer} has {layers}; give one number for each "
+                "layer, or none"
+            )
         if min(values, default=1) < 1:
             raise UserError(f"{flag} must be at least 1 each, not {values}")
     steps = config.layer_steps or (config.fit.steps,) * layers
@@ -219,7 +222,7 @@ def _train(
     if run.step and above and _is_trained_on(above[0], folder):
         raise UserError(
             f"{above[0]} was trained on {folder} with its {run.step} steps, which must stay as it is; give "
-            f"--layer-steps with {run.step} for it, another --out, or --resume never to train all layers anew"
+            f"--layer-steps with {run.step} for it, another --out, or --resume never to train all layers again"
         )
     train = ImageRows(images, split="train", flips=config.flips)
     train_rows = with_feature_cache(lower, train, process) if lower else train
@@ -319,9 +322,7 @@ def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -
     """
     positions = max(level.height * level.width for level in tokenizer.layout.levels)
     images = max(START_IMAGES, min(START_VECTORS // positions, START_PIXELS // image_pixels, MOST_START_IMAGES))
-    count = min(images, len(train))
-    rows = torch.arange(count) * (len(train) // count)
-    tokenizer.init_from_data(to_float(train.__getitems__(rows.tolist())["images"]))
+    tokenizer.init_from_data(to_float(train.spread(min(images, len(train)))))
 
 
 @torch.no_grad()

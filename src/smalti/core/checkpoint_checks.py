@@ -17,6 +17,7 @@ from smalti.core.files import open_regular
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+MODEL_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -29,6 +30,9 @@ LARGEST_FREE_INTEGER = 1 << 16
 SPARE_MODULES, SPARE_BUFFER_BYTES = 256, 1 << 28
 """Limits of a network beyond what its weights' file shows: modules without weights, and buffers that are computed,
 such as attention masks."""
+
+
+_GIVE = "give the folder of a model that smalti trained, or convert this one with convert.py"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         described = read_json(path)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}") from error
+        raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}; {_GIVE}") from error
     except UserError:
         raise
     except OSError as error:
@@ -59,9 +63,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     types = {"family": str, "kind": str, "config": dict, "digest": str, "provenance": dict}
     fields = described if isinstance(described, dict) else {}
     if missing := types.keys() - fields.keys():
-        raise UserError(f"{path} is not smalti's: it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{path} is not smalti's: it lacks {', '.join(sorted(missing))}; {_GIVE}")
     if wrong := [name for name, kind in types.items() if not isinstance(fields[name], kind)]:
-        raise UserError(f"{path} is not smalti's: its {wrong[0]} has the wrong type")
+        raise UserError(f"{path} is not smalti's: its {wrong[0]} has the wrong type; {_GIVE}")
     return described
 
 

@@ -37,7 +37,7 @@ def chosen_digits(digits: Digits | None, count: int) -> range:
     indices = range(count)[chosen]
     if not indices or (chosen.stop or 0) > count:
         has = f"these codes have {count} digit{'s' if count > 1 else ''}"
-        raise UserError(f"{has}; cannot decode {digits} of them")
+        raise UserError(f"{has}; give a number from 1 to {count}, or a slice within them")
     return indices
 
 

@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file that anyone may have written.
 
     Raises:
-        UserError: if it is not a regular file, or this person may not read it.
+        UserError: if it is not a regular file, or the user may not read it.
         FileNotFoundError: if there is none.
         ValueError: as `parse_json` does.
     """
@@ -175,7 +175,10 @@ def without_switches(settings: dict[str, Any], switches: Mapping[str, FormerSwit
 
 
 def with_switches(settings: dict[str, Any], switches: Mapping[str, FormerSwitch]) -> dict[str, Any]:
-    """Returns settings as older versions had them: with the switch, where it could be set to what the field is."""
+    """Returns settings as older versions wrote them: a field that replaced a switch becomes the switch again.
+
+    A field whose value the switch could not have stays.
+    """
     settings = dict(settings)
     for name, (former, values) in switches.items():
         for switch, value in values.items():
@@ -202,7 +205,7 @@ RENAMED = "renamed"
 
 
 def renamed(default: T, old_values: dict[Any, T]) -> T:
-    """Marks a config field some of whose values had other names, by which checkpoints may still call them.
+    """Marks a config field of which some values had other names in older versions, as in their checkpoints.
 
     Reading replaces an old value by the new one. Digests use the old ones, so that those of older checkpoints stay
     valid.
@@ -212,6 +215,9 @@ def renamed(default: T, old_values: dict[Any, T]) -> T:
         old_values: the new value of each old one.
     """
     return cast(T, dataclasses.field(default=default, metadata={RENAMED: old_values}))
+
+
+_OTHER_VERSION = "another version of smalti may have written it; use that version, or make it again with this one"
 
 
 def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> Any:
@@ -232,9 +238,9 @@ def config_from_json(config_class: Any, fields: dict[str, Any], source: str) -> 
     plain = get_origin(config_class) or config_class
     expected, fields = dataclasses.fields(plain), without_switches(fields, former_switches(plain))
     if missing := {field.name for field in expected if ADDED not in field.metadata} - set(fields):
-        raise UserError(f"{source} lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{source} lacks {', '.join(sorted(missing))}; {_OTHER_VERSION}")
     if unknown := set(fields) - {field.name for field in expected}:
-        raise UserError(f"{source} has unknown fields: {', '.join(sorted(unknown))}")
+        raise UserError(f"{source} has unknown fields: {', '.join(sorted(unknown))}; {_OTHER_VERSION}")
     parameters = dict(zip(getattr(plain, "__parameters__", ()), get_args(config_class), strict=True))
     hints = get_type_hints(plain)
     off = {field.name: field.metadata[ADDED] for field in expected if ADDED in field.metadata}

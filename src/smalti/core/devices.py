@@ -1,5 +1,6 @@
 """Devices and mixed precision: what `--device` and `--precision` mean, and the defaults for this machine."""
 
+import os
 import re
 import sys
 from functools import cache
@@ -18,6 +19,11 @@ Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 BF16_INSTRUCTIONS = frozenset({"amx_bf16", "avx512_bf16"})
 """Instruction sets, as Linux names them, with which CPUs multiply bf16 matrices faster than fp32 ones. With AVX512-BF16
 alone, training steps take 0.6 to 0.75 of fp32's time at equal losses (docs/benchmarks.md)."""
+
+
+def cores() -> int:
+    """Returns the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def best_device() -> torch.device:

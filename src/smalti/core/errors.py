@@ -55,7 +55,7 @@ class UserError(ValueError):
 
 
 def unreadable(path: object, error: OSError) -> UserError:
-    """Returns the error for a file that the system does not let this person read. It is not called damaged."""
+    """Returns the error for a file that the system does not let the user read. It is not called damaged."""
     advice = "give yourself permission to read it" if isinstance(error, PermissionError) else "check its name and disk"
     return UserError(f"{path} cannot be read: {error.strerror or error}; {advice}")
 
@@ -106,7 +106,7 @@ def program_name() -> str:
 def as_invoked(text: str) -> str:
     """Returns a text with its commands in the form in which this one was typed.
 
-    Texts name `python scripts/train_prior.py` or `train_prior.py`; started as `smalti ...`, a person reads
+    Texts name `python scripts/train_prior.py` or `train_prior.py`; started as `smalti ...`, a user reads
     `smalti train-prior`.
     """
     if not program_name().startswith(f"{PROGRAM} "):

@@ -247,7 +247,7 @@ def open_regular(path: Path) -> BufferedReader:
     """Opens an input. Named pipes are refused, since opening one may never return, and devices, which may never end.
 
     Raises:
-        UserError: if it is not a regular file, or this person may not read it.
+        UserError: if it is not a regular file, or the user may not read it.
         FileNotFoundError: if there is none.
     """
     try:
@@ -261,14 +261,24 @@ def open_regular(path: Path) -> BufferedReader:
         raise unreadable(path, error) from error
 
 
-def file_digest(path: Path) -> str:
+def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal.
+
+    Raises:
+        OSError: if it cannot be read.
+        UserError: if it is not a regular file.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes in hexadecimal, as `sha256` does.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise unreadable(path, error) from error

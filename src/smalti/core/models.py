@@ -205,7 +205,7 @@ _CLASSES: dict[tuple[Family, str], type[Checkpointed]] = {}
 
 
 def register(cls: C) -> C:
-    """Class decorator: registers a `Checkpointed` class under its `family` and `kind`."""
+    """Registers, as a decorator, a `Checkpointed` class under its `family` and `kind`."""
     model = cast(type[Checkpointed], cls)
     _CLASSES[model.family, model.kind] = model
     return cls

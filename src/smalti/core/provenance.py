@@ -1,7 +1,6 @@
 """Provenance of artifacts: software versions, the command line, the git commit, the machine, and a run's records."""
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from smalti.core.devices import best_device, resolve
+from smalti.core.devices import best_device, cores, resolve
 
 RUN_NAME, METRICS_NAME = "run.json", "metrics.jsonl"
 """Files that a training leaves beside its model: settings and versions; what was measured at each step."""
@@ -73,10 +72,9 @@ def _git(*arguments: str) -> str | None:
 
 def machine() -> str:
     """Describes the machine and software of a measurement: device, cores, default precision, versions and commit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = f"{torch.cuda.get_device_name()}, " if best_device().type == "cuda" else ""
     software = ", ".join(f"{name} {version}" for name, version in versions().items())
-    threads = f"{cores} cores, {torch.get_num_threads()} threads"
+    threads = f"{cores()} cores, {torch.get_num_threads()} threads"
     return f"{device}{cpu()}, {threads}, {resolve('auto')} by default; {software}; commit {git_commit() or 'none'}"
 
 

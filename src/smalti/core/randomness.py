@@ -139,7 +139,7 @@ def require_seed(seed: int) -> None:
         UserError: if it does not.
     """
     if not -(2**63) <= seed < 2**63:
-        raise UserError(f"the seed must be from -2**63 to 2**63 - 1, not {seed}; give another --seed")
+        raise UserError(f"--seed must be from -2**63 to 2**63 - 1, not {seed}; give another")
 
 
 def row_seeds(seed: int, rows: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:

@@ -61,13 +61,13 @@ def encode(
     checks = {"inputs": local_paths(provenance.image_source), "overwrite": overwrite, "required": True}
     claim = locks.claim([job.path], **checks, is_own=lambda path: provenance.is_rebuild_of(_provenance_of(path)))
     with ExitStack() as stack, BlockStore(job, process=process.process_index) as store:
-        _on_all_processes(process, lambda: stack.enter_context(claim) if main else None)
-        stale = _on_all_processes(process, lambda: store.claim(with_bad=not skips) if main else None)
+        _on_all_processes(lambda: stack.enter_context(claim) if main else None)
+        stale = _on_all_processes(lambda: store.claim(with_bad=not skips) if main else None)
         before = _provenance_of(job.path)
         same = before is not None and provenance.is_met_by(before) and not (before.skipped and not skips)
         finished = same and not overwrite
         # every process lists what is missing before any process writes it
-        unfinished = _on_all_processes(process, store.unfinished, store)
+        unfinished = _on_all_processes(store.unfinished, store)
         if finished and len(LatentSet(job.path).files.extents) == len(job.shards):
             process.print(f"{job.path} already holds these codes.")
             if main:
@@ -87,7 +87,7 @@ def encode(
                     store.require_room(max(map(len, missing.values())), rest)
                 return missing
 
-            missing = _on_all_processes(process, missing_blocks, store)
+            missing = _on_all_processes(missing_blocks, store)
             try:
                 if engine:
                     for shard in _encoded_by(engine, encoder, store, missing, skips=skips):
@@ -95,20 +95,20 @@ def encode(
                     continue
                 share = missing[shards[0]][process.process_index :: process.num_processes]
                 work = partial(_encode_share, encoder, store, shards[0], share, process, workers, skips=skips)
-                _on_all_processes(process, work, store)
+                _on_all_processes(work, store)
             except KeyboardInterrupt:
                 process.print("\nFinished blocks are kept: run the same command to resume.")
                 raise
             merge = partial(merged, shard=shards[0])
-            _on_all_processes(process, merge if main else _nothing, store)
-        _on_all_processes(process, store.finish if main else _nothing, store)
+            _on_all_processes(merge if main else _nothing, store)
+        _on_all_processes(store.finish if main else _nothing, store)
 
 
 def _nothing() -> None:
     """Stands for work of the main process on all others."""
 
 
-def _on_all_processes(process: PartialState, work: Callable[[], T], claimed: BlockStore | None = None) -> T:
+def _on_all_processes(work: Callable[[], T], claimed: BlockStore | None = None) -> T:
     """Runs `work` on every process and waits for all; an error on one process is raised on all.
 
     So all processes stop together. After an error, `claimed` is abandoned: other processes that

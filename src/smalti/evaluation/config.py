@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, TypeVar
 from smalti.commands.inpainting import Filling
 from smalti.core.config import added
 from smalti.core.devices import Device, Precision
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.images.reading import Reading
 from smalti.metrics.extractors import ExtractorName
 from smalti.tokenizers.selfvae.hierarchical_vae import Pixels
@@ -157,8 +157,7 @@ class InpaintingEvaluation(Generic[S]):
     runs/evaluations/inpainting-NAME.json, with the name of the prior's folder; numbered if another result is there]."""
 
     def __post_init__(self) -> None:
-        if self.fills < 1:
-            raise UserError(f"--fills must be at least 1, not {self.fills}")
+        require_at_least_one(self, "fills")
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,7 @@ class LikelihoodEvaluation:
     there]."""
 
     def __post_init__(self) -> None:
-        if self.num < 1 or self.samples < 1:
-            raise UserError(f"--num and --samples must be at least 1, not {self.num} and {self.samples}")
+        require_at_least_one(self, "num", "samples")
 
 
 Evaluation = (

@@ -89,7 +89,7 @@ class RealImages:
 
     @cached_property
     def reference_moments(self) -> Moments:
-        """Mean and covariance of the reference set's features, computed once."""
+        """Returns mean and covariance of the reference set's features, computed once."""
         return Moments.of(self.reference())
 
 

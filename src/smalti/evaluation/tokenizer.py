@@ -35,7 +35,7 @@ def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, Conditions]
     tokenizer = load_tokenizer(config.tokenizer).to(torch_device)
     real = real_for(protocol, tokenizer, extractor)
     if config.perceptual:
-        check_size(*real.judged.shape[2:])
+        check_size(*real.judged.shape[2:], remedy="leave --perceptual out")
     perceptual = find_perceptual(config.perceptual) if config.perceptual else None
     images, codes, seconds = _reconstruct(tokenizer, real.judged, torch_device, protocol.precision)
     errors = mse(to_float(images), to_float(real.judged))

@@ -67,7 +67,7 @@ def read_contents(table: Table, held_out_images: str | None, channels: int, colu
         held_out_images: `none`, a fraction such as `0.05`, or another source, whose images are added and are the
             held-out split; None for the fraction 0.1.
         channels: of the images.
-        columns: the columns that a person chose, as `open_table` takes them; those of the other source have the same
+        columns: the columns that a user chose, as `open_table` takes them; those of the other source have the same
             names, unless it has none of these.
 
     Raises:

@@ -7,7 +7,6 @@ Opening is in `formats/opening.py`, and channels and depths in `formats/planes.p
 Legend: c channels, h w pixels.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -127,12 +126,6 @@ def load_image(
     """
     with _named(path):
         return decode(_read(path), channels=channels, height=height, width=width)
-
-
-def image_sha256(path: str | Path) -> str:
-    """Returns the SHA-256 of a file's bytes in hexadecimal; raises `UserError` as `load_image` does."""
-    with _named(path):
-        return hashlib.sha256(_read(path)).hexdigest()
 
 
 def declared_pixels(path: str | Path) -> int:

@@ -80,7 +80,7 @@ class ImageSet:
         return len(self.source_ids)
 
     def summary(self) -> list[str]:
-        """Returns lines for a person: how many images of which classes were found, and what was left out and why."""
+        """Returns lines for the user: how many images of which classes were found, and what was left out and why."""
         classes = describe_classes(self.labels, self.label_names)
         return [f"{len(self)} image{'s' * (len(self) != 1)} from {self.source}, {classes}", *self.notes]
 

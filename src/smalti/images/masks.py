@@ -113,7 +113,10 @@ def refuse_swapped(image: Path, pixels: UInt8[Tensor, "c h w"], mask: Path) -> N
     if _black_or_white_share(pixels) < _MASK_SHARE or load_transparency(mask) is not None:
         return
     if _black_or_white_share(load_image(mask, channels=3)) < _PHOTO_SHARE:
-        raise UserError(f"--image {image} is all black and white and --mask {mask} is not: they seem to be swapped")
+        raise UserError(
+            f"--image {image} is all black and white and --mask {mask} is not: they seem to be swapped; swap --image "
+            "and --mask"
+        )
 
 
 def _refuse_photograph(values: UInt8[Tensor, "h w"], path: str | Path) -> None:

@@ -119,7 +119,7 @@ def open_table(
 
 
 class _Chosen(NamedTuple):
-    """The columns and the split that a person chose."""
+    """The columns and the split that a user chose."""
 
     image_column: str | None
     label_column: str | None

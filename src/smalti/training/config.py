@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smalti.core.config import require_choices
 from smalti.core.errors import UserError, require_at_least_one
+from smalti.core.randomness import require_seed
 from smalti.training.optimizers import BETAS, Optimizer, OptimizerName, make_optimizer
 
 
@@ -85,8 +86,7 @@ class FitConfig:
                 f"decay_fraction must be from 0 to 1, and ema_decay from 0 to below 1, "
                 f"not {self.decay_fraction} and {self.ema_decay}"
             )
-        if not -(2**63) <= self.seed < 2**63:
-            raise UserError(f"seed must fit into 64 bits, which {self.seed} does not")
+        require_seed(self.seed)
 
     def optimizer_of(self, module: nn.Module, betas: tuple[float, float] = BETAS) -> Optimizer:
         """Returns the optimizer of a module's parameters; only AdamW uses `betas`."""

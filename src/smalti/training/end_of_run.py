@@ -6,8 +6,7 @@ from accelerate import PartialState
 
 from smalti.core.errors import as_invoked
 from smalti.core.models import read_config
-from smalti.core.provenance import logged_metrics
-from smalti.training.run_folder import last_metrics
+from smalti.core.provenance import last_metrics, logged_metrics
 from smalti.training.snapshots import Snapshots
 
 MOST_NUMBERS = 6

@@ -157,10 +157,10 @@ class Watchdog:
 
 @contextmanager
 def explain_errors(device: torch.device, remedies: Sequence[str]) -> Iterator[None]:
-    """Replaces errors about full memory and dead data loader workers by messages with a remedy.
+    """Replaces errors about lack of memory and dead data loader workers by messages with a remedy.
 
     Raises:
-        OneProcessError: the replacement; for full memory it lists the remedies.
+        OneProcessError: the replacement; for lack of memory it lists the remedies.
     """
     grad_enabled = torch.is_grad_enabled()
     try:
@@ -182,12 +182,12 @@ def _explanation(error: Exception, device: torch.device, remedies: Sequence[str]
     """Returns a message with a remedy; None for errors about neither memory nor workers."""
     message = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in message:
-        return f"the memory of {device} is full; give {', or '.join(remedies)}"
+        return f"out of memory on {device}; give {', or '.join(remedies)}"
     deaths = [message] if isinstance(error, ConnectionError) else []
     deaths += [line.strip() for line in message.splitlines() if "DataLoader worker" in line]
     if deaths:
         return (
-            f"a data loader worker died ({deaths[0]}), often because memory is full; the same command resumes from "
+            f"a data loader worker died ({deaths[0]}), often for lack of memory; the same command resumes from "
             "the last snapshot, perhaps with fewer --workers"
         )
     return None

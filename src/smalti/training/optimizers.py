@@ -232,7 +232,7 @@ def restore(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 def clip(parameters: Sequence[nn.Parameter], longest: float) -> Float[Tensor, ""]:
-    """Gradient clipping: scales all gradients together down to a norm of `longest`. Returns the norm they had."""
+    """Clips gradients: scales all together down to a norm of `longest`. Returns the norm they had."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = total_norm(gradients)
     if norm.device.type != "cpu" or norm > longest:

@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from smalti.core import locks
+from smalti.core.checkpoint_checks import MODEL_NAMES
 from smalti.core.config import FormerSwitch, without_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
-from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.core.provenance import METRICS_NAME, RUN_NAME, command, git_commit, versions
-from smalti.core.provenance import last_metrics as last_metrics  # for those who read a run
 from smalti.training.snapshots import Snapshots
-
-MODEL_NAMES = (WEIGHTS_NAME, CONFIG_NAME)
 
 Resume: TypeAlias = Literal["auto", "never"] | int
 """`auto`: resume from the newest intact snapshot, if there is one. `never`: delete the run in the folder. A number:
@@ -45,7 +42,7 @@ _NOT_FLAGS = {
 
 
 def forget(folder: Path) -> None:
-    """Deletes the snapshots and metrics of the run in a folder, which then can only begin anew.
+    """Deletes the snapshots and metrics of the run in a folder, which then can only begin again.
 
     Raises:
         UserError: if another process trains there.
@@ -121,7 +118,7 @@ class Run:
         if foreign and not (self.folder / RUN_NAME).exists():
             raise UserError(
                 f"{self.folder} has a model that was not trained there, such as a converted one; give another --out "
-                f"(--init {self.folder} starts from its weights), or remove {self.folder / foreign[0]} first"
+                f"(--init {self.folder} starts from its weights), or remove {self.folder / foreign[-1]} first"
             )
 
     def _intact(self, step: int) -> int:

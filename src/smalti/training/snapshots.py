@@ -3,7 +3,6 @@
 `checkpoints_and_logs.py` defines what a snapshot contains; `run_folder.py` handles the rest of a run's folder.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from smalti.core.errors import unreadable
-from smalti.core.files import whole_file, whole_folder, write_json
+from smalti.core.files import sha256, whole_file, whole_folder, write_json
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.core.progress import print_note
 
@@ -45,16 +44,16 @@ class Snapshots:
         """Returns what is wrong with a snapshot; None if it is intact, byte for byte.
 
         Raises:
-            UserError: if the system does not let this person read it, which is no damage.
+            UserError: if the system does not let the user read it, which is no damage.
         """
         try:
             digests = json.loads((self.path(step) / DIGESTS_NAME).read_text())["sha256"]
             for name in (STATE_NAME, WEIGHTS_NAME, CONFIG_NAME):
-                if _sha256(self.path(step) / name) != digests[name]:
+                if sha256(self.path(step) / name) != digests[name]:
                     return f"the bytes of {name} are not those that were saved"
         except PermissionError as error:
             raise unreadable(error.filename or self.path(step), error) from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
 
@@ -102,7 +101,7 @@ class Snapshots:
                 torch.save(state, file)
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 shutil.copyfile(self.run_folder / name, partial / name)
-            digests = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+            digests = {file.name: sha256(file) for file in sorted(partial.iterdir())}
             write_json(partial / DIGESTS_NAME, {"step": step, "best": best, "sha256": digests})
         self.delete([old for old in self.steps()[:-keep] if old != best])
 
@@ -114,8 +113,3 @@ class Snapshots:
                 shutil.rmtree(renamed, ignore_errors=True)
                 self.path(step).rename(renamed)
                 shutil.rmtree(renamed)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -165,7 +165,7 @@ def test_a_card_beside_the_model_is_kept(hub, pair):
     load_prior(pair).push_to_hub("me/pair")
     assert hub.repos["models/me/pair"].files()["README.md"] == b"---\nlicense: mit\n---\n# Mine\n"
     assert "samples.png" not in hub.repos["models/me/pair"].files()  # the card does not show it
-    with pytest.raises(UserError, match="put the license into its front matter"):
+    with pytest.raises(UserError, match="put the licence into its front matter, and leave --license out"):
         load_prior(pair).push_to_hub("me/pair", license="mit")
     (pair / "README.md").write_bytes("# Café\r\n".encode())
     load_prior(pair).push_to_hub("me/pair")
@@ -204,7 +204,8 @@ def test_missing_things_are_named(hub, pair):
 def test_models_of_others_are_refused_before_their_weights_are_downloaded(hub):
     repo = hub.repos["models/me/text"] = fake_hub.Repo()
     repo.files().update({"config.json": b'{"architectures": ["Other"]}', "model.safetensors": b"large"})
-    assert "me/text/config.json is not smalti's: it lacks config, digest" in error_of("me/text")
+    error = error_of("me/text")
+    assert "me/text/config.json is not smalti's: it lacks config, digest, family, kind, provenance; give the" in error
     assert not [request for request in hub.requests if "model.safetensors" in request]
 
 

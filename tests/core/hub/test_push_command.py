@@ -96,7 +96,7 @@ def test_a_kind_is_the_one_that_was_trained_here(hub, capfd):
     status, out, _ = run(capfd, push.main, "vqvae", "me/vqvae", "--private", "--revision", "v1", "--message", "Mine")
     assert status == 0
     assert f"{hub.endpoint}/me/vqvae/tree/v1\nnext: smalti build-latents --tokenizer me/vqvae@v1\n" in out
-    assert "the card gives no license; --license NAME does" in out
+    assert "the card gives no licence; --license NAME does" in out
     repo = hub.repos["models/me/vqvae"]
     assert (repo.private, repo.messages, repo.files()) == (True, ["Mine"], {})
     assert "config.json" in repo.files("v1")

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.causal import OPTIONS, of_every_option, prior_of, random_conditioning
+from helpers.toys import log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,8 +47,8 @@ def test_cached_sampler_equals_naive_sampler_on_a_larger_grid():
 def grids_and_probabilities(prior, temperature=1.0):
     """Returns all 2x2 grids of 3 codes `(81, 4)` and log-probabilities of their codes, as the head enumerates them."""
     grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
-    log_probs = (prior.head.log_probs(prior.features(grids.view(81, 2, 2))) / temperature).log_softmax(-1)
-    return grids, log_probs.gather(-1, grids[..., None])[..., 0].double()
+    log_p_table = (log_probs(prior.head, prior.features(grids.view(81, 2, 2))) / temperature).log_softmax(-1)
+    return grids, log_p_table.gather(-1, grids[..., None])[..., 0].double()
 
 
 def chi_square_fits(counts, probabilities):
@@ -136,7 +137,7 @@ def test_sampling_is_float32_under_autocast():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0; use 0.01"),
         ({"guidance": -1.0}, "guidance must not be negative"),
         ({"particles": 0}, "particles must be at least 1"),
     ],

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.toys import log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -58,7 +59,7 @@ def test_codes_follow_the_average_of_the_windows(h, w):
     total, weights = torch.zeros(h, w, 3), torch.zeros(h, w, 1)
     for top in window_starts(h, 2).tolist():
         for left in window_starts(w, 3).tolist():
-            probabilities = prior.head.log_probs(prior.features(grid[:, top : top + 2, left : left + 3], labels)).exp()
+            probabilities = log_probs(prior.head, prior.features(grid[:, top : top + 2, left : left + 3], labels)).exp()
             share = torch.tensor([1.0, 1.0])[:, None] * torch.tensor([1.0, 2.0, 1.0])  # distances to the nearer edges
             total[top : top + 2, left : left + 3] += share[..., None] * probabilities.view(2, 3, 3)
             weights[top : top + 2, left : left + 3] += share[..., None]
@@ -72,7 +73,7 @@ def test_codes_follow_the_average_of_the_windows(h, w):
         samples[part] = prior.head.sample(features, uniforms)
     frequencies = F.one_hot(samples, 3).float().mean(0).view(h, w, 3)
     assert (frequencies - expected).abs().max() < 0.02
-    one_window = prior.head.log_probs(prior.features(grid, labels)).exp().view(h, w, 3)
+    one_window = log_probs(prior.head, prior.features(grid, labels)).exp().view(h, w, 3)
     assert (one_window - expected).abs().max() > 0.05  # otherwise the windows would not matter
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.toys import log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,8 +56,8 @@ def test_loss_is_that_of_the_masked_codes_only():
     total = torch.zeros(())
     for row, column in masked.nonzero():
         inputs = torch.where(masked[row], MASK_TOKEN, codes[row].flatten()).view(1, 3, 4)
-        log_probs = prior.head.log_probs(prior.features(inputs, labels[row : row + 1]))
-        total = total - log_probs[0, column, codes[row].flatten()[column]] / masked[row].sum()
+        log_p_table = log_probs(prior.head, prior.features(inputs, labels[row : row + 1]))
+        total = total - log_p_table[0, column, codes[row].flatten()[column]] / masked[row].sum()
     assert torch.allclose(loss, total / 5, atol=1e-5)
     assert torch.allclose(metrics["nll_1"] + metrics["nll_2"], loss, atol=1e-5)
     assert float(metrics["hidden"]) == pytest.approx(float(masked.float().mean()))
@@ -90,7 +91,7 @@ def test_one_decoding_step_samples_every_code_given_the_known_ones():
     prior = prior_of()
     known_mask = torch.tensor([[[False, True], [False, False]]])
     inputs = torch.tensor([[[MASK_TOKEN, 2], [MASK_TOKEN, MASK_TOKEN]]])
-    expected = prior.head.log_probs(prior.features(inputs)).exp()[0]  # 4 3
+    expected = log_probs(prior.head, prior.features(inputs)).exp()[0]  # 4 3
     codes = generate(
         prior,
         ALL,
@@ -109,7 +110,7 @@ def test_two_decoding_steps_follow_the_enumerated_distribution(order):
     """The second step samples floor(cos(pi / 4) 4) = 2 of the four codes again, given the two revealed ones."""
     prior = prior_of()
     grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
-    first = prior.head.log_probs(prior.features(torch.full((1, 2, 2), MASK_TOKEN)))[0].exp().double()  # 4 3
+    first = log_probs(prior.head, prior.features(torch.full((1, 2, 2), MASK_TOKEN)))[0].exp().double()  # 4 3
     pairs = list(itertools.combinations(range(4), 2))
     if order == "halton":
         pairs = [tuple(halton_ranks(2, 2).argsort()[:2].tolist())]
@@ -117,7 +118,7 @@ def test_two_decoding_steps_follow_the_enumerated_distribution(order):
     for pair in pairs:
         masked = torch.tensor([position not in pair for position in range(4)])
         second = (
-            prior.head.log_probs(prior.features(grids.masked_fill(masked, MASK_TOKEN).view(81, 2, 2))).exp().double()
+            log_probs(prior.head, prior.features(grids.masked_fill(masked, MASK_TOKEN).view(81, 2, 2))).exp().double()
         )
         each = torch.stack([second[:, i].gather(1, grids[:, i : i + 1])[:, 0] for i in range(4)], 1)  # 81 4
         before = torch.stack([first[i, grids[:, i]] for i in range(4)], 1)
@@ -167,8 +168,8 @@ def test_most_confident_codes_are_revealed_first_without_noise():
     mask[0, 0] = True  # if all codes were masked, all positions would be alike
     sampling = MaskedSampling(steps=2, order="confidence", choice_temperature=0.0)
     generate(prior, 1, sampling, known=known, known_mask=mask, callback=lambda _, codes: steps.append(codes.flatten()))
-    log_probs = prior.head.log_probs(prior.features(torch.where(mask, known, MASK_TOKEN)))[0]
-    confidence = log_probs.gather(1, steps[0][:, None])[4:, 0]
+    log_p_table = log_probs(prior.head, prior.features(torch.where(mask, known, MASK_TOKEN)))[0]
+    confidence = log_p_table.gather(1, steps[0][:, None])[4:, 0]
     most_confident = 4 + confidence.argsort(descending=True)[: 12 - math.floor(12 * math.cos(math.pi / 4))]
     assert torch.equal(steps[1][most_confident], steps[0][most_confident])
     assert not torch.equal(steps[1], steps[0])
@@ -217,10 +218,10 @@ def test_trained_prior_samples_like_its_training_data():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "--steps must be at least 1, not 0"),
         ({"temperature": (1.0, 0.0)}, "temperature must be above 0"),
-        ({"guidance": -1.0}, "choice_temperature and guidance must not be negative"),
-        ({"choice_temperature": -0.5}, "choice_temperature and guidance must not be negative"),
+        ({"guidance": -1.0}, "guidance must not be negative"),
+        ({"choice_temperature": -0.5}, "choice_temperature must not be negative, got -0.5"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import toys
+from helpers.toys import log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -51,8 +52,8 @@ def transitions(
         selected and keep their codes.
     """
     grids = torch.tensor(list(itertools.product(range(3), repeat=4)))
-    log_probs = prior.head.log_probs(prior.features(grids.view(81, 2, 2)))
-    new = (log_probs / temperature).softmax(-1).double()  # from, position, code
+    log_p_table = log_probs(prior.head, prior.features(grids.view(81, 2, 2)))
+    new = (log_p_table / temperature).softmax(-1).double()  # from, position, code
     stay = torch.nn.functional.one_hot(grids, 3).double()
     each = torch.where(unknown[:, None], proportion * new + (1 - proportion) * stay, stay)
     columns = [each[:, i, grids[:, i]] for i in range(4)]  # from, to

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from helpers.toys import log_probs
 from torch import Tensor
 
 from smalti.core.errors import UserError
@@ -27,7 +28,7 @@ def tiny(**changes) -> Hourglass:
 
 
 def nll_by_enumeration(prior: Hourglass, inputs: Tensor, codes: Tensor) -> Tensor:
-    return -prior.head.log_probs(prior.features(inputs)).gather(-1, codes.flatten(1)[..., None])[..., 0]
+    return -log_probs(prior.head, prior.features(inputs)).gather(-1, codes.flatten(1)[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("unrolled_steps", [1, 2, 3])
@@ -75,7 +76,7 @@ def test_corruption_of_a_row_depends_on_its_own_seed_only():
 
 
 def test_fewer_than_one_unrolled_step_is_refused():
-    with pytest.raises(UserError, match="at least 1, got 0"):
+    with pytest.raises(UserError, match="--unrolled-steps must be at least 1, not 0"):
         SundaeConfig(unrolled_steps=0)
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.causal import OPTIONS, of_every_option, prior_of, random_conditioning, receptive_field
+from helpers.toys import log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,8 +80,8 @@ def test_loss_is_the_negative_log_likelihood():
     codes, labels = torch.randint(6, (5, 4, 8)), torch.tensor([0, 1, 2, -1, 0])
     batch = {"codes": codes, "labels": labels, "seeds": row_seeds(0, torch.arange(5))}
     for mode, used in ((True, None), (False, labels)):
-        log_probs = prior.head.log_probs(prior.features(codes, used))
-        expected = -log_probs.gather(-1, codes.flatten(1)[..., None]).mean()
+        log_p_table = log_probs(prior.head, prior.features(codes, used))
+        expected = -log_p_table.gather(-1, codes.flatten(1)[..., None]).mean()
         loss, metrics = objective.train(mode)(batch)
         assert torch.allclose(loss, expected, atol=1e-5)
         assert torch.allclose(metrics["bits_per_code"], expected / torch.tensor(2.0).log(), atol=1e-5)
@@ -88,8 +89,8 @@ def test_loss_is_the_negative_log_likelihood():
         digits = prior.level.split(
             codes
         )  # first the likeliest digit, then the likeliest second one given the true first
-        by_first = log_probs.exp().unflatten(-1, (3, 2)).sum(-1)
-        below = log_probs.unflatten(-1, (3, 2))
+        by_first = log_p_table.exp().unflatten(-1, (3, 2)).sum(-1)
+        below = log_p_table.unflatten(-1, (3, 2))
         first, second = digits.flatten(1, 2).unbind(-1)
         taken = below.gather(-2, first[..., None, None].expand(-1, -1, -1, 2))[..., 0, :]
         hit = (by_first.argmax(-1) == first) & (taken.argmax(-1) == second)

@@ -77,7 +77,7 @@ def test_encoding_and_decoding_equal_algorithm_1(config_class, normalize):
     for missing in (0, 4):
         with pytest.raises(UserError, match=f"layers 1 to 3; there is no layer {missing}"):
             tokenizer.encode(images, missing)
-    with pytest.raises(UserError, match="1 digit; cannot decode 2"):
+    with pytest.raises(UserError, match="1 digit; give a number from 1 to 1"):
         hqa_of().decode((codes[-1],), 2)
 
 

@@ -40,7 +40,7 @@ def test_codes_have_the_largest_inner_product(k, b, tile, seed):
     output = quantizer(z_e)
     assert output.codes.equal(codes)
     torch.testing.assert_close(output.z_q, quantizer.lookup(codes))
-    with pytest.raises(UserError, match="cannot decode 2"):
+    with pytest.raises(UserError, match="1 digit; give a number"):
         quantizer.lookup(codes, 2)
 
 

@@ -5,7 +5,6 @@ Also tests the public names of `smalti`. The search is tested in test_search.py,
 
 import itertools
 import math
-import re
 import subprocess
 import sys
 
@@ -203,7 +202,7 @@ def test_invalid_settings_are_refused(change, message):
 
 @pytest.mark.parametrize("digits", [0, 3, -1, slice(2, None), slice(1, 1), slice(0, 3)])
 def test_lookup_refuses_digits_that_codes_do_not_have(digits):
-    with pytest.raises(UserError, match=f"2 digits; cannot decode {re.escape(str(digits))} of them"):
+    with pytest.raises(UserError, match="2 digits; give a number from 1 to 2, or a slice within them"):
         quantizer_of(3, 3).lookup(torch.zeros(1, 1, 1, dtype=torch.long), digits)
 
 

@@ -83,7 +83,7 @@ def test_only_digits_that_exist_are_decoded(name):
         assert quantizer.lookup(codes, digits).equal(quantizer.lookup(shown, digits))
         assert not quantizer.lookup(codes, digits).equal(whole)
     for digits in (0, count + 1):
-        with pytest.raises(UserError, match=f"cannot decode {digits} of them"):
+        with pytest.raises(UserError, match=f"give a number from 1 to {count}, or a slice within them"):
             quantizer.lookup(codes, digits)
 
 

@@ -116,7 +116,7 @@ def test_partial_decoding_uses_only_the_first_digits():
         assert tokenizer.decode((last_changed,), digits).equal(decoded)
     assert tokenizer.decode(codes).equal(tokenizer.decode(codes, 3))
     assert not tokenizer.decode(codes, 1).allclose(tokenizer.decode(codes))
-    with pytest.raises(UserError, match="3 digits; cannot decode 4"):
+    with pytest.raises(UserError, match="3 digits; give a number from 1 to 3"):
         tokenizer.decode(codes, 4)
 
 

@@ -139,7 +139,7 @@ def test_frozen_codebook_stays_as_it_is(folder, capfd, name):
 
 
 def test_init_takes_the_networks_of_another_quantizer(folder, capfd):
-    """Encoder and decoder are taken, the quantizer starts anew."""
+    """Encoder and decoder are taken, the quantizer starts untrained."""
     assert train(capfd, *flags("vqvae", "flat"), "--out", "flat-source")[0] == 0
     start = ("--init", "flat-source", "--quantizer", "fsq", "--levels", "3", "4", "--images", "img")
     status, _, err = train(capfd, *start, "--learning-rate", "1e-9", "--ema-decay", "0", "--out", "to-fsq")

@@ -149,7 +149,9 @@ def test_perceptual_loss_is_part_of_the_loss_and_of_the_adaptive_weight():
     reconstruction_loss = (reconstruction - images).abs().mean() + perceptual
     (expected,) = torch.autograd.grad(reconstruction_loss, objective.tokenizer.decoder[-1].weight)
     torch.testing.assert_close(objective._gradients[0][0], expected, rtol=1e-3, atol=1e-6)
-    with pytest.raises(UserError, match="images of 8x12 are too small for the perceptual loss"):
+    with pytest.raises(
+        UserError, match="images of 8x12 are too small for a perceptual distance; use --perceptual-weight 0"
+    ):
         make(perceptual_weight=2.0)
 
 

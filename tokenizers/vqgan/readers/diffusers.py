@@ -13,7 +13,7 @@ from smalti.core.config import added
 from smalti.core.errors import UserError
 from smalti.core.files import whole_folder, write_json
 from smalti.core.models import save_tensors
-from smalti.tokenizers.vqgan.readers.files import described, read_json
+from smalti.tokenizers.vqgan.readers.files import described, read_description
 from smalti.tokenizers.vqgan.readers.names import DIFFUSERS, matched_names
 from smalti.tokenizers.vqgan.readers.weights import Checkpoint, config_of, import_weights
 from smalti.tokenizers.vqgan.vqgan import VQGAN
@@ -48,7 +48,7 @@ def from_diffusers(checkpoint: Checkpoint) -> VQGAN:
         UserError: if that file cannot be read, or the network differs from smalti's VQ-GAN.
     """
     path = checkpoint.description
-    network = described(_Network, read_json(path), path)
+    network = described(_Network, read_description(path), path)
     fixed = {"norm_type": "group", "act_fn": "silu"}
     if odd := [f"{name} {getattr(network, name)}" for name, value in fixed.items() if getattr(network, name) != value]:
         raise UserError(f"{path}: smalti's VQ-GAN does not support {', '.join(odd)}")

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smalti.core.checkpoint_checks import read_header
-from smalti.core.config import DEEPEST_JSON, LARGEST_JSON_BYTES, config_from_json, parse_json
+from smalti.core.config import DEEPEST_JSON, config_from_json, read_json
 from smalti.core.errors import UserError
 from smalti.core.files import open_regular
-from smalti.tokenizers.vqgan.readers.pickles import MALFORMED, one_line, read_pickled
+from smalti.tokenizers.vqgan.readers.pickles import MALFORMED, read_pickled, type_and_message
 
 LARGEST_YAML_BYTES = 1 << 15
 """A description of a network has about 2 kB; PyYAML reads 100 kB a second."""
@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> Any:
         *MALFORMED,
         yaml.YAMLError,
     ) as error:  # PyYAML's constructors raise errors of many types for malformed values
-        raise UserError(f"{path} does not describe a VQ-GAN ({one_line(error)})") from error
+        raise UserError(f"{path} does not describe a VQ-GAN ({type_and_message(error)})") from error
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -74,21 +74,20 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def read_description(path: Path) -> Any:
+    """Reads the JSON file that describes a network.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
-        with open_regular(path) as file:
-            return parse_json(file.read(LARGEST_JSON_BYTES + 1))
+        return read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}, which describes the network") from error
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({one_line(error)}); download it again") from error
+        raise UserError(f"{path} is not JSON ({type_and_message(error)}); download it again") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -109,7 +108,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}); download it again") from error
+        raise UserError(f"{path} cannot be read ({type_and_message(error)}); download it again") from error
 
 
 def weights_files(folder: Path, prefixes: Iterable[str]) -> list[Path]:
@@ -136,7 +135,7 @@ def weights_files(folder: Path, prefixes: Iterable[str]) -> list[Path]:
 
 def _parts(index: Path, prefixes: tuple[str, ...]) -> list[str]:
     """Returns the names of the files that an index gives for weights of the prefixes."""
-    content = read_json(index)
+    content = read_description(index)
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{index} has no weight_map of the files of all weights; download it again")

@@ -5,7 +5,7 @@ from functools import partial
 
 from smalti.core.config import added
 from smalti.core.errors import UserError
-from smalti.tokenizers.vqgan.readers.files import described, read_json
+from smalti.tokenizers.vqgan.readers.files import described, read_description
 from smalti.tokenizers.vqgan.readers.names import LLAMAGEN, matched_names
 from smalti.tokenizers.vqgan.readers.weights import PUBLISHED_SIZE, Checkpoint, config_of, import_weights
 from smalti.tokenizers.vqgan.vqgan import VQGAN
@@ -63,4 +63,4 @@ def from_llamagen(checkpoint: Checkpoint) -> VQGAN:
 def _settings(checkpoint: Checkpoint) -> _Settings:
     if checkpoint.description == checkpoint.source:  # there is none
         return _Settings()
-    return described(_Settings, read_json(checkpoint.description), checkpoint.description)
+    return described(_Settings, read_description(checkpoint.description), checkpoint.description)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smalti.core.checkpoint_checks import StoredTensor
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, one_line
 
 LARGEST_PICKLE_BYTES = 1 << 21
 """Names and shapes of a checkpoint, without the values of its tensors, have some 200 kB."""
@@ -150,6 +150,6 @@ def _stand_in() -> type:
     return type("StandIn", (), {"__new__": lambda cls, *_: object.__new__(cls), **methods})
 
 
-def one_line(error: BaseException) -> str:
-    """Returns the type of an error and its message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def type_and_message(error: BaseException) -> str:
+    """Returns the type of an error and its message, on one line and shortened."""
+    return one_line(f"{type(error).__name__}: {error}")[:200]

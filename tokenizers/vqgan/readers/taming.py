@@ -15,7 +15,7 @@ from torch import Tensor
 from smalti.core.checkpoint_checks import some
 from smalti.core.config import added
 from smalti.core.errors import UserError
-from smalti.tokenizers.vqgan.readers.files import described, read_json, read_yaml
+from smalti.tokenizers.vqgan.readers.files import described, read_description, read_yaml
 from smalti.tokenizers.vqgan.readers.names import TAMING, matched_names
 from smalti.tokenizers.vqgan.readers.weights import MOST_STAGES, Checkpoint, config_of, import_weights
 from smalti.tokenizers.vqgan.vqgan import VQGAN
@@ -109,7 +109,7 @@ def from_chameleon(checkpoint: Checkpoint) -> VQGAN:
         UserError: if the file cannot be read, or the weights are those of the encoder alone.
     """
     path = checkpoint.description
-    content = read_json(path)
+    content = read_description(path)
     nested = isinstance(content, dict) and "vq_config" in content  # in the config of a whole Chameleon
     content = content["vq_config"] if nested else content
     kind = content.get("model_type", "chameleon_vqgan") if isinstance(content, dict) else None

@@ -37,17 +37,17 @@ def download(hub_id: HubId, names: Sequence[str], kind: RepoType = "model") -> P
     return Path(root) / hub_id.folder
 
 
-def list_files(hub_id: HubId, kind: RepoType = "model") -> list[str]:
-    """Returns the paths of all files of a repository; none if it cannot be listed, as for a copy in the cache."""
+def list_files(hub_id: HubId) -> list[str]:
+    """Returns the paths of all files of a model's repository; none if it cannot be listed, as for a cached copy."""
     try:
-        return sorted(HfApi().list_repo_files(hub_id.repo, repo_type=kind, revision=hub_id.revision))
+        return sorted(HfApi().list_repo_files(hub_id.repo, revision=hub_id.revision))
     except HUB_ERRORS:
         return []
 
 
-def describe_missing(hub_id: HubId, needed: Sequence[str], kind: RepoType = "model") -> str:
-    """Returns why files are missing, and which folders of the repository have all of them."""
-    files = list_files(hub_id, kind)
+def describe_missing(hub_id: HubId, needed: Sequence[str]) -> str:
+    """Returns why files of a model are missing, and which folders of the repository have all of them."""
+    files = list_files(hub_id)
     folders = {file.rpartition("/")[0] for file in files}
     complete = sorted(
         folder for folder in folders if all(f"{folder}/{name}".removeprefix("/") in files for name in needed)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from smalti.core.checkpoint_checks import CONFIG_NAME, WEIGHTS_NAME, read_config
+from smalti.core.checkpoint_checks import CONFIG_NAME, MODEL_NAMES, WEIGHTS_NAME, read_config
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME, require_license
 from smalti.core.hub.download import describe_missing, download
@@ -15,7 +15,6 @@ from smalti.core.hub.pictures import without_texts
 from smalti.core.hub.public_names import public_values
 from smalti.core.hub.upload import Files
 
-MODEL_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 TOKENIZER_FOLDER = "tokenizer"
 """The folder of a prior that has the copy of its tokenizer."""
 SHEETS = ("samples.png", "reconstructions.png", "neighbours.png")
@@ -90,7 +89,7 @@ def model_files(
     own_card = _first(records, CARD_NAME)
     if own_card is not None:
         if license is not None:
-            raise UserError(f"{own_card} is the card; put the license into its front matter, and leave the flag out")
+            raise UserError(f"{own_card} is the card; put the licence into its front matter, and leave --license out")
         card = own_card.read_bytes()
         text = _text_of(own_card, card)
         pictures = {name: path for name, path in pictures.items() if name in text}

@@ -33,7 +33,7 @@ Columns: TypeAlias = dict[str, list[Any]]
 
 
 class MetadataFile(NamedTuple):
-    """A file of metadata: its name for a person, the folder that its paths start from, and its text."""
+    """A file of metadata: its name for the user, the folder that its paths start from, and its text."""
 
     name: str
     folder: str

@@ -96,7 +96,7 @@ def suffix_of(archive: str) -> str:
 
 
 def shown_path(path: str) -> str:
-    """Returns the path of an image for a person: that of its archive and its path in it, or that of its file."""
+    """Returns the path of an image for the user: that of its archive and its path in it, or that of its file."""
     member = member_of(path)
     return path if member is None else f"{member.archive}/{member.name}"
 
