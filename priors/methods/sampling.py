@@ -23,6 +23,9 @@ from smalti.priors.conditioning import Condition, no_condition, require_fitting
 from smalti.priors.methods.canvas import canvas_features
 from smalti.priors.methods.orders import halton_ranks, ranks
 
+LEAST_TEMPERATURE = 1e-6
+"""Far below it logits overflow. At 0.01 the likeliest code is sampled already."""
+
 Guidance: TypeAlias = Annotated[
     float,
     tyro.conf.arg(
@@ -64,11 +67,13 @@ def require_temperature_and_guidance(temperature: float | tuple[float, float], g
     """Checks a sampler's temperature, or its first and last one, and its scale of guidance.
 
     Raises:
-        UserError: for a temperature that is not above 0, or a negative scale.
+        UserError: for a temperature that is too low, or a negative scale.
     """
-    if min(temperature if isinstance(temperature, tuple) else (temperature,)) <= 0:
-        raise UserError(f"temperature must be above 0, got {temperature}; use 0.01 for the likeliest codes")
-    if guidance < 0:
+    temperatures = temperature if isinstance(temperature, tuple) else (temperature,)
+    if not min(temperatures) >= LEAST_TEMPERATURE:
+        least = f"temperature must be at least {LEAST_TEMPERATURE:f}, not {temperature}"
+        raise UserError(f"{least}; use 0.01 for the likeliest codes")
+    if not guidance >= 0:
         raise UserError(f"guidance must not be negative, got {guidance}; 0 samples without the class or vector")
 
 

@@ -146,7 +146,7 @@ def test_wrong_masks_and_settings_are_user_errors(session):
     for mask, message in ((nothing, "nothing is masked yet"), (everything, "the whole image is masked")):
         with pytest.raises(UserError, match=message):
             session.inpaint(picture(), mask, num=1, seed=0, filling=Filling())
-    with pytest.raises(UserError, match="temperature must be above 0"):
+    with pytest.raises(UserError, match="temperature must be at least"):
         session.sample(num=1, seed=0, temperature=(0.0, 1.0))
 
 

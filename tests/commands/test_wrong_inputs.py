@@ -135,7 +135,7 @@ def workspace(tmp_path_factory):
         ),
         (inpaint.main, [*FILL, "--expand", "1", "2"], "Missing value for argument '--expand'. Expected 4 values"),
         (inpaint.main, [*FILL, "--device", "toaster"], "invalid choice 'toaster' for argument '--device'"),
-        (inpaint.main, [*FILL, "--temperature", "0", "1"], "temperature must be above 0, got (0.0, 1.0)"),
+        (inpaint.main, [*FILL, "--temperature", "0", "1"], "temperature must be at least 0.000001, not (0.0, 1.0)"),
         (inpaint.main, [*FILL, "--classes", "cats"], "no class is called 'cats'; there are: 0, 1"),
         (sample.main, ["--prior", "pair", "--guidance", "-1"], "guidance must not be negative, got -1.0"),
         (sample.main, ["--prior", "pair", "--steps", "0"], "--steps must be at least 1, not 0"),

@@ -137,7 +137,8 @@ def test_sampling_is_float32_under_autocast():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0; use 0.01"),
+        ({"temperature": 0.0}, "temperature must be at least 0.000001, not 0.0; use 0.01"),
+        ({"temperature": 1e-38}, "temperature must be at least 0.000001"),  # logits divided by it overflow
         ({"guidance": -1.0}, "guidance must not be negative"),
         ({"particles": 0}, "particles must be at least 1"),
     ],

@@ -219,7 +219,7 @@ def test_trained_prior_samples_like_its_training_data():
     ("changes", "message"),
     [
         ({"steps": 0}, "--steps must be at least 1, not 0"),
-        ({"temperature": (1.0, 0.0)}, "temperature must be above 0"),
+        ({"temperature": (1.0, 0.0)}, "temperature must be at least"),
         ({"guidance": -1.0}, "guidance must not be negative"),
         ({"choice_temperature": -0.5}, "choice_temperature must not be negative, got -0.5"),
     ],
