@@ -6,7 +6,7 @@ and progress bars. `smalti/__init__.py` exports them.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from smalti.commands.class_labels import find_conditions
 from smalti.commands.inpainting import Filling, fills
 from smalti.commands.sample import generate_images
 from smalti.core.devices import Precision
-from smalti.core.errors import UserError, require_at_least_one, require_finite
+from smalti.core.errors import UserError, require_at_least_one, require_finite, whole_number
 from smalti.images.decoding import to_uint8
 from smalti.images.formats.planes import MODES, flatten, to_tensor
 from smalti.images.masks import MID_GREY
@@ -58,12 +58,12 @@ def sample(
     prior: Prior | Sequence[Prior],
     tokenizer: Tokenizer | None = None,
     *,
-    num: int = 16,
-    classes: Sequence[str] = (),
+    num: SupportsIndex = 16,
+    classes: Iterable[str | SupportsIndex] | None = (),
     conditions: Float[Tensor, "_n _v"] | Float[np.ndarray, "_n _v"] | None = None,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
     sampling: Any = None,
-    batch_size: int = 64,
+    batch_size: SupportsIndex = 64,
     precision: Precision = "auto",
 ) -> UInt8[Tensor, "n c h w"]:
     """Draws new images, on the device of the prior.
@@ -73,8 +73,8 @@ def sample(
         tokenizer: the tokenizer that made the prior's codes; by default the copy in the folder that the prior was
             loaded from. It is moved to the prior's device.
         num: the number of images.
-        classes: names of classes to draw in turn; by default, every image draws its class as often as the training set
-            has it.
+        classes: names of classes, or their numbers, to draw in turn: image i has the class `classes[i % len(classes)]`;
+            by default, every image draws its class as often as the training set has it.
         conditions: for a prior conditioned on vectors, those of the images, in turn; by default, none.
         seed: image i depends on the seed and on i alone, whatever `num` is.
         sampling: the sampler's settings, for example `SundaeSampling(steps=25)`; by default those of the prior's kind.
@@ -86,9 +86,10 @@ def sample(
         Images with values from 0 to 255, on the CPU.
 
     Raises:
-        UserError: for an unknown class, vectors or settings that do not fit the prior, a number below 1, a tokenizer
-            that cannot be found, or if there is not one prior for each level of the tokenizer.
+        UserError: for an unknown class, vectors or settings that do not fit the prior, a number below 1 or not whole, a
+            tokenizer that cannot be found, or if there is not one prior for each level of the tokenizer.
     """
+    num, batch_size, seed = whole_number("num", num), whole_number("batch_size", batch_size), whole_number("seed", seed)
     require_at_least_one({"num": num, "batch_size": batch_size})
     priors, tokenizer = _together(prior, tokenizer, sampling)
     images = generate_images(
@@ -111,10 +112,10 @@ def inpaint(
     mask: Image.Image | Bool[Tensor, "y x"],
     tokenizer: Tokenizer | None = None,
     *,
-    num: int = 3,
-    classes: Sequence[str] = (),
+    num: SupportsIndex = 3,
+    classes: Iterable[str | SupportsIndex] | None = (),
     conditions: Float[Tensor, "_n _v"] | Float[np.ndarray, "_n _v"] | None = None,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
     sampling: Any = None,
     filling: Filling | None = None,
     precision: Precision = "auto",
@@ -127,7 +128,7 @@ def inpaint(
         mask: True is filled; of a PIL image, pixels lighter than mid-grey are.
         tokenizer: as in `sample`.
         num: the number of fills.
-        classes: names of classes to fill with in turn; by default any.
+        classes: names of classes, or their numbers, to fill with in turn; by default any.
         conditions: for a prior conditioned on vectors, those of the fills, in turn; by default, none.
         seed: fill i depends on the seed and on i alone.
         sampling: the sampler's settings, for example `SundaeSampling(steps=10)`; by default those that the prior's kind
@@ -142,6 +143,7 @@ def inpaint(
         UserError: for an image or a mask of another type, a mask of another size than the image, a mask that covers all
             or nothing, or as `sample` does.
     """
+    num, seed = whole_number("num", num), whole_number("seed", seed)
     require_at_least_one({"num": num})
     priors, tokenizer = _together(prior, tokenizer, sampling)
     channels = tokenizer.image_channels
