@@ -208,6 +208,31 @@ def test_settings_of_the_sampler_change_fills(pair, image, mask):
     assert inpaint(load_prior(pair), image, mask, num=1, sampling=SundaeSampling(steps=3)).shape == (1, 3, 8, 16)
 
 
+def test_models_in_half_precision_are_refused(pair, image, mask):
+    message = "the weights of the prior are torch.float16; leave them torch.float32, and give precision='bf16' or"
+    for function in (sample, lambda prior: inpaint(prior, image, mask)):
+        with pytest.raises(UserError, match=message):
+            function(load_prior(pair).half())
+    with pytest.raises(UserError, match=r"the weights of the tokenizer are torch\.bfloat16"):
+        sample(load_prior(pair), load_tokenizer(pair / "tokenizer").bfloat16())
+
+
+def test_loading_and_sampling_leave_torchs_state_as_it_was(pair, image, mask):
+    state = torch.get_rng_state()
+    prior = load_prior(pair)
+    Hourglass.load(pair)
+    load_tokenizer(pair / "tokenizer")
+    sample(prior, num=1)
+    inpaint(prior, image, mask, num=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert load_prior(pair).digest() == prior.digest()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_mistakes_are_one_line(pair, image, mask):
     prior = load_prior(pair)
     with pytest.raises(UserError, match=r"the mask is 16x4 but the image is 16x8"):

@@ -18,7 +18,7 @@ from smalti.commands import model_paths
 from smalti.commands.class_labels import find_conditions
 from smalti.commands.inpainting import Filling, fills
 from smalti.commands.sample import generate_images
-from smalti.core.devices import Precision
+from smalti.core.devices import Precision, generators_kept
 from smalti.core.errors import UserError, require_at_least_one, require_finite, whole_number
 from smalti.images.decoding import to_uint8
 from smalti.images.formats.planes import MODES, flatten, to_tensor
@@ -27,33 +27,38 @@ from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
 
 
+@generators_kept()
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Loads a trained tokenizer in evaluation mode on the CPU.
 
     Args:
         source: `"portraits"`, the one in the package; a folder; a kind (`"hrvq"` is the one in
-            `runs/tokenizers/hrvq`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`.
+            `runs/tokenizers/hrvq`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`. A
+            `Path` is never a name in the package or a kind.
 
     Raises:
         UserError: if there is no tokenizer, it is damaged, or its weights do not fit its config.
     """
-    return model_paths.load_tokenizer(str(source))
+    return model_paths.load_tokenizer(source)
 
 
+@generators_kept()
 def load_prior(source: str | Path) -> Prior:
     """Loads a trained prior in evaluation mode on the CPU.
 
     Args:
         source: `"portraits"`, the one in the package; a folder; a kind (`"hourglass"` is the one in
-            `runs/priors/hourglass`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`.
+            `runs/priors/hourglass`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`. A
+            `Path` is never a name in the package or a kind.
 
     Raises:
         UserError: if there is no prior, it is damaged, or its weights do not fit its config.
     """
-    return model_paths.load_only_prior(str(source))
+    return model_paths.load_only_prior(source)
 
 
 @torch.no_grad()
+@generators_kept()
 def sample(
     prior: Prior | Sequence[Prior],
     tokenizer: Tokenizer | None = None,
@@ -106,6 +111,7 @@ def sample(
 
 
 @torch.no_grad()
+@generators_kept()
 def inpaint(
     prior: Prior | Sequence[Prior],
     image: Image.Image | UInt8[Tensor, "c h w"],
@@ -200,6 +206,12 @@ def _together(
         if wrong := [each for each in models if not isinstance(each, kind)]:
             shown = repr(str(wrong[0])[:100]) if isinstance(wrong[0], str | Path) else f"a {type(wrong[0]).__name__}"
             raise UserError(f"{name} is {shown}; give a {name}, as load_{name} returns")
+        for weights in (next(each.parameters()) for each in models):
+            if weights.dtype != torch.float32:
+                raise UserError(
+                    f"the weights of the {name} are {weights.dtype}; leave them torch.float32, and give "
+                    "precision='bf16' or 'fp16' for the network"
+                )
     tokenizer = tokenizer or model_paths.tokenizer_beside(priors[0])
     model_paths.require_same_codes(priors, tokenizer)
     kinds = tuple(dict.fromkeys(each.method.sampling for each in priors))
