@@ -238,7 +238,7 @@ def test_splits_and_rows_that_do_not_exist_are_refused(tmp_path, monkeypatch):
 
 
 def test_paths_and_numbers_are_sources_and_fractions(tmp_path, monkeypatch):
-    write_folder(tmp_path / "emoji", ["red", "green", "blue", "white"])
+    write_folder(tmp_path / "emoji", [f"{number}.png" for number in range(4)])
     monkeypatch.chdir(tmp_path)
     images = open_images(Path("emoji"), held_out=0.25)
     assert (len(images), images.source) == (4, "./emoji")

@@ -32,6 +32,7 @@ from smalti.priors.methods.masked import MaskedSampling
 from smalti.priors.methods.sundae import SundaeSampling
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
+from smalti.tokenizers.base import SAME_CODES
 from smalti.scripts import inpaint, sample, train_prior
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.run_folder import METRICS_NAME
@@ -279,10 +280,8 @@ def test_bits_of_another_tokenizers_codes_are_refused(tmp_path):
     provenance = Provenance("hrvq", {}, "ab" * 32, "none", "none", "", {"height": 4, "width": 8, "channels": 3})
     with LatentSetWriter(tmp_path / "set.h5", layout, **columns, provenance=provenance) as writer:
         writer.write(0, (torch.randint(3, (10, 1, 2)),))
-    latents, prior = (
-        LatentSet(tmp_path / "set.h5"),
-        PixelCNN(PixelCNNConfig(1, 2, (3,), model_width=8, layers=2)).eval(),
-    )
+    latents = LatentSet(tmp_path / "set.h5")
+    prior = PixelCNN(PixelCNNConfig(1, 2, (3,), model_width=8, layers=2)).eval()
     bits = count_bits([prior], latents)  # the prior records no tokenizer
     tokenizer = untrained_pair()[1]
     prior.provenance["tokenizer_digest"] = tokenizer.digest()
