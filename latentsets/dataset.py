@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalti.core.codes import row_numbers
+from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 from smalti.latentsets.hdf5.format import CONDITION_DTYPE, level_bytes
 from smalti.latentsets.reader import LatentSet
@@ -44,6 +46,7 @@ class LatentRows(Dataset):
     """
 
     def __init__(self, latent_set: LatentSet, *, split: Split, level: int = 0, conditions: bool = False) -> None:
+        require_choice("split", split, Split)
         if not 0 <= level < len(latent_set.layout.levels):
             raise UserError(f"{latent_set.path} has levels 0 to {len(latent_set.layout.levels) - 1}, not {level}")
         self.latent_set, self.level = latent_set, level
@@ -74,12 +77,12 @@ class LatentRows(Dataset):
             -1 for none. `conditions`: float32 `(b, v)`, the vectors, if they were asked for. `rows`: int64 `(b,)`, the
             requested row numbers within this dataset.
         """
+        numbers = row_numbers(rows)  # numpy converts a list and gathers rows several times faster than torch
         if self._resident:
-            numbers = torch.as_tensor(rows, dtype=torch.int64, device=self._resident["labels"].device)
+            numbers = torch.from_numpy(numbers).to(self._resident["labels"].device)
             batch = {name: column.index_select(0, numbers) for name, column in self._resident.items()}
             widened = {name: _widen(batch[name]) for name in batch if name != "labels"}
             return {**batch, **widened, "rows": numbers}
-        numbers = np.array(rows, np.int64)  # numpy converts a list and gathers rows several times faster than torch
         index = numbers if self._index is None else self._index[numbers].astype(np.int64)
         codes = {name: self.latent_set.read(level, index) for name, level in self._levels.items()}
         columns = {"labels": self._labels[index].astype(np.int64), "rows": numbers}

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from smalti.core.codes import MOST_COUNTED_CODES, Codes, Layout
+from smalti.core.codes import MOST_COUNTED_CODES, Codes, Layout, row_numbers
 from smalti.core.errors import UserError
 from smalti.core.hub.ids import parse_target
 from smalti.core.hub.upload import upload
@@ -90,23 +90,23 @@ class LatentSet:
 
     @property
     def labels(self) -> Int64[Tensor, " rows"]:
-        """The class of each row, -1 for none."""
-        return torch.from_numpy(self._columns["labels"])
+        """The class of each row, -1 for none; a copy, as the other columns are."""
+        return torch.from_numpy(self._columns["labels"].copy())
 
     @property
     def source_ids(self) -> Int64[Tensor, " rows"]:
         """The source image of each row: 0, 1, ... in order of first appearance."""
-        return torch.from_numpy(self._columns["source_ids"])
+        return torch.from_numpy(self._columns["source_ids"].copy())
 
     @property
     def held_out(self) -> Bool[Tensor, " rows"]:
         """True if a row is held out from training; equal for all rows of a source image."""
-        return torch.from_numpy(self._columns["held_out"]).view(torch.bool)
+        return torch.from_numpy(self._columns["held_out"].copy()).view(torch.bool)
 
     @property
     def flipped(self) -> Bool[Tensor, " rows"]:
         """True if the row is the mirror image of its source."""
-        return torch.from_numpy(self._columns["flipped"]).view(torch.bool)
+        return torch.from_numpy(self._columns["flipped"].copy()).view(torch.bool)
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
@@ -160,6 +160,7 @@ class LatentSet:
         """Returns the codes of the given rows, in their order.
 
         Raises:
+            UserError: as `row_numbers` does.
             IndexError: if a row is outside [-len, len).
         """
         return tuple(self.read(level, rows) for level in range(len(self.layout.levels)))
@@ -195,7 +196,7 @@ class LatentSet:
         """
         if not self.condition_width:
             raise UserError(f"{self.path} has no vectors; build it with --conditions, or add them (add_conditions)")
-        vectors = self._mapped[-1].take(np.asarray(rows, np.int64))
+        vectors = self._mapped[-1].take(rows)
         if not np.isfinite(vectors).all():
             raise UserError(f"{self.path} has vectors that are not finite; build it again")
         return torch.from_numpy(vectors.astype(np.float32))
@@ -206,7 +207,7 @@ class LatentSet:
         A row made by mirroring or cropping has the caption of its image.
         """
         texts: dict[int, str] = {}
-        numbers = [range(len(self))[row] for row in rows]
+        numbers = [range(len(self))[row] for row in row_numbers(rows)]
         start = 0
         for extent, ends in zip(self.files.extents, self._caption_ends, strict=True):
             inside = [row for row in dict.fromkeys(numbers) if start <= row < start + extent.rows]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from smalti.core.codes import MOST_COUNTED_CODES
 from smalti.core.errors import UserError
+from smalti.core.files import as_name
 from smalti.core.hub.cards import CARD_NAME, code, front_matter, license_line, listed, require_license, table
 from smalti.core.hub.download import MOST_NAMES, download
 from smalti.core.hub.ids import HubId, find_hub_id
@@ -35,6 +36,7 @@ def find_file(source: str | Path) -> Path:
     Raises:
         UserError: if there is no such data set, or it has no latent set or several.
     """
+    as_name(source, "the latent set")  # refuses names that no file has
     hub_id = find_hub_id(source.as_posix() if isinstance(source, Path) else source)
     path = Path(source)
     named = hub_id is not None and not hub_id.repo.endswith(DATA_SUFFIXES) and (hub_id.revision or not hub_id.folder)

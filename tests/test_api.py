@@ -78,6 +78,38 @@ def test_samples_do_not_depend_on_their_number(pair):
     assert not torch.equal(three[:2], sample(prior, num=2, seed=6, sampling=sampling))
 
 
+def test_image_i_has_class_i_modulo_the_number_of_classes(pair, image, mask):
+    prior = load_prior(pair)
+    options = {"num": 3, "sampling": SundaeSampling(steps=3)}
+    ones, zeros = (sample(prior, classes=[number] * 2, **options) for number in (1, 0))
+    turns = sample(prior, classes=["1", "1", "0"], **options)
+    assert torch.equal(turns, torch.cat([ones[:2], zeros[2:]]))
+    assert not torch.equal(turns, ones)
+    fills = [inpaint(prior, image, mask, classes=classes, **options) for classes in ([1, 1, 0], [1, 0])]
+    assert torch.equal(fills[0][0], fills[1][0])
+    assert not torch.equal(fills[0], fills[1])
+
+
+def test_whole_numbers_of_other_libraries_are_python_integers(pair, image, mask):
+    prior, sampling = load_prior(pair), SundaeSampling(steps=2)
+    numbers = {"num": np.int64(2), "seed": torch.tensor(3)}
+    assert torch.equal(
+        sample(prior, batch_size=np.uint8(1), sampling=sampling, **numbers),
+        sample(prior, num=2, seed=3, sampling=sampling),
+    )
+    assert torch.equal(
+        inpaint(prior, image, mask, sampling=sampling, **numbers),
+        inpaint(prior, image, mask, num=2, seed=3, sampling=sampling),
+    )
+
+
+def test_ambient_autocast_changes_no_pixel(pair):
+    prior, options = load_prior(pair), {"num": 2, "sampling": SundaeSampling(steps=2), "precision": "fp32"}
+    expected = sample(prior, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample(prior, **options), expected)
+
+
 def test_inpainting_keeps_pixels_outside_the_mask(pair, image, mask):
     fills = inpaint(load_prior(pair), image, mask, num=2)
     assert fills.shape == (2, 3, 8, 16)
@@ -129,6 +161,11 @@ def test_pil_masks_and_images_of_every_mode_are_read_as_files_are(pair, image, m
         (sample, {"num": 0}, "num must be at least 1, not 0"),
         (sample, {"num": -1}, "num must be at least 1, not -1"),
         (sample, {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        (sample, {"seed": 3.7}, "seed must be a whole number, not 3.7"),
+        (sample, {"seed": None}, "seed must be a whole number, not None"),
+        (inpaint, {"seed": "a"}, "seed must be a whole number, not 'a'"),
+        (sample, {"num": 2.0}, "num must be a whole number, not 2.0"),
+        (sample, {"batch_size": torch.tensor(2.5)}, "batch_size must be a whole number, not tensor"),
         (sample, {"prior": []}, "there is no prior; give one"),
         (sample, {"sampling": MaskedSampling(steps=1)}, "sampling is MaskedSampling.* the prior; give SundaeSampling"),
         (sample, {"sampling": SundaeSampling}, "does not fit the prior; give SundaeSampling"),
@@ -169,6 +206,31 @@ def test_settings_of_the_sampler_change_fills(pair, image, mask):
     cool, hot = (SundaeSampling(steps=3, temperature=(t, t)) for t in (0.01, 9.0))
     assert not torch.equal(*(inpaint(load_prior(pair), image, mask, num=1, sampling=each) for each in (cool, hot)))
     assert inpaint(load_prior(pair), image, mask, num=1, sampling=SundaeSampling(steps=3)).shape == (1, 3, 8, 16)
+
+
+def test_models_in_half_precision_are_refused(pair, image, mask):
+    message = "the weights of the prior are torch.float16; leave them torch.float32, and give precision='bf16' or"
+    for function in (sample, lambda prior: inpaint(prior, image, mask)):
+        with pytest.raises(UserError, match=message):
+            function(load_prior(pair).half())
+    with pytest.raises(UserError, match=r"the weights of the tokenizer are torch\.bfloat16"):
+        sample(load_prior(pair), load_tokenizer(pair / "tokenizer").bfloat16())
+
+
+def test_loading_and_sampling_leave_torchs_state_as_it_was(pair, image, mask):
+    state = torch.get_rng_state()
+    prior = load_prior(pair)
+    Hourglass.load(pair)
+    load_tokenizer(pair / "tokenizer")
+    sample(prior, num=1)
+    inpaint(prior, image, mask, num=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert load_prior(pair).digest() == prior.digest()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_mistakes_are_one_line(pair, image, mask):

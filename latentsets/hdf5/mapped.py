@@ -8,6 +8,7 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
+from smalti.core.codes import row_numbers
 from smalti.latentsets.hdf5.format import Extent
 
 
@@ -39,11 +40,12 @@ class MappedRows:
         """Returns the values of rows in any order, `(b, *shape)` in the stored dtype.
 
         Raises:
+            UserError: as `row_numbers` does.
             IndexError: if a row is outside [-len, len).
         """
+        numbers = row_numbers(rows)
         if len(self._maps) == 1:
-            return np.take(self._maps[0], rows, axis=0)
-        numbers = np.asarray(rows, np.int64)
+            return np.take(self._maps[0], numbers, axis=0)
         if not numbers.size:
             return np.empty((0, *self.shape), self._maps[0].dtype)
         if numbers.view(np.uint64).max() >= self._total:  # as an unsigned number, a negative one is the largest

@@ -7,6 +7,7 @@ Legend: b batch, h w grid, n positions (n = h w), d width, m patches, s position
 head.
 """
 
+import copyreg
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from smalti.core.config import added
 from smalti.core.errors import UserError
@@ -26,6 +28,15 @@ from smalti.priors.networks.positions import AxialRotary, require_rotary_heads, 
 
 UNFUSED_POSITIONS = 256
 """The most positions for which attention is not fused where the fused kernel is slow; see `Blocks.forward`."""
+
+
+def _backend(name: str) -> SDPBackend:
+    """Returns a kernel of attention by its name."""
+    return getattr(SDPBackend, name)
+
+
+copyreg.pickle(SDPBackend, lambda backend: (_backend, (backend.name,)))  # type: ignore[arg-type] - an enum made in C++
+"""Lets models be pickled: x-transformers keeps its kernels in them, and torch's enum cannot be found by its name."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ and progress bars. `smalti/__init__.py` exports them.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from smalti.commands import model_paths
 from smalti.commands.class_labels import find_conditions
 from smalti.commands.inpainting import Filling, fills
 from smalti.commands.sample import generate_images
-from smalti.core.devices import Precision
-from smalti.core.errors import UserError, require_at_least_one, require_finite
+from smalti.core.devices import Precision, generators_kept
+from smalti.core.errors import UserError, require_at_least_one, require_finite, whole_number
 from smalti.images.decoding import to_uint8
 from smalti.images.formats.planes import MODES, flatten, to_tensor
 from smalti.images.masks import MID_GREY
@@ -27,43 +27,48 @@ from smalti.priors.base import Prior
 from smalti.tokenizers.base import Tokenizer
 
 
+@generators_kept()
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Loads a trained tokenizer in evaluation mode on the CPU.
 
     Args:
         source: `"portraits"`, the one in the package; a folder; a kind (`"hrvq"` is the one in
-            `runs/tokenizers/hrvq`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`.
+            `runs/tokenizers/hrvq`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`. A
+            `Path` is never a name in the package or a kind.
 
     Raises:
         UserError: if there is no tokenizer, it is damaged, or its weights do not fit its config.
     """
-    return model_paths.load_tokenizer(str(source))
+    return model_paths.load_tokenizer(source)
 
 
+@generators_kept()
 def load_prior(source: str | Path) -> Prior:
     """Loads a trained prior in evaluation mode on the CPU.
 
     Args:
         source: `"portraits"`, the one in the package; a folder; a kind (`"hourglass"` is the one in
-            `runs/priors/hourglass`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`.
+            `runs/priors/hourglass`); or a hub id: `owner/name`, `owner/name@revision` or `owner/name/folder`. A
+            `Path` is never a name in the package or a kind.
 
     Raises:
         UserError: if there is no prior, it is damaged, or its weights do not fit its config.
     """
-    return model_paths.load_only_prior(str(source))
+    return model_paths.load_only_prior(source)
 
 
 @torch.no_grad()
+@generators_kept()
 def sample(
     prior: Prior | Sequence[Prior],
     tokenizer: Tokenizer | None = None,
     *,
-    num: int = 16,
-    classes: Sequence[str] = (),
+    num: SupportsIndex = 16,
+    classes: Iterable[str | SupportsIndex] | None = (),
     conditions: Float[Tensor, "_n _v"] | Float[np.ndarray, "_n _v"] | None = None,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
     sampling: Any = None,
-    batch_size: int = 64,
+    batch_size: SupportsIndex = 64,
     precision: Precision = "auto",
 ) -> UInt8[Tensor, "n c h w"]:
     """Draws new images, on the device of the prior.
@@ -73,8 +78,8 @@ def sample(
         tokenizer: the tokenizer that made the prior's codes; by default the copy in the folder that the prior was
             loaded from. It is moved to the prior's device.
         num: the number of images.
-        classes: names of classes to draw in turn; by default, every image draws its class as often as the training set
-            has it.
+        classes: names of classes, or their numbers, to draw in turn: image i has the class `classes[i % len(classes)]`;
+            by default, every image draws its class as often as the training set has it.
         conditions: for a prior conditioned on vectors, those of the images, in turn; by default, none.
         seed: image i depends on the seed and on i alone, whatever `num` is.
         sampling: the sampler's settings, for example `SundaeSampling(steps=25)`; by default those of the prior's kind.
@@ -86,9 +91,10 @@ def sample(
         Images with values from 0 to 255, on the CPU.
 
     Raises:
-        UserError: for an unknown class, vectors or settings that do not fit the prior, a number below 1, a tokenizer
-            that cannot be found, or if there is not one prior for each level of the tokenizer.
+        UserError: for an unknown class, vectors or settings that do not fit the prior, a number below 1 or not whole, a
+            tokenizer that cannot be found, or if there is not one prior for each level of the tokenizer.
     """
+    num, batch_size, seed = whole_number("num", num), whole_number("batch_size", batch_size), whole_number("seed", seed)
     require_at_least_one({"num": num, "batch_size": batch_size})
     priors, tokenizer = _together(prior, tokenizer, sampling)
     images = generate_images(
@@ -105,16 +111,17 @@ def sample(
 
 
 @torch.no_grad()
+@generators_kept()
 def inpaint(
     prior: Prior | Sequence[Prior],
     image: Image.Image | UInt8[Tensor, "c h w"],
     mask: Image.Image | Bool[Tensor, "y x"],
     tokenizer: Tokenizer | None = None,
     *,
-    num: int = 3,
-    classes: Sequence[str] = (),
+    num: SupportsIndex = 3,
+    classes: Iterable[str | SupportsIndex] | None = (),
     conditions: Float[Tensor, "_n _v"] | Float[np.ndarray, "_n _v"] | None = None,
-    seed: int = 0,
+    seed: SupportsIndex = 0,
     sampling: Any = None,
     filling: Filling | None = None,
     precision: Precision = "auto",
@@ -127,7 +134,7 @@ def inpaint(
         mask: True is filled; of a PIL image, pixels lighter than mid-grey are.
         tokenizer: as in `sample`.
         num: the number of fills.
-        classes: names of classes to fill with in turn; by default any.
+        classes: names of classes, or their numbers, to fill with in turn; by default any.
         conditions: for a prior conditioned on vectors, those of the fills, in turn; by default, none.
         seed: fill i depends on the seed and on i alone.
         sampling: the sampler's settings, for example `SundaeSampling(steps=10)`; by default those that the prior's kind
@@ -142,6 +149,7 @@ def inpaint(
         UserError: for an image or a mask of another type, a mask of another size than the image, a mask that covers all
             or nothing, or as `sample` does.
     """
+    num, seed = whole_number("num", num), whole_number("seed", seed)
     require_at_least_one({"num": num})
     priors, tokenizer = _together(prior, tokenizer, sampling)
     channels = tokenizer.image_channels
@@ -198,6 +206,12 @@ def _together(
         if wrong := [each for each in models if not isinstance(each, kind)]:
             shown = repr(str(wrong[0])[:100]) if isinstance(wrong[0], str | Path) else f"a {type(wrong[0]).__name__}"
             raise UserError(f"{name} is {shown}; give a {name}, as load_{name} returns")
+        for weights in (next(each.parameters()) for each in models):
+            if weights.dtype != torch.float32:
+                raise UserError(
+                    f"the weights of the {name} are {weights.dtype}; leave them torch.float32, and give "
+                    "precision='bf16' or 'fp16' for the network"
+                )
     tokenizer = tokenizer or model_paths.tokenizer_beside(priors[0])
     model_paths.require_same_codes(priors, tokenizer)
     kinds = tuple(dict.fromkeys(each.method.sampling for each in priors))

@@ -8,6 +8,7 @@ from helpers import fake_hub
 from helpers.command_toys import save_pair
 from helpers.toys import TINY
 
+from smalti import load_prior
 from smalti.commands import model_paths
 from smalti.commands.model_paths import (
     find_model,
@@ -62,6 +63,25 @@ def test_a_folder_in_the_working_directory_needs_a_path_if_the_package_has_its_n
     save_pair(tmp_path / "portraits")
     assert find_model("portraits", "prior") == shipped
     assert find_model("./portraits", "prior").resolve() == tmp_path / "portraits"
+
+
+def test_a_path_is_a_folder_and_never_a_name_in_the_package(shipped, tmp_path, capsys):
+    model_paths._note_once.cache_clear()
+    save_pair(tmp_path / "portraits")
+    save_pair(tmp_path / "hourglass")
+    assert load_prior(Path("portraits")).folder == Path("portraits")
+    assert load_prior(Path("hourglass")).folder == Path("hourglass")
+    assert load_tokenizer(Path("portraits/tokenizer")).folder == Path("portraits/tokenizer")
+    assert not capsys.readouterr().err
+    for name, meant in (("portraits", "the one in the package"), ("hourglass", "a kind")):
+        for _ in range(2):
+            assert load_prior(name).folder == shipped
+        note = f"note: the prior '{name}' is {meant}, not the folder of this name; for the folder, give ./{name}"
+        assert capsys.readouterr().err.count(note) == 1
+    with pytest.raises(UserError, match="no checkpoint at hrvq: there is no such folder"):
+        load_tokenizer(Path("hrvq"))
+    HQA(TINY["hqa"]).save("hqa")
+    assert layer_source("./hqa", 2) == "./hqa"  # its bare name would be the kind
 
 
 def test_missing_parts_of_a_local_model_are_not_requested_from_the_hub(tmp_path, monkeypatch):

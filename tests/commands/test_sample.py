@@ -13,7 +13,7 @@ from PIL import Image
 from smalti.commands.model_paths import load_prior
 from smalti.commands.sample import generate_codes, generate_images
 from smalti.images.decoding import to_uint8
-from smalti.images.sheets import GAP, SMALLEST_SHOWN
+from smalti.images.sheets import CAPTION_SIZE, GAP, SMALLEST_SHOWN
 from smalti.priors.methods.sundae import SundaeSampling
 from smalti.scripts import sample
 
@@ -90,6 +90,21 @@ def test_an_animation_shows_every_sampling_step(capfd):
     for frame, codes in zip(frames, steps, strict=True):
         assert np.array_equal(frame, to_uint8(tokenizer.decode((codes,))).permute(0, 2, 3, 1).numpy())
     assert not np.array_equal(frames[0], frames[-1])
+
+
+def test_a_class_that_is_given_twice_is_drawn_twice_in_turn(capfd):
+    assert run(capfd, sample.main, *FLAGS, "--classes", "1", "1", "0", "--files", "--out", "turns.png")[0] == 0
+    prior, tokenizer = load_prior("pair", None)
+    options = {"num": 11, "seed": 0, "sampling": SundaeSampling(steps=3), "precision": "fp32"}
+    expected = to_uint8(generate_images([prior], tokenizer, conditions=[1, 1, 0], **options)).permute(0, 2, 3, 1)
+    files = np.stack([np.array(Image.open(path)) for path in sorted(Path("turns").iterdir())])
+    assert np.array_equal(files, expected.numpy())
+    sheet, turns = Image.open("turns.png"), np.array([1, 1, 0] * 4)[:11]
+    down, band = sheet.size[1] // 2, CAPTION_SIZE + 2 * GAP  # a row of the sheet for each class, below its name
+    for row, number in enumerate((1, 0)):
+        of_class = files[turns == number]
+        shown = pictures(sheet.crop((0, row * down + band, sheet.size[0], (row + 1) * down)), len(of_class))
+        assert np.array_equal(shown, of_class)
 
 
 def test_long_animations_keep_the_last_of_every_few_steps(capfd, monkeypatch):

@@ -8,6 +8,7 @@ from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -220,3 +221,42 @@ def test_the_cache_is_filled_once_and_only_if_it_fits(tmp_path, monkeypatch):
     larger.__getitems__([1])
     larger.__getitems__([1])
     assert decoded == ["b", "b"]
+
+
+def test_splits_and_rows_that_do_not_exist_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    images = open_images("emoji", limit=20, height=8, width=8)
+    with pytest.raises(UserError, match="split must be one of train, held_out, all, not 'test'"):
+        ImageRows(images, split="test", flips=False)
+    rows = ImageRows(images, split="all", flips=False)
+    for read in (images.pixels, rows.__getitems__, lambda wrong: images.crops(wrong, 1)):
+        with pytest.raises(UserError, match=r"the rows are a boolean mask; give .* mask.nonzero\(\)"):
+            read(torch.arange(20) > 3)
+        with pytest.raises(UserError, match="row numbers must be integers, not float64"):
+            read([0.9])
+    assert len(images.pixels([])) == 0
+
+
+def test_paths_and_numbers_are_sources_and_fractions(tmp_path, monkeypatch):
+    write_folder(tmp_path / "emoji", [f"{number}.png" for number in range(4)])
+    monkeypatch.chdir(tmp_path)
+    images = open_images(Path("emoji"), held_out=0.25)
+    assert (len(images), images.source) == (4, "./emoji")
+    assert images.fingerprint == open_images("./emoji").fingerprint
+    assert torch.equal(images.held_out, open_images("./emoji", held_out="0.25").held_out)
+    assert images.preprocessing == open_images("./emoji", held_out="0.25").preprocessing
+    with pytest.raises(UserError, match="the source is empty; give a value"):
+        open_images("")
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        open_images("x" * 5000)
+
+
+def test_large_images_leave_pillows_own_limit_as_it_was(tmp_path, monkeypatch):
+    for number in range(24):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for _ in range(3):  # decoded on several threads
+        images = open_images(str(tmp_path), height=2, width=2, most_pixels=1200)
+        rows = ImageRows(images, split="all", flips=False)
+        assert rows.__getitems__(range(24))["images"][:, 0, 0, 0].tolist() == list(range(24))
+        assert Image.MAX_IMAGE_PIXELS == 100

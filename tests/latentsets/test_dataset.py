@@ -1,7 +1,9 @@
 """The torch dataset of a latent set: splits, batches in this process and in DataLoader workers, codes on a device."""
 
+import re
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -139,3 +141,37 @@ def test_missing_level_and_empty_split_are_refused(latent_set, tmp_path):
         writer.write(0, (torch.ones(1, 1, 1).long(),))
     with pytest.raises(UserError, match="has no held_out rows among 1"):
         LatentRows(LatentSet(tmp_path / "one.h5"), split="held_out")
+
+
+def test_a_split_that_does_not_exist_is_refused(latent_set, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    with pytest.raises(UserError, match="split must be one of train, held_out, all, not 'heldout'"):
+        LatentRows(latent_set, split="heldout")
+
+
+WRONG_ROWS = [
+    ([True, False], "the rows are a boolean mask; give their numbers, such as mask.nonzero()[:, 0]"),
+    (torch.arange(ROWS) > 3, "the rows are a boolean mask"),
+    (torch.tensor([0.0, 1.9]), "row numbers must be integers, not float32"),
+    ([0.5], "row numbers must be integers, not float64"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), WRONG_ROWS)
+@pytest.mark.parametrize("resident", [False, True])
+def test_masks_and_floats_are_no_row_numbers(rows, message, resident, latent_set, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    dataset = LatentRows(latent_set, split="all")
+    readers = [(dataset.to("cpu") if resident else dataset).__getitems__, latent_set.batch, latent_set.captions]
+    for read in readers:
+        with pytest.raises(UserError, match=re.escape(message)):
+            read(rows)
+        assert read([]) is not None
+
+
+def test_columns_are_copies(latent_set):
+    for name, expected in (("labels", LABELS), ("source_ids", SOURCE_IDS), ("held_out", HELD_OUT)):
+        getattr(latent_set, name).zero_()
+        assert torch.equal(getattr(latent_set, name), expected)
+    latent_set.flipped.zero_()
+    assert int(latent_set.flipped.sum()) == ROWS // 3

@@ -66,3 +66,11 @@ def test_another_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer abababababab .* but the tokenizer given is cdcdcdcdcdcd") as caught:
         require_tokenizer(latent_set, ["cd" * 32])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "the latent set is empty; give a value"), ("x" * 5000, "File name too long")]
+)
+def test_names_that_no_file_has_are_one_line(name, message):
+    with pytest.raises(UserError, match=message):
+        LatentSet(name)

@@ -3,6 +3,7 @@
 import itertools
 import sys
 
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.linalg
@@ -16,6 +17,7 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
 from smalti.core.errors import UserError
+from smalti.images.decoding import to_float
 from smalti.metrics.extractors import Inception, Lite0, find_extractor, moments
 from smalti.metrics.frechet import (
     Moments,
@@ -243,3 +245,14 @@ def test_inception_requests_2048_features_of_colour_images(monkeypatch):
     assert arguments == [("inception-v3-compat", ["2048"], False)]
     assert features.dtype == torch.float32
     assert features.equal(torch.arange(70.0)[:, None].expand(-1, 2048))
+
+
+def test_errors_of_integer_pixels_are_refused_and_floats_of_unknown_range_too(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    pixels, mask = torch.full((1, 3, 4, 4), 200, dtype=torch.uint8), torch.eye(4)[None] > 0
+    for error in (mse, lambda a, b: masked_mse(a, b, mask), lambda a, _: seam_steps(a, mask)):
+        with pytest.raises(UserError, match=r"images are torch.uint8; give floats in \[-1, 1\]"):
+            error(pixels, pixels)
+    for wrong in (pixels.long(), pixels / 255):
+        with pytest.raises(UserError, match=r"pixels are torch\..*; give torch\.uint8 from 0 to 255, or torch.int32"):
+            to_float(wrong)

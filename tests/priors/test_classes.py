@@ -2,12 +2,14 @@
 
 import itertools
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 from helpers.toys import log_probs
 from torch.nn import functional as F
 
-from smalti.commands.class_labels import draw_labels, find_classes, label_counts, trained_classes
+from smalti.commands.class_labels import draw_labels, find_classes, find_conditions, label_counts, trained_classes
 from smalti.commands.sample import generate_codes
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
@@ -147,14 +149,22 @@ def test_label_without_a_class_is_refused(label):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ((), {}),
-        (("all",), {"Cats": 0, "Camels": 1, "dogs & wolves": 2}),
-        (("dogs", "cats"), {"dogs & wolves": 2, "Cats": 0}),
-        (("CAM",), {"Camels": 1}),
+        ((), []),
+        (None, []),
+        (("all",), [0, 1, 2]),
+        (("dogs", "cats"), [2, 0]),
+        (("dogs", "cats", "dogs"), [2, 0, 2]),
+        (("CAM",), [1]),
+        ((name for name in ("dogs", "cats")), [2, 0]),
+        (np.array(["dogs", "cats"]), [2, 0]),
+        ([2, np.int64(1)], [2, 1]),
+        (torch.tensor([2, 0]), [2, 0]),
     ],
 )
 def test_classes_are_found_by_name_in_the_order_of_the_names(names, expected):
-    assert list(find_classes(prior_of(), names).items()) == list(expected.items())
+    found = find_conditions([prior_of()], names, None)
+    assert found.values == expected
+    assert found.names == [["Cats", "Camels", "dogs & wolves"][number] for number in expected]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +172,8 @@ def test_classes_are_found_by_name_in_the_order_of_the_names(names, expected):
     [
         ("ca", "'ca' may be Cats or Camels; there are: Cats, Camels, dogs & wolves"),
         ("cow", "no class is called 'cow'; there are: Cats, Camels, dogs & wolves"),
+        (3, "no class is called 3; there are: Cats, Camels, dogs & wolves"),
+        (-1, "no class is called -1; there are: Cats, Camels, dogs & wolves"),
     ],
 )
 def test_unknown_and_ambiguous_names_are_refused(name, message):
@@ -169,6 +181,20 @@ def test_unknown_and_ambiguous_names_are_refused(name, message):
         find_classes(prior_of(), [name])
     with pytest.raises(UserError, match="this prior has no classes"):
         find_classes(prior_of(classes=0), [name])
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        ([0.5], "a class must be a whole number, not 0.5"),
+        ([None], "a class must be a whole number, not None"),
+        (3, "classes is 3; give a list of names, or of the numbers of classes"),
+    ],
+)
+def test_requests_that_are_no_names_and_numbers_are_one_line(requested, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    with pytest.raises(UserError, match=message):
+        find_classes(prior_of(), requested)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +213,7 @@ def test_unknown_and_ambiguous_names_are_refused(name, message):
 def test_names_that_differ_in_case_or_unicode_form_are_told_apart(names, requested, expected):
     prior = prior_of()
     prior.provenance["label_names"] = names
-    assert find_classes(prior, [requested]) == {names[expected]: expected}
+    assert find_classes(prior, [requested]) == [expected]
 
 
 def test_classes_without_training_images_are_refused_and_left_out_of_all():
@@ -198,7 +224,7 @@ def test_classes_without_training_images_are_refused_and_left_out_of_all():
     assert prior.provenance["label_counts"] == [1, 2, 0, 1]
     with pytest.raises(UserError, match="the prior was trained on no image of the class 'Camels'; choose another one"):
         find_classes(prior, ["cam"])
-    assert find_classes(prior, ["all"]) == {"Cats": 0, "dogs & wolves": 2}
+    assert find_classes(prior, ["all"]) == [0, 2]
     assert trained_classes(prior) == [0, 2]
     assert 1 not in draw_labels(prior, [], torch.arange(1000), seed=0)
 
@@ -206,7 +232,7 @@ def test_classes_without_training_images_are_refused_and_left_out_of_all():
 def test_classes_without_names_are_numbered():
     prior = prior_of()
     prior.provenance = {}
-    assert find_classes(prior, ["2", "0"]) == {"2": 2, "0": 0}
+    assert find_classes(prior, ["2", "0"]) == [2, 0]
     assert draw_labels(prior, [], torch.arange(4), 0).tolist() == [-1] * 4
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.toys import log_probs
+from helpers.toys import log_probs, untrained_pair
 from PIL import Image
 
 import smalti
@@ -33,7 +33,7 @@ from smalti.priors.methods.sundae import SundaeSampling
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
 from smalti.scripts import inpaint, sample, train_prior
-from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.base import SAME_CODES, Tokenizer
 from smalti.training.run_folder import METRICS_NAME
 
 LAYOUT = Layout((Level(2, 2, (3,)), Level(4, 4, (2, 3))))
@@ -274,6 +274,28 @@ def test_bits_per_code_are_those_of_enumerated_probabilities(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             count_bits(priors, LatentSet(tmp_path / "set.h5"))
+
+
+def test_bits_of_another_tokenizers_codes_are_refused(tmp_path):
+    layout, numbers = Layout((Level(1, 2, (3,)),)), torch.arange(10)
+    columns = {"labels": numbers * 0 - 1, "source_ids": numbers, "held_out": numbers % 3 == 0, "flipped": numbers < 0}
+    provenance = Provenance("hrvq", {}, "ab" * 32, "none", "none", "", {"height": 4, "width": 8, "channels": 3})
+    with LatentSetWriter(tmp_path / "set.h5", layout, **columns, provenance=provenance) as writer:
+        writer.write(0, (torch.randint(3, (10, 1, 2)),))
+    latents = LatentSet(tmp_path / "set.h5")
+    prior = PixelCNN(PixelCNNConfig(1, 2, (3,), model_width=8, layers=2)).eval()
+    bits = count_bits([prior], latents)  # the prior records no tokenizer
+    tokenizer = untrained_pair()[1]
+    prior.provenance["tokenizer_digest"] = tokenizer.digest()
+    for options in ({}, {"tokenizer": tokenizer}):
+        with pytest.raises(
+            UserError, match=f"codes of the tokenizer {tokenizer.digest()[:12]}, but .* of abababababab"
+        ):
+            count_bits([prior], latents, **options)
+    tokenizer.provenance[SAME_CODES] = {"code_digest": tokenizer.code_digest(), "digests": ["ab" * 32]}
+    assert count_bits([prior], latents, tokenizer=tokenizer) == bits
+    prior.provenance["tokenizer_digest"] = "ab" * 32
+    assert count_bits([prior], latents) == bits
 
 
 def test_saved_prior_has_its_level(place):

@@ -18,7 +18,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch import Tensor
 
-from smalti.commands.class_labels import find_classes
+from smalti.commands.class_labels import class_names, find_classes
 from smalti.commands.inpainting import Filling, WorkingSize, callback_calls, fills, working_size
 from smalti.commands.model_paths import load_prior
 from smalti.commands.sample import generate_images
@@ -75,7 +75,8 @@ class Session:
         self.prior, self.tokenizer = loaded_prior.to(self.device), loaded_tokenizer.to(self.device)
         if self.prior.condition_width:
             print_note("note: this prior is conditioned on vectors; the page draws and fills without them")
-        self.classes = list(find_classes(self.prior, ("all",) if self.prior.classes else ()))
+        trained = find_classes(self.prior, ("all",) if self.prior.classes else ())
+        self.classes = [class_names(self.prior)[number] for number in trained]
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ class Session:
         if mask.all():
             raise UserError("the whole image is masked, so a fill has nothing to match; paint over less of it")
         sampling = replace(self.prior.method.filling(), **settings)
-        class_numbers = list(find_classes(self.prior, classes).values())
+        class_numbers = find_classes(self.prior, classes)
         height, width = mask.shape
         size = self.working_size(height, width, filling)
         preview_pixels, preview_mask = _preview(pixels, mask)
@@ -162,7 +163,7 @@ class Session:
             UserError: if a class is unknown or a setting is out of range.
         """
         sampling = replace(self.prior.method.sampling(), **settings)
-        class_numbers = list(find_classes(self.prior, classes).values())
+        class_numbers = find_classes(self.prior, classes)
 
         def work(report: Report) -> list[Image.Image]:
             steps = count()

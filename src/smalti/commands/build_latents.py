@@ -13,7 +13,8 @@ import torch
 from accelerate import PartialState
 
 from smalti.commands.model_paths import LATENTS, images_for, layer_name, layer_source, load_tokenizer
-from smalti.core.devices import Device, cores, device
+from smalti.core.config import store_paths
+from smalti.core.devices import Device, cores, device, generators_kept
 from smalti.core.errors import UserError
 from smalti.core.hub.public_names import public_values
 from smalti.core.provenance import command, versions
@@ -30,7 +31,7 @@ from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.summary import describe
 from smalti.tokenizers.base import Tokenizer
-from smalti.training.accelerator import LONGEST_WAIT, main_first, note_single_process
+from smalti.training.accelerator import LONGEST_WAIT, accelerator_kept, main_first, note_single_process
 
 SIDES = ("channels", "height", "width")
 MOST_CROPS = 1_000
@@ -89,6 +90,9 @@ class BuildLatents:
     """Replace an existing file, even a latent set that holds these codes. Without it, such a set is left as it is, and
     only one of the same tokenizer and images is replaced."""
 
+    def __post_init__(self) -> None:
+        store_paths(self, names=("tokenizer", "images", "conditions"), paths=("out",))
+
     @property
     def crops_per_image(self) -> int:
         """The number of crops of every training image, without mirror images."""
@@ -100,6 +104,8 @@ class BuildLatents:
         return None if self.ten_crop else self.crops
 
 
+@generators_kept()
+@accelerator_kept()
 def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
     """Encodes every image and stores the codes; returns the file, or the folder of a set of several files.
 

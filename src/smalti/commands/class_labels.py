@@ -1,16 +1,16 @@
 """The conditions of images to generate: vectors; or classes, found by their names or drawn as often as they occur."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, whole_number
 from smalti.core.randomness import Stream, derive, row_seeds, uniform
 from smalti.latentsets.conditions import read_vectors, require_vectors, to_array, to_half
 from smalti.priors.base import Prior
@@ -18,26 +18,25 @@ from smalti.priors.conditioning import Condition
 from smalti.priors.head import inverse_cdf
 
 
-def find_classes(prior: Prior, requested: Sequence[str]) -> dict[str, int]:
-    """Returns the requested classes by name, in the requested order.
+def find_classes(prior: Prior, requested: Iterable[str | SupportsIndex] | None) -> list[int]:
+    """Returns the number of each requested class, in the requested order and as often as it is requested.
 
-    A request is a name, the beginning of one, or a class number; `all` alone requests every class that the prior was
-    trained on. An exact name comes first, then one that differs in Unicode form (NFC), then one that differs in case,
-    then the beginning of one.
+    A request is a name, the beginning of one, or the number of a class as an integer; `all` alone requests every class
+    that the prior was trained on. An exact name comes first, then one that differs in Unicode form (NFC), then one that
+    differs in case, then the beginning of one.
 
     Raises:
         UserError: if the prior has no classes, or a request matches none, several, or a class without training images.
     """
-    if isinstance(requested, str):
-        raise UserError(f"classes is the text {requested!r}; give a list of names, such as [{requested!r}]")
-    if requested and not prior.classes:
+    requests = _requests(requested)
+    if requests and not prior.classes:
         raise UserError("this prior has no classes, as its latent set had no labels; leave --classes out")
     names = class_names(prior)
     trained = trained_classes(prior)
-    if tuple(requested) == ("all",):
-        return {names[number]: number for number in trained}
-    classes = {}
-    for request in requested:
+    if requests == ("all",):
+        return trained
+    classes = []
+    for request in requests:
         matches = _matches(request, names)
         if len(matches) != 1:
             candidates = " or ".join(names[match] for match in matches)
@@ -45,8 +44,23 @@ def find_classes(prior: Prior, requested: Sequence[str]) -> dict[str, int]:
             raise UserError(f"{problem}; there are: {', '.join(names)}")
         if matches[0] not in trained:
             raise UserError(f"the prior was trained on no image of the class {names[matches[0]]!r}; choose another one")
-        classes[names[matches[0]]] = matches[0]
+        classes.append(matches[0])
     return classes
+
+
+def _requests(classes: Iterable[str | SupportsIndex] | None) -> tuple[str | int, ...]:
+    """Returns the requested classes as a tuple, since an iterator can be read only once; None requests none.
+
+    Raises:
+        UserError: if they are a text, whose letters would be read as classes, or are no names and integers.
+    """
+    if isinstance(classes, str):
+        raise UserError(f"classes is the text {classes!r}; give a list of names, such as [{classes!r}]")
+    if classes is None:
+        return ()
+    if not isinstance(classes, Iterable):
+        raise UserError(f"classes is {classes!r}; give a list of names, or of the numbers of classes")
+    return tuple(each if isinstance(each, str) else whole_number("a class", each) for each in classes)
 
 
 def class_names(prior: Prior) -> list[str]:
@@ -71,8 +85,10 @@ def label_counts(
     return np.where(trained > 0, trained + others, 0)
 
 
-def _matches(request: str, names: Sequence[str]) -> list[int]:
+def _matches(request: str | int, names: Sequence[str]) -> list[int]:
     """Returns the classes that match a request in the first form of comparison in which any does."""
+    if isinstance(request, int):
+        return [request] if 0 <= request < len(names) else []
 
     def nfc(text: str) -> str:
         return unicodedata.normalize("NFC", text)
@@ -87,14 +103,14 @@ def _matches(request: str, names: Sequence[str]) -> list[int]:
 
 
 class Conditions(NamedTuple):
-    """The conditions of samples, in turn: the numbers of classes, or vectors `(n, v)`; and their names."""
+    """The conditions of samples, in turn: the numbers of classes, or vectors `(n, v)`; and the name of each."""
 
     names: list[str]
     values: list[int] | Tensor
 
 
 def find_conditions(
-    priors: Sequence[Prior], classes: Sequence[str], vectors: Path | np.ndarray | Tensor | None
+    priors: Sequence[Prior], classes: Iterable[str | SupportsIndex] | None, vectors: Path | np.ndarray | Tensor | None
 ) -> Conditions:
     """Returns the conditions that a user asked for: classes by name (see `find_classes`), or vectors as stored.
 
@@ -107,15 +123,17 @@ def find_conditions(
         UserError: for priors of which some are conditioned on classes and others on vectors; for a request that does
             not fit them; as `find_classes` and `smalti.latentsets.conditions.read_vectors` do.
     """
+    requests = _requests(classes)
     widths = {prior.condition_width for prior in priors if prior.condition_width}
     if len(widths) > 1 or (widths and any(prior.classes for prior in priors)):
         raise UserError("the priors of the levels are conditioned on different things; train all on classes or vectors")
     if vectors is None:
-        if classes and widths:
+        if requests and widths:
             raise UserError("this prior is conditioned on vectors, not on classes; give --conditions FILE.npy instead")
-        found = find_classes(first_conditional(priors), classes)
-        return Conditions([*found], [*found.values()])
-    if classes:
+        prior = first_conditional(priors)
+        numbers, names = find_classes(prior, requests), class_names(prior)
+        return Conditions([names[number] for number in numbers], numbers)
+    if requests:
         raise UserError("--classes and --conditions cannot be given together, as no prior is conditioned on both")
     name = f"--conditions {vectors}" if isinstance(vectors, Path) else "the array of conditions"
     array = read_vectors(vectors) if isinstance(vectors, Path) else to_array(vectors)

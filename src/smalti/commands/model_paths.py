@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from smalti.core import models
 from smalti.core.config import config_from_json, read_json
 from smalti.core.errors import UserError
+from smalti.core.files import as_name
 from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
 from smalti.core.progress import print_note
 from smalti.core.provenance import RUN_NAME
@@ -29,7 +31,7 @@ SHIPPED_DEFAULTS: dict[tuple[models.Family, str], str] = {
 """The model in the package that stands in for a kind until one is trained."""
 
 
-def load_tokenizer(source: str) -> Tokenizer:
+def load_tokenizer(source: str | Path) -> Tokenizer:
     """Loads a trained tokenizer, given by any name that `find_model` takes.
 
     Raises:
@@ -38,33 +40,48 @@ def load_tokenizer(source: str) -> Tokenizer:
     return load(find_model(source, "tokenizer"), "tokenizer")
 
 
-def find_model(source: str, family: models.Family) -> Path:
+def find_model(source: str | Path, family: models.Family) -> Path:
     """Returns the folder of a trained model.
 
     Args:
         source: a kind, which stands for `runs/tokenizers/KIND` or `runs/priors/KIND`, or for a model in the package
             if there is no such folder yet, which a line on standard error reports; the name of a model in the package;
-            a folder; or a hub id.
+            a folder; or a hub id. If a folder has the name of a model in the package or of a kind, a text stands for
+            the latter, which a line reports, and a `Path` for the folder.
         family: `tokenizer` or `prior`.
 
     Raises:
         UserError: if there is none; for a kind that is not trained yet, with the command that trains it.
     """
-    if source in shipped_models(family):
+    if isinstance(source, Path):
+        return locate(source)
+    shipped, kinds = shipped_models(family), models.kinds(family)
+    if source in (*shipped, *kinds) and (Path(source) / CONFIG_NAME).is_file():
+        meant = "the one in the package" if source in shipped else "a kind"
+        _note_once(
+            f"note: the {family} {source!r} is {meant}, not the folder of this name; for the folder, give ./{source}"
+        )
+    if source in shipped:
         return _shipped_folder(source, family)
-    if source not in models.kinds(family):
+    if source not in kinds:
         return locate(source)
     folder = (TOKENIZERS if family == "tokenizer" else PRIORS) / source
     if (folder / CONFIG_NAME).exists():
         return folder
     name = SHIPPED_DEFAULTS.get((family, source), "")
-    if name in shipped_models(family):
+    if name in shipped:
         print_note(f"there is no {folder} yet: using the {family} {name!r} of the package")
         return _shipped_folder(name, family)
     raise UserError(
         f"{folder} does not exist: train it first (python scripts/train_{family}.py --{family} {source}), "
         f"or give --{family} a folder or hub id"
     )
+
+
+@cache
+def _note_once(text: str) -> None:
+    """Prints a note, once in each process: a command looks for its models several times."""
+    print_note(text)
 
 
 def find_initial_model(source: str, family: models.Family, run_folder: Path) -> Path:
@@ -146,14 +163,14 @@ def layer_source(source: str, layer: int | None) -> str:
     if layer is None:
         return source
     folder = find_model(source, "tokenizer")
-    cls, config = trained_config(str(folder), "tokenizer")
+    cls, config = trained_config(as_name(folder), "tokenizer")
     stages = cast(type[Tokenizer], cls).stages(config)
     if not 1 <= layer <= len(stages):
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
     own = folder if layer == len(stages) else folder / layer_name(layer)
     if not own.is_dir():  # its path could be the id of a model on the hub
         raise UserError(f"{own} with the first layers of {source} is missing; copy it from the training's folder")
-    return str(own)
+    return as_name(own)
 
 
 def images_for(
@@ -260,7 +277,7 @@ def _load(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], T
     return priors, decoder
 
 
-def load_only_prior(source: str) -> Prior:
+def load_only_prior(source: str | Path) -> Prior:
     """Loads a trained prior, given by any name that `find_model` takes, without its tokenizer.
 
     Raises:

@@ -160,7 +160,8 @@ def _sample(
     settings = {"command": "sample", **flatten(config), "prior_digests": digests, "versions": versions()}
     names = conditions.names
     if names and (config.classes or len(names) < config.num):
-        rows = {name: images[i :: len(names)] for i, name in enumerate(names) if i < config.num}
+        turns = [names[number % len(names)] for number in range(config.num)]
+        rows = {name: images[[turn == name for turn in turns]] for name in dict.fromkeys(turns)}
         save_sheet(out, rows, settings=settings)
     else:
         save_grid(out, images, settings=settings)
@@ -213,8 +214,7 @@ def generate_images(
         conditions: classes or vectors, see `draw_conditions`.
         batch_size: images generated at once.
         precision: the priors' precision.
-        watch: called after each step of the last level, with the number of the batch's first image
-            and the current codes of all levels.
+        watch: called after each step of the last level, with the batch's first image and the codes of all levels.
     """
     grids = grids or [(prior.level.height, prior.level.width) for prior in priors]
     samplings = [sampling_for(prior, sampling) for prior in priors]
@@ -235,7 +235,8 @@ def generate_images(
                     watch=partial(watch, start) if watch else None,
                 )
             seeds = derive(row_seeds(seed, rows), Stream.IMAGE_DETAILS).to(codes[0].device)
-            images.append(tokenizer.draw(codes, seeds).cpu())
+            with torch.autocast(codes[0].device.type, enabled=False):  # the caller's own, too
+                images.append(tokenizer.draw(codes, seeds).cpu())
             progress.update((index + 1) * calls - progress.n)  # counts the steps saved by stopping early
     return torch.cat(images)
 

@@ -23,8 +23,8 @@ from smalti.commands.model_paths import (
 )
 from smalti.commands.sample import generate_codes
 from smalti.core import models
-from smalti.core.config import added, added_values, flatten, require_choices
-from smalti.core.devices import Device, Precision
+from smalti.core.config import added, added_values, flatten, require_choices, store_paths
+from smalti.core.devices import Device, Precision, generators_kept
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
 from smalti.core.progress import SLOW_SECONDS, bar, counting, print_note
@@ -36,7 +36,7 @@ from smalti.latentsets.reader import LatentSet, require_tokenizer
 from smalti.priors.base import CodePrior, Prior
 from smalti.priors.grids import continuous_grid, grids
 from smalti.tokenizers.base import Tokenizer
-from smalti.training.accelerator import accelerator, tracked
+from smalti.training.accelerator import accelerator, accelerator_kept, tracked
 from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
@@ -120,11 +120,14 @@ class TrainPrior(Generic[C, Objective]):
     number rolls back to the snapshot of that step and discards everything after it."""
 
     def __post_init__(self) -> None:
+        store_paths(self, names=("init", "tokenizer"), paths=("latents", "out"))
         require_choices(self)
         if self.sheet_samples < 0:
             raise UserError(f"--sheet-samples must not be negative, not {self.sheet_samples}; 0 draws none")
 
 
+@generators_kept()
+@accelerator_kept()
 def train_prior(config: TrainPrior[Any, Any]) -> Path:
     """Trains a prior, or resumes a stopped run; returns its folder.
 
@@ -147,7 +150,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     config, prior = _new_prior(config, latents)
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
-    other = load_only_prior(str(find_initial_model(config.init, "prior", folder))) if config.init else None
+    other = load_only_prior(find_initial_model(config.init, "prior", folder)) if config.init else None
     settings["init_digest"] = other.digest() if other else None
     with process.main_process_first():  # it may delete an earlier run
         off = added_values(config)

@@ -20,8 +20,8 @@ from smalti.commands.model_paths import (
     require_config,
 )
 from smalti.core import models
-from smalti.core.config import added_values, flatten, former_switches, read_json
-from smalti.core.devices import Device, Precision
+from smalti.core.config import added_values, flatten, former_switches, read_json, store_paths
+from smalti.core.devices import Device, Precision, generators_kept
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
 from smalti.core.progress import print_note
@@ -32,7 +32,7 @@ from smalti.images.sheets import save_sheet
 from smalti.images.sources import local_paths
 from smalti.tokenizers.base import PartName, Tokenizer
 from smalti.tokenizers.reconstruction import Reconstruction
-from smalti.training.accelerator import accelerator, main_first, tracked
+from smalti.training.accelerator import accelerator, accelerator_kept, main_first, tracked
 from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
@@ -114,7 +114,12 @@ class TrainTokenizer(Generic[C]):
     """`auto` resumes from the newest snapshot, if there is one; `never` deletes an existing run and starts over; a step
     number rolls back to the snapshot of that step and discards everything after it."""
 
+    def __post_init__(self) -> None:
+        store_paths(self, names=("images", "init"), paths=("out",))
 
+
+@generators_kept()
+@accelerator_kept()
 def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None) -> Path:
     """Trains a tokenizer, or resumes a stopped run; returns its folder.
 
@@ -202,9 +207,9 @@ def _train(
     settings = {**flatten(config), "image_fingerprint": images.fingerprint, "precision": process.mixed_precision}
     settings["fit"] = None if config.reading.fit == "crop" else config.reading.fit  # the default, and that of old runs
     initial = find_initial_model(config.init, "tokenizer", folder) if config.init else None
-    other = load_tokenizer(str(initial)) if initial else None
+    other = load_tokenizer(initial) if initial else None
     settings["init_digest"] = other.digest() if other else None
-    lower = load_tokenizer(str(lower_folder)) if lower_folder else None
+    lower = load_tokenizer(lower_folder) if lower_folder else None
     if lower:
         tokenizer.build_on(lower)
         settings["below"] = lower.digest()  # a run does not resume on other lower layers than it was trained on

@@ -8,13 +8,13 @@ import dataclasses
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from smalti.core.errors import UserError
-from smalti.core.files import open_regular
+from smalti.core.files import as_name, open_regular
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -52,6 +52,23 @@ def require_choices(config: Any) -> None:
 def _literals(cls: type) -> dict[str, Any]:
     """Returns the types of the fields that are `Literal`s."""
     return {name: hint for name, hint in get_type_hints(cls).items() if get_origin(hint) is Literal}
+
+
+def store_paths(config: Any, *, names: Collection[str] = (), paths: Collection[str] = ()) -> None:
+    """Stores fields of a frozen config in their types, so that programs can give texts and `Path`s alike; None stays.
+
+    Args:
+        config: the config, while it is initialized.
+        names: fields of texts: names of models or images, or paths of them.
+        paths: fields of `Path`s.
+
+    Raises:
+        UserError: for an empty text.
+    """
+    for field in (*names, *paths):
+        if (value := getattr(config, field)) is not None:
+            name = as_name(value, field)
+            object.__setattr__(config, field, name if field in names else Path(value))
 
 
 LARGEST_JSON_BYTES = 1 << 24

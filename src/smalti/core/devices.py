@@ -3,6 +3,8 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -82,6 +84,28 @@ def has_native_bf16(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == "cpu" and not BF16_INSTRUCTIONS.isdisjoint(_cpu_flags())
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Gives the caller's state back to torch's global generators: on the CPU and, if CUDA is in use, its device.
+
+    Networks draw their initial weights from them, also those that are loaded. Trainings seed them, and draw more
+    weights after loading, so `smalti.core.models.load` itself does not.
+    """
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        yield
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Builds the networks within the block in float32, whatever default the caller has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -5,11 +5,12 @@ It imports nothing large, so that help texts and errors are fast.
 
 import dataclasses
 import math
+import operator
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 PROGRAM = "smalti"
 SCRIPTS = (
@@ -74,6 +75,18 @@ def require_at_least_one(config: object | Mapping[str, int], *fields: str) -> No
     for name, number in (config if isinstance(config, Mapping) else flags).items():
         if number < 1:
             raise UserError(f"{name} must be at least 1, not {number}")
+
+
+def whole_number(name: str, value: object) -> int:
+    """Returns a whole number of any library as Python's `int`: a scalar of numpy or torch, too.
+
+    Raises:
+        UserError: if it is something else, such as a float, a text or None; with the number's `name`.
+    """
+    try:
+        return operator.index(cast(SupportsIndex, value))
+    except TypeError:
+        raise UserError(f"{name} must be a whole number, not {value!r}") from None
 
 
 def require_finite(config: Any) -> None:

@@ -182,6 +182,22 @@ def _require_distinct(outputs: list[Path], flag: str) -> None:
             raise UserError(f"{flag}: {other} and {output} would overwrite each other; rename one of the inputs")
 
 
+def as_name(source: str | Path | float, what: str = "the source") -> str:
+    """Returns a source as a text, as command lines have it. That of a `Path` is a path, never a name in the package.
+
+    Raises:
+        UserError: for an empty text, called `what`; for a name that is longer than any file's.
+    """
+    if source == "":
+        raise UserError(f"{what} is empty; give a value, or leave it out for its default")
+    try:
+        os.lstat(str(source))
+    except (OSError, ValueError) as error:  # the latter for a zero byte
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG and "://" not in str(source):
+            raise unreadable(source, error) from None
+    return os.path.join(os.curdir, source) if isinstance(source, Path) and source.parent == Path() else str(source)
+
+
 def require_no_input(outputs: Iterable[Path], inputs: Iterable[Path], flag: str = "--out") -> None:
     """Refuses outputs that are inputs, by their real path or their inode, or that lie in a folder of inputs.
 

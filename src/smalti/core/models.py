@@ -34,6 +34,7 @@ from smalti.core.checkpoint_checks import (
     some,
 )
 from smalti.core.config import ADDED, RENAMED, config_from_json, former_switches, require_choices, with_switches
+from smalti.core.devices import float32_by_default, generators_kept
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.hub.ids import FORMS, HubId, find_hub_id, parse_target
@@ -171,6 +172,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
             return upload(files, target, find_former=former_pictures, private=private, message=message)
 
     @classmethod
+    @generators_kept()
     def load(cls, source: str | Path) -> Self:
         """Loads a model of this class from a folder or a hub id.
 
@@ -183,9 +185,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         return model
 
 
-# The registry of kinds. Smalti's own are named by module and imported on first use, because core may not import the
-# wings. Classes from other packages are added with `register`.
-
+# The registry of kinds. Smalti's own are imported on first use, as core may not import them; `register` adds others.
 _MODULES: dict[tuple[Family, str], str] = {
     ("tokenizer", "hams"): "smalti.tokenizers.hqa.hams",
     ("tokenizer", "hqa"): "smalti.tokenizers.hqa.hqa",
@@ -231,9 +231,6 @@ def class_of_kind(family: Family, kind: str) -> type[Checkpointed]:
     return _CLASSES[family, kind]
 
 
-# Reading checkpoints.
-
-
 def class_of_checkpoint(source: str | Path, family: Family) -> type[Checkpointed]:
     """Returns the class of a trained model without loading its weights.
 
@@ -251,6 +248,7 @@ def _class_in(folder: Path, source: str | Path, family: Family) -> type[Checkpoi
     return class_of_kind(family, described["kind"])
 
 
+@float32_by_default()
 def load(source: str | Path, family: Family) -> Any:
     """Loads a trained model from a folder or a hub id, in evaluation mode on the CPU.
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, whole_number
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, the increment of SplitMix64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -133,12 +133,12 @@ def _mix_integer(x: int) -> int:
 
 
 def require_seed(seed: int) -> None:
-    """Checks that a seed fits a signed 64-bit integer.
+    """Checks that a seed is a whole number that fits a signed 64-bit integer.
 
     Raises:
-        UserError: if it does not.
+        UserError: if it is not.
     """
-    if not -(2**63) <= seed < 2**63:
+    if not -(2**63) <= whole_number("the seed", seed) < 2**63:
         raise UserError(f"--seed must be from -2**63 to 2**63 - 1, not {seed}; give another")
 
 

@@ -16,6 +16,7 @@ from smalti.latentsets.dataset import LatentRows, Split
 from smalti.latentsets.reader import LatentSet
 from smalti.priors.base import CausalPrior, Prior
 from smalti.priors.methods.autoregressive import require_causal
+from smalti.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,12 @@ class CodeBits:
 
 @torch.no_grad()
 def count_bits(
-    priors: Sequence[Prior], latents: LatentSet, *, split: Split = "held_out", batch_size: int = 64
+    priors: Sequence[Prior],
+    latents: LatentSet,
+    *,
+    split: Split = "held_out",
+    batch_size: int = 64,
+    tokenizer: Tokenizer | None = None,
 ) -> CodeBits:
     """Computes -log2 p of the codes of all rows of a split, batch by batch, in float32 even under autocast.
 
@@ -49,6 +55,8 @@ def count_bits(
         latents: a latent set of the tokenizer that the priors were trained with.
         split: `held_out`, `train` or `all`.
         batch_size: rows that a prior receives at once.
+        tokenizer: if the latent set has another tokenizer than the priors, one that was trained from the other one with
+            encoder and codebook frozen, so that both have the same codes.
 
     Raises:
         UserError: if a prior has no exact likelihood, the number of priors differs from that of the levels, a prior was
@@ -60,6 +68,7 @@ def count_bits(
     bits = []
     for index, (prior, level) in enumerate(zip(priors, levels, strict=True)):
         causal = require_causal(prior)
+        _require_same_codes(prior, latents, tokenizer)
         if (prior.level.radices, prior.upper_levels) != (level.radices, index):
             raise UserError(f"the prior given for level {index} of {latents.path} is not for codes of {level.radices}")
         bits.append(_bits_per_row(causal, latents, split, index, batch_size))
@@ -72,6 +81,17 @@ def count_bits(
         per_dimension=float(sum(each.mean() for each in bits)) / dimensions,
         rows=len(bits[0]),
     )
+
+
+def _require_same_codes(prior: Prior, latents: LatentSet, tokenizer: Tokenizer | None) -> None:
+    """Refuses codes of another tokenizer, whose numbers mean something else. Priors may not record theirs."""
+    trained, stored = prior.provenance.get("tokenizer_digest"), latents.provenance.tokenizer_digest
+    digests = tokenizer.digests_of_codes() if tokenizer else ()
+    if trained and stored and trained != stored and not {trained, stored} <= set(digests):
+        raise UserError(
+            f"the prior was trained on codes of the tokenizer {trained[:12]}, but {latents.path} has those of "
+            f"{stored[:12]}; build a latent set with the prior's tokenizer, or give the tokenizer that has both's codes"
+        )
 
 
 def _bits_per_row(

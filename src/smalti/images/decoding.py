@@ -188,7 +188,13 @@ def load_layers(path: str | Path, *, channels: int) -> Layers:
 
 
 def to_float(pixels: UInt8[Tensor, "*shape"] | Int32[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Maps uint8 (0..255) or int32 (0..65535) to float32 in [-1, 1], on the tensor's own device."""
+    """Maps uint8 (0..255) or int32 (0..65535) to float32 in [-1, 1], on the tensor's own device.
+
+    Raises:
+        UserError: for another dtype, whose range is not known.
+    """
+    if pixels.dtype not in (torch.uint8, torch.int32):
+        raise UserError(f"pixels are {pixels.dtype}; give torch.uint8 from 0 to 255, or torch.int32 from 0 to 65535")
     top = TOP[8] if pixels.dtype == torch.uint8 else TOP[16]
     return pixels.float() / (top / 2) - 1
 

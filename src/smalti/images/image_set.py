@@ -1,7 +1,6 @@
 """Image sets: pixels, labels and source ids, and the rows of a split for training.
 
-Decoding is in `decoding.py`, the sources of images in `sources.py`, labels and the held-out split in
-`contents.py`.
+Decoding is in `decoding.py`, the sources of images in `sources.py`, labels and the held-out split in `contents.py`.
 
 Legend: n images in a set, b rows of a batch, c channels, h w pixels.
 """
@@ -12,14 +11,18 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64, Integer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalti.core.codes import row_numbers
+from smalti.core.config import require_choice
 from smalti.core.errors import UserError
+from smalti.core.files import as_name
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images import sources
 from smalti.images.checks import Checks, load_checks, save_checks
@@ -29,6 +32,7 @@ from smalti.images.fitting import Fit, describe, random_crops, ten_crops
 from smalti.images.formats.archives import shown_path
 from smalti.images.formats.opening import BadImageError, TooLargeError, UnreadableImageError, bad_images_error
 from smalti.images.formats.planes import Depth
+from smalti.images.splits import Split
 
 CACHE_BYTES = 2**30
 _DECODED_AT_ONCE = 64  # images; limits the encoded bytes in memory while the cache fills
@@ -68,12 +72,11 @@ class ImageSet:
         self.held_out: Bool[Tensor, " n"] = contents.held_out
         self.fingerprint, self.captions = contents.fingerprint, contents.captions
         self.left_out: Bool[Tensor, " n"] = torch.zeros(len(self.source_ids), dtype=torch.bool)
-        self._encoded, self._column = contents.images, contents.column
+        self._encoded, self._column, self._cache_bytes = contents.images, contents.column, cache_bytes
         self._form: dict[str, Any] = {**size, "limit": most_pixels}
         self._shape = (size["channels"], size["height"], size["width"])
         self._dtype, self._cached_dtype = {8: (torch.uint8,) * 2, 16: (torch.int32, torch.uint16)}[size["depth"]]
         self._errors: dict[int, str] = {}
-        self._cache_bytes = cache_bytes
         self._cache: Integer[Tensor, "n c h w"] | None = None
 
     def __len__(self) -> int:
@@ -96,14 +99,14 @@ class ImageSet:
         Raises:
             BadImageError: with file and row, for images that cannot be decoded.
         """
-        indices = list(map(int, indices))
+        numbers: list[int] = row_numbers(indices).tolist()
         if self._cache is not None:
-            errors = {index: self._errors[index] for index in indices if index in self._errors}
-            pixels = self._cache[torch.tensor(indices, dtype=torch.int64)].to(self._dtype)
+            errors = {index: self._errors[index] for index in numbers if index in self._errors}
+            pixels = self._cache[torch.tensor(numbers, dtype=torch.int64)].to(self._dtype)
         else:
             errors = {}
-            pixels = torch.zeros((len(indices), *self._shape), dtype=self._dtype)
-            for position, (index, image) in enumerate(zip(indices, self._encoded[indices][self._column], strict=True)):
+            pixels = torch.zeros((len(numbers), *self._shape), dtype=self._dtype)
+            for position, (index, image) in enumerate(zip(numbers, self._encoded[numbers][self._column], strict=True)):
                 try:
                     pixels[position] = self._decode(image).pixels
                 except BadImageError as error:
@@ -120,10 +123,10 @@ class ImageSet:
 
         They are taken from the original images, of any size. Those of an image that cannot be decoded are black.
         """
-        fixed, numbers = ten_crops(), torch.tensor(indices, dtype=torch.int64)
+        fixed, numbers = ten_crops(), torch.from_numpy(row_numbers(indices))
         drawn = [fixed] * len(indices) if count is None else random_crops(numbers, count)
         pixels = torch.zeros((len(indices), count or len(fixed), *self._shape), dtype=self._dtype)
-        images = self._encoded[list(indices)][self._column]
+        images = self._encoded[numbers.tolist()][self._column]
         for position, (image, crops) in enumerate(zip(images, drawn, strict=True)):
             with suppress(BadImageError):
                 pixels[position] = decode_crops(encoded(image), crops, **self._form)
@@ -183,8 +186,7 @@ class ImageSet:
 
     def _decode_all(self, *, keep: bool) -> Checks:
         """Decodes every image; with `keep`, fills the cache, with black for images that cannot be decoded."""
-        errors: dict[int, str] = {}
-        unreadable: list[int] = []
+        errors, unreadable = dict[int, str](), list[int]()
         sizes: list[tuple[int, int] | None] = [None] * len(self)
         cache = torch.empty((len(self) if keep else 0, *self._shape), dtype=self._cached_dtype)
 
@@ -230,7 +232,7 @@ class ImageSet:
 
 
 def open_images(
-    source: str = sources.DEFAULT,
+    source: str | Path = sources.DEFAULT,
     *,
     height: int = 32,
     width: int = 32,
@@ -241,7 +243,7 @@ def open_images(
     label_column: str | None = None,
     split: str | None = None,
     limit: int | None = None,
-    held_out: str | None = None,
+    held_out: str | Path | float | None = None,
     most_pixels: int | None = None,
     caption_column: str | None = None,
     cache_bytes: int = CACHE_BYTES,
@@ -249,12 +251,11 @@ def open_images(
     """Opens a set of images, without decoding them yet.
 
     Args:
-        source: `portraits` or `emoji` (9 000 drawn portraits and 3 786 Noto emoji of 32x32 pixels,
-            both in the package); a folder, read recursively in the order of sorted names, with the
-            subfolders' names as labels; one image; tar or zip archives; arrays (`.npy`, `.npz`); a list
-            of paths (`.csv`, `.tsv`, `.txt`, `.jsonl`); a Parquet file; a folder or glob of any one
-            kind; a range or URL of archives (`shards-{0000..0127}.tar`); or a hub id, optionally as
-            `id@config:split` (the default split is `train`).
+        source: `portraits` or `emoji` (9 000 drawn portraits and 3 786 Noto emoji of 32x32 pixels, both in the
+            package); a folder, read recursively in the order of sorted names, with the subfolders' names as labels; one
+            image; tar or zip archives; arrays (`.npy`, `.npz`); a list of paths (`.csv`, `.tsv`, `.txt`, `.jsonl`); a
+            Parquet file; a folder or glob of any one kind; a range or URL of archives (`shards-{0000..0127}.tar`); or a
+            hub id, optionally as `id@config:split` (the default split is `train`). A `Path` is never in the package.
         height: in pixels.
         width: in pixels.
         channels: 1 for grey, 3 for RGB; 2 and 4 keep the alpha channel; see `decoding.decode`.
@@ -270,9 +271,10 @@ def open_images(
         cache_bytes: limit of the decoded size up to which `ImageRows` keeps a set in memory.
 
     Raises:
-        UserError: if there is nothing at `source`, it cannot be read or holds no images; if a column
-            or split is missing or ambiguous; or if the size or the number of channels is invalid.
+        UserError: if there is nothing at `source`, it cannot be read or holds no images; if a column or split is
+            missing or ambiguous; or if the size or the number of channels is invalid.
     """
+    source, held_out = as_name(source), held_out if held_out is None else as_name(held_out)
     if height < 1 or width < 1:
         raise UserError(f"images of {height}x{width} pixels are empty; give a height and width of at least 1")
     if channels < 1:
@@ -299,17 +301,16 @@ class ImageRows(Dataset):
 
     With `flips` every image is two rows: 2i is the image, 2i + 1 its mirror image, in the same split.
 
-    The constructor decodes the set into memory if it fits (see `open_images`), so that workers need
-    not do so.
+    The constructor decodes the set into memory if it fits (see `open_images`), so that workers need not do so.
 
     Raises:
-        UserError: if the train split is empty. The held-out split of a small set may be empty.
+        UserError: if there is no such split, or that of training is empty. The held-out split of a small set may be.
     """
 
-    def __init__(self, image_set: ImageSet, *, split: Literal["train", "held_out", "all"], flips: bool) -> None:
+    def __init__(self, image_set: ImageSet, *, split: Split, flips: bool) -> None:
+        require_choice("split", split, Split)
         out = image_set.held_out
-        selected = {"train": ~out, "held_out": out, "all": torch.ones_like(out)}[split]
-        selected = selected & ~image_set.left_out
+        selected = {"train": ~out, "held_out": out, "all": torch.ones_like(out)}[split] & ~image_set.left_out
         if split == "train" and not selected.any():
             raise UserError(
                 f"all {len(image_set)} image(s) of {image_set.source} fall into the held-out split; give more images"
@@ -336,13 +337,12 @@ class ImageRows(Dataset):
             `images` `(b, c, h, w)`, uint8 or int32, and, for each row, `labels` int64 (-1 if none), `source_ids`
             int64, `flipped` bool and `rows` int64.
         """
-        numbers = torch.as_tensor(rows, dtype=torch.int64)
+        numbers = torch.from_numpy(row_numbers(rows))
         indices = self._images[numbers // self._rows_per_image]
         flipped = numbers % self._rows_per_image == 1
         images = self._image_set.pixels(indices)
-        images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
         return {
-            "images": images,
+            "images": torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images),
             "labels": self._image_set.labels[indices],
             "source_ids": self._image_set.source_ids[indices],
             "flipped": flipped,

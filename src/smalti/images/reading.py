@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from smalti.core.config import added, require_choices
+from smalti.core.config import added, require_choices, store_paths
 from smalti.core.errors import UserError
 from smalti.core.progress import print_note
 from smalti.images.checks import Checks
@@ -60,6 +60,7 @@ class Reading:
     cannot be, and `skip` leaves them out."""
 
     def __post_init__(self) -> None:
+        store_paths(self, names=("held_out",))
         require_choices(self)
 
     @property

@@ -6,8 +6,10 @@ Legend: n images, k fills of an image, c channels, h w pixels. A mask is True wh
 """
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
+
+from smalti.core.errors import UserError
 
 MOST_DECIBELS = 100.0
 """The PSNR of exact images. That of images which are exact but for rounding to 8 bits is 59 dB."""
@@ -15,7 +17,7 @@ MOST_DECIBELS = 100.0
 
 def mse(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Float64[Tensor, " n"]:
     """Computes the mean squared error of each image; inputs are in [-1, 1], the error is in units of [0, 1]."""
-    return (images - truth).double().square().flatten(1).mean(1) / 4
+    return _differences(images, truth).square().flatten(1).mean(1) / 4
 
 
 def psnr(mse: Float64[Tensor, "*n"]) -> Float64[Tensor, "*n"]:
@@ -30,7 +32,7 @@ def masked_mse(
     images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]
 ) -> Float64[Tensor, " n"]:
     """Computes the MSE over the masked pixels of each image, in units of [0, 1]; NaN if no pixel is masked."""
-    errors = (images - truth).double().square().mean(1) / 4
+    errors = _differences(images, truth).square().mean(1) / 4
     return (errors * mask).sum((1, 2)) / mask.sum((1, 2))
 
 
@@ -44,7 +46,7 @@ def seam_steps(images: Float[Tensor, "n c h w"], mask: Bool[Tensor, "n h w"]) ->
     for axis in (1, 2):
         last = mask.shape[axis] - 1
         crossing = mask.narrow(axis, 0, last) ^ mask.narrow(axis, 1, last)
-        steps = (images.narrow(axis + 1, 0, last) - images.narrow(axis + 1, 1, last)).double().abs().mean(1) / 2
+        steps = _differences(images.narrow(axis + 1, 0, last), images.narrow(axis + 1, 1, last)).abs().mean(1) / 2
         total += (steps * crossing).sum((1, 2))
         pairs += crossing.sum((1, 2))
     return total / pairs.clamp(min=1)
@@ -56,3 +58,15 @@ def diversity(fills: Float[Tensor, "n k c h w"], mask: Bool[Tensor, "n h w"]) ->
     assert k > 1, "diversity needs at least 2 fills"
     variance = fills.double().var(dim=1, correction=1).mean(1) / 4  # half the mean squared difference of two fills
     return (2 * (variance * mask).sum((1, 2)) / mask.sum((1, 2))).sqrt()
+
+
+def _differences(images: Shaped[Tensor, "*shape"], others: Shaped[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """Subtracts images.
+
+    Raises:
+        UserError: for pixels from 0 to 255, which have another range, and whose differences would wrap around.
+    """
+    for each in (images, others):
+        if not each.is_floating_point():
+            raise UserError(f"images are {each.dtype}; give floats in [-1, 1], as smalti.images.decoding.to_float does")
+    return (images - others).double()

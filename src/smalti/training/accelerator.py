@@ -86,6 +86,19 @@ def _forget_other_settings(chosen: torch.device, mixed_precision: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=alone)
 
 
+@contextmanager
+def accelerator_kept() -> Iterator[None]:
+    """Gives an `Accelerator` that the caller made before its settings back: in a process, all share one state."""
+    before = {state: dict(state._shared_state) for state in (PartialState, AcceleratorState)}
+    try:
+        yield
+    finally:
+        if before[AcceleratorState] and before[PartialState]["num_processes"] == 1:
+            for state, settings in before.items():
+                state._shared_state.clear()
+                state._shared_state.update(settings)
+
+
 def refuse_accumulation(process: Accelerator) -> None:
     """Refuses an `Accelerator` with gradient accumulation of its own, which would divide every gradient.
 

@@ -1,6 +1,7 @@
 """Stopping a run: SIGINT and SIGTERM are collected for the loop, which saves a snapshot and raises `Interrupted`."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,14 +22,18 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped wher
 
 @contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM within the block; a second signal has its usual effect."""
+    """Collects SIGINT and SIGTERM within the block; a second signal has its usual effect.
+
+    Only the main thread can; a training on another one is stopped as the program decides.
+    """
     received: list[int] = []
 
     def receive(number: int, _frame: object) -> None:
         received.append(number)
         signal.signal(number, before[number])
 
-    before: dict[int, Any] = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before: dict[int, Any] = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
     finally:

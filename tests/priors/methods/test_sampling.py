@@ -252,8 +252,8 @@ def test_schedules_are_linear_from_first_to_last_step():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps and min_steps"),
-        ({"min_steps": 0}, "steps and min_steps"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"min_steps": 0}, "min[-_]steps must be at least 1, not 0"),
         ({"temperature": (1.0, 0.0)}, "temperature must be at least"),
         ({"proportion": (0.0, 0.5)}, "proportion must be above 0"),
         ({"proportion": (0.5, 1.1)}, "at most 1"),

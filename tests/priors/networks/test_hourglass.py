@@ -3,7 +3,9 @@
 Those are: heads without positions, patches that are not square, grids that must be square.
 """
 
+import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from helpers.hourglass import (
     resampling_of,
     stage_of,
 )
+from helpers.toys import untrained_pair
 from torch import Tensor, nn
 
 from smalti.core import models
@@ -165,6 +168,13 @@ def test_half_precision_is_close_with_and_without_fused_attention():
     for half in (trained, sampled):
         assert half.dtype == torch.float32
         assert (half - exact).square().mean().sqrt() < 0.02
+
+
+def test_a_pickled_model_computes_the_same():
+    prior, codes = untrained_pair()[0], torch.randint(9, (2, 4, 8))
+    pickled = pickle.loads(pickle.dumps(prior))
+    assert torch.equal(pickled.features(codes), prior.features(codes))
+    assert pickled.digest() == copy.deepcopy(prior).digest() == prior.digest()
 
 
 def test_saved_model_computes_the_same(tmp_path):

@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,8 @@ LONGEST_SIDE = 100_000
 _MOST_COMPRESSED = 100
 """Bytes of decoded pixels per byte of the file, above which larger images are refused."""
 _BYTES_PER_PIXEL = {"1": 1, "L": 1, "I;16": 2, "I;16L": 2, "I;16B": 2, "I;16N": 2}
+_LOCK = threading.Lock()
+_raised_limits: list[int] = []  # Pillow's own limit, then those of the images that are open; empty without these
 _SHOWN_BAD = 10  # images that one error names
 
 
@@ -73,10 +76,8 @@ def opened(encoded: bytes, *, channels: int, load: bool = True, limit: int | Non
     """
     if not encoded:
         raise BadImageError("the image is empty (0 bytes); repair or remove it")
-    if limit is not None and limit > most_pixels():
-        Image.MAX_IMAGE_PIXELS = limit  # there is no such argument of `open`; smaller limits are checked below
     try:
-        with Image.open(BytesIO(encoded)) as image:
+        with _pillow_opens(limit or 0), Image.open(BytesIO(encoded)) as image:
             _refuse_size(image, len(encoded), channels, limit)
             yield _upright(image) if load else image
     except BadImageError:
@@ -87,10 +88,33 @@ def opened(encoded: bytes, *, channels: int, load: bool = True, limit: int | Non
         ) from error
     except Image.DecompressionBombError as error:
         raise TooLargeError(
-            f"the image has more than {most_pixels()} pixels, the most that are read; shrink or remove it"
+            f"the image has more than {max(limit or 0, most_pixels())} pixels, the most that are read; shrink or "
+            "remove it"
         ) from error
     except DAMAGED as error:
         raise BadImageError(f"the image cannot be decoded ({one_line(error)}); repair or remove it") from error
+
+
+@contextmanager
+def _pillow_opens(limit: int) -> Iterator[None]:
+    """Lets Pillow open images of so many pixels within the block, if it refuses them; smaller limits are checked later.
+
+    Pillow has one limit for the process. Images are opened on several threads, the last of which puts it back.
+    """
+    with _LOCK:
+        own = _raised_limits[0] if _raised_limits else Image.MAX_IMAGE_PIXELS or sys.maxsize
+        if raised := limit > 2 * own:
+            _raised_limits[:] = [*(_raised_limits or [own]), limit]
+            Image.MAX_IMAGE_PIXELS = max(_raised_limits)
+    try:
+        yield
+    finally:
+        if raised:
+            with _LOCK:
+                _raised_limits.remove(limit)
+                Image.MAX_IMAGE_PIXELS = max(_raised_limits)
+                if len(_raised_limits) == 1:
+                    _raised_limits.clear()
 
 
 def _refuse_size(image: Image.Image, file_size: int, channels: int, limit: int | None) -> None:

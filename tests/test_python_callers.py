@@ -1,0 +1,63 @@
+"""The three commands that programs call: names as texts and paths, and what they leave of the caller's own state."""
+
+import threading
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.image_toys import write_patches
+
+from smalti import LatentSet, UserError, load_prior
+from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.train_prior import TrainPrior, train_prior
+from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
+from smalti.images.reading import Reading
+from smalti.priors.methods.sundae import SundaeConfig
+from smalti.priors.networks.hourglass import HourglassConfig
+from smalti.tokenizers.vq.hrvq import HRVQConfig
+from smalti.training.config import FitConfig
+
+FIT = FitConfig(steps=2, batch_size=4)
+NETWORK = HRVQConfig(8, 16, widths=(6,), code_width=5, depth=2, branching=3)
+PRIOR = HourglassConfig(model_width=16, heads=2, depth=(1, 1, 1), shorten=(2,))
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+
+
+def test_texts_and_paths_are_alike_and_the_callers_state_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_patches(tmp_path / "emoji", 12)
+    own, state = Accelerator(cpu=True, mixed_precision="bf16"), torch.get_rng_state()
+    tokenizer = train_tokenizer(TrainTokenizer(NETWORK, FIT, images=Path("emoji"), out="portraits", precision="fp32"))
+    assert tokenizer == Path("portraits")
+    latents = build_latents(BuildLatents(tokenizer=tokenizer, out="set.h5"))
+    assert LatentSet(str(latents)).provenance.image_source == "./emoji"
+    prior = train_prior(TrainPrior(PRIOR, SundaeConfig(), FIT, latents=str(latents), out="prior", precision="fp32"))
+    assert load_prior(prior).provenance["latents_digest"] == LatentSet(latents).content_digest
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (own.mixed_precision, Accelerator(cpu=True).mixed_precision) == ("bf16", "bf16")
+
+
+def test_a_training_on_another_thread_runs(tmp_path):
+    write_patches(tmp_path / "images", 12)
+    config = TrainTokenizer(NETWORK, FIT, images=str(tmp_path / "images"), out=tmp_path / "run")
+    done = []
+    worker = threading.Thread(target=lambda: done.append(train_tokenizer(config)))
+    worker.start()
+    worker.join()
+    assert done == [tmp_path / "run"]
+
+
+def test_empty_names_are_refused():
+    with pytest.raises(UserError, match="out is empty; give a value, or leave it out for its default"):
+        TrainTokenizer(NETWORK, out="")
+    with pytest.raises(UserError, match="tokenizer is empty"):
+        BuildLatents(tokenizer="")
+    with pytest.raises(UserError, match="latents is empty"):
+        TrainPrior(PRIOR, SundaeConfig(), latents="")
+    assert Reading(held_out=0.25) == Reading(held_out="0.25")
