@@ -43,7 +43,7 @@ def curve_table(
         axes.plot(*zip(*course, strict=True), lw=1, label=f"in the course of the training of {longest.steps} steps")
     axes.axhline(paper, color="tab:red", ls="--", label=f"the paper's {paper}")
     axes.axhline(ideal(LEAVES), color="k", ls="--", label="ideal coder, Gaussian source")
-    axes.legend()
+    axes.legend(loc="upper right")
     save_figure(figure, path := config.picture("curve"))
     return "\n".join([*lines, "", f"![MSE by training steps]({path.name})"])
 
