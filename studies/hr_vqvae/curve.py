@@ -40,10 +40,10 @@ def curve_table(
     axes.plot(*zip(*points, strict=True), marker="o", label="at the end of a training")
     longest = max(specs, key=lambda spec: spec.steps)
     if course := held_out_course(longest, config):
-        axes.plot(*zip(*course, strict=True), lw=1, label=f"in the course of the training of {longest.steps} steps")
+        axes.plot(*zip(*course, strict=True), lw=1, label="in the course of the longest")
     axes.axhline(paper, color="tab:red", ls="--", label=f"the paper's {paper}")
-    axes.axhline(ideal(LEAVES), color="k", ls="--", label="ideal coder, Gaussian source")
-    axes.legend(loc="upper right")
+    axes.axhline(ideal(LEAVES), color="k", ls="--", label="ideal transform coder")
+    figure.legend(loc="outside upper center", ncols=2)
     save_figure(figure, path := config.picture("curve"))
     return "\n".join([*lines, "", f"![MSE by training steps]({path.name})"])
 
