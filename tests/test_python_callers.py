@@ -7,6 +7,7 @@ import jaxtyping
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers.image_toys import write_patches
 
 from smalti import LatentSet, UserError, load_prior
@@ -32,6 +33,7 @@ def unchecked(monkeypatch):
 def test_texts_and_paths_are_alike_and_the_callers_state_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_patches(tmp_path / "emoji", 12)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what other tests of this process have left
     own, state = Accelerator(cpu=True, mixed_precision="bf16"), torch.get_rng_state()
     tokenizer = train_tokenizer(TrainTokenizer(NETWORK, FIT, images=Path("emoji"), out="portraits", precision="fp32"))
     assert tokenizer == Path("portraits")

@@ -70,10 +70,10 @@ def require_temperature_and_guidance(temperature: float | tuple[float, float], g
         UserError: for a temperature that is too low, or a negative scale.
     """
     temperatures = temperature if isinstance(temperature, tuple) else (temperature,)
-    if not min(temperatures) >= LEAST_TEMPERATURE:
+    if min(temperatures) < LEAST_TEMPERATURE:
         least = f"temperature must be at least {LEAST_TEMPERATURE:f}, not {temperature}"
         raise UserError(f"{least}; use 0.01 for the likeliest codes")
-    if not guidance >= 0:
+    if guidance < 0:
         raise UserError(f"guidance must not be negative, got {guidance}; 0 samples without the class or vector")
 
 

@@ -15,7 +15,7 @@ def test_priors_are_trained_for_equal_time_and_measured_once(tmp_path, monkeypat
     monkeypatch.setattr(study, "find_extractor", lambda _, device: MeanColours(device))
     monkeypatch.setattr(study, "SMALLER", {"model_width": 24})
     seconds = iter((4.0, 2.0, 1.0))
-    monkeypatch.setattr(study, "_seconds", lambda _: next(seconds))
+    monkeypatch.setattr(study, "cpu_seconds", lambda _step, _count: next(seconds))
     monkeypatch.setattr(report, "SAMPLERS", dict(list(report.SAMPLERS.items())[1:3]))
     config = study.ReproduceSundae(
         "sundae",

@@ -177,8 +177,8 @@ def test_iterations_of_the_gram_matrix_equal_those_of_the_matrix(monkeypatch: py
     matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     matrices[:, 0] = matrices[:, 1] + 1e-4 * matrices[:, 0]  # nearly singular
     results = []
-    for aspect in (optimizers.WIDE_FROM, 1_000):
-        monkeypatch.setattr(optimizers, "WIDE_FROM", aspect)
+    for aspect in (optimizers.TWO_FROM_ASPECT, 1_000):
+        monkeypatch.setattr(optimizers, "TWO_FROM_ASPECT", aspect)
         results.append(orthogonalized(list(matrices), MUON["eps"]))
     torch.testing.assert_close(*results, atol=1e-3, rtol=1e-3)
 

@@ -268,7 +268,7 @@ def step_seeds(config: FitConfig, step: int, rows: Int64[Tensor, " b"], first: i
         size: the number of rows of the data set.
     """
     seeds = derive(row_seeds(config.seed, rows), step)
-    begun = (first + torch.arange(len(rows))) // size - step * config.batch_size // size
+    begun = (first + torch.arange(len(rows), device=rows.device)) // size - step * config.batch_size // size
     return torch.where(begun > 0, derive(seeds, begun), seeds)
 
 

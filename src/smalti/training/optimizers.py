@@ -44,8 +44,8 @@ which follows two at once (`orthogonalized`). The four together take these to 0.
 """
 FP32_UP_TO = 32
 """Matrices with at most this many rows, or columns, are computed in fp32, which costs little and rounds less."""
-WIDE_FROM = 2
-"""Matrices whose longer side is at least this many times the shorter one take several iterations at once."""
+TWO_FROM_ASPECT = 2
+"""Matrices whose longer side is at least this many times the shorter one take two iterations at once."""
 
 
 class CombinedOptimizer:
@@ -151,9 +151,9 @@ def orthogonalized(matrices: Sequence[Float[Tensor, "r c"]], eps: float) -> Floa
 
     It computes in bf16, which is exact enough, if the hardware has it; otherwise in fp32, which is then much faster.
     Small matrices are always computed in fp32. The iterations multiply X by polynomials of its Gram matrix X X^T
-    (X^T X where X is tall), which commute. So where rows and columns differ much, several iterations are done on the
-    Gram matrix alone, and X is multiplied once by all their polynomials: in fp32 all four, in bf16 two, since with
-    more the rounding errors would grow.
+    (X^T X where X is tall), which commute. So where rows and columns differ much, two iterations are done on the Gram
+    matrix alone, and X is multiplied once by both polynomials. More at once would let rounding grow, in fp32 too: the
+    squares in a Gram matrix keep less of the small singular values than X does.
 
     Deviation from Muon: four iterations with coefficients of their own (`NEWTON_SCHULZ`), not five with the same; and
     the norm of X X^T, not that of X, scales singular values below 1. It is the nearer bound, the fourth root of the sum
@@ -167,9 +167,7 @@ def orthogonalized(matrices: Sequence[Float[Tensor, "r c"]], eps: float) -> Floa
     # stacks and converts in one pass, on a GPU in one kernel; torch has it but does not export it to type checkers
     torch._foreach_copy_(list(x), list(matrices))  # pyright: ignore[reportPrivateImportUsage]
     x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)  # the squares of small values would be zero
-    together = 1
-    if longer >= WIDE_FROM * shorter:
-        together = 2 if dtype == torch.bfloat16 else len(NEWTON_SCHULZ)
+    together = 2 if longer >= TWO_FROM_ASPECT * shorter else 1
     for first in range(0, len(NEWTON_SCHULZ), together):
         gram = x @ x.mT if rows <= columns else x.mT @ x
         norm = gram.norm(dim=(1, 2), keepdim=True).clamp(min=eps) if first == 0 else gram.new_ones(())

@@ -55,7 +55,7 @@ def test_receptive_field_of_a_single_layer():
         ({"kernel": 4}, "kernel must be odd and at least 3, got 4"),
         ({"kernel": 1}, "kernel must be odd"),
         ({"layers": 0}, "layers must be at least 1"),
-        ({"model_width": 0}, "model_width"),
+        ({"model_width": 0}, "model[-_]width must be at least 1, not 0"),
         ({"classes": -1}, "classes and condition_width must not be negative"),
         ({"attention_every": 5}, r"from 0 to layers \(4\), got 5"),
         ({"attention_every": 1, "heads": 3}, "multiple of 4 x heads"),

@@ -225,7 +225,7 @@ def test_default_size_is_between_three_and_four_million_parameters():
         ({"heads": 3}, "multiple of 4 x heads"),
         ({"heads": 0}, "multiple of 4 x heads"),
         ({"layers": 0}, "--layers must be at least 1, not 0"),
-        ({"feedforward_mult": 0}, "layers and feedforward_mult"),
+        ({"feedforward_mult": 0}, "feedforward[-_]mult must be at least 1, not 0"),
         ({"dropout": 1.0}, "dropout must be"),
     ],
 )
