@@ -35,7 +35,7 @@ def _backend(name: str) -> SDPBackend:
     return getattr(SDPBackend, name)
 
 
-copyreg.pickle(SDPBackend, lambda backend: (_backend, (backend.name,)))  # type: ignore[arg-type] - an enum made in C++
+copyreg.pickle(SDPBackend, lambda backend: (_backend, (backend.name,)))  # pyright: ignore[reportArgumentType] - an enum made in C++
 """Lets models be pickled: x-transformers keeps its kernels in them, and torch's enum cannot be found by its name."""
 
 
