@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def reproduce_quantizers(config: ReproduceQuantizers) -> None:
     for seed, side, bits, variant in _trainings(config):
         table_results = results.setdefault((side, bits), {})
         table_results.setdefault(variant.label, []).append(study.result(variant, side, bits, seed))
+        if seed == 0:
+            draw(study, side, bits, [each for each in VARIANTS if each.label in table_results])
         write(study, side, bits, table(study, side, bits, table_results))
 
 
@@ -77,19 +80,20 @@ def table(study: Quantizers, side: int, bits: int, results: dict[str, list[dict[
     for label, runs in best_first:
         cells = [in_spread([float(run[name]) for run in runs], form) for name, (_, form) in columns.items()]
         lines.append(table_row([label, str(2**bits), str(len(runs)), *cells]))
-    name = draw(
-        study, side, bits, [variant for label, _ in best_first for variant in VARIANTS if variant.label == label]
-    )
-    return "\n".join([*lines, "", f"![Reconstructions by quantizer]({name})"])
+    return "\n".join([*lines, "", f"![Reconstructions by quantizer]({picture(study, side, bits).name})"])
+
+
+def picture(study: Quantizers, side: int, bits: int) -> Path:
+    """Returns the path of the sheet of a grid and number of codes, beside the page."""
+    return picture_path(study.config.out, study.name, f"{side}x{side}", f"{bits}bits")
 
 
 @torch.no_grad()
-def draw(study: Quantizers, side: int, bits: int, variants: Sequence[Variant]) -> str:
-    """Draws reconstructions of the same held-out images by each variant's first seed; returns the name of the file."""
+def draw(study: Quantizers, side: int, bits: int, variants: Sequence[Variant]) -> None:
+    """Draws reconstructions of the same held-out images by each variant's first seed."""
     batch = to_float(ImageRows(study.images, split="held_out", flips=False).spread(SHOWN))
     sheet = {"original": batch}
     for variant in variants:
         tokenizer = load_tokenizer(str(study.folder(variant, side, bits, 0))).to(best_device())
         sheet[variant.label.replace("`", "")] = tokenizer.decode(tokenizer.encode(batch.to(best_device()))).cpu()
-    save_sheet(path := picture_path(study.config.out, study.name, f"{side}x{side}", f"{bits}bits"), sheet)
-    return path.name
+    save_sheet(picture(study, side, bits), sheet)

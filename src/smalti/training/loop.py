@@ -268,6 +268,8 @@ def step_seeds(config: FitConfig, step: int, rows: Int64[Tensor, " b"], first: i
         size: the number of rows of the data set.
     """
     seeds = derive(row_seeds(config.seed, rows), step)
+    if step * config.batch_size // size == ((step + 1) * config.batch_size - 1) // size:  # all of one epoch
+        return seeds
     begun = (first + torch.arange(len(rows), device=rows.device)) // size - step * config.batch_size // size
     return torch.where(begun > 0, derive(seeds, begun), seeds)
 
