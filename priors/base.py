@@ -1,9 +1,9 @@
 """The contract of priors: what a new kind of prior implements, and how it is trained and sampled.
 
-`Prior` is what the commands need of any prior. `CodePrior` is a prior over discrete codes: a
-network, and a `FactorizedHead` that turns its features into probabilities. `CausalPrior` can also
-decode code by code. Each kind names a `Method`, which pairs a training objective with its sampler.
-The networks are in `smalti.priors.networks`, the methods in `smalti.priors.methods`.
+`Prior` is what the commands need of any prior. `CodePrior` is a prior over discrete codes: a network, and a
+`FactorizedHead` that turns its features into probabilities. `CausalPrior` can also decode code by code. Each kind names
+a `Method`, which pairs a training objective with its sampler. The networks are in `smalti.priors.networks`, the methods
+in `smalti.priors.methods`.
 
 Legend: b batch, c channels, h w grid, y x grid of a coarser level, n positions (n = h w), d width.
 """
@@ -26,6 +26,7 @@ from smalti.core.models import Checkpointed, Family
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.priors.conditioning import ClassEmbedding, Condition, UpperLevels, VectorEmbedding, no_condition
 from smalti.priors.head import FactorizedHead
+from smalti.priors.row_caches import RowCaches
 
 
 class Conditioning(TypedDict):
@@ -39,9 +40,8 @@ class Conditioning(TypedDict):
 class PriorConfig:
     """The settings that every prior over codes has.
 
-    The command fills them in from the latent set, so they are no flags. A kind's config extends
-    this class with the settings of its network; `model_width`, the width of the features, must be
-    among them.
+    The command fills them in from the latent set, so they are no flags. A kind's config extends this class with the
+    settings of its network; `model_width`, the width of the features, must be among them.
 
     Raises:
         UserError: for a negative number of classes or width of vectors, or if both are given.
@@ -102,8 +102,8 @@ class ObjectiveConfig:
 class Prior(Checkpointed):
     """A trainable distribution over one level's grids: of discrete codes, or of real-valued latents.
 
-    Derive from it only for real-valued latents (as `RealNVP` does); for codes, derive from
-    `CodePrior`. A subclass sets `kind`, `config_class` and `method`, and `level` in its constructor.
+    Derive from it only for real-valued latents (as `RealNVP` does); for codes, derive from `CodePrior`. A subclass sets
+    `kind`, `config_class` and `method`, and `level` in its constructor.
 
     Attributes:
         level: the grid in training, with the radices of its codes or the channels of its latents.
@@ -135,9 +135,9 @@ class Prior(Checkpointed):
 class CodePrior(Prior, ABC):
     """A prior over discrete codes: p(code | features) at every position of a grid.
 
-    The network computes the features; the head reads codes for the network and predicts codes from
-    its features. Only the head handles radices. Objectives and samplers use nothing but `features`,
-    `conditioning`, `head` and the attributes of `Prior`.
+    The network computes the features; the head reads codes for the network and predicts codes from its features. Only
+    the head handles radices. Objectives and samplers use nothing but `features`, `conditioning`, `head` and the
+    attributes of `Prior`.
 
     A new kind is one class and its config:
 
@@ -237,10 +237,9 @@ class CodePrior(Prior, ABC):
 class CausalPrior(CodePrior):
     """An autoregressive prior: features of a position depend only on the codes before it in raster order.
 
-    The product of the head's probabilities over all positions is then the exact likelihood of a grid
-    (chain rule), and ancestral sampling draws one code after the other. Samplers do not split canvases into
-    windows: grids of any size must work. A network whose receptive field is not bounded by convolutions reads larger
-    grids through `smalti.priors.methods.causal_canvas`.
+    The product of the head's probabilities over all positions is the exact likelihood of a grid (chain rule). Samplers
+    do not split canvases into windows: grids of any size must work. A network whose receptive field is not bounded by
+    convolutions reads larger ones through `smalti.priors.methods.causal_canvas`.
     """
 
     def condition_vectors(
@@ -272,18 +271,20 @@ class CausalPrior(CodePrior):
         w: int,
         condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
+        caches: RowCaches | None = None,
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
         """Computes `features` one position at a time, reusing the work of earlier positions from caches.
 
-        Returns a generator. `next` yields the features of the first position; each `send` of the codes at
-        a position yields the features of the next one. They equal those of `features` up to rounding.
+        `next` yields the features of the first position; each `send` of the codes at a position yields the features of
+        the next one, which equal those of `features` up to rounding.
 
         Args:
-            b: rows.
-            h: rows of the grid.
-            w: columns of the grid.
+            b: grids.
+            h: rows of a grid.
+            w: columns of a grid.
             condition: as for `features`.
             upper: as for `features`.
+            caches: keep what later positions need; between two `send`, their rows can be exchanged.
         """
 
 
@@ -291,9 +292,9 @@ class CausalPrior(CodePrior):
 class Sampler(Protocol):
     """The signature that all samplers share: `sample_sundae`, `sample_masked`, `sample_ancestral`, `sample_flow`.
 
-    A sampler fills in the unknown positions of grids. Generation is inpainting with nothing known, so
-    there is no second code path for it. A row's result is a function of its own seed, known codes,
-    condition and coarser codes: another batch around it changes nothing but the rounding of sums.
+    A sampler fills in the unknown positions of grids; generation is inpainting with nothing known. A row's result is a
+    function of its own seed, known codes, condition and coarser codes: another batch around it changes nothing but the
+    rounding of sums.
     """
 
     def __call__(
@@ -312,18 +313,18 @@ class Sampler(Protocol):
 
         Args:
             prior: in evaluation mode, on the device of the other tensors.
-            known: known codes, each from 0 to the codebook size - 1. Values where the mask is False are
-                ignored. Its shape is that of the result; grids larger than those in training are allowed.
+            known: known codes, each from 0 to the codebook size - 1, ignored where the mask is False. Its shape is that
+                of the result; grids larger than those in training are allowed.
             known_mask: True where a code is known and kept.
             seeds: one random seed per row; they decide every draw.
             condition: the class or vector of each row, as for `CodePrior.features`.
             upper: the codes of the coarser levels, coarsest first; empty if the prior has none.
-            sampling: the settings, an instance of the method's `sampling` or `filling` config.
+            sampling: an instance of the method's `sampling` or `filling` config.
             callback: called after each step with the step's number, from 0, and the codes after it.
 
         Raises:
-            UserError: for a known code outside the codebook, a label that the prior has no class for, vectors
-                of another width, or coarser levels that do not fit.
+            UserError: for a known code outside the codebook, a label that the prior has no class for, vectors of
+                another width, or coarser levels that do not fit.
         """
         ...
 
@@ -333,13 +334,12 @@ class Method:
     """The training objective and the sampler of a kind of prior; commands read it and need no case for each kind.
 
     Attributes:
-        objective: maps (prior, objective config) to a module whose `forward(batch)` returns the loss and
-            a dictionary of detached metrics.
-        objective_config: the objective's config, a frozen dataclass; for priors over codes it extends
-            `ObjectiveConfig`.
+        objective: maps (prior, objective config) to a module whose `forward(batch)` returns the loss and a dictionary
+            of detached metrics.
+        objective_config: the objective's config, a frozen dataclass; for priors over codes an `ObjectiveConfig`.
         sampler: samples grids.
-        sampling: the sampler's config for generation, a frozen dataclass. Its `calls(h, w)` is the most
-            calls of the callback for a grid.
+        sampling: the sampler's config for generation, a frozen dataclass. Its `calls(h, w)` is the most calls of the
+            callback for a grid.
         filling: the sampler's config for inpainting: `sampling`, or a subclass of it with other defaults.
     """
 

@@ -25,6 +25,7 @@ from smalti.priors.base import CausalPrior, Method, ObjectiveConfig, Prior
 from smalti.priors.conditioning import Condition, no_condition
 from smalti.priors.head import inverse_cdf
 from smalti.priors.methods.sampling import Guidance, Sampling, check_inputs, require_temperature_and_guidance
+from smalti.priors.row_caches import RowCaches
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class AncestralFilling(AncestralSampling):
     """Settings of ancestral sampling for inpainting, where several particles account for later known codes."""
 
     particles: int = 8
-    """Particles per fill: grids that are sampled, of which one is kept, chosen by how likely it makes the known codes
-    that come after its own. More particles fit these codes better and take longer."""
+    """Particles per fill: grids that are sampled together. Those that make the known codes after their own likelier are
+    continued more often, and one is kept. More particles fit these codes better and take longer."""
 
 
 @torch.no_grad()
@@ -111,14 +112,17 @@ def sample_ancestral(
 ) -> Int64[Tensor, "b h w"]:
     """Samples unknown codes in raster order (ancestral sampling), each given all codes before it, known or sampled.
 
-    With nothing known these are samples of the prior. With known codes, each draw has seen only those before
-    it: grids are sampled from q = product over unknown codes of p(code | codes before), not from
-    p(unknown | known). Of several `particles`, one is kept with a probability proportional to p / q, the
-    product over known codes of p(code | codes before) (sampling-importance-resampling, Rubin 1987). With more
-    particles the result approaches p(unknown | known). Weights are compared at the end only, so where known and
-    unknown codes alternate over many rows, few particles count. `temperature` and `guidance` are part of p. With
-    `top_p` below 1 the weights stay this product, and the result approaches the distribution proportional to q
-    times the product.
+    With nothing known these are samples of the prior. With known codes, each draw has seen only those before it: grids
+    are sampled from q = product over unknown codes of p(code | codes before), not from p(unknown | known). Of several
+    `particles`, one is kept with a probability proportional to its weight p / q, the product over known codes of
+    p(code | codes before) (sampling-importance-resampling, Rubin 1987). With more particles the result approaches
+    p(unknown | known). `temperature` and `guidance` are part of p. With `top_p` below 1 the weights stay this product,
+    and the result approaches the distribution proportional to q times the product.
+
+    Where a run of known codes ends and the weights have become uneven (an effective sample size below half of the
+    particles), the particles are resampled in proportion to their weights, which then are equal again (a particle
+    filter, Gordon, Salmond and Smith 1993; systematic resampling, Kitagawa 1996). Otherwise, where known and unknown
+    codes alternate over many rows, hardly more than one particle would count at the end.
 
     Runs in float32 whatever the autocast dtype, so that the codes equal those sampled from the features of the
     whole grid, recomputed at each position, up to draws within rounding error of a border between codes.
@@ -135,6 +139,7 @@ def sample_ancestral(
             torch.where(known_mask, known, 0).repeat_interleave(particles, 0),
             known_mask.repeat_interleave(particles, 0),
             derive(seeds.repeat_interleave(particles), Stream.PARTICLE, numbers),
+            seeds,
             None if condition is None else condition.repeat_interleave(particles, 0),
             tuple(coarser.repeat_interleave(particles, 0) for coarser in upper),
             sampling,
@@ -149,22 +154,29 @@ def _sample_particles(
     prior: CausalPrior,
     codes: Tensor,
     known_mask: Tensor,
-    seeds: Tensor,
+    draw_seeds: Tensor,
+    resampling_seeds: Tensor,
     condition: Condition | None,
     upper: tuple[Tensor, ...],
     sampling: AncestralSampling,
     callback: Callable[[int, Tensor], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns sampled grids and their log-weights `(b,)`: the log-likelihood of their known codes, nats."""
-    head, (b, h, w) = prior.head, codes.shape
+    """Returns particles and their log-weights `(b p,)`: the log-likelihood of known codes since resampling, nats.
+
+    Seeds of draws are those of particles `(b p,)`, seeds of resampling those of fills `(b,)`.
+    """
+    head, (rows, h, w) = prior.head, codes.shape
     passes = 1  # through the network: with guidance one with and one without the condition, in one batch
     if condition is not None and prior.conditional and sampling.guidance != 1:
         passes, condition = 2, torch.cat([condition, no_condition(condition)])
-    steps = prior.decode_stepwise(passes * b, h, w, condition, tuple(coarser.repeat(passes, 1, 1) for coarser in upper))
-    draws = uniform(derive(seeds, Stream.AUTOREGRESSIVE_DRAW), h * w, len(head.radices))
-    codes, known_mask = codes.flatten(1), known_mask.flatten(1)  # b n
+    upper, caches = tuple(coarser.repeat(passes, 1, 1) for coarser in upper), RowCaches()
+    steps = prior.decode_stepwise(passes * rows, h, w, condition, upper, caches)
+    draws = uniform(derive(draw_seeds, Stream.AUTOREGRESSIVE_DRAW), h * w, len(head.radices))
+    codes, known_mask = codes.flatten(1), known_mask.flatten(1)  # (b p) n
+    run_ends = known_mask[:, :-1] & ~known_mask[:, 1:]
     any_known = known_mask.any(0).tolist()  # read once: reading at each position would wait for the device
-    log_weights, code = draws.new_zeros(b, 1), None
+    any_run_ends = [*run_ends.any(0).tolist(), False]
+    log_weights, code = draws.new_zeros(rows, 1), None
     for position in range(h * w):
         now = slice(position, position + 1)
         features = next(steps) if code is None else steps.send(code.repeat(passes, 1))
@@ -177,9 +189,35 @@ def _sample_particles(
             if sampling.particles > 1:
                 log_weights = log_weights - head.nll(features, code, **options) * known_mask[:, now]
         codes[:, now] = code
+        if sampling.particles > 1 and any_run_ends[position]:
+            taken, uneven = _resampled(
+                log_weights, run_ends[:, now], uniform(derive(resampling_seeds, Stream.PARTICLE_RESAMPLING, position))
+            )
+            if bool(uneven.any()):
+                codes, code, log_weights = codes[taken], code[taken], torch.where(uneven, 0, log_weights)
+                caches.take(torch.cat([taken + each * rows for each in range(passes)]))
         if callback is not None:
             callback(position, rearrange(codes.clone(), "b (h w) -> b h w", h=h))
     return rearrange(codes, "b (h w) -> b h w", h=h), log_weights[:, 0]
+
+
+def _resampled(log_weights: Tensor, run_ends: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the row that continues in each row `(b p,)`, and whether its fill is resampled `(b p, 1)`.
+
+    A fill is resampled if a run of its known codes ends, and its effective sample size is below half of its particles.
+    It is systematic, with one of the `uniforms` `(b,)` a fill: a particle of weight v continues in p v rows, rounded up
+    or down.
+    """
+    b, device = len(uniforms), log_weights.device
+    weights = rearrange(log_weights, "(b p) 1 -> b p", b=b).softmax(-1)
+    particles = weights.shape[1]
+    uneven = run_ends & (weights.square().sum(-1) * particles > 2).repeat_interleave(particles)[:, None]
+    numbers = torch.arange(particles, device=device)
+    points = ((numbers + uniforms[:, None]) / particles).clamp(max=1 - 2.0**-24)  # the sum may round to p
+    drawn = inverse_cdf(weights[:, None].expand(b, particles, particles), points)  # b p
+    rows = torch.arange(b * particles, device=device)
+    taken = (torch.arange(b, device=device)[:, None] * particles + drawn).flatten()
+    return torch.where(uneven[:, 0], taken, rows), uneven
 
 
 AUTOREGRESSIVE = Method(

@@ -15,6 +15,7 @@ from torch import Tensor
 from smalti.priors.base import CausalPrior
 from smalti.priors.conditioning import Condition
 from smalti.priors.methods.canvas import Windows, window_shares
+from smalti.priors.row_caches import RowCaches
 
 
 def exceeds_training(prior: CausalPrior, h: int, w: int) -> bool:
@@ -46,6 +47,7 @@ def decode_windows(
     w: int,
     condition: Condition | None,
     upper: tuple[Int64[Tensor, "b _y _x"], ...],
+    caches: RowCaches,
 ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
     """Computes `window_features` one position at a time; see `CausalPrior.decode_stepwise`.
 
@@ -57,9 +59,11 @@ def decode_windows(
     rows, columns = (each.tolist() for each in chosen_windows(windows, h, w))
     codes = torch.zeros(b, h, w, dtype=torch.int64, device=next(prior.parameters()).device)
     for row, canvas_rows in groupby(range(h), rows.__getitem__):
+        caches.clear()  # of the windows above
+        caches.keep(codes)
         decoders = [
             prior.decode_stepwise(
-                b, y, x, condition, tuple(windows.crop(each, row, column, h // each.shape[1]) for each in upper)
+                b, y, x, condition, tuple(windows.crop(each, row, column, h // each.shape[1]) for each in upper), caches
             )
             for column in range(len(windows.lefts))
         ]

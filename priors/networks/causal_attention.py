@@ -13,6 +13,7 @@ from rotary_embedding_torch import apply_rotary_emb
 from torch import Tensor, nn
 
 from smalti.priors.networks.positions import AxialRotary
+from smalti.priors.row_caches import RowCaches
 
 
 class CausalAttention(nn.Module):
@@ -45,13 +46,13 @@ class CausalAttention(nn.Module):
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return x + self.dropout(self.out(rearrange(attended, "b m (h w) e -> b h w (m e)", h=h)))
 
-    def kv_cached(self, b: int, h: int, w: int) -> Callable[[Tensor, int], Tensor]:
+    def kv_cached(self, caches: RowCaches, b: int, h: int, w: int) -> Callable[[Tensor, int], Tensor]:
         """Returns `forward` with a KV cache: a function (x `(b, d)`, position) -> `(b, d)`.
 
-        It must be called for the positions in order. It stores the keys and values of the earlier ones.
+        It must be called for the positions in order. It stores the keys and values of the earlier ones in `caches`.
         """
         angles = self.rotary(h, w)[0]
-        keys, values = self.out.weight.new_zeros(2, b, self.heads, h * w, self.head_width)
+        keys, values = (caches.zeros(self.out.weight, b, self.heads, h * w, self.head_width) for _ in range(2))
 
         def attend(x: Tensor, position: int) -> Tensor:
             now = slice(position, position + 1)

@@ -9,6 +9,7 @@ Legend: b batch, h w grid, n positions (n = h w), d width, r rows and c columns 
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -26,6 +27,7 @@ from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
 from smalti.priors.methods.causal_canvas import decode_windows, exceeds_training, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
 from smalti.priors.networks.positions import require_rotary_heads
+from smalti.priors.row_caches import RowCaches
 
 
 @dataclass(frozen=True)
@@ -211,35 +213,38 @@ class PixelCNN(CausalPrior):
         w: int,
         condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
+        caches: RowCaches | None = None,
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
         """Decodes code by code with convolution and KV caches; see `CausalPrior.decode_stepwise`.
 
         A row of the vertical stack is computed once, when the row above is complete, together with its contribution
         to the horizontal stack. A position then costs two matrix products per layer.
         """
+        caches = caches or RowCaches()
         if self.config.attention_every and exceeds_training(self, h, w):
-            yield from decode_windows(self, b, h, w, condition, upper)
+            yield from decode_windows(self, b, h, w, condition, upper, caches)
             return
         vectors = self.condition_vectors(b, h, w, condition, upper)
         layers, d, c = cast(list[GatedLayer], list(self.layers)), self.config.model_width, self.config.kernel // 2 + 1
-        zeros = self.norm.weight.new_zeros
-        row_caches = [zeros(b, c - 1, w, d) for _ in layers]  # convolution cache: the rows above that each layer reads
-        attends = [layer.attention.kv_cached(b, h, w) if layer.attention else None for layer in layers]
-        embedded, x = zeros(b, w, d), zeros(b, d)
+        zeros = partial(caches.zeros, self.norm.weight)
+        rows_above = [zeros(b, c - 1, w, d) for _ in layers]  # convolution cache: those that each layer reads
+        row_inputs = [zeros(b, (w + c - 1) * d) for _ in layers]  # convolution cache: each layer's inputs in a row
+        contributions = [zeros(b, w, 2 * d) for _ in layers]  # of the vertical stack to the gates in a row
+        attends = [layer.attention.kv_cached(caches, b, h, w) if layer.attention else None for layer in layers]
+        embedded, x = zeros(b, w, d), self.norm.weight.new_zeros(b, d)
         for y in range(h):
             row_vectors = vectors if vectors is None or vectors.shape[1] == 1 else vectors[:, y : y + 1]
-            vertical, contributions = embedded[:, None], []
-            for number, layer in enumerate(layers):
-                rows = torch.cat([row_caches[number], vertical], dim=1)
-                row_caches[number] = rows[:, 1:]
-                vertical, from_vertical = layer.vertical_step(rows, row_vectors)
-                contributions.append(rearrange(from_vertical, "b 1 w d -> w b d").contiguous())
-            embedded = zeros(b, w, d)
-            inputs = [zeros(b, (w + c - 1) * d) for _ in layers]  # convolution cache: each layer's inputs in this row
+            vertical = embedded[:, None]
+            for layer, above, from_vertical in zip(layers, rows_above, contributions, strict=True):
+                rows = torch.cat([above, vertical], dim=1)
+                above.copy_(rows[:, 1:])
+                vertical, from_vertical[:, None] = layer.vertical_step(rows, row_vectors)
             for column in range(w):
-                for layer, cache, from_vertical, attend in zip(layers, inputs, contributions, attends, strict=True):
-                    cache[:, (column + c - 1) * d : (column + c) * d] = x
-                    x = layer.horizontal_step(x, cache[:, column * d : (column + c) * d], from_vertical[column])
+                for layer, inputs, from_vertical, attend in zip(
+                    layers, row_inputs, contributions, attends, strict=True
+                ):
+                    inputs[:, (column + c - 1) * d : (column + c) * d] = x
+                    x = layer.horizontal_step(x, inputs[:, column * d : (column + c) * d], from_vertical[:, column])
                     if attend:
                         x = attend(x, y * w + column)
                 codes = yield self.norm(x)[:, None]

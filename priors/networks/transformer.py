@@ -25,6 +25,7 @@ from smalti.priors.methods.autoregressive import AUTOREGRESSIVE
 from smalti.priors.methods.causal_canvas import decode_windows, exceeds_training, window_features
 from smalti.priors.networks.causal_attention import CausalAttention
 from smalti.priors.networks.positions import require_rotary_heads, sinusoidal_positions
+from smalti.priors.row_caches import RowCaches
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class Block(nn.Module):
         """Applies the feed-forward layer, with its residual connection, to each position."""
         return x + self.dropout(self.out(F.gelu(self.hidden(self.norm(x)))))
 
-    def kv_cached(self, b: int, h: int, w: int) -> Callable[[Tensor, int], Tensor]:
+    def kv_cached(self, caches: RowCaches, b: int, h: int, w: int) -> Callable[[Tensor, int], Tensor]:
         """Returns `forward` for one position at a time; see `CausalAttention.kv_cached`."""
-        attend = self.attention.kv_cached(b, h, w)
+        attend = self.attention.kv_cached(caches, b, h, w)
         return lambda x, position: self.feedforward(attend(x, position))
 
 
@@ -145,15 +146,17 @@ class Transformer(CausalPrior):
         w: int,
         condition: Condition | None = None,
         upper: tuple[Int64[Tensor, "b _y _x"], ...] = (),
+        caches: RowCaches | None = None,
     ) -> Generator[Float[Tensor, "b 1 d"], Int64[Tensor, "b 1"], None]:
         """Decodes code by code with a KV cache; see `CausalPrior.decode_stepwise`."""
+        caches = caches or RowCaches()
         if exceeds_training(self, h, w):
-            yield from decode_windows(self, b, h, w, condition, upper)
+            yield from decode_windows(self, b, h, w, condition, upper, caches)
             return
         vectors = self.condition_vectors(b, h, w, condition, upper)
         if vectors is not None:
             vectors = rearrange(vectors.expand(b, h, w, -1), "b h w d -> b (h w) d")
-        layers = [layer.kv_cached(b, h, w) for layer in cast(list[Block], list(self.layers))]
+        layers = [layer.kv_cached(caches, b, h, w) for layer in cast(list[Block], list(self.layers))]
         x = self.start.expand(b, -1)
         for position in range(h * w):
             if vectors is not None:

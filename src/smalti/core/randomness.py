@@ -65,6 +65,7 @@ class Stream(IntEnum):
     AUTOREGRESSIVE_DRAW = "particle", 0
     PARTICLE = "sample/autoregressive", 1
     PARTICLE_CHOICE = "sample/autoregressive", 2
+    PARTICLE_RESAMPLING = "sample/autoregressive", 3
 
     HQA_ENCODE = "HQA image", 0
     HQA_DECODE = "HQA image", 1

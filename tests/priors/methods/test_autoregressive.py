@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from smalti.benchmarks.ancestral import sample_naively
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
+from smalti.priors.methods import autoregressive
 from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling, sample_ancestral
 
 PLAIN = AncestralSampling()
@@ -91,6 +92,62 @@ def test_many_particles_sample_the_posterior():
     assert chi_square_fits(counts[1], before)
     assert chi_square_fits(counts[40], posterior)
     assert not chi_square_fits(counts[1], posterior)  # otherwise the test could not distinguish the two
+
+
+@torch.no_grad()
+def test_resampling_samples_the_posterior_where_known_codes_alternate(monkeypatch):
+    """Enumerated, with a known right column; where that is unlikely, nearer than by weights at the end only."""
+    prior, unknown = prior_of(4, 2, radices=(3,), layers=2), torch.tensor(list(itertools.product(range(3), repeat=4)))
+
+    def counts_and_posterior(right, n, sampling):
+        grids = torch.stack([unknown, torch.tensor(right).expand(81, -1)], dim=-1)  # 81 4 2
+        nll = prior.head.nll(prior.features(grids), grids.flatten(1), temperature=sampling.temperature)
+        known, mask = grids[:1].expand(n, -1, -1), torch.tensor([False, True]).expand(n, 4, 2)
+        filled = draw(prior, row_seeds(9, torch.arange(n)), 4, 2, known, mask, sampling)
+        counts = torch.bincount(filled[..., 0] @ torch.tensor([27, 9, 3, 1]), minlength=81)
+        return counts, (-nll.sum(-1)).double().softmax(0)
+
+    def distance():
+        unlikely = counts_and_posterior([2, 0, 2, 1], 500, AncestralFilling(particles=32, temperature=2.0))
+        return float((unlikely[0] / 500 - unlikely[1]).abs().sum() / 2)  # total variation
+
+    assert chi_square_fits(*counts_and_posterior([0, 1, 1, 2], 1_000, AncestralFilling(particles=64)))
+    resampled = distance()
+    monkeypatch.setattr(
+        autoregressive,
+        "_resampled",
+        lambda _, run_ends, __: (torch.arange(len(run_ends)), torch.zeros_like(run_ends)),
+    )
+    assert resampled < 0.7 * distance()
+
+
+@pytest.mark.parametrize("options", [OPTIONS["everything"], OPTIONS["transformer, everything"]])
+def test_resampled_fills_depend_on_their_own_row_only(options):
+    """Whatever the masks of the other rows, with guidance, coarser levels and classes."""
+    prior, seeds, sampling = prior_of(**options), row_seeds(5, torch.arange(4)), AncestralFilling(guidance=2.0)
+    conditioning, generator = random_conditioning(prior, 4, 4, 8), torch.Generator().manual_seed(2)
+    known = torch.randint(6, (4, 4, 8), generator=generator)
+    mask = torch.rand(4, 4, 8, generator=generator) < torch.tensor([0.0, 0.3, 0.5, 0.8])[:, None, None]
+    together = draw(prior, seeds, known=known, mask=mask, sampling=sampling, **conditioning)
+    for row in range(4):
+        one = slice(row, row + 1)
+        upper = tuple(coarser[one] for coarser in conditioning["upper"])
+        more = {"condition": conditioning["condition"][one], "upper": upper}
+        assert torch.equal(draw(prior, seeds[one], 4, 8, known[one], mask[one], sampling, **more), together[one])
+
+
+def test_systematic_resampling_continues_particles_in_proportion_to_their_weights():
+    """Rounded up or down; even weights, and rows whose known codes go on, are left as they are."""
+    weights = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01]])
+    ends = torch.tensor([True, True, False]).repeat_interleave(4)[:, None]
+    for uniforms in (torch.zeros(3), torch.full((3,), 0.5), torch.full((3,), 1 - 2.0**-24)):
+        taken, uneven = autoregressive._resampled(weights.log().view(-1, 1), ends, uniforms)
+        assert uneven.flatten().tolist() == [True] * 4 + [False] * 8
+        assert taken[4:].tolist() == list(range(4, 12))
+        counts = torch.bincount(taken[:4], minlength=4)
+        assert counts[0] in (2, 3)
+        assert (counts[1:] <= 1).all()
+        assert counts.sum() == 4
 
 
 @settings(max_examples=12)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
+from smalti.priors.row_caches import RowCaches
 
 
 @of_every_option
@@ -71,6 +72,31 @@ def test_stepwise_decoding_equals_features_of_the_whole_grid(options, b, h, w):
     steps = prior.decode_stepwise(b, h, w, **conditioning)
     stepwise = [next(steps)] + [steps.send(flat[:, i : i + 1]) for i in range(h * w - 1)]
     assert torch.allclose(torch.cat(stepwise, 1), prior.features(codes, **conditioning), atol=1e-5)
+
+
+@of_every_option
+@pytest.mark.parametrize("side", [8, 12], ids=["trained size", "larger canvas"])
+@torch.no_grad()
+def test_rows_can_be_exchanged_between_positions(options, side):
+    """The features of the next position are then those of the exchanged grids."""
+    prior, caches, positions = prior_of(8, 8, **options), RowCaches(), side * side
+    conditioning = random_conditioning(prior, 1, side, side)
+    condition, upper = conditioning["condition"], tuple(each.repeat(3, 1, 1) for each in conditioning["upper"])
+    condition = None if condition is None else condition.repeat_interleave(3, 0)
+    generator = torch.Generator().manual_seed(0)
+    steps, codes = prior.decode_stepwise(3, side, side, condition, upper, caches), torch.zeros(3, positions).long()
+    next(steps)
+    for position in range(positions - 1):
+        codes[:, position] = torch.randint(6, (3,), generator=generator)
+        exchanged = position % 7 == 5
+        if exchanged:
+            rows = torch.randint(3, (3,), generator=generator)
+            codes = codes[rows]
+            caches.take(rows)
+        features = steps.send(codes[:, position : position + 1])
+        if exchanged or position == positions - 2:
+            whole = prior.features(codes.view(3, side, side), condition, upper)
+            torch.testing.assert_close(features[:, 0], whole[:, position + 1], atol=1e-4, rtol=1e-4)
 
 
 def test_loss_is_the_negative_log_likelihood():
