@@ -126,8 +126,7 @@ def reconstruct(
     tokenizer: Tokenizer, pixels: UInt8[Tensor, "n c h w"], batch_size: int = IMAGES_AT_ONCE
 ) -> UInt8[Tensor, "n c h w"]:
     """Encodes and decodes images batch by batch, in float32."""
-    device = next(tokenizer.parameters()).device
-    batches = (to_float(batch).to(device) for batch in pixels.split(batch_size))
+    batches = (to_float(batch).to(tokenizer.device) for batch in pixels.split(batch_size))
     return torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(batch))).cpu() for batch in batches])
 
 
