@@ -22,7 +22,7 @@ from smalti.benchmarks.run import insert
 from smalti.commands.model_paths import load_tokenizer
 from smalti.core.devices import best_device
 from smalti.core.files import whole_file, write_json
-from smalti.core.provenance import RUN_NAME, logged_metrics, machine
+from smalti.core.provenance import RUN_NAME, logged_values, machine
 from smalti.evaluation.real_images import RealImages
 from smalti.images.decoding import to_float, to_uint8
 from smalti.tokenizers.base import Tokenizer
@@ -65,7 +65,7 @@ def count_parameters(*modules: nn.Module) -> int:
 def logged_hours(run: Path) -> float:
     """Returns the hours of a training from its logged rows per second, however often it was resumed."""
     batch_size = json.loads((run / RUN_NAME).read_text())["settings"]["batch_size"]
-    logged = [(line["step"], line["rows_per_second"]) for line in logged_metrics(run) if "rows_per_second" in line]
+    logged = logged_values(run, "rows_per_second").items()
     seconds = sum((step - before) * batch_size / rate for (before, _), (step, rate) in pairwise([(0, 1.0), *logged]))
     return seconds / 3600
 
@@ -126,8 +126,7 @@ def reconstruct(
     tokenizer: Tokenizer, pixels: UInt8[Tensor, "n c h w"], batch_size: int = IMAGES_AT_ONCE
 ) -> UInt8[Tensor, "n c h w"]:
     """Encodes and decodes images batch by batch, in float32."""
-    device = next(tokenizer.parameters()).device
-    batches = (to_float(batch).to(device) for batch in pixels.split(batch_size))
+    batches = (to_float(batch).to(tokenizer.device) for batch in pixels.split(batch_size))
     return torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(batch))).cpu() for batch in batches])
 
 

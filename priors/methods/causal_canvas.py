@@ -57,7 +57,7 @@ def decode_windows(
     windows = Windows.over(prior, h, w, upper)
     y, x = windows.size
     rows, columns = (each.tolist() for each in chosen_windows(windows, h, w))
-    codes = torch.zeros(b, h, w, dtype=torch.int64, device=next(prior.parameters()).device)
+    codes = torch.zeros(b, h, w, dtype=torch.int64, device=prior.device)
     for row, canvas_rows in groupby(range(h), rows.__getitem__):
         caches.clear()  # of the windows above
         caches.keep(codes)

@@ -220,7 +220,7 @@ def _together(
         raise UserError(f"sampling is {str(sampling)[:100]}, which does not fit the prior; give {names}(...)")
     if sampling is not None:
         require_finite(sampling)
-    return model_paths.coarsest_first(priors, tokenizer), tokenizer.to(next(priors[0].parameters()).device)
+    return model_paths.coarsest_first(priors, tokenizer), tokenizer.to(priors[0].device)
 
 
 def _pixels(image: Image.Image, channels: int, name: str) -> UInt8[Tensor, "c h w"]:

@@ -206,7 +206,7 @@ def evaluator_of(config: ReproduceHQA, data: Data) -> ClassifierEvaluator:
 @torch.no_grad()
 def compressed(tokenizer: Tokenizer, images: Float[Tensor, "n 1 h w"], *, sampled: bool) -> Float[Tensor, "n 1 h w"]:
     """Reconstructs images from their codes: sampled at every layer (Algorithm 1), or the most probable."""
-    device, decoded = next(tokenizer.parameters()).device, []
+    device, decoded = tokenizer.device, []
     for rows in torch.arange(len(images)).split(IMAGES_AT_ONCE):
         batch = images[rows].to(device)
         if isinstance(tokenizer, HQA) and sampled:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from smalti.core.provenance import logged_metrics
+from smalti.core.provenance import logged_values
 from smalti.studies.experiment import save_figure, table_row
 from smalti.studies.hr_vqvae.study import CURVE_DECAY, LEAVES, ReproduceHRVQVAE, TokenizerSpec, result, trial_of
 
@@ -51,5 +51,4 @@ def curve_table(
 def held_out_course(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> list[tuple[int, float]]:
     """Returns the steps at which a training measured its held-out MSE, and the MSE; nothing if it was not trained."""
     folder = trial_of(spec, config).folder
-    lines = logged_metrics(folder) if result(spec, config) else []
-    return [(int(line["step"]), line["held_out_mse"]) for line in lines if "held_out_mse" in line]
+    return list(logged_values(folder, "held_out_mse").items()) if result(spec, config) else []

@@ -280,10 +280,9 @@ def trained(spec: TokenizerSpec, config: ReproduceHRVQVAE, images: ImageSet) -> 
 def measured(tokenizer: Tokenizer, images: ImageSet, usage_images: int) -> dict[str, Any]:
     """Measures the held-out MSE in [0, 1] units and, per level, codebook usage and perplexity on training images."""
     rows = ImageRows(images, split="held_out", flips=False)
-    device = next(tokenizer.parameters()).device
     error, values = 0.0, 0
     for block in torch.arange(len(rows)).split(64):
-        batch = to_float(rows.__getitems__(block.tolist())["images"]).to(device)
+        batch = to_float(rows.__getitems__(block.tolist())["images"]).to(tokenizer.device)
         error += float((tokenizer.decode(tokenizer.encode(batch)) - batch).double().square().sum()) / 4
         values += batch.numel()
     counts = code_counts(tokenizer, ImageRows(images, split="train", flips=False), usage_images)
@@ -335,7 +334,7 @@ def search_seconds(tokenizer: Tokenizer, images: ImageSet) -> float:
     """
     rows = ImageRows(images, split="train", flips=False)
     batch = to_float(rows.__getitems__([i % len(rows) for i in range(SEARCH_BLOCK)])["images"])
-    inputs, seconds = features(tokenizer, batch.to(next(tokenizer.parameters()).device)), []
+    inputs, seconds = features(tokenizer, batch.to(tokenizer.device)), []
     for repetition in range(SEARCH_REPETITIONS + 1):
         synchronize()
         start = time.perf_counter()

@@ -21,7 +21,7 @@ from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device
 from smalti.core.errors import require_at_least_one
-from smalti.core.provenance import logged_metrics
+from smalti.core.provenance import logged_values
 from smalti.images.decoding import to_uint8
 from smalti.images.image_set import open_images
 from smalti.metrics.extractors import find_extractor
@@ -124,9 +124,7 @@ class Overfitting:
     def result(self, dropout: float, crops: int, seed: int) -> dict[str, Any]:
         """Returns what is measured of a run: `last` and `best`, each with its step and scores, and `hours`."""
         folder = self.trained(dropout, crops, seed)
-        lines = logged_metrics(folder)
-        held_out = {int(line["step"]): line["held_out_loss"] for line in lines if "held_out_loss" in line}
-        losses = {int(line["step"]): line["loss"] for line in lines if "loss" in line}
+        held_out, losses = logged_values(folder, "held_out_loss"), logged_values(folder, "loss")
         snapshots = Snapshots(folder)
         best = min(held_out, key=lambda step: held_out[step])
 

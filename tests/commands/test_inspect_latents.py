@@ -89,11 +89,13 @@ def test_other_levels_hold_their_most_used_code(tmp_path):
     codes = make_codes(layout, 40)
     codes[0][:], codes[0][:9] = 4, 1
     write(tmp_path / "latents.h5", layout, codes, [0])
-    coarse, reals, fine = inspecting._uniform_codes(LatentSet(tmp_path / "latents.h5"), 2, torch.tensor([2, 0]))
+    counts = inspecting._counts(LatentSet(tmp_path / "latents.h5"))
+    rankings = {index: ranking(each) for index, each in counts.items()}
+    coarse, reals, fine = inspecting._uniform_codes(layout, rankings, 2, torch.tensor([2, 0]))
     assert coarse.tolist() == [[[4]], [[4]]]
     assert (reals.shape, reals.dtype, reals.any()) == ((2, 2, 1, 2), torch.float32, False)
     assert fine.tolist() == [[[2, 2], [2, 2]], [[0, 0], [0, 0]]]
-    ranked, shares = ranking(LatentSet(tmp_path / "latents.h5"), 0)
+    ranked, shares = rankings[0]
     assert (ranked.tolist(), shares.tolist()) == ([4, 1], pytest.approx([31 / 40, 9 / 40]))
 
 

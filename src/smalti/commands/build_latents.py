@@ -208,7 +208,7 @@ def job_of(
     Raises:
         UserError: if the tokenizer cannot encode images of this size, or a file would not hold the rows of an image.
     """
-    encoding_device = _device_of(tokenizer)
+    encoding_device = tokenizer.device
     blank = torch.zeros(1, *(images.preprocessing[side] for side in SIDES), device=encoding_device)
     with torch.no_grad():
         codes = tokenizer.encode(blank)
@@ -235,7 +235,3 @@ def job_of(
             **({"condition_source": conditions.source} if conditions else {}),
         },
     )
-
-
-def _device_of(tokenizer: Tokenizer) -> torch.device:
-    return next(tokenizer.parameters()).device

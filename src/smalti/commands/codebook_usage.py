@@ -26,10 +26,10 @@ def code_counts(tokenizer: Tokenizer, rows: ImageRows, images: int = USAGE_IMAGE
 
     A continuous level has an empty count.
     """
-    count, device = min(images, len(rows)), next(tokenizer.parameters()).device
+    count = min(images, len(rows))
     counts = [torch.zeros(level.codebook_size if level.radices else 0).long() for level in tokenizer.layout.levels]
     for indices in torch.arange(count).mul(len(rows)).div(count, rounding_mode="floor").split(USAGE_BATCH):
-        batch = to_float(rows.__getitems__(indices.tolist())["images"]).to(device)
+        batch = to_float(rows.__getitems__(indices.tolist())["images"]).to(tokenizer.device)
         for codes, total in zip(tokenizer.encode(batch), counts, strict=True):
             if len(total):
                 total += torch.bincount(codes.flatten().cpu(), minlength=len(total))

@@ -186,12 +186,11 @@ def _compress(
     priors: Sequence[Prior],
     labels: Tensor | None,
 ) -> None:
-    encoding_device = next(tokenizer.parameters()).device
     batches, errors, kept = [], [], (~images.left_out).nonzero().squeeze(1)
     progress = bar(what="compressing", total=len(kept), unit="image", delay_seconds=SLOW_SECONDS)
     with progress:
         for rows in kept.split(_BATCH_SIZE):
-            batch = to_float(images.pixels(rows)).to(encoding_device)
+            batch = to_float(images.pixels(rows)).to(tokenizer.device)
             batches.append(tokenizer.encode(batch))
             with torch.no_grad():
                 errors.append(mse(tokenizer.decode(batches[-1]), batch).cpu())
@@ -315,12 +314,11 @@ def _png_name(name: str, number: int) -> str:
 def _write_images(
     config: Decompress, firsts: Sequence[Path], grids: Codes, tokenizer: Tokenizer, settings: dict[str, object]
 ) -> None:
-    decoding_device = next(tokenizer.parameters()).device
     images = len(grids[0])
     for rows in torch.arange(images).split(_BATCH_SIZE):
-        codes = tuple(grid[rows].to(decoding_device) for grid in grids)
+        codes = tuple(grid[rows].to(tokenizer.device) for grid in grids)
         for number in range(config.decodes + 1):
-            seeds = derive(row_seeds(config.seed, rows), number).to(decoding_device) if number else None
+            seeds = derive(row_seeds(config.seed, rows), number).to(tokenizer.device) if number else None
             for row, image in zip(rows.tolist(), _decode(tokenizer, codes, seeds), strict=True):
                 path = firsts[row].with_name(_png_name(firsts[row].name, number))
                 save_image(path, to_uint8(image), {**settings, "row": row})

@@ -60,7 +60,7 @@ def with_feature_cache(lower: Tokenizer, rows: ImageRows, process: Accelerator) 
         process: sets precision and device.
     """
     assert isinstance(lower, HasFeatures), f"{lower.kind} is trained in stages but has no features"
-    first_image = to_float(rows.__getitems__([0])["images"]).to(next(lower.parameters()).device)
+    first_image = to_float(rows.__getitems__([0])["images"]).to(lower.device)
     shape = (len(rows), *lower.eval().features(first_image).shape[1:])
     if torch.Size(shape).numel() * 4 > MOST_BYTES:
         return rows

@@ -134,7 +134,7 @@ def fill(
     for prior in priors:
         if not isinstance(prior, CodePrior):
             raise UserError(f"a {prior.kind} samples whole images and cannot fill in parts; use a prior of codes")
-    device, (height, width) = next(priors[0].parameters()).device, pixels.shape[2:]
+    device, (height, width) = priors[0].device, pixels.shape[2:]
     size = working_size(tokenizer, height, width, filling.largest)
     blanked, resized_mask = (each.to(device) for each in _prepared(pixels, mask, size))
     condition = None if condition is None else condition.to(device)
@@ -223,7 +223,7 @@ def fills(
     Fill i depends on the seed and on i alone. `precision` is the priors' precision.
     """
     numbers = torch.arange(num)
-    with autocast(next(priors[0].parameters()).device, precision):
+    with autocast(priors[0].device, precision):
         return fill(
             priors,
             tokenizer,
@@ -321,7 +321,7 @@ def save_example_fills(
     count = len(masks) * EXAMPLES_PER_MASK
     images = rows.__getitems__([(2 * i + 1) * len(rows) // (2 * count) for i in range(count)])["images"]
     mask = torch.stack(list(masks.values())).repeat_interleave(EXAMPLES_PER_MASK, 0)
-    with autocast(next(tokenizer.parameters()).device, precision):
+    with autocast(tokenizer.device, precision):
         filled = fill(
             [prior],
             tokenizer,

@@ -4,6 +4,8 @@ The text of the summary is in `latentsets/summary.py`.
 """
 
 import json
+import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from smalti.commands.model_paths import LATENTS, load_tokenizer
 from smalti.core import locks
-from smalti.core.codes import Codes
+from smalti.core.codes import Codes, Layout
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.images.sheets import SETTINGS_KEY, embedded_settings, require_png, save_sheet
@@ -110,13 +112,12 @@ def save_codes(
     level then has its own most used code everywhere.
     """
     rows: dict[str, Tensor] = {}
-    for index, level in enumerate(latent_set.layout.levels):
-        if level.radices:
-            ranked, shares = ranking(latent_set, index)
-            for end, part in (("most", slice(0, shown)), ("least", slice(max(0, len(ranked) - shown), None))):
-                first, last = (f"{100 * float(share):.2g} %" for share in shares[part][[0, -1]])
-                caption = f"level {index}: the {end} used codes ({first} to {last})"
-                rows[caption] = tokenizer.decode(_uniform_codes(latent_set, index, ranked[part]))
+    rankings = {index: ranking(counts) for index, counts in _counts(latent_set).items()}
+    for index, (ranked, shares) in rankings.items():
+        for end, part in (("most", slice(0, shown)), ("least", slice(max(0, len(ranked) - shown), None))):
+            first, last = (f"{100 * float(share):.2g} %" for share in shares[part][[0, -1]])
+            caption = f"level {index}: the {end} used codes ({first} to {last})"
+            rows[caption] = tokenizer.decode(_uniform_codes(latent_set.layout, rankings, index, ranked[part]))
     save_sheet(path, rows, settings=settings)
 
 
@@ -125,12 +126,13 @@ def save_plot(path: Path, latent_set: LatentSet, *, settings: dict[str, str] | N
     kind = path.suffix.removeprefix(".")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="rank", ylabel="share of all codes", xscale="log", yscale="log")
-    for index, level in enumerate(latent_set.layout.levels):
-        for digits in range(1, len(level.radices) + 1):
-            counts = latent_set.usage(index, digits)
-            shares = ranking(latent_set, index, digits)[1]
+    for index, codes in _counts(latent_set).items():
+        radices = latent_set.layout.levels[index].radices
+        for digits in range(1, len(radices) + 1):
+            counts = codes.view(math.prod(radices[:digits]), -1).sum(dim=1)
+            shares = ranking(counts)[1]
             used = f"{len(shares)} of {len(counts)} used, perplexity {perplexity(counts):.0f}"
-            title = f"level {index}, first {digits} of {len(level.radices)} digits"
+            title = f"level {index}, first {digits} of {len(radices)} digits"
             axes.plot(range(1, len(shares) + 1), shares, label=f"{title}: {used}")
     axes.set_title(f"{latent_set.path.name}: {len(latent_set)} rows, {latent_set.layout}")
     axes.legend()
@@ -139,22 +141,27 @@ def save_plot(path: Path, latent_set: LatentSet, *, settings: dict[str, str] | N
         figure.savefig(partial, format=kind, dpi=150, metadata=metadata)
 
 
-def ranking(
-    latent_set: LatentSet, level: int, digits: int | None = None
-) -> tuple[Int64[Tensor, " used"], Float[Tensor, " used"]]:
+def _counts(latent_set: LatentSet) -> dict[int, Int64[Tensor, " _codes"]]:
+    """Counts how often each code occurs, for each level but real-valued ones, in one pass over the set."""
+    levels = latent_set.layout.levels
+    return {index: latent_set.usage(index) for index, level in enumerate(levels) if level.radices}
+
+
+def ranking(counts: Int64[Tensor, " codes"]) -> tuple[Int64[Tensor, " used"], Float[Tensor, " used"]]:
     """Returns the codes in use, most used first (ties by number), and the share of each."""
-    counts = latent_set.usage(level, digits)
     ranked = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     return ranked, counts[ranked] / counts.sum()
 
 
-def _uniform_codes(latent_set: LatentSet, level: int, codes: Int64[Tensor, " b"]) -> Codes:
+def _uniform_codes(
+    layout: Layout, rankings: Mapping[int, tuple[Tensor, Tensor]], level: int, codes: Int64[Tensor, " b"]
+) -> Codes:
     """Returns, for each of `codes`, the codes of an image that has it at every position of its level."""
     grids = []
-    for index, other in enumerate(latent_set.layout.levels):
+    for index, other in enumerate(layout.levels):
         value = torch.zeros(1)
         if other.radices:
-            value = codes if index == level else ranking(latent_set, index)[0][:1]
+            value = codes if index == level else rankings[index][0][:1]
         ones = (1 for _ in other.shape)
         grids.append(value.view(-1, *ones).expand(len(codes), *other.shape).contiguous())
     return tuple(grids)

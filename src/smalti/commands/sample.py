@@ -223,7 +223,7 @@ def generate_images(
     with bar(what="sampling", total=len(batches) * calls, unit="step") as progress:
         for index, start in enumerate(batches):
             rows = torch.arange(start, min(start + batch_size, num))
-            with autocast(next(priors[0].parameters()).device, precision):
+            with autocast(priors[0].device, precision):
                 codes = generate_levels(
                     priors,
                     rows,
@@ -289,18 +289,17 @@ def generate_codes(
     Each sample is conditioned on its class or vector and on the codes of its coarser levels. This is
     inpainting with nothing known. `grid` is the number of rows and columns, if not that of training.
     """
-    prior_device = next(prior.parameters()).device
     height, width = grid or (prior.level.height, prior.level.width)
     level = replace(prior.level, height=height, width=width)
     dtype = torch.int64 if level.radices else torch.float32
-    known = torch.zeros(len(rows), *level.shape, dtype=dtype, device=prior_device)
-    seeds = row_seeds(seed, rows.to(prior_device))
+    known = torch.zeros(len(rows), *level.shape, dtype=dtype, device=prior.device)
+    seeds = row_seeds(seed, rows.to(prior.device))
     return prior.method.sampler(
         prior,
         known=known,
-        known_mask=torch.zeros(len(rows), height, width, dtype=torch.bool, device=prior_device),
+        known_mask=torch.zeros(len(rows), height, width, dtype=torch.bool, device=prior.device),
         seeds=derive(seeds, Stream.LEVEL, len(upper)) if upper else seeds,
-        condition=condition.to(prior_device) if condition is not None and prior.conditional else None,
+        condition=condition.to(prior.device) if condition is not None and prior.conditional else None,
         upper=upper,
         sampling=sampling,
         callback=callback,

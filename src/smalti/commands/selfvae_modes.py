@@ -95,12 +95,11 @@ def sample_mode(config: SampleMode) -> Path:
 
 
 def _sample_mode(config: SampleMode, model: Hierarchy, settings: dict[str, object]) -> None:
-    model_device, rows = next(model.parameters()).device, torch.arange(config.num)
-    seeds = row_seeds(config.seed, rows).to(model_device)
+    seeds = row_seeds(config.seed, torch.arange(config.num)).to(model.device)
     if config.mode == "generation":
         save_grid(config.out, model.generation(seeds, config.pixels).cpu(), settings=settings)
         return
-    images = to_float(_held_out_images(model, config)).to(model_device)
+    images = to_float(_held_out_images(model, config)).to(model.device)
     transmitted = model.transmit(images, config.mode, seeds[: len(images)])
     ratio = model.compression_ratio(transmitted, images)
     print(f"{config.mode}: {model.bits_sent(transmitted) / 8:.0f} bytes an image, {ratio:.3g}:1")

@@ -313,8 +313,7 @@ def save_samples(prior: Prior, tokenizer: Tokenizer, shown: LatentRows, path: Pa
     if prior.upper_levels or prior.condition_width:
         rows = rows[: len(shown)]
         batch = shown.__getitems__(rows.tolist())
-        prior_device = next(prior.parameters()).device
-        upper = tuple(batch[f"upper_{level}"].to(prior_device) for level in range(prior.upper_levels))
+        upper = tuple(batch[f"upper_{level}"].to(prior.device) for level in range(prior.upper_levels))
         condition = batch["conditions" if prior.condition_width else "labels"]
     else:
         condition = draw_labels(prior, trained_classes(prior), rows, seed)

@@ -333,9 +333,9 @@ def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -
 @torch.no_grad()
 def save_reconstructions(tokenizer: Tokenizer, rows: ImageRows, path: Path) -> Path:
     """Saves a sheet of images and their reconstructions, from whole codes and from parts of them; returns its path."""
-    device, pixels = next(tokenizer.parameters()).device, rows.spread(min(SHEET_IMAGES, len(rows)))
+    pixels = rows.spread(min(SHEET_IMAGES, len(rows)))
     shown = to_float(pixels)
-    reconstructions = tokenizer.reconstructions(shown.to(device))
+    reconstructions = tokenizer.reconstructions(shown.to(tokenizer.device))
     original = "original" if pixels.dtype == torch.uint8 else "original, 8 of 16 bits"
     save_sheet(path, {original: shown, **{caption: images.cpu() for caption, images in reconstructions.items()}})
     return path

@@ -72,6 +72,11 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         self.provenance: dict[str, Any] = {}
         self.folder: Path | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
     def recomputable(self) -> list[nn.Module]:
         """Returns the blocks that gradient checkpointing recomputes in the backward pass; by default none."""
         return []
@@ -94,15 +99,9 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with whole_file(folder / WEIGHTS_NAME) as partial:
             save_tensors({name: _halved(tensor) for name, tensor in state.items()} if half else state, partial)
-        described = {
-            "family": self.family,
-            "kind": self.kind,
-            "smalti": version("smalti"),
-            "config": dataclasses.asdict(self.config),
-            "digest": digest(self.kind, self.config, state),
-            "provenance": self.provenance,
-        }
-        write_json(folder / CONFIG_NAME, described)
+        described = {"family": self.family, "kind": self.kind, "smalti": version("smalti")}
+        stored = {"config": dataclasses.asdict(self.config), "digest": digest(self.kind, self.config, state)}
+        write_json(folder / CONFIG_NAME, {**described, **stored, "provenance": self.provenance})
 
     @torch.no_grad()
     def round_to_half(self) -> None:

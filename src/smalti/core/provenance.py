@@ -23,6 +23,11 @@ def logged_metrics(folder: Path) -> list[dict[str, int | float]]:
     return [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
 
 
+def logged_values(folder: Path, name: str) -> dict[int, float]:
+    """Returns the values of one metric that the run at `folder` logged, by step."""
+    return {int(line["step"]): line[name] for line in logged_metrics(folder) if name in line}
+
+
 def last_metrics(folder: Path, *, until: int | None = None) -> dict[str, float]:
     """Returns the newest value of every metric of the run at `folder`, up to a step."""
     newest: dict[str, float] = {}

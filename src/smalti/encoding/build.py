@@ -171,7 +171,7 @@ def _encode_share(
         unit="block",
         shown=process.is_main_process,
     )
-    tokenizer, encoding_device = encoder.tokenizer, next(encoder.tokenizer.parameters()).device
+    tokenizer, encoding_device = encoder.tokenizer, encoder.tokenizer.device
     with progress, autocast(encoding_device, encoder.precision):
         for block, pixels, bad in decoded(encoder, share, workers, encoding_device):
             if store.abandoned:

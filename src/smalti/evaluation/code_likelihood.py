@@ -98,7 +98,7 @@ def _bits_per_row(
     prior: CausalPrior, latents: LatentSet, split: Split, level: int, batch_size: int
 ) -> Float[Tensor, " rows"]:
     rows = LatentRows(latents, split=split, level=level, conditions=bool(prior.condition_width))
-    device = next(prior.parameters()).device
+    device = prior.device
     bits = []
     for indices in torch.arange(len(rows)).split(batch_size):
         batch = {name: tensor.to(device) for name, tensor in rows.__getitems__(indices.tolist()).items()}

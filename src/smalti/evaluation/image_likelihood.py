@@ -56,13 +56,13 @@ def log_weights(
     Networks compute in float32, sums are float64. Sample j of image i depends on the seed, i and j alone. Memory
     depends on `rows_at_once`, not on `samples`.
     """
-    torch_device, weights = next(model.parameters()).device, []
+    weights = []
     for index in bar(range(len(images)), what="importance sampling", unit="image"):
-        y = model.representations(to_float(images[index : index + 1]).to(torch_device))
+        y = model.representations(to_float(images[index : index + 1]).to(model.device))
         q = [model.posterior(level, image) for level, image in enumerate(y)]
-        image_seed = row_seeds(seed, torch.tensor([index], device=torch_device))
+        image_seed = row_seeds(seed, torch.tensor([index], device=model.device))
         batches = []
-        for numbers in torch.arange(samples, device=torch_device).split(rows_at_once):
+        for numbers in torch.arange(samples, device=model.device).split(rows_at_once):
             count = len(numbers)
             q_repeated = [
                 Gaussian(*(part.expand(count, -1, -1, -1) for part in (each.mean, each.log_deviation))) for each in q

@@ -104,8 +104,7 @@ def _bits_per_code(
             get none.
     """
     scores: Scores = {}
-    own_device = next(tokenizer.parameters()).device
-    batches = [tokenizer.encode(to_float(batch).to(own_device)) for batch in pixels.split(BATCH_SIZE)]
+    batches = [tokenizer.encode(to_float(batch).to(tokenizer.device)) for batch in pixels.split(BATCH_SIZE)]
     for level, (prior, classes) in enumerate(zip(priors, labels, strict=True)):
         if isinstance(prior, CausalPrior):
             conditions = [None] * len(batches) if classes is None else classes.split(BATCH_SIZE)

@@ -3,6 +3,7 @@
 The scores are computed in the files named for what they evaluate.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,13 +33,15 @@ from smalti.evaluation.sample_size import too_few_images
 from smalti.evaluation.scores import SPEEDS, Conditions, Scores
 from smalti.evaluation.tokenizer import evaluate_tokenizer
 
-WITHOUT_PRIOR = {
-    "images": ImagesEvaluation,
-    "tokenizer": TokenizerEvaluation,
-    "modes": ModesEvaluation,
-    "likelihood": LikelihoodEvaluation,
+KINDS: dict[str, tuple[Any, Callable[..., tuple[Scores, Conditions]]]] = {
+    "tokenizer": (TokenizerEvaluation, evaluate_tokenizer),
+    "prior": (PriorEvaluation, evaluate_prior),
+    "inpainting": (InpaintingEvaluation, evaluate_inpainting),
+    "modes": (ModesEvaluation, evaluate_modes),
+    "likelihood": (LikelihoodEvaluation, evaluate_likelihood),
+    "images": (ImagesEvaluation, evaluate_images),
 }
-KINDS = ("tokenizer", "prior", "inpainting", "modes", "likelihood", "images")
+"""The settings and the function of each kind of evaluation."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ def config_for(of: str, prior: str) -> Any:
     """
     if of not in KINDS:
         raise UserError(f"--of {of} cannot be evaluated; give one of {', '.join(KINDS)}")
-    if of in WITHOUT_PRIOR:
-        return WITHOUT_PRIOR[of]
+    settings, _ = KINDS[of]
+    if of not in ("prior", "inpainting"):
+        return settings
     method = prior_class(prior).method
-    return PriorEvaluation[method.sampling] if of == "prior" else InpaintingEvaluation[method.filling]
+    return settings[method.sampling if of == "prior" else method.filling]
 
 
 def evaluate(config: Evaluation | RepeatEvaluation) -> Scores:
@@ -104,17 +108,8 @@ def table(scores: Scores, conditions: Conditions) -> str:
 
 
 def _evaluate(config: Evaluation, *, sheet: bool = True) -> tuple[Scores, Conditions]:
-    if isinstance(config, ImagesEvaluation):
-        return evaluate_images(config)
-    if isinstance(config, TokenizerEvaluation):
-        return evaluate_tokenizer(config)
-    if isinstance(config, ModesEvaluation):
-        return evaluate_modes(config)
-    if isinstance(config, LikelihoodEvaluation):
-        return evaluate_likelihood(config)
-    if isinstance(config, PriorEvaluation):
-        return evaluate_prior(config, sheet=sheet)
-    return evaluate_inpainting(config)
+    _, evaluation = KINDS[config.of]
+    return evaluation(config, sheet=sheet) if config.of == "prior" else evaluation(config)
 
 
 def _write(path: Path, config: Evaluation, scores: Scores, conditions: Conditions) -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from smalti.core.codes import row_numbers
 from smalti.core.config import require_choice
+from smalti.core.devices import cores
 from smalti.core.errors import UserError
 from smalti.core.files import as_name
 from smalti.core.progress import SLOW_SECONDS, bar
@@ -36,7 +37,7 @@ from smalti.images.splits import Split
 
 CACHE_BYTES = 2**30
 _DECODED_AT_ONCE = 64  # images; limits the encoded bytes in memory while the cache fills
-_DECODING_THREADS = min(8, os.cpu_count() or 1)  # Pillow releases the GIL, but small images gain little
+_DECODING_THREADS = min(8, cores())  # Pillow releases the GIL, but small images gain little
 
 
 class ImageSet:
@@ -104,8 +105,7 @@ class ImageSet:
             errors = {index: self._errors[index] for index in numbers if index in self._errors}
             pixels = self._cache[torch.tensor(numbers, dtype=torch.int64)].to(self._dtype)
         else:
-            errors = {}
-            pixels = torch.zeros((len(numbers), *self._shape), dtype=self._dtype)
+            errors, pixels = dict[int, str](), torch.zeros((len(numbers), *self._shape), dtype=self._dtype)
             for position, (index, image) in enumerate(zip(numbers, self._encoded[numbers][self._column], strict=True)):
                 try:
                     pixels[position] = self._decode(image).pixels

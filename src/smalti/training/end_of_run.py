@@ -6,7 +6,7 @@ from accelerate import PartialState
 
 from smalti.core.errors import as_invoked
 from smalti.core.models import read_config
-from smalti.core.provenance import last_metrics, logged_metrics
+from smalti.core.provenance import last_metrics, logged_values
 from smalti.training.snapshots import Snapshots
 
 MOST_NUMBERS = 6
@@ -54,8 +54,7 @@ def print_finished(folder: Path, ending: str, *, more: str) -> None:
 
 def _lowest_held_out_loss(folder: Path, until: int) -> tuple[int, float] | None:
     """Returns the step and the value of the lowest held-out loss of a run, if it has risen since; otherwise None."""
-    losses = {int(line["step"]): line["held_out_loss"] for line in logged_metrics(folder) if "held_out_loss" in line}
-    losses = {step: loss for step, loss in losses.items() if step <= until}
+    losses = {step: loss for step, loss in logged_values(folder, "held_out_loss").items() if step <= until}
     if not losses:
         return None
     step, lowest = min(losses.items(), key=lambda item: item[1])
