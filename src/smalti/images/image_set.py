@@ -105,14 +105,14 @@ class ImageSet:
             errors = {index: self._errors[index] for index in numbers if index in self._errors}
             pixels = self._cache[torch.tensor(numbers, dtype=torch.int64)].to(self._dtype)
         else:
-            errors, pixels = dict[int, str](), torch.zeros((len(numbers), *self._shape), dtype=self._dtype)
+            errors = {}
+            pixels = torch.zeros((len(numbers), *self._shape), dtype=self._dtype)
             for position, (index, image) in enumerate(zip(numbers, self._encoded[numbers][self._column], strict=True)):
                 try:
                     pixels[position] = self._decode(image).pixels
                 except BadImageError as error:
                     errors[index] = str(error)
-        named = self._named(errors)
-        if named and bad is None:
+        if (named := self._named(errors)) and bad is None:
             raise bad_images_error(named)
         if bad is not None:
             bad.update(named)
