@@ -1,4 +1,4 @@
-"""What a causal prior keeps from one position to the next while it decodes code by code."""
+"""The tensors that a causal prior keeps from one position to the next while it decodes code by code."""
 
 from jaxtyping import Float, Int64
 from torch import Tensor
