@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -89,8 +89,8 @@ def reproduce_hr_vqvae(config: ReproduceHRVQVAE) -> None:
             write(config, part, search_table(config, images))
         if part == "methods":
             pictures(config, images)
-        if part == "depth":
-            depth_pictures(config, specs, images)
+        if part in ("depth", "size"):
+            reconstructions(config, part, specs, images)
 
 
 def write(config: ReproduceHRVQVAE, part: str, text: str) -> None:
@@ -231,18 +231,23 @@ def layer_rows(linked: Tokenizer, batch: Float[Tensor, "b c h w"]) -> dict[str, 
 
 
 @torch.no_grad()
-def depth_pictures(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], images: ImageSet) -> None:
-    """Draws Fig. 4: reconstructions by depth, of the first seed, by the paper's losses and at their best."""
+def reconstructions(
+    config: ReproduceHRVQVAE, part: Literal["depth", "size"], specs: list[TokenizerSpec], images: ImageSet
+) -> None:
+    """Draws Fig. 4 (depth) or 7 (size): reconstructions of the first seed, by the paper's losses and at their best.
+
+    Rows are named for the model and the branching of its layers.
+    """
     batch = to_float(ImageRows(images, split="held_out", flips=False).spread(SHOWN))
     sheet = {"original": batch}
     for spec in specs:
         if spec.seed == 0:
             tokenizer = trained(spec, config, images).tokenizer()
-            tree = "x".join(map(str, branching_of(spec.leaves, spec.depth)))
+            model = f"{NAMES[spec.kind]} {'x'.join(map(str, branching_of(spec.leaves, spec.depth)))}"
             reconstructed = tokenizer.decode(tokenizer.encode(batch.to(best_device()))).cpu()
-            sheet[f"{tree}, {'plain' if spec.plain else 'at its best'}"] = reconstructed
-    save_sheet(path := config.picture("depth"), sheet)
-    write(config, "depth pictures", f"![Reconstructions by the layers' branchings]({path.name})")
+            sheet[f"{model}, {'plain' if spec.plain else 'at its best'}"] = reconstructed
+    save_sheet(path := config.picture(f"{part}-reconstructions"), sheet)
+    write(config, f"{part} pictures", f"![Reconstructions by {part}]({path.name})")
 
 
 def _coarsest(codes: Codes, count: int) -> Codes:

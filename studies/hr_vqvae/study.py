@@ -99,9 +99,10 @@ class ReproduceHRVQVAE:
     data: DataName = "mnist"
     """The name of the data set, which selects the paper's numbers."""
     parts: tuple[Part, ...] = get_args(Part)
-    """The parts to run: Table 1 with Figs. 1 and 8 (`methods`), the Fréchet distances of Table 1 (`distances`), Fig. 5
-    (`depth`), Table 2 (`search`), Fig. 6 (`size`), Table 3 (`samples`), a head that predicts HR-VQVAE's codes digit by
-    digit against one softmax over all codes (`heads`), and HR-VQVAE's error by training steps (`curve`)."""
+    """The parts to run: Table 1 with Figs. 1 and 8 (`methods`), the Fréchet distances of Table 1 (`distances`), Figs. 4
+    and 5 (`depth`), Table 2 (`search`), Figs. 6 and 7 (`size`), Table 3 (`samples`), a head that predicts HR-VQVAE's
+    codes digit by digit against one softmax over all codes (`heads`), and HR-VQVAE's error by training steps
+    (`curve`)."""
     seeds: int = 3
     """Seeds of each model in Tables 1 and 3 and in Fig. 5, and of each head. The other parts use one seed."""
     steps: int = 1_000

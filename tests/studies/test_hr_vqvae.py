@@ -174,13 +174,13 @@ def test_rows_of_the_first_figure_decode_sums_of_single_layers(folder):
         torch.testing.assert_close(row, decoded)
 
 
-def test_pictures_by_depth_show_every_tree(folder):
-    text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
-    assert "(hr-vqvae-mnist-depth.png)" in text
-    picture = Image.open(folder / "docs/reproductions/hr-vqvae-mnist-depth.png")
+@pytest.mark.parametrize(("part", "rows"), [("depth", 1 + 2 * 2), ("size", 1 + 3 * 2)])  # the original, models, 2 ways
+def test_reconstructions_show_every_model(folder, part, rows):
+    assert f"(hr-vqvae-mnist-{part}-reconstructions.png)" in (folder / "docs/reproductions/hr-vqvae.md").read_text()
+    picture = Image.open(folder / f"docs/reproductions/hr-vqvae-mnist-{part}-reconstructions.png")
     layers = Image.open(folder / "docs/reproductions/hr-vqvae-mnist-layers.png")
     assert picture.width == layers.width
-    assert picture.height * 9 == pytest.approx(layers.height * 5, rel=0.05)  # rows: original and 2 depths of 2 ways
+    assert picture.height * 9 == pytest.approx(layers.height * rows, rel=0.05)
 
 
 def test_finished_study_trains_and_measures_nothing_again(folder):
@@ -326,7 +326,7 @@ def test_both_heads_learn_the_same_codes(folder):
 
 def test_report_has_every_part_with_measured_numbers(folder):
     text = (folder / "docs/reproductions/hr-vqvae.md").read_text()
-    assert text.count("<!-- measured: mnist ") == 10
+    assert text.count("<!-- measured: mnist ") == 11
     assert "not run" not in text
     tokenizer = read(folder / "runs/reproductions/mnist" / f"hrvq-8-depth3-best-{SHARED}" / RESULT_NAME)
     assert f"| {tokenizer['mse']:.5f} |" in report_row(folder, "| HR-VQVAE | 0.00011 | 0.27 |")
@@ -334,7 +334,7 @@ def test_report_has_every_part_with_measured_numbers(folder):
     row = report_row(folder, "| HR-VQVAE | 1 | 11.75 |")
     scores = [read(path / f"{prior}-{BUDGET}" / "sampled-lite0-8-of-1000.json") for prior in ("pixelcnn", "hourglass")]
     assert all(f"| {each['frechet']:.1f} |" in row and f"| {each['parameters']:,} |" in row for each in scores)
-    for name in ("layers", "depth", "size", "samples", "curve"):
+    for name in ("layers", "size", "samples", "curve"):
         assert f"(hr-vqvae-mnist-{name}.png)" in text
         assert Image.open(folder / f"docs/reproductions/hr-vqvae-mnist-{name}.png").width > 100
 
