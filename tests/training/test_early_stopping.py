@@ -33,7 +33,11 @@ def test_early_stopping_keeps_the_best_weights_also_after_a_kill(tmp_path, monke
         run.states.publish(12)  # as if a kill had come before the best weights were put in place
         assert run.end(13, 0) is None
         assert run.end(40, 5) is None
-        assert "12 steps, with the lowest held-out loss after 8" in (run.end(40, 4) or "")
+        assert "early stopping after 12 steps, with the lowest held-out loss after 8" in (run.end(40, 4) or "")
+        assert "12 steps, with the lowest held-out loss after 8" in (run.end(12, 5) or "")
+        assert run.advice(12, 0, "--steps") == run.advice(12, 5, "--steps") == "--steps"
+        assert run.advice(40, 4, "--steps") == "a larger --patience (0 turns early stopping off)"
+        assert run.advice(12, 4, "--steps") == "--steps and a larger --patience (0 turns early stopping off)"
         assert json.loads((folder / CONFIG_NAME).read_text())["provenance"]["steps"] == 8
         del run
     train(tmp_path / "early", config=config)

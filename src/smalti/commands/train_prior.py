@@ -156,7 +156,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
         off = added_values(config)
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off)
     if ending := run.end(config.fit.steps, config.fit.patience):
-        print_finished(folder, ending, more="--steps")
+        print_finished(folder, ending, more=run.advice(config.fit.steps, config.fit.patience, "--steps"))
         return folder
     if config.init is not None and other is not None:
         prior.provenance |= {"init": config.init, "init_digest": settings["init_digest"]}

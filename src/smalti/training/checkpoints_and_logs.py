@@ -188,7 +188,7 @@ class CheckpointsAndLogs:
         """Ends the run after its last step. With early stopping, the model gets the best weights and is drawn again."""
         ending, best = self.run.end(self.config.steps, self.config.patience), self.best[1]
         if self.config.patience and self.accelerator.is_main_process:
-            print_note(f"early stopping: {ending}")
+            print_note(f"training has ended: {ending}")
         if self.config.patience and best is not None and best < self.run.step:
             self._restore(self.run.states.load(best))
             with self._evaluated() as model:

@@ -158,8 +158,8 @@ class Run:
             steps: number of steps to train for.
             patience: see `FitConfig`.
         """
-        best = self.states.best(self.step) if self.step and patience else None
-        if self.step < steps and (best is None or self.step - best < patience):
+        best, stopped = self._best(patience), self._stopped_early(patience)
+        if self.step < steps and not stopped:
             return None
         if self.main and self.rolls_back:
             self._delete_after(self.step)
@@ -168,7 +168,27 @@ class Run:
             return f"{self.step} steps"
         if self.main:
             self.states.publish(best)
-        return f"{self.step} steps, with the lowest held-out loss after {best}, whose weights are kept"
+        ended = f"{'early stopping after ' if stopped else ''}{self.step} steps"
+        return f"{ended}, with the lowest held-out loss after {best}, whose weights are kept"
+
+    def _best(self, patience: int) -> int | None:
+        """Returns the step of the best snapshot with early stopping, if there is one."""
+        return self.states.best(self.step) if self.step and patience else None
+
+    def _stopped_early(self, patience: int) -> bool:
+        best = self._best(patience)
+        return best is not None and self.step - best >= patience
+
+    def advice(self, steps: int, patience: int, more_steps: str) -> str:
+        """Returns the flags that make an ended run train on: after early stopping, more steps alone do not.
+
+        Args:
+            steps: number of steps to train for.
+            patience: see `FitConfig`.
+            more_steps: the flag of the number of steps.
+        """
+        patient = ["a larger --patience (0 turns early stopping off)"] if self._stopped_early(patience) else []
+        return " and ".join([*([more_steps] if self.step >= steps else []), *patient])
 
     def begin(self) -> None:
         """Writes `run.json`, and deletes metrics and snapshots that are newer than the one to resume from.
