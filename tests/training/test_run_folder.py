@@ -221,6 +221,24 @@ def test_model_that_was_not_trained_in_the_folder_is_kept(tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (METRICS_NAME, '{"epoch": 1, "loss": 2.0}\n'),
+        (METRICS_NAME, '{"step": 1, "loss": 2.0}\n'),
+        (RUN_NAME, "not JSON"),
+        (RUN_NAME, '{"id": "of another program"}'),
+        (RUN_NAME, "[]"),
+    ],
+)
+def test_files_of_another_program_are_kept(tmp_path, resume, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} was not written by a training, or is damaged; give another --out"):
+        Run(tmp_path, SETTINGS, resume=resume)
+    assert (tmp_path / name).read_text() == text
+
+
 def test_snapshots_without_the_record_of_their_settings_are_not_resumed(tmp_path):
     started(tmp_path / "run")
     shutil.copytree(tmp_path / "run" / "states", tmp_path / "copy" / "states")
