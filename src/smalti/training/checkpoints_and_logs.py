@@ -189,7 +189,7 @@ class CheckpointsAndLogs:
         ending, best = self.run.end(self.config.steps, self.config.patience), self.best[1]
         if self.config.patience and self.accelerator.is_main_process:
             print_note(f"training has ended: {ending}")
-        if self.config.patience and best is not None and best < self.run.step:
+        if self.config.patience and best is not None and best < self.run.step and not self.run.states.damage(best):
             self._restore(self.run.states.load(best))
             with self._evaluated() as model:
                 self._draw(best, model)

@@ -181,7 +181,8 @@ class Run:
     def end(self, steps: int, patience: int) -> str | None:
         """Ends a run whose last snapshot is that of its last step; returns what happened, None if steps remain.
 
-        With early stopping, the model of the run becomes that of the best snapshot, also if a kill prevented it before.
+        With early stopping, the model of the run becomes that of the best snapshot, also if a kill prevented it before,
+        and stays as it is if that snapshot is damaged.
 
         Args:
             steps: number of steps to train for.
@@ -195,10 +196,14 @@ class Run:
             self.states.publish(self.step)
         if best is None:
             return f"{self.step} steps"
+        ended = (
+            f"{'early stopping after ' if stopped else ''}{self.step} steps, with the lowest held-out loss after {best}"
+        )
+        if damage := self.states.damage(best):
+            return f"{ended}; its snapshot {self.states.path(best)} is damaged ({damage}), so the model stays as it is"
         if self.main:
             self.states.publish(best)
-        ended = f"{'early stopping after ' if stopped else ''}{self.step} steps"
-        return f"{ended}, with the lowest held-out loss after {best}, whose weights are kept"
+        return f"{ended}, whose weights are kept"
 
     def _best(self, patience: int) -> int | None:
         """Returns the step of the best snapshot with early stopping, if there is one."""
