@@ -102,6 +102,17 @@ def test_damaged_snapshot_is_skipped_with_one_line(tmp_path, capsys):
     assert again.states.steps() == [2]
 
 
+def test_incomplete_snapshots_that_a_kill_left_are_deleted(tmp_path):
+    run = started(tmp_path)
+    for name in (".step_00000007.partial", ".step_00000001.removed"):
+        (run.states.folder / name).mkdir()
+        (run.states.folder / name / STATE_NAME).write_text("half")
+    again = Run(tmp_path, SETTINGS)
+    assert len(list(again.states.folder.iterdir())) == 4  # until it begins
+    again.begin()
+    assert sorted(path.name for path in again.states.folder.iterdir()) == ["step_00000002", "step_00000005"]
+
+
 def test_metrics_without_a_snapshot_are_deleted(tmp_path):
     run = Run(tmp_path, SETTINGS)
     run.begin()

@@ -225,7 +225,7 @@ class Run:
         return " and ".join([*([more_steps] if self.step >= steps else []), *patient])
 
     def begin(self) -> None:
-        """Writes `run.json`, and deletes metrics and snapshots that are newer than the one to resume from.
+        """Writes `run.json`, and deletes metrics and snapshots that are newer than the one to resume from or incomplete.
 
         The log of a resumed run therefore equals an uninterrupted one's. Call it after every process has read the
         snapshot.
@@ -234,6 +234,7 @@ class Run:
             made_by = {"command": command(), "settings": self.settings, "versions": versions()}
             started = {"git_commit": git_commit(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
             write_json(self.folder / RUN_NAME, {**made_by, **started})
+            self.states.delete_leftovers()
             self._delete_after(self.step)
 
     def _delete_after(self, step: int) -> None:
