@@ -225,7 +225,7 @@ class Run:
         return " and ".join([*([more_steps] if self.step >= steps else []), *patient])
 
     def begin(self) -> None:
-        """Writes `run.json`, and deletes incomplete snapshots, and metrics and snapshots newer than the one to resume from.
+        """Writes `run.json`, and deletes incomplete snapshots, and metrics and snapshots after the one to resume from.
 
         The log of a resumed run therefore equals an uninterrupted one's. Call it after every process has read the
         snapshot.
