@@ -186,7 +186,8 @@ class LatentSetWriter:
         if self.expected_digest not in (None, digest):
             raise UserError(
                 f"{self.path} was not written: its values have digest {digest[:12]}, not {self.expected_digest[:12]} "
-                "as when they were read from a latent set, so some were changed; convert the latent set again"
+                "as when they were read from a latent set, so some were changed, rows were reordered, or vectors or "
+                "captions removed; convert the latent set again"
             )
         add_digests(self._partial, self.layout, self.provenance, digest)
 
