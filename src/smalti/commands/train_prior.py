@@ -208,8 +208,7 @@ def train_prior_with_ending(config: TrainPrior[Any, Any]) -> None:
     """Trains a prior and prints the last lines of the command, also if its latent set has been removed meanwhile.
 
     Raises:
-        UserError: as `train_prior` does.
-        Interrupted: as `train_prior` does.
+        UserError, Interrupted: as `train_prior` does.
     """
     latents = LatentSet(config.latents)
     print_end_of_prior(train_prior(config, latents), config, len(latents.layout.levels))
