@@ -207,12 +207,13 @@ class CheckpointsAndLogs:
             yield self.full_model
 
     def _roll_back(self, done: int, in_a_row: int) -> None:
-        """Restores the weights of a snapshot from before the skipped steps. Step count and data order keep advancing.
+        """Restores the weights of an intact snapshot from before the skipped steps. Steps and data order keep advancing.
 
         Each further rollback without a good step in between goes one snapshot further back. The loss scale of fp16 is
         not restored: it has fallen with every skipped step.
         """
-        before = [step for step in self.run.states.steps() if step <= done - in_a_row]
+        states = self.run.states
+        before = [step for step in states.steps() if step <= done - in_a_row and not states.damage(step)]
         self.rollbacks += 1
         trouble = f"no loss or gradient was finite in the last {in_a_row} of {done} steps"
         if self.rollbacks > len(before):
@@ -223,7 +224,7 @@ class CheckpointsAndLogs:
         step = before[-self.rollbacks]
         if self.accelerator.is_main_process:
             print_note(f"{trouble}: taking the weights of step {step} (rollback)")
-        self._restore(self.run.states.load(step))
+        self._restore(states.load(step))
         self.skipped.counts[1] = 0  # the restored weights get as many steps before the next rollback
         self.accelerator.wait_for_everyone()
 
