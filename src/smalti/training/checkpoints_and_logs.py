@@ -207,7 +207,7 @@ class CheckpointsAndLogs:
             yield self.full_model
 
     def _roll_back(self, done: int, in_a_row: int) -> None:
-        """Restores the weights of an intact snapshot from before the skipped steps. Steps and data order keep advancing.
+        """Restores the weights of an intact snapshot from before the skipped steps. Step count and data order advance.
 
         Each further rollback without a good step in between goes one snapshot further back. The loss scale of fp16 is
         not restored: it has fallen with every skipped step.
