@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.core.codes import row_numbers
+from smalti.core.codes import counted_from_start, row_numbers
 from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 from smalti.latentsets.hdf5.format import CONDITION_DTYPE, level_bytes
@@ -30,7 +30,9 @@ bits are stored in signed integers and `_widen` undoes that."""
 
 
 class LatentRows(Dataset):
-    """A torch dataset of code grids whose `__getitems__` returns whole batches; the `DataLoader` needs no collation.
+    """A torch dataset of code grids whose `__getitems__` returns whole batches.
+
+    They need no collation: `DataLoader(rows, batch_size=32, collate_fn=torch.utils.data.default_convert)`.
 
     The held-out split is the one stored in the set. Rows made from one source image, such as mirror images, are always
     on the same side.
@@ -75,9 +77,14 @@ class LatentRows(Dataset):
             `codes` of the level: int64 `(b, h, w)`, or float32 `(b, c, h, w)` if the level is continuous. `upper_0`,
             `upper_1`, ...: the codes of the coarser levels in the same form, coarsest first. `labels`: int64 `(b,)`,
             -1 for none. `conditions`: float32 `(b, v)`, the vectors, if they were asked for. `rows`: int64 `(b,)`, the
-            requested row numbers within this dataset.
+            requested row numbers within this dataset, counted from 0.
+
+        Raises:
+            UserError: as `row_numbers` does.
+            IndexError: if a row is outside [-len, len).
         """
-        numbers = row_numbers(rows)  # numpy converts a list and gathers rows several times faster than torch
+        # numpy converts a list and gathers rows several times faster than torch
+        numbers = counted_from_start(row_numbers(rows), self._length)
         if self._resident:
             numbers = torch.from_numpy(numbers).to(self._resident["labels"].device)
             batch = {name: column.index_select(0, numbers) for name, column in self._resident.items()}

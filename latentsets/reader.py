@@ -205,13 +205,18 @@ class LatentSet:
         """Returns the captions of the given rows, read from the files; "" for a row without one.
 
         A row made by mirroring or cropping has the caption of its image.
+
+        Raises:
+            UserError: as `row_numbers` does, and if a file was replaced by another latent set.
+            IndexError: if a row is outside [-len, len).
         """
         texts: dict[int, str] = {}
         numbers = [range(len(self))[row] for row in row_numbers(rows)]
         start = 0
-        for extent, ends in zip(self.files.extents, self._caption_ends, strict=True):
+        for number, (extent, ends) in enumerate(zip(self.files.extents, self._caption_ends, strict=True)):
             inside = [row for row in dict.fromkeys(numbers) if start <= row < start + extent.rows]
             if ends is not None and inside:
+                self.files.header(number)  # the ends are of the file that was opened
                 found = read_captions(extent.path, ends, [row - start for row in inside])
                 texts |= dict(zip(inside, found, strict=True))
             start += extent.rows
@@ -260,13 +265,18 @@ class LatentSet:
         return perplexity(self.usage(level, digits))
 
     def digest(self) -> str:
-        """Returns the content digest that a new set of the same content has, from its current bytes."""
+        """Returns the content digest that a new set of the same content has, from its current bytes.
+
+        Raises:
+            UserError: if a file was replaced by another latent set.
+        """
         return self._digest(attribute_texts(self.layout, self.provenance))
 
     def _digest(self, attributes: Mapping[str, str]) -> str:
         """Computes the content digest. The columns of one file are in memory already."""
         files = self.files
         if len(files.extents) == 1 and not files.indexed:
+            files.header(0)  # the columns are of the file that was opened
             columns, kinds = self._columns, {"condition_width": files.condition_width, "captioned": files.captioned}
             return content_digest(self.layout, attributes, files.extents, lambda name: [columns[name]], **kinds)
         return digest_of_files(files, attributes)

@@ -72,11 +72,12 @@ def to_dataset(latent_set: LatentSet, *, cache: Path | None = None) -> datasets.
 def from_dataset(table: datasets.Dataset, path: str | Path) -> LatentSet:
     """Writes a table that `to_dataset` made, or any selection of its rows, as a latent set.
 
-    A table with all rows must have the content digest of the set that it was made from. Parquet has no checksums.
+    A table with as many rows as the set that it was made from must have its content digest, since Parquet has no
+    checksums: rows in another order, or without their vectors or captions, are refused. Training shuffles rows anyway.
 
     Raises:
-        UserError: if the table was not made from a latent set, is empty, was changed, or has values that contradict
-            its attributes.
+        UserError: if the table was not made from a latent set, is empty, was changed or reordered, or has values that
+            contradict its attributes.
     """
     layout, provenance, digest = _description(table)
     names = [f"codes_{index}" for index in range(len(layout.levels))]

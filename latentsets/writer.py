@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -62,10 +63,9 @@ class LatentSetWriter:
         expected_digest: The content digest that the set must have, if it is known; set it before the block ends.
 
     Raises:
-        UserError: if there are no rows, the columns contradict the description above, or the names of the classes are
-            too long to be read; in the block, if codes do not
-            fit the layout, rows are written twice or the disk is full; at its end, if rows are missing or the content
-            digest is not the expected one.
+        UserError: if there are no rows, the columns or captions contradict the description above or are not as many, or
+            the names of the classes are too long to be read; in the block, as `write` does; at its end, if rows are
+            missing or the content digest is not the expected one.
     """
 
     def __init__(
@@ -85,16 +85,23 @@ class LatentSetWriter:
         self.path, self.layout, self.rows, self.provenance = Path(path), layout, len(labels), provenance
         if not self.rows:
             raise UserError(f"{path} was not written: a latent set of 0 rows would be empty; give at least one image")
-        tensors = zip(COLUMNS.items(), (labels, source_ids, held_out, flipped), strict=True)
-        self._columns = {name: column.numpy().astype(dtype, copy=False) for (name, dtype), column in tensors}
+        tensors = zip(COLUMNS, (labels, source_ids, held_out, flipped), strict=True)
+        self._columns = {name: self._stored(name, column, self.rows) for name, column in tensors}
         if error := find_column_error(self._columns, provenance.label_names):
             raise UserError(f"{path} was not written: {error}")
         provenance.require_readable(self.path)
         self._more: dict[str, np.ndarray] = {}  # datasets with another number of values than rows
         if source_numbers is not None:
-            self._more[SOURCE_NUMBERS] = source_numbers.numpy()
-        if captions is not None and any(captions):
-            self._columns[CAPTION_ENDS], self._more[CAPTIONS] = encode_captions(captions)
+            sources = int(self._columns["source_ids"].max()) + 1
+            self._more[SOURCE_NUMBERS] = self._stored(SOURCE_NUMBERS, source_numbers, sources)
+        if captions is not None:
+            if len(captions) != self.rows or not all(isinstance(caption, str) for caption in captions):
+                raise UserError(
+                    f'{path} was not written: give {self.rows} captions, a text for each row, "" for none; '
+                    f"not {len(captions)} values, or any that are no texts"
+                )
+            if any(captions):
+                self._columns[CAPTION_ENDS], self._more[CAPTIONS] = encode_captions(captions)
         self._condition_width = condition_width
         self._arrays = arrays_of(layout, self.rows, condition_width)
         self.expected_digest: str | None = None
@@ -103,6 +110,15 @@ class LatentSetWriter:
         self._partial: Path
         self._file: BinaryIO
         self._offsets: tuple[int, ...]
+
+    def _stored(self, name: str, values: Tensor, count: int) -> np.ndarray:
+        """Returns a column as it is stored, which changes no value."""
+        column, dtype = values.numpy(), COLUMNS.get(name, COLUMNS["source_ids"])
+        if column.shape != (count,):
+            raise UserError(f"{self.path} was not written: {name} has shape {column.shape}, not ({count},)")
+        if column.dtype.kind not in "biu" or ((stored := column.astype(dtype, copy=False)) != column).any():
+            raise UserError(f"{self.path} was not written: {name} of {column.dtype} has values that are no {dtype}")
+        return stored
 
     def __enter__(self) -> "LatentSetWriter":
         with ExitStack() as stack, reporting_full_disk(self.path):
@@ -123,25 +139,33 @@ class LatentSetWriter:
         """Writes the codes of rows `start` to `start + b`, and their vectors if the set has any.
 
         Raises:
-            UserError: if codes are outside the layout, vectors are not finite in float16, rows are outside the set or
+            UserError: if codes are outside the layout or of a wrong type, the levels have codes of different numbers of
+                rows, vectors are missing, of a wrong shape or not finite in float16, rows are outside the set or
                 already written, or the disk is full.
         """
         self.layout.check(codes)
-        written = (*codes, *([] if conditions is None else [conditions.half()]))
-        assert len({len(each) for each in written}) == 1
-        if conditions is not None and not written[-1].isfinite().all():
-            raise UserError(f"vectors of rows {start} to {start + len(conditions) - 1} are not finite in float16")
         rows = slice(start, start + len(codes[0]))
+        for index, (level, grid) in enumerate(zip(self.layout.levels, codes, strict=True)):
+            if grid.is_floating_point() != bool(level.channels):
+                kind = "floats" if level.channels else "integers"
+                raise UserError(f"level {index} has codes that are {kind}, not {grid.dtype}")
+            if len(grid) != len(codes[0]):
+                raise UserError(f"level {index} has codes of {len(grid)} rows, not {len(codes[0])} as level 0")
+        vectors = torch.zeros(len(codes[0]), 0) if conditions is None else conditions.half()
+        if tuple(vectors.shape) != (len(codes[0]), self._condition_width):
+            raise UserError(
+                f"rows {start} to {rows.stop - 1} have vectors of shape {tuple(vectors.shape)}, not "
+                f"{(len(codes[0]), self._condition_width)}; give `condition_width` numbers for each row"
+            )
+        if not vectors.isfinite().all():
+            raise UserError(f"vectors of rows {start} to {rows.stop - 1} are not finite in float16")
         if start < 0 or rows.stop > self.rows:
             raise UserError(f"rows {start} to {rows.stop - 1} do not fit a latent set of {self.rows} rows")
         if self._written[rows].any():
             raise UserError(f"row {start + int(self._written[rows].argmax())} was already written; write each row once")
+        written = (*codes, vectors) if self._condition_width else codes
         with reporting_full_disk(self.path):
             for (dtype, shape), values, offset in zip(self._arrays.values(), written, self._offsets, strict=True):
-                assert values.is_floating_point() == (dtype.kind == "f"), (
-                    "codes must be integers, continuous levels and conditions floats"
-                )
-                assert values.shape[1:] == shape[1:]
                 self._file.seek(offset + start * math.prod(shape[1:]) * dtype.itemsize)
                 self._file.write(np.ascontiguousarray(values.detach().cpu().numpy(), dtype).data)
         self._written[rows] = True
@@ -162,7 +186,8 @@ class LatentSetWriter:
         if self.expected_digest not in (None, digest):
             raise UserError(
                 f"{self.path} was not written: its values have digest {digest[:12]}, not {self.expected_digest[:12]} "
-                "as when they were read from a latent set, so some were changed; convert the latent set again"
+                "as when they were read from a latent set, so some were changed, rows were reordered, or vectors or "
+                "captions removed; convert the latent set again"
             )
         add_digests(self._partial, self.layout, self.provenance, digest)
 

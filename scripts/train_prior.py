@@ -2,7 +2,7 @@
 
 from smalti import cli
 from smalti.commands.presets import default_prior_config
-from smalti.commands.train_prior import print_end_of_prior, train_prior
+from smalti.commands.train_prior import train_prior_with_ending
 
 ABOUT = """Trains a prior: a model that generates the codes of new images.
 
@@ -32,7 +32,7 @@ Next steps: sample.py and inpaint.py"""
 def main() -> None:
     """Runs the command line."""
     cli.run(
-        lambda config: print_end_of_prior(train_prior(config), config.latents, config.level),
+        train_prior_with_ending,
         lambda: default_prior_config(
             cli.chosen("--preset", "small"), cli.chosen("--prior", "") or None, cli.chosen("--init", "") or None
         ),

@@ -194,19 +194,21 @@ def test_ctrl_c_while_a_command_is_still_importing_is_one_line(tmp_path, failure
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_noted_and_the_second_acts(number):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number, second):
     outer = []
-    before = signal.signal(number, lambda *_: outer.append("as before"))
+    before = {each: signal.signal(each, lambda *_: outer.append("as before")) for each in {number, second}}
     try:
         with received_signals() as received:
             os.kill(os.getpid(), number)
             assert (received, outer) == ([number], [])
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), second)
             assert (received, outer) == ([number], ["as before"])
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), second)
         assert outer == ["as before"] * 2
     finally:
-        signal.signal(number, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def entry(monkeypatch, capsys, *arguments):

@@ -8,7 +8,7 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
-from smalti.core.codes import row_numbers
+from smalti.core.codes import counted_from_start, row_numbers
 from smalti.latentsets.hdf5.format import Extent
 
 
@@ -48,8 +48,7 @@ class MappedRows:
             return np.take(self._maps[0], numbers, axis=0)
         if not numbers.size:
             return np.empty((0, *self.shape), self._maps[0].dtype)
-        if numbers.view(np.uint64).max() >= self._total:  # as an unsigned number, a negative one is the largest
-            numbers = self._from_the_end(numbers)
+        numbers = counted_from_start(numbers, self._total)
         files = numbers // self._equal_rows if self._equal_rows else self._ends.searchsorted(numbers, "right")
         shifts = self._shifts.take(files)
         if self._whole_rows is not None:
@@ -58,12 +57,6 @@ class MappedRows:
         # Joined to whole rows first: a unit may be smaller than a value, where one file has them at an odd address.
         rows_of_bytes = self._memory.take(units, 0).reshape(len(numbers), -1)
         return rows_of_bytes.view(self._maps[0].dtype).reshape(-1, *self.shape)
-
-    def _from_the_end(self, numbers: np.ndarray) -> np.ndarray:
-        lowest, highest = numbers.min(), numbers.max()
-        if not -self._total <= lowest <= highest < self._total:
-            raise IndexError(f"rows {lowest} to {highest} are not all in [-{self._total}, {self._total})")
-        return np.where(numbers < 0, numbers + self._total, numbers)
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
         """Yields the values of all rows in order, at most so many rows at once."""

@@ -103,13 +103,21 @@ class SetFiles:
         """Reads the header of each file again, in order.
 
         Raises:
-            UserError: if a file was replaced by another latent set.
+            UserError: as `header` does.
         """
-        for extent, digest in zip(self.extents, self.digests, strict=True):
-            header = read_header(extent.path)
-            if header.extent != extent or header.attributes["content_digest"] != digest:
-                raise UserError(f"{extent.path} was replaced by another latent set since it was opened; start again")
-            yield header
+        return map(self.header, range(len(self.extents)))
+
+    def header(self, number: int) -> Header:
+        """Reads the header of one file again.
+
+        Raises:
+            UserError: if the file was replaced by another latent set.
+        """
+        extent = self.extents[number]
+        header = read_header(extent.path)
+        if header.extent != extent or header.attributes["content_digest"] != self.digests[number]:
+            raise UserError(f"{extent.path} was replaced by another latent set since it was opened; start again")
+        return header
 
     def columns(self, names: Sequence[str] = tuple(COLUMNS)) -> Iterator[dict[str, np.ndarray]]:
         """Reads columns of each file in order, with the source ids of the whole set.

@@ -19,12 +19,16 @@ import numpy as np
 import pytest
 import torch
 from helpers.command_toys import run
+from helpers.latents import small_set
 from helpers.toys import log_probs
 from PIL import Image
 
+from smalti.commands import train_prior as prior_training
 from smalti.commands.model_paths import load_prior
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
+from smalti.priors.methods.autoregressive import LikelihoodConfig
+from smalti.priors.networks.pixelcnn import PixelCNNConfig
 from smalti.scripts import build_latents, evaluate, inpaint, sample, train_prior, train_tokenizer
 from smalti.training.run_folder import METRICS_NAME
 from smalti.training.snapshots import STATES_NAME, Snapshots
@@ -324,3 +328,19 @@ def test_a_transformer_is_trained_sampled_inpainted_and_evaluated(latents, works
     log_p_table = log_probs(trained.head, trained.features(codes)).detach()
     log_p = log_p_table.gather(-1, codes.flatten(1)[..., None])
     assert scored == pytest.approx(-float(log_p.mean()) / np.log(2), abs=1e-3)
+
+
+def test_last_lines_of_a_training_do_not_need_its_latent_set(tmp_path, monkeypatch):
+    """It is memory-mapped, so the training is finished even if its file was deleted meanwhile."""
+    small_set(tmp_path / "set.h5")
+    lines = []
+
+    def trained(config, _latents):
+        config.latents.unlink()
+        return tmp_path / "prior"
+
+    monkeypatch.setattr(prior_training, "train_prior", trained)
+    monkeypatch.setattr(prior_training, "print_end", lambda _folder, **printed: lines.append(printed["following"]))
+    config = prior_training.TrainPrior(PixelCNNConfig(), LikelihoodConfig(), latents=tmp_path / "set.h5")
+    prior_training.train_prior_with_ending(config)
+    assert lines == [f"python scripts/sample.py --prior {tmp_path / 'prior'}"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smalti import PixelCNNConfig, UserError, VQVAEConfig
+from smalti.commands import train_prior as prior_training
 from smalti.commands import train_tokenizer as training
 from smalti.commands.presets import PRESETS, PRIOR_PRESETS, default_config, default_prior_config
 from smalti.commands.train_prior import TrainPrior
@@ -110,8 +111,7 @@ def test_presets_of_priors_are_refused_for_other_kinds_and_names():
 
 def test_flags_override_a_preset_of_priors(monkeypatch):
     configs = []
-    monkeypatch.setattr(train_prior, "train_prior", configs.append)
-    monkeypatch.setattr(train_prior, "print_end_of_prior", lambda *_: None)
+    monkeypatch.setattr(train_prior, "train_prior_with_ending", configs.append)
     monkeypatch.setattr(sys, "argv", ["train_prior.py", "--preset", "ffhq1024", "--model-width", "64", "--steps", "7"])
     train_prior.main()
     (config,) = configs
@@ -125,5 +125,5 @@ def test_networks_of_another_kind_are_refused(tmp_path):
     with pytest.raises(UserError, match=message):
         training.train_tokenizer(training.TrainTokenizer(VQVAEConfig(), out=tmp_path / "run"))
     with pytest.raises(UserError, match="the prior is hourglass, but its model is a PixelCNNConfig; give a Hourglass"):
-        train_prior.train_prior(TrainPrior(PixelCNNConfig(), LikelihoodConfig(), out=tmp_path / "run"))
+        prior_training.train_prior(TrainPrior(PixelCNNConfig(), LikelihoodConfig(), out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()

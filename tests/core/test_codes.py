@@ -3,13 +3,14 @@
 import json
 import math
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smalti.core.codes import LARGEST_CODEBOOK_SIZE, Layout, Level, chosen_digits
+from smalti.core.codes import LARGEST_CODEBOOK_SIZE, Layout, Level, chosen_digits, row_numbers
 from smalti.core.errors import UserError
 from smalti.latentsets.hdf5.format import layout_from_json
 
@@ -144,3 +145,13 @@ def test_codes_of_another_layout_are_refused():
             layout.check(codes)
     with pytest.raises(UserError, match="at least one level"):
         Layout(())
+
+
+@pytest.mark.parametrize("rows", [3, [[0, 1]], torch.ones(4, 1).long(), np.zeros((2, 2), np.int64), torch.tensor(2)])
+def test_row_numbers_of_another_dimension_are_refused(rows, monkeypatch):
+    """A set of several files would read other rows, and one of a single file return another shape."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    with pytest.raises(UserError, match=r"row numbers must have one dimension, such as \[0, 2\], not the shape \("):
+        row_numbers(rows)
+    assert row_numbers(range(2)).tolist() == row_numbers(torch.tensor([0, 1])).tolist() == [0, 1]
+    assert row_numbers([]).shape == (0,)

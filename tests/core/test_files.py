@@ -122,15 +122,17 @@ def test_disk_error_names_the_file(tmp_path, whole):
     assert caught.value.filename == str(tmp_path / "place")
 
 
-def test_an_error_of_a_library_after_a_failed_write_is_that_of_the_disk(tmp_path):
-    """pyarrow and matplotlib close their file when the disk is full, which fails in another way."""
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+@pytest.mark.parametrize("error", [ValueError("I/O operation on closed file"), RuntimeError("unexpected pos")])
+def test_an_error_of_a_library_after_a_failed_write_is_that_of_the_disk(tmp_path, whole, error):
+    """pyarrow, matplotlib and torch close their file when the disk is full, which fails in another way."""
 
     def fill():
-        with whole_file(tmp_path / "place"):
+        with whole(tmp_path / "place"):
             try:
                 raise OSError(errno.ENOSPC, "No space left on device")
             finally:
-                raise ValueError("I/O operation on closed file")
+                raise error
 
     with pytest.raises(OSError, match="No space") as caught:
         fill()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
@@ -167,6 +167,26 @@ def test_masks_and_floats_are_no_row_numbers(rows, message, resident, latent_set
         with pytest.raises(UserError, match=re.escape(message)):
             read(rows)
         assert read([]) is not None
+
+
+@pytest.mark.parametrize("split", ["train", "all"])
+@pytest.mark.parametrize("resident", [False, True])
+def test_negative_rows_count_from_the_end(latent_set, split, resident):
+    rows = LatentRows(latent_set, split=split, level=1)
+    expected = rows.__getitems__([len(rows) - 1, 0])
+    batch = (rows.to("cpu") if resident else rows).__getitems__([-1, -len(rows)])
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    for outside in (len(rows), -len(rows) - 1):
+        with pytest.raises(IndexError, match="are not all in"):
+            rows.__getitems__([0, outside])
+
+
+def test_a_data_loader_yields_whole_batches(latent_set):
+    rows = LatentRows(latent_set, split="all", level=1)
+    first = next(iter(DataLoader(rows, batch_size=4, collate_fn=default_convert)))
+    assert torch.equal(first["codes"], make_codes()[1][:4])
+    assert first["rows"].tolist() == [0, 1, 2, 3]
 
 
 def test_columns_are_copies(latent_set):

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers.latents import GRID, PROVENANCE, make_codes, small_set, write
+from helpers.latents import GRID, PROVENANCE, extended_set, make_codes, small_set, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +26,18 @@ def test_set_replaced_after_opening_is_detected(tmp_path):
     for read_again in (lambda: pickle.loads(pickled), latent_set.verify):
         with pytest.raises(UserError, match="was replaced by another latent set"):
             read_again()
+
+
+def test_captions_and_digests_of_a_replaced_set_are_refused(tmp_path):
+    """The columns of one file are in memory: with the bytes of another one they would make the captions of neither."""
+    _, _, captions = extended_set(tmp_path / "latents.h5")
+    latent_set = LatentSet(tmp_path / "latents.h5")
+    assert latent_set.captions([2, 1]) == [captions[2], captions[1]]
+    assert latent_set.digest() == latent_set.content_digest
+    extended_set(tmp_path / "latents.h5", rows=58)
+    for read in (lambda: latent_set.captions([2, 1]), latent_set.digest):
+        with pytest.raises(UserError, match="was replaced by another latent set"):
+            read()
 
 
 def test_rows_outside_the_set_are_refused(tmp_path):

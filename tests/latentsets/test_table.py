@@ -73,6 +73,7 @@ def changed(table, **names):
             "level 0 has codes from 0 to 511, not from",
         ),
         (lambda table: table.map(lambda row: {"label": 2}), "some were changed"),
+        (lambda table: table.select(range(59, -1, -1)), "rows were reordered, or vectors or captions removed"),
         (lambda table: table.map(lambda row: {"held_out": row["flipped"]}), "on both sides of the held-out split"),
     ],
 )

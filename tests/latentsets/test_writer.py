@@ -5,7 +5,9 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from helpers.latents import GRID, LEVELS, PROVENANCE, make_codes, make_columns, small_set, write
@@ -110,6 +112,46 @@ def test_missing_rows_are_refused(tmp_path):
     with pytest.raises(UserError, match="0 rows would be empty"):
         LatentSetWriter(tmp_path / "latents.h5", GRID, **make_columns(0), provenance=PROVENANCE)
     assert list(tmp_path.iterdir()) == []
+
+
+ROWS = (2, 3, 4)
+"""The shape of the codes of two rows."""
+
+
+@pytest.mark.parametrize(
+    ("added", "codes", "vectors", "message"),
+    [
+        ({"flipped": torch.zeros(3).bool()}, torch.zeros(ROWS).long(), None, "flipped has shape (3,), not (2,)"),
+        (
+            {"source_numbers": torch.arange(2)},
+            torch.zeros(ROWS).long(),
+            None,
+            "source_numbers has shape (2,), not (1,)",
+        ),
+        ({"labels": torch.tensor([0.5, 1])}, torch.zeros(ROWS).long(), None, "labels of float32 has values that are"),
+        ({"held_out": torch.tensor([256, 256])}, torch.zeros(ROWS).long(), None, "held_out of int64 has values that"),
+        ({"captions": ["one"]}, torch.zeros(ROWS).long(), None, "give 2 captions, a text for each row"),
+        ({"captions": ["one", None]}, torch.zeros(ROWS).long(), None, "give 2 captions, a text for each row"),
+        ({"condition_width": 3}, torch.zeros(ROWS).long(), None, "vectors of shape (2, 0), not (2, 3)"),
+        ({"condition_width": 3}, torch.zeros(ROWS).long(), torch.zeros(2, 2), "vectors of shape (2, 2), not (2, 3)"),
+        ({"condition_width": 3}, torch.zeros(ROWS).long(), torch.zeros(1, 3), "vectors of shape (1, 3), not (2, 3)"),
+        ({}, torch.zeros(ROWS).long(), torch.zeros(2, 3), "vectors of shape (2, 3), not (2, 0)"),
+        ({}, torch.zeros(ROWS), None, "level 0 has codes that are integers, not torch.float32"),
+    ],
+)
+def test_values_that_would_make_a_damaged_set_replace_nothing(tmp_path, monkeypatch, added, codes, vectors, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    small_set(tmp_path / "latents.h5")
+    before = (tmp_path / "latents.h5").read_bytes()
+
+    def write_both() -> None:
+        columns: dict[str, Any] = {**make_columns(2), "provenance": PROVENANCE, **added}
+        with LatentSetWriter(tmp_path / "latents.h5", GRID, **columns) as writer:
+            writer.write(0, (codes,), vectors)
+
+    with pytest.raises(UserError, match=re.escape(message)):
+        write_both()
+    assert (tmp_path / "latents.h5").read_bytes() == before
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])

@@ -21,6 +21,7 @@ from smalti.training.nan_and_stalls import Buffers, SkippedSteps, explain_errors
 from smalti.training.optimizers import make_optimizer, parts_of, step_unless_on_device
 from smalti.training.run_folder import Run
 from smalti.training.signals import Interrupted
+from smalti.training.snapshots import STATE_NAME
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -59,8 +60,9 @@ def test_resumed_run_still_counts_a_bad_batch(tmp_path):
     assert toys.outcome(tmp_path / "killed") == toys.outcome(tmp_path / "whole")
 
 
-def test_many_skipped_steps_roll_the_weights_back(tmp_path, capsys):
-    """Broken weights give no finite loss for any rows; the snapshot from before repairs them."""
+@pytest.mark.parametrize("intact", [5, 4])
+def test_many_skipped_steps_roll_the_weights_back(tmp_path, capsys, intact):
+    """Broken weights give no finite loss for any rows; the newest intact snapshot from before repairs them."""
     config = replace(CONFIG, steps=40, ema_decay=0.0)
 
     class Breaking(BadRows):
@@ -68,6 +70,8 @@ def test_many_skipped_steps_roll_the_weights_back(tmp_path, capsys):
             if self.batches == 7:
                 with torch.no_grad():
                     model.net[0].weight.fill_(math.nan)
+                if intact == 4:
+                    (tmp_path / "states" / "step_00000005" / STATE_NAME).write_bytes(b"damaged")
             return super().__getitems__(rows)
 
     def make():
@@ -77,7 +81,7 @@ def test_many_skipped_steps_roll_the_weights_back(tmp_path, capsys):
 
     model = None
     train(tmp_path, make, config, wrap=lambda rows: Breaking(rows, ()))
-    assert "in the last 10 of 17 steps: taking the weights of step 5 (rollback)" in capsys.readouterr().err
+    assert f"in the last 10 of 17 steps: taking the weights of step {intact} (rollback)" in capsys.readouterr().err
     lines = [line for line in toys.measured(tmp_path) if "skipped_steps" in line]
     assert lines[-1]["skipped_steps"] == 10
     assert ["loss" in line for line in lines] == [True] * 7 + [False] * 10 + [True] * 23

@@ -102,6 +102,17 @@ def test_damaged_snapshot_is_skipped_with_one_line(tmp_path, capsys):
     assert again.states.steps() == [2]
 
 
+def test_incomplete_snapshots_that_a_kill_left_are_deleted(tmp_path):
+    run = started(tmp_path)
+    for name in (".step_00000007.partial", ".step_00000001.removed"):
+        (run.states.folder / name).mkdir()
+        (run.states.folder / name / STATE_NAME).write_text("half")
+    again = Run(tmp_path, SETTINGS)
+    assert len(list(again.states.folder.iterdir())) == 4  # until it begins
+    again.begin()
+    assert sorted(path.name for path in again.states.folder.iterdir()) == ["step_00000002", "step_00000005"]
+
+
 def test_metrics_without_a_snapshot_are_deleted(tmp_path):
     run = Run(tmp_path, SETTINGS)
     run.begin()
@@ -219,6 +230,24 @@ def test_model_that_was_not_trained_in_the_folder_is_kept(tmp_path):
         with pytest.raises(UserError, match="has a model that was not trained there"):
             Run(tmp_path, SETTINGS, resume=resume)
     assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (METRICS_NAME, '{"epoch": 1, "loss": 2.0}\n'),
+        (METRICS_NAME, '{"step": 1, "loss": 2.0}\n'),
+        (RUN_NAME, "not JSON"),
+        (RUN_NAME, '{"id": "of another program"}'),
+        (RUN_NAME, "[]"),
+    ],
+)
+def test_files_of_another_program_are_kept(tmp_path, resume, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} was not written by a training, or is damaged; give another --out"):
+        Run(tmp_path, SETTINGS, resume=resume)
+    assert (tmp_path / name).read_text() == text
 
 
 def test_snapshots_without_the_record_of_their_settings_are_not_resumed(tmp_path):

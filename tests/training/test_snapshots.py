@@ -93,9 +93,12 @@ def test_snapshot_with_missing_or_invalid_files_is_damaged(states, damage, capsy
     assert states.newest(warn=False) is None
 
 
-@pytest.mark.parametrize("full", ["patched", "limit"])
+@pytest.mark.parametrize("full", ["patched", 2_000, 100_000])
 def test_full_disk_costs_no_snapshot(states, full, monkeypatch):
-    """ENOSPC while the snapshot is written, or a limit on file sizes, which the kernel enforces."""
+    """ENOSPC while the snapshot is written, or a limit on file sizes, which the kernel enforces.
+
+    Torch writes many tensors one after the other; when one fails, it raises an error of its own.
+    """
     states.save(1, STATE, keep=1, best=None)
     before = files(states)
     if full == "patched":
@@ -109,11 +112,12 @@ def test_full_disk_costs_no_snapshot(states, full, monkeypatch):
             states.save(2, STATE, keep=1, best=None)
         assert caught.value.errno == errno.ENOSPC
     else:
+        many = {"step": 2, **{f"weights {number}": torch.zeros(10_000) for number in range(12)}}
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (full, limits[1]))
         try:
             with pytest.raises(OSError, match="too large") as caught:
-                states.save(2, STATE, keep=1, best=None)
+                states.save(2, many, keep=1, best=None)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert caught.value.errno == errno.EFBIG

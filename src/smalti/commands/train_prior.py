@@ -128,18 +128,22 @@ class TrainPrior(Generic[C, Objective]):
 
 @generators_kept()
 @accelerator_kept()
-def train_prior(config: TrainPrior[Any, Any]) -> Path:
+def train_prior(config: TrainPrior[Any, Any], latents: LatentSet | None = None) -> Path:
     """Trains a prior, or resumes a stopped run; returns its folder.
 
     The folder holds `model.safetensors` and `config.json`, `tokenizer/`, `run.json`, `metrics.jsonl`
     and, for the finest level, `samples.png`.
+
+    Args:
+        config: the settings.
+        latents: the latent set that the config names, if the caller has opened it already.
 
     Raises:
         UserError: for an unsuitable latent set, tokenizer, setting or folder, or if they do not match.
         Interrupted: if a signal stopped the run.
     """
     require_config(models.class_of_kind("prior", config.prior), config.model)
-    latents = LatentSet(config.latents)
+    latents = LatentSet(config.latents) if latents is None else latents
     levels = latents.layout.levels
     folder = config.out or PRIORS / (f"{config.prior}-{config.level}" if len(levels) > 1 else config.prior)
     require_no_input([folder], [config.latents, *local_paths(latents.provenance.image_source)])
@@ -156,7 +160,7 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
         off = added_values(config)
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off)
     if ending := run.end(config.fit.steps, config.fit.patience):
-        print_finished(folder, ending, more="--steps")
+        print_finished(folder, ending, more=run.advice(config.fit.steps, config.fit.patience, "--steps"))
         return folder
     if config.init is not None and other is not None:
         prior.provenance |= {"init": config.init, "init_digest": settings["init_digest"]}
@@ -200,11 +204,21 @@ def train_prior(config: TrainPrior[Any, Any]) -> Path:
     return folder
 
 
-def print_end_of_prior(folder: Path, latents: Path, level: int) -> None:
+def train_prior_with_ending(config: TrainPrior[Any, Any]) -> None:
+    """Trains a prior and prints the last lines of the command, also if its latent set has been removed meanwhile.
+
+    Raises:
+        UserError, Interrupted: as `train_prior` does.
+    """
+    latents = LatentSet(config.latents)
+    print_end_of_prior(train_prior(config, latents), config, len(latents.layout.levels))
+
+
+def print_end_of_prior(folder: Path, config: TrainPrior[Any, Any], levels: int) -> None:
     """Prints the last lines of the command, on the main process; the next level is trained before sampling."""
-    levels = len(LatentSet(latents).layout.levels)
-    if level < levels - 1:
-        command = f"python scripts/train_prior.py --latents {quote(str(latents))} --level {level + 1}"
+    if config.level < levels - 1:
+        latents = quote(str(config.latents))
+        command = f"python scripts/train_prior.py --latents {latents} --level {config.level + 1}"
     else:
         others = f", with the priors of the other {levels - 1} level(s) beside it" if levels > 1 else ""
         command = f"python scripts/sample.py --prior {quote(str(folder))}{others}"

@@ -220,8 +220,9 @@ def _train(
         off, switches = added_values(config), former_switches(config.model)
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off, switches=switches)
     if ending := run.end(config.fit.steps, config.fit.patience):
-        more = "more --layer-steps for the last layer" if lower else "--steps"
-        print_finished(folder, ending, more="" if above else more)
+        more_steps = "more --layer-steps for the last layer" if lower else "--steps"
+        advice = run.advice(config.fit.steps, config.fit.patience, more_steps)
+        print_finished(folder, ending, more="" if above else advice)
         process.wait_for_everyone()  # the main process may have just put the best model there
         return folder, images
     if run.step and above and _is_trained_on(above[0], folder):

@@ -189,11 +189,30 @@ def row_numbers(rows: Sequence[int] | Tensor | np.ndarray) -> Int64[np.ndarray, 
     """Returns row numbers, a list or an array of any library, as an array.
 
     Raises:
-        UserError: for a mask, whose values would be read as the rows 0 and 1, and for floats, which would be cut off.
+        UserError: for a mask, whose values would be read as the rows 0 and 1, for floats, which would be cut off, and
+            for anything but one dimension.
     """
     numbers = rows.numpy(force=True) if isinstance(rows, Tensor) else np.asarray(rows)
     if numbers.size and numbers.dtype.kind not in "iu":
         if numbers.dtype == bool:
             raise UserError("the rows are a boolean mask; give their numbers, such as mask.nonzero()[:, 0] of a tensor")
         raise UserError(f"row numbers must be integers, not {numbers.dtype}")
+    if numbers.ndim != 1:
+        raise UserError(f"row numbers must have one dimension, such as [0, 2], not the shape {numbers.shape}")
     return numbers.astype(np.int64, copy=False)
+
+
+def counted_from_start(numbers: Int64[np.ndarray, " b"], total: int) -> Int64[np.ndarray, " b"]:
+    """Returns row numbers in [0, total), of which negative ones count from the end.
+
+    Raises:
+        IndexError: if a row is outside [-total, total).
+    """
+    if (
+        not numbers.size or numbers.view(np.uint64).max() < total
+    ):  # as an unsigned number, a negative one is the largest
+        return numbers
+    lowest, highest = numbers.min(), numbers.max()
+    if not -total <= lowest <= highest < total:
+        raise IndexError(f"rows {lowest} to {highest} are not all in [-{total}, {total})")
+    return np.where(numbers < 0, numbers + total, numbers)

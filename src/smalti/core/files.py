@@ -43,17 +43,25 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
-        sync(path.parent)
-    except (OSError, ValueError, AttributeError) as error:  # of a library that failed to handle the first
+        with _reporting_failed_write(path):
+            yield partial
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reporting_failed_write(path: Path) -> Iterator[None]:
+    """Raises the OSError of a failed write, which names `path`, in place of a library's error in handling it."""
+    try:
+        yield
+    except (OSError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, UserError) or (failed := _failed_write(error)) is None:
             raise
         failed.filename = failed.filename or str(path)  # errors from write(), unlike open(), do not name the file
         raise failed from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _failed_write(error: BaseException | None) -> OSError | None:
@@ -70,16 +78,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)  # left by a kill
     try:
-        partial.mkdir()
-        yield partial
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        partial.rename(path)
-        sync(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # errors from write(), unlike open(), do not name the file
-        raise
+        with _reporting_failed_write(path):
+            partial.mkdir()
+            yield partial
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            partial.rename(path)
+            sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -297,7 +297,7 @@ def open_images(
 
 
 class ImageRows(Dataset):
-    """The rows of one split. `__getitems__` returns whole batches, for a `DataLoader` with an identity `collate_fn`.
+    """The rows of one split. `__getitems__` returns whole batches, without collation; see `LatentRows`.
 
     With `flips` every image is two rows: 2i is the image, 2i + 1 its mirror image, in the same split.
 

@@ -188,8 +188,8 @@ class CheckpointsAndLogs:
         """Ends the run after its last step. With early stopping, the model gets the best weights and is drawn again."""
         ending, best = self.run.end(self.config.steps, self.config.patience), self.best[1]
         if self.config.patience and self.accelerator.is_main_process:
-            print_note(f"early stopping: {ending}")
-        if self.config.patience and best is not None and best < self.run.step:
+            print_note(f"training has ended: {ending}")
+        if self.config.patience and best is not None and best < self.run.step and not self.run.states.damage(best):
             self._restore(self.run.states.load(best))
             with self._evaluated() as model:
                 self._draw(best, model)
@@ -207,12 +207,13 @@ class CheckpointsAndLogs:
             yield self.full_model
 
     def _roll_back(self, done: int, in_a_row: int) -> None:
-        """Restores the weights of a snapshot from before the skipped steps. Step count and data order keep advancing.
+        """Restores the weights of an intact snapshot from before the skipped steps. Step count and data order advance.
 
         Each further rollback without a good step in between goes one snapshot further back. The loss scale of fp16 is
         not restored: it has fallen with every skipped step.
         """
-        before = [step for step in self.run.states.steps() if step <= done - in_a_row]
+        states = self.run.states
+        before = [step for step in states.steps() if step <= done - in_a_row and not states.damage(step)]
         self.rollbacks += 1
         trouble = f"no loss or gradient was finite in the last {in_a_row} of {done} steps"
         if self.rollbacks > len(before):
@@ -223,7 +224,7 @@ class CheckpointsAndLogs:
         step = before[-self.rollbacks]
         if self.accelerator.is_main_process:
             print_note(f"{trouble}: taking the weights of step {step} (rollback)")
-        self._restore(self.run.states.load(step))
+        self._restore(states.load(step))
         self.skipped.counts[1] = 0  # the restored weights get as many steps before the next rollback
         self.accelerator.wait_for_everyone()
 

@@ -45,7 +45,7 @@ def print_finished(folder: Path, ending: str, *, more: str) -> None:
     Args:
         folder: of the run.
         ending: how it ended; see `Run.end`.
-        more: the flag that trains on; "" for a run that must stay as it is.
+        more: the flags that train on, see `Run.advice`; "" for a run that must stay as it is.
     """
     advice = f" Give {more} to train on, or --resume never." if more else ""
     if PartialState().is_main_process:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from smalti.core import locks
 from smalti.core.checkpoint_checks import MODEL_NAMES
-from smalti.core.config import FormerSwitch, without_switches
+from smalti.core.config import FormerSwitch, read_json, without_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
 from smalti.core.provenance import METRICS_NAME, RUN_NAME, command, git_commit, versions
@@ -45,12 +45,40 @@ def forget(folder: Path) -> None:
     """Deletes the snapshots and metrics of the run in a folder, which then can only begin again.
 
     Raises:
-        UserError: if another process trains there.
+        UserError: if another process trains there, or the metrics are not of a training.
     """
     with locks.writing(folder, folder=True):
+        _require_own_metrics(folder)
         states = Snapshots(folder)
         states.delete(states.steps())  # first, so that a kill leaves nothing to resume from
         (folder / METRICS_NAME).unlink(missing_ok=True)  # `run.json` is replaced when the next run begins
+
+
+def _settings_of(folder: Path) -> dict[str, Any] | None:
+    """Returns the settings of the run in a folder; None if it has no `run.json`.
+
+    Raises:
+        UserError: if that file was not written by a training.
+    """
+    path = folder / RUN_NAME
+    try:
+        return dict(read_json(path)["settings"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _of_another_program(path) from error
+
+
+def _require_own_metrics(folder: Path) -> None:
+    """Refuses the metrics of another program, which would be replaced. A training writes `run.json` before its own."""
+    if _settings_of(folder) is None and (folder / METRICS_NAME).exists():
+        raise _of_another_program(folder / METRICS_NAME)
+
+
+def _of_another_program(path: Path) -> UserError:
+    return UserError(f"{path} was not written by a training, or is damaged; give another --out, or move it away")
 
 
 class OtherSettingsError(UserError):
@@ -77,9 +105,9 @@ class Run:
         rolls_back: whether `resume` is the step of a snapshot.
 
     Raises:
-        UserError: if another process trains in the folder, or it has a model that no training run made; if it has a run
-            with other settings, naming the first that differs; or if the snapshot of the requested step is missing or
-            damaged.
+        UserError: if another process trains in the folder, or it has a model, metrics or a `run.json` that no training
+            run made; if it has a run with other settings, naming the first that differs; or if the snapshot of the
+            requested step is missing or damaged.
     """
 
     def __init__(
@@ -99,17 +127,18 @@ class Run:
             held = locks.hold(folder, folder=True)
             weakref.finalize(self, held.close)  # also when the process ends
             self._require_own_model()
+            _require_own_metrics(folder)
         if resume == "never" and main:
             forget(folder)
         self.rolls_back = not isinstance(resume, str)
         self.step = (self.states.newest(warn=main) or 0) if isinstance(resume, str) else self._intact(resume)
         if self.step:
-            if not (folder / RUN_NAME).exists():
+            before = _settings_of(folder)
+            if before is None:
                 raise UserError(
                     f"{folder} has snapshots, but no {RUN_NAME}, which records their settings; copy it too, or give "
                     "--resume never to delete them"
                 )
-            before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))["settings"]
             self._compare(without_switches(before, switches or {}))
 
     def _require_own_model(self) -> None:
@@ -152,26 +181,51 @@ class Run:
     def end(self, steps: int, patience: int) -> str | None:
         """Ends a run whose last snapshot is that of its last step; returns what happened, None if steps remain.
 
-        With early stopping, the model of the run becomes that of the best snapshot, also if a kill prevented it before.
+        With early stopping, the model of the run becomes that of the best snapshot, also if a kill prevented it before,
+        and stays as it is if that snapshot is damaged.
 
         Args:
             steps: number of steps to train for.
             patience: see `FitConfig`.
         """
-        best = self.states.best(self.step) if self.step and patience else None
-        if self.step < steps and (best is None or self.step - best < patience):
+        best, stopped = self._best(patience), self._stopped_early(patience)
+        if self.step < steps and not stopped:
             return None
         if self.main and self.rolls_back:
             self._delete_after(self.step)
             self.states.publish(self.step)
         if best is None:
             return f"{self.step} steps"
+        ended = (
+            f"{'early stopping after ' if stopped else ''}{self.step} steps, with the lowest held-out loss after {best}"
+        )
+        if damage := self.states.damage(best):
+            return f"{ended}; its snapshot {self.states.path(best)} is damaged ({damage}), so the model stays as it is"
         if self.main:
             self.states.publish(best)
-        return f"{self.step} steps, with the lowest held-out loss after {best}, whose weights are kept"
+        return f"{ended}, whose weights are kept"
+
+    def _best(self, patience: int) -> int | None:
+        """Returns the step of the best snapshot with early stopping, if there is one."""
+        return self.states.best(self.step) if self.step and patience else None
+
+    def _stopped_early(self, patience: int) -> bool:
+        best = self._best(patience)
+        return best is not None and self.step - best >= patience
+
+    def advice(self, steps: int, patience: int, more_steps: str) -> str:
+        """Returns the flags that make an ended run train on: after early stopping, more steps alone do not.
+
+        Args:
+            steps: number of steps to train for.
+            patience: see `FitConfig`.
+            more_steps: the flag of the number of steps.
+        """
+        patient = ["a larger --patience (0 turns early stopping off)"] if self._stopped_early(patience) else []
+        return " and ".join([*([more_steps] if self.step >= steps else []), *patient])
 
     def begin(self) -> None:
-        """Writes `run.json`, and deletes metrics and snapshots that are newer than the one to resume from.
+        """Writes `run.json`, and deletes incomplete snapshots, and metrics and snapshots after the one to resume from.
 
         The log of a resumed run therefore equals an uninterrupted one's. Call it after every process has read the
         snapshot.
@@ -180,6 +234,7 @@ class Run:
             made_by = {"command": command(), "settings": self.settings, "versions": versions()}
             started = {"git_commit": git_commit(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
             write_json(self.folder / RUN_NAME, {**made_by, **started})
+            self.states.delete_leftovers()
             self._delete_after(self.step)
 
     def _delete_after(self, step: int) -> None:

@@ -22,7 +22,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run stopped wher
 
 @contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM within the block; a second signal has its usual effect.
+    """Collects SIGINT and SIGTERM within the block; a second signal, of either kind, has its usual effect.
 
     Only the main thread can; a training on another one is stopped as the program decides.
     """
@@ -30,12 +30,15 @@ def received_signals() -> Iterator[list[int]]:
 
     def receive(number: int, _frame: object) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before: dict[int, Any] = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

@@ -105,6 +105,11 @@ class Snapshots:
             write_json(partial / DIGESTS_NAME, {"step": step, "best": best, "sha256": digests})
         self.delete([old for old in self.steps()[:-keep] if old != best])
 
+    def delete_leftovers(self) -> None:
+        """Deletes what kills left of snapshots that were being written or deleted; call it while the run is locked."""
+        for path in self.folder.glob(".step_*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def delete(self, steps: list[int]) -> None:
         """Deletes snapshots. They are renamed first, so that a half-deleted one is not reported as damaged."""
         for step in steps:
