@@ -144,14 +144,17 @@ def _repeat(config: RepeatEvaluation) -> Scores:
         raise
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{config.again} is not a result of evaluate.py; give a JSON file that it wrote") from error
-    claim = claim_result(replace(evaluation, out=config.out), again=config.again) if config.out else nullcontext()
-    with claim:
+    renamed, path = replace(evaluation, out=config.out), None
+    with claim_result(renamed, again=config.again) if config.out else nullcontext():
         scores, conditions = _evaluate(evaluation, sheet=False)
         if config.out:
-            _write(config.out, evaluation, scores, conditions)
+            path = result_path(renamed, conditions, again=config.again)
+            _write(path, evaluation, scores, conditions)
     print(table(scores, conditions))
     changes = _changes(old_scores, scores, old_conditions, conditions)
     print(f"\n{'; '.join(changes) if changes else f'the same as {config.again}, except for speeds'}")
+    if path:
+        print(f"\n{path}")
     return scores
 
 
