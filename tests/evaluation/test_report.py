@@ -51,3 +51,13 @@ def test_the_repeated_result_stays(monkeypatch):
     repeat(monkeypatch, {"frechet": {"images": 5.0}}, conditions(), out="x.json")
     assert json.loads(Path("first.json").read_text())["scores"] == {"frechet": {"images": 1.0}}
     assert json.loads(Path("x-3.json").read_text())["scores"] == {"frechet": {"images": 5.0}}
+
+
+def test_scores_and_conditions_that_are_missing_are_listed(monkeypatch, capsys):
+    """Telea's fill, for example, needs OpenCV, which may not be installed any more."""
+    write("first.json", {"seam": {"model": 1.0, "telea": 2.0}, "gone": {"model": 3.0}}, conditions(images_left_out=5))
+    repeat(monkeypatch, {"seam": {"model": 1.0, "new": 4.0}}, conditions())
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "images_left_out was 5, is missing; seam of telea was 2.0, is missing; gone of model was 3.0, is missing; "
+        "seam of new was missing, is 4.0"
+    )

@@ -39,6 +39,7 @@ WITHOUT_PRIOR = {
     "likelihood": LikelihoodEvaluation,
 }
 KINDS = ("tokenizer", "prior", "inpainting", "modes", "likelihood", "images")
+_MISSING = "missing"
 
 
 @dataclass(frozen=True)
@@ -159,16 +160,20 @@ def _repeat(config: RepeatEvaluation) -> Scores:
 
 
 def _changes(old_scores: Scores, scores: Scores, old_conditions: Conditions, conditions: Conditions) -> list[str]:
-    """Describes every recorded condition and every score, except speeds, whose value differs."""
+    """Describes every recorded condition and every score, except speeds, whose value differs or that is missing."""
     changes = [
-        f"{name} was {old_conditions[name]}, is {value}"
-        for name, value in conditions.items()
-        if value != old_conditions.get(name, value)
+        f"{name} was {value}, is {conditions.get(name, _MISSING)}"
+        for name, value in old_conditions.items()
+        if conditions.get(name, _MISSING) != value
     ]
-    changes += [
-        f"{name} of {column} was {old_scores.get(name, {}).get(column)}, is {value}"
-        for name, values in scores.items()
-        for column, value in values.items()
-        if name not in SPEEDS and old_scores.get(name, {}).get(column) != value
-    ]
-    return changes
+    old, new = (
+        {
+            f"{name} of {column}": value
+            for name, values in each.items()
+            if name not in SPEEDS
+            for column, value in values.items()
+        }
+        for each in (old_scores, scores)
+    )
+    values = {name: (old.get(name, _MISSING), new.get(name, _MISSING)) for name in old | new}
+    return changes + [f"{name} was {before}, is {now}" for name, (before, now) in values.items() if before != now]
