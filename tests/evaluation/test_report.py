@@ -1,6 +1,7 @@
 """Repeated evaluations: where their result is written, and what is listed as different. The scores are made up."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,20 @@ def test_scores_and_conditions_that_are_missing_are_listed(monkeypatch, capsys):
         "images_left_out was 5, is missing; seam of telea was 2.0, is missing; gone of model was 3.0, is missing; "
         "seam of new was missing, is 4.0"
     )
+
+
+def test_scores_that_are_not_finite_are_null_in_results_and_equal_themselves(monkeypatch, capsys):
+    def constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    scores = {"bits": {"model": float("nan"), "real": float("inf"), "other": 1.0}}
+    monkeypatch.setattr(report, "_evaluate", lambda *_, **__: (scores, conditions()))
+    evaluate(replace(CONFIG, out=Path("first.json")))
+    written = json.loads(Path("first.json").read_text(), parse_constant=constant)["scores"]
+    assert written == {"bits": {"model": None, "real": None, "other": 1.0}}
+    evaluate(replace(CONFIG, out=Path("first.json")))  # it is recognised, and replaced
+    assert [path.name for path in Path().iterdir()] == ["first.json"]
+    repeat(monkeypatch, scores, conditions())
+    assert capsys.readouterr().out.splitlines()[-1] == "the same as first.json, except for speeds"
+    repeat(monkeypatch, {"bits": {**scores["bits"], "model": 2.0}}, conditions())
+    assert capsys.readouterr().out.splitlines()[-1] == "bits of model was not finite, is 2.0"

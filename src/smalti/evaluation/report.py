@@ -3,6 +3,7 @@
 The scores are computed in the files named for what they evaluate.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,13 +121,21 @@ def _evaluate(config: Evaluation, *, sheet: bool = True) -> tuple[Scores, Condit
 
 def _write(path: Path, config: Evaluation, scores: Scores, conditions: Conditions) -> None:
     result = {
-        "scores": scores,
+        "scores": _recorded(scores),
         "conditions": conditions,
         "warnings": too_few_images(scores, conditions),
         "settings": settings_of(config),
         "versions": versions(),
     }
     write_json(path, result)
+
+
+def _recorded(scores: Scores) -> dict[str, dict[str, float | None]]:
+    """Returns scores as results hold them: JSON has no infinity and no NaN, which become null."""
+    return {
+        name: {column: value if math.isfinite(value) else None for column, value in values.items()}
+        for name, values in scores.items()
+    }
 
 
 def _repeat(config: RepeatEvaluation) -> Scores:
@@ -168,12 +177,12 @@ def _changes(old_scores: Scores, scores: Scores, old_conditions: Conditions, con
     ]
     old, new = (
         {
-            f"{name} of {column}": value
+            f"{name} of {column}": "not finite" if value is None else value
             for name, values in each.items()
             if name not in SPEEDS
             for column, value in values.items()
         }
-        for each in (old_scores, scores)
+        for each in (old_scores, _recorded(scores))
     )
     values = {name: (old.get(name, _MISSING), new.get(name, _MISSING)) for name in old | new}
     return changes + [f"{name} was {before}, is {now}" for name, (before, now) in values.items() if before != now]
