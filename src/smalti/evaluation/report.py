@@ -7,7 +7,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from smalti.commands.model_paths import prior_class
 from smalti.core.config import config_from_json, read_json
@@ -41,6 +41,9 @@ WITHOUT_PRIOR = {
 }
 KINDS = ("tokenizer", "prior", "inpainting", "modes", "likelihood", "images")
 _MISSING = "missing"
+
+RecordedScores: TypeAlias = dict[str, dict[str, float | None]]
+"""Scores as results hold them: JSON has no infinity and no NaN, which become null."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,7 @@ def _write(path: Path, config: Evaluation, scores: Scores, conditions: Condition
     write_json(path, result)
 
 
-def _recorded(scores: Scores) -> dict[str, dict[str, float | None]]:
-    """Returns scores as results hold them: JSON has no infinity and no NaN, which become null."""
+def _recorded(scores: Scores) -> RecordedScores:
     return {
         name: {column: value if math.isfinite(value) else None for column, value in values.items()}
         for name, values in scores.items()
@@ -168,7 +170,9 @@ def _repeat(config: RepeatEvaluation) -> Scores:
     return scores
 
 
-def _changes(old_scores: Scores, scores: Scores, old_conditions: Conditions, conditions: Conditions) -> list[str]:
+def _changes(
+    old_scores: RecordedScores, scores: Scores, old_conditions: Conditions, conditions: Conditions
+) -> list[str]:
     """Describes every recorded condition and every score, except speeds, whose value differs or that is missing."""
     changes = [
         f"{name} was {value}, is {conditions.get(name, _MISSING)}"
