@@ -82,3 +82,12 @@ def test_a_stop_after_the_shipped_models_pictures_is_resumed(tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             demo(Demo(out=tmp_path / "demo"))
     assert (tmp_path / "demo" / "inpainting-of-the-shipped-model.png").exists()
+
+
+@pytest.mark.parametrize("setting", ["tokenizer_steps", "prior_steps", "samples"])
+def test_numbers_below_one_are_refused_at_once_with_their_own_flag(setting):
+    """The stages that they are passed to name flags of other commands, and the last ones run after the training."""
+    with pytest.raises(UserError, match=f"^--{setting.replace('_', '-')} must be at least 1, not 0$"):
+        Demo(**{setting: 0})
+    with pytest.raises(UserError, match="--seed must be from"):
+        Demo(seed=2**63)

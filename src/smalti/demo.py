@@ -24,10 +24,11 @@ from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Precision, best_device, resolve
-from smalti.core.errors import UserError, as_invoked
+from smalti.core.errors import UserError, as_invoked, require_at_least_one
 from smalti.core.files import whole_file
 from smalti.core.progress import print_note
 from smalti.core.provenance import last_metrics, versions
+from smalti.core.randomness import require_seed
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.sheets import embedded_settings, save_animation
@@ -53,7 +54,11 @@ ANIMATED_SAMPLES = 32
 
 @dataclass(frozen=True)
 class Demo:
-    """Settings of the demonstration. The defaults take minutes on two CPU cores."""
+    """Settings of the demonstration. The defaults take minutes on two CPU cores.
+
+    Raises:
+        UserError: if a number is below 1, or the seed does not fit.
+    """
 
     images: str = "portraits"
     """Images to train on, at 32x32 pixels: `portraits` or `emoji` (embedded), a folder, Parquet files or a hub id."""
@@ -71,6 +76,10 @@ class Demo:
     """Precision of the networks; auto is bf16 on hardware that is fast in it, otherwise fp32."""
     out: Path = RUNS / "demo"
     """Output folder."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "tokenizer_steps", "prior_steps", "samples")
+        require_seed(self.seed)
 
 
 def demo(config: Demo) -> Path:

@@ -1,12 +1,15 @@
 """The session and the page's functions: pictures equal those of the commands. Requests are in `test_server.py`."""
 
 import threading
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from smalti.app import session as session_file
+from smalti.app.server import _save
 from smalti.app.session import Frame, Session
 from smalti.commands.inpaint import Inpaint, inpaint
 from smalti.commands.inpainting import Filling
@@ -25,6 +28,7 @@ from smalti.app.page import (
     _another_image,
     _Handlers,
     _ready,
+    _slider_defaults,
     _stopped,
     _waiting,
     canvas_image,
@@ -72,6 +76,27 @@ def test_fills_equal_those_of_the_command(session, prior, tmp_path):
         assert Image.open(tmp_path / name).tobytes() == image.tobytes()
     assert [frame.step for frame in frames] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert frames[1].images[0].tobytes() != frames[-1].images[0].tobytes()
+
+
+def test_fills_have_the_transparency_and_the_profile_that_those_of_the_command_have(session, prior, tmp_path):
+    mask, alpha = examples(16, 16)["box"], np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    soft = Image.fromarray(np.dstack([picture().permute(1, 2, 0).numpy(), alpha]))
+    soft.save(tmp_path / "in.png", icc_profile=profile)
+    Image.fromarray(mask.numpy()).save(tmp_path / "mask.png")
+    names = {"image": tmp_path / "in.png", "mask": tmp_path / "mask.png", "out": tmp_path / "out.png"}
+    sampling = session.prior.method.filling()
+    config = Inpaint(sampling, num=1, seed=4, prior=(str(prior),), device="cpu", precision="fp32", **names)
+    expected = Image.open(inpaint(config))
+    handlers = _Handlers(session, partial(_save, tmp_path, {}))
+    opened = handlers.open({"path": str(tmp_path / "in.png")})[0]
+    paint = Image.fromarray(np.uint8(mask) * 255).resize((CANVAS_SIZE, CANVAS_SIZE), Image.Resampling.NEAREST)
+    paint = Image.merge("RGBA", [paint] * 4)
+    values = [1, 4, "any", *(default for *_, default in _slider_defaults(type(sampling)))]
+    *_, (paths, _) = handlers.inpaint(opened, {"layers": [paint]}, *values)
+    fill = Image.open(paths[0])
+    assert (fill.mode, fill.info["icc_profile"]) == ("RGBA", profile)
+    assert fill.tobytes() == expected.tobytes()
 
 
 def test_samples_equal_those_of_the_command(session, prior, tmp_path):
@@ -183,8 +208,9 @@ def test_a_bad_upload_is_named_and_leaves_the_photo_and_the_painting(prior):
 def test_opening_another_image_removes_the_fills_and_their_message(prior, tmp_path):
     to_image(picture()).save(tmp_path / "in.png")
     handlers = _Handlers(Session(str(prior), None, "cpu", "fp32"), lambda *_: [])
-    pixels, canvas, opened, fills_message, fills = handlers.open({"path": str(tmp_path / "in.png")})
-    assert (pixels == picture().numpy()).all()
+    (pixels, path), canvas, opened, fills_message, fills = handlers.open({"path": str(tmp_path / "in.png")})
+    assert (pixels == picture()).all()
+    assert path == str(tmp_path / "in.png")
     assert max(canvas.size) == CANVAS_SIZE
     assert "in.png will be filled at" in opened
     assert 'role="status"></p>' in fills_message
@@ -193,7 +219,7 @@ def test_opening_another_image_removes_the_fills_and_their_message(prior, tmp_pa
 
 def test_clearing_the_canvas_keeps_the_image(session):
     handlers = _Handlers(session, lambda *_: [])
-    assert handlers.clear(picture().numpy()).tobytes() == canvas_image(picture()).tobytes()
+    assert handlers.clear((picture(), "in.png")).tobytes() == canvas_image(picture()).tobytes()
     assert handlers.clear(None) == gradio.skip()
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -18,11 +19,12 @@ import pytest
 from PIL import Image
 
 from smalti.app.local_only import REFUSAL, LocalOnly
-from smalti.app.server import App, _unwound_by_signals, serve
+from smalti.app.server import App, _running, _unwound_by_signals, serve
 from smalti.core.errors import UserError
 from smalti.images.sheets import to_image
 
 pytest.importorskip("gradio", reason="the page needs Gradio (the extra `app`)")
+import httpx
 from gradio_client import Client, handle_file
 from helpers.command_toys import save_pair
 from helpers.page import picture, until
@@ -61,6 +63,25 @@ def test_port_in_use_is_a_user_error(prior):
         page = serve(App(prior=str(prior), port=server.getsockname()[1]))
         with pytest.raises(UserError, match="is in use; give another"), page:
             pass
+
+
+def test_the_page_is_served_where_an_http_proxy_is_set(prior, monkeypatch):
+    """The proxy is a closed port. Gradio asks its own server while it starts, by httpx, which obeys these variables."""
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.org")
+    with serve(App(prior=str(prior), port=0, device="cpu")) as url:
+        assert respond(url, "GET", "/", {"Host": url.removeprefix("http://")})[0] == 200
+        assert os.environ["no_proxy"] == "example.org"
+
+
+def test_a_page_that_its_own_server_does_not_answer_is_a_user_error():
+    def launch(**_):
+        raise httpx.ConnectError("refused")
+
+    running = _running(SimpleNamespace(launch=launch, close=lambda **_: None), 7860)
+    with pytest.raises(UserError, match=r"cannot be served at http://127.0.0.1:7860 \(refused\); allow"), running:
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,18 @@ def test_transparent_pixels_are_masked(capfd):
     assert np.array_equal(read("filled.png"), read("runs/inpainted.png"))
 
 
+def test_soft_edges_of_what_was_erased_keep_their_colours(capfd):
+    """Fills equal those with a mask, although the image on white has a light rim, which the encoder would see."""
+    erased = np.zeros((12, 20), np.uint8)
+    erased[1:8, 2:10] = 100  # transparency below the threshold
+    erased[box() > 0] = 255
+    Image.fromarray(np.dstack([noise(0), 255 - erased])).save("soft-hole.png")
+    flags = ["--image", "soft-hole.png", "--num", "1", "--out", "soft-filled.png"]
+    assert run(capfd, inpaint.main, *COMMON, *flags)[0] == 0
+    assert run(capfd, inpaint.main, *COMMON, "--image", "in.png", "--mask", "mask.png", "--num", "1")[0] == 0
+    assert np.array_equal(read("soft-filled.png"), read("runs/inpainted.png"))
+
+
 def test_inverted_thresholded_and_resized_masks_are_equal(capfd):
     Image.fromarray(255 - box()).save("inverted.png")
     Image.fromarray(box() // 5 + 40).save("faint.png")  # 40 and 91

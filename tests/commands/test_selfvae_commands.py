@@ -128,6 +128,10 @@ def test_every_mode_is_evaluated_with_the_bytes_it_transmits(folder, capfd, monk
     assert scores["mse"]["reconstruction-2"] == pytest.approx(
         float(((reconstructed - images) / 2).square().mean()), rel=1e-3
     )
+    status, _, err = run(capfd, evaluate.main, *flags.split(), "--image-depth", "16", "--out", "deep.json")
+    assert status == 0, err
+    deep = json.loads((folder / "deep.json").read_text())["scores"]
+    assert deep["ssim"] == scores["ssim"]  # the same pixels, as multiples of 257
 
 
 @pytest.mark.parametrize("mode", list(MODES))

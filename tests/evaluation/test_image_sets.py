@@ -201,6 +201,10 @@ def test_unsuitable_references_are_refused_in_one_line(folders, tmp_path):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:-30])
     with pytest.raises(UserError, match="cannot be read"):
         score(a, str(tmp_path / "cut.npz"))
+    with pytest.raises(
+        UserError, match=r"nothing at .*none\.npz; give a \.npz file with statistics \(mu and sigma\) or"
+    ):
+        score(a, str(tmp_path / "none.npz"))
     np.savez(tmp_path / "nan.npz", mu=np.full(5, np.nan), sigma=np.eye(5))
     with pytest.raises(UserError, match="not finite"):
         score(a, str(tmp_path / "nan.npz"))

@@ -256,3 +256,15 @@ def test_errors_of_integer_pixels_are_refused_and_floats_of_unknown_range_too(mo
     for wrong in (pixels.long(), pixels / 255):
         with pytest.raises(UserError, match=r"pixels are torch\..*; give torch\.uint8 from 0 to 255, or torch.int32"):
             to_float(wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("score", [kernel_distance, nearest, precision_recall, lambda a, b: inception_score(b)])
+def test_features_that_are_not_finite_are_refused(score, value):
+    good, bad = draw(0, 30, 8), draw(1, 30, 8)
+    bad[[7, 20], [3, 0]] = value
+    message = r"features of 2 of 30 image\(s\) are not finite, first those of image 7 \(counted from 0\)"
+    with pytest.raises(UserError, match=message):
+        score(good, bad)
+    with pytest.raises(UserError, match=r"of 1 of 10 image\(s\) are not finite, first those of image 20"):
+        Moments.of(good[:20]).update(bad[20:])

@@ -18,7 +18,7 @@ from smalti.app.session import Frame, Session
 from smalti.commands.inpainting import Filling
 from smalti.core.errors import UserError
 from smalti.core.progress import duration
-from smalti.images.decoding import decode
+from smalti.images.decoding import decode, load_layers
 from smalti.images.sheets import to_image
 
 CANVAS_SIZE = 512
@@ -87,7 +87,7 @@ class _Handlers:
         self._session, self._save = session, save
 
     def open(self, upload: dict[str, Any] | None) -> tuple[Any, ...]:
-        """Opens an uploaded image; returns its pixels, its canvas, two messages (the second empty), and no fills.
+        """Opens an uploaded image; returns its pixels and file, its canvas, two messages (one empty), and no fills.
 
         If it is no image, the opened image, what is painted on it and its fills stay as they are.
 
@@ -103,11 +103,11 @@ class _Handlers:
             text = f"{name} was not opened, and what is on the page stays: {error}"
             return gradio.skip(), gradio.skip(), _message(text, problem=True), gradio.skip(), gradio.skip()
         text = f"{name} will be {self._size(pixels, explained=True)}"
-        return pixels.numpy(), canvas_image(pixels), _message(text), _message(""), []
+        return (pixels, upload["path"]), canvas_image(pixels), _message(text), _message(""), []
 
     def clear(self, opened: Any) -> Any:
         """Returns the canvas of the opened image, which Gradio's button for clearing takes away with the painting."""
-        return gradio.skip() if opened is None else canvas_image(torch.from_numpy(opened))
+        return gradio.skip() if opened is None else canvas_image(opened[0])
 
     def edit(self, event: gradio.SelectData, images: list[tuple[str, str | None]]) -> tuple[Any, ...]:
         """Opens a generated image that was clicked, on the other tab."""
@@ -120,11 +120,12 @@ class _Handlers:
         if opened is None:
             yield gradio.skip(), _message("open an image first, or generate one and click it", problem=True)
             return
-        pixels = torch.from_numpy(opened)
+        pixels, path = opened
         try:
             settings = _settings(self._session.prior.method.filling, values)
             mask = painted_mask(painted["layers"], *pixels.shape[1:])
-            frames = self._session.inpaint(pixels, mask, filling=Filling(), **settings)
+            layers = load_layers(path, channels=len(pixels))
+            frames = self._session.inpaint(pixels, mask, layers=layers, filling=Filling(), **settings)
             yield from self._outputs(frames, "fill", settings, note=f"; {self._size(pixels, explained=False)}")
         except UserError as error:
             yield gradio.skip(), _message(str(error), problem=True)

@@ -25,7 +25,7 @@ from smalti.app.local_only import LocalOnly
 from smalti.app.session import Session
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, one_line
 from smalti.core.provenance import versions
 from smalti.images.sheets import save_png
 
@@ -115,18 +115,25 @@ def _temporary_folder() -> Iterator[Path]:
     It is removed a second time when the process exits, because a fill that is being finished may create it again.
     """
     settings = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}  # nothing is sent or kept elsewhere
-    before = {name: os.environ.get(name) for name in (*settings, "GRADIO_TEMP_DIR")}
     with TemporaryDirectory(prefix="smalti-app-", ignore_cleanup_errors=True) as name:
         atexit.register(shutil.rmtree, name, ignore_errors=True)
-        os.environ.update(settings, GRADIO_TEMP_DIR=str(Path(name).resolve() / "gradio"))
-        try:
+        with _environment(**settings, GRADIO_TEMP_DIR=str(Path(name).resolve() / "gradio")):
             yield Path(name)
-        finally:
-            for variable, value in before.items():
-                if value is None:
-                    del os.environ[variable]
-                else:
-                    os.environ[variable] = value
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets environment variables for a block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -135,26 +142,37 @@ def _running(blocks: Any, port: int) -> Iterator[None]:
 
     `mount_gradio_app` would do for the middleware too, but Gradio checks only in apps that it launched itself that the
     files which a request names were uploaded; a test holds that.
+
+    Raises:
+        UserError: if the port is in use, or Gradio does not reach its own server.
     """
+    import httpx
     from starlette.middleware import Middleware
 
     from smalti.app.browser import CSS, HEAD, THEME
 
     try:
-        blocks.launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            max_file_size=MAX_UPLOAD_MEGABYTES * 1024**2,
-            app_kwargs={"middleware": [Middleware(LocalOnly)]},
-            theme=THEME,
-            css=CSS,
-            head=HEAD,
-            footer_links=[],
-            quiet=True,
-            prevent_thread_lock=True,
-        )
+        with _environment(no_proxy="*"):  # Gradio asks its own server, which no HTTP proxy reaches, and nothing else
+            blocks.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                max_file_size=MAX_UPLOAD_MEGABYTES * 1024**2,
+                app_kwargs={"middleware": [Middleware(LocalOnly)]},
+                theme=THEME,
+                css=CSS,
+                head=HEAD,
+                footer_links=[],
+                quiet=True,
+                prevent_thread_lock=True,
+            )
     except OSError as error:
         raise UserError(f"port {port} is in use; give another --port") from error
+    except (httpx.HTTPError, ValueError) as error:
+        blocks.close(verbose=False)
+        raise UserError(
+            f"the page cannot be served at http://127.0.0.1:{port} ({one_line(error)}); allow connections to this "
+            "machine itself, or give another --port"
+        ) from error
     try:
         yield
     finally:

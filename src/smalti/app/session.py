@@ -26,7 +26,8 @@ from smalti.core.codes import Codes
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError
 from smalti.core.progress import print_note
-from smalti.images.decoding import to_uint8
+from smalti.images.blending import restore_transparency
+from smalti.images.decoding import Layers, to_uint8
 from smalti.images.sheets import to_image
 
 SECONDS_BETWEEN_FRAMES = 0.2
@@ -101,6 +102,7 @@ class Session:
         seed: int,
         classes: Sequence[str] = (),
         filling: Filling,
+        layers: Layers | None = None,
         **settings: Any,
     ) -> Iterator[Frame]:
         """Fills the masked pixels of an image `num` times, as `inpaint.py` does with the same settings.
@@ -112,6 +114,7 @@ class Session:
             seed: fill i depends on the seed and i alone.
             classes: the classes of the fills, in turn; empty for fills without class conditioning.
             filling: the settings of filling besides those of the sampler.
+            layers: the image's transparency and colour profile, which the finished fills keep.
             settings: sampler settings that differ from the defaults for filling.
 
         Raises:
@@ -146,7 +149,7 @@ class Session:
                 precision=self.precision,
                 callback=lambda step, codes: report(step, lambda: render(codes)),
             )
-            return [to_image(image) for image in filled]
+            return [_with_layers(image, pixels, mask, layers) for image in filled]
 
         return _frames(work, callback_calls([self.prior], self.tokenizer, sampling, size), self._closed)
 
@@ -192,6 +195,21 @@ class Session:
 
 class _CancelledError(Exception):
     """Ends the work of a thread whose frames are no longer read."""
+
+
+def _with_layers(
+    filled: UInt8[Tensor, "c h w"],
+    pixels: UInt8[Tensor, "c h w"],
+    mask: Bool[Tensor, "h w"],
+    layers: Layers | None,
+) -> Image.Image:
+    """Returns a fill with the transparency and the colour profile of its image, which Pillow writes into files."""
+    if layers is not None and layers.alpha is not None:
+        filled = restore_transparency(filled, pixels, mask, colours=layers.colours, alpha=layers.alpha)
+    image = to_image(filled)
+    if layers is not None and layers.profile is not None:
+        image.info["icc_profile"] = layers.profile
+    return image
 
 
 def _preview(

@@ -193,7 +193,7 @@ def _compress(
             batch = to_float(images.pixels(rows)).to(tokenizer.device)
             batches.append(tokenizer.encode(batch))
             with torch.no_grad():
-                errors.append(mse(tokenizer.decode(batches[-1]), batch).cpu())
+                errors.append(mse(to_float(to_uint8(tokenizer.decode(batches[-1]))), batch).cpu())  # as decompressed
             progress.update(len(rows))
     codes = tuple(torch.cat(grids) for grids in zip(*batches, strict=True))
     layout = tokenizer.layout.resized([(grid.shape[1], grid.shape[2]) for grid in codes])
@@ -209,7 +209,7 @@ def _compress(
             coded = encode_codes(priors, tuple(grid.cpu() for grid in codes), known, progress.update)
     size = write_codes(out, codes, layout, header, coded)
     pixels = images.preprocessing["height"] * images.preprocessing["width"]
-    error, fixed = torch.cat(errors).mean(), bits_per_image(layout)
+    error, fixed = torch.cat(errors), bits_per_image(layout)
     payload = -(-len(kept) * fixed // 8) if coded is None else len(coded)
     bits = fixed if coded is None else 8 * payload / len(kept)
     given = ", the class included" if config.classes else ""
@@ -218,7 +218,8 @@ def _compress(
         f"{out}: {len(kept)} image(s), {layout}\n"
         f"rate: {bits:.6g} bits an image{comparison}, {bits / pixels:.4g} a pixel; {payload} bytes of codes, "
         f"{size - payload} of header\n"
-        f"distortion: MSE {float(error):.4g}, PSNR {float(psnr(error)):.2f} dB, for the most probable decodes"
+        f"distortion: MSE {float(error.mean()):.4g}, PSNR {float(psnr(error).mean()):.2f} dB, means over the most "
+        "probable decodes"
     )
 
 

@@ -24,7 +24,7 @@ from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
-from smalti.images.decoding import load_image, load_layers, load_transparency, to_float
+from smalti.images.decoding import load_image, load_layers, load_transparency, to_float, without_halo
 from smalti.images.formats.opening import most_pixels
 from smalti.images.listing import images_among, is_image_file
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
@@ -268,7 +268,7 @@ def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor,
     mask_file = job.mask
     if mask_file is None and (transparency := load_transparency(job.image)) is not None:
         slight = any(config.expand) and not (transparency > config.threshold).any()  # soft edges: nothing is erased
-        mask_file = None if slight else job.image
+        mask_file, pixels = (None, pixels) if slight else (job.image, without_halo(pixels, job.image))
     if mask_file is not None:
         if job.mask is not None:
             refuse_swapped(job.image, pixels, job.mask)

@@ -208,9 +208,7 @@ def counted_from_start(numbers: Int64[np.ndarray, " b"], total: int) -> Int64[np
     Raises:
         IndexError: if a row is outside [-total, total).
     """
-    if (
-        not numbers.size or numbers.view(np.uint64).max() < total
-    ):  # as an unsigned number, a negative one is the largest
+    if not numbers.size or numbers.view(np.uint64).max() < total:  # unsigned, a negative number is above all others
         return numbers
     lowest, highest = numbers.min(), numbers.max()
     if not -total <= lowest <= highest < total:

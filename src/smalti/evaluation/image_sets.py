@@ -3,6 +3,7 @@
 One set may be published statistics instead, if only a Fréchet distance is needed.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def evaluate_images(config: ImagesEvaluation) -> tuple[Scores, Conditions]:
     Raises:
         UserError: if the images, the statistics or the extractor cannot be loaded, or the images are of several sizes.
     """
+    is_name = re.fullmatch(r"[^*?\[{:]+\.npz", config.reference, re.IGNORECASE)  # no glob, range or URL
+    if is_name and not Path(config.reference).expanduser().exists():
+        raise UserError(
+            f"there is nothing at {config.reference}; give a .npz file with statistics (mu and sigma) or images "
+            "(arr_0), or another source of images"
+        )
     extractor = find_extractor(config.extractor, device(config.device))
     stored = read_moments(Path(config.reference), extractor.width) if _is_npz(config.reference) else None
     only_statistics = stored is not None and not _has_images(Path(config.reference))

@@ -11,7 +11,7 @@ from smalti.core.randomness import row_seeds
 from smalti.evaluation.config import ModesEvaluation
 from smalti.evaluation.real_images import BATCH_SIZE, real_for
 from smalti.evaluation.scores import Conditions, Scores
-from smalti.images.decoding import to_float, to_uint8
+from smalti.images.decoding import to_8_bits, to_float, to_uint8
 from smalti.metrics.baselines import ssim
 from smalti.metrics.extractors import find_extractor
 from smalti.metrics.frechet import Moments, frechet_distance
@@ -47,6 +47,6 @@ def evaluate_modes(config: ModesEvaluation) -> tuple[Scores, Conditions]:
             errors = mse(to_float(decoded), originals)
             scores["compression_ratio"][mode] = model.compression_ratio(transmitted, originals)
             scores["mse"][mode], scores["psnr_db"][mode] = float(errors.mean()), float(psnr(errors).mean())
-            scores["ssim"][mode] = ssim(decoded, real.judged)
+            scores["ssim"][mode] = ssim(decoded, to_8_bits(real.judged))
     scores["frechet"]["real"] = frechet_distance(Moments.of(real.features), reference)
     return scores, real.conditions

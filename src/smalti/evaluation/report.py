@@ -3,11 +3,12 @@
 The scores are computed in the files named for what they evaluate.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from smalti.commands.model_paths import prior_class
 from smalti.core.config import config_from_json, read_json
@@ -42,6 +43,10 @@ KINDS: dict[str, tuple[Any, Callable[..., tuple[Scores, Conditions]]]] = {
     "images": (ImagesEvaluation, evaluate_images),
 }
 """The settings and the function of each kind of evaluation."""
+_MISSING = "missing"
+
+RecordedScores: TypeAlias = dict[str, dict[str, float | None]]
+"""Scores as results hold them: JSON has no infinity and no NaN, which become null."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,20 @@ def _evaluate(config: Evaluation, *, sheet: bool = True) -> tuple[Scores, Condit
 
 def _write(path: Path, config: Evaluation, scores: Scores, conditions: Conditions) -> None:
     result = {
-        "scores": scores,
+        "scores": _recorded(scores),
         "conditions": conditions,
         "warnings": too_few_images(scores, conditions),
         "settings": settings_of(config),
         "versions": versions(),
     }
     write_json(path, result)
+
+
+def _recorded(scores: Scores) -> RecordedScores:
+    return {
+        name: {column: value if math.isfinite(value) else None for column, value in values.items()}
+        for name, values in scores.items()
+    }
 
 
 def _repeat(config: RepeatEvaluation) -> Scores:
@@ -139,28 +151,37 @@ def _repeat(config: RepeatEvaluation) -> Scores:
         raise
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{config.again} is not a result of evaluate.py; give a JSON file that it wrote") from error
-    claim = claim_result(replace(evaluation, out=config.out), again=config.again) if config.out else nullcontext()
-    with claim:
+    renamed, path = replace(evaluation, out=config.out), None
+    with claim_result(renamed, again=config.again) if config.out else nullcontext():
         scores, conditions = _evaluate(evaluation, sheet=False)
         if config.out:
-            _write(config.out, evaluation, scores, conditions)
+            path = result_path(renamed, conditions, again=config.again)
+            _write(path, evaluation, scores, conditions)
     print(table(scores, conditions))
     changes = _changes(old_scores, scores, old_conditions, conditions)
     print(f"\n{'; '.join(changes) if changes else f'the same as {config.again}, except for speeds'}")
+    if path:
+        print(f"\n{path}")
     return scores
 
 
-def _changes(old_scores: Scores, scores: Scores, old_conditions: Conditions, conditions: Conditions) -> list[str]:
-    """Describes every recorded condition and every score, except speeds, whose value differs."""
+def _changes(
+    old_scores: RecordedScores, scores: Scores, old_conditions: Conditions, conditions: Conditions
+) -> list[str]:
+    """Describes every recorded condition and every score, except speeds, whose value differs or that is missing."""
     changes = [
-        f"{name} was {old_conditions[name]}, is {value}"
-        for name, value in conditions.items()
-        if value != old_conditions.get(name, value)
+        f"{name} was {value}, is {conditions.get(name, _MISSING)}"
+        for name, value in old_conditions.items()
+        if conditions.get(name, _MISSING) != value
     ]
-    changes += [
-        f"{name} of {column} was {old_scores.get(name, {}).get(column)}, is {value}"
-        for name, values in scores.items()
-        for column, value in values.items()
-        if name not in SPEEDS and old_scores.get(name, {}).get(column) != value
-    ]
-    return changes
+    old, new = (
+        {
+            f"{name} of {column}": "not finite" if value is None else value
+            for name, values in each.items()
+            if name not in SPEEDS
+            for column, value in values.items()
+        }
+        for each in (old_scores, _recorded(scores))
+    )
+    values = {name: (old.get(name, _MISSING), new.get(name, _MISSING)) for name in old | new}
+    return changes + [f"{name} was {before}, is {now}" for name, (before, now) in values.items() if before != now]

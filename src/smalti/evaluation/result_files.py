@@ -62,15 +62,20 @@ def claim_result(config: Evaluation, *, again: Path | None = None) -> AbstractCo
     return locks.claim(outputs, inputs=inputs, is_own=lambda each: _is_own(each, config))
 
 
-def result_path(config: Evaluation, conditions: Conditions | None = None) -> Path:
+def result_path(config: Evaluation, conditions: Conditions | None = None, *, again: Path | None = None) -> Path:
     """Returns the file for a result: `out` or the default name, numbered if another result is there.
 
     Args:
         config: the settings of the evaluation.
         conditions: those of the result, with the digests of the models; None before they are known.
+        again: the result that it repeats, which stays.
     """
+
+    def is_own(path: Path) -> bool:
+        return not (again and path.resolve() == again.resolve()) and _is_own(path, config, conditions)
+
     path = config.out or EVALUATIONS / f"{config.of}-{_model_name(config)}.json"
-    return free_name(path, lambda name: _outputs(name, config), lambda each: _is_own(each, config, conditions))
+    return free_name(path, lambda name: _outputs(name, config), is_own)
 
 
 def sheet_path(path: Path) -> Path:

@@ -44,7 +44,12 @@ class Moments:
         return cls(features.shape[1]).update(features)
 
     def update(self, features: Float[Tensor, "b d"]) -> "Moments":
-        """Adds rows and returns itself."""
+        """Adds rows and returns itself.
+
+        Raises:
+            UserError: if features are not finite.
+        """
+        _require_finite(features, first=self.count)
         rows = features.detach().cpu().double()  # moved first: Apple's GPUs have no float64
         if not len(rows):
             return self
@@ -66,6 +71,24 @@ class Moments:
         if self.count < 2:
             raise UserError(f"{self.count} image(s) have no covariance; give at least 2")
         return self._scatter / (self.count - 1)
+
+
+def _require_finite(*sets: Float[Tensor, "_n _d"], first: int = 0) -> None:
+    """Refuses features that are infinite or NaN: NaN is in no neighbourhood, so that precision would just be lower.
+
+    Args:
+        sets: the features of each set of images.
+        first: the number of the first image.
+
+    Raises:
+        UserError: if one is not finite.
+    """
+    for features in sets:
+        if len(rows := (~features.isfinite()).any(1).nonzero()):
+            raise UserError(
+                f"features of {len(rows)} of {len(features)} image(s) are not finite, first those of image "
+                f"{first + int(rows[0])} (counted from 0); leave these out, or check the network that computed them"
+            )
 
 
 class StoredMoments(NamedTuple):
@@ -133,10 +156,11 @@ def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     of 1000 images; this is the mean over all subsets, so it has the same expectation and less noise.
 
     Raises:
-        UserError: if a set has fewer than two images.
+        UserError: if a set has fewer than two images, or features are not finite.
     """
     if min(len(a), len(b)) < 2:
         raise UserError(f"the kernel distance needs at least 2 images in each set, not {len(a)} and {len(b)}")
+    _require_finite(a, b)
     between = _kernel_sum(a, b) / (len(a) * len(b))
     within = [(_kernel_sum(x, x) - float(_kernel(x.double().square().sum(1), x).sum())) for x in (a, b)]
     return within[0] / (len(a) * (len(a) - 1)) + within[1] / (len(b) * (len(b) - 1)) - 2 * between
@@ -160,10 +184,11 @@ def inception_score(logits: Float[Tensor, "n classes"], splits: int = 10) -> flo
         splits: number of parts; 10 in the published code.
 
     Raises:
-        UserError: if there are fewer images than parts.
+        UserError: if there are fewer images than parts, or logits are not finite.
     """
     if len(logits) < splits:
         raise UserError(f"the Inception score needs at least {splits} images, not {len(logits)}")
+    _require_finite(logits)
     log_p, scores = logits.double().log_softmax(1), []
     for part in range(splits):
         each = log_p[part * len(log_p) // splits : (part + 1) * len(log_p) // splits]
@@ -175,7 +200,12 @@ def inception_score(logits: Float[Tensor, "n classes"], splits: int = 10) -> flo
 def nearest(
     queries: Float[Tensor, "q d"], references: Float[Tensor, "n d"]
 ) -> tuple[Float[Tensor, " q"], Int64[Tensor, " q"]]:
-    """Finds the nearest neighbour of each query: its Euclidean distance, and its index among the references."""
+    """Finds the nearest neighbour of each query: its Euclidean distance, and its index among the references.
+
+    Raises:
+        UserError: if features are not finite.
+    """
+    _require_finite(queries, references)
     minima = [_distances(block, references).min(1) for block in queries.split(_ROWS_AT_ONCE)]
     return torch.cat([each.values for each in minima]), torch.cat([each.indices for each in minima])
 
@@ -201,12 +231,13 @@ def precision_recall(
     to its `neighbours`-th nearest neighbour in the set.
 
     Raises:
-        UserError: if a set has no more than `neighbours` images.
+        UserError: if a set has no more than `neighbours` images, or features are not finite.
     """
     if min(len(real), len(generated)) <= neighbours:
         raise UserError(
             f"precision and recall need more than {neighbours} images, not {len(generated)} and {len(real)}"
         )
+    _require_finite(real, generated)
     return PrecisionRecall(
         precision=float(_inside(generated, real, neighbours).double().mean()),
         recall=float(_inside(real, generated, neighbours).double().mean()),
