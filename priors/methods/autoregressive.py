@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import tyro
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64
@@ -173,9 +174,9 @@ def _sample_particles(
     steps = prior.decode_stepwise(passes * rows, h, w, condition, upper, caches)
     draws = uniform(derive(draw_seeds, Stream.AUTOREGRESSIVE_DRAW), h * w, len(head.radices))
     codes, known_mask = codes.flatten(1), known_mask.flatten(1)  # (b p) n
-    run_ends = known_mask[:, :-1] & ~known_mask[:, 1:]
-    any_known = known_mask.any(0).tolist()  # read once: reading at each position would wait for the device
-    any_run_ends = [*run_ends.any(0).tolist(), False]
+    run_ends = known_mask & ~F.pad(known_mask[:, 1:], (0, 1), value=True)
+    # read once: reading at each position would wait for the device
+    any_known, any_run_ends = torch.stack([known_mask, run_ends]).any(1).tolist()
     log_weights, code = draws.new_zeros(rows, 1), None
     for position in range(h * w):
         now = slice(position, position + 1)

@@ -43,8 +43,10 @@ def test_verify_detects_changed_columns_and_codes_outside_the_codebook(tmp_path)
     write(path, layout, (torch.zeros(60, 3, 4, dtype=torch.int64),), [0])
     latent_set = LatentSet(path)
     with opened(path, "r+") as file:
-        file["codes/0"][3] = 257  # a program that writes codes that are too large also writes a digest over them
-        file.attrs.modify("content_digest", np.bytes_(latent_set.digest()))
+        file["codes/0"][3] = 257
+    digest = latent_set.digest()  # a program that writes codes that are too large also writes a digest over them
+    with opened(path, "r+") as file:
+        file.attrs.modify("content_digest", np.bytes_(digest))
         texts = {name: str(np.asarray(file.attrs[name]).astype(str)) for name in file.attrs}
         file.attrs.modify("attributes_digest", np.bytes_(attributes_digest(texts)))
     with pytest.raises(UserError, match="codes not below 257 at level 0"):
