@@ -188,7 +188,7 @@ class Run:
             steps: number of steps to train for.
             patience: see `FitConfig`.
         """
-        best, stopped = self._best(patience), self._stopped_early(patience)
+        best, stopped = self._early_stopping(patience)
         if self.step < steps and not stopped:
             return None
         if self.main and self.rolls_back:
@@ -205,13 +205,10 @@ class Run:
             self.states.publish(best)
         return f"{ended}, whose weights are kept"
 
-    def _best(self, patience: int) -> int | None:
-        """Returns the step of the best snapshot with early stopping, if there is one."""
-        return self.states.best(self.step) if self.step and patience else None
-
-    def _stopped_early(self, patience: int) -> bool:
-        best = self._best(patience)
-        return best is not None and self.step - best >= patience
+    def _early_stopping(self, patience: int) -> tuple[int | None, bool]:
+        """Returns the step of the best snapshot, None without early stopping, and whether it has ended the run."""
+        best = self.states.best(self.step) if self.step and patience else None
+        return best, best is not None and self.step - best >= patience
 
     def advice(self, steps: int, patience: int, more_steps: str) -> str:
         """Returns the flags that make an ended run train on: after early stopping, more steps alone do not.
@@ -221,7 +218,8 @@ class Run:
             patience: see `FitConfig`.
             more_steps: the flag of the number of steps.
         """
-        patient = ["a larger --patience (0 turns early stopping off)"] if self._stopped_early(patience) else []
+        _, stopped = self._early_stopping(patience)
+        patient = ["a larger --patience (0 turns early stopping off)"] if stopped else []
         return " and ".join([*([more_steps] if self.step >= steps else []), *patient])
 
     def begin(self) -> None:
