@@ -64,6 +64,7 @@ VARIANTS = (
     Variant("flat", "`flat`"),
     Variant("flat", "`flat`, rotation trick", {"gradient": "rotation"}),
     Variant("linked", "`linked`"),
+    Variant("linked", "`linked`, commitment of the sum", {"commitment_weight": (0.0, 0.0, 0.25)}),
     Variant("residual", "`residual`"),
     Variant("residual", "`residual`, shared codebook", {"shared_codebooks": True}),
     Variant("cosine", "`cosine`, code width 8", {"code_width": 8}),
@@ -144,7 +145,8 @@ class Quantizers:
 
     def folder(self, variant: Variant, side: int, bits: int, seed: int) -> Path:
         """Returns the folder of a training, named by all that the trainings of one set of images differ in."""
-        details = "".join(f"-{value}" for value in variant.settings.values() if value is not True)
+        settings = (setting if isinstance(setting, tuple) else (setting,) for setting in variant.settings.values())
+        details = "".join(f"-{value}" for setting in settings for value in setting if value is not True)
         shared = "-shared" if variant.settings.get("shared_codebooks") else ""
         name = f"{variant.quantizer}{shared}{details}-{side}x{side}-{bits}bits-{self.config.steps}steps-seed{seed}"
         return self.config.work / self.name / name

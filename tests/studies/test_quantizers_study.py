@@ -62,7 +62,7 @@ def test_quantizers_are_trained_once_and_measured_on_held_out_images(tmp_path):
     for side in ("8×8", "16×16"):
         assert f"`img`, {side} codes of 9 bits" in text
     rows = [line for line in text.splitlines() if line.startswith(("| `linked`", "| `fsq`"))]
-    assert [row.split(" | ")[1:3] for row in rows] == [["512", "2"]] * 4
+    assert [row.split(" | ")[1:3] for row in rows] == [["512", "2"]] * 6
     study = quantizers.Quantizers(config)
     linked = next(each for each in quantizers.VARIANTS if each.quantizer == "linked")
     folder = study.folder(linked, 8, 9, 1)
