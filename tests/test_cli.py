@@ -12,7 +12,7 @@ import pytest
 
 from smalti import __main__, cli
 from smalti.core.errors import SCRIPTS, OneProcessError, UserError, as_invoked
-from smalti.scripts import evaluate, sample, train_prior, train_tokenizer
+from smalti.scripts import sample, train_prior, train_tokenizer
 from smalti.training.signals import Interrupted, received_signals
 
 
@@ -62,24 +62,6 @@ def test_help_says_what_the_command_does(monkeypatch, capsys):
     assert "About this." in shown
     assert "--learning-rate" in shown
     assert "A rate." in shown
-
-
-@pytest.mark.parametrize("of", ["prior", "images"])
-def test_help_lists_the_choices_of_a_flag_without_the_absent_one(monkeypatch, capsys, of):
-    monkeypatch.setattr(sys, "argv", ["command.py", "--of", of, "--help"])
-    with pytest.raises(SystemExit):
-        evaluate.main()
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--of {tokenizer,prior,inpainting,likelihood,modes,images} " in shown
-    assert "--fit {crop,pad,squash} " in shown
-    assert "--image-depth {8,16} " in shown
-    assert "None" not in shown
-    monkeypatch.setattr(sys, "argv", ["command.py", "--of", "tokenizer", "--fit", "x"])
-    with pytest.raises(SystemExit):
-        evaluate.main()
-    error = capsys.readouterr().err
-    assert "invalid choice 'x' for argument '--fit'" in error
-    assert "None" not in error
 
 
 def test_a_flag_of_one_or_several_numbers_names_its_values(monkeypatch, capsys):
