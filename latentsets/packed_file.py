@@ -159,11 +159,11 @@ def read_codes(path: Path, check_header: Callable[[dict[str, Any]], None], decod
         raise UserError(f"{path} is damaged: its header or codes were changed; fetch or write it again")
     check_header(header)
     if not fixed_rate and decode is None:
-        raise UserError(f"{path} was coded with a prior; give --prior the one that coded it")
+        raise UserError(f"{path} was coded with a prior; pass the prior that encoded it as --prior")
     codes = decode(header, payload, images, layout) if decode and not fixed_rate else _unpack(payload, images, layout)
     if not fixed_rate and (codes is None or _codes_digest(codes) != header["codes_sha256"]):
         raise UserError(
-            f"{path} cannot be decoded here: this machine computes other probabilities than the one that coded it; "
+            f"{path} cannot be decoded here: this machine computes other probabilities than the one that encoded it; "
             "decode it there, or write it again without --prior"
         )
     try:

@@ -165,7 +165,7 @@ class CodePrior(Prior, ABC):
     Attributes:
         head: embeds codes, computes likelihoods and samples codes.
         of_class: embeds class labels, `of_class(labels, b)` -> `(b, d)`; None if `classes` is 0.
-        of_vector: does so with vectors; None if `condition_width` is 0. `condition_vector` calls either.
+        of_vector: embeds condition vectors, `(b, condition_width)` -> `(b, d)`; None if the width is 0.
         of_upper: embeds the codes of the coarser levels, `of_upper(upper, h, w)` -> `(b, h, w, d)`; None if
             there are none. Conditioning has an effect only if `features` uses these.
     """

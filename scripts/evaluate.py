@@ -5,7 +5,7 @@ from smalti.evaluation.report import RepeatEvaluation, config_for, evaluate
 
 ABOUT = """Evaluates a trained tokenizer, a prior or its fills on held-out images; or compares two sets of images.
 
-$ python scripts/evaluate.py                                       # samples of runs/priors/hourglass against portraits
+$ python scripts/evaluate.py                     # samples of runs/priors/hourglass against its training set's images
 $ python scripts/evaluate.py --of tokenizer --tokenizer my/tokenizer --images my/photos
 $ python scripts/evaluate.py --of inpainting --prior my/prior --images my/photos --num 200
 $ python scripts/evaluate.py --of modes --tokenizer selfvae        # each generation mode, by the bytes it transmits

@@ -24,7 +24,7 @@ Kinds of prior (for the options of one: --prior KIND --help):
 
 If it is stopped (Ctrl-C) or killed, run the same command to resume; see --resume.
 
-More: docs/guide/many-gpus-and-resuming.md
+More: docs/guide/train-a-prior.md; several processes: docs/guide/many-gpus-and-resuming.md
 
 Next steps: sample.py and inpaint.py"""
 

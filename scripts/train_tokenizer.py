@@ -26,7 +26,7 @@ Kinds of tokenizer (for the options of one: --tokenizer KIND --help):
 
 If it is stopped (Ctrl-C) or killed, run the same command to resume; see --resume.
 
-More: docs/guide/many-gpus-and-resuming.md
+More: docs/guide/train-a-tokenizer.md; several processes: docs/guide/many-gpus-and-resuming.md
 
 Next step: python scripts/build_latents.py"""
 

@@ -20,6 +20,7 @@ from smalti.core import models
 from smalti.core.errors import UserError
 from smalti.demo import Demo
 from smalti.evaluation.report import config_for
+from smalti.scripts import evaluate
 from smalti.scripts.convert import Convert
 from smalti.scripts.convert_latents import ConvertLatents
 from smalti.scripts.reproduce import STUDIES
@@ -185,3 +186,21 @@ def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, message
         cli.run(fail, Names, about="")
     err = capsys.readouterr().err
     assert (left.value.code, err.count("\n"), message in err) == (2, 1, True), err
+
+
+@pytest.mark.parametrize("of", ["prior", "images"])
+def test_help_lists_the_choices_of_a_flag_without_the_absent_one(monkeypatch, capsys, of):
+    monkeypatch.setattr(sys, "argv", ["command.py", "--of", of, "--help"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--of {tokenizer,prior,inpainting,likelihood,modes,images} " in shown
+    assert "--fit {crop,pad,squash} " in shown
+    assert "--image-depth {8,16} " in shown
+    assert "None" not in shown
+    monkeypatch.setattr(sys, "argv", ["command.py", "--of", "tokenizer", "--fit", "x"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    error = capsys.readouterr().err
+    assert "invalid choice 'x' for argument '--fit'" in error
+    assert "None" not in error

@@ -185,8 +185,8 @@ def _combined(path: Path, found: Sequence[Path]) -> SetFiles:
         same |= {name: getattr(header.provenance, name) == getattr(first.provenance, name) for name in ALIKE}
         if different := [name for name, equal in same.items() if not equal]:
             raise UserError(
-                f"{first.extent.path} and {header.extent.path} are not one set: they have another {different[0]}; "
-                "give files that one tokenizer made in one way"
+                f"{first.extent.path} and {header.extent.path} cannot be read as one set, because their "
+                f"{different[0]} differs; give files built with equal settings"
             )
     provenances = [header.provenance for header in headers]
     prints = dict.fromkeys(each.image_fingerprint for each in provenances)

@@ -13,7 +13,7 @@ from contextlib import redirect_stderr
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, NoReturn, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name, require_finite, unreadable
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
@@ -44,6 +44,8 @@ _SECONDS_OF_MAIN_PROCESS = 8.0
 """Time in which a launcher ends the other processes if the main one has failed too."""
 _ONE_OR_SEVERAL = re.compile(r"\b(\w+)\|\{\[\1 \[\1 \.\.\.\]\]\}")
 """tyro's name of the values of a flag that takes one number, or several."""
+_ABSENT = re.compile(r"'None', |, 'None'")
+"""The choice of an optional flag that tyro's errors list beside those that the flag takes."""
 _NO_COMPILER = "No working C++ compiler found"
 """Part of torch's message, whose exception is a `RuntimeError`; importing its class would import the compiler."""
 _NO_MEMORY = re.compile(
@@ -152,9 +154,8 @@ def _parse(cls: Any, arguments: list[str], about: str, defaults: dict[str, Any])
         lines = [line if line.startswith("╭") else line.strip("│ ") for line in output.getvalue().splitlines()]
         after_title = dropwhile(lambda line: not _is_rule(line), lines)
         message = " ".join(takewhile(lambda line: not _is_rule(line), [*after_title][1:])).strip().rstrip(".")
-        message = _ONE_OR_SEVERAL.sub(
-            r"\1 [\1 ...]", message.partition(" Got errors:")[0]
-        )  # of each type that was tried
+        message = message.partition(" Got errors:")[0]  # of each type that was tried
+        message = _ABSENT.sub("", _ONE_OR_SEVERAL.sub(r"\1 [\1 ...]", message))
         suggests = any(phrase in output.getvalue() for phrase in ("Perhaps you meant", "similar to"))
         flags = [line.split()[0] for line in lines if line.startswith("--") and not _is_rule(line)]
         similar = flags if suggests else []
@@ -215,12 +216,16 @@ def _one_paragraph(field: Any) -> Any:
 
 
 def _metavar(field_type: Any) -> str | None:
-    """Returns `PATH` for `Path | None`, and so on, where tyro writes `{None}|PATH`; None leaves it to tyro."""
+    """Returns `PATH` for `Path | None`, `{a,b}` for `Literal["a", "b"] | None`, and so on, where tyro writes None among
+    the values; None leaves it to tyro."""
     others = [kind for kind in get_args(field_type) if kind is not type(None)]
     if len(others) == 2 and others[1] == tuple[others[0], ...]:  # one number, or several
         return f"{others[0].__name__.upper()} [{others[0].__name__.upper()} ...]"
-    optional = len(others) == 1 and len(get_args(field_type)) == 2
-    return others[0].__name__.upper() if optional and others[0] in (int, float, str, Path) else None
+    if len(others) != 1 or len(get_args(field_type)) != 2:
+        return None
+    if get_origin(others[0]) is Literal:
+        return f"{{{','.join(map(str, get_args(others[0])))}}}"
+    return others[0].__name__.upper() if others[0] in (int, float, str, Path) else None
 
 
 def _output_is_closed() -> bool:

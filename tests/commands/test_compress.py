@@ -132,10 +132,16 @@ def test_entropy_coded_file_is_refused_without_its_prior_or_damaged(tmp_path, to
     torch.manual_seed(9)
     models.class_of_kind("tokenizer", "hrvq")(toys.TINY["hrvq"]).save(tmp_path / "foreign")
     for settings, error in (
-        (Decompress(coded, tokenizer), r"coded with a prior; give --prior"),
+        (Decompress(coded, tokenizer), r"coded with a prior; pass the prior that encoded it as --prior"),
         (Decompress(fixed, tokenizer, prior), r"written without a prior; leave --prior out"),
-        (Decompress(coded, tokenizer, other), r"coded with the prior \w{12}, but \S+ is \w{12}; give --prior"),
-        (Decompress(coded, tokenizer, hourglass), r"coded with the prior \w{12}, but \S+ is \w{12}; give --prior"),
+        (
+            Decompress(coded, tokenizer, other),
+            r"coded with the prior \w{12}, but \S+ is \w{12}; pass the prior that encoded it as --prior",
+        ),
+        (
+            Decompress(coded, tokenizer, hourglass),
+            r"coded with the prior \w{12}, but \S+ is \w{12}; pass the prior that encoded it as --prior",
+        ),
         (Decompress(coded, str(tmp_path / "foreign"), prior), r"was trained on codes of the tokenizer"),
     ):
         with pytest.raises(UserError, match=error):

@@ -172,7 +172,7 @@ def test_files_of_different_tokenizers_are_refused(tmp_path, change, layout, wha
     write(tmp_path / "a.h5", GRID, make_codes(GRID, 6), [0])
     write(tmp_path / "b.h5", layout, make_codes(layout, 6), [0], replace(PROVENANCE, **change))
     message = refusal(tmp_path / "*.h5")
-    assert f"a.h5 and {tmp_path / 'b.h5'} are not one set: they have another {what}" in message
+    assert f"a.h5 and {tmp_path / 'b.h5'} cannot be read as one set, because their {what} differs" in message
 
 
 def remove(folder: Path) -> None:

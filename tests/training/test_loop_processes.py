@@ -123,7 +123,7 @@ def test_first_pictures_of_two_processes_are_drawn_once_and_by_the_main_one(fold
 def test_snapshots_that_differ_between_processes_are_refused(tmp_path, monkeypatch):
     process = accelerator("fp32")
     monkeypatch.setattr(process, "gather", lambda step: torch.cat([step, step + 3]))
-    with pytest.raises(UserError, match=r"see other snapshots in .*, of steps \[0, 3\]; put it on a disk"):
+    with pytest.raises(UserError, match=r"see different snapshots in .*, of steps \[0, 3\]; put it on a disk"):
         toys.train(tmp_path, process=process)
 
 

@@ -113,16 +113,16 @@ def test_what_fits_is_taken_and_what_is_new_is_named(trained, capfd):
     status, _, err = tune(capfd, "--init", "old", "--image-channels", "1", "--out", "grey")
     assert status == 0
     assert "2 are new and start untrained" in err or "3 are new and start untrained" in err
-    assert "  encoder.0.weight 6x1x4x4, there 6x3x4x4" in err.splitlines()
+    assert "  encoder.0.weight 6x1x4x4, in --init 6x3x4x4" in err.splitlines()
     assert "initializing the codebooks" not in err
     status, _, err = tune(capfd, "--init", "old", "--branching", "6", "--out", "more-codes")
     assert status == 0
-    assert "quantizer.codebook_0 1x6x6, there 1x4x6" in err
+    assert "quantizer.codebook_0 1x6x6, in --init 1x4x6" in err
     assert "initializing the codebooks" in err
     status, _, err = tune(capfd, "--init", "old", "--branching", "4", "3", "--out", "mixed")
     assert status == 0
     assert "quantizer.codebook_0" not in err
-    assert "quantizer.codebook_1 4x3x6, there 4x4x6" in err
+    assert "quantizer.codebook_1 4x3x6, in --init 4x4x6" in err
     assert load_tokenizer("mixed").layout.levels[0].radices == (4, 3)
 
 
@@ -131,7 +131,7 @@ def test_what_fits_is_taken_and_what_is_new_is_named(trained, capfd):
     [
         (
             ("--init", "old", "--widths", "6", "10"),
-            "encoder.2.weight is 8x6x4x4 there and 10x6x4x4 here; the settings that differ are --widths",
+            "encoder.2.weight is 8x6x4x4 in --init and 10x6x4x4 in this network; the settings that differ are --widths",
         ),
         (("--init", "old", "--residual-blocks", "2"), "the settings that differ are --residual-blocks"),
         (("--init", "old", "--tokenizer", "vqvae", *SIZE[:4]), "old is a hrvq, not a vqvae"),
@@ -189,8 +189,10 @@ def test_a_prior_starts_from_another_and_finds_its_classes_by_name(trained, capf
     arguments = ("--latents", "new.h5", "--init", "prior", *FIT, "--device", "cpu", "--learning-rate", "1e-12")
     status, _, err = run(capfd, train_prior.main, *arguments, "--ema-decay", "0", "--out", "new-prior")
     assert status == 0
-    assert "of_class.vectors.weight 4x16, there 3x16" in err
-    assert {"classes that prior knows: b", "new classes, which start without influence: c, d"} <= set(err.splitlines())
+    assert "of_class.vectors.weight 4x16, in --init 3x16" in err
+    assert {"classes that prior was trained on: b", "new classes, which start without influence: c, d"} <= set(
+        err.splitlines()
+    )
     old, new = load_only_prior("prior"), load_only_prior("new-prior")
     assert new.config.model_width == 16  # taken from the prior, no flag names it
     before, after = old.of_class.vectors.weight, new.of_class.vectors.weight

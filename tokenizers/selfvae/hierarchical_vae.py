@@ -106,8 +106,8 @@ class Hierarchy(Tokenizer[VAEConfigT]):
         require_size(config.height, config.width, self.downsampling)
         if forms[-1].halvings > config.stages:
             raise UserError(
-                f"{forms[-1].halvings} halvings make representations smaller than the grid of latents, which has "
-                f"{config.stages}; use fewer --levels or more --stages"
+                "the coarsest representation is smaller than the latent grid: it is halved "
+                f"{forms[-1].halvings} times, the latents {config.stages} times; use fewer --levels or more --stages"
             )
         shape = Shape(
             channels=config.channels,

@@ -75,7 +75,7 @@ class VQConfig:
     to ±sqrt(3/D) for codewords of length D, `scaled` up to ±1/K for K codewords in a codebook."""
     gradient: Literal["straight-through", "rotation"] = added("straight-through")
     """Gradient through the choice of a codeword: `straight-through` copies it to the encoder's output; `rotation` also
-    rotates and scales it, by what takes that output to the codeword (the rotation trick)."""
+    applies to it the rotation and scaling that map the encoder output to the codeword (the rotation trick)."""
 
 
 VQConfigT = TypeVar("VQConfigT", bound=VQConfig)

@@ -55,12 +55,12 @@ class Compress:
     """Any trained tokenizer: a kind (read from runs/tokenizers/KIND), a folder, or a hub id [default: hqa; with --prior
     the copy in the prior's folder]."""
     prior: tuple[str, ...] = ()
-    """Code the codes in fewer bits by the probabilities of a trained transformer or pixelcnn: a kind (read from
-    runs/priors/KIND), a folder, or a hub id. Give one for each level if the tokenizer has several levels. Needs the
+    """Entropy-code with the probabilities of a trained transformer or pixelcnn: a kind (read from runs/priors/KIND), a
+    folder, or a hub id. Give one for each level if the tokenizer has several levels. Needs the
     extra `entropy` [default: every code in the fewest whole bits]."""
     classes: bool = False
-    """Give the priors each image's class, which the file then holds too. Without it, priors with classes code all
-    images as ones of no class."""
+    """Give the priors each image's class, which the file then holds too. Without it, class-conditional
+    priors encode without the class."""
     layer: int | None = None
     """Layer whose codes are kept, counted from 1 at the image; only for hqa and hams. A lower layer takes more bits and
     has less error [default: the top layer]."""
@@ -272,7 +272,7 @@ def _read(config: Decompress) -> tuple[Packed, Tokenizer]:
     def load_matching(header: dict[str, Any]) -> None:
         coded_by = header.get("prior_digests")
         if coded_by and not config.prior:
-            raise UserError(f"{config.codes} was coded with a prior; give --prior the one that coded it")
+            raise UserError(f"{config.codes} was coded with a prior; pass the prior that encoded it as --prior")
         if config.prior and not coded_by:
             raise UserError(f"{config.codes} was written without a prior; leave --prior out")
         priors, tokenizer = _load_models(config, header.get("layer"))
@@ -280,12 +280,12 @@ def _read(config: Decompress) -> tuple[Packed, Tokenizer]:
             source = _tokenizer_source(config) or "the copy beside the prior"
             raise UserError(
                 f"{config.codes} was made by {header.get('tokenizer_kind')} {_short(header.get('tokenizer_digest'))}, "
-                f"but {source} is {_short(tokenizer.digest())}; give --tokenizer the one that made it"
+                f"but {source} is {_short(tokenizer.digest())}; pass the tokenizer that encoded it as --tokenizer"
             )
         if coded_by and coded_by != (digests := [prior.digest() for prior in priors]):
             raise UserError(
                 f"{config.codes} was coded with the prior {_short(coded_by)}, but {' '.join(config.prior)} is "
-                f"{_short(digests)}; give --prior the one that coded it"
+                f"{_short(digests)}; pass the prior that encoded it as --prior"
             )
         loaded.append((priors, tokenizer))
 

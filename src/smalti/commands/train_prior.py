@@ -280,7 +280,7 @@ def _take_weights(init: str, prior: Prior, other: Prior, *, quiet: bool) -> None
     for line in taken.lines(init, other.digest(), new_classes=bool(new)):
         print_note(line)
     if matched:
-        print_note(f"classes that {init} knows: {_first_names(matched)}")
+        print_note(f"classes that {init} was trained on: {_first_names(matched)}")
     if new:
         print_note(f"new classes, which start without influence: {_first_names(new)}")
     codes = [each.provenance.get("tokenizer_digest") for each in (prior, other)]

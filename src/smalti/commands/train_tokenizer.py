@@ -83,8 +83,9 @@ class TrainTokenizer(Generic[C]):
     tokenizer: str = "hrvq"
     """Kind of tokenizer. Each kind has its own options: see `--tokenizer KIND --help`."""
     preset: Preset = "small"
-    """Defaults of the other settings: `small` and `small64` are for 32x32 and 64x64 images on two CPU cores, the
-    others for GPUs. Use `paperN` for the VQ-VAE family and images of N pixels, `fN-...` for vqgan."""
+    """Defaults of the other settings: `small` and `small64` are for 32x32 and 64x64 images on two CPU cores
+    (`small64` of hrvq, vqvae and vqgan only), the others for GPUs. Use `paperN` for the VQ-VAE family and images of N
+    pixels, `fN-...` for vqgan."""
     init: str | None = None
     """Start from the weights of this trained tokenizer: the name of one in the package, a kind, a folder, or a hub id.
     Network settings that are not given are its own. The image channels, the quantizer and the number of codes may be

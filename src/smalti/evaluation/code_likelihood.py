@@ -90,7 +90,7 @@ def _require_same_codes(prior: Prior, latents: LatentSet, tokenizer: Tokenizer |
     if trained and stored and trained != stored and not {trained, stored} <= set(digests):
         raise UserError(
             f"the prior was trained on codes of the tokenizer {trained[:12]}, but {latents.path} has those of "
-            f"{stored[:12]}; build a latent set with the prior's tokenizer, or give the tokenizer that has both's codes"
+            f"{stored[:12]}; build a latent set with the prior's tokenizer, or pass a tokenizer with the codes of both"
         )
 
 

@@ -5,7 +5,7 @@ Each evaluation is in the file named for it; `report.py` runs one and writes its
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from smalti.commands.inpainting import Filling
 from smalti.core.config import added
@@ -17,6 +17,9 @@ from smalti.tokenizers.selfvae.hierarchical_vae import Pixels
 from smalti.tokenizers.vqgan.perceptual import PerceptualName
 
 S = TypeVar("S")
+
+EvaluationKind: TypeAlias = Literal["tokenizer", "prior", "inpainting", "likelihood", "modes", "images"]
+"""Names of the classes below, one each; the type of `of` in all of them, so that `--help` lists the other kinds."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class ImagesEvaluation:
     reference: str
     """Real images to compare with, of the same size: a source as --images; or a `.npz` file with the statistics `mu`
     and `sigma` of the extractor's features, and perhaps with images (`arr_0`) for the scores that need them."""
-    of: Literal["images"] = "images"
+    of: EvaluationKind = "images"
     """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     reading: Reading = field(default_factory=Reading)
     height: int | None = None
@@ -91,7 +94,7 @@ class ImagesEvaluation:
 class TokenizerEvaluation:
     """Settings to evaluate a tokenizer by its reconstructions of held-out images."""
 
-    of: Literal["tokenizer"] = "tokenizer"
+    of: EvaluationKind = "tokenizer"
     """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     tokenizer: str = "hrvq"
     """A trained tokenizer: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
@@ -114,7 +117,7 @@ class PriorEvaluation(Generic[S]):
 
     sampling: S
     """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
-    of: Literal["prior"] = "prior"
+    of: EvaluationKind = "prior"
     """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     prior: tuple[str, ...] = ("hourglass",)
     """A trained prior: a kind (the one in runs/priors/KIND), a folder, or a hub id. Give one for each level if the
@@ -141,7 +144,7 @@ class InpaintingEvaluation(Generic[S]):
 
     sampling: S
     """Sampler settings, for the kind of the last prior; priors of another kind keep their defaults."""
-    of: Literal["inpainting"] = "inpainting"
+    of: EvaluationKind = "inpainting"
     """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     fills: int = 3
     """Fills of each image. Distances use the first one only; diversity and the best error use all."""
@@ -164,7 +167,7 @@ class InpaintingEvaluation(Generic[S]):
 class ModesEvaluation:
     """Settings to evaluate the generation modes of a selfVAE: the error and the bytes transmitted in each mode."""
 
-    of: Literal["modes"] = "modes"
+    of: EvaluationKind = "modes"
     """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""
@@ -184,7 +187,7 @@ class LikelihoodEvaluation:
         UserError: if `num` or `samples` is below 1.
     """
 
-    of: Literal["likelihood"] = "likelihood"
+    of: EvaluationKind = "likelihood"
     """Kind of evaluation: `tokenizer`, `prior`, `inpainting`, `likelihood`, `modes` or `images`."""
     tokenizer: str = "selfvae"
     """A trained selfvae or vae: a kind (the one in runs/tokenizers/KIND), a folder, or a hub id."""

@@ -53,8 +53,8 @@ class Reading:
     """Bits of each channel: 16 keeps those of deep grey images and arrays, for scans and measurements; 8 scales them
     down [default: 8, or as in the training of the model]."""
     most_pixels: int | None = added(None)
-    """Most pixels of an image; larger ones cannot be read. Raise it for large scans that you trust [default: 178956970,
-    and less for files that look like decompression bombs]."""
+    """Maximum number of pixels of an image. Larger images are refused. Raise it for large scans that you trust
+    [default: 178956970, and less for files that look like decompression bombs]."""
     on_bad_image: OnBadImage = "raise"
     """Handling of images that cannot be decoded: all files are decoded at the start, then `raise` names those that
     cannot be, and `skip` leaves them out."""

@@ -88,7 +88,7 @@ class CheckpointsAndLogs:
         steps = cast(Tensor, self.accelerator.gather(own)).tolist()
         if len(set(steps)) > 1:
             raise UserError(
-                f"the processes see other snapshots in {self.run.folder}, of steps {steps}; "
+                f"the processes see different snapshots in {self.run.folder}, of steps {steps}; "
                 "put it on a disk they all share"
             )
         if state := self.run.state():

@@ -40,7 +40,7 @@ class Taken(NamedTuple):
         if not self.new:
             return [begin if new_classes else f"{begin}, which is all"]
         lines = [
-            f"  {name} {_shape(own)}{f', there {_shape(theirs)}' if theirs else ''}"
+            f"  {name} {_shape(own)}{f', in --init {_shape(theirs)}' if theirs else ''}"
             for name, (own, theirs) in list(self.new.items())[:MOST_LINES]
         ]
         more = [f"  and {len(self.new) - MOST_LINES} more"] if len(self.new) > MOST_LINES else []
@@ -92,8 +92,8 @@ def _refuse_other_network(
         differing = [f"--{field.replace('_', '-')}" for field in fields]
         there, here = (_shape(shape) if shape else "absent" for shape in shapes)
         raise UserError(
-            f"{source} does not fit: {name} is {there} there and {here} here; the settings that differ are "
-            f"{' '.join(differing)}"
+            f"{source} does not fit: {name} is {there} in --init and {here} in this network; the settings that "
+            f"differ are {' '.join(differing)}"
         )
 
 

@@ -153,7 +153,7 @@ def test_vae_has_two_modes():
 
 
 def test_invalid_settings_are_refused():
-    with pytest.raises(UserError, match="2 halvings make representations smaller than the grid of latents"):
+    with pytest.raises(UserError, match="smaller than the latent grid: it is halved 2 times, the latents 1 times;"):
         SelfVAE(replace(SMALL, stages=1, levels=3))
     with pytest.raises(UserError, match="images of 6x8 are not divisible by 4"):
         SelfVAE(SMALL)(images(1, 6, 8))
