@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,17 @@ def test_only_fills_of_the_same_image_are_replaced(capfd):
     flags[4] = "kept/notes.png"
     assert run(capfd, inpaint.main, *COMMON, *flags[-6:-3], "kept/notes.png", "--image", "in.png")[0] == 2
     assert Path("kept/notes-2.png").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take names that differ in case for one file")
+def test_names_that_differ_in_case_are_different_files(capfd):
+    flags = [*COMMON, "--mask", "mask.png", "--image", "in.png", "--num", "1"]
+    assert run(capfd, inpaint.main, *flags, "--out", "case/a.PNG")[0] == 0
+    assert run(capfd, inpaint.main, *flags, "--out", "case/a.PNG")[0] == 0  # its own file
+    assert run(capfd, inpaint.main, *flags, "--out", "case/b.png")[0] == 0
+    Path("case/b.PNG").write_text("mine")
+    assert run(capfd, inpaint.main, *flags, "--out", "case/b.PNG")[0] == 2
+    assert Path("case/b.PNG").read_text() == "mine"
 
 
 def test_a_mask_needs_its_image(capfd):

@@ -218,16 +218,17 @@ def _claimed(
     config: Inpaint[Any], image: Path, jobs: Sequence[_Job], digests: Sequence[str], channels: int
 ) -> AbstractContextManager[None]:
     """Claims all outputs. A rerun recognises its own by the SHA-256 of their images."""
-    outputs = [[*(path for fill in job.fills for path in image_paths(fill, channels)), job.sheet] for job in jobs]
-    digest_of = {path: digest for paths, digest in zip(outputs, digests, strict=True) for path in paths}
+    png_of = [{**image_paths(job.fills, channels), job.sheet: job.sheet} for job in jobs]
+    outputs = {path: (pngs[path], digest) for pngs, digest in zip(png_of, digests, strict=True) for path in pngs}
 
     def is_own(path: Path) -> bool:
-        settings = embedded_settings(path.with_suffix(".png"))
-        return settings.get("command") == "inpaint" and settings.get("image_sha256") == digest_of[path]
+        png, digest = outputs[path]
+        settings = embedded_settings(png)
+        return settings.get("command") == "inpaint" and settings.get("image_sha256") == digest
 
     files = (path for job in jobs for path in (image, config.mask, job.image, job.mask) if path is not None)
     return locks.claim(
-        digest_of,
+        outputs,
         folder=jobs[0].sheet.parent if os.path.isdir(image) else None,
         inputs=[*dict.fromkeys(files), *image_inputs(None, priors=config.prior, tokenizer=config.tokenizer)],
         overwrite=config.overwrite,
