@@ -24,7 +24,7 @@ from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
-from smalti.images.decoding import load_image, load_layers, load_transparency, to_float, without_halo
+from smalti.images.decoding import Layers, load_image, load_layers, load_transparency, to_float, without_halo
 from smalti.images.formats.opening import most_pixels
 from smalti.images.listing import images_among, is_image_file
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
@@ -140,7 +140,8 @@ def inpaint(config: Inpaint[Any]) -> Path:
             calls.append(callback_calls(priors, tokenizer, config.sampling, _size(config, job, inputs[1], tokenizer)))
         progress = stack.enter_context(bar(what="filling", total=sum(calls), unit="step"))
         for index, (job, image_digest) in enumerate(zip(jobs, image_digests, strict=True)):
-            pixels, mask = inputs if inputs and len(jobs) == 1 else _read(config, job, tokenizer.image_channels)
+            inputs = inputs if inputs and len(jobs) == 1 else _read(config, job, tokenizer.image_channels)
+            pixels, mask, layers = inputs
             _print_notes(config, job, mask, tokenizer)
             results = fills(
                 priors,
@@ -157,7 +158,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
             )
             progress.update(sum(calls[: index + 1]) - progress.n)  # counts the steps saved by stopping early
             job_settings = {**settings, "image": job.image, "image_sha256": image_digest, "mask": job.mask}
-            _write(job, pixels, mask, results, job_settings, config.expand)
+            _write(job, pixels, mask, layers, results, job_settings)
     return jobs[0].fills[0] if len(jobs) == 1 and not os.path.isdir(image) else jobs[0].sheet.parent
 
 
@@ -262,14 +263,17 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor, "c h w"], Bool[Tensor, "h w"]]:
-    """Reads an image and its mask, True = fill, both enlarged by `--expand`."""
-    pixels = load_image(job.image, channels=channels)
+def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor, "c h w"], Bool[Tensor, "h w"], Layers]:
+    """Reads an image, its mask, True = fill, and the layers that fills keep, all enlarged by `--expand`.
+
+    The colour profile is kept, and the transparency unless that is the mask, as it is if anything is erased.
+    """
+    pixels, layers = load_image(job.image, channels=channels), load_layers(job.image, channels=channels)
     _, height, width = pixels.shape
     mask_file = job.mask
-    if mask_file is None and (transparency := load_transparency(job.image)) is not None:
-        slight = any(config.expand) and not (transparency > config.threshold).any()  # soft edges: nothing is erased
-        mask_file, pixels = (None, pixels) if slight else (job.image, without_halo(pixels, job.image))
+    transparency = load_transparency(job.image) if mask_file is None else None
+    if transparency is not None and ((transparency > config.threshold).any() or not any(config.expand)):
+        mask_file, pixels, layers = job.image, without_halo(pixels, layers), layers._replace(alpha=None)
     if mask_file is not None:
         if job.mask is not None:
             refuse_swapped(job.image, pixels, job.mask)
@@ -290,28 +294,23 @@ def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor,
     if (left + width + right) * (top + height + bottom) > most_pixels():
         raise UserError(f"--expand makes {job.image} larger than {most_pixels()} pixels; add less")
     padding = (left, right, top, bottom)
-    return F.pad(pixels, padding), F.pad(mask, padding, value=True)
+    alpha = None if layers.alpha is None else F.pad(layers.alpha, padding, value=255)
+    layers = layers._replace(colours=F.pad(layers.colours, padding), alpha=alpha)
+    return F.pad(pixels, padding), F.pad(mask, padding, value=True), layers
 
 
 def _write(
     job: _Job,
     pixels: UInt8[Tensor, "c h w"],
     mask: Bool[Tensor, "h w"],
+    layers: Layers,
     results: UInt8[Tensor, "n c h w"],
     settings: dict[str, object],
-    expand: tuple[int, int, int, int],
 ) -> None:
-    """Writes each fill to its file, and a sheet of the image, the masked image and all fills.
-
-    The image's colour profile is kept, and its transparency unless that was the mask.
-    """
-    layers = load_layers(job.image, channels=len(pixels))
-    left, top, right, bottom = expand
+    """Writes each fill with the layers to its file, and a sheet of the image, the masked image and all fills."""
     for index, (path, result) in enumerate(zip(job.fills, results, strict=True)):
-        if job.mask is not None and layers.alpha is not None:
-            padding = (left, right, top, bottom)
-            colours, alpha = F.pad(layers.colours, padding), F.pad(layers.alpha, padding, value=255)
-            result = restore_transparency(result, pixels, mask, colours=colours, alpha=alpha)
+        if layers.alpha is not None:
+            result = restore_transparency(result, pixels, mask, colours=layers.colours, alpha=layers.alpha)
         save_image(path, result, {**settings, "fill": index}, icc_profile=layers.profile)
     image, shown_mask = to_float(_shown(pixels.unsqueeze(0))), _shown(mask[None, None].to(torch.uint8))[:, 0] > 0
     rows = {"image": image, "masked": blank(image, shown_mask), "fills": to_float(_shown(results))}
