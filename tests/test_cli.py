@@ -129,6 +129,11 @@ def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
         (OSError(errno.ENOSPC, "no space", "x.h5"), 2, "error: x.h5 cannot be written: the disk is full; make room"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer [::1]:9"), 1, "error: another process"),
         (OSError(errno.EFBIG, "too large", "x.h5"), 2, "error: x.h5 cannot be written: it is larger than a file may"),
+        (
+            PermissionError(errno.EACCES, "denied"),
+            2,
+            "error: a file cannot be written: permission denied; give another",
+        ),
         (IsADirectoryError(errno.EISDIR, "is a folder", "out"), 2, "error: out cannot be written: it is a folder"),
     ],
 )

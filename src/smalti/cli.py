@@ -114,9 +114,10 @@ def run(
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        if error.errno == errno.EACCES and os.path.exists(error.filename) and not os.access(error.filename, os.R_OK):
-            _leave(f"error: {unreadable(error.filename, error)}", 2)
-        _leave(f"error: {error.filename or 'a file'} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
+        name = error.filename or "a file"  # some libraries do not say which
+        if error.errno == errno.EACCES and os.path.exists(name) and not os.access(name, os.R_OK):
+            _leave(f"error: {unreadable(name, error)}", 2)
+        _leave(f"error: {name} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
 
 
 def chosen(flag: str, default: str) -> str:
