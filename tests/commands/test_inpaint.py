@@ -244,6 +244,19 @@ def test_only_fills_of_the_same_image_are_replaced(capfd):
     assert Path("kept/notes-2.png").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("image", "out"), [("in.png", "left/out.png"), ("one", "left-folder")])
+def test_fills_of_an_earlier_run_with_more_fills_are_named(capfd, image, out):
+    Path("one").mkdir(exist_ok=True)
+    Image.fromarray(noise(0)).save("one/out.png")
+    flags = [*COMMON, "--mask", "mask.png", "--image", image, "--out", out, "--num", "3"]
+    assert "of an earlier run" not in run(capfd, inpaint.main, *flags)[2]
+    folder = Path(out) if Path(out).is_dir() else Path(out).parent
+    Image.fromarray(noise(0)).save(folder / "out-7.png")
+    flags[-1] = "2"
+    note = f"note: {folder / 'out-3.png'} of an earlier run stayed beside the new files"
+    assert note in run(capfd, inpaint.main, *flags)[2]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems take names that differ in case for one file")
 def test_names_that_differ_in_case_are_different_files(capfd):
     flags = [*COMMON, "--mask", "mask.png", "--image", "in.png", "--num", "1"]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError, require_at_least_one, require_finite
-from smalti.core.files import file_digest
+from smalti.core.files import file_digest, print_left_over
 from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
@@ -28,7 +29,7 @@ from smalti.images.decoding import Layers, load_image, load_layers, load_transpa
 from smalti.images.formats.opening import most_pixels
 from smalti.images.listing import images_among, is_image_file
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
-from smalti.images.sheets import embedded_settings, image_paths, require_png, save_image, save_sheet
+from smalti.images.sheets import embedded_settings, image_paths, reduced, require_png, save_image, save_sheet
 from smalti.images.sources import EXAMPLE_IMAGE
 from smalti.tokenizers.base import Tokenizer
 
@@ -37,8 +38,6 @@ _LARGE_MASK = 0.5
 _MOST_FILLS = 10_000
 _MOST_PIXELS_AT_ONCE = 2**28
 """Largest number of pixels, in all candidates of all fills of an image, that is computed at once."""
-_LARGEST_SHOWN = 1024
-"""Larger images, in pixels of the longer side, are reduced to this size on the sheet."""
 
 S = TypeVar("S")
 
@@ -159,6 +158,9 @@ def inpaint(config: Inpaint[Any]) -> Path:
             progress.update(sum(calls[: index + 1]) - progress.n)  # counts the steps saved by stopping early
             job_settings = {**settings, "image": job.image, "image_sha256": image_digest, "mask": job.mask}
             _write(job, pixels, mask, layers, results, job_settings)
+        written = {path for job in jobs for path in (*job.fills, job.sheet)}
+        names = "*.png" if os.path.isdir(image) else f"{escape(config.out.stem)}-[0-9]*{config.out.suffix}"
+        print_left_over(jobs[0].sheet.parent, names, written, lambda path: _digest_of_image(path) in image_digests)
     return jobs[0].fills[0] if len(jobs) == 1 and not os.path.isdir(image) else jobs[0].sheet.parent
 
 
@@ -224,8 +226,7 @@ def _claimed(
 
     def is_own(path: Path) -> bool:
         png, digest = outputs[path]
-        settings = embedded_settings(png)
-        return settings.get("command") == "inpaint" and settings.get("image_sha256") == digest
+        return _digest_of_image(png) == digest
 
     files = (path for job in jobs for path in (image, config.mask, job.image, job.mask) if path is not None)
     return locks.claim(
@@ -235,6 +236,12 @@ def _claimed(
         overwrite=config.overwrite,
         is_own=is_own,
     )
+
+
+def _digest_of_image(fill: Path) -> str | None:
+    """Returns the SHA-256 of the image that a fill was made from; None for any other file."""
+    settings = embedded_settings(fill)
+    return settings.get("image_sha256") if settings.get("command") == "inpaint" else None
 
 
 def _size(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> WorkingSize:
@@ -312,16 +319,10 @@ def _write(
         if layers.alpha is not None:
             result = restore_transparency(result, pixels, mask, colours=layers.colours, alpha=layers.alpha)
         save_image(path, result, {**settings, "fill": index}, icc_profile=layers.profile)
-    image, shown_mask = to_float(_shown(pixels.unsqueeze(0))), _shown(mask[None, None].to(torch.uint8))[:, 0] > 0
-    rows = {"image": image, "masked": blank(image, shown_mask), "fills": to_float(_shown(results))}
+    image, shown_mask = to_float(reduced(pixels.unsqueeze(0))), reduced(mask[None, None].to(torch.uint8))[:, 0] > 0
+    rows = {"image": image, "masked": blank(image, shown_mask), "fills": to_float(reduced(results))}
     save_sheet(job.sheet, rows, settings=settings)
     print_note(f"also written: {', '.join(map(str, (*job.fills[1:], job.sheet)))}")
-
-
-def _shown(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c _h _w"]:
-    """Returns images as the sheet shows them: large ones reduced to every kth pixel."""
-    step = -(-max(images.shape[2:]) // _LARGEST_SHOWN)
-    return images[:, :, ::step, ::step]
 
 
 def _print_notes(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> None:

@@ -24,6 +24,7 @@ from smalti.images.formats.opening import DAMAGED
 
 GAP = 4  # pixels between pictures
 SMALLEST_SHOWN = 96  # pixels; smaller pictures are enlarged by a whole factor, so that their pixels stay visible
+LARGEST_SHOWN = 1024  # pixels of the longer side; `reduced` leaves larger pictures at most this size
 CAPTION_SIZE = 16
 MOST_PNG_CHANNELS = 4
 SETTINGS_KEY = "smalti"  # text chunk of our PNGs
@@ -133,6 +134,12 @@ def image_paths(pngs: Iterable[Path], channels: int) -> dict[Path, Path]:
 def array_path(path: Path) -> Path:
     """Returns the file of an image's array, beside the PNG that shows it."""
     return path.with_suffix(".npy")
+
+
+def reduced(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c _h _w"]:
+    """Returns images, large ones reduced to every kth pixel so that no side is longer than `LARGEST_SHOWN`."""
+    step = -(-max(images.shape[2:]) // LARGEST_SHOWN)
+    return images[:, :, ::step, ::step]
 
 
 def to_image(image: Float[Tensor, "c h w"] | UInt8[Tensor, "c h w"]) -> Image.Image:
