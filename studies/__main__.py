@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -74,7 +73,6 @@ def run_studies(config: RunStudies) -> None:
     if hasattr(os, "nice"):
         os.nice(19)  # of the studies too: they give way to everything else
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // config.processes)))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     finished = run_all(lines, config.logs, minutes=60 * config.hours, processes=config.processes)
     print("all studies are finished" if finished else "not all are finished; run the same command again to go on")
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from smalti import __main__, cli
+from smalti.core import locks
 from smalti.core.errors import SCRIPTS, OneProcessError, UserError, as_invoked
+from smalti.core.files import whole_file
 from smalti.scripts import sample, train_prior, train_tokenizer
-from smalti.training.signals import Interrupted, received_signals
+from smalti.training.signals import Interrupted, received_signals, unwound_by_signals
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,11 @@ def test_a_kind_with_a_typo_suggests_the_right_one(monkeypatch, capsys, form):
         (OSError(errno.ENOSPC, "no space", "x.h5"), 2, "error: x.h5 cannot be written: the disk is full; make room"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer [::1]:9"), 1, "error: another process"),
         (OSError(errno.EFBIG, "too large", "x.h5"), 2, "error: x.h5 cannot be written: it is larger than a file may"),
+        (
+            PermissionError(errno.EACCES, "denied"),
+            2,
+            "error: a file cannot be written: permission denied; give another",
+        ),
         (IsADirectoryError(errno.EISDIR, "is a folder", "out"), 2, "error: out cannot be written: it is a folder"),
     ],
 )
@@ -209,6 +216,43 @@ def test_the_first_signal_is_noted_and_the_second_acts(number, second):
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_stop_a_command_in_one_line_and_leave_no_files(monkeypatch, capsys, tmp_path, name):
+    number, out = getattr(signal, name), tmp_path / "new" / "a.png"
+
+    def command(_config):
+        with locks.claim([out]), whole_file(out) as partial:
+            partial.write_bytes(b"half")
+            signal.raise_signal(number)
+
+    before = signal.signal(number, signal.SIG_DFL)  # nohup sets another one
+    try:
+        assert (run(monkeypatch, command), capsys.readouterr().err) == (128 + number, "\nstopped\n")
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_that_are_ignored_stay_ignored(monkeypatch, name):
+    """`nohup` starts commands with SIGHUP ignored."""
+    before = signal.signal(getattr(signal, name), signal.SIG_IGN)
+    try:
+        assert run(monkeypatch, lambda _config: signal.raise_signal(getattr(signal, name))) == 0
+    finally:
+        signal.signal(getattr(signal, name), before)
+
+
+def test_the_second_signal_of_a_training_ends_it_at_once():
+    """Also where a command would otherwise unwind."""
+    with unwound_by_signals(), received_signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert (received, signal.getsignal(signal.SIGTERM)) == ([signal.SIGTERM], signal.SIG_DFL)
 
 
 def entry(monkeypatch, capsys, *arguments):

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, g
 from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name, require_finite, unreadable
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
 from smalti.flags import checked_arguments, expanded, field_names, require_ranges, with_flags
-from smalti.training.signals import Interrupted
+from smalti.training.signals import Interrupted, Stopped, unwound_by_signals
 
 wait_without_spinning()  # here, because commands import this file before anything that imports torch
 
@@ -86,12 +86,16 @@ def run(
         config = _parse(cls, arguments, as_invoked(about), defaults)
         require_finite(config)
         require_ranges(config)
-        command(config)
+        launched = bool(_LAUNCHED & os.environ.keys())  # such processes wait for each other where no handler is called
+        with nullcontext() if launched else unwound_by_signals():
+            command(config)
     except UserError as error:
         message = with_flags(as_invoked(str(error)), flags)
         _leave(f"error: {message}", 2, every_process=isinstance(error, OneProcessError))
     except Interrupted as stopped:
         _leave(f"\n{stopped}", 128 + stopped.signal_number, after_launcher=True)
+    except Stopped as stopped:
+        _leave(f"\n{stopped}", 128 + stopped.signal_number)
     except KeyboardInterrupt:
         _leave("\nstopped", 128 + signal.SIGINT)
     except BrokenPipeError:
@@ -112,9 +116,10 @@ def run(
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        if error.errno == errno.EACCES and os.path.exists(error.filename) and not os.access(error.filename, os.R_OK):
-            _leave(f"error: {unreadable(error.filename, error)}", 2)
-        _leave(f"error: {error.filename or 'a file'} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
+        name = error.filename or "a file"  # some libraries do not say which
+        if error.errno == errno.EACCES and os.path.exists(name) and not os.access(name, os.R_OK):
+            _leave(f"error: {unreadable(name, error)}", 2)
+        _leave(f"error: {name} cannot be written: {_DISK_ERRORS[error.errno]}", 2)
 
 
 def chosen(flag: str, default: str) -> str:

@@ -217,6 +217,25 @@ def test_opening_another_image_removes_the_fills_and_their_message(prior, tmp_pa
     assert fills == []
 
 
+def test_files_of_pictures_that_are_no_longer_shown_are_deleted(session, tmp_path, monkeypatch):
+    """They are in Gradio's cache, which is removed only when the server stops."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    handlers = _Handlers(session, lambda *_, **_settings: [str(tmp_path / "saved.png")])
+    frames = [Frame(step, 3, [Image.new("RGB", (4, 4), (step, 0, 0))], 1.0) for step in (1, 2, 3)]
+
+    def files():
+        return {str(path) for path in tmp_path.rglob("*.png")}
+
+    stopped = handlers._outputs(iter(frames), "fill", {})
+    shown = [next(stopped)[0] for _ in range(2)]
+    assert files() == {*shown[0], *shown[1]}
+    stopped.close()
+    assert files() == set(shown[1])  # which stays on the page
+    *_, (pictures, _) = handlers._outputs(iter(frames), "fill", {})
+    assert pictures == [str(tmp_path / "saved.png")]
+    assert not files()
+
+
 def test_clearing_the_canvas_keeps_the_image(session):
     handlers = _Handlers(session, lambda *_: [])
     assert handlers.clear((picture(), "in.png")).tobytes() == canvas_image(picture()).tobytes()

@@ -1,7 +1,9 @@
 """Tests of compress and decompress: neither writes over a file that it did not make."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import toys
@@ -44,6 +46,22 @@ def test_decompress_writes_over_its_own_images_alone(tmp_path, tokenizer):
     for _ in range(2):
         decompress(Decompress(codes, tokenizer, out=tmp_path / "new"))
     assert (tmp_path / "new" / "one.png").exists()
+
+
+def test_decompress_recognises_the_arrays_of_its_images(tmp_path):
+    """Images of more than four channels are written as a PNG of the first three, and as an array."""
+    five = replace(toys.TINY["hrvq"], image_channels=5)
+    models.class_of_kind("tokenizer", "hrvq")(five).save(tmp_path / "five")
+    np.save(tmp_path / "one.npy", np.zeros((16, 16, 5), np.uint8))
+    codes = compress(Compress(str(tmp_path / "five"), images=str(tmp_path / "one.npy"), out=tmp_path / "c.smalti"))
+    settings = Decompress(codes, str(tmp_path / "five"), out=tmp_path / "back")
+    for _ in range(2):
+        decompress(settings)
+    assert np.load(tmp_path / "back" / "one.npy").shape == (8, 12, 5)
+    Image.new("RGB", (16, 16)).save(tmp_path / "back" / "one.png")
+    (tmp_path / "back" / "one.npy").unlink()
+    with pytest.raises(UserError, match=r"back/one\.png exists and this command did not make it"):
+        decompress(settings)
 
 
 def test_codes_of_other_images_are_replaced_with_overwrite_alone(tmp_path, tokenizer, monkeypatch):

@@ -54,10 +54,16 @@ def test_summary_verification_picture_and_plot(workspace, monkeypatch, capsys):
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line for each digit
 
 
-@pytest.mark.parametrize("kind", ["pdf", "svg"])
+@pytest.mark.parametrize("kind", ["pdf", "svg", "SVG", "PNG"])
 def test_plots_of_other_kinds(workspace, monkeypatch, capsys, kind):
     assert run(monkeypatch, capsys, "--plot", f"plot.{kind}")[0] == 0
-    assert (workspace / f"plot.{kind}").read_bytes()[:5] == {"pdf": b"%PDF-", "svg": b"<?xml"}[kind]
+    begin = {"pdf": b"%PDF-", "svg": b"<?xml", "png": b"\x89PNG\r"}[kind.lower()]
+    assert (workspace / f"plot.{kind}").read_bytes()[:5] == begin
+
+
+def test_a_plot_whose_suffix_is_in_capitals_is_recognised(workspace, monkeypatch, capsys):
+    for _ in range(2):
+        assert run(monkeypatch, capsys, "--plot", "plot.PNG")[0] == 0
 
 
 def test_an_unknown_format_is_refused(workspace, monkeypatch, capsys):

@@ -71,6 +71,16 @@ def test_single_files_hold_their_number_and_settings(capfd):
     assert np.array_equal(np.array(files[7]), to_uint8(again[7]).permute(1, 2, 0).numpy())
 
 
+def test_files_of_an_earlier_run_with_more_images_are_named(capfd):
+    """Names have as many digits as the largest number, so that the runs would be mixed in one folder."""
+    flags = [*FLAGS, "--files", "--out", "fewer.png"]
+    assert "of an earlier run" not in run(capfd, sample.main, *flags)[2]
+    Image.new("RGB", (2, 2)).save("fewer/mine.png")
+    flags[flags.index("11")] = "4"
+    assert "note: fewer/00.png and 10 more of an earlier run stayed beside" in run(capfd, sample.main, *flags)[2]
+    assert len(list(Path("fewer").iterdir())) == 11 + 4 + 1
+
+
 @torch.no_grad()
 def test_an_animation_shows_every_sampling_step(capfd):
     assert run(capfd, sample.main, *FLAGS, "--classes", "1", "--animate", "--out", "moving.png")[0] == 0

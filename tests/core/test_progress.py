@@ -61,6 +61,17 @@ def test_little_remaining_work_and_hidden_bars_print_nothing(printed):
     assert not printed
 
 
+def test_a_single_slow_step_and_no_further_items_are_counted(printed):
+    """Samplers that make one step count it, then the steps that they saved: none."""
+    with bar(what="sampling", total=1000, unit="step") as progress:
+        progress.update(1)
+        advance(progress, 6)
+        progress.update(0)
+        assert not printed
+        progress.update(1)
+    assert len(printed) == 1
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

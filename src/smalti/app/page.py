@@ -4,12 +4,15 @@ import dataclasses
 import html
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast, no_type_check
 
 import gradio
 import numpy as np
 import torch
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
 from PIL import Image
 from torch import Tensor
 
@@ -157,15 +160,25 @@ class _Handlers:
     ) -> Iterator[tuple[Any, Any]]:
         """Yields the pictures and the step of every frame, then the saved pictures of the last one.
 
-        `note` is the end of the last message.
+        At the end, or when the work is stopped, the files of pictures that are no longer shown are deleted. `note` is
+        the end of the last message.
         """
-        last, start = None, time.monotonic()
-        for last in frames:
-            yield gradio.skip() if last.images is None else last.images, _message(progress_text(last))
-        if last is not None and last.images is not None:
-            seconds = time.monotonic() - start
-            text = f"finished after {last.step} of {last.steps} steps, {duration(seconds)}{note}"
-            yield self._save(prefix, last.images, **settings), _message(text)
+        last, start, shown = None, time.monotonic(), []
+        try:
+            for last in frames:
+                pictures = gradio.skip()
+                if last.images is not None:
+                    pictures = [save_pil_to_cache(each, get_upload_folder(), format="png") for each in last.images]
+                    shown.append(pictures)
+                yield pictures, _message(progress_text(last))
+            if last is not None and last.images is not None:
+                seconds = time.monotonic() - start
+                text = f"finished after {last.step} of {last.steps} steps, {duration(seconds)}{note}"
+                shown.append(self._save(prefix, last.images, **settings))
+                yield shown[-1], _message(text)
+        finally:
+            for path in {*chain(*shown)} - {*chain(*shown[-1:])}:
+                Path(path).unlink(missing_ok=True)
 
 
 def progress_text(frame: Frame) -> str:

@@ -7,9 +7,7 @@ import atexit
 import logging
 import os
 import shutil
-import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 from PIL import Image
 
@@ -59,12 +57,12 @@ class App:
 
 
 def app(config: App) -> None:
-    """Serves the page until Ctrl-C, or until a signal ends the process. Uploads and fills are removed in either case.
+    """Serves the page until an exception ends it, such as that of Ctrl-C. Uploads and fills are removed.
 
     Raises:
         UserError: if Gradio is not installed, the port is in use, or a model cannot be loaded.
     """
-    with _unwound_by_signals(), serve(config) as url:
+    with serve(config) as url:
         print(f"{url}  (press Ctrl-C to stop)", flush=True)
         threading.Event().wait()
 
@@ -179,22 +177,6 @@ def _running(blocks: Any, port: int) -> Iterator[None]:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # open streams are cut off, which it reports
         blocks.server.config.timeout_graceful_shutdown = _SECONDS_TO_STOP
         blocks.close(verbose=False)
-
-
-@contextmanager
-def _unwound_by_signals() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP (a closed terminal) into an exception, as Ctrl-C is, so that files are removed."""
-
-    def leave(number: int, _frame: object) -> NoReturn:
-        sys.exit(128 + number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, leave) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _save(

@@ -238,14 +238,15 @@ def decompress(config: Decompress) -> Path:
     images, out = len(packed.codes[0]), config.out or RUNS / config.codes.stem
     settings = {"command": "decompress", "codes_sha256": file_digest(config.codes)}
 
-    def is_own(path: Path) -> bool:
-        return embedded_settings(path.with_suffix(".png")).items() >= settings.items()
-
     names = packed.header.get("names") or [f"{row:05d}" for row in range(images)]
     pictures = [out / _png_name(name, number) for name in names for number in range(config.decodes + 1)]
-    outputs = [path for picture in pictures for path in image_paths(picture, tokenizer.image_channels)]
-    if len({str(path).casefold() for path in outputs}) < len(outputs):
+    if len({str(path).casefold() for path in pictures}) < len(pictures):
         raise UserError(f"an image of {config.codes} has the name of another's sample; leave --decodes out")
+    outputs = image_paths(pictures, tokenizer.image_channels)
+
+    def is_own(path: Path) -> bool:
+        return embedded_settings(outputs[path]).items() >= settings.items()
+
     inputs = [config.codes, *image_inputs(None, priors=config.prior, tokenizer=_tokenizer_source(config))]
     with locks.claim(outputs, folder=out, inputs=inputs, overwrite=config.overwrite, is_own=is_own):
         _write_images(

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -19,16 +20,16 @@ from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError, require_at_least_one, require_finite
-from smalti.core.files import file_digest
+from smalti.core.files import file_digest, print_left_over
 from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
-from smalti.images.decoding import load_image, load_layers, load_transparency, to_float, without_halo
+from smalti.images.decoding import Layers, load_image, load_layers, load_transparency, to_float, without_halo
 from smalti.images.formats.opening import most_pixels
 from smalti.images.listing import images_among, is_image_file
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
-from smalti.images.sheets import embedded_settings, image_paths, require_png, save_image, save_sheet
+from smalti.images.sheets import embedded_settings, image_paths, reduced, require_png, save_image, save_sheet
 from smalti.images.sources import EXAMPLE_IMAGE
 from smalti.tokenizers.base import Tokenizer
 
@@ -37,8 +38,6 @@ _LARGE_MASK = 0.5
 _MOST_FILLS = 10_000
 _MOST_PIXELS_AT_ONCE = 2**28
 """Largest number of pixels, in all candidates of all fills of an image, that is computed at once."""
-_LARGEST_SHOWN = 1024
-"""Larger images, in pixels of the longer side, are reduced to this size on the sheet."""
 
 S = TypeVar("S")
 
@@ -140,7 +139,8 @@ def inpaint(config: Inpaint[Any]) -> Path:
             calls.append(callback_calls(priors, tokenizer, config.sampling, _size(config, job, inputs[1], tokenizer)))
         progress = stack.enter_context(bar(what="filling", total=sum(calls), unit="step"))
         for index, (job, image_digest) in enumerate(zip(jobs, image_digests, strict=True)):
-            pixels, mask = inputs if inputs and len(jobs) == 1 else _read(config, job, tokenizer.image_channels)
+            inputs = inputs if inputs and len(jobs) == 1 else _read(config, job, tokenizer.image_channels)
+            pixels, mask, layers = inputs
             _print_notes(config, job, mask, tokenizer)
             results = fills(
                 priors,
@@ -157,7 +157,10 @@ def inpaint(config: Inpaint[Any]) -> Path:
             )
             progress.update(sum(calls[: index + 1]) - progress.n)  # counts the steps saved by stopping early
             job_settings = {**settings, "image": job.image, "image_sha256": image_digest, "mask": job.mask}
-            _write(job, pixels, mask, results, job_settings, config.expand)
+            _write(job, pixels, mask, layers, results, job_settings)
+        written = {path for job in jobs for path in (*job.fills, job.sheet)}
+        names = "*.png" if os.path.isdir(image) else f"{escape(config.out.stem)}-[0-9]*{config.out.suffix}"
+        print_left_over(jobs[0].sheet.parent, names, written, lambda path: _digest_of_image(path) in image_digests)
     return jobs[0].fills[0] if len(jobs) == 1 and not os.path.isdir(image) else jobs[0].sheet.parent
 
 
@@ -218,21 +221,27 @@ def _claimed(
     config: Inpaint[Any], image: Path, jobs: Sequence[_Job], digests: Sequence[str], channels: int
 ) -> AbstractContextManager[None]:
     """Claims all outputs. A rerun recognises its own by the SHA-256 of their images."""
-    outputs = [[*(path for fill in job.fills for path in image_paths(fill, channels)), job.sheet] for job in jobs]
-    digest_of = {path: digest for paths, digest in zip(outputs, digests, strict=True) for path in paths}
+    png_of = [{**image_paths(job.fills, channels), job.sheet: job.sheet} for job in jobs]
+    outputs = {path: (pngs[path], digest) for pngs, digest in zip(png_of, digests, strict=True) for path in pngs}
 
     def is_own(path: Path) -> bool:
-        settings = embedded_settings(path.with_suffix(".png"))
-        return settings.get("command") == "inpaint" and settings.get("image_sha256") == digest_of[path]
+        png, digest = outputs[path]
+        return _digest_of_image(png) == digest
 
     files = (path for job in jobs for path in (image, config.mask, job.image, job.mask) if path is not None)
     return locks.claim(
-        digest_of,
+        outputs,
         folder=jobs[0].sheet.parent if os.path.isdir(image) else None,
         inputs=[*dict.fromkeys(files), *image_inputs(None, priors=config.prior, tokenizer=config.tokenizer)],
         overwrite=config.overwrite,
         is_own=is_own,
     )
+
+
+def _digest_of_image(fill: Path) -> str | None:
+    """Returns the SHA-256 of the image that a fill was made from; None for any other file."""
+    settings = embedded_settings(fill)
+    return settings.get("image_sha256") if settings.get("command") == "inpaint" else None
 
 
 def _size(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> WorkingSize:
@@ -261,14 +270,17 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor, "c h w"], Bool[Tensor, "h w"]]:
-    """Reads an image and its mask, True = fill, both enlarged by `--expand`."""
-    pixels = load_image(job.image, channels=channels)
+def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor, "c h w"], Bool[Tensor, "h w"], Layers]:
+    """Reads an image, its mask, True = fill, and the layers that fills keep, all enlarged by `--expand`.
+
+    The colour profile is kept, and the transparency unless that is the mask, as it is if anything is erased.
+    """
+    pixels, layers = load_image(job.image, channels=channels), load_layers(job.image, channels=channels)
     _, height, width = pixels.shape
     mask_file = job.mask
-    if mask_file is None and (transparency := load_transparency(job.image)) is not None:
-        slight = any(config.expand) and not (transparency > config.threshold).any()  # soft edges: nothing is erased
-        mask_file, pixels = (None, pixels) if slight else (job.image, without_halo(pixels, job.image))
+    transparency = load_transparency(job.image) if mask_file is None else None
+    if transparency is not None and ((transparency > config.threshold).any() or not any(config.expand)):
+        mask_file, pixels, layers = job.image, without_halo(pixels, layers), layers._replace(alpha=None)
     if mask_file is not None:
         if job.mask is not None:
             refuse_swapped(job.image, pixels, job.mask)
@@ -289,39 +301,28 @@ def _read(config: Inpaint[Any], job: _Job, channels: int) -> tuple[UInt8[Tensor,
     if (left + width + right) * (top + height + bottom) > most_pixels():
         raise UserError(f"--expand makes {job.image} larger than {most_pixels()} pixels; add less")
     padding = (left, right, top, bottom)
-    return F.pad(pixels, padding), F.pad(mask, padding, value=True)
+    alpha = None if layers.alpha is None else F.pad(layers.alpha, padding, value=255)
+    layers = layers._replace(colours=F.pad(layers.colours, padding), alpha=alpha)
+    return F.pad(pixels, padding), F.pad(mask, padding, value=True), layers
 
 
 def _write(
     job: _Job,
     pixels: UInt8[Tensor, "c h w"],
     mask: Bool[Tensor, "h w"],
+    layers: Layers,
     results: UInt8[Tensor, "n c h w"],
     settings: dict[str, object],
-    expand: tuple[int, int, int, int],
 ) -> None:
-    """Writes each fill to its file, and a sheet of the image, the masked image and all fills.
-
-    The image's colour profile is kept, and its transparency unless that was the mask.
-    """
-    layers = load_layers(job.image, channels=len(pixels))
-    left, top, right, bottom = expand
+    """Writes each fill with the layers to its file, and a sheet of the image, the masked image and all fills."""
     for index, (path, result) in enumerate(zip(job.fills, results, strict=True)):
-        if job.mask is not None and layers.alpha is not None:
-            padding = (left, right, top, bottom)
-            colours, alpha = F.pad(layers.colours, padding), F.pad(layers.alpha, padding, value=255)
-            result = restore_transparency(result, pixels, mask, colours=colours, alpha=alpha)
+        if layers.alpha is not None:
+            result = restore_transparency(result, pixels, mask, colours=layers.colours, alpha=layers.alpha)
         save_image(path, result, {**settings, "fill": index}, icc_profile=layers.profile)
-    image, shown_mask = to_float(_shown(pixels.unsqueeze(0))), _shown(mask[None, None].to(torch.uint8))[:, 0] > 0
-    rows = {"image": image, "masked": blank(image, shown_mask), "fills": to_float(_shown(results))}
+    image, shown_mask = to_float(reduced(pixels.unsqueeze(0))), reduced(mask[None, None].to(torch.uint8))[:, 0] > 0
+    rows = {"image": image, "masked": blank(image, shown_mask), "fills": to_float(reduced(results))}
     save_sheet(job.sheet, rows, settings=settings)
     print_note(f"also written: {', '.join(map(str, (*job.fills[1:], job.sheet)))}")
-
-
-def _shown(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c _h _w"]:
-    """Returns images as the sheet shows them: large ones reduced to every kth pixel."""
-    step = -(-max(images.shape[2:]) // _LARGEST_SHOWN)
-    return images[:, :, ::step, ::step]
 
 
 def _print_notes(config: Inpaint[Any], job: _Job, mask: Bool[Tensor, "h w"], tokenizer: Tokenizer) -> None:

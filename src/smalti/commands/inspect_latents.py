@@ -61,7 +61,7 @@ def inspect_latents(config: InspectLatents) -> None:
     """
     if config.codes:
         require_png(config.codes, "--codes")
-    if config.plot and config.plot.suffix.removeprefix(".") not in PLOT_KINDS:
+    if config.plot and _plot_kind(config.plot) not in PLOT_KINDS:
         raise UserError(f"{config.plot} cannot be drawn; give a name that ends in .png, .pdf or .svg")
     latent_set = LatentSet(config.latents)
     if (config.codes or config.plot) and not any(level.radices for level in latent_set.layout.levels):
@@ -123,7 +123,7 @@ def save_codes(
 
 def save_plot(path: Path, latent_set: LatentSet, *, settings: dict[str, str] | None = None) -> None:
     """Plots the share of each code in use, most used first: a line for each level and number of first digits."""
-    kind = path.suffix.removeprefix(".")
+    kind = _plot_kind(path)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="rank", ylabel="share of all codes", xscale="log", yscale="log")
     for index, codes in _counts(latent_set).items():
@@ -139,6 +139,11 @@ def save_plot(path: Path, latent_set: LatentSet, *, settings: dict[str, str] | N
     with whole_file(path) as partial:
         metadata = {SETTINGS_KEY: json.dumps(settings)} if kind == "png" else None
         figure.savefig(partial, format=kind, dpi=150, metadata=metadata)
+
+
+def _plot_kind(path: Path) -> str:
+    """Returns the kind of file that a name ends in, in any case, such as `png`."""
+    return path.suffix.removeprefix(".").lower()
 
 
 def _counts(latent_set: LatentSet) -> dict[int, Int64[Tensor, " _codes"]]:

@@ -18,7 +18,7 @@ from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, autocast, device
 from smalti.core.errors import UserError, require_at_least_one, require_finite
-from smalti.core.files import free_name
+from smalti.core.files import free_name, print_left_over
 from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import Stream, derive, require_seed, row_seeds
@@ -113,15 +113,16 @@ def sample(config: Sample[Any]) -> Path:
     out = config.out or free_name(
         RUNS / "samples.png", lambda name: _outputs(config, name), lambda each: config.overwrite or is_own(each)
     )
-    outputs = locks.claim(
+    with locks.claim(
         _outputs(config, out),
         folder=out.with_suffix("") if config.files else None,
         inputs=image_inputs(None, priors=config.prior, tokenizer=config.tokenizer),
         overwrite=config.overwrite,
         is_own=is_own,
-    )
-    with outputs:
+    ):
         _sample(replace(config, out=out), out, priors, tokenizer, grids, conditions, digests)
+        if config.files:
+            print_left_over(out.with_suffix(""), "*.png", _files(config, out), is_own)
     return out
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.core.errors import UserError, unreadable
+from smalti.core.progress import print_note
 
 PARTIAL = ".partial"
 
@@ -163,6 +164,20 @@ def free_name(path: Path, outputs: Callable[[Path], Iterable[Path]], is_own: Cal
     """
     names = chain([path], (path.with_stem(f"{path.stem}-{number}") for number in count(2)))
     return next(name for name in names if all(not os.path.lexists(each) or is_own(each) for each in outputs(name)))
+
+
+def print_left_over(folder: Path, pattern: str, written: Iterable[Path], is_own: Callable[[Path], bool]) -> None:
+    """Prints a note on a command's own files beside those that it has written, such as those of a larger `--num`.
+
+    Args:
+        folder: where the files were written.
+        pattern: a glob of their names.
+        written: the files.
+        is_own: see `require_replaceable`.
+    """
+    if left := sorted(filter(is_own, set(folder.glob(pattern)) - set(written))):
+        named = f"{left[0]} and {len(left) - 1} more" if len(left) > 1 else left[0]
+        print_note(f"note: {named} of an earlier run stayed beside the new files; delete what you do not need")
 
 
 @contextmanager

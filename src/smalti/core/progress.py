@@ -46,7 +46,7 @@ class Bar(tqdm):
             now = time.time()  # as tqdm measures
             if self.first is None:
                 self.first = now, self.n
-            elif now - self.start_t >= SECONDS_TO_ESTIMATE:
+            elif self.n > self.first[1] and now - self.start_t >= SECONDS_TO_ESTIMATE:
                 self.estimates = False
                 self.print_estimate((now - self.first[0]) / (self.n - self.first[1]) * (self.total - self.n))
         return displayed

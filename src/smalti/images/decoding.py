@@ -187,15 +187,12 @@ def load_layers(path: str | Path, *, channels: int) -> Layers:
             return Layers(to_tensor([flat]), None if alpha is None else torch.from_numpy(alpha), profile)
 
 
-def without_halo(pixels: UInt8[Tensor, "c h w"], path: str | Path) -> UInt8[Tensor, "c h w"]:
+def without_halo(pixels: UInt8[Tensor, "c h w"], layers: Layers) -> UInt8[Tensor, "c h w"]:
     """Returns an image, read by `load_image`, whose partly transparent pixels have the colours that the file stores.
 
     A soft eraser leaves such pixels around what it erases; on white they would be a light halo.
-
-    Raises:
-        UserError: as `load_image` does.
     """
-    colours, alpha, _ = load_layers(path, channels=len(pixels))
+    colours, alpha, _ = layers
     return pixels if alpha is None else torch.where((alpha > 0) & (alpha < 255), colours, pixels)
 
 

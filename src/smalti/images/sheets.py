@@ -5,7 +5,7 @@ Pictures have 8 bits and show grey or RGB: the first channel of two, and the fir
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from smalti.images.formats.opening import DAMAGED
 
 GAP = 4  # pixels between pictures
 SMALLEST_SHOWN = 96  # pixels; smaller pictures are enlarged by a whole factor, so that their pixels stay visible
+LARGEST_SHOWN = 1024  # pixels of the longer side; `reduced` leaves larger pictures at most this size
 CAPTION_SIZE = 16
 MOST_PNG_CHANNELS = 4
 SETTINGS_KEY = "smalti"  # text chunk of our PNGs
@@ -123,14 +124,22 @@ def save_image(
             partial.write_bytes(npy_bytes(rearrange(image, "c h w -> h w c").cpu().numpy()))
 
 
-def image_paths(path: Path, channels: int) -> list[Path]:
-    """Returns the files that `save_image` writes."""
-    return [path, array_path(path)] if channels > MOST_PNG_CHANNELS else [path]
+def image_paths(pngs: Iterable[Path], channels: int) -> dict[Path, Path]:
+    """Returns the files that `save_image` writes for each PNG: the keys, with the PNG that holds their settings."""
+    pngs = list(pngs)
+    arrays = {array_path(png): png for png in pngs} if channels > MOST_PNG_CHANNELS else {}
+    return {**{png: png for png in pngs}, **arrays}
 
 
 def array_path(path: Path) -> Path:
     """Returns the file of an image's array, beside the PNG that shows it."""
-    return path.with_name(f"{path.name.removesuffix('.png')}.npy")
+    return path.with_suffix(".npy")
+
+
+def reduced(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c _h _w"]:
+    """Returns images, large ones reduced to every kth pixel so that no side is longer than `LARGEST_SHOWN`."""
+    step = -(-max(images.shape[2:]) // LARGEST_SHOWN)
+    return images[:, :, ::step, ::step]
 
 
 def to_image(image: Float[Tensor, "c h w"] | UInt8[Tensor, "c h w"]) -> Image.Image:

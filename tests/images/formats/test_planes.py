@@ -15,7 +15,7 @@ from smalti.images.formats.opening import BadImageError
 from smalti.images.formats.planes import planes_of
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.reading import Reading, describe_pictures, read_images, read_images_for
-from smalti.images.sheets import array_path, save_image, save_sheet, to_image
+from smalti.images.sheets import array_path, image_paths, save_image, save_sheet, to_image
 
 RNG = np.random.default_rng(0)
 FIVE = RNG.integers(0, 256, (9, 12, 5), dtype=np.uint8)
@@ -208,6 +208,15 @@ def test_a_model_keeps_the_depth_of_its_training(tmp_path):
 )
 def test_what_pictures_show_is_said(channels, depth, note):
     assert describe_pictures({"channels": channels, "image_depth": depth}) == note
+
+
+@pytest.mark.parametrize("suffix", ["png", "PNG"])
+def test_the_array_of_a_picture_has_its_settings(tmp_path, suffix):
+    picture = tmp_path / f"a.b.{suffix}"
+    save_image(picture, torch.from_numpy(FIVE).permute(2, 0, 1), {"x": 1})
+    assert set(tmp_path.iterdir()) == {picture, tmp_path / "a.b.npy"}
+    assert image_paths([picture], channels=5) == {picture: picture, tmp_path / "a.b.npy": picture}
+    assert image_paths([picture], channels=4) == {picture: picture}
 
 
 def test_pictures_show_the_first_three_channels_and_arrays_hold_all(tmp_path):
