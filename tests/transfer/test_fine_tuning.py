@@ -17,23 +17,31 @@ from smalti.scripts import build_latents, sample, train_prior, train_tokenizer
 SIZE = ("--height", "8", "--width", "8", "--device", "cpu")
 NETWORK = ("--widths", "6", "8", "--residual-blocks", "1", "--code-width", "6", "--depth", "2", "--branching", "4")
 FIT = ("--steps", "3", "--batch-size", "8", "--warmup-steps", "1")
+FROZEN = ("--freeze", "encoder", "codebook")
+VQGAN = ("--tokenizer", "vqgan", "--widths", "8", "8", "--norm-groups", "4", "--latent-width", "4", "--code-width", "4")
+VQGAN += ("--branching", "4", "--perceptual-weight", "0", "--discriminator-width", "4", "--discriminator-layers", "1")
+VQVAE = ("--tokenizer", "vqvae", *NETWORK[:-4])
 PRIOR = ("--model-width", "16", "--heads", "2", "--depth", "0", "1", "0", "--sheet-samples", "4")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Yields a folder with images of two classes, `old` (a tokenizer), `old.h5` and `prior`."""
+    """Yields a folder with images of two classes, tokenizers, of which `old` made `old.h5`, and its `prior`."""
     folder = tmp_path_factory.mktemp("fine-tuning")
     for seed, label in enumerate(("a", "b")):
         write_images(folder / "img" / label, 30, seed)
-    commands = {
-        train_tokenizer: ["--images", "img", *SIZE, *NETWORK, *FIT, "--out", "old"],
-        build_latents: ["--tokenizer", "old", "--out", "old.h5", "--workers", "0", "--device", "cpu"],
-        train_prior: ["--latents", "old.h5", "--out", "prior", *PRIOR, *FIT, "--device", "cpu"],
-    }
+    train = ["--images", "img", *SIZE, *FIT]
+    commands = [
+        (train_tokenizer, [*train, *NETWORK, "--out", "old"]),
+        (train_tokenizer, [*train, *VQVAE, "--codebook-size", "6", "--out", "flat"]),
+        (train_tokenizer, [*train, *VQVAE, "--quantizer", "fsq", "--levels", "8", "5", "--out", "fsq"]),
+        (train_tokenizer, [*train, *VQGAN, "--discriminator-start", "0", "--out", "gan"]),
+        (build_latents, ["--tokenizer", "old", "--out", "old.h5", "--workers", "0", "--device", "cpu"]),
+        (train_prior, ["--latents", "old.h5", "--out", "prior", *PRIOR, *FIT, "--device", "cpu"]),
+    ]
     with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.chdir(folder)
-        for module, arguments in commands.items():
+        for module, arguments in commands:
             patch.setattr(sys, "argv", ["command.py", *arguments])
             module.main()
         yield folder
@@ -144,6 +152,10 @@ def test_what_fits_is_taken_and_what_is_new_is_named(trained, capfd):
             "each of 3 layers, but depth is 2; give 2 values of branching",
         ),
         (("--freeze", "encoder"), "so it needs --init"),
+        (("--init", "old", *FROZEN, "--depth", "1"), "keeps the codes of old, which another --depth would change"),
+        (("--init", "flat", *FROZEN, "--quantizer", "cosine"), "which another --quantizer would change"),
+        (("--init", "fsq", *FROZEN, "--levels", "5", "8"), "which another --levels would change"),
+        (("--init", "gan", *FROZEN, "--norm-groups", "2"), "which another --norm-groups would change"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(trained, capfd, arguments, message):
@@ -152,6 +164,19 @@ def test_what_does_not_fit_is_refused_in_one_line(trained, capfd, arguments, mes
     (error,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert message in error
     assert not (trained / "refused" / "model.safetensors").exists()
+
+
+def test_other_settings_that_fit_all_weights_are_noted(trained, capfd):
+    """They change what the weights compute, without a tensor that would tell."""
+    note = "note: {} has another --{name}, so its weights compute something else here; leave --{name} out"
+    status, _, err = tune(capfd, "--init", "gan", "--norm-groups", "2", "--out", "other-groups")
+    assert (status, note.format("gan", name="norm-groups") in err) == (0, True), err
+    command = ("--latents", "old.h5", "--init", "prior", *FIT, "--device", "cpu", "--sheet-samples", "0")
+    status, _, err = run(capfd, train_prior.main, *command, "--no-absolute-positions", "--out", "no-positions")
+    assert (status, note.format("prior", name="absolute-positions") in err) == (0, True), err
+    status, _, err = tune(capfd, "--init", "old", "--height", "16", "--commitment-weight", "0.5", *FROZEN, "--out", "x")
+    assert (status, "note:" in err) == (0, False), err
+    assert load_tokenizer("old").digest() in load_tokenizer("x").digests_of_codes()
 
 
 def test_a_run_resumes_only_from_the_weights_it_began_with(trained, capfd):
@@ -168,10 +193,6 @@ def test_a_run_resumes_only_from_the_weights_it_began_with(trained, capfd):
 
 
 def test_discriminators_come_from_the_run_that_has_one(trained, capfd):
-    vqgan = ("--tokenizer", "vqgan", "--widths", "8", "8", "--norm-groups", "4", "--latent-width", "4")
-    vqgan += ("--code-width", "4", "--branching", "4", "--perceptual-weight", "0", "--discriminator-width", "4")
-    vqgan += ("--discriminator-layers", "1", "--discriminator-start", "0")
-    assert tune(capfd, *vqgan, *SIZE[:4], "--out", "gan")[0] == 0
     states = ("--init", "gan", "--discriminator-start", "0")
     assert "the discriminator starts from that of the run gan" in tune(capfd, *states, "--out", "gan-2")[2]
     shutil.rmtree(trained / "gan" / "states")

@@ -47,6 +47,12 @@ class HQA(Tokenizer[HQAConfig]):
     kind: ClassVar[str] = "hqa"
     config_class: ClassVar[type] = HQAConfig
     uses: ClassVar[tuple[str, ...]] = ("seeds", "progress")
+    training_settings: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("probabilistic", "latent_weight", "upper_latent_weight", "temperature"),
+            *("reset_below", "codebook_init", "linear_start"),
+        }
+    )
 
     def __init__(self, config: HQAConfig) -> None:
         super().__init__(config)

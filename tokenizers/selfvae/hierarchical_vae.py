@@ -99,6 +99,7 @@ class Hierarchy(Tokenizer[VAEConfigT]):
     """
 
     uses: ClassVar[tuple[str, ...]] = ("seeds", "progress")
+    training_settings: ClassVar[frozenset[str]] = frozenset({"warm_up"})
 
     def __init__(self, config: VAEConfigT, forms: Sequence[Form]) -> None:
         super().__init__(config)

@@ -41,7 +41,7 @@ from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run
-from smalti.transfer.weights import take_classes, take_weights
+from smalti.transfer.weights import changed_settings, take_classes, take_weights
 
 C = TypeVar("C")
 Objective = TypeVar("Objective")
@@ -277,7 +277,8 @@ def _take_weights(init: str, prior: Prior, other: Prior, *, quiet: bool) -> None
     matched, new = take_classes(prior, other)
     if quiet:
         return
-    for line in taken.lines(init, other.digest(), new_classes=bool(new)):
+    changed = changed_settings(prior, other, but=RESIZABLE | {"dropout"})
+    for line in taken.lines(init, other.digest(), new_classes=bool(new), changed=changed):
         print_note(line)
     if matched:
         print_note(f"classes that {init} knows: {_first_names(matched)}")

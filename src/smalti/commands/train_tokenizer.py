@@ -38,7 +38,7 @@ from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run, forget
 from smalti.training.snapshots import Snapshots
-from smalti.transfer.weights import discriminator_of, take_weights
+from smalti.transfer.weights import changed_settings, discriminator_of, take_weights
 
 C = TypeVar("C")
 Preset: TypeAlias = Literal[
@@ -57,9 +57,11 @@ Preset: TypeAlias = Literal[
 # Codebooks start from the features of this many images: enough for START_VECTORS vectors, within these limits.
 START_IMAGES, MOST_START_IMAGES = 512, 2**14
 START_VECTORS, START_PIXELS = 2**15, 2**25
-RESIZABLE = frozenset(
+SIZE = frozenset({"height", "width"})
+"""Settings that do not change how an image is encoded."""
+RESIZABLE = SIZE | frozenset(
     {
-        *("image_channels", "height", "width"),
+        "image_channels",
         *("quantizer", "branching", "depth", "codebook_size", "levels", "shared_codebooks"),
     }
 )
@@ -284,7 +286,8 @@ def _take_weights(
     """Takes the weights of `--init`; returns the names of the new tensors, which are printed unless `quiet`.
 
     Raises:
-        UserError: if the two networks do not fit, a frozen part is new, or `--freeze` is used without `--init`.
+        UserError: if the two networks do not fit, a frozen part is new, codes that are to stay would change, or
+            `--freeze` is used without `--init`.
     """
     if config.init is None or other is None:
         if config.freeze:
@@ -292,12 +295,19 @@ def _take_weights(
         return []
     taken = take_weights(tokenizer, other, config.init, resizable=RESIZABLE)
     if not quiet:
-        for line in taken.lines(config.init, other.digest()):
+        changed = changed_settings(tokenizer, other, but=RESIZABLE | tokenizer.training_settings)
+        for line in taken.lines(config.init, other.digest(), changed=changed):
             print_note(line)
     for part in config.freeze:
         if untrained := [name for name in taken.new if name.partition(".")[0] in tokenizer.parts.get(part, ())]:
             raise UserError(f"--freeze {part} keeps the weights of --init, which has no {untrained[0]} of this size")
     if {"encoder", "codebook"} <= set(config.freeze):
+        if changed := changed_settings(tokenizer, other, but=SIZE | tokenizer.training_settings):
+            flags = " ".join(changed)
+            raise UserError(
+                f"--freeze encoder codebook keeps the codes of {config.init}, which another {flags} would change; "
+                f"leave {flags} out"
+            )
         tokenizer.keep_codes_of(other)
     return list(taken.new)
 

@@ -4,7 +4,7 @@ Commands decide which settings may differ between the two models; nothing else m
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,20 +31,27 @@ class Taken(NamedTuple):
     tensors: list[str]
     new: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]]
 
-    def lines(self, source: str, digest: str, *, new_classes: bool = False) -> list[str]:
+    def lines(self, source: str, digest: str, *, new_classes: bool = False, changed: Sequence[str] = ()) -> list[str]:
         """Describes it: one line, and a line for each new tensor.
 
-        `new_classes`: whether the tensor of class vectors has some that were not taken.
+        Args:
+            source: the other model's name.
+            digest: the other model's.
+            new_classes: whether the tensor of class vectors has some that were not taken.
+            changed: flags of settings that differ and change what the weights compute.
         """
         begin = f"weights from {source} (digest {digest[:12]}): {len(self.tensors)} tensors"
+        flags = " ".join(changed)
+        differ = f"note: {source} has another {flags}, so its weights compute something else here; leave {flags} out"
+        notes = [f"{differ} to keep what they learned"] if flags else []
         if not self.new:
-            return [begin if new_classes else f"{begin}, which is all"]
+            return [begin if new_classes else f"{begin}, which is all", *notes]
         lines = [
             f"  {name} {_shape(own)}{f', there {_shape(theirs)}' if theirs else ''}"
             for name, (own, theirs) in list(self.new.items())[:MOST_LINES]
         ]
         more = [f"  and {len(self.new) - MOST_LINES} more"] if len(self.new) > MOST_LINES else []
-        return [f"{begin}; {len(self.new)} are new and start untrained:", *lines, *more]
+        return [f"{begin}; {len(self.new)} are new and start untrained:", *lines, *more, *notes]
 
 
 @torch.no_grad()
@@ -76,24 +83,27 @@ def take_weights(model: Checkpointed, other: Checkpointed, source: str, *, resiz
     return Taken(taken, new)
 
 
+def changed_settings(model: Checkpointed, other: Checkpointed, *, but: Collection[str]) -> list[str]:
+    """Returns the flags of the network's settings in which two models of one kind differ, without those in `but`."""
+    own, theirs = (dataclasses.asdict(each.config) for each in (model, other))
+    return [f"--{name.replace('_', '-')}" for name in own if own[name] != theirs[name] and name not in but]
+
+
 def _refuse_other_network(
     model: Checkpointed, other: Checkpointed, source: str, own: Mapping[str, Tensor], resizable: Collection[str]
 ) -> None:
     """Compares the model with the other one as it would be with the model's values of the resizable fields."""
-    settings, others = (dataclasses.asdict(each) for each in (model.config, other.config))
-    changed = {name: getattr(model.config, name) for name in resizable if name in settings}
+    changed = {name: getattr(model.config, name) for name in resizable if hasattr(model.config, name)}
     with torch.random.fork_rng(devices=[]):
         resized = type(other)(dataclasses.replace(other.config, **changed)).state_dict()
     for name in dict.fromkeys((*own, *resized)):
         shapes = [tuple(state[name].shape) if name in state else None for state in (resized, own)]
         if shapes[0] == shapes[1]:
             continue
-        fields = [field for field in settings if settings[field] != others[field] and field not in resizable]
-        differing = [f"--{field.replace('_', '-')}" for field in fields]
         there, here = (_shape(shape) if shape else "absent" for shape in shapes)
         raise UserError(
             f"{source} does not fit: {name} is {there} there and {here} here; the settings that differ are "
-            f"{' '.join(differing)}"
+            f"{' '.join(changed_settings(model, other, but=resizable))}"
         )
 
 
