@@ -11,6 +11,7 @@ from helpers.command_toys import run
 
 from smalti.commands.model_paths import load_only_prior, load_tokenizer
 from smalti.core.models import read_config
+from smalti.latentsets.conditions import add_conditions
 from smalti.latentsets.reader import LatentSet
 from smalti.scripts import build_latents, sample, train_prior, train_tokenizer
 
@@ -229,3 +230,31 @@ def test_a_prior_starts_from_another_and_finds_its_classes_by_name(trained, capf
     status, _, err = run(capfd, train_prior.main, *arguments, "--model-width", "32", "--out", "wide")
     assert status == 2
     assert "the settings that differ are --model-width" in err
+
+
+def test_a_prior_takes_the_standardization_of_vectors_only_if_they_are_of_the_same_source(trained, capfd):
+    def train(source, offset, *arguments):
+        vectors = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0)) + offset
+        add_conditions(LatentSet("old.h5"), vectors, "vectors.h5", source)
+        options = ("--latents", "vectors.h5", "--condition", "vector", "--sheet-samples", "0", *FIT, "--device", "cpu")
+        status, _, err = run(capfd, train_prior.main, *options, *arguments)
+        assert status == 0, err
+        return load_only_prior(arguments[-1]), err
+
+    rows = len(LatentSet("old.h5"))
+    former, _ = train("an encoder", 0, *PRIOR, "--out", "vector-prior")
+    with torch.no_grad():
+        former.of_vector.out.weight.fill_(1)
+        former.of_vector.none.fill_(2)
+    former.save("vector-prior")
+    tuning = ("--init", "vector-prior", "--learning-rate", "1e-12", "--ema-decay", "0", "--resume", "never", "--out")
+    new, err = train("another encoder", 3000, *tuning, "new-vectors")
+    assert "new vectors, which start without influence: another encoder" in err.splitlines()
+    assert "which is all" not in err
+    assert torch.allclose(new.of_vector.mean, torch.full((3,), 3000.0), atol=1)
+    assert torch.allclose(new.of_vector.out.weight, torch.zeros(16, 16), atol=1e-6)
+    assert torch.allclose(new.of_vector.none, torch.full((16,), 2.0), atol=1e-6)
+    same, err = train("an encoder", 1, *tuning, "same-vectors")
+    assert "which is all" in err
+    assert torch.equal(same.of_vector.mean, former.of_vector.mean)
+    assert torch.allclose(same.of_vector.out.weight, torch.ones(16, 16), atol=1e-6)

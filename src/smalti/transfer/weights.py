@@ -31,13 +31,13 @@ class Taken(NamedTuple):
     tensors: list[str]
     new: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]]
 
-    def lines(self, source: str, digest: str, *, new_classes: bool = False, changed: Sequence[str] = ()) -> list[str]:
+    def lines(self, source: str, digest: str, *, complete: bool = True, changed: Sequence[str] = ()) -> list[str]:
         """Describes it: one line, and a line for each new tensor.
 
         Args:
             source: the other model's name.
             digest: the other model's.
-            new_classes: whether the tensor of class vectors has some that were not taken.
+            complete: whether nothing was left out, such as new classes.
             changed: flags of settings that differ and change what the weights compute.
         """
         begin = f"weights from {source} (digest {digest[:12]}): {len(self.tensors)} tensors"
@@ -45,7 +45,7 @@ class Taken(NamedTuple):
         differ = f"note: {source} has another {flags}, so its weights compute something else here; leave {flags} out"
         notes = [f"{differ} to keep what they learned"] if flags else []
         if not self.new:
-            return [begin if new_classes else f"{begin}, which is all", *notes]
+            return [f"{begin}, which is all" if complete else begin, *notes]
         lines = [
             f"  {name} {_shape(own)}{f', there {_shape(theirs)}' if theirs else ''}"
             for name, (own, theirs) in list(self.new.items())[:MOST_LINES]
@@ -55,7 +55,9 @@ class Taken(NamedTuple):
 
 
 @torch.no_grad()
-def take_weights(model: Checkpointed, other: Checkpointed, source: str, *, resizable: Collection[str]) -> Taken:
+def take_weights(
+    model: Checkpointed, other: Checkpointed, source: str, *, resizable: Collection[str], kept: tuple[str, ...] = ()
+) -> Taken:
     """Copies every tensor of the other model that has the same name and shape.
 
     Args:
@@ -63,6 +65,7 @@ def take_weights(model: Checkpointed, other: Checkpointed, source: str, *, resiz
         other: a trained model of the same kind.
         source: the other model's name, for errors.
         resizable: config fields that may change the shapes of tensors, or their number.
+        kept: beginnings of names of tensors that are not copied, and not reported as new.
 
     Raises:
         UserError: if the models' kinds differ, or a tensor differs for another reason than the resizable fields; the
@@ -72,6 +75,7 @@ def take_weights(model: Checkpointed, other: Checkpointed, source: str, *, resiz
         raise UserError(f"{source} is a {other.kind}, not a {model.kind}; leave --{model.family} out, or --init")
     own, theirs = model.state_dict(), other.state_dict()
     _refuse_other_network(model, other, source, own, resizable)
+    own = {name: tensor for name, tensor in own.items() if not name.startswith(kept)}
     taken = [name for name, tensor in own.items() if name in theirs and theirs[name].shape == tensor.shape]
     for name in taken:
         own[name].copy_(theirs[name])
@@ -131,6 +135,15 @@ def take_classes(prior: Prior, other: Prior) -> tuple[list[str], list[str]]:
         own[1 + names.index(name)] = theirs[1 + known.index(name)]
     labels = names or [str(number) for number in range(len(own) - 1)]
     return matched, [label for label in labels if label not in matched]
+
+
+def weights_of_new_vectors(prior: Prior, other: Prior) -> tuple[str, ...]:
+    """Returns the beginnings of the names of the weights that read a prior's vectors, if the other's are of another
+    source; none otherwise. The embedding of rows without a vector is not among them."""
+    sources = [each.provenance.get("condition_source") for each in (prior, other)]
+    if not (prior.condition_width and other.condition_width) or sources[0] == sources[1]:
+        return ()
+    return tuple(f"of_vector.{name}" for name in ("mean", "deviation", "hidden.", "out."))
 
 
 def discriminator_of(run: Snapshots) -> dict[str, Tensor] | None:
