@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,15 @@ from helpers.command_toys import run
 
 from smalti.commands.model_paths import load_only_prior, load_tokenizer
 from smalti.core.models import read_config
+from smalti.images.decoding import to_float
+from smalti.images.image_set import open_images
 from smalti.latentsets.conditions import add_conditions
 from smalti.latentsets.reader import LatentSet
 from smalti.scripts import build_latents, sample, train_prior, train_tokenizer
+from smalti.tokenizers.quantizers.residual import ResidualQuantizer
+from smalti.tokenizers.vq.hrvq import HRVQ
+from smalti.tokenizers.vq.vqvae import VQVAE
+from smalti.transfer.weights import take_weights
 
 SIZE = ("--height", "8", "--width", "8", "--device", "cpu")
 NETWORK = ("--widths", "6", "8", "--residual-blocks", "1", "--code-width", "6", "--depth", "2", "--branching", "4")
@@ -21,7 +28,7 @@ FIT = ("--steps", "3", "--batch-size", "8", "--warmup-steps", "1")
 FROZEN = ("--freeze", "encoder", "codebook")
 VQGAN = ("--tokenizer", "vqgan", "--widths", "8", "8", "--norm-groups", "4", "--latent-width", "4", "--code-width", "4")
 VQGAN += ("--branching", "4", "--perceptual-weight", "0", "--discriminator-width", "4", "--discriminator-layers", "1")
-VQVAE = ("--tokenizer", "vqvae", *NETWORK[:-4])
+FLAT = ("--tokenizer", "vqvae", *NETWORK[:-4])
 PRIOR = ("--model-width", "16", "--heads", "2", "--depth", "0", "1", "0", "--sheet-samples", "4")
 
 
@@ -34,8 +41,8 @@ def trained(tmp_path_factory):
     train = ["--images", "img", *SIZE, *FIT]
     commands = [
         (train_tokenizer, [*train, *NETWORK, "--out", "old"]),
-        (train_tokenizer, [*train, *VQVAE, "--codebook-size", "6", "--out", "flat"]),
-        (train_tokenizer, [*train, *VQVAE, "--quantizer", "fsq", "--levels", "8", "5", "--out", "fsq"]),
+        (train_tokenizer, [*train, *FLAT, "--codebook-size", "6", "--out", "flat"]),
+        (train_tokenizer, [*train, *FLAT, "--quantizer", "fsq", "--levels", "8", "5", "--out", "fsq"]),
         (train_tokenizer, [*train, *VQGAN, "--discriminator-start", "0", "--out", "gan"]),
         (build_latents, ["--tokenizer", "old", "--out", "old.h5", "--workers", "0", "--device", "cpu"]),
         (train_prior, ["--latents", "old.h5", "--out", "prior", *PRIOR, *FIT, "--device", "cpu"]),
@@ -165,6 +172,46 @@ def test_what_does_not_fit_is_refused_in_one_line(trained, capfd, arguments, mes
     (error,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert message in error
     assert not (trained / "refused" / "model.safetensors").exists()
+
+
+def test_layers_of_codebooks_that_fit_stay_and_the_others_start_from_images(trained, capfd):
+    status, _, err = tune(capfd, "--init", "old", "--depth", "3", "--out", "deeper")
+    assert (status, "initializing the codebooks" in err) == (0, True), err
+    assert "2 are new and start untrained" in err  # codebook_2 and counts_2
+    old = load_tokenizer("old")
+    deeper = HRVQ(replace(old.config, depth=3, codebook_init="uniform"))
+    taken = take_weights(deeper, old, "old", resizable=["depth"])
+    images = to_float(open_images("img", height=8, width=8, held_out="none").pixels(range(60)))
+    deeper.init_new_from_data(images, taken.tensors)
+    assert taken.without_changed(deeper, old) == taken
+    z_e = old.encoder(images)
+    errors = [
+        float((z_e.detach() - each.quantizer.lookup(each.quantizer.encode(z_e))).square().mean())
+        for each in (old, deeper)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+    mixed = ResidualQuantizer(code_width=6, stages=3, codebook_size=(4, 5, 4))
+    before = [book.codebook_0.clone() for book in mixed.books]
+    mixed.init_from_data(z_e.detach(), first=1)
+    assert torch.equal(mixed.books[0].codebook_0, before[0])
+    assert not any(torch.equal(mixed.books[stage].codebook_0, before[stage]) for stage in (1, 2))
+
+
+def test_codebooks_of_another_size_start_from_images_whatever_the_first_training_did(trained, capfd):
+    """Converted checkpoints have uniform random codebooks by their settings, far from what their encoders put out."""
+    assert "initializing" not in tune(capfd, *FLAT, *SIZE[:4], "--codebook-init", "uniform", "--out", "uniform")[2]
+    fsq = ("--quantizer", "fsq", "--levels", "3", "3")
+    assert "initializing" not in tune(capfd, *FLAT, *SIZE[:4], *fsq, "--out", "rounded")[2]
+    assert "initializing" not in tune(capfd, "--init", "uniform", "--codebook-size", "8", *fsq, "--out", "to-fsq")[2]
+    status, _, err = tune(capfd, "--init", "uniform", "--codebook-size", "20", "--out", "20-codes")
+    assert (status, "initializing the codebooks" in err) == (0, True), err
+    old = load_tokenizer("uniform")
+    more = VQVAE(replace(old.config, codebook_size=20))
+    take_weights(more, old, "uniform", resizable=["codebook_size"])
+    images = to_float(open_images("img", height=8, width=8, held_out="none").pixels(range(60)))
+    assert len(more.encode(images)[0].unique()) < 10
+    more.init_new_from_data(images, ())
+    assert len(more.encode(images)[0].unique()) == 20
 
 
 def test_other_settings_that_fit_all_weights_are_noted(trained, capfd):

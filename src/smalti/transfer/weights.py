@@ -31,6 +31,13 @@ class Taken(NamedTuple):
     tensors: list[str]
     new: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]]
 
+    def without_changed(self, model: Checkpointed, other: Checkpointed) -> "Taken":
+        """Counts tensors as new that have other values by now, by an initialization from data."""
+        own, theirs = model.state_dict(), other.state_dict()
+        changed = {name: tuple(own[name].shape) for name in self.tensors if not own[name].equal(theirs[name])}
+        tensors = [name for name in self.tensors if name not in changed]
+        return Taken(tensors, {**self.new, **{name: (shape, shape) for name, shape in changed.items()}})
+
     def lines(self, source: str, digest: str, *, complete: bool = True, changed: Sequence[str] = ()) -> list[str]:
         """Describes it: one line, and a line for each new tensor.
 
