@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from smalti.core import models
 from smalti.core.config import config_from_json, read_json
 from smalti.core.errors import UserError
-from smalti.core.files import as_name
+from smalti.core.files import as_name, from_here
 from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
 from smalti.core.progress import print_note
 from smalti.core.provenance import RUN_NAME
@@ -294,7 +294,7 @@ def tokenizer_beside(prior: Prior) -> Tokenizer:
     """
     if prior.folder is None:
         raise UserError("this prior was not loaded from a folder; give its tokenizer too")
-    copy = _run_folder(prior.folder) / models.TOKENIZER_FOLDER
+    copy = from_here(_run_folder(prior.folder) / models.TOKENIZER_FOLDER)
     if not copy.is_dir():  # its path could be the id of a model on the hub
         raise UserError(f"the prior's copy of its tokenizer is missing: put it at {copy}, or give the tokenizer too")
     return load(copy, "tokenizer")
