@@ -34,7 +34,9 @@ def linked_kmeans(
         nodes, m, d = codebook.shape
         fallback = codebook.detach().float() * residual.square().mean().sqrt()
         trained = layer < first
-        centres = codebook.detach().float() if trained else _kmeans_plus_plus(residual, node, fallback, seed=seed + layer)
+        centres = (
+            codebook.detach().float() if trained else _kmeans_plus_plus(residual, node, fallback, seed=seed + layer)
+        )
         for _ in range(0 if trained else LLOYD_STEPS):
             child = nearest_children(residual, centres, node)
             counts = residual.new_zeros(nodes * m).index_add(0, child, residual.new_ones(len(child)))

@@ -169,7 +169,10 @@ def layer_source(source: str, layer: int | None) -> str:
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
     own = folder if layer == len(stages) else folder / layer_name(layer)
     if not own.is_dir():  # its path could be the id of a model on the hub
-        raise UserError(f"{own} with the first layers of {source} is missing; copy it from the training's folder")
+        raise UserError(
+            f"{own} with the first layers of {source} is missing, as it is from every pushed model; copy it from the "
+            "training's folder, or give that folder"
+        )
     return as_name(own)
 
 

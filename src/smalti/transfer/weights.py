@@ -5,9 +5,10 @@ Commands decide which settings may differ between the two models; nothing else m
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import torch
+import tyro.conf
 from torch import Tensor
 
 from smalti.core.errors import UserError
@@ -16,6 +17,8 @@ from smalti.priors.base import Prior
 from smalti.priors.conditioning import ClassEmbedding
 from smalti.training.snapshots import Snapshots
 
+SUPPRESSED = get_args(tyro.conf.Suppress[int])[1]
+"""Marks the fields of configs that are no flags."""
 MOST_LINES = 12
 """Most tensors that the table of new weights names."""
 
@@ -75,11 +78,17 @@ def take_weights(
         kept: beginnings of names of tensors that are not copied, and not reported as new.
 
     Raises:
-        UserError: if the models' kinds differ, or a tensor differs for another reason than the resizable fields; the
-            message names the first one, with both shapes.
+        UserError: if the models' kinds or the levels of priors differ, or a tensor differs for another reason than the
+            resizable fields; the message names the first one, with both shapes.
     """
     if model.kind != other.kind:
         raise UserError(f"{source} is a {other.kind}, not a {model.kind}; leave --{model.family} out, or --init")
+    levels = [each.upper_levels if isinstance(each, Prior) else 0 for each in (model, other)]
+    if levels[0] != levels[1]:
+        raise UserError(
+            f"{source} is a prior of level {levels[1]}, but this one is of level {levels[0]}; give --init one of that "
+            "level"
+        )
     own, theirs = model.state_dict(), other.state_dict()
     _refuse_other_network(model, other, source, own, resizable)
     own = {name: tensor for name, tensor in own.items() if not name.startswith(kept)}
@@ -95,9 +104,18 @@ def take_weights(
 
 
 def changed_settings(model: Checkpointed, other: Checkpointed, *, but: Collection[str]) -> list[str]:
-    """Returns the flags of the network's settings in which two models of one kind differ, without those in `but`."""
+    """Returns the flags of the network's settings in which two models of one kind differ, without those in `but`.
+
+    Settings that the data decides are no flags.
+    """
     own, theirs = (dataclasses.asdict(each.config) for each in (model, other))
-    return [f"--{name.replace('_', '-')}" for name in own if own[name] != theirs[name] and name not in but]
+    hints = get_type_hints(type(model.config), include_extras=True)
+    by_data = {name for name, hint in hints.items() if SUPPRESSED in getattr(hint, "__metadata__", ())}
+    return [
+        f"{name} of the latent set" if name in by_data else f"--{name.replace('_', '-')}"
+        for name in own
+        if own[name] != theirs[name] and name not in but
+    ]
 
 
 def _refuse_other_network(
