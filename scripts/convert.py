@@ -9,6 +9,7 @@ from smalti import cli
 from smalti.commands.model_paths import TOKENIZERS
 from smalti.core import locks
 from smalti.core.errors import UserError
+from smalti.core.files import whole_folder
 from smalti.core.progress import print_note
 from smalti.tokenizers.vqgan.convert import import_checkpoint
 from smalti.tokenizers.vqgan.readers.diffusers import to_diffusers
@@ -81,7 +82,8 @@ def _convert(config: Convert) -> VQGAN:
     else:
         model = import_checkpoint(config.source, config.description)
         print(f"{config.source}: recognised as {model.provenance['format']}")
-        model.save(config.out)
+        with whole_folder(config.out) as partial:  # a kill leaves no folder, which the next run would refuse
+            model.save(partial)
     return model
 
 

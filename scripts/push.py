@@ -18,6 +18,7 @@ from smalti.core.hub.model_card import priors_of_levels
 from smalti.core.hub.model_files import former_pictures
 from smalti.core.hub.upload import Files, former_files, size_of, upload, write_files
 from smalti.core.models import read_config
+from smalti.core.progress import print_note
 from smalti.images.sources import local_paths
 from smalti.latentsets.hdf5.sharded import INDEX_NAME
 from smalti.latentsets.reader import LatentSet
@@ -105,13 +106,14 @@ def _collect(config: Push, target: HubId, scratch: Path) -> tuple[RepoType, File
     folder = _model_folder(config.source)
     described = read_config(folder)
     model = models.load(folder, described["family"])
-    command = f"build-latents --tokenizer {target}"
+    command, copied = f"build-latents --tokenizer {target}", None
     if isinstance(model, Prior):
         tokenizer = tokenizer_beside(model)
         require_same_codes([model], tokenizer, names=[config.source])
         names = priors_of_levels(target, model.provenance, len(tokenizer.layout.levels))
         command = f"sample --prior {' '.join(names)}"
-    files = model.files_to_share(target, scratch, license=config.license, sheet=config.sheet)
+        copied = None if (folder / models.TOKENIZER_FOLDER).is_dir() else tokenizer  # a snapshot has none of its own
+    files = model.files_to_share(target, scratch, license=config.license, sheet=config.sheet, tokenizer=copied)
     return (
         "model",
         files,
@@ -126,12 +128,16 @@ def _model_folder(source: str) -> Path:
     Raises:
         UserError: if there is none.
     """
-    folders = [Path(source)]
-    folders += [TOKENIZERS / source] if source in models.kinds("tokenizer") else []
+    folders = [TOKENIZERS / source] if source in models.kinds("tokenizer") else []
     folders += [PRIORS / source] if source in models.kinds("prior") else []
-    for folder in folders:
-        if os.path.isfile(folder / models.CONFIG_NAME):
-            return folder
+    existing = [each for each in (*folders, Path(source)) if os.path.isfile(each / models.CONFIG_NAME)]
+    if len(existing) > 1:
+        print_note(
+            f"note: {source!r} is a kind, so {existing[0]} is pushed, not the folder of this name; for the folder, "
+            f"give ./{source}"
+        )
+    if existing:
+        return existing[0]
     found = "it has no config.json" if os.path.isdir(source) else "there is nothing"
     raise UserError(
         f"there is no model at {source} ({found}); give the folder of a trained tokenizer or prior, or a latent set"

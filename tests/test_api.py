@@ -27,6 +27,7 @@ from smalti import (
     load_tokenizer,
     sample,
 )
+from smalti.core.hub.ids import parse_target
 from smalti.priors.networks.hourglass import Hourglass
 
 
@@ -58,6 +59,22 @@ def test_exports_are_what_their_modules_hold():
 
 def test_version_is_that_of_the_package():
     assert smalti.__version__ == version("smalti")
+
+
+def test_a_loaded_prior_keeps_its_folder_if_the_working_directory_changes(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(pair.parent)
+    prior = load_prior("pair")
+    expected = sample(prior, num=1)
+    missing = "put it at pair/tokenizer, or"
+    (pair / "tokenizer").rename(pair / "moved")
+    with pytest.raises(UserError, match=missing):
+        sample(prior, num=1)
+    (pair / "moved").rename(pair / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(sample(prior, num=1), expected)
+    files = prior.files_to_share(parse_target("me/x", None), tmp_path / "scratch")
+    assert "tokenizer/config.json" in files
+    assert str(pair).encode() not in files["README.md"]
 
 
 def test_importing_smalti_loads_nothing():

@@ -6,7 +6,7 @@ that suit most tokenizers. `tokenizers/vq/vqvae.py` is a short example.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeAlias, TypeVar
 
@@ -175,6 +175,17 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
 
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
         """Initializes weights from some training images; called once, before training. The default does nothing."""
+
+    def init_new_from_data(self, images: Float[Tensor, "b c h w"], taken: Collection[str]) -> None:
+        """Initializes weights from images after the tensors named `taken` were copied from a trained tokenizer.
+
+        The default initializes all that `init_from_data` does.
+        """
+        self.init_from_data(images)
+
+    def starts_from_data(self, *, tuned: bool = False) -> bool:
+        """Returns whether `init_from_data` initializes anything; with `tuned`, whether `init_new_from_data` does."""
+        return type(self).init_from_data is not Tokenizer.init_from_data
 
     def phases(self, fit: FitConfig) -> list[Phase]:
         """Returns the phases of a training step: objectives with optimizers, such as generator and discriminator.

@@ -262,7 +262,7 @@ def test_codebooks_of_a_set_sorted_by_class_start_from_all_its_classes(tmp_path,
     images = open_images(str(write_folder(tmp_path / "sorted", classes)), height=8, width=8, held_out="none")
     tokenizer, taken = models.class_of_kind("tokenizer", "vqvae")(TINY["vqvae"]), []
     monkeypatch.setattr(tokenizer, "init_from_data", taken.append)
-    training._init_codebooks(tokenizer, ImageRows(images, split="train", flips=False), 64)
+    training._init_from_images(tokenizer, ImageRows(images, split="train", flips=False), None, shown=False)
     pixels = to_float(images.pixels(range(len(images))))
     labels = {int(images.labels[(pixels == one).flatten(1).all(1)].item()) for one in taken[0]}
     assert len(taken[0]) == 8

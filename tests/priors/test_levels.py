@@ -190,6 +190,11 @@ def test_all_levels_inpaint_as_one_model(place, capfd):
         (sample.main, "--prior top top", "the priors given draw 0, 0"),
         (sample.main, "--prior", "--prior needs at least one prior"),
         (inpaint.main, "--prior top --image a --mask b", "but the priors given draw 0; give one for each"),
+        (
+            train_prior.main,
+            f"{TRAIN} --prior pixelcnn --layers 2 --level 0 --init bottom --out never",
+            "bottom is a prior of level 1, but this one is of level 0; give --init one of that level",
+        ),
         (train_prior.main, f"{TRAIN} --level 2 --out never", "has levels 0 to 1; --level 2 is not one of them"),
     ],
 )

@@ -16,7 +16,7 @@ from smalti.core.errors import UserError
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.core.provenance import last_metrics
 from smalti.tokenizers.vq.hrvq import HRVQConfig
-from smalti.training.run_folder import METRICS_NAME, RUN_NAME, Run
+from smalti.training.run_folder import METRICS_NAME, RUN_NAME, Run, forget
 from smalti.training.snapshots import STATE_NAME
 
 SETTINGS = {"learning_rate": 0.1, "widths": (4, 6), "steps": 10, "out": Path("here"), "tokenizer": None}
@@ -192,6 +192,44 @@ def test_resume_never_deletes_the_run(tmp_path):
     assert not (tmp_path / METRICS_NAME).exists()
 
 
+@pytest.mark.parametrize(
+    ("saved", "logged", "kept"),
+    [
+        (10, 10, True),  # after the last step
+        (4, 8, True),  # after early stopping
+        (8, 8, True),  # stopped by a signal
+        (5, 5, False),  # the disk was full when the first snapshot was to be saved
+        (3, 2, False),
+    ],
+)
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_trained_model_without_an_intact_snapshot_is_kept(tmp_path, saved, logged, kept, damaged):
+    settings = {**SETTINGS, "save_steps": 5}
+    run = Run(tmp_path, settings)
+    run.begin()
+    for step in range(1, logged + 1):
+        run.log(step, {"loss": 1.0})
+    (tmp_path / WEIGHTS_NAME).write_text("a model")
+    model = {"family": "prior", "kind": "hourglass", "config": {}, "digest": "", "provenance": {"steps": saved}}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(model))
+    if damaged:
+        (run.states.path(saved)).mkdir(parents=True)
+    del run
+    gc.collect()
+    for main in (True, False):
+        if kept:
+            with pytest.raises(UserError, match="has a trained model, but no intact snapshot"):
+                Run(tmp_path, {**settings, "learning_rate": 0.2}, main=main)
+        else:
+            assert Run(tmp_path, settings, main=main).step == 0
+        gc.collect()
+    assert (tmp_path / WEIGHTS_NAME).exists()
+    Run(tmp_path, settings, resume="never")
+    gc.collect()
+    assert Run(tmp_path, settings).step == 0  # killed before its first snapshot
+    assert not (tmp_path / WEIGHTS_NAME).exists()
+
+
 def test_other_processes_write_nothing(tmp_path):
     other = Run(tmp_path / "run", SETTINGS, main=False)
     other.begin()
@@ -229,6 +267,8 @@ def test_model_that_was_not_trained_in_the_folder_is_kept(tmp_path):
     for resume in ("auto", "never"):
         with pytest.raises(UserError, match="has a model that was not trained there"):
             Run(tmp_path, SETTINGS, resume=resume)
+    with pytest.raises(UserError, match="has a model that was not trained there"):
+        forget(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,29 +12,44 @@ from helpers.command_toys import run
 
 from smalti.commands.model_paths import load_only_prior, load_tokenizer
 from smalti.core.models import read_config
+from smalti.images.decoding import to_float
+from smalti.images.image_set import open_images
+from smalti.latentsets.conditions import add_conditions
 from smalti.latentsets.reader import LatentSet
 from smalti.scripts import build_latents, sample, train_prior, train_tokenizer
+from smalti.tokenizers.quantizers.residual import ResidualQuantizer
+from smalti.tokenizers.vq.hrvq import HRVQ
+from smalti.tokenizers.vq.vqvae import VQVAE
+from smalti.transfer.weights import take_weights
 
 SIZE = ("--height", "8", "--width", "8", "--device", "cpu")
 NETWORK = ("--widths", "6", "8", "--residual-blocks", "1", "--code-width", "6", "--depth", "2", "--branching", "4")
 FIT = ("--steps", "3", "--batch-size", "8", "--warmup-steps", "1")
+FROZEN = ("--freeze", "encoder", "codebook")
+VQGAN = ("--tokenizer", "vqgan", "--widths", "8", "8", "--norm-groups", "4", "--latent-width", "4", "--code-width", "4")
+VQGAN += ("--branching", "4", "--perceptual-weight", "0", "--discriminator-width", "4", "--discriminator-layers", "1")
+FLAT = ("--tokenizer", "vqvae", *NETWORK[:-4])
 PRIOR = ("--model-width", "16", "--heads", "2", "--depth", "0", "1", "0", "--sheet-samples", "4")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Yields a folder with images of two classes, `old` (a tokenizer), `old.h5` and `prior`."""
+    """Yields a folder with images of two classes, tokenizers, of which `old` made `old.h5`, and its `prior`."""
     folder = tmp_path_factory.mktemp("fine-tuning")
     for seed, label in enumerate(("a", "b")):
         write_images(folder / "img" / label, 30, seed)
-    commands = {
-        train_tokenizer: ["--images", "img", *SIZE, *NETWORK, *FIT, "--out", "old"],
-        build_latents: ["--tokenizer", "old", "--out", "old.h5", "--workers", "0", "--device", "cpu"],
-        train_prior: ["--latents", "old.h5", "--out", "prior", *PRIOR, *FIT, "--device", "cpu"],
-    }
+    train = ["--images", "img", *SIZE, *FIT]
+    commands = [
+        (train_tokenizer, [*train, *NETWORK, "--out", "old"]),
+        (train_tokenizer, [*train, *FLAT, "--codebook-size", "6", "--out", "flat"]),
+        (train_tokenizer, [*train, *FLAT, "--quantizer", "fsq", "--levels", "8", "5", "--out", "fsq"]),
+        (train_tokenizer, [*train, *VQGAN, "--discriminator-start", "0", "--out", "gan"]),
+        (build_latents, ["--tokenizer", "old", "--out", "old.h5", "--workers", "0", "--device", "cpu"]),
+        (train_prior, ["--latents", "old.h5", "--out", "prior", *PRIOR, *FIT, "--device", "cpu"]),
+    ]
     with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.chdir(folder)
-        for module, arguments in commands.items():
+        for module, arguments in commands:
             patch.setattr(sys, "argv", ["command.py", *arguments])
             module.main()
         yield folder
@@ -144,6 +160,10 @@ def test_what_fits_is_taken_and_what_is_new_is_named(trained, capfd):
             "each of 3 layers, but depth is 2; give 2 values of branching",
         ),
         (("--freeze", "encoder"), "so it needs --init"),
+        (("--init", "old", *FROZEN, "--depth", "1"), "keeps the codes of old, which another --depth would change"),
+        (("--init", "flat", *FROZEN, "--quantizer", "cosine"), "which another --quantizer would change"),
+        (("--init", "fsq", *FROZEN, "--levels", "5", "8"), "which another --levels would change"),
+        (("--init", "gan", *FROZEN, "--norm-groups", "2"), "which another --norm-groups would change"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(trained, capfd, arguments, message):
@@ -152,6 +172,59 @@ def test_what_does_not_fit_is_refused_in_one_line(trained, capfd, arguments, mes
     (error,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert message in error
     assert not (trained / "refused" / "model.safetensors").exists()
+
+
+def test_layers_of_codebooks_that_fit_stay_and_the_others_start_from_images(trained, capfd):
+    status, _, err = tune(capfd, "--init", "old", "--depth", "3", "--out", "deeper")
+    assert (status, "initializing the codebooks" in err) == (0, True), err
+    assert "2 are new and start untrained" in err  # codebook_2 and counts_2
+    old = load_tokenizer("old")
+    deeper = HRVQ(replace(old.config, depth=3, codebook_init="uniform"))
+    taken = take_weights(deeper, old, "old", resizable=["depth"])
+    images = to_float(open_images("img", height=8, width=8, held_out="none").pixels(range(60)))
+    deeper.init_new_from_data(images, taken.tensors)
+    assert taken.without_changed(deeper, old) == taken
+    z_e = old.encoder(images)
+    errors = [
+        float((z_e.detach() - each.quantizer.lookup(each.quantizer.encode(z_e))).square().mean())
+        for each in (old, deeper)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+    mixed = ResidualQuantizer(code_width=6, stages=3, codebook_size=(4, 5, 4))
+    before = [book.codebook_0.clone() for book in mixed.books]
+    mixed.init_from_data(z_e.detach(), first=1)
+    assert torch.equal(mixed.books[0].codebook_0, before[0])
+    assert not any(torch.equal(mixed.books[stage].codebook_0, before[stage]) for stage in (1, 2))
+
+
+def test_codebooks_of_another_size_start_from_images_whatever_the_first_training_did(trained, capfd):
+    """Converted checkpoints have uniform random codebooks by their settings, far from what their encoders put out."""
+    assert "initializing" not in tune(capfd, *FLAT, *SIZE[:4], "--codebook-init", "uniform", "--out", "uniform")[2]
+    fsq = ("--quantizer", "fsq", "--levels", "3", "3")
+    assert "initializing" not in tune(capfd, *FLAT, *SIZE[:4], *fsq, "--out", "rounded")[2]
+    assert "initializing" not in tune(capfd, "--init", "uniform", "--codebook-size", "8", *fsq, "--out", "to-fsq")[2]
+    status, _, err = tune(capfd, "--init", "uniform", "--codebook-size", "20", "--out", "20-codes")
+    assert (status, "initializing the codebooks" in err) == (0, True), err
+    old = load_tokenizer("uniform")
+    more = VQVAE(replace(old.config, codebook_size=20))
+    take_weights(more, old, "uniform", resizable=["codebook_size"])
+    images = to_float(open_images("img", height=8, width=8, held_out="none").pixels(range(60)))
+    assert len(more.encode(images)[0].unique()) < 10
+    more.init_new_from_data(images, ())
+    assert len(more.encode(images)[0].unique()) == 20
+
+
+def test_other_settings_that_fit_all_weights_are_noted(trained, capfd):
+    """They change what the weights compute, without a tensor that would tell."""
+    note = "note: {} has another --{name}; leave --{name} out"
+    status, _, err = tune(capfd, "--init", "gan", "--norm-groups", "2", "--out", "other-groups")
+    assert (status, note.format("gan", name="norm-groups") in err) == (0, True), err
+    command = ("--latents", "old.h5", "--init", "prior", *FIT, "--device", "cpu", "--sheet-samples", "0")
+    status, _, err = run(capfd, train_prior.main, *command, "--no-absolute-positions", "--out", "no-positions")
+    assert (status, note.format("prior", name="absolute-positions") in err) == (0, True), err
+    status, _, err = tune(capfd, "--init", "old", "--height", "16", "--commitment-weight", "0.5", *FROZEN, "--out", "x")
+    assert (status, "note:" in err) == (0, False), err
+    assert load_tokenizer("old").digest() in load_tokenizer("x").digests_of_codes()
 
 
 def test_a_run_resumes_only_from_the_weights_it_began_with(trained, capfd):
@@ -168,10 +241,6 @@ def test_a_run_resumes_only_from_the_weights_it_began_with(trained, capfd):
 
 
 def test_discriminators_come_from_the_run_that_has_one(trained, capfd):
-    vqgan = ("--tokenizer", "vqgan", "--widths", "8", "8", "--norm-groups", "4", "--latent-width", "4")
-    vqgan += ("--code-width", "4", "--branching", "4", "--perceptual-weight", "0", "--discriminator-width", "4")
-    vqgan += ("--discriminator-layers", "1", "--discriminator-start", "0")
-    assert tune(capfd, *vqgan, *SIZE[:4], "--out", "gan")[0] == 0
     states = ("--init", "gan", "--discriminator-start", "0")
     assert "the discriminator starts from that of the run gan" in tune(capfd, *states, "--out", "gan-2")[2]
     shutil.rmtree(trained / "gan" / "states")
@@ -210,3 +279,31 @@ def test_a_prior_starts_from_another_and_finds_its_classes_by_name(trained, capf
     status, _, err = run(capfd, train_prior.main, *arguments, "--model-width", "32", "--out", "wide")
     assert status == 2
     assert "the settings that differ are --model-width" in err
+
+
+def test_a_prior_takes_the_standardization_of_vectors_only_if_they_are_of_the_same_source(trained, capfd):
+    def train(source, offset, *arguments):
+        vectors = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0)) + offset
+        add_conditions(LatentSet("old.h5"), vectors, "vectors.h5", source)
+        options = ("--latents", "vectors.h5", "--condition", "vector", "--sheet-samples", "0", *FIT, "--device", "cpu")
+        status, _, err = run(capfd, train_prior.main, *options, *arguments)
+        assert status == 0, err
+        return load_only_prior(arguments[-1]), err
+
+    rows = len(LatentSet("old.h5"))
+    former, _ = train("an encoder", 0, *PRIOR, "--out", "vector-prior")
+    with torch.no_grad():
+        former.of_vector.out.weight.fill_(1)
+        former.of_vector.none.fill_(2)
+    former.save("vector-prior")
+    tuning = ("--init", "vector-prior", "--learning-rate", "1e-12", "--ema-decay", "0", "--resume", "never", "--out")
+    new, err = train("another encoder", 3000, *tuning, "new-vectors")
+    assert "new vectors, which start without influence: another encoder" in err.splitlines()
+    assert "which is all" not in err
+    assert torch.allclose(new.of_vector.mean, torch.full((3,), 3000.0), atol=1)
+    assert torch.allclose(new.of_vector.out.weight, torch.zeros(16, 16), atol=1e-6)
+    assert torch.allclose(new.of_vector.none, torch.full((16,), 2.0), atol=1e-6)
+    same, err = train("an encoder", 1, *tuning, "same-vectors")
+    assert "which is all" in err
+    assert torch.equal(same.of_vector.mean, former.of_vector.mean)
+    assert torch.allclose(same.of_vector.out.weight, torch.ones(16, 16), atol=1e-6)

@@ -20,21 +20,24 @@ SEED_ROUNDS = 64
 
 
 def linked_kmeans(
-    vectors: Float[Tensor, "n d"], codebooks: Sequence[Float[Tensor, "_nodes _m d"]], *, seed: int
+    vectors: Float[Tensor, "n d"], codebooks: Sequence[Float[Tensor, "_nodes _m d"]], *, seed: int, first: int = 0
 ) -> list[Float[Tensor, "_nodes _m d"]]:
     """Returns new codebooks: in layer i, the k-means centres of the residuals that reach each node.
 
     Seeds by k-means++, then runs Lloyd's iterations, in every node at once. A node with fewer distinct vectors than
     codewords keeps the rest of its codewords. A node that no vector reaches keeps all of them. Kept codewords are
-    scaled by the root mean square of the layer's residuals.
+    scaled by the root mean square of the layer's residuals. Layers before `first` stay as they are.
     """
     initialized, residual = [], vectors.detach().float()
     node = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
     for layer, codebook in enumerate(codebooks):
         nodes, m, d = codebook.shape
         fallback = codebook.detach().float() * residual.square().mean().sqrt()
-        centres = _kmeans_plus_plus(residual, node, fallback, seed=seed + layer)
-        for _ in range(LLOYD_STEPS):
+        trained = layer < first
+        centres = (
+            codebook.detach().float() if trained else _kmeans_plus_plus(residual, node, fallback, seed=seed + layer)
+        )
+        for _ in range(0 if trained else LLOYD_STEPS):
             child = nearest_children(residual, centres, node)
             counts = residual.new_zeros(nodes * m).index_add(0, child, residual.new_ones(len(child)))
             sums = residual.new_zeros(nodes * m, d).index_add(0, child, residual)

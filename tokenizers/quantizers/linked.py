@@ -278,10 +278,13 @@ class LinkedQuantizer(nn.Module):
         return ema_update(codebook, counts, chosen=chosen, sums=sums, decay=self.decay)
 
     @torch.no_grad()
-    def init_from_data(self, z_e: Float[Tensor, "b d h w"], *, seed: int = 0) -> None:
-        """Sets every codebook to the k-means centres of the vectors that reach it, so that no subtree starts dead."""
-        initialized = linked_kmeans(self._vectors(z_e), self.codebooks, seed=seed)
-        for codebook, centres in zip(self._stored, initialized, strict=True):
+    def init_from_data(self, z_e: Float[Tensor, "b d h w"], *, seed: int = 0, first: int = 0) -> None:
+        """Sets every codebook to the k-means centres of the vectors that reach it, so that no subtree starts dead.
+
+        Layers before `first`, counted from 0, stay as they are.
+        """
+        initialized = linked_kmeans(self._vectors(z_e), self.codebooks, seed=seed, first=first)
+        for codebook, centres in zip(self._stored[first:], initialized[first:], strict=True):
             codebook.copy_(centres)
 
     def encode(self, z_e: Float[Tensor, "b d h w"]) -> Int64[Tensor, "b h w"]:

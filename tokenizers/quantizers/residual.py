@@ -150,16 +150,17 @@ class ResidualQuantizer(nn.Module):
             book.after_step(None if seeds is None else derive(seeds, stage), bad)
 
     @torch.no_grad()
-    def init_from_data(self, z_e: Float[Tensor, "b d h w"], *, seed: int = 0) -> None:
-        """Sets codebooks to k-means centres of the residuals that reach them.
+    def init_from_data(self, z_e: Float[Tensor, "b d h w"], *, seed: int = 0, first: int = 0) -> None:
+        """Sets codebooks, but for those before `first`, to k-means centres of the residuals that reach them.
 
         A shared codebook takes the centres of the vectors first, and then those of all residuals that these leave.
         """
         residual = rearrange(z_e, "b d h w -> 1 d 1 (b h w)").float()
         for stage, book in enumerate(self._books):
-            book.init_from_data(residual, seed=seed + stage)
+            if stage >= first:
+                book.init_from_data(residual, seed=seed + stage)
             residual = residual - book.lookup(book.encode(residual))
-        if self.shared:
+        if self.shared and not first:
             vectors = rearrange(z_e, "b d h w -> (b h w) d").float()
             residuals = torch.stack([residual for residual, _, _ in self._stages(vectors)])
             self._books[0].init_from_data(rearrange(residuals, "s n d -> 1 d 1 (s n)"), seed=seed)

@@ -6,8 +6,9 @@ Legend: b batch, c channels, h w image or grid, d code width.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ from smalti.tokenizers.quantizers.registry import (
     build_quantizer,
     code_radices,
 )
+from smalti.tokenizers.quantizers.residual import ResidualQuantizer
 from smalti.tokenizers.quantizers.tree import LayerWeights
 
 
@@ -132,6 +134,10 @@ class VQFamily(Tokenizer[VQConfigT]):
         for module in self.modules():
             if isinstance(module, LinkedQuantizer):
                 module.frozen = "codebook" in parts
+
+    def starts_from_data(self, *, tuned: bool = False) -> bool:
+        """See `Tokenizer.starts_from_data`. New codebooks of a trained encoder start from data however configured."""
+        return tuned or self.config.codebook_init == "kmeans"
 
     def collapse_remedy(self) -> str:
         """Names the first remedy against codebook collapse that the config leaves off."""
@@ -237,8 +243,22 @@ class OneGrid(VQFamily[OneGridConfigT]):
     @torch.no_grad()
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
         """Initializes the codebooks by k-means on the encoder's outputs for these images, if so configured."""
-        if self.config.codebook_init == "kmeans":
+        if self.starts_from_data():
             self.quantizer.init_from_data(self.encoder(self.prepared(images)))
+
+    @torch.no_grad()
+    def init_new_from_data(self, images: Float[Tensor, "b c h w"], taken: Collection[str]) -> None:
+        """Initializes codebooks from the first layer that was not taken; codewords of later layers build on it."""
+        z_e = self.encoder(self.prepared(images))
+        if isinstance(self.quantizer, LinkedQuantizer | ResidualQuantizer):
+            layers = [name for name in self.state_dict() if name.rpartition(".")[2].startswith("codebook_")]
+            self.quantizer.init_from_data(z_e, first=len(list(takewhile(lambda name: name in taken, layers))))
+        else:
+            self.quantizer.init_from_data(z_e)
+
+    def starts_from_data(self, *, tuned: bool = False) -> bool:
+        """See `Tokenizer.starts_from_data`. Some quantizers never do."""
+        return super().starts_from_data(tuned=tuned) and QUANTIZERS[self.config.quantizer].starts_from_data
 
     def facts(self) -> dict[str, str]:
         """See `Tokenizer.facts`."""

@@ -5,7 +5,7 @@ Codebook search, losses and updates are in `quantizers/linked.py`, the convoluti
 Legend: b batch, c channels, h w image or grid, d code width, l level, the coarsest first.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -122,7 +122,13 @@ class VQVAE2(VQFamily[VQVAE2Config]):
 
     @torch.no_grad()
     def init_from_data(self, images: Float[Tensor, "b c h w"]) -> None:
-        """Initializes the codebooks by k-means on the encoders' outputs for these images, if so configured.
+        """Initializes the codebooks by k-means on the encoders' outputs for these images, if so configured."""
+        if self.starts_from_data():
+            self.init_new_from_data(images, ())
+
+    @torch.no_grad()
+    def init_new_from_data(self, images: Float[Tensor, "b c h w"], taken: Collection[str]) -> None:
+        """Initializes all codebooks, whose size is one for all levels.
 
         The coarsest level comes first, since the finer ones are conditioned on its codewords.
         """
@@ -131,8 +137,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
             quantizer.init_from_data(z_e)
             return quantizer.lookup(quantizer.encode(z_e))
 
-        if self.config.codebook_init == "kmeans":
-            self._quantize_levels(images, quantize)
+        self._quantize_levels(images, quantize)
 
     @property
     def _quantizers(self) -> list[LinkedQuantizer]:

@@ -17,6 +17,9 @@ from smalti.priors.base import Prior
 from smalti.priors.conditioning import Condition
 from smalti.priors.head import inverse_cdf
 
+MOST_NAMES = 20
+"""Most names of classes in a line."""
+
 
 def find_classes(prior: Prior, requested: Iterable[str | SupportsIndex] | None) -> list[int]:
     """Returns the number of each requested class, in the requested order and as often as it is requested.
@@ -176,3 +179,8 @@ def first_conditional(priors: Sequence[Prior]) -> Prior:
     All levels share one latent set, so any class-conditional prior has the class names.
     """
     return next((prior for prior in priors if prior.conditional), priors[0])
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Returns the first `MOST_NAMES` names of classes as a text, with dots for the rest."""
+    return ", ".join(names[:MOST_NAMES]) + (" ..." if len(names) > MOST_NAMES else "")

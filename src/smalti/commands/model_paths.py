@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from smalti.core import models
 from smalti.core.config import config_from_json, read_json
 from smalti.core.errors import UserError
-from smalti.core.files import as_name
+from smalti.core.files import as_name, from_here
 from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
 from smalti.core.progress import print_note
 from smalti.core.provenance import RUN_NAME
@@ -169,7 +169,10 @@ def layer_source(source: str, layer: int | None) -> str:
         raise UserError(f"{source} has layers 1 to {len(stages)}; there is no layer {layer}")
     own = folder if layer == len(stages) else folder / layer_name(layer)
     if not own.is_dir():  # its path could be the id of a model on the hub
-        raise UserError(f"{own} with the first layers of {source} is missing; copy it from the training's folder")
+        raise UserError(
+            f"{own} with the first layers of {source} is missing, as it is from every pushed model; copy it from the "
+            "training's folder, or give that folder"
+        )
     return as_name(own)
 
 
@@ -294,7 +297,7 @@ def tokenizer_beside(prior: Prior) -> Tokenizer:
     """
     if prior.folder is None:
         raise UserError("this prior was not loaded from a folder; give its tokenizer too")
-    copy = _run_folder(prior.folder) / models.TOKENIZER_FOLDER
+    copy = from_here(_run_folder(prior.folder) / models.TOKENIZER_FOLDER)
     if not copy.is_dir():  # its path could be the id of a model on the hub
         raise UserError(f"the prior's copy of its tokenizer is missing: put it at {copy}, or give the tokenizer too")
     return load(copy, "tokenizer")

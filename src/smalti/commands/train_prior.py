@@ -4,7 +4,6 @@ The run's folder also holds a copy of the tokenizer, so it has everything that g
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -12,7 +11,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
 
-from smalti.commands.class_labels import draw_labels, label_counts, trained_classes
+from smalti.commands.class_labels import draw_labels, first_names, label_counts, trained_classes
 from smalti.commands.model_paths import (
     LATENTS,
     PRIORS,
@@ -41,7 +40,7 @@ from smalti.training.config import FitConfig, Phase
 from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run
-from smalti.transfer.weights import take_classes, take_weights
+from smalti.transfer.weights import changed_settings, take_classes, take_weights, weights_of_new_vectors
 
 C = TypeVar("C")
 Objective = TypeVar("Objective")
@@ -49,8 +48,6 @@ PriorPreset: TypeAlias = Literal["small", "ffhq256", "ffhq1024"]
 
 LEARNING_RATE, LEARNING_RATES = 5e-3, {"pixelcnn": 1e-3}
 """The default, and those of kinds that diverge with it."""
-MOST_NAMES = 20
-"""Names of classes in a warning."""
 STANDARDIZING_ROWS = 1 << 16
 """Most training rows, evenly spread, whose vectors give the mean and deviation that vectors are standardized by."""
 OVERFITTING_REMEDIES = (
@@ -273,23 +270,23 @@ def _take_weights(init: str, prior: Prior, other: Prior, *, quiet: bool) -> None
     Raises:
         UserError: if the two networks do not fit.
     """
-    taken = take_weights(prior, other, init, resizable=RESIZABLE)
+    kept = weights_of_new_vectors(prior, other)
+    taken = take_weights(prior, other, init, resizable=RESIZABLE, kept=kept)
     matched, new = take_classes(prior, other)
     if quiet:
         return
-    for line in taken.lines(init, other.digest(), new_classes=bool(new)):
+    changed = changed_settings(prior, other, but=RESIZABLE | {"dropout"})
+    for line in taken.lines(init, other.digest(), complete=not (new or kept), changed=changed):
         print_note(line)
     if matched:
-        print_note(f"classes that {init} was trained on: {_first_names(matched)}")
+        print_note(f"classes that {init} was trained on: {first_names(matched)}")
     if new:
-        print_note(f"new classes, which start without influence: {_first_names(new)}")
+        print_note(f"new classes, which start without influence: {first_names(new)}")
+    if kept:
+        print_note(f"new vectors, which start without influence: {prior.provenance['condition_source']}")
     codes = [each.provenance.get("tokenizer_digest") for each in (prior, other)]
     if codes[0] != codes[1]:
         print_note(f"note: {init} was trained on the codes of another tokenizer, {str(codes[1])[:12]}")
-
-
-def _first_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_NAMES]) + (" ..." if len(names) > MOST_NAMES else "")
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -312,7 +309,7 @@ def _warn_of_untrained_classes(prior: Prior) -> None:
     if untrained:
         print_note(
             f"warning: {len(untrained)} of {prior.classes} classes have no training images, since all of theirs are "
-            f"held out or there are none; they cannot be sampled: {_first_names(untrained)}"
+            f"held out or there are none; they cannot be sampled: {first_names(untrained)}"
         )
 
 

@@ -38,7 +38,7 @@ from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run, forget
 from smalti.training.snapshots import Snapshots
-from smalti.transfer.weights import discriminator_of, take_weights
+from smalti.transfer.weights import Taken, changed_settings, discriminator_of, take_weights
 
 C = TypeVar("C")
 Preset: TypeAlias = Literal[
@@ -57,12 +57,9 @@ Preset: TypeAlias = Literal[
 # Codebooks start from the features of this many images: enough for START_VECTORS vectors, within these limits.
 START_IMAGES, MOST_START_IMAGES = 512, 2**14
 START_VECTORS, START_PIXELS = 2**15, 2**25
-RESIZABLE = frozenset(
-    {
-        *("image_channels", "height", "width"),
-        *("quantizer", "branching", "depth", "codebook_size", "levels", "shared_codebooks"),
-    }
-)
+SIZE = frozenset({"height", "width"})
+"""Settings that do not change how an image is encoded."""
+RESIZABLE = SIZE | {"image_channels", "quantizer", "branching", "depth", "codebook_size", "levels", "shared_codebooks"}
 """Settings of a network that may differ from those of `--init`."""
 EIGHT_BIT_KINDS = ("selfvae", "vae")
 """Kinds whose likelihood is one of the 256 values of a pixel."""
@@ -243,13 +240,14 @@ def _train(
         **({"skipped_images": int(images.left_out.sum())} if images.left_out.any() else {}),
         **({"init": config.init, "init_digest": settings["init_digest"]} if config.init else {}),
     }
-    new = _take_weights(config, tokenizer, other, quiet=run.step > 0 or not process.is_main_process)
+    taken = _take_weights(config, tokenizer, other)
     tokenizer.freeze(config.freeze)
-    if not run.step and _needs_codebooks(tokenizer, config, new):
-        if process.is_main_process:
-            parts = "codebooks" if any(level.radices for level in tokenizer.layout.levels) else "network"
-            print_note(f"initializing the {parts} from training images")
-        _init_codebooks(tokenizer, train, config.model.height * config.model.width)
+    if not run.step:
+        _init_from_images(tokenizer, train, taken, shown=process.is_main_process)
+    if config.init and other and taken and not run.step and process.is_main_process:
+        changed = changed_settings(tokenizer, other, but=RESIZABLE | tokenizer.training_settings)
+        for line in taken.without_changed(tokenizer, other).lines(config.init, other.digest(), changed=changed):
+            print_note(line)
     phases = tokenizer.phases(config.fit)
     if not phases:
         objective = Reconstruction(tokenizer)
@@ -279,34 +277,30 @@ def _is_trained_on(above: Path, folder: Path) -> bool:
     return run.exists() and read_json(run)["settings"].get("below") == models.read_config(folder)["digest"]
 
 
-def _take_weights(
-    config: TrainTokenizer[Any], tokenizer: Tokenizer, other: Tokenizer | None, *, quiet: bool
-) -> list[str]:
-    """Takes the weights of `--init`; returns the names of the new tensors, which are printed unless `quiet`.
+def _take_weights(config: TrainTokenizer[Any], tokenizer: Tokenizer, other: Tokenizer | None) -> Taken | None:
+    """Takes the weights of `--init`, if it is given.
 
     Raises:
-        UserError: if the two networks do not fit, a frozen part is new, or `--freeze` is used without `--init`.
+        UserError: if the two networks do not fit, a frozen part is new, codes that are to stay would change, or
+            `--freeze` is used without `--init`.
     """
     if config.init is None or other is None:
         if config.freeze:
             raise UserError("--freeze keeps the weights of --init, so it needs --init")
-        return []
+        return None
     taken = take_weights(tokenizer, other, config.init, resizable=RESIZABLE)
-    if not quiet:
-        for line in taken.lines(config.init, other.digest()):
-            print_note(line)
     for part in config.freeze:
         if untrained := [name for name in taken.new if name.partition(".")[0] in tokenizer.parts.get(part, ())]:
             raise UserError(f"--freeze {part} keeps the weights of --init, which has no {untrained[0]} of this size")
     if {"encoder", "codebook"} <= set(config.freeze):
+        if changed := changed_settings(tokenizer, other, but=SIZE | tokenizer.training_settings):
+            flags = " ".join(changed)
+            raise UserError(
+                f"--freeze encoder codebook keeps the codes of {config.init}, which another {flags} would change; "
+                f"leave {flags} out"
+            )
         tokenizer.keep_codes_of(other)
-    return list(taken.new)
-
-
-def _needs_codebooks(tokenizer: Tokenizer, config: TrainTokenizer[Any], new: list[str]) -> bool:
-    """Returns whether the codebooks must be initialized: not if they are those of `--init`."""
-    modules = tokenizer.parts.get("codebook")
-    return config.init is None or any(modules is None or name.partition(".")[0] in modules for name in new)
+    return taken
 
 
 def _take_discriminator(initial: Path, phases: list[Phase], process: Accelerator) -> None:
@@ -322,14 +316,24 @@ def _take_discriminator(initial: Path, phases: list[Phase], process: Accelerator
         print_note(f"the {name} starts {f'from that of the run {initial}' if fits else 'untrained'}")
 
 
-def _init_codebooks(tokenizer: Tokenizer, train: ImageRows, image_pixels: int) -> None:
-    """Runs the data-dependent initialization on evenly spaced training images.
-
-    The fewer codes an image has, the more images a codebook needs.
-    """
+def _init_from_images(tokenizer: Tokenizer, train: ImageRows, taken: Taken | None, *, shown: bool) -> None:
+    """Runs the data-dependent initialization on evenly spaced training images, but not if codebooks are those of
+    `--init`. The fewer codes an image has, the more images a codebook needs; a line is printed if `shown`."""
+    modules = tokenizer.parts.get("codebook")
+    new = taken is None or any(modules is None or name.partition(".")[0] in modules for name in taken.new)
+    if not (new and tokenizer.starts_from_data(tuned=taken is not None)):
+        return
+    if shown:
+        parts = "codebooks" if any(level.radices for level in tokenizer.layout.levels) else "network"
+        print_note(f"initializing the {parts} from training images")
+    image_pixels = tokenizer.config.height * tokenizer.config.width
     positions = max(level.height * level.width for level in tokenizer.layout.levels)
     images = max(START_IMAGES, min(START_VECTORS // positions, START_PIXELS // image_pixels, MOST_START_IMAGES))
-    tokenizer.init_from_data(to_float(train.spread(min(images, len(train)))))
+    spread = to_float(train.spread(min(images, len(train))))
+    if taken is None:
+        tokenizer.init_from_data(spread)
+    else:
+        tokenizer.init_new_from_data(spread, taken.tensors)
 
 
 @torch.no_grad()

@@ -219,6 +219,12 @@ def as_name(source: str | Path | float, what: str = "the source") -> str:
     return os.path.join(os.curdir, source) if isinstance(source, Path) and source.parent == Path() else str(source)
 
 
+def from_here(path: Path) -> Path:
+    """Returns an absolute path as a relative one, for messages, if it is below the working directory."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def require_no_input(outputs: Iterable[Path], inputs: Iterable[Path], flag: str = "--out") -> None:
     """Refuses outputs that are inputs, by their real path or their inode, or that lie in a folder of inputs.
 

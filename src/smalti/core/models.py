@@ -36,7 +36,7 @@ from smalti.core.checkpoint_checks import (
 from smalti.core.config import ADDED, RENAMED, config_from_json, former_switches, require_choices, with_switches
 from smalti.core.devices import float32_by_default, generators_kept
 from smalti.core.errors import UserError
-from smalti.core.files import whole_file, write_json
+from smalti.core.files import from_here, whole_file, write_json
 from smalti.core.hub.ids import FORMS, HubId, find_hub_id, parse_target
 from smalti.core.hub.model_files import TOKENIZER_FOLDER, download_model, former_pictures, model_files
 from smalti.core.hub.upload import Files, upload
@@ -57,7 +57,7 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         config_class: the frozen dataclass that its constructor takes.
         config: an instance of that dataclass.
         provenance: how this model was made (JSON values: sources, digests, settings), stored with the model.
-        folder: the folder that `load` read it from; None for a model that was not loaded.
+        folder: the absolute path that `load` read it from; None for a model that was not loaded.
     """
 
     family: ClassVar[Family]
@@ -128,7 +128,8 @@ class Checkpointed(nn.Module, Generic[ConfigT]):
         Raises:
             UserError: if a prior has no tokenizer, or one that did not make its codes; or for an unsuitable licence.
         """
-        folder, records = self.folder, [scratch, *([self.folder] if self.folder else [])]
+        folder = from_here(self.folder) if self.folder else None
+        records = [scratch, *([folder] if folder else [])]
         stored = folder is not None and (folder / CONFIG_NAME).is_file()
         changed = folder is not None and stored and read_config(folder)["digest"] != self.digest()
         if folder is None or not stored or changed:
@@ -281,7 +282,7 @@ def load(source: str | Path, family: Family) -> Any:
             "fetch it again, or run the same training command again"
         )
     model.load_state_dict(weights)
-    model.folder = folder
+    model.folder = folder.absolute()  # the program may change its working directory
     return model.eval()
 
 

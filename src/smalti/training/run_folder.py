@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from smalti.core import locks
-from smalti.core.checkpoint_checks import MODEL_NAMES
+from smalti.core.checkpoint_checks import MODEL_NAMES, read_config
 from smalti.core.config import FormerSwitch, read_json, without_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
@@ -42,16 +42,18 @@ _NOT_FLAGS = {
 
 
 def forget(folder: Path) -> None:
-    """Deletes the snapshots and metrics of the run in a folder, which then can only begin again.
+    """Deletes the snapshots, the model and the metrics of the run in a folder, which then can only begin again.
 
     Raises:
-        UserError: if another process trains there, or the metrics are not of a training.
+        UserError: if another process trains there, or the model or the metrics are not of a training.
     """
     with locks.writing(folder, folder=True):
+        _require_own_model(folder)
         _require_own_metrics(folder)
         states = Snapshots(folder)
         states.delete(states.steps())  # first, so that a kill leaves nothing to resume from
-        (folder / METRICS_NAME).unlink(missing_ok=True)  # `run.json` is replaced when the next run begins
+        for name in (*MODEL_NAMES, METRICS_NAME):  # `run.json` is replaced when the next run begins
+            (folder / name).unlink(missing_ok=True)
 
 
 def _settings_of(folder: Path) -> dict[str, Any] | None:
@@ -69,6 +71,40 @@ def _settings_of(folder: Path) -> dict[str, Any] | None:
         if isinstance(error, UserError):
             raise
         raise _of_another_program(path) from error
+
+
+def _require_own_model(folder: Path) -> None:
+    """Refuses a folder with a model that no training run made, such as a converted one, which would be replaced."""
+    foreign = [name for name in MODEL_NAMES if (folder / name).exists()]
+    if foreign and not (folder / RUN_NAME).exists():
+        raise UserError(
+            f"{folder} has a model that was not trained there, such as a converted one; give another --out "
+            f"(--init {folder} starts from its weights), or remove {folder / foreign[-1]} first"
+        )
+
+
+def _require_no_model(folder: Path) -> None:
+    """Refuses a folder with the model of a run whose snapshots are missing or damaged, which would be replaced.
+
+    If the first snapshot could not be written, as on a full disk, there is a model too; that run begins again. Its
+    model is not that of the last step, nor of a later one than that of the first snapshot, and it logged no later step.
+    """
+    if not all((folder / name).exists() for name in MODEL_NAMES):
+        return
+    settings, saved = _settings_of(folder) or {}, read_config(folder)["provenance"].get("steps", math.inf)
+    first_only = saved < settings.get("steps", math.inf) and saved <= settings.get("save_steps", math.inf)
+    if not first_only or max((line["step"] for line in _logged(folder)), default=0) > saved:
+        raise UserError(
+            f"{folder} has a trained model, but no intact snapshot to resume from; give another --out (--init {folder} "
+            "starts from its weights), copy its states/ here too, or give --resume never to delete the model"
+        )
+
+
+def _logged(folder: Path) -> list[dict[str, Any]]:
+    """Returns what a run logged; a kill may have truncated the last line."""
+    path = folder / METRICS_NAME
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _require_own_metrics(folder: Path) -> None:
@@ -106,8 +142,8 @@ class Run:
 
     Raises:
         UserError: if another process trains in the folder, or it has a model, metrics or a `run.json` that no training
-            run made; if it has a run with other settings, naming the first that differs; or if the snapshot of the
-            requested step is missing or damaged.
+            run made, or a trained model without an intact snapshot; if it has a run with other settings, naming the
+            first that differs; or if the snapshot of the requested step is missing or damaged.
     """
 
     def __init__(
@@ -126,7 +162,7 @@ class Run:
         if main:
             held = locks.hold(folder, folder=True)
             weakref.finalize(self, held.close)  # also when the process ends
-            self._require_own_model()
+            _require_own_model(folder)
             _require_own_metrics(folder)
         if resume == "never" and main:
             forget(folder)
@@ -140,15 +176,8 @@ class Run:
                     "--resume never to delete them"
                 )
             self._compare(without_switches(before, switches or {}))
-
-    def _require_own_model(self) -> None:
-        """Refuses a folder with a model that no training run made, such as a converted one, which would be replaced."""
-        foreign = [name for name in MODEL_NAMES if (self.folder / name).exists()]
-        if foreign and not (self.folder / RUN_NAME).exists():
-            raise UserError(
-                f"{self.folder} has a model that was not trained there, such as a converted one; give another --out "
-                f"(--init {self.folder} starts from its weights), or remove {self.folder / foreign[-1]} first"
-            )
+        elif resume == "auto":
+            _require_no_model(folder)
 
     def _intact(self, step: int) -> int:
         if step not in self.states.steps():
@@ -239,10 +268,9 @@ class Run:
         self.states.delete([later for later in self.states.steps() if later > step])
         metrics = self.folder / METRICS_NAME
         if metrics.exists():
-            # a kill may have truncated the last line
-            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+            lines = [json.dumps(line) for line in _logged(self.folder) if line["step"] <= step]
             with whole_file(metrics) as partial:
-                partial.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+                partial.write_text("".join(f"{line}\n" for line in lines))
 
     def log(self, step: int, measured: dict[str, float]) -> None:
         """Appends one line to `metrics.jsonl`, without values that are not finite, which JSON cannot represent."""

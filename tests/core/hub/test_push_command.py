@@ -102,6 +102,30 @@ def test_a_kind_is_the_one_that_was_trained_here(hub, capfd):
     assert "config.json" in repo.files("v1")
 
 
+def test_a_kind_is_not_the_folder_of_its_name(hub, capfd):
+    shutil.copytree("pair", "hourglass")
+    assert "note:" not in run(capfd, push.main, "hourglass", "me/pair", "--preview", "folder")[2]
+    shutil.copytree("pair", "runs/priors/hourglass")
+    Path("runs/priors/hourglass/README.md").write_text("of the kind")
+    note = (
+        "note: 'hourglass' is a kind, so runs/priors/hourglass is pushed, not the folder of this name; for the folder"
+    )
+    assert note in run(capfd, push.main, "hourglass", "me/pair", "--preview", "kind")[2]
+    assert Path("kind/README.md").read_text() == "of the kind"
+    assert "note:" not in run(capfd, push.main, "./hourglass", "me/pair", "--preview", "path")[2]
+    assert Path("path/README.md").read_bytes() == Path("folder/README.md").read_bytes()
+
+
+def test_a_snapshot_is_pushed_with_the_tokenizer_of_its_run(hub, capfd):
+    snapshot = Path("pair/states/step_00000002")
+    load("pair", "prior").save(snapshot)
+    status, _, err = run(capfd, push.main, snapshot, "me/snapshot")
+    assert status == 0, err
+    assert not (snapshot / "tokenizer").exists()
+    pushed = hub.repos["models/me/snapshot"].files()
+    assert pushed["tokenizer/config.json"] == Path("pair/tokenizer/config.json").read_bytes()
+
+
 def test_the_next_command_names_the_priors_of_all_levels(hub, capfd):
     tokenizer = models.class_of_kind("tokenizer", "vqvae2")(toys.TINY["vqvae2"])
     prior = load("pair", "prior")

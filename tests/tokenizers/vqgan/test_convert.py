@@ -196,3 +196,18 @@ def test_commands_train_convert_and_build_latents(tmp_path, monkeypatch, capfd):
         "error: img/0001.png was not loaded: it is truncated, or not a file of torch 1.6 or later; download it again, "
         "from a source that you trust\n",
     )
+
+
+def test_a_conversion_that_stops_leaves_no_folder(tmp_path, monkeypatch):
+    random_weights(diffusers_of(NETWORKS["f2 with two attentions and another code width"])).save_pretrained(
+        tmp_path / "theirs"
+    )
+
+    def stop(_, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VQGAN, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(Convert(tmp_path / "theirs", out=tmp_path / "ours"))
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

@@ -115,7 +115,8 @@ def test_smalti_folders_are_refused(tmp_path):
         ({"params": params(attn_type="none")}, "also has decoder.mid.attn_1.k.bias"),
         ({"params": params(ch_mult=[2, 2])}, "ch_mult must begin with 1"),
         ({"params": params(out_ch=1)}, "in_channels must equal out_ch"),
-        ({"params": params(double_z=True)}, "double_z must be false"),
+        ({"params": params(double_z=True)}, "double_z and tanh_out must be false"),
+        ({"params": params(tanh_out=True)}, "double_z and tanh_out must be false"),
         ({"params": params(ch_mult=None)}, "ch_mult is None, which is not tuple"),
         ({"params": params(num_res_blocks=2)}, "it lacks decoder.up.0.block.2.conv1.bias"),
     ],
@@ -131,7 +132,7 @@ def test_descriptions_of_other_networks_are_refused(model, message, tmp_path):
     ("change", "message"),
     [
         ({"model_type": "janus_vqgan"}, "describes a janus_vqgan; convert reads chameleon_vqgan"),
-        ({"double_latent": True}, "double_z must be false"),
+        ({"double_latent": True}, "double_z and tanh_out must be false"),
         ({"num_embeddings": 30}, "quantize.embedding.weight is (40, 6), not"),
         ({"resolution": None}, "resolution is None, which is not int"),
     ],

@@ -43,6 +43,7 @@ class _Network:
     double_z: bool | None = added(None)
     attn_type: str = added("vanilla")
     use_linear_attn: bool = added(False)
+    tanh_out: bool = added(False)
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,11 @@ def _import(
     checkpoint: Checkpoint, network: _Network, params: _Params, *, quantizer: Literal["linked", "gumbel", "dot"]
 ) -> VQGAN:
     attends = network.attn_type == "vanilla" and not network.use_linear_attn
-    if network.ch_mult[:1] != (1,) or network.in_channels != network.out_ch or network.double_z:
+    other_ends = network.in_channels != network.out_ch or network.double_z or network.tanh_out
+    if network.ch_mult[:1] != (1,) or other_ends:
         raise UserError(
             f"{checkpoint.description} describes a network that smalti's VQ-GAN does not support: ch_mult must begin "
-            "with 1, in_channels must equal out_ch, and double_z must be false"
+            "with 1, in_channels must equal out_ch, and double_z and tanh_out must be false"
         )
     if not attends and (network.use_linear_attn or network.attn_type != "none"):
         raise UserError(f"{checkpoint.description} describes linear attention, which smalti's VQ-GAN does not support")
