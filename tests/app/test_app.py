@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 
 from smalti.app import session as session_file
 from smalti.app.server import _save
-from smalti.app.session import Frame, Session
+from smalti.app.session import Frame, Session, progress_text
 from smalti.commands.inpaint import Inpaint, inpaint
 from smalti.commands.inpainting import Filling
 from smalti.commands.sample import Sample, sample
@@ -34,7 +34,6 @@ from smalti.app.page import (
     canvas_image,
     page,
     painted_mask,
-    progress_text,
 )
 
 SETTINGS = {"steps": 6, "temperature": (0.9, 0.5), "guidance": 2.0}

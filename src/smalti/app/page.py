@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.app.browser import IMAGE_IS_OPEN
-from smalti.app.session import Frame, Session
+from smalti.app.session import Frame, Session, progress_text
 from smalti.commands.inpainting import Filling
 from smalti.core.errors import UserError
 from smalti.core.progress import duration
@@ -179,16 +179,6 @@ class _Handlers:
         finally:
             for path in {*chain(*shown)} - {*chain(*shown[-1:])}:
                 Path(path).unlink(missing_ok=True)
-
-
-def progress_text(frame: Frame) -> str:
-    """Returns `step i of n` and the time left."""
-    step = f"step {frame.step} of {frame.steps}"
-    if frame.seconds_left is None:
-        return step
-    if frame.step >= frame.steps:
-        return f"{step}, almost finished"
-    return f"{step}, about {duration(frame.seconds_left)} left"
 
 
 def _message(text: str, *, problem: bool = False) -> str:

@@ -25,7 +25,7 @@ from smalti.commands.sample import generate_images
 from smalti.core.codes import Codes
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError
-from smalti.core.progress import print_note
+from smalti.core.progress import duration, print_note
 from smalti.images.blending import restore_transparency
 from smalti.images.decoding import Layers, to_uint8
 from smalti.images.sheets import to_image
@@ -54,6 +54,16 @@ class Frame(NamedTuple):
     steps: int
     images: list[Image.Image] | None
     seconds_left: float | None
+
+
+def progress_text(frame: Frame) -> str:
+    """Returns `step i of n` and the time left."""
+    step = f"step {frame.step} of {frame.steps}"
+    if frame.seconds_left is None:
+        return step
+    if frame.step >= frame.steps:
+        return f"{step}, almost finished"
+    return f"{step}, about {duration(frame.seconds_left)} left"
 
 
 class Session:
