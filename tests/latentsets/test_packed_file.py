@@ -163,7 +163,7 @@ def test_entropy_coded_codes_round_trip(tmp_path):
     write_coded(path)
     packed = read_codes(path, lambda header: None, decode)
     assert torch.equal(packed.codes[0], make_codes(GRID, 5)[0])
-    assert "give --prior" in refusal(path)
+    assert "pass the prior that encoded it as --prior" in refusal(path)
 
 
 def test_entropy_coded_file_that_was_changed_or_decodes_to_other_codes_is_refused(tmp_path):

@@ -57,7 +57,6 @@ def test_the_queue_runs_commands_and_says_what_is_left(tmp_path, monkeypatch, ca
     page.write_text("    smalti reproduce x\n    smalti reproduce y\n")
     ran = []
     monkeypatch.setattr(queue.os, "nice", ran.append)
-    monkeypatch.setattr(queue.signal, "signal", lambda *_: None)
     monkeypatch.setattr(queue, "run_all", lambda lines, logs, **options: bool(ran.append((lines, options))))
     queue.run_studies(queue.RunStudies("run", page=page, logs=tmp_path, hours=2.0, processes=3))
     assert ran == [19, (["smalti reproduce x", "smalti reproduce y"], {"minutes": 120, "processes": 3})]
