@@ -46,6 +46,13 @@ def test_run_resumes_from_its_snapshot_and_deletes_later_metrics(tmp_path):
     assert last_metrics(tmp_path) == {"step": 5, "loss": 0.2}
 
 
+def test_metrics_are_read_without_a_line_that_a_kill_truncated(tmp_path):
+    started(tmp_path)
+    with (tmp_path / METRICS_NAME).open("a") as metrics:
+        metrics.write('{"step": 8, "lo')
+    assert last_metrics(tmp_path) == {"step": 7, "loss": 0.142857}
+
+
 def test_rolling_back_to_the_last_step_of_all_discards_what_came_after(tmp_path):
     started(tmp_path)
     for name in (WEIGHTS_NAME, CONFIG_NAME):

@@ -244,10 +244,10 @@ def _train(
     tokenizer.freeze(config.freeze)
     if not run.step:
         _init_from_images(tokenizer, train, taken, shown=process.is_main_process)
-    if config.init and other and taken and not run.step and process.is_main_process:
-        changed = changed_settings(tokenizer, other, but=RESIZABLE | tokenizer.training_settings)
-        for line in taken.without_changed(tokenizer, other).lines(config.init, other.digest(), changed=changed):
-            print_note(line)
+        if config.init and other and taken and process.is_main_process:
+            changed = changed_settings(tokenizer, other, but=RESIZABLE | tokenizer.training_settings)
+            for line in taken.without_changed(tokenizer, other).lines(config.init, other.digest(), changed=changed):
+                print_note(line)
     phases = tokenizer.phases(config.fit)
     if not phases:
         objective = Reconstruction(tokenizer)

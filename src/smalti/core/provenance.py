@@ -19,8 +19,8 @@ RUN_NAME, METRICS_NAME = "run.json", "metrics.jsonl"
 
 def logged_metrics(folder: Path) -> list[dict[str, int | float]]:
     """Returns what the run at `folder` logged, by metric, with its `step`; a training and a held-out line of a step are
-    two entries."""
-    return [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
+    two entries. A last line that a kill truncated is left out."""
+    return [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines() if line.endswith("}")]
 
 
 def logged_values(folder: Path, name: str) -> dict[int, float]:

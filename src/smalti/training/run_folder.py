@@ -16,7 +16,7 @@ from smalti.core.checkpoint_checks import MODEL_NAMES, read_config
 from smalti.core.config import FormerSwitch, read_json, without_switches
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file, write_json
-from smalti.core.provenance import METRICS_NAME, RUN_NAME, command, git_commit, versions
+from smalti.core.provenance import METRICS_NAME, RUN_NAME, command, git_commit, logged_metrics, versions
 from smalti.training.snapshots import Snapshots
 
 Resume: TypeAlias = Literal["auto", "never"] | int
@@ -93,18 +93,12 @@ def _require_no_model(folder: Path) -> None:
         return
     settings, saved = _settings_of(folder) or {}, read_config(folder)["provenance"].get("steps", math.inf)
     first_only = saved < settings.get("steps", math.inf) and saved <= settings.get("save_steps", math.inf)
-    if not first_only or max((line["step"] for line in _logged(folder)), default=0) > saved:
+    logged = logged_metrics(folder) if (folder / METRICS_NAME).exists() else []
+    if not first_only or max((line["step"] for line in logged), default=0) > saved:
         raise UserError(
             f"{folder} has a trained model, but no intact snapshot to resume from; give another --out (--init {folder} "
             "starts from its weights), copy its states/ here too, or give --resume never to delete the model"
         )
-
-
-def _logged(folder: Path) -> list[dict[str, Any]]:
-    """Returns what a run logged; a kill may have truncated the last line."""
-    path = folder / METRICS_NAME
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _require_own_metrics(folder: Path) -> None:
@@ -268,7 +262,7 @@ class Run:
         self.states.delete([later for later in self.states.steps() if later > step])
         metrics = self.folder / METRICS_NAME
         if metrics.exists():
-            lines = [json.dumps(line) for line in _logged(self.folder) if line["step"] <= step]
+            lines = [json.dumps(line) for line in logged_metrics(self.folder) if line["step"] <= step]
             with whole_file(metrics) as partial:
                 partial.write_text("".join(f"{line}\n" for line in lines))
 
