@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the set-ups below write to one environment
-.PHONY: help setup demo lint type test bench gpu docs clean
+.PHONY: help setup demo lint type test lowest bench gpu docs clean
 
 unexport PYTHONDONTWRITEBYTECODE # with it, every process would compile its imports again, which takes seconds
 
@@ -15,6 +15,7 @@ PYTHON := $(VENV)/bin/python
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
+LOWEST := .venv-lowest
 DEV_EXTRAS := .[dev,metrics,app,bench,entropy]
 ifeq ($(wildcard $(RUNTIME)),)
 $(shell rm -f $(DEV) $(DOCS))
@@ -66,6 +67,14 @@ type: $(DEV) ## check the code's types
 test: $(DEV) ## run the tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# torch keeps its pinned version: on Linux the others come with gigabytes of CUDA
+lowest: $(RUNTIME) ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(PYTHON) -m venv --clear $(LOWEST)
+	grep -oE '"[a-z][A-Za-z0-9_-]*(\[[a-z]+\])?>=[0-9.]+"' pyproject.toml | sed -E 's/"|\[[a-z]+\]//g; s/>=/==/; /^torch==/d' > $(LOWEST)/versions.txt
+	grep '^torch==' constraints.txt >> $(LOWEST)/versions.txt
+	$(LOWEST)/bin/python -m pip install --no-compile --constraint $(LOWEST)/versions.txt --editable '$(DEV_EXTRAS)'
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 bench: $(RUNTIME) ## measure the speeds that the documentation states
 	$(PYTHON) scripts/benchmark.py
 
@@ -78,5 +87,5 @@ docs: $(DOCS) ## build the documentation as a site, into site/
 	$(PYTHON) -m mkdocs build --strict
 
 clean: ## remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
