@@ -24,6 +24,8 @@ ADDED_IN_4 = ("condition_source",)
 """Attributes that format versions 2 and 3 lack."""
 OPTIONAL = ("held_out_source",)
 """Attributes that a file has only if they are not empty."""
+CAPTIONS_DIGEST = "captions_digest"
+"""The name of the digest of all captions in the preprocessing of a set that has captions."""
 MOST_REASONS = 1000
 """Images left out of a set whose reasons are recorded. Of others only the row is: the attribute must stay readable."""
 
@@ -92,12 +94,14 @@ class Provenance:
     def is_rebuild_of(self, other: "Provenance | None") -> bool:
         """Returns whether two sets have the same tokenizer and images, either of which may have changed in place.
 
-        A set without conditions is no rebuild of one with them, which it would lose, unless that one already meets it.
+        A set without conditions or captions is no rebuild of one with them, which it would lose, unless that one
+        already meets it.
         """
         same = (("tokenizer_digest", "tokenizer_source"), ("image_fingerprint", "image_source"))
         if other is None:
             return False
-        if other.condition_source and not self.condition_source:
+        loses_captions = CAPTIONS_DIGEST in other.preprocessing and CAPTIONS_DIGEST not in self.preprocessing
+        if loses_captions or (other.condition_source and not self.condition_source):
             return self.is_met_by(other)
         return all(any(getattr(self, name) == getattr(other, name) for name in names) for names in same)
 

@@ -234,6 +234,11 @@ class BlockStore:
             self.close()
         shutil.rmtree(self.folder)
 
+    def discard_empty(self) -> None:
+        """Removes the folder after a failed build, unless it holds blocks or files. The main process does it."""
+        if self.process == 0 and {each.name for each in self.folder.iterdir()} <= {KEY_NAME, ABANDONED_NAME}:
+            shutil.rmtree(self.folder)
+
     def _remove_replaced(self) -> None:
         """Removes a replaced set, if there is one, after its other files were moved to the set at the path."""
         replaced = self.folder / REPLACED_NAME

@@ -99,3 +99,15 @@ def test_missing_parts_of_a_local_model_are_not_requested_from_the_hub(tmp_path,
         ):
             layer_source("models/hqa", 1)
         assert hub.requests == []
+
+
+def test_a_training_that_was_stopped_is_no_model_yet(tmp_path):
+    """The folder of a run has `run.json` from the start; that of a stack of layers has it in the layers."""
+    for run in (tmp_path / "run", tmp_path / "stack" / "layer-1"):
+        run.mkdir(parents=True)
+        (run / "run.json").write_text("{}")
+    for folder in ("run", "stack"):
+        with pytest.raises(UserError, match="has no trained model yet, only a stopped training; the same"):
+            load_tokenizer(tmp_path / folder)
+    with pytest.raises(UserError, match="is not a smalti checkpoint"):
+        load_tokenizer(tmp_path)

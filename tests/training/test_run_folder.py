@@ -143,6 +143,8 @@ def test_metrics_without_a_snapshot_are_deleted(tmp_path):
             "images .* None, not images with the fingerprint bbbbbbbbbbbb;",
         ),
         ({"fresh": 1}, "no --fresh, not --fresh 1"),
+        ({"grid_height": 4, "level": 1}, "no --level, not --level 1"),
+        ({"codes": 1, "latents": "c" * 64}, "no --latents, not latents with the digest cccccccccccc"),
     ],
 )
 def test_changed_settings_are_refused_by_the_flags_that_set_them(tmp_path, changed, message):

@@ -27,7 +27,7 @@ from smalti.images.reading import Reading
 from smalti.latentsets.building.jobs import Job
 from smalti.latentsets.conditions import ConditionSource
 from smalti.latentsets.hdf5.captions import digest_of_captions
-from smalti.latentsets.provenance import Provenance
+from smalti.latentsets.provenance import CAPTIONS_DIGEST, Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.summary import describe
 from smalti.tokenizers.base import Tokenizer
@@ -155,7 +155,7 @@ def build_latents(config: BuildLatents, engine: Engine | None = None) -> Path:
     crops = {"crops": config.crops, "smallest_crop": SMALLEST_CROP} if config.crops else {}
     crops |= {"ten_crop_side": TEN_CROP_SIDE} if config.ten_crop else {}
     other = {} if config.precision == "fp32" else {"precision": config.precision}
-    other |= {"captions_digest": digest_of_captions(captions)} if captions else {}
+    other |= {CAPTIONS_DIGEST: digest_of_captions(captions)} if captions else {}
     held_out = images.preprocessing.get("held_out", "")
     provenance = Provenance(
         tokenizer_kind=tokenizer.kind,

@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 from smalti.core.config import LARGEST_JSON_BYTES, parse_json, read_json
 from smalti.core.errors import UserError, one_line, unreadable
 from smalti.core.files import open_regular
+from smalti.core.provenance import RUN_NAME
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -53,6 +54,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         described = read_json(path)
     except FileNotFoundError as error:
+        if (folder / RUN_NAME).exists() or any(folder.glob(f"layer-*/{RUN_NAME}")):
+            raise UserError(
+                f"{folder} has no trained model yet, only a stopped training; the same training command resumes it"
+            ) from error
         raise UserError(f"{folder} is not a smalti checkpoint: it has no {CONFIG_NAME}; {_GIVE}") from error
     except UserError:
         raise

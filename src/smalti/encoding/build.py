@@ -112,7 +112,7 @@ def _on_all_processes(work: Callable[[], T], claimed: BlockStore | None = None) 
     """Runs `work` on every process and waits for all; an error on one process is raised on all.
 
     So all processes stop together. After an error, `claimed` is abandoned: other processes that
-    encode into its folder stop at their next block.
+    encode into its folder stop at their next block. The folder stays if it holds finished work.
     """
     result, failure = None, None
     try:
@@ -123,6 +123,8 @@ def _on_all_processes(work: Callable[[], T], claimed: BlockStore | None = None) 
             claimed.abandon()
     failures = [each for each in gather_object([failure]) if each]
     if failures:
+        if claimed:
+            claimed.discard_empty()
         raise failures[0]
     return result  # pyright: ignore[reportReturnType] - None only if `work` returned None
 

@@ -5,6 +5,7 @@ The model's two files are written by `core/models.py`, the snapshots by `snapsho
 
 import json
 import math
+import re
 import weakref
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -39,6 +40,9 @@ _NOT_FLAGS = {
     "below": "lower layers with the digest",
     "init_digest": "initial weights with the digest",
 }
+_FIRST = ("prior", "level", "latents", "tokenizer")
+"""Settings on which others depend, such as the size of the grid. So a change is reported as one of these."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def forget(folder: Path) -> None:
@@ -188,7 +192,8 @@ class Run:
             known = name in self.off or (name in self.settings and name in before)
             return now != then if known else bool(now or then)
 
-        changed = sorted(filter(differs, (before.keys() | self.settings.keys()) - FREE_SETTINGS))
+        names = sorted((before.keys() | self.settings.keys()) - FREE_SETTINGS - {*_FIRST})
+        changed = list(filter(differs, (*_FIRST, *names)))
         if changed:
             first = changed[0]
             then, now = (each.get(first, self.off.get(first)) for each in (before, self.settings))
@@ -278,6 +283,8 @@ def _as_typed(setting: str, value: Any) -> str:
     """Returns a setting as the flag that sets it, or in words if no flag does."""
     if setting in _NOT_FLAGS:
         return f"{_NOT_FLAGS[setting]} {str(value)[:12]}"
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return f"{setting} with the digest {value[:12]}"
     flag = setting.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"

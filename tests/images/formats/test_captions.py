@@ -85,6 +85,9 @@ def test_a_latent_set_keeps_the_captions_of_kept_images_and_notices_new_ones(tmp
         latents = LatentSet("latents.h5")
         assert latents.captions(range(24)) == [TEXTS[int(Path(file).stem)] for file in sorted(FILES) for _ in range(2)]
         assert "already holds these codes" in run(capfd, *flags, "--out", "latents.h5")[1]
+        status, _, error = run(capfd, *flags, "--label-column", "txt", "--out", "latents.h5")  # so without captions
+        assert (status, "--overwrite" in error) == (2, True)
+        assert LatentSet("latents.h5").content_digest == latents.content_digest
         monkeypatch.setitem(globals(), "TEXTS", [*TEXTS[:-1], "another"])
         shards(tmp_path)
         assert run(capfd, *flags, "--out", "latents.h5")[0] == 0
