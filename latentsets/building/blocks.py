@@ -74,8 +74,7 @@ class BlockStore:
         With `with_bad`, finished shards that lack an image are deleted too.
 
         Returns:
-            The first entry of the key that differs from an earlier build, whose blocks were deleted; None if there
-            is none.
+            The first entry of the key that differs from an earlier build, whose blocks were deleted; or None.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ABANDONED_NAME).unlink(missing_ok=True)
@@ -235,7 +234,7 @@ class BlockStore:
         shutil.rmtree(self.folder)
 
     def discard_empty(self) -> None:
-        """Removes the folder after a failed build, unless it holds blocks or files. The main process does it."""
+        """Removes the folder after a failed build if it holds no work. Only the main process does."""
         if self.process == 0 and {each.name for each in self.folder.iterdir()} <= {KEY_NAME, ABANDONED_NAME}:
             shutil.rmtree(self.folder)
 
