@@ -2,8 +2,9 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,23 +28,40 @@ COLUMNS = {
 """Heading and format of each score."""
 SHOWN = 12
 """Images in a row of the sheet."""
+Results: TypeAlias = dict[str, dict[int, dict[str, Any]]]
+"""The scores of each variant, by its label and the seed."""
 
 
 def reproduce_quantizers(config: ReproduceQuantizers) -> None:
     """Trains and measures what is missing, seed by seed, and writes the page after each training.
+
+    The page also has what was measured before, of other quantizers and seeds.
 
     Raises:
         UserError: for images that cannot be used.
         Interrupted: if a signal stopped a training; the same command resumes it.
     """
     study = Quantizers(config)
-    results: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
+    results: dict[tuple[int, int], Results] = {}
     for seed, side, bits, variant in _trainings(config):
-        table_results = results.setdefault((side, bits), {})
-        table_results.setdefault(variant.label, []).append(study.result(variant, side, bits, seed))
+        if (side, bits) not in results:
+            results[side, bits] = _measured(study, side, bits)
+        of_table = results[side, bits]
+        of_table.setdefault(variant.label, {})[seed] = study.result(variant, side, bits, seed)
         if seed == 0:
-            draw(study, side, bits, [each for each in VARIANTS if each.label in table_results])
-        write(study, side, bits, table(study, side, bits, table_results))
+            draw(study, side, bits, [each for each in VARIANTS if 0 in of_table.get(each.label, ())])
+        write(study, side, bits, table(study, side, bits, of_table))
+
+
+def _measured(study: Quantizers, side: int, bits: int) -> Results:
+    """Returns what was measured before of all variants, up to the first seed that was not."""
+    results: Results = {}
+    for variant in VARIANTS:
+        for seed in count():
+            if not study.is_measured(variant, side, bits, seed):
+                break
+            results.setdefault(variant.label, {})[seed] = study.result(variant, side, bits, seed)
+    return results
 
 
 def write(study: Quantizers, side: int, bits: int, text: str) -> None:
@@ -64,9 +82,10 @@ def _trainings(config: ReproduceQuantizers) -> Iterator[tuple[int, int, int, Var
                 yield from ((seed, side, bits, variant) for variant in variants)
 
 
-def table(study: Quantizers, side: int, bits: int, results: dict[str, list[dict[str, Any]]]) -> str:
+def table(study: Quantizers, side: int, bits: int, results: Results) -> str:
     """Formats a row for each variant, with means and spreads over the seeds, above the sheet of reconstructions."""
-    first = next(iter(results.values()))[0]
+    by_seed = {label: [runs[seed] for seed in sorted(runs)] for label, runs in results.items()}
+    first = next(iter(by_seed.values()))[0]
     columns = {name: column for name, column in COLUMNS.items() if name in first}
     headings = ["quantizer", "codes", "seeds", *(heading for heading, _ in columns.values())]
     lines = [
@@ -76,7 +95,7 @@ def table(study: Quantizers, side: int, bits: int, results: dict[str, list[dict[
         table_row(headings),
         table_row(["---", *["---:"] * (len(headings) - 1)]),
     ]
-    best_first = sorted(results.items(), key=lambda each: statistics.mean(run["mse"] for run in each[1]))
+    best_first = sorted(by_seed.items(), key=lambda each: statistics.mean(run["mse"] for run in each[1]))
     for label, runs in best_first:
         cells = [in_spread([float(run[name]) for run in runs], form) for name, (_, form) in columns.items()]
         lines.append(table_row([label, str(2**bits), str(len(runs)), *cells]))

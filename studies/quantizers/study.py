@@ -91,7 +91,7 @@ class ReproduceQuantizers:
     image_channels: int = 3
     """3 for colour images, 1 for grey ones."""
     quantizers: tuple[QuantizerName, ...] = field(default_factory=lambda: tuple(QUANTIZERS))
-    """Quantizers to train."""
+    """Quantizers to train. The page also has what was trained before of others and of more seeds."""
     bits: tuple[Literal[9, 12], ...] = (9, 12)
     """Bits of a code: 512 or 4096 codes."""
     sides: tuple[Literal[8, 16], ...] = (8,)
@@ -185,6 +185,12 @@ class Quantizers:
         latents = LatentSet(folder / LATENTS_NAME)
         return {**scores, **measure_once(prior / "scores.json", lambda: {"nats": nats_of_images(prior, latents)})}
 
+    def is_measured(self, variant: Variant, side: int, bits: int, seed: int) -> bool:
+        """Returns whether `result` has nothing left to train or to measure."""
+        folder = self.folder(variant, side, bits, seed)
+        last = self._prior_folder(folder) if self.config.prior_steps else folder
+        return all(path.exists() for path in (folder / "scores.json", folder / "search.json", last / "scores.json"))
+
     def prior(self, tokenizer: Path, seed: int) -> Path:
         """Returns the folder of the prior over a tokenizer's codes, trained. The latent set has no mirror images."""
         latents = build_latents(BuildLatents(tokenizer=str(tokenizer), flips=False, out=tokenizer / LATENTS_NAME))
@@ -193,7 +199,10 @@ class Quantizers:
         defaults = TrainPrior(model=model, objective=prior_class(PRIOR).method.objective_config(), prior=PRIOR)
         fit = replace(default_fit(PRIOR), steps=steps, batch_size=BATCH_SIZE, seed=seed)
         settings = replace(defaults, fit=fit, latents=latents, precision=self.config.precision, sheet_samples=0)
-        return train_prior(replace(settings, out=tokenizer / f"{PRIOR}-{self.config.prior_steps}steps"))
+        return train_prior(replace(settings, out=self._prior_folder(tokenizer)))
+
+    def _prior_folder(self, tokenizer: Path) -> Path:
+        return tokenizer / f"{PRIOR}-{self.config.prior_steps}steps"
 
     def prior_steps(self, level: Level) -> int:
         """Returns the training steps of a prior over codes that take as long as `--prior-steps` over three digits."""
