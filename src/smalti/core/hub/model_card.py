@@ -66,7 +66,6 @@ def model_card(
         **_data(provenance, described["config"]),
         "steps": f"{provenance['steps']:,}" if run and "steps" in provenance else "",
         "digest": code(described["digest"]),
-        "encodes as": ", ".join(map(code, _same_codes(provenance))),
         "digest of its tokenizer": code(provenance["tokenizer_digest"]) if "tokenizer_digest" in provenance else "",
         "software": _software(described, record),
     }
@@ -162,12 +161,6 @@ def _data(provenance: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
         "started from": code(str(provenance["init"])) if "init" in provenance else "",
         "converted from": code(str(provenance["converted_from"])) if "converted_from" in provenance else "",
     }
-
-
-def _same_codes(provenance: dict[str, Any]) -> list[str]:
-    """Returns the digests of the tokenizers whose codes this one decodes too, as its encoder and codebook were kept."""
-    recorded = provenance.get("same_codes")
-    return [str(digest) for digest in recorded.get("digests", ())] if isinstance(recorded, dict) else []
 
 
 def _read_record(run: Path) -> dict[str, Any]:
