@@ -114,6 +114,10 @@ class Level:
         """Returns the number that the first `digits` digits of every code form: an inner node of the tree."""
         return codes // math.prod(self.radices[digits:])
 
+    def prefix_counts(self, counts: Int64[Tensor, " codes"], digits: int) -> Int64[Tensor, " prefixes"]:
+        """Returns how often each number that the first `digits` digits form occurs, from the counts of all codes."""
+        return counts.view(math.prod(self.radices[:digits]), -1).sum(dim=1)
+
     def digit(self, codes: Int64[Tensor, "*shape"], index: int) -> Int64[Tensor, "*shape"]:
         """Returns digit `index` of every code; digit 0 is the most significant, the first layer's."""
         return self.prefix(codes, index + 1) % self.radices[index]
@@ -183,6 +187,12 @@ class Layout:
             return f"{level.height}×{level.width} of {codebook}"
 
         return " + ".join(describe(level) for level in self.levels)
+
+
+def perplexity(counts: Int64[Tensor, " codes"]) -> float:
+    """Returns exp(entropy) of the codes' frequencies: the number of equally frequent codes with the same entropy."""
+    frequencies = counts[counts > 0].double() / counts.sum()
+    return float(torch.exp(-(frequencies * frequencies.log()).sum()))
 
 
 def row_numbers(rows: Sequence[int] | Tensor | np.ndarray) -> Int64[np.ndarray, " b"]:
