@@ -18,6 +18,8 @@ from smalti.core.files import open_regular
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 MODEL_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
+TOKENIZER_FOLDER = "tokenizer"
+"""The folder of a prior that has the copy of its tokenizer."""
 
 N = TypeVar("N", bound=nn.Module)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from smalti.core.checkpoint_checks import CONFIG_NAME, MODEL_NAMES, WEIGHTS_NAME, read_config
+from smalti.core.checkpoint_checks import CONFIG_NAME, MODEL_NAMES, TOKENIZER_FOLDER, WEIGHTS_NAME, read_config
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME, require_license
 from smalti.core.hub.download import describe_missing, download
@@ -15,8 +15,6 @@ from smalti.core.hub.pictures import without_texts
 from smalti.core.hub.public_names import public_values
 from smalti.core.hub.upload import Files
 
-TOKENIZER_FOLDER = "tokenizer"
-"""The folder of a prior that has the copy of its tokenizer."""
 SHEETS = ("samples.png", "reconstructions.png", "neighbours.png")
 """Pictures that trainings and studies leave beside a model."""
 SUBFOLDERS = ("", f"{TOKENIZER_FOLDER}/", "layer-*/")
