@@ -6,7 +6,7 @@ Legend: b batch, h w grid, n digits.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ MOST_COUNTED_CODES = 1 << 24
 
 Digits: TypeAlias = int | slice
 """The digits of codes that are decoded: the first i, or a slice of them, counted from 0."""
+
+Split: TypeAlias = Literal["train", "held_out", "all"]
+"""The rows of a set of images or codes that are read: those to train on, those held out from it, or all."""
 
 
 def chosen_digits(digits: Digits | None, count: int) -> range:
