@@ -44,6 +44,12 @@ def chosen_digits(digits: Digits | None, count: int) -> range:
     return indices
 
 
+def hidden_digits(digits: Digits | None, count: int) -> list[int]:
+    """Returns the indices of the digits that are not decoded; arguments and errors are those of `chosen_digits`."""
+    chosen = chosen_digits(digits, count)
+    return [index for index in range(count) if index not in chosen]
+
+
 @dataclass(frozen=True)
 class Level:
     """One grid of codes.
