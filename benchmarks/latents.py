@@ -148,7 +148,7 @@ def building(folder: Path, *, rows: int, config: HRVQConfig) -> Comparison:
     images = open_images(str(write_emoji(folder / "images.parquet", rows // 2)))
     settings, process, path = BuildLatents(), PartialState(), folder / "built.h5"
     tokenizer = HRVQ(config).to(best_device()).eval()
-    job = job_of(tokenizer, images, path, empty_provenance(), settings)
+    job = job_of(tokenizer, images, path, empty_provenance(), settings, None, device_type=tokenizer.device.type)
     encoder = Encoder(tokenizer, images, job, settings.random_crops, settings.device, settings.precision)
 
     def build() -> LatentSet:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.core.files import file_digest
+from smalti.core.files import input_digest
 from smalti.core.provenance import command
 from smalti.latentsets.copies import copy_set
 from smalti.latentsets.reader import LatentSet
@@ -107,7 +107,7 @@ class ConditionSource:
         else:
             self._function, path = _find_function(requested)
             self.width, name = self._computed(blank).shape[1], requested
-        self.source = f"{name}, SHA-256 {file_digest(path)}"
+        self.source = f"{name}, SHA-256 {input_digest(path)}"
 
     def __call__(self, numbers: Sequence[int], pixels: Integer[Tensor, "b c h w"]) -> Float[Tensor, "b v"]:
         """Returns the vectors of images, given their numbers and themselves, in float16 on the CPU.

@@ -81,10 +81,6 @@ class SetToShare(Protocol):
         """Counts how often each code occurs."""
         ...
 
-    def perplexity(self, level: int = 0, digits: int | None = None) -> float:
-        """Returns the perplexity of the usage."""
-        ...
-
     def verify(self) -> None:
         """Checks every byte."""
         ...

@@ -5,20 +5,17 @@ Reading a whole latent set is in `reader.py`.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.core.codes import counted_from_start, row_numbers
+from smalti.core.codes import Split, counted_from_start, row_numbers
 from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 from smalti.latentsets.hdf5.format import CONDITION_DTYPE, level_bytes
 from smalti.latentsets.reader import LatentSet
-
-Split: TypeAlias = Literal["train", "held_out", "all"]
 
 RESIDENT_SHARE = 0.25
 """Largest share of the device's free memory that codes may take; the network and its activations need the rest."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.core.config import (
+    ADDED,
     LARGEST_JSON_BYTES,
     MOST_JSON_VALUES,
     added,
@@ -20,8 +21,6 @@ from smalti.core.errors import UserError
 from smalti.core.hub.public_names import public_values
 from smalti.core.provenance import command, versions
 
-ADDED_IN_4 = ("condition_source",)
-"""Attributes that format versions 2 and 3 lack."""
 OPTIONAL = ("held_out_source",)
 """Attributes that a file has only if they are not empty."""
 CAPTIONS_DIGEST = "captions_digest"
@@ -145,9 +144,8 @@ class Provenance:
             ValueError: if a text is not valid JSON, or of another type than its field.
             KeyError: if an attribute is missing.
         """
-        types: dict[str, Any] = {described.name: described.type for described in dataclasses.fields(cls)}
-        described = {
-            name: kind for name, kind in types.items() if name in texts or name not in (*ADDED_IN_4, *OPTIONAL)
+        described = [each for each in dataclasses.fields(cls) if each.name in texts or ADDED not in each.metadata]
+        values = {
+            each.name: texts[each.name] if each.type is str else parse_json(texts[each.name]) for each in described
         }
-        values = {name: texts[name] if kind is str else parse_json(texts[name]) for name, kind in described.items()}
         return config_from_json(cls, values, source)

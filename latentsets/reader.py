@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from smalti.core.codes import MOST_COUNTED_CODES, Codes, Layout, row_numbers
+from smalti.core.codes import MOST_COUNTED_CODES, Codes, Layout, perplexity, row_numbers
 from smalti.core.errors import UserError
 from smalti.core.hub.ids import parse_target
 from smalti.core.hub.upload import upload
@@ -248,17 +248,18 @@ class LatentSet:
         Raises:
             UserError: if the level is continuous, has fewer digits, or has more codes than are counted.
         """
-        radices = self.layout.levels[level].radices
-        digits = len(radices) if digits is None else digits
-        if not 1 <= digits <= len(radices):
-            raise UserError(f"level {level} of {self.path} has {len(radices)} digits; {digits} cannot be counted")
-        if (codes := math.prod(radices)) > MOST_COUNTED_CODES:
+        of_codes = self.layout.levels[level]
+        most, codes = len(of_codes.radices), of_codes.codebook_size
+        digits = most if digits is None else digits
+        if not 1 <= digits <= most:
+            raise UserError(f"level {level} of {self.path} has {most} digits; {digits} cannot be counted")
+        if codes > MOST_COUNTED_CODES:
             raise UserError(f"level {level} of {self.path} has {codes} codes; up to {MOST_COUNTED_CODES} are counted")
         counts = np.zeros(codes, np.int64)
         for block in self.codes_in_order(level):
             self._require_valid(level, block)
             counts += np.bincount(block.ravel(), minlength=len(counts))
-        return torch.from_numpy(counts).view(math.prod(radices[:digits]), -1).sum(dim=1)
+        return of_codes.prefix_counts(torch.from_numpy(counts), digits)
 
     def perplexity(self, level: int = 0, digits: int | None = None) -> float:
         """Returns the perplexity of `usage`, from 1 (one code only) to the number of codes (all equally frequent)."""
@@ -315,12 +316,6 @@ class LatentSet:
                 raise UserError(f"{self.path} has latents that are not finite at level {index}; build it again")
         elif codes.size and codes.max() >= level.codebook_size:
             raise UserError(f"{self.path} has codes not below {level.codebook_size} at level {index}; rebuild it")
-
-
-def perplexity(counts: Int64[Tensor, " codes"]) -> float:
-    """Returns exp(entropy) of the codes' frequencies: the number of equally frequent codes with the same entropy."""
-    frequencies = counts[counts > 0].double() / counts.sum()
-    return float(torch.exp(-(frequencies * frequencies.log()).sum()))
 
 
 def require_tokenizer(latent_set: LatentSet, digests: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
-from smalti.core.codes import MOST_COUNTED_CODES
+from smalti.core.codes import MOST_COUNTED_CODES, perplexity
 from smalti.core.errors import UserError
 from smalti.core.files import as_name
 from smalti.core.hub.cards import CARD_NAME, code, front_matter, license_line, listed, require_license, table
@@ -155,7 +155,7 @@ def latent_set_card(
     """Returns the card of a latent set as Markdown, with the front matter that the hub reads.
 
     Args:
-        latent_set: the set. It is read once or twice to count codes.
+        latent_set: the set. It is read once to count codes.
         provenance: the provenance without local folders.
         target: where it will be on the hub.
         license: the licence, or None for none.
@@ -271,7 +271,8 @@ def _usage(latent_set: SetToShare) -> str:
         elif level.codebook_size > MOST_COUNTED_CODES:
             lines.append(f"| {number} | {level.codebook_size:,} | not counted | |")
         else:
-            used = int((latent_set.usage(number) > 0).sum())
+            counts = latent_set.usage(number)
+            used = int((counts > 0).sum())
             share = f"{used:,} ({used / level.codebook_size:.1%})"
-            lines.append(f"| {number} | {level.codebook_size:,} | {share} | {latent_set.perplexity(number):,.1f} |")
+            lines.append(f"| {number} | {level.codebook_size:,} | {share} | {perplexity(counts):,.1f} |")
     return "\n".join(lines) + "\n"

@@ -1,11 +1,19 @@
 """A text summary of a latent set, as `inspect_latents` prints it: provenance, rows, labels and codebook usage."""
 
 import json
+from collections.abc import Callable
+from typing import TypeAlias
 
-from smalti.core.codes import MOST_COUNTED_CODES, Level
+from jaxtyping import Int64
+from torch import Tensor
+
+from smalti.core.codes import MOST_COUNTED_CODES, Level, perplexity
 from smalti.core.errors import printable
 from smalti.latentsets.provenance import Provenance
-from smalti.latentsets.reader import LatentSet, perplexity
+from smalti.latentsets.reader import LatentSet
+
+Usage: TypeAlias = Callable[[int], Int64[Tensor, " _codes"]]
+"""Counts how often each code of a level occurs, as `LatentSet.usage` does."""
 
 LONGEST_TEXT = 4000
 """Longest attribute that is printed whole, in characters."""
@@ -14,8 +22,13 @@ _CLASSES, _EXAMPLES = 8, 3
 """Most classes that are named, and most captions and skipped images."""
 
 
-def describe(latent_set: LatentSet) -> str:
-    """Describes provenance, contents and codebook usage in lines of text. Reads the whole file once to count codes."""
+def describe(latent_set: LatentSet, usage: Usage | None = None) -> str:
+    """Describes provenance, contents and codebook usage in lines of text. Reads the whole file once to count codes.
+
+    Args:
+        latent_set: the set.
+        usage: counts the codes of a level, as `LatentSet.usage` does, which is the default.
+    """
     provenance = latent_set.provenance
     software = ", ".join(f"{name} {number}" for name, number in provenance.software.items())
     files = [extent.path for extent in latent_set.files.extents]
@@ -40,7 +53,7 @@ def describe(latent_set: LatentSet) -> str:
     lines = [printable(str(latent_set.path)), *(f"  {name:14}{text}" for name, text in texts.items())]
     for index, level in enumerate(latent_set.layout.levels):
         lines.append(f"  level {index}: {level.height}×{level.width} positions")
-        lines += [f"    {line}" for line in _usage(latent_set, index, level)]
+        lines += [f"    {line}" for line in _usage(level, index, usage or latent_set.usage)]
     return "\n".join(lines)
 
 
@@ -88,17 +101,16 @@ def _skipped(latent_set: LatentSet) -> str:
     return f"{len(skipped)} images that could not be decoded: {reasons}{'; …' if len(skipped) > _EXAMPLES else ''}"
 
 
-def _usage(latent_set: LatentSet, index: int, level: Level) -> list[str]:
+def _usage(level: Level, index: int, usage: Usage) -> list[str]:
     if level.channels:
         return [f"{level.channels} real-valued channels at each"]
     if level.codebook_size > MOST_COUNTED_CODES:
         return [f"codes           {level.codebook_size}, too many to count which are used"]
-    leaves = latent_set.usage(index)
-    lines, nodes = [], 1
-    for digit, radix in enumerate(level.radices, start=1):
-        nodes *= radix
-        counts = leaves.view(nodes, -1).sum(dim=1)
-        used = int((counts > 0).sum())
+    leaves = usage(index)
+    lines = []
+    for digit in range(1, len(level.radices) + 1):
+        counts = level.prefix_counts(leaves, digit)
+        used, nodes = int((counts > 0).sum()), len(counts)
         title = "codes" if len(level.radices) == 1 else "first digit" if digit == 1 else f"first {digit} digits"
         lines.append(f"{title:15} {used} of {nodes} used ({used / nodes:.1%}), perplexity {perplexity(counts):.1f}")
     return lines

@@ -23,10 +23,7 @@ from smalti.core.codes import Codes, Layout, Level
 from smalti.core.config import parse_json
 from smalti.core.errors import UserError, one_line
 from smalti.core.files import whole_file
-from smalti.latentsets.hdf5.format import (
-    layout_from_json,
-    number_sources,
-)
+from smalti.latentsets.hdf5.format import layout_from_json, number_sources
 from smalti.latentsets.provenance import Provenance
 from smalti.latentsets.reader import LatentSet
 from smalti.latentsets.writer import LatentSetWriter
@@ -55,11 +52,12 @@ def to_dataset(latent_set: LatentSet, *, cache: Path | None = None) -> datasets.
     if len(latent_set.captioned_rows()):
         features["caption"] = datasets.Value("string")
     features[DESCRIPTION] = datasets.ClassLabel(names=[json.dumps(texts, ensure_ascii=False)])
+    columns = {column: getattr(latent_set, name).numpy() for name, column in COLUMN_NAMES.items()}
     # The table starts as row numbers on the disk, because `map` keeps its result on the disk only if its input is.
     cache_dir: Any = str(cache) if cache else None  # `datasets` types it as str, with the default None
     numbers = datasets.Dataset.from_generator(_numbers, gen_kwargs={"rows": len(latent_set)}, cache_dir=cache_dir)
     return cast(datasets.Dataset, numbers).map(
-        partial(_rows, latent_set),
+        partial(_rows, latent_set, columns, "caption" in features),
         batched=True,
         batch_size=ROWS_AT_ONCE,
         input_columns="row",
@@ -130,12 +128,12 @@ def _numbers(rows: int) -> Iterator[dict[str, int]]:
         yield {"row": row}
 
 
-def _rows(latent_set: LatentSet, rows: list[int]) -> dict[str, Any]:
+def _rows(latent_set: LatentSet, all_rows: dict[str, np.ndarray], captioned: bool, rows: list[int]) -> dict[str, Any]:
     codes = {f"codes_{i}": latent_set.read_stored(i, rows) for i in range(len(latent_set.layout.levels))}
-    columns = {COLUMN_NAMES[name]: getattr(latent_set, name)[rows].numpy() for name in COLUMN_NAMES}
+    columns: dict[str, Any] = {name: column[rows] for name, column in all_rows.items()}
     if latent_set.condition_width:
         columns["condition"] = latent_set.vectors(rows).numpy()
-    if len(latent_set.captioned_rows()):
+    if captioned:
         columns["caption"] = latent_set.captions(rows)
     return {**codes, **columns, DESCRIPTION: np.zeros(len(rows), np.int64)}
 

@@ -264,7 +264,9 @@ def test_readme_path_runs(trained):
 
 
 def programs(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert found, page
+    return found
 
 
 def test_readme_programs_run(trained, monkeypatch):

@@ -17,6 +17,7 @@ from torch import Tensor
 from smalti.core.codes import Codes, Digits, Layout
 from smalti.core.config import require_choice
 from smalti.core.errors import UserError
+from smalti.core.hub.cards import code
 from smalti.core.models import Checkpointed, Family, digest
 from smalti.training.config import FitConfig, Phase
 
@@ -120,7 +121,12 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
         """Returns what the model's card says of the tokenizer."""
         height, width = self.config.height, self.config.width  # pyright: ignore[reportAttributeAccessIssue] - of every config
         channels = "grey" if self.image_channels == 1 else "colour" if self.image_channels == 3 else "other"
-        return {"images": f"{height}×{width}, {channels}", "codes of an image": str(self.layout), **super().facts()}
+        return {
+            "images": f"{height}×{width}, {channels}",
+            "codes of an image": str(self.layout),
+            "encodes as": ", ".join(code(str(other)) for other in self.digests_of_codes()[1:]),
+            **super().facts(),
+        }
 
     def draw(self, codes: Codes, seeds: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """Decodes codes that a prior sampled. Override it if codes leave details open, and sample them from `seeds`.

@@ -9,8 +9,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,8 +24,10 @@ from smalti.core.config import config_from_json, parse_json
 from smalti.core.errors import UserError
 from smalti.latentsets.hdf5.captions import CAPTION_ENDS, check_captions
 from smalti.latentsets.hdf5.untrusted_hdf5 import attribute, column, contiguous_offset, dataset, opened, require_extent
-from smalti.latentsets.provenance import ADDED_IN_4, OPTIONAL, Provenance
+from smalti.latentsets.provenance import OPTIONAL, Provenance
 
+ADDED_IN_4 = ("condition_source",)
+"""Attributes that format versions 2 and 3 lack."""
 FORMAT = "smalti-latents"
 FORMAT_VERSION = 4
 VERSIONS = (2, 3, 4)
@@ -241,18 +244,14 @@ def _read_attributes(path: Path, file: h5py.File) -> tuple[Layout, Provenance, d
     try:
         if attribute(file, "format") != FORMAT:
             raise UserError(f"{path} is HDF5 but not a latent set; give one made by build_latents.py")
-        names = require_version(path, attribute(file, "format_version"))
-        if missing := [name for name in names if name not in file.attrs]:
-            raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
-        names += [name for name in OPTIONAL if name in file.attrs]
-        return described(path, {name: attribute(file, name) for name in (*names, "format_version")})
+        return described(path, file.attrs, partial(attribute, file))
     except (UserError, OSError):
         raise
     except ValueError as error:
         raise UserError(f"{path}: its attributes are damaged ({error}); build the latent set again") from error
 
 
-def require_version(path: Path, number: Any) -> list[str]:
+def _names_of_texts(path: Path, number: Any) -> list[str]:
     """Returns the names of the text attributes that every file of a format version has.
 
     Raises:
@@ -275,16 +274,27 @@ def require_version(path: Path, number: Any) -> list[str]:
     ]
 
 
-def described(path: Path, values: Mapping[str, Any]) -> tuple[Layout, Provenance, dict[str, str]]:
-    """Returns the layout, the provenance and the texts that attributes hold.
+def described(
+    path: Path, stored: Container[str], read: Callable[[str], Any]
+) -> tuple[Layout, Provenance, dict[str, str]]:
+    """Returns the layout, the provenance and the texts that the attributes of a set hold.
+
+    Args:
+        path: the file of the attributes, for messages.
+        stored: the names of the attributes, of which only those of the set's format version are read.
+        read: returns the attribute of a name, None if it is missing.
 
     Raises:
-        UserError: if one is not a text, or describes no layout.
-        ValueError: if a text is damaged.
+        UserError: if their format version is not read, one is missing or is not a text, or they describe no layout.
+        ValueError: if the version is no number, or a text is damaged.
     """
-    number = values["format_version"]
+    number = read("format_version")
+    names = _names_of_texts(path, number)
+    if missing := [name for name in names if name not in stored]:
+        raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
+    values = {name: read(name) for name in (*names, *(each for each in OPTIONAL if each in stored))}
     texts = {name: value for name, value in values.items() if isinstance(value, str)}
-    if wrong := sorted(values.keys() - texts.keys() - {"format_version"}):
+    if wrong := sorted(values.keys() - texts.keys()):
         raise UserError(f"{path}: the attributes {', '.join(wrong)} are not strings; build the latent set again")
     layout = layout_from_json(parse_json(texts["layout"]), str(path))
     return layout, Provenance.from_attributes(texts, str(path)), {**texts, "format_version": str(number)}

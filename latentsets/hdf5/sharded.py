@@ -33,9 +33,8 @@ from smalti.latentsets.hdf5.format import (
     described,
     read_columns,
     read_header,
-    require_version,
 )
-from smalti.latentsets.provenance import OPTIONAL, Provenance, shortened
+from smalti.latentsets.provenance import Provenance, shortened
 
 INDEX_NAME = "index.json"
 ALIKE = ("tokenizer_digest", "preprocessing", "label_names", "condition_source")
@@ -220,11 +219,7 @@ def _read_index(folder: Path) -> SetFiles:
         if index.keys() != {"attributes", "shards"} or index["attributes"].get("format") != FORMAT:
             raise UserError(f"{path} is not the index of a latent set; remove it, or build the set again")
         attributes, shards = index["attributes"], [config_from_json(Shard, each, str(path)) for each in index["shards"]]
-        names = [*require_version(path, attributes.get("format_version")), "format_version"]
-        if missing := [name for name in names if name not in attributes]:
-            raise UserError(f"{path} lacks the attributes {', '.join(missing)}; build the latent set again")
-        names += [name for name in OPTIONAL if name in attributes]
-        layout, provenance, texts = described(path, {name: attributes[name] for name in names})
+        layout, provenance, texts = described(path, attributes, attributes.get)
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise

@@ -21,7 +21,7 @@ from smalti.commands.sample import Sample, generate_images, sample
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
 from smalti.core import locks
-from smalti.core.codes import Codes
+from smalti.core.codes import Codes, perplexity
 from smalti.core.config import flatten
 from smalti.core.devices import Precision, best_device, resolve
 from smalti.core.errors import UserError, as_invoked, require_at_least_one
@@ -33,7 +33,7 @@ from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.sheets import embedded_settings, save_animation
 from smalti.images.sources import local_paths
-from smalti.latentsets.reader import LatentSet, perplexity
+from smalti.latentsets.reader import LatentSet
 from smalti.metrics.image_errors import mse
 from smalti.priors.base import Prior
 from smalti.priors.methods.sundae import SundaeConfig, SundaeSampling

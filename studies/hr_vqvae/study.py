@@ -20,12 +20,12 @@ from smalti.benchmarks.comparison import synchronize
 from smalti.commands.codebook_usage import code_counts
 from smalti.commands.model_paths import RUNS
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
+from smalti.core.codes import perplexity
 from smalti.core.devices import Precision
 from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.files import write_json
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet, open_images
-from smalti.latentsets.reader import perplexity
 from smalti.metrics.extractors import ExtractorName
 from smalti.studies.experiment import Trial, count_parameters, logged_hours, picture_path
 from smalti.tokenizers.base import Tokenizer

@@ -10,6 +10,7 @@ from torch import Tensor
 from smalti.commands.model_paths import load_prior
 from smalti.commands.sample import generate_images
 from smalti.commands.train_tokenizer import save_reconstructions
+from smalti.core.codes import perplexity
 from smalti.core.devices import best_device
 from smalti.core.files import whole_file, write_json
 from smalti.core.provenance import last_metrics, machine
@@ -17,7 +18,7 @@ from smalti.evaluation.prior import COPY_QUANTILE
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.sheets import save_sheet
-from smalti.latentsets.reader import LatentSet, perplexity
+from smalti.latentsets.reader import LatentSet
 from smalti.metrics.extractors import find_extractor
 from smalti.priors.base import Prior
 from smalti.studies.against_real import AgainstReal

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from smalti.commands.model_paths import load_prior
+from smalti.core.codes import perplexity
 from smalti.core.devices import best_device
 from smalti.core.errors import UserError
 from smalti.evaluation.code_likelihood import count_bits
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet
-from smalti.latentsets.reader import LatentSet, perplexity
+from smalti.latentsets.reader import LatentSet
 from smalti.studies.experiment import IMAGES_AT_ONCE
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.vq.vqvae import OneGrid

@@ -21,6 +21,7 @@ from smalti.commands.presets import small64
 from smalti.commands.sample import generate_images
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import save_reconstructions, train_tokenizer
+from smalti.core.codes import perplexity
 from smalti.core.config import read_json
 from smalti.core.devices import Precision, best_device
 from smalti.core.errors import require_at_least_one
@@ -29,7 +30,7 @@ from smalti.core.provenance import last_metrics
 from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import open_images
 from smalti.images.sheets import save_grid
-from smalti.latentsets.reader import LatentSet, perplexity
+from smalti.latentsets.reader import LatentSet
 from smalti.metrics.extractors import find_extractor
 from smalti.priors.base import Prior
 from smalti.priors.methods.sundae import SundaeConfig

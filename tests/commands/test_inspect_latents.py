@@ -42,6 +42,13 @@ def run(monkeypatch, capsys, *flags):
     return 0, capsys.readouterr().out
 
 
+def test_summary_picture_and_plot_count_the_codes_once(workspace, monkeypatch, capsys):
+    counted, usage = [], LatentSet.usage
+    monkeypatch.setattr(LatentSet, "usage", lambda self, level: counted.append(level) or usage(self, level))
+    assert run(monkeypatch, capsys, "--codes", "codes.png", "--plot", "plot.png")[0] == 0
+    assert counted == [0]
+
+
 def test_summary_verification_picture_and_plot(workspace, monkeypatch, capsys):
     status, out = run(monkeypatch, capsys, "--verify", "--codes", "codes.png", "--plot", "plot.png")
     assert status == 0
@@ -80,7 +87,7 @@ def test_the_most_and_the_least_used_codes_are_decoded(workspace, monkeypatch):
     rows = {}
     monkeypatch.setattr(inspecting, "save_sheet", lambda _, sheet, **more: rows.update(sheet))
     latent_set, tokenizer = LatentSet("latents.h5"), HRVQ.load("tokenizer")
-    save_codes(workspace / "x.png", latent_set, tokenizer, shown=3)
+    save_codes(workspace / "x.png", latent_set, tokenizer, latent_set.usage, shown=3)
     most, least = rows.values()
     assert most.equal(tokenizer.decode((torch.tensor([0, 1, 2]).view(3, 1, 1).expand(3, 2, 2),)).detach())
     assert least.equal(tokenizer.decode((torch.tensor([11, 12, 13]).view(3, 1, 1).expand(3, 2, 2),)).detach())
@@ -95,7 +102,7 @@ def test_other_levels_hold_their_most_used_code(tmp_path):
     codes = make_codes(layout, 40)
     codes[0][:], codes[0][:9] = 4, 1
     write(tmp_path / "latents.h5", layout, codes, [0])
-    counts = inspecting._counts(LatentSet(tmp_path / "latents.h5"))
+    counts = inspecting._counts(layout, LatentSet(tmp_path / "latents.h5").usage)
     rankings = {index: ranking(each) for index, each in counts.items()}
     coarse, reals, fine = inspecting._uniform_codes(layout, rankings, 2, torch.tensor([2, 0]))
     assert coarse.tolist() == [[[4]], [[4]]]

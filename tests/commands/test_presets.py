@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def test_the_small_preset_equals_the_defaults():
     _, config = default_config("small", "hrvq")
     assert config == training.TrainTokenizer(model=models.class_of_kind("tokenizer", "hrvq").config_class())
     assert config.preset == next(iter(PRESETS)) == "small"
+    assert get_args(training.Preset) == tuple(PRESETS)
     _, config = default_config("small", "vqgan")
     assert config.model.discriminator_start < config.fit.steps
     assert config.fit.optimizer == "muon"
@@ -86,6 +88,7 @@ def test_the_small_preset_of_priors_equals_the_defaults():
     _, config = default_prior_config("small", None)
     assert config == TrainPrior(model=HourglassConfig(), objective=SundaeConfig())
     assert config.preset == next(iter(PRIOR_PRESETS)) == "small"
+    assert get_args(prior_training.PriorPreset) == tuple(PRIOR_PRESETS)
 
 
 @pytest.mark.parametrize(

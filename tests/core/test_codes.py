@@ -42,6 +42,17 @@ def test_digits_and_prefixes_match_long_division(radices, data):
         assert [digits_of(prefix, node_radices) for prefix in prefixes] == [digits[:count] for digits in expected]
 
 
+@given(st.lists(st.integers(2, 5), min_size=1, max_size=4).map(tuple), st.data())
+def test_counts_of_prefixes_are_those_of_the_prefixes_of_all_codes(radices, data):
+    level = Level(1, 1, radices)
+    codes = torch.tensor(data.draw(st.lists(st.integers(0, level.codebook_size - 1), max_size=50)), dtype=torch.int64)
+    counts = torch.bincount(codes, minlength=level.codebook_size)
+    for digits in range(len(radices) + 1):
+        prefixes = level.prefix(codes, digits).tolist()
+        expected = [prefixes.count(prefix) for prefix in range(math.prod(radices[:digits]))]
+        assert level.prefix_counts(counts, digits).tolist() == expected
+
+
 @given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 2**16))
 def test_prefix_of_linked_layers_is_division_by_a_power(branching, depth, seed):
     codes = torch.randint(branching**depth, (2, 3, 4), generator=torch.Generator().manual_seed(seed))

@@ -14,7 +14,7 @@ from helpers.build_toys import FLAGS, one_thread, run, save_tokenizer
 from PIL import Image
 
 from smalti.core.errors import UserError
-from smalti.core.files import file_digest
+from smalti.core.files import input_digest
 from smalti.core.hub.public_names import public_values
 from smalti.encoding import build
 from smalti.images.decoding import decode, load_image, load_transparency, to_float
@@ -204,7 +204,7 @@ def test_named_pipes_are_refused_instead_of_waited_for(tmp_path):
     (tmp_path / "img").mkdir()
     for name in ("img/0.png", "img/1.parquet"):
         os.mkfifo(tmp_path / name)
-    for read in (lambda path: load_image(path, channels=3), load_transparency, file_digest):
+    for read in (lambda path: load_image(path, channels=3), load_transparency, input_digest):
         with pytest.raises(UserError, match=r"0\.png is not a regular file"):
             read(tmp_path / "img" / "0.png")
     with pytest.raises(UserError, match=r"1\.parquet is not a regular file"):

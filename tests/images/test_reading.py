@@ -8,7 +8,7 @@ from smalti.core.errors import UserError
 from smalti.images import checks
 from smalti.images.formats.opening import BadImageError
 from smalti.images.image_set import ImageRows
-from smalti.images.reading import Reading, read_images, read_images_for
+from smalti.images.reading import Reading, held_out_rows, read_images, read_images_for
 
 SIZE = {"height": 8, "width": 8, "channels": 3}
 FORM = {"channels": 3, "depth": 8, "limit": None}
@@ -73,6 +73,13 @@ def test_images_left_out_are_counted_in_no_sum(folder, capfd):
     assert lines[-2].startswith("images: 1 left out: ")
     assert lines[-1].startswith("images: 3 of 9 images are not square")
     assert len(ImageRows(images, split="all", flips=False)) == 9
+
+
+def test_held_out_rows_are_refused_if_there_are_none(folder):
+    images = [read_images(str(folder), Reading(held_out=share), **SIZE) for share in ("0.5", "none")]
+    assert len(held_out_rows(images[0])) == images[0].held_out.sum() > 0
+    with pytest.raises(UserError, match="has no held-out images; give more --images"):
+        held_out_rows(images[1])
 
 
 def test_a_check_that_cannot_be_kept_is_made_again(folder, monkeypatch, tmp_path):

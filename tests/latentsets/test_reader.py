@@ -12,8 +12,9 @@ from helpers.latents import GRID, PROVENANCE, extended_set, make_codes, small_se
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalti.core.codes import perplexity
 from smalti.core.errors import UserError
-from smalti.latentsets.reader import LatentSet, perplexity, require_tokenizer
+from smalti.latentsets.reader import LatentSet, require_tokenizer
 
 
 def test_set_replaced_after_opening_is_detected(tmp_path):

@@ -45,6 +45,13 @@ def test_table_has_the_columns_of_the_set(latent_set, tmp_path):
     assert hub == table.features
 
 
+def test_columns_are_read_once_however_many_batches_there_are(latent_set, tmp_path, monkeypatch):
+    labels, read = LatentSet.labels, []
+    monkeypatch.setattr(LatentSet, "labels", property(lambda self: read.append(1) or labels.__get__(self)))
+    assert to_dataset(latent_set, cache=tmp_path)["label"][:] == latent_set._columns["labels"].tolist()
+    assert read == [1]
+
+
 def test_selection_of_rows_converts_to_a_set(latent_set, tmp_path):
     rows = [900, 4, 901, 17]
     some = from_dataset(to_dataset(latent_set, cache=tmp_path).select(rows), tmp_path / "some.h5")

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.codes import Digits, Level, chosen_digits
+from smalti.core.codes import Digits, Level, hidden_digits
 from smalti.tokenizers.quantizers.linked import QuantizerOutput
 
 LEVELS: dict[int, tuple[int, ...]] = {
@@ -107,9 +107,3 @@ class FSQ(nn.Module):
         digits = bounded.detach().round().long() + self.middle
         digits = digits.clamp(min=0).minimum(self.last)  # also NaN, which is any integer, is a code then
         return self.level.join(rearrange(digits, "b n h w -> b h w n"))
-
-
-def hidden_digits(digits: Digits | None, count: int) -> list[int]:
-    """Returns the indices of the digits that are not decoded; arguments and errors are those of `chosen_digits`."""
-    chosen = chosen_digits(digits, count)
-    return [index for index in range(count) if index not in chosen]

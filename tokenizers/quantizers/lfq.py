@@ -9,9 +9,8 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from smalti.core.codes import Digits, Level
+from smalti.core.codes import Digits, Level, hidden_digits
 from smalti.core.errors import UserError
-from smalti.tokenizers.quantizers.fsq import hidden_digits
 from smalti.tokenizers.quantizers.inner_product import ENTROPY_TEMPERATURE
 from smalti.tokenizers.quantizers.linked import QuantizerOutput
 

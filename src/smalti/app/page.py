@@ -22,6 +22,7 @@ from smalti.commands.inpainting import Filling
 from smalti.core.errors import UserError
 from smalti.core.progress import duration
 from smalti.images.decoding import decode, load_layers
+from smalti.images.masks import MID_GREY
 from smalti.images.sheets import to_image
 
 CANVAS_SIZE = 512
@@ -57,9 +58,9 @@ def painted_mask(layers: list[Image.Image], height: int, width: int) -> Tensor:
     for layer in layers:
         painted = Image.fromarray(np.array(layer.convert("RGBA"))[..., 3] > 0).convert("L")
         coverage |= np.array(painted.resize((width, height), Image.Resampling.BOX))
-    if coverage.any() and coverage.max() <= 127:
+    if coverage.any() and coverage.max() <= MID_GREY:
         raise UserError("no pixel of the image is painted over by half or more; take a larger brush or paint more")
-    return torch.from_numpy(coverage > 127)
+    return torch.from_numpy(coverage > MID_GREY)
 
 
 def page(session: Session, save: Callable[..., list[str]]) -> gradio.Blocks:

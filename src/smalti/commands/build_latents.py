@@ -199,17 +199,16 @@ def job_of(
     path: Path,
     provenance: Provenance,
     config: BuildLatents,
-    conditions: ConditionSource | None = None,
+    conditions: ConditionSource | None,
     *,
-    device_type: str | None = None,
+    device_type: str,
 ) -> Job:
     """Divides the images into blocks and files, with a key of everything that decides their codes.
 
     Raises:
         UserError: if the tokenizer cannot encode images of this size, or a file would not hold the rows of an image.
     """
-    encoding_device = tokenizer.device
-    blank = torch.zeros(1, *(images.preprocessing[side] for side in SIDES), device=encoding_device)
+    blank = torch.zeros(1, *(images.preprocessing[side] for side in SIDES), device=tokenizer.device)
     with torch.no_grad():
         codes = tokenizer.encode(blank)
     rows_per_image = (1 + config.crops_per_image) * (1 + config.flips)
@@ -230,7 +229,7 @@ def job_of(
             "tokenizer_digest": provenance.tokenizer_digest,
             "image_fingerprint": provenance.image_fingerprint,
             "preprocessing": provenance.preprocessing,
-            "device": device_type or encoding_device.type,
+            "device": device_type,
             "software": versions(),
             **({"condition_source": conditions.source} if conditions else {}),
         },

@@ -3,16 +3,13 @@
 `inspect_latents` counts the usage over a whole latent set.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from smalti.core.codes import Level
+from smalti.core.codes import Level, perplexity
 from smalti.core.progress import print_note
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
-from smalti.latentsets.reader import perplexity
 from smalti.tokenizers.base import Tokenizer
 
 USAGE_IMAGES, USAGE_BATCH = 1_024, 64
@@ -58,7 +55,7 @@ class CodebookAlarm:
             suffix = f"_{number}" if len(levels) > 1 else ""
             for digits in range(1, len(level.radices) + 1):
                 name = suffix if digits == len(level.radices) else f"{suffix}_first_{digits}"
-                prefix_counts = counts.view(math.prod(level.radices[:digits]), -1).sum(1)
+                prefix_counts = level.prefix_counts(counts, digits)
                 usage[f"codes_used{name}"] = float((prefix_counts > 0).float().mean())
                 usage[f"code_perplexity{name}"] = perplexity(prefix_counts)
                 if _collapsed(prefix_counts) and not self.warned:

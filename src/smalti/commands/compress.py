@@ -27,7 +27,7 @@ from smalti.core.codes import Codes, Layout
 from smalti.core.config import flatten
 from smalti.core.devices import Device, device
 from smalti.core.errors import UserError
-from smalti.core.files import file_digest
+from smalti.core.files import input_digest
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
@@ -236,7 +236,7 @@ def decompress(config: Decompress) -> Path:
     if config.decodes and not isinstance(tokenizer, HQA):
         raise UserError(f"{tokenizer.kind} decodes each code to one image; leave --decodes out")
     images, out = len(packed.codes[0]), config.out or RUNS / config.codes.stem
-    settings = {"command": "decompress", "codes_sha256": file_digest(config.codes)}
+    settings = {"command": "decompress", "codes_sha256": input_digest(config.codes)}
 
     names = packed.header.get("names") or [f"{row:05d}" for row in range(images)]
     pictures = [out / _png_name(name, number) for name in names for number in range(config.decodes + 1)]

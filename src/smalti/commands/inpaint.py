@@ -20,7 +20,7 @@ from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError, require_at_least_one, require_finite
-from smalti.core.files import file_digest, print_left_over
+from smalti.core.files import input_digest, print_left_over
 from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
 from smalti.core.randomness import require_seed
@@ -131,7 +131,7 @@ def inpaint(config: Inpaint[Any]) -> Path:
     settings = {"command": "inpaint", **flatten(config), "prior_digests": digests, "versions": versions()}
     calls: list[int] = []
     inputs = None
-    image_digests = [file_digest(Path(job.image)) for job in jobs]
+    image_digests = [input_digest(Path(job.image)) for job in jobs]
     with ExitStack() as stack:
         stack.enter_context(_claimed(config, image, jobs, image_digests, tokenizer.image_channels))
         for job in jobs:  # reads every image before the first fill, so that any bad file is reported at once

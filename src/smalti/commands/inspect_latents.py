@@ -4,10 +4,10 @@ The text of the summary is in `latentsets/summary.py`.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from smalti.commands.model_paths import LATENTS, load_tokenizer
 from smalti.core import locks
-from smalti.core.codes import Codes, Layout
+from smalti.core.codes import Codes, Layout, perplexity
 from smalti.core.errors import UserError
 from smalti.core.files import whole_file
 from smalti.images.sheets import SETTINGS_KEY, embedded_settings, require_png, save_sheet
 from smalti.images.sources import local_paths
-from smalti.latentsets.reader import LatentSet, perplexity, require_tokenizer
-from smalti.latentsets.summary import describe
+from smalti.latentsets.reader import LatentSet, require_tokenizer
+from smalti.latentsets.summary import Usage, describe
 from smalti.tokenizers.base import Tokenizer
 
 CODES_SHOWN = 12
@@ -82,7 +82,8 @@ def inspect_latents(config: InspectLatents) -> None:
 
 
 def _inspect(config: InspectLatents, latent_set: LatentSet, settings: dict[str, str]) -> None:
-    print(describe(latent_set))
+    usage = cache(latent_set.usage)  # summary, picture and plot count the codes once
+    print(describe(latent_set, usage))
     if config.verify:
         latent_set.verify()
         covered = "digests match" if latent_set.version > 2 else "digest matches (version 2: attributes have none)"
@@ -90,10 +91,10 @@ def _inspect(config: InspectLatents, latent_set: LatentSet, settings: dict[str, 
     if config.codes:
         tokenizer = load_tokenizer(config.tokenizer or latent_set.provenance.tokenizer_source)
         require_tokenizer(latent_set, tokenizer.digests_of_codes())
-        save_codes(config.codes, latent_set, tokenizer, settings=settings)
+        save_codes(config.codes, latent_set, tokenizer, usage, settings=settings)
         print(f"  codes         {config.codes}")
     if config.plot:
-        save_plot(config.plot, latent_set, settings=settings)
+        save_plot(config.plot, latent_set, usage, settings=settings)
         print(f"  plot          {config.plot}")
 
 
@@ -102,6 +103,7 @@ def save_codes(
     path: Path,
     latent_set: LatentSet,
     tokenizer: Tokenizer,
+    usage: Usage,
     *,
     shown: int = CODES_SHOWN,
     settings: dict[str, str] | None = None,
@@ -112,7 +114,7 @@ def save_codes(
     level then has its own most used code everywhere.
     """
     rows: dict[str, Tensor] = {}
-    rankings = {index: ranking(counts) for index, counts in _counts(latent_set).items()}
+    rankings = {index: ranking(counts) for index, counts in _counts(latent_set.layout, usage).items()}
     for index, (ranked, shares) in rankings.items():
         for end, part in (("most", slice(0, shown)), ("least", slice(max(0, len(ranked) - shown), None))):
             first, last = (f"{100 * float(share):.2g} %" for share in shares[part][[0, -1]])
@@ -121,18 +123,18 @@ def save_codes(
     save_sheet(path, rows, settings=settings)
 
 
-def save_plot(path: Path, latent_set: LatentSet, *, settings: dict[str, str] | None = None) -> None:
+def save_plot(path: Path, latent_set: LatentSet, usage: Usage, *, settings: dict[str, str] | None = None) -> None:
     """Plots the share of each code in use, most used first: a line for each level and number of first digits."""
     kind = _plot_kind(path)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="rank", ylabel="share of all codes", xscale="log", yscale="log")
-    for index, codes in _counts(latent_set).items():
-        radices = latent_set.layout.levels[index].radices
-        for digits in range(1, len(radices) + 1):
-            counts = codes.view(math.prod(radices[:digits]), -1).sum(dim=1)
+    for index, codes in _counts(latent_set.layout, usage).items():
+        level = latent_set.layout.levels[index]
+        for digits in range(1, len(level.radices) + 1):
+            counts = level.prefix_counts(codes, digits)
             shares = ranking(counts)[1]
             used = f"{len(shares)} of {len(counts)} used, perplexity {perplexity(counts):.0f}"
-            title = f"level {index}, first {digits} of {len(radices)} digits"
+            title = f"level {index}, first {digits} of {len(level.radices)} digits"
             axes.plot(range(1, len(shares) + 1), shares, label=f"{title}: {used}")
     axes.set_title(f"{latent_set.path.name}: {len(latent_set)} rows, {latent_set.layout}")
     axes.legend()
@@ -146,10 +148,9 @@ def _plot_kind(path: Path) -> str:
     return path.suffix.removeprefix(".").lower()
 
 
-def _counts(latent_set: LatentSet) -> dict[int, Int64[Tensor, " _codes"]]:
-    """Counts how often each code occurs, for each level but real-valued ones, in one pass over the set."""
-    levels = latent_set.layout.levels
-    return {index: latent_set.usage(index) for index, level in enumerate(levels) if level.radices}
+def _counts(layout: Layout, usage: Usage) -> dict[int, Int64[Tensor, " _codes"]]:
+    """Counts how often each code occurs, for each level but real-valued ones."""
+    return {index: usage(index) for index, level in enumerate(layout.levels) if level.radices}
 
 
 def ranking(counts: Int64[Tensor, " codes"]) -> tuple[Int64[Tensor, " used"], Float[Tensor, " used"]]:

@@ -129,7 +129,7 @@ def shipped_models(family: models.Family) -> list[str]:
 
 
 def _shipped_folder(name: str, family: models.Family) -> Path:
-    return SHIPPED / name / "tokenizer" if family == "tokenizer" else SHIPPED / name
+    return SHIPPED / name / models.TOKENIZER_FOLDER if family == "tokenizer" else SHIPPED / name
 
 
 def image_inputs(images: str | None, *, priors: Sequence[str] = (), tokenizer: str | None = None) -> list[Path]:

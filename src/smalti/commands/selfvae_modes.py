@@ -15,8 +15,7 @@ from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.provenance import versions
 from smalti.core.randomness import derive, row_seeds
 from smalti.images.decoding import to_float
-from smalti.images.image_set import ImageRows
-from smalti.images.reading import Reading
+from smalti.images.reading import Reading, held_out_rows
 from smalti.images.sheets import embedded_settings, require_png, save_grid, save_sheet
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.selfvae.hierarchical_vae import GenerationMode, Hierarchy, Pixels
@@ -115,9 +114,7 @@ def _sample_mode(config: SampleMode, model: Hierarchy, settings: dict[str, objec
 def _held_out_images(model: Tokenizer, config: SampleMode) -> Tensor:
     """Returns evenly spaced held-out images, uint8."""
     images = images_for(model, config.tokenizer, config.images, None, None, config.reading)
-    rows = ImageRows(images, split="held_out", flips=False)
-    if not len(rows):
-        raise UserError(f"{images.source} has no held-out images; give more --images")
+    rows = held_out_rows(images)
     return rows.spread(min(config.num, len(rows)))
 
 

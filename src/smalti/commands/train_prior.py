@@ -295,7 +295,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         UserError: if it would.
     """
-    copy = folder / "tokenizer"
+    copy = folder / models.TOKENIZER_FOLDER
     own = (folder / RUN_NAME).exists() and not (copy / RUN_NAME).exists()
     if (copy / models.CONFIG_NAME).exists() and not own and models.read_config(copy)["digest"] != tokenizer.digest():
         raise UserError(f"{copy} holds another tokenizer than that of the latent set; give another --out")

@@ -19,6 +19,8 @@ from smalti.core.provenance import RUN_NAME
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 MODEL_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
+TOKENIZER_FOLDER = "tokenizer"
+"""The folder of a prior that has the copy of its tokenizer."""
 
 N = TypeVar("N", bound=nn.Module)
 

@@ -6,7 +6,7 @@ Legend: b batch, h w grid, n digits.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ MOST_COUNTED_CODES = 1 << 24
 Digits: TypeAlias = int | slice
 """The digits of codes that are decoded: the first i, or a slice of them, counted from 0."""
 
+Split: TypeAlias = Literal["train", "held_out", "all"]
+"""The rows of a set of images or codes that are read: those to train on, those held out from it, or all."""
+
 
 def chosen_digits(digits: Digits | None, count: int) -> range:
     """Returns the indices of the chosen digits of codes that have `count` digits; None chooses all.
@@ -39,6 +42,12 @@ def chosen_digits(digits: Digits | None, count: int) -> range:
         has = f"these codes have {count} digit{'s' if count > 1 else ''}"
         raise UserError(f"{has}; give a number from 1 to {count}, or a slice within them")
     return indices
+
+
+def hidden_digits(digits: Digits | None, count: int) -> list[int]:
+    """Returns the indices of the digits that are not decoded; arguments and errors are those of `chosen_digits`."""
+    chosen = chosen_digits(digits, count)
+    return [index for index in range(count) if index not in chosen]
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,10 @@ class Level:
         """Returns the number that the first `digits` digits of every code form: an inner node of the tree."""
         return codes // math.prod(self.radices[digits:])
 
+    def prefix_counts(self, counts: Int64[Tensor, " codes"], digits: int) -> Int64[Tensor, " prefixes"]:
+        """Returns how often each number that the first `digits` digits form occurs, from the counts of all codes."""
+        return counts.view(math.prod(self.radices[:digits]), -1).sum(dim=1)
+
     def digit(self, codes: Int64[Tensor, "*shape"], index: int) -> Int64[Tensor, "*shape"]:
         """Returns digit `index` of every code; digit 0 is the most significant, the first layer's."""
         return self.prefix(codes, index + 1) % self.radices[index]
@@ -183,6 +196,12 @@ class Layout:
             return f"{level.height}×{level.width} of {codebook}"
 
         return " + ".join(describe(level) for level in self.levels)
+
+
+def perplexity(counts: Int64[Tensor, " codes"]) -> float:
+    """Returns exp(entropy) of the codes' frequencies: the number of equally frequent codes with the same entropy."""
+    frequencies = counts[counts > 0].double() / counts.sum()
+    return float(torch.exp(-(frequencies * frequencies.log()).sum()))
 
 
 def row_numbers(rows: Sequence[int] | Tensor | np.ndarray) -> Int64[np.ndarray, " b"]:

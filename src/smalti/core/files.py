@@ -1,4 +1,4 @@
-"""Atomic writes, and the checks of outputs that commands make before they start.
+"""Atomic writes, the checks of outputs that commands make before they start, and the names and reading of inputs.
 
 Files and folders are written under a temporary name, synced to the disk, then renamed. A file or folder written this
 way is either complete or absent, also after a kill.
@@ -304,7 +304,7 @@ def open_regular(path: Path) -> BufferedReader:
         raise unreadable(path, error) from error
 
 
-def sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal.
 
     Raises:
@@ -315,13 +315,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes in hexadecimal, as `sha256` does.
+def input_digest(path: Path) -> str:
+    """Returns the `file_digest` of an input, which the user may replace.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
-        return sha256(path)
+        return file_digest(path)
     except OSError as error:
         raise unreadable(path, error) from error

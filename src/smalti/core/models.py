@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from smalti.core.checkpoint_checks import (
     CONFIG_NAME,
+    TOKENIZER_FOLDER,
     WEIGHTS_NAME,
     read_config,
     read_header,
@@ -38,7 +39,7 @@ from smalti.core.devices import float32_by_default, generators_kept
 from smalti.core.errors import UserError
 from smalti.core.files import from_here, whole_file, write_json
 from smalti.core.hub.ids import FORMS, HubId, find_hub_id, parse_target
-from smalti.core.hub.model_files import TOKENIZER_FOLDER, download_model, former_pictures, model_files
+from smalti.core.hub.model_files import download_model, former_pictures, model_files
 from smalti.core.hub.upload import Files, upload
 
 Family: TypeAlias = Literal["tokenizer", "prior"]

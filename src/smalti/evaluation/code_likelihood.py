@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smalti.core.codes import Split
 from smalti.core.errors import UserError
-from smalti.latentsets.dataset import LatentRows, Split
+from smalti.latentsets.dataset import LatentRows
 from smalti.latentsets.reader import LatentSet
 from smalti.priors.base import CausalPrior, Prior
 from smalti.priors.methods.autoregressive import require_causal

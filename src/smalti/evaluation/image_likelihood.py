@@ -16,14 +16,13 @@ from torch import Tensor
 from smalti.commands.model_paths import images_for
 from smalti.commands.selfvae_modes import load_hierarchy
 from smalti.core.devices import device
-from smalti.core.errors import UserError
 from smalti.core.progress import bar
 from smalti.core.randomness import choose, derive, row_seeds
 from smalti.evaluation.config import LikelihoodEvaluation
 from smalti.evaluation.real_images import show_images
 from smalti.evaluation.scores import Conditions, Scores
 from smalti.images.decoding import to_float
-from smalti.images.image_set import ImageRows
+from smalti.images.reading import held_out_rows
 from smalti.tokenizers.selfvae.hierarchical_vae import Hierarchy
 from smalti.tokenizers.selfvae.logistic import bits_per_number
 from smalti.tokenizers.selfvae.networks import Gaussian
@@ -107,9 +106,7 @@ def evaluate_likelihood(config: LikelihoodEvaluation) -> tuple[Scores, Condition
     """
     model = load_hierarchy(config.tokenizer).to(device(config.device))
     source = images_for(model, config.tokenizer, config.images, None, None, config.reading)
-    rows = ImageRows(source, split="held_out", flips=False)
-    if not len(rows):
-        raise UserError(f"{source.source} has no held-out images; give more --images")
+    rows = held_out_rows(source)
     images = rows.__getitems__(choose(len(rows), config.num, config.seed))["images"]
     show_images(source.source, held_out=len(images))
     weights = log_weights(model, images, samples=config.samples, seed=config.seed)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smalti.core.devices import device
 from smalti.core.errors import UserError
-from smalti.core.files import file_digest, whole_file
+from smalti.core.files import input_digest, whole_file
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.core.randomness import Stream, generator_for
 from smalti.evaluation.config import ImagesEvaluation
@@ -70,7 +70,7 @@ def evaluate_images(config: ImagesEvaluation) -> tuple[Scores, Conditions]:
         "images": len(features),
         **({} if stored or real is None else {"reference_images": len(real)}),
         "images_fingerprint": sets[0].fingerprint,
-        "reference_fingerprint": file_digest(Path(config.reference)) if stored else sets[1].fingerprint,
+        "reference_fingerprint": input_digest(Path(config.reference)) if stored else sets[1].fingerprint,
         "preprocessing": sets[0].preprocessing,
         **extractor.describe(),
         "feature_dimensions": extractor.width,

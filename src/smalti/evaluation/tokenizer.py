@@ -7,14 +7,13 @@ from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 from smalti.commands.model_paths import load_tokenizer
-from smalti.core.codes import Codes
+from smalti.core.codes import Codes, perplexity
 from smalti.core.devices import Precision, autocast, device
 from smalti.evaluation.config import TokenizerEvaluation
 from smalti.evaluation.image_sets import write_samples
 from smalti.evaluation.real_images import BATCH_SIZE, real_for
 from smalti.evaluation.scores import Conditions, Scores, level_score
 from smalti.images.decoding import to_8_bits, to_float, to_uint8
-from smalti.latentsets.reader import perplexity
 from smalti.metrics.baselines import ssim
 from smalti.metrics.extractors import find_extractor
 from smalti.metrics.frechet import Moments, frechet_distance

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int64, Integer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.core.codes import row_numbers
+from smalti.core.codes import Split, row_numbers
 from smalti.core.config import require_choice
 from smalti.core.devices import cores
 from smalti.core.errors import UserError
@@ -33,7 +33,6 @@ from smalti.images.fitting import Fit, describe, random_crops, ten_crops
 from smalti.images.formats.archives import shown_path
 from smalti.images.formats.opening import BadImageError, TooLargeError, UnreadableImageError, bad_images_error
 from smalti.images.formats.planes import Depth
-from smalti.images.splits import Split
 
 CACHE_BYTES = 2**30
 _DECODED_AT_ONCE = 64  # images; limits the encoded bytes in memory while the cache fills

@@ -170,7 +170,7 @@ def examples(height: int, width: int) -> dict[str, Bool[Tensor, "h w"]]:
     draw["letter"].text(
         (width / 2, height / 2), "S", fill=255, font=font, anchor="mm", stroke_width=max(1, height // 32)
     )
-    return {name: torch.from_numpy(np.array(shape)) > 127 for name, shape in shapes.items()}
+    return {name: torch.from_numpy(np.array(shape)) > MID_GREY for name, shape in shapes.items()}
 
 
 def strokes(seeds: Int64[Tensor, " b"], height: int, width: int) -> Bool[Tensor, "b h w"]:

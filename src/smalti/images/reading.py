@@ -16,7 +16,7 @@ from smalti.images.checks import Checks
 from smalti.images.contents import held_out_percent
 from smalti.images.fitting import Fit, recorded_fit
 from smalti.images.formats.opening import BadImageError, bad_images_error
-from smalti.images.image_set import ImageSet, open_images
+from smalti.images.image_set import ImageRows, ImageSet, open_images
 from smalti.images.sources import local_paths
 
 OnBadImage: TypeAlias = Literal["raise", "skip"]
@@ -152,6 +152,18 @@ def read_images_for(
 
 _OF_THE_IMAGES = ("image_column", "label_column", "split", "limit", "held_out")
 """Settings that a model keeps for the images of its training, but not for others."""
+
+
+def held_out_rows(images: ImageSet) -> ImageRows:
+    """Returns the held-out images of a set, without mirror images.
+
+    Raises:
+        UserError: if there are none.
+    """
+    rows = ImageRows(images, split="held_out", flips=False)
+    if not len(rows):
+        raise UserError(f"{images.source} has no held-out images; give more --images")
+    return rows
 
 
 def _is_fraction(held_out: str | None) -> bool:

@@ -192,7 +192,7 @@ def _named_archives(source: str) -> list[str]:
             filesystem, pattern = url_to_fs(names[0])
             names = sorted(filesystem.unstrip_protocol(path) for path in filesystem.glob(pattern))
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{source} cannot be listed ({' '.join(str(error).split())}); check the address") from error
+            raise UserError(f"{source} cannot be listed ({one_line(error)}); check the address") from error
         if not names:
             raise UserError(f"there is nothing at {source}; check the address")
     suffixes = {archives.suffix_of(name) for name in names}

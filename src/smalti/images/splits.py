@@ -1,7 +1,5 @@
 """The held-out split, by source id. Latent sets store its result, so that they agree with image sets."""
 
-from typing import Literal, TypeAlias
-
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -10,7 +8,6 @@ from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, uniform
 
 HELD_OUT_PERCENT = 10
-Split: TypeAlias = Literal["train", "held_out", "all"]
 
 
 def held_out(source_ids: Int64[Tensor, " n"], percent: int | float = HELD_OUT_PERCENT) -> Bool[Tensor, " n"]:

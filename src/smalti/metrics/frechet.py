@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, one_line
 
 NEIGHBOURS = 3
 """The k of the k-th nearest neighbour in precision and recall, as in the paper."""
@@ -122,7 +122,7 @@ def read_moments(path: Path, width: int) -> StoredMoments | None:
                 return None
             mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); give a whole .npz file") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}); give a whole .npz file") from error
     if (mean.shape, covariance.shape) != ((width,), (width, width)):
         raise UserError(
             f"{path} has statistics of shapes {tuple(mean.shape)} and {tuple(covariance.shape)}, but the extractor has "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from smalti.core.errors import unreadable
-from smalti.core.files import sha256, whole_file, whole_folder, write_json
+from smalti.core.files import file_digest, whole_file, whole_folder, write_json
 from smalti.core.models import CONFIG_NAME, WEIGHTS_NAME
 from smalti.core.progress import print_note
 
@@ -49,7 +49,7 @@ class Snapshots:
         try:
             digests = json.loads((self.path(step) / DIGESTS_NAME).read_text())["sha256"]
             for name in (STATE_NAME, WEIGHTS_NAME, CONFIG_NAME):
-                if sha256(self.path(step) / name) != digests[name]:
+                if file_digest(self.path(step) / name) != digests[name]:
                     return f"the bytes of {name} are not those that were saved"
         except PermissionError as error:
             raise unreadable(error.filename or self.path(step), error) from error
@@ -101,7 +101,7 @@ class Snapshots:
                 torch.save(state, file)
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 shutil.copyfile(self.run_folder / name, partial / name)
-            digests = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+            digests = {file.name: file_digest(file) for file in sorted(partial.iterdir())}
             write_json(partial / DIGESTS_NAME, {"step": step, "best": best, "sha256": digests})
         self.delete([old for old in self.steps()[:-keep] if old != best])
 

@@ -191,6 +191,23 @@ def test_models_that_are_not_saved_are_pushed_as_they_are(hub, pair):
         changed.push_to_hub("me/changed")
 
 
+def test_a_tokenizer_that_no_longer_encodes_as_recorded_stays_here(hub, pair):
+    """A decoder was trained with the encoder kept; then the encoder was changed too, and the model saved again."""
+    prior, tokenizer = load_prior(pair), load_tokenizer(pair / "tokenizer")
+    tokenizer.keep_codes_of(load_tokenizer(pair / "tokenizer"))
+    next(tokenizer.decoder.parameters()).data += 1
+    tokenizer.push_to_hub("me/tuned")
+    row = f"| encodes as | `{prior.provenance['tokenizer_digest']}` |"
+    assert row in hub.repos["models/me/tuned"].files()["README.md"].decode()
+    prior.push_to_hub("me/pair", tokenizer=tokenizer)
+    assert sample(load_prior("me/pair"), num=1).shape == (1, 3, 8, 16)
+    next(tokenizer.encoder.parameters()).data += 1
+    with pytest.raises(UserError, match="is not the tokenizer that made the codes"):
+        prior.push_to_hub("me/changed", tokenizer=tokenizer)
+    tokenizer.push_to_hub("me/untuned")
+    assert "encodes as" not in hub.repos["models/me/untuned"].files()["README.md"].decode()
+
+
 def test_missing_things_are_named(hub, pair):
     load_prior(pair).push_to_hub("me/pair")
     assert f"{hub.endpoint} has no model me/none, or the token may not read it" in error_of("me/none")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from smalti.core.checkpoint_checks import TOKENIZER_FOLDER
 from smalti.core.hub.cards import code, front_matter, license_line, listed, table
 from smalti.core.hub.ids import HubId
 from smalti.core.hub.public_names import public_command
@@ -66,7 +67,6 @@ def model_card(
         **_data(provenance, described["config"]),
         "steps": f"{provenance['steps']:,}" if run and "steps" in provenance else "",
         "digest": code(described["digest"]),
-        "encodes as": ", ".join(map(code, _same_codes(provenance))),
         "digest of its tokenizer": code(provenance["tokenizer_digest"]) if "tokenizer_digest" in provenance else "",
         "software": _software(described, record),
     }
@@ -125,8 +125,8 @@ def _usage(family: str, target: HubId, provenance: dict[str, Any], fills: bool, 
         ]
         commands = [f"smalti sample --prior {' '.join(names)}"]
         commands += [f"smalti inpaint --prior {' '.join(names)} --image in.png --mask mask.png"] if fills else []
-        copy = HubId(target.repo, target.revision, target.within("tokenizer"))
-        rest = f'\nIts tokenizer is in the folder `tokenizer`: `load_tokenizer("{copy}")`.\n'
+        copy = HubId(target.repo, target.revision, target.within(TOKENIZER_FOLDER))
+        rest = f'\nIts tokenizer is in the folder `{TOKENIZER_FOLDER}`: `load_tokenizer("{copy}")`.\n'
         if levels > 1:
             others = ", ".join(f"`{name}`" for name in names if name != str(target))
             rest += f"\nSampling needs the priors of all levels; {others} stands for the ones of the other levels.\n"
@@ -162,12 +162,6 @@ def _data(provenance: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
         "started from": code(str(provenance["init"])) if "init" in provenance else "",
         "converted from": code(str(provenance["converted_from"])) if "converted_from" in provenance else "",
     }
-
-
-def _same_codes(provenance: dict[str, Any]) -> list[str]:
-    """Returns the digests of the tokenizers whose codes this one decodes too, as its encoder and codebook were kept."""
-    recorded = provenance.get("same_codes")
-    return [str(digest) for digest in recorded.get("digests", ())] if isinstance(recorded, dict) else []
 
 
 def _read_record(run: Path) -> dict[str, Any]:
@@ -208,5 +202,5 @@ def _recipe(record: dict[str, Any], provenance: dict[str, Any]) -> str:
     command = public_command(str(record["command"]))
     text = f"```\n{command}\n```\n\nAll settings of the network are in `config.json`.{seeded}"
     if "tokenizer_digest" in provenance:
-        text += " The codes were made by the tokenizer in the folder `tokenizer`."
+        text += f" The codes were made by the tokenizer in the folder `{TOKENIZER_FOLDER}`."
     return text

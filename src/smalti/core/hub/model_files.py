@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from smalti.core.checkpoint_checks import CONFIG_NAME, MODEL_NAMES, WEIGHTS_NAME, read_config
+from smalti.core.checkpoint_checks import CONFIG_NAME, MODEL_NAMES, TOKENIZER_FOLDER, WEIGHTS_NAME, read_config
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME, require_license
 from smalti.core.hub.download import describe_missing, download
@@ -15,8 +15,6 @@ from smalti.core.hub.pictures import without_texts
 from smalti.core.hub.public_names import public_values
 from smalti.core.hub.upload import Files
 
-TOKENIZER_FOLDER = "tokenizer"
-"""The folder of a prior that has the copy of its tokenizer."""
 SHEETS = ("samples.png", "reconstructions.png", "neighbours.png")
 """Pictures that trainings and studies leave beside a model."""
 SUBFOLDERS = ("", f"{TOKENIZER_FOLDER}/", "layer-*/")
@@ -80,11 +78,11 @@ def model_files(
             raise UserError(
                 f"{folder} has no {TOKENIZER_FOLDER}/ with the tokenizer of the prior; give the folder of the training"
             )
-        tokenizer = public_config(copy)
-        if described["provenance"].get("tokenizer_digest", tokenizer["digest"]) not in digests_of_codes(tokenizer):
+        tokenizer, copied = load(copy, "tokenizer"), public_config(copy)
+        if described["provenance"].get("tokenizer_digest", copied["digest"]) not in tokenizer.digests_of_codes():
             raise UserError(f"{copy} is not the tokenizer that made the codes of the prior; give that one")
-        levels = len(load(copy, "tokenizer").layout.levels)
-        files |= {f"{TOKENIZER_FOLDER}/{name}": contents for name, contents in _two_files(copy, tokenizer).items()}
+        levels = len(tokenizer.layout.levels)
+        files |= {f"{TOKENIZER_FOLDER}/{name}": contents for name, contents in _two_files(copy, copied).items()}
     pictures = {name: path for name in SHEETS for path in (_first(records, name),) if path is not None and sheet}
     own_card = _first(records, CARD_NAME)
     if own_card is not None:
@@ -122,14 +120,6 @@ def public_config(folder: Path) -> dict[str, Any]:
     """Reads the config of a model, without local folders in its provenance, which no digest covers."""
     described = read_config(folder)
     return {**described, "provenance": public_values(described["provenance"])}
-
-
-def digests_of_codes(described: dict[str, Any]) -> list[str]:
-    """Returns the digests of the tokenizers that encode as the one with this config: its own first, then those that it
-    was trained from with encoder and codebook frozen. Loading it checks that they did not change since."""
-    recorded = described["provenance"].get("same_codes")
-    digests = recorded.get("digests") if isinstance(recorded, dict) else None
-    return [described["digest"], *(digests if isinstance(digests, list) else [])]
 
 
 def _two_files(folder: Path, described: dict[str, Any]) -> dict[str, Path | bytes]:

@@ -178,7 +178,7 @@ def _read(path: Path, names: Sequence[str]) -> np.ndarray | None:
     try:
         return opened[chosen[0]] if chosen else None
     except _DAMAGED as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); save it with numpy.savez") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}); save it with numpy.savez") from error
 
 
 def _open(path: Path) -> Any:
