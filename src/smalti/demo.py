@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import save_example_fills
 from smalti.commands.model_paths import RUNS, load_only_prior, load_prior, shipped_models
-from smalti.commands.sample import Sample, generate_images, sample
+from smalti.commands.sample import Sample, sample
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
 from smalti.core import locks

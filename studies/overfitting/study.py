@@ -15,8 +15,8 @@ from tyro.conf import Positional
 
 from smalti.benchmarks.comparison import in_spread
 from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.generating import generate_images
 from smalti.commands.model_paths import RUNS, load_only_prior, load_tokenizer
-from smalti.commands.sample import generate_images
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device

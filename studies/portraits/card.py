@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from smalti.commands.generating import generate_images
 from smalti.commands.model_paths import load_prior
-from smalti.commands.sample import generate_images
 from smalti.commands.train_tokenizer import save_reconstructions
 from smalti.core.devices import best_device
 from smalti.core.files import whole_file, write_json

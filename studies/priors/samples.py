@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.commands.class_labels import draw_labels
+from smalti.commands.generating import generate_codes, generate_images
 from smalti.commands.model_paths import load_prior, load_tokenizer
-from smalti.commands.sample import generate_codes, generate_images
 from smalti.core.devices import autocast, best_device
 from smalti.core.files import write_json
 from smalti.evaluation.config import EvaluationSettings

@@ -15,10 +15,10 @@ import torch
 from tyro.conf import Positional
 
 from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import save_example_fills
 from smalti.commands.model_paths import RUNS, load_prior
 from smalti.commands.presets import small64
-from smalti.commands.sample import generate_images
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import save_reconstructions, train_tokenizer
 from smalti.core.config import read_json

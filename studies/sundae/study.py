@@ -15,8 +15,8 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.generating import generate_images
 from smalti.commands.model_paths import RUNS, load_prior, prior_class
-from smalti.commands.sample import generate_images
 from smalti.commands.train_prior import TrainPrior, default_fit, grids, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device

@@ -10,8 +10,8 @@ import torch
 from helpers.command_toys import run, save_pair
 from PIL import Image
 
+from smalti.commands.generating import generate_codes, generate_images
 from smalti.commands.model_paths import load_prior
-from smalti.commands.sample import generate_codes, generate_images
 from smalti.images.decoding import to_uint8
 from smalti.images.sheets import CAPTION_SIZE, GAP, SMALLEST_SHOWN
 from smalti.priors.methods.sundae import SundaeSampling

@@ -12,9 +12,9 @@ from helpers.toys import log_probs, untrained_pair
 from PIL import Image
 
 import smalti
+from smalti.commands.generating import generate_levels
 from smalti.commands.inpainting import Filling, fill
 from smalti.commands.model_paths import load_prior, load_priors
-from smalti.commands.sample import generate_levels
 from smalti.core import models
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.commands.class_labels import class_names, find_classes
+from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import Filling, WorkingSize, callback_calls, fills, working_size
 from smalti.commands.model_paths import load_prior
-from smalti.commands.sample import generate_images
 from smalti.core.codes import Codes
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError

@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 import torch
 
 from smalti.commands.class_labels import draw_labels, first_names, label_counts, trained_classes
+from smalti.commands.generating import generate_codes
 from smalti.commands.model_paths import (
     LATENTS,
     PRIORS,
@@ -20,7 +21,6 @@ from smalti.commands.model_paths import (
     load_tokenizer,
     require_config,
 )
-from smalti.commands.sample import generate_codes
 from smalti.core import models
 from smalti.core.config import added, added_values, flatten, require_choices, store_paths
 from smalti.core.devices import Device, Precision, generators_kept

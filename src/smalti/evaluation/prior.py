@@ -13,7 +13,7 @@ from jaxtyping import Int64, Integer
 from torch import Tensor
 
 from smalti.commands.class_labels import class_names
-from smalti.commands.sample import generate_images
+from smalti.commands.generating import generate_images
 from smalti.core.randomness import Stream, choose
 from smalti.evaluation.config import PriorEvaluation
 from smalti.evaluation.image_sets import write_samples
