@@ -54,7 +54,7 @@ def load_prior(source: str | Path) -> Prior:
     Raises:
         UserError: if there is no prior, it is damaged, or its weights do not fit its config.
     """
-    return model_paths.load_only_prior(source)
+    return model_paths.load_prior(source)
 
 
 @torch.no_grad()

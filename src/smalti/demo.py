@@ -17,7 +17,7 @@ import torch
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import save_example_fills
-from smalti.commands.model_paths import RUNS, load_only_prior, load_prior, shipped_models
+from smalti.commands.model_paths import RUNS, load_prior, load_prior_with_tokenizer, shipped_models
 from smalti.commands.sample import Sample, sample
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
@@ -121,12 +121,12 @@ def _demo(config: Demo, settings: dict[str, Any]) -> None:
     if SHIPPED_MODEL in shipped_models("prior"):
         with _timed(seconds, "samples and fills of the shipped model"):
             print(_sample(config, SHIPPED_MODEL, SHIPPED_SAMPLES))
-            _fill(config, *load_prior(SHIPPED_MODEL, None), SHIPPED_MODEL, SHIPPED_FILLS)
+            _fill(config, *load_prior_with_tokenizer(SHIPPED_MODEL, None), SHIPPED_MODEL, SHIPPED_FILLS)
     latents, prior_folder = _train(config, seconds)
     with _timed(seconds, "samples"):
         _sample(config, str(prior_folder), SAMPLES)
         _animate(config, prior_folder)
-    prior, tokenizer = load_prior(str(prior_folder), None)
+    prior, tokenizer = load_prior_with_tokenizer(str(prior_folder), None)
     with _timed(seconds, "fills"):
         rows = _fill(config, prior, tokenizer, config.images, INPAINTING)
     tokenizer = tokenizer.cpu()
@@ -179,7 +179,7 @@ def _sample(config: Demo, prior: str, name: str) -> Path:
             sampling=config.sampling,
             prior=(prior,),
             num=config.samples,
-            classes=("all",) if load_only_prior(prior).classes else (),
+            classes=("all",) if load_prior(prior).classes else (),
             seed=config.seed,
             precision=config.precision,
             out=config.out / name,
@@ -192,7 +192,7 @@ def _sample(config: Demo, prior: str, name: str) -> Path:
 def _animate(config: Demo, prior_folder: Path) -> None:
     """Writes an animation of new images, one frame for each step of the sampler."""
     device = best_device()
-    prior, tokenizer = load_prior(str(prior_folder), None)
+    prior, tokenizer = load_prior_with_tokenizer(str(prior_folder), None)
     prior, tokenizer = prior.to(device), tokenizer.to(device)
     steps: list[Codes] = []
     generate_images(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smalti.commands.class_labels import draw_labels
 from smalti.commands.generating import generate_codes, generate_images
-from smalti.commands.model_paths import load_prior, load_tokenizer
+from smalti.commands.model_paths import load_prior_with_tokenizer, load_tokenizer
 from smalti.core.devices import autocast, best_device
 from smalti.core.files import write_json
 from smalti.evaluation.config import EvaluationSettings
@@ -134,7 +134,7 @@ class Evaluator:
 
 def loaded(folder: Path) -> tuple[Prior, Tokenizer]:
     """Returns a trained prior and its tokenizer, on the best device."""
-    prior, tokenizer = load_prior(str(folder), None)
+    prior, tokenizer = load_prior_with_tokenizer(str(folder), None)
     return prior.to(best_device()), tokenizer.to(best_device())
 
 

@@ -205,7 +205,7 @@ def images_for(
     )
 
 
-def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
+def load_prior_with_tokenizer(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
     """Loads a trained prior and the tokenizer of its codes, by default the copy in the prior's folder.
 
     Raises:
@@ -215,7 +215,7 @@ def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
     (prior,), decoder = _load((source,), tokenizer)
     if len(decoder.layout.levels) > 1:
         raise UserError(
-            f"{source} draws one of several levels; the page shows one level only: use sample.py or inpaint.py with a "
+            f"{source} draws one of several levels, so it cannot draw images alone; use sample.py or inpaint.py with a "
             "prior for each level"
         )
     return prior, decoder
@@ -225,7 +225,7 @@ def load_priors(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Pri
     """Loads the priors of all levels of a tokenizer, in any order; returns them coarsest first, and the tokenizer.
 
     Raises:
-        UserError: as `load_prior` does, or if there is not one prior for each level.
+        UserError: as `load_prior_with_tokenizer` does, or if there is not one prior for each level.
     """
     if not sources:
         raise UserError("--prior needs at least one prior")
@@ -274,13 +274,13 @@ def require_config(model_class: type[models.Checkpointed], config: object) -> No
 
 def _load(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:
     """Loads the priors in the given order, and the tokenizer that made the codes of all of them."""
-    priors = [load_only_prior(source) for source in sources]
+    priors = [load_prior(source) for source in sources]
     decoder = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_beside(priors[0])
     require_same_codes(priors, decoder, names=sources, decoder_name=tokenizer or f"the copy in {sources[0]}")
     return priors, decoder
 
 
-def load_only_prior(source: str | Path) -> Prior:
+def load_prior(source: str | Path) -> Prior:
     """Loads a trained prior, given by any name that `find_model` takes, without its tokenizer.
 
     Raises:

@@ -17,7 +17,7 @@ from smalti.commands.model_paths import (
     LATENTS,
     PRIORS,
     find_initial_model,
-    load_only_prior,
+    load_prior,
     load_tokenizer,
     require_config,
 )
@@ -151,7 +151,7 @@ def train_prior(config: TrainPrior[Any, Any], latents: LatentSet | None = None) 
     config, prior = _new_prior(config, latents)
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
-    other = load_only_prior(find_initial_model(config.init, "prior", folder)) if config.init else None
+    other = load_prior(find_initial_model(config.init, "prior", folder)) if config.init else None
     settings["init_digest"] = other.digest() if other else None
     with process.main_process_first():  # it may delete an earlier run
         off = added_values(config)
