@@ -27,8 +27,8 @@ from smalti.priors.methods.canvas import window_starts
 from smalti.priors.methods.sundae import Sundae, corrupt
 from smalti.scripts import reproduce as command
 from smalti.studies.priors import samples, training
+from smalti.studies.priors.hourglass_of_runs import RunsHourglass
 from smalti.studies.priors.report import pair_table
-from smalti.studies.priors.resampling_variants import RunsHourglass
 from smalti.studies.priors.samples import (
     HUNDRED_STEPS,
     SampleEvaluator,
