@@ -10,7 +10,7 @@ from smalti.core import models
 from smalti.core.config import config_from_json, read_json
 from smalti.core.errors import UserError
 from smalti.core.files import as_name, from_here
-from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
+from smalti.core.models import CONFIG_NAME, class_described, load, locate, read_config
 from smalti.core.progress import print_note
 from smalti.core.provenance import RUN_NAME
 from smalti.images.image_set import ImageSet
@@ -116,10 +116,9 @@ def trained_config(source: str, family: models.Family) -> TrainedConfig:
         UserError: as `find_model` does, or if the folder holds no model of this family.
     """
     folder = find_model(source, family)
-    cls = class_of_checkpoint(folder, family)
-    return TrainedConfig(
-        cls, config_from_json(cls.config_class, read_config(folder)["config"], str(folder / CONFIG_NAME))
-    )
+    described = read_config(folder)
+    cls = class_described(described, folder, family)
+    return TrainedConfig(cls, config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
 
 
 def shipped_models(family: models.Family) -> list[str]:
@@ -252,11 +251,12 @@ def prior_class(source: str) -> type[Prior]:
     """Returns the class of a prior, given by any name that `find_model` takes, without loading its weights.
 
     Raises:
-        UserError: as `find_model` and `smalti.core.models.class_of_checkpoint` do.
+        UserError: as `find_model` and `smalti.core.models.class_described` do.
     """
     if source in models.kinds("prior"):
         return cast(type[Prior], models.class_of_kind("prior", source))
-    return cast(type[Prior], class_of_checkpoint(find_model(source, "prior"), "prior"))
+    folder = find_model(source, "prior")
+    return cast(type[Prior], class_described(read_config(folder), folder, "prior"))
 
 
 def require_config(model_class: type[models.Checkpointed], config: object) -> None:
