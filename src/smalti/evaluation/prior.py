@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64, Integer
 from torch import Tensor
 
-from smalti.commands.class_labels import class_names
+from smalti.commands.class_labels import numbers_of
 from smalti.commands.generating import generate_images
 from smalti.core.randomness import Stream, choose
 from smalti.evaluation.config import PriorEvaluation
@@ -71,7 +71,7 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
         "seconds_per_image": {"model": seconds / len(samples)},
     }
     labels = [
-        _classes(prior, real.labels, real.label_names).to(torch_device) if prior.classes else None for prior in priors
+        numbers_of(prior, real.labels, real.label_names).to(torch_device) if prior.classes else None for prior in priors
     ]
     scores |= _bits_per_code(priors, tokenizer, real.judged, labels)
     distances, indices = neighbours["model"]
@@ -117,9 +117,3 @@ def _bits_per_code(
             bits = float(torch.cat(nats).mean()) / math.log(2)
             scores[level_score("bits_per_code", level, len(priors))] = {"model": bits}
     return scores
-
-
-def _classes(prior: Prior, labels: Int64[Tensor, " n"], label_names: Sequence[str]) -> Int64[Tensor, " n"]:
-    """Returns the classes of a prior that have the names of images' labels; -1 if it has none of that name."""
-    numbers = {name: number for number, name in enumerate(class_names(prior))}
-    return torch.tensor([*(numbers.get(name, -1) for name in label_names), -1])[labels]
