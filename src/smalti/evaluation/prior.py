@@ -15,6 +15,7 @@ from torch import Tensor
 from smalti.commands.class_labels import numbers_of
 from smalti.commands.generating import generate_images
 from smalti.core.randomness import Stream, choose
+from smalti.evaluation.code_likelihood import nats_per_code
 from smalti.evaluation.config import PriorEvaluation
 from smalti.evaluation.image_sets import write_samples
 from smalti.evaluation.real_images import BATCH_SIZE, open_priors
@@ -109,9 +110,7 @@ def _bits_per_code(
         if isinstance(prior, CausalPrior):
             conditions = [None] * len(batches) if classes is None else classes.split(BATCH_SIZE)
             nats = [
-                prior.head.nll(
-                    prior.features(codes[level], condition=condition, upper=codes[:level]), codes[level].flatten(1)
-                ).double()
+                nats_per_code(prior, codes[level], condition=condition, upper=codes[:level])
                 for codes, condition in zip(batches, conditions, strict=True)
             ]
             bits = float(torch.cat(nats).mean()) / math.log(2)
