@@ -63,9 +63,9 @@ def find_model(source: str | Path, family: models.Family) -> Path:
         )
     if source in shipped:
         return _shipped_folder(source, family)
-    if source not in kinds:
+    folder = folder_of_kind(source, family)
+    if folder is None:
         return locate(source)
-    folder = (TOKENIZERS if family == "tokenizer" else PRIORS) / source
     if (folder / CONFIG_NAME).exists():
         return folder
     name = SHIPPED_DEFAULTS.get((family, source), "")
@@ -76,6 +76,11 @@ def find_model(source: str | Path, family: models.Family) -> Path:
         f"{folder} does not exist: train it first (python scripts/train_{family}.py --{family} {source}), "
         f"or give --{family} a folder or hub id"
     )
+
+
+def folder_of_kind(source: str, family: models.Family) -> Path | None:
+    """Returns the folder that a kind stands for, whether or not it exists; None if `source` is no kind."""
+    return (TOKENIZERS if family == "tokenizer" else PRIORS) / source if source in models.kinds(family) else None
 
 
 @cache
@@ -140,9 +145,9 @@ def image_inputs(images: str | None, *, priors: Sequence[str] = (), tokenizer: s
     Raises:
         UserError: for a config that is not smalti's.
     """
-    folders = [PRIORS / each if each in models.kinds("prior") else Path(each) for each in priors]
+    folders = [folder_of_kind(each, "prior") or Path(each) for each in priors]
     if tokenizer is not None:
-        folders.append(TOKENIZERS / tokenizer if tokenizer in models.kinds("tokenizer") else Path(tokenizer))
+        folders.append(folder_of_kind(tokenizer, "tokenizer") or Path(tokenizer))
     local = [folder for folder in folders if os.path.isfile(folder / CONFIG_NAME)]
     sources = [read_config(folder)["provenance"].get("image_source") for folder in local]
     return [path for source in (images, *sources) if isinstance(source, str) for path in local_paths(source)]
