@@ -203,10 +203,8 @@ class Study:
         latents, count = self.latents, self.config.samples
 
         def measure() -> dict[str, float]:
-            tokenizer = load_prior_with_tokenizer(str(self.trained(self.config.priors[0], 0)), None)[1].to(
-                best_device()
-            )
-            of_reconstructions = self.real.score_reconstructions(tokenizer)
+            _, tokenizer = load_prior_with_tokenizer(str(self.trained(self.config.priors[0], 0)), None)
+            of_reconstructions = self.real.score_reconstructions(tokenizer.to(best_device()))
             return {"real": self.real.floor(), **{f"reconstructions_{k}": v for k, v in of_reconstructions.items()}}
 
         return measure_once(latents.with_name(f"floors-of-{count}.json"), measure)
