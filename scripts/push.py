@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from smalti import cli
-from smalti.commands.model_paths import PRIORS, TOKENIZERS, require_same_codes, tokenizer_beside
+from smalti.commands.model_paths import folder_of_kind, require_same_codes, tokenizer_beside
 from smalti.core import locks, models
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import CARD_NAME
@@ -128,9 +128,8 @@ def _model_folder(source: str) -> Path:
     Raises:
         UserError: if there is none.
     """
-    folders = [TOKENIZERS / source] if source in models.kinds("tokenizer") else []
-    folders += [PRIORS / source] if source in models.kinds("prior") else []
-    existing = [each for each in (*folders, Path(source)) if os.path.isfile(each / models.CONFIG_NAME)]
+    folders = [folder_of_kind(source, "tokenizer"), folder_of_kind(source, "prior"), Path(source)]
+    existing = [each for each in folders if each and os.path.isfile(each / models.CONFIG_NAME)]
     if len(existing) > 1:
         print_note(
             f"note: {source!r} is a kind, so {existing[0]} is pushed, not the folder of this name; for the folder, "

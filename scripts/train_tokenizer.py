@@ -1,11 +1,12 @@
 """Trains a tokenizer; see `smalti.commands.train_tokenizer`."""
 
-from typing import Any
+from typing import Any, cast
 
 from smalti import cli
 from smalti.commands.presets import default_config
 from smalti.commands.train_tokenizer import TrainTokenizer, print_end_of_tokenizer, train_tokenizer
-from smalti.tokenizers.quantizers.registry import require_used
+from smalti.core import models
+from smalti.tokenizers.base import Tokenizer
 
 ABOUT = """Trains a tokenizer: a model that turns images into grids of codes, and back.
 
@@ -39,7 +40,8 @@ def defaults() -> tuple[Any, TrainTokenizer[Any]]:
 
 def train(config: TrainTokenizer[Any]) -> None:
     """Trains a tokenizer, unless a flag was given that its quantizer does not use."""
-    require_used(config.model, defaults()[1].model)
+    kind = cast(type[Tokenizer], models.class_of_kind("tokenizer", config.tokenizer))
+    kind.require_used(config.model, defaults()[1].model)
     print_end_of_tokenizer(train_tokenizer(config))
 
 

@@ -225,6 +225,30 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
             decoded[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = self.decode(codes, first)
         return decoded
 
+    @classmethod
+    def unused_settings(cls, config: ConfigT) -> tuple[str, set[str]]:
+        """Returns the choice in a config that leaves other settings unused, as errors name it, and those settings.
+
+        The default is that all are used.
+        """
+        return "", set()
+
+    @classmethod
+    def require_used(cls, config: ConfigT, defaults: ConfigT) -> None:
+        """Refuses a config with settings that it does not use, unless they are the defaults.
+
+        Args:
+            config: the config.
+            defaults: the config before the user changed it.
+
+        Raises:
+            UserError: naming the first such setting.
+        """
+        choice, unused = cls.unused_settings(config)
+        for field in sorted(unused):
+            if getattr(config, field, None) != getattr(defaults, field, None):
+                raise UserError(f"{choice} does not use --{field.replace('_', '-')}; leave it out")
+
     def collapse_remedy(self) -> str:
         """Returns advice against codebook collapse. It completes the sentence "Try ..." of a warning."""
         return "fewer codes, more images, or a lower --learning-rate"

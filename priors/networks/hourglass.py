@@ -187,19 +187,16 @@ class Stage(nn.Module):
         shorten: sides of patches, outermost first.
     """
 
-    down_class: ClassVar[type[nn.Module]] = LinearDown
-    up_class: ClassVar[type[nn.Module]] = LinearUp
-
     def __init__(self, config: HourglassConfig, depth: tuple[int, ...], shorten: tuple[int, ...]) -> None:
         super().__init__()
         self.before = Blocks(config, depth[0]) if depth[0] else None
         self.patch = (shorten[0], shorten[0]) if shorten else None  # rows and columns
         if shorten:
             positions = shorten[0] ** 2
-            self.down = self.down_class(config, positions)
+            self.down = LinearDown(config, positions)
             self.valley = type(self)(config, depth[1:-1], shorten[1:])  # the next stage, on patches
             self.norm = nn.LayerNorm(config.model_width)
-            self.up = self.up_class(config, positions)
+            self.up = LinearUp(config, positions)
             self.after = Blocks(config, depth[-1]) if depth[-1] else None
 
     def forward(
@@ -216,17 +213,10 @@ class Stage(nn.Module):
         patch_angles = to_patches(angles, grid, self.patch)[:, :, 0]  # 1 m a
         patch_grid = (-(-grid[0] // self.patch[0]), -(-grid[1] // self.patch[1]))
 
-        pooled = self.downsample(x, grid, angles)  # b m d
+        pooled = self.down(to_patches(x, grid, self.patch))  # b m d
         pooled = self.norm(self.valley(pooled, patch_grid, patch_angles))
         x = x + from_patches(self.up(pooled), grid, self.patch)
         return self.after(x, angles) if self.after else x
-
-    def downsample(
-        self, x: Float[Tensor, "b n d"], grid: tuple[int, int], _angles: Float[Tensor, "1 n a"]
-    ) -> Float[Tensor, "b m d"]:
-        """Returns one vector for each patch."""
-        assert self.patch is not None
-        return self.down(to_patches(x, grid, self.patch))
 
 
 @register

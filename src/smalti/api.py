@@ -16,8 +16,8 @@ from torch import Tensor
 
 from smalti.commands import model_paths
 from smalti.commands.class_labels import find_conditions
+from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import Filling, fills
-from smalti.commands.sample import generate_images
 from smalti.core.devices import Precision, generators_kept
 from smalti.core.errors import UserError, require_at_least_one, require_finite, whole_number
 from smalti.images.decoding import to_uint8
@@ -54,7 +54,7 @@ def load_prior(source: str | Path) -> Prior:
     Raises:
         UserError: if there is no prior, it is damaged, or its weights do not fit its config.
     """
-    return model_paths.load_only_prior(source)
+    return model_paths.load_prior(source)
 
 
 @torch.no_grad()

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 
 from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import save_example_fills
-from smalti.commands.model_paths import RUNS, load_only_prior, load_prior, shipped_models
-from smalti.commands.sample import Sample, generate_images, sample
+from smalti.commands.model_paths import RUNS, load_prior_with_tokenizer, shipped_models, trained_config
+from smalti.commands.sample import Sample, sample
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, save_reconstructions, train_tokenizer
 from smalti.core import locks
 from smalti.core.codes import Codes, perplexity
-from smalti.core.config import flatten
+from smalti.core.config import flatten, read_json
 from smalti.core.devices import Precision, best_device, resolve
 from smalti.core.errors import UserError, as_invoked, require_at_least_one
-from smalti.core.files import whole_file
+from smalti.core.files import whole_file, write_json
 from smalti.core.progress import print_note
 from smalti.core.provenance import last_metrics, versions
 from smalti.core.randomness import require_seed
@@ -99,7 +100,7 @@ def demo(config: Demo) -> Path:
     outputs, inputs = [*results, *shipped], local_paths(config.images)
     with locks.claim(outputs, folder=config.out, inputs=inputs, is_own=is_own):
         settings, done = json.loads(json.dumps(flatten(config), default=str)), config.out / DONE_NAME
-        if all(each.exists() for each in results) and json.loads(done.read_text())["settings"] == settings:
+        if all(each.exists() for each in results) and read_json(done)["settings"] == settings:
             print(
                 f"The demonstration is finished: see {results[0]} and the pictures beside it. Remove {config.out} to "
                 "redo it."
@@ -120,12 +121,12 @@ def _demo(config: Demo, settings: dict[str, Any]) -> None:
     if SHIPPED_MODEL in shipped_models("prior"):
         with _timed(seconds, "samples and fills of the shipped model"):
             print(_sample(config, SHIPPED_MODEL, SHIPPED_SAMPLES))
-            _fill(config, *load_prior(SHIPPED_MODEL, None), SHIPPED_MODEL, SHIPPED_FILLS)
+            _fill(config, *load_prior_with_tokenizer(SHIPPED_MODEL, None), SHIPPED_MODEL, SHIPPED_FILLS)
     latents, prior_folder = _train(config, seconds)
     with _timed(seconds, "samples"):
         _sample(config, str(prior_folder), SAMPLES)
-        _animate(config, prior_folder)
-    prior, tokenizer = load_prior(str(prior_folder), None)
+        prior, tokenizer = load_prior_with_tokenizer(str(prior_folder), None)
+        _animate(config, prior, tokenizer)
     with _timed(seconds, "fills"):
         rows = _fill(config, prior, tokenizer, config.images, INPAINTING)
     tokenizer = tokenizer.cpu()
@@ -134,8 +135,7 @@ def _demo(config: Demo, settings: dict[str, Any]) -> None:
     report = config.out / REPORT_NAME
     with whole_file(report) as partial:
         partial.write_text(text)
-    with whole_file(config.out / DONE_NAME) as partial:
-        partial.write_text(json.dumps({"settings": settings, "versions": versions(), "seconds": seconds}, indent=2))
+    write_json(config.out / DONE_NAME, {"settings": settings, "versions": versions(), "seconds": seconds})
     print(f"\n{text}\nSee {report} and the pictures beside it.")
 
 
@@ -178,7 +178,7 @@ def _sample(config: Demo, prior: str, name: str) -> Path:
             sampling=config.sampling,
             prior=(prior,),
             num=config.samples,
-            classes=("all",) if load_only_prior(prior).classes else (),
+            classes=("all",) if trained_config(prior, "prior").config.classes else (),
             seed=config.seed,
             precision=config.precision,
             out=config.out / name,
@@ -188,11 +188,9 @@ def _sample(config: Demo, prior: str, name: str) -> Path:
 
 
 @torch.no_grad()
-def _animate(config: Demo, prior_folder: Path) -> None:
+def _animate(config: Demo, prior: Prior, tokenizer: Tokenizer) -> None:
     """Writes an animation of new images, one frame for each step of the sampler."""
-    device = best_device()
-    prior, tokenizer = load_prior(str(prior_folder), None)
-    prior, tokenizer = prior.to(device), tokenizer.to(device)
+    prior, tokenizer = prior.to(best_device()), tokenizer.to(best_device())
     steps: list[Codes] = []
     generate_images(
         [prior],

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from smalti.benchmarks.comparison import synchronize
 from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.generating import generate_images
 from smalti.commands.model_paths import load_priors
-from smalti.commands.sample import generate_images
 from smalti.commands.train_prior import TrainPrior, default_fit, train_prior
 from smalti.core import models
 from smalti.core.devices import Precision, best_device

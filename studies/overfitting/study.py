@@ -15,8 +15,8 @@ from tyro.conf import Positional
 
 from smalti.benchmarks.comparison import in_spread
 from smalti.commands.build_latents import BuildLatents, build_latents
-from smalti.commands.model_paths import RUNS, load_only_prior, load_tokenizer
-from smalti.commands.sample import generate_images
+from smalti.commands.generating import generate_images
+from smalti.commands.model_paths import RUNS, load_prior, load_tokenizer
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device
@@ -142,7 +142,7 @@ class Overfitting:
     @torch.no_grad()
     def _scores(self, prior_folder: Path) -> dict[str, float]:
         device = best_device()
-        prior = load_only_prior(str(prior_folder)).to(device)
+        prior = load_prior(str(prior_folder)).to(device)
         tokenizer = load_tokenizer(str(self.tokenizer_folder)).to(device)
         images = generate_images([prior], tokenizer, num=self.config.samples, seed=0, sampling=prior.method.sampling())
         return self.real.score(to_uint8(images)).numbers

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from smalti.commands.model_paths import load_prior
-from smalti.commands.sample import generate_images
+from smalti.commands.generating import generate_images
+from smalti.commands.model_paths import load_prior_with_tokenizer
 from smalti.commands.train_tokenizer import save_reconstructions
 from smalti.core.codes import perplexity
 from smalti.core.devices import best_device
@@ -36,7 +36,7 @@ NEIGHBOURS_NAME, RECONSTRUCTIONS_NAME = "neighbours.png", "reconstructions.png"
 def reproduce_portraits(config: ReproducePortraits) -> None:
     """Trains the models of the package, exports them, and writes their card."""
     train(config)
-    prior, tokenizer = load_prior(str(config.package), None)
+    prior, tokenizer = load_prior_with_tokenizer(str(config.package), None)
     digests = f"{tokenizer.digest()[:12]}-{prior.digest()[:12]}"
     numbers = measure_once(config.out / f"card-{digests}.json", lambda: measure(config, prior, tokenizer))
     write_json(config.package / NUMBERS_NAME, numbers)

@@ -11,7 +11,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from smalti.commands.build_latents import BuildLatents, build_latents
-from smalti.commands.model_paths import RUNS, SHIPPED, load_only_prior, load_tokenizer
+from smalti.commands.model_paths import RUNS, SHIPPED, load_prior, load_tokenizer
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision
@@ -87,7 +87,7 @@ def train(config: ReproducePortraits) -> None:
 
 def export(config: ReproducePortraits) -> None:
     """Writes the prior and its tokenizer in half precision, as one folder that `load_prior` reads."""
-    _save_half(load_only_prior(str(config.prior_run)), config.package)
+    _save_half(load_prior(str(config.prior_run)), config.package)
     shutil.copytree(config.rounded_tokenizer, config.package / "tokenizer", dirs_exist_ok=True)
 
 

@@ -12,14 +12,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from smalti.benchmarks.comparison import in_spread
-from smalti.benchmarks.run import insert
 from smalti.core.devices import resolve
-from smalti.core.files import whole_file
-from smalti.core.provenance import machine
 from smalti.images.sheets import save_sheet
+from smalti.studies.experiment import picture_path, save_figure, write_section
 from smalti.studies.priors.samples import (
     Draw,
-    Evaluator,
+    SampleEvaluator,
     canvases,
     differences_across,
     draws,
@@ -63,8 +61,8 @@ def reproduce_priors(config: ReproducePriors) -> None:
 def write(config: ReproducePriors, part: Part, text: str) -> None:
     """Inserts a part into the report, with the machine and the budget."""
     batch = SETUPS["samplers" if part == "canvas" else part].batch * config.factor
-    budget = f"tokenizer {config.tokenizer_steps} steps, priors in batches of {batch}"
-    insert(config.out, f"{config.data} {part}", f"{text}\n\n{machine()}; {budget}, {resolve(config.precision)}.")
+    budget = f"tokenizer {config.tokenizer_steps} steps, priors in batches of {batch}, {resolve(config.precision)}"
+    write_section(config.out, f"{config.data} {part}", text, budget)
 
 
 def pair(part: PairPart, config: ReproducePriors) -> None:
@@ -141,7 +139,7 @@ def samplers(config: ReproducePriors) -> None:
     """Trains the three priors, then evaluates each sampler at each number of steps."""
     steps = equal_time_steps("samplers", config)
     folders = {name: trained(Cell("samplers", name, steps[name]), config) for name in steps}
-    evaluator, scores, variants = Evaluator(config), {}, draws(config)
+    evaluator, scores, variants = SampleEvaluator(config), {}, draws(config)
     for draw in variants:
         scores[draw] = evaluator.evaluate(draw, folders[draw.model])
         write(config, "samplers", samplers_table(config, scores, evaluator.floors(), steps))
@@ -198,8 +196,7 @@ def plot(config: ReproducePriors, scores: dict[Draw, dict[str, float]], floors: 
     for axes in (left, right):
         axes.axhline(floors["their reconstructions"], linestyle="--", color="#999999", label="reconstructions")
     left.legend()
-    with whole_file(picture(config, "steps")) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=100)
+    save_figure(figure, picture(config, "steps"))
 
 
 def canvas(config: ReproducePriors) -> None:
@@ -241,4 +238,4 @@ def caption(draw: Draw) -> str:
 
 def picture(config: ReproducePriors, name: str) -> Path:
     """Returns the path of a picture of the report."""
-    return config.out.with_name(f"{config.out.stem}-{config.data}-{name}.png")
+    return picture_path(config.out, config.data, name)

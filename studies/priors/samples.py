@@ -5,10 +5,8 @@ Which priors there are is in `study.py`, the written report in `report.py`.
 Legend: b canvases, c channels, h w pixels, t tiles.
 """
 
-import json
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,21 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.commands.class_labels import draw_labels
-from smalti.commands.model_paths import load_prior, load_tokenizer
-from smalti.commands.sample import generate_codes, generate_images
+from smalti.commands.generating import generate_codes, generate_images
+from smalti.commands.model_paths import load_prior_with_tokenizer
 from smalti.core.devices import autocast, best_device
-from smalti.core.files import write_json
 from smalti.evaluation.config import EvaluationSettings
 from smalti.evaluation.real_images import RealImages, real_for
-from smalti.images.decoding import to_float, to_uint8
+from smalti.images.decoding import to_uint8
 from smalti.metrics.extractors import find_extractor
 from smalti.priors.base import Prior
 from smalti.priors.methods.autoregressive import AncestralSampling
 from smalti.priors.methods.canvas import window_starts
 from smalti.priors.methods.masked import MaskedSampling
 from smalti.priors.methods.sundae import SundaeSampling
+from smalti.studies.experiment import FrechetEvaluator, Trial
 from smalti.studies.priors.study import SETUPS, ReproducePriors
-from smalti.studies.priors.training import keyed, tokenizer_of
+from smalti.studies.priors.training import digest_of, keyed, tokenizer_of
 from smalti.tokenizers.base import Tokenizer
 
 ROWS_AT_ONCE = 64
@@ -82,59 +80,57 @@ def proportion(steps: int) -> tuple[float, float]:
     return first, last
 
 
-class Evaluator:
-    """Measures Fréchet distances to real images; results are cached in the runs' folders."""
+class SampleEvaluator(FrechetEvaluator):
+    """Measures Fréchet distances to real images; results are kept in the runs' folders.
+
+    Args:
+        config: of the study.
+    """
 
     def __init__(self, config: ReproducePriors) -> None:
-        self._config, self._device = config, best_device()
         folder = tokenizer_of(SETUPS["samplers"].grid, config).out
         assert folder is not None
-        self._folder: Path = folder
+        self._config, self._trial = config, Trial(folder)
+        self._settings = {name: getattr(config, name) for name in ("images", "num", "reference", "precision")}
+        super().__init__(digest_of(self._settings), self._read_real)
 
-    @cached_property
-    def _extractor(self) -> Any:
-        return find_extractor("lite0", self._device)
-
-    @cached_property
-    def _real(self) -> RealImages:
+    def _read_real(self) -> RealImages:
         config = self._config
         settings = EvaluationSettings(images=config.images, num=config.num, reference=config.reference)
-        return real_for(settings, load_tokenizer(str(self._folder)), self._extractor)
+        return real_for(settings, self._trial.tokenizer(), find_extractor("lite0", best_device()))
 
-    @torch.no_grad()
     def floors(self) -> dict[str, float]:
         """Returns the distances of held-out images and of their reconstructions by the tokenizer."""
-        path = self._folder / f"{keyed('floors', self._settings())}.json"
-        if not path.exists():
-            tokenizer = load_tokenizer(str(self._folder)).to(self._device)
-            batches = [batch.to(self._device) for batch in to_float(self._real.judged).split(ROWS_AT_ONCE)]
-            decoded = torch.cat([to_uint8(tokenizer.decode(tokenizer.encode(batch))).cpu() for batch in batches])
-            held_out = self._real.distance(self._real.judged)
-            write_json(path, {"held-out images": held_out, "their reconstructions": self._real.distance(decoded)})
-        return json.loads(path.read_text())
+
+        def measure() -> dict[str, float]:
+            decoded = self.reconstruction_scores(self._trial.tokenizer(), ROWS_AT_ONCE)
+            return {
+                "held-out images": self.held_out_scores()["frechet"],
+                "their reconstructions": decoded["frechet"],
+            }
+
+        return self.result(self._trial, "floors", measure)
 
     def evaluate(self, draw: Draw, folder: Path) -> dict[str, float]:
         """Returns the Fréchet distance of a prior's samples, and the seconds per image.
 
         Without a GPU the seconds are CPU time, so that other work on the machine does not count.
         """
-        path = folder / f"{keyed('samples', {**self._settings(), 'sampling': repr(draw.sampling)})}.json"
-        if not path.exists():
-            clock = time.perf_counter if self._device.type == "cuda" else time.process_time
-            pair, count = loaded(folder), len(self._real.judged)
+
+        def measure() -> dict[str, float]:
+            clock = time.perf_counter if best_device().type == "cuda" else time.process_time
+            pair, count = loaded(folder), len(self.real.judged)
             start = clock()
             images = to_uint8(sample_images(draw, pair, count, self._config))
             seconds = (clock() - start) / count
-            write_json(path, {"frechet": self._real.distance(images), "seconds": seconds, "images": count})
-        return json.loads(path.read_text())
+            return {**self.scores(images), "seconds": seconds, "images": count}
 
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self._config, name) for name in ("images", "num", "reference", "precision")}
+        return Trial(folder).result(keyed("samples", {**self._settings, "sampling": repr(draw.sampling)}), measure)
 
 
 def loaded(folder: Path) -> tuple[Prior, Tokenizer]:
     """Returns a trained prior and its tokenizer, on the best device."""
-    prior, tokenizer = load_prior(str(folder), None)
+    prior, tokenizer = load_prior_with_tokenizer(str(folder), None)
     return prior.to(best_device()), tokenizer.to(best_device())
 
 

@@ -14,7 +14,7 @@ from smalti.core.devices import Precision
 from smalti.core.errors import require_at_least_one
 from smalti.evaluation.config import EvaluationSettings
 from smalti.priors.methods.sundae import SundaeSampling
-from smalti.studies.priors.resampling_variants import RunsHourglass
+from smalti.studies.priors.hourglass_of_runs import RunsHourglass
 
 ResamplingPart: TypeAlias = Literal["resampling", "resampling-outer", "resampling-16", "resampling-outer-16"]
 PositionPart: TypeAlias = Literal["positions", "positions-16", "positions-maskgit", "positions-transformer"]

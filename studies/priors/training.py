@@ -33,8 +33,8 @@ from smalti.latentsets.reader import LatentSet
 from smalti.priors.base import CodePrior
 from smalti.priors.grids import grids
 from smalti.priors.methods.sundae import SUNDAE, corrupt
-from smalti.studies.experiment import count_parameters
-from smalti.studies.flat_codes import flatten_codes
+from smalti.studies.experiment import count_parameters, measure_once
+from smalti.studies.flat_codes import flat_latents
 from smalti.studies.priors.study import DEFAULTS, POSITIONS, SETUPS, Cell, Grid, Model, Part, ReproducePriors
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.training.config import FitConfig
@@ -48,10 +48,15 @@ REPETITIONS = 5
 """Training steps of each model that are timed."""
 
 
+def digest_of(settings: dict[str, Any]) -> str:
+    """Returns a digest of the settings that affect a result, for the name of its file or folder."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LETTERS]
+
+
 def keyed(name: str, settings: dict[str, Any]) -> str:
     """Returns the name with a digest of the settings that affect a result."""
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LETTERS]}"
+    return f"{name}-{digest_of(settings)}"
 
 
 def tokenizer_of(grid: Grid, config: ReproducePriors) -> TrainTokenizer[HRVQConfig]:
@@ -88,12 +93,7 @@ def latents_of(grid: Grid, config: ReproducePriors, *, flat: bool = False) -> Pa
     path = config.work / f"{tokenizer.out.name.replace('tokenizer', 'latents')}.h5"
     if not path.exists():
         build_latents(BuildLatents(tokenizer=str(train_tokenizer(tokenizer)), flips=False, out=path))
-    if not flat:
-        return path
-    flat_path = path.with_stem(f"{path.stem}-flat")
-    if not flat_path.exists():
-        flatten_codes(LatentSet(path), flat_path)
-    return flat_path
+    return flat_latents(path) if flat else path
 
 
 def trained(cell: Cell, config: ReproducePriors) -> Path:
@@ -175,11 +175,12 @@ def step_seconds(part: Part, config: ReproducePriors) -> dict[str, float]:
     batch = setup.batch * config.factor
     models = {name: (kind, flatten(settings)) for name, (kind, settings) in networks.items()}
     affecting = {"models": models, "batch": batch, "precision": resolve(config.precision), "device": best_device()}
-    path = config.work / f"{keyed(f'seconds-{part}', affecting)}.json"
-    if not path.exists():
+
+    def measure() -> dict[str, float]:
         variants = [Variant(name, training_step(*model, batch, config.precision)) for name, model in networks.items()]
-        write_json(path, dict(zip(networks, medians(Comparison(part, variants), REPETITIONS), strict=True)))
-    return json.loads(path.read_text())
+        return dict(zip(networks, medians(Comparison(part, variants), REPETITIONS), strict=True))
+
+    return measure_once(config.work / f"{keyed(f'seconds-{part}', affecting)}.json", measure)
 
 
 def training_step(

@@ -66,6 +66,6 @@ def search_milliseconds(tokenizer: Tokenizer, images: ImageSet) -> float:
 @torch.no_grad()
 def nats_of_images(prior_folder: Path, latents: LatentSet) -> float:
     """Returns -ln p of the codes of a held-out image by a causal prior, the mean over the images."""
-    prior = load_prior(str(prior_folder), None)[0].to(best_device()).eval()
+    prior = load_prior(str(prior_folder)).to(best_device()).eval()
     (per_code,) = count_bits([prior], latents).per_code
     return per_code * latents.layout.levels[0].positions * math.log(2)

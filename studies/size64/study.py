@@ -15,10 +15,10 @@ import torch
 from tyro.conf import Positional
 
 from smalti.commands.build_latents import BuildLatents, build_latents
+from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import save_example_fills
-from smalti.commands.model_paths import RUNS, load_prior
+from smalti.commands.model_paths import RUNS, load_prior_with_tokenizer
 from smalti.commands.presets import small64
-from smalti.commands.sample import generate_images
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import save_reconstructions, train_tokenizer
 from smalti.core.codes import perplexity
@@ -155,7 +155,7 @@ def finished(cell: Cell, images: str, config: ReproduceSize64) -> dict[str, Any]
     folder = folder_of(cell, images, config)
     if not (folder / "prior" / CONFIG_NAME).exists():
         return None
-    prior, tokenizer = load_prior(str(folder / "prior"), None)
+    prior, tokenizer = load_prior_with_tokenizer(str(folder / "prior"), None)
     scores = scores_of(folder, tokenizer, prior, config)
     return read_json(scores) if scores.exists() else None
 
@@ -181,7 +181,7 @@ class RealImagesOnce:
 @torch.no_grad()
 def measured(folder: Path, real: RealImagesOnce, config: ReproduceSize64) -> dict[str, Any]:
     """Returns what is measured of a finished cell, and writes its sheets into its folder."""
-    prior, tokenizer = load_prior(str(folder / "prior"), None)
+    prior, tokenizer = load_prior_with_tokenizer(str(folder / "prior"), None)
     prior, tokenizer = prior.to(best_device()), tokenizer.to(best_device())
 
     def measure() -> dict[str, Any]:

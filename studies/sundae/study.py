@@ -15,8 +15,8 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from smalti.commands.build_latents import BuildLatents, build_latents
-from smalti.commands.model_paths import RUNS, load_prior, prior_class
-from smalti.commands.sample import generate_images
+from smalti.commands.generating import generate_images
+from smalti.commands.model_paths import RUNS, load_prior, load_prior_with_tokenizer, prior_class
 from smalti.commands.train_prior import TrainPrior, default_fit, grids, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device
@@ -185,7 +185,7 @@ class Study:
                 "held_out_loss": logged["held_out_loss"],
                 "bits": logged.get("held_out_bits_per_code"),
                 "steps": self.steps[prior],
-                "parameters": count_parameters(load_prior(str(folder), None)[0]),
+                "parameters": count_parameters(load_prior(str(folder))),
             }
 
         return measure_once(folder / f"{name}.json", measure)
@@ -193,7 +193,7 @@ class Study:
     @torch.no_grad()
     def draw(self, folder: Path, sampling: Any, count: int) -> Tensor:
         """Returns the first samples of seed 0, uint8 `(n, c, h, w)`."""
-        prior, tokenizer = load_prior(str(folder), None)
+        prior, tokenizer = load_prior_with_tokenizer(str(folder), None)
         device = best_device()
         images = generate_images([prior.to(device)], tokenizer.to(device), num=count, seed=0, sampling=sampling)
         return to_uint8(images)
@@ -203,8 +203,8 @@ class Study:
         latents, count = self.latents, self.config.samples
 
         def measure() -> dict[str, float]:
-            tokenizer = load_prior(str(self.trained(self.config.priors[0], 0)), None)[1].to(best_device())
-            of_reconstructions = self.real.score_reconstructions(tokenizer)
+            _, tokenizer = load_prior_with_tokenizer(str(self.trained(self.config.priors[0], 0)), None)
+            of_reconstructions = self.real.score_reconstructions(tokenizer.to(best_device()))
             return {"real": self.real.floor(), **{f"reconstructions_{k}": v for k, v in of_reconstructions.items()}}
 
         return measure_once(latents.with_name(f"floors-of-{count}.json"), measure)

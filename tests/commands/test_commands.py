@@ -24,7 +24,7 @@ from helpers.toys import log_probs
 from PIL import Image
 
 from smalti.commands import train_prior as prior_training
-from smalti.commands.model_paths import load_prior
+from smalti.commands.model_paths import load_prior_with_tokenizer
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.priors.methods.autoregressive import LikelihoodConfig
@@ -323,7 +323,7 @@ def test_a_transformer_is_trained_sampled_inpainted_and_evaluated(latents, works
     assert run(capfd, evaluate.main, *score, "--precision", "fp32", "--out", "scores.json")[0] == 0
     (scored,) = json.loads((workspace / "scores.json").read_text())["scores"]["bits_per_code"].values()
     rows = ImageRows(open_images("more", height=8, width=8), split="held_out", flips=False)
-    trained, encoder = load_prior("causal", None)
+    trained, encoder = load_prior_with_tokenizer("causal", None)
     (codes,) = encoder.encode(to_float(rows.__getitems__(range(len(rows)))["images"]))
     log_p_table = log_probs(trained.head, trained.features(codes)).detach()
     log_p = log_p_table.gather(-1, codes.flatten(1)[..., None])

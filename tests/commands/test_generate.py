@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers.toys import untrained_pair
 
-from smalti.commands.sample import Sample, generate_codes, sample
+from smalti.commands.generating import generate_codes
+from smalti.commands.sample import Sample, sample
 from smalti.core.devices import autocast, device
 from smalti.core.errors import UserError
 from smalti.priors.methods.sundae import SundaeSampling

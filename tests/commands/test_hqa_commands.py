@@ -13,8 +13,6 @@ from helpers.build_toys import trained_in
 from helpers.command_toys import run
 from PIL import Image
 
-from smalti.commands import feature_cache
-from smalti.commands.feature_cache import with_feature_cache
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
 from smalti.core.models import load
@@ -25,6 +23,8 @@ from smalti.latentsets.packed_file import bits_per_image, read_codes, write_code
 from smalti.latentsets.reader import LatentSet
 from smalti.metrics.image_errors import mse
 from smalti.scripts import build_latents, compress, sample, train_prior, train_tokenizer
+from smalti.tokenizers.hqa import feature_cache
+from smalti.tokenizers.hqa.feature_cache import with_feature_cache
 from smalti.training.accelerator import accelerator
 from smalti.training.run_folder import METRICS_NAME, RUN_NAME, Run
 

@@ -13,7 +13,6 @@ from smalti.commands import model_paths
 from smalti.commands.model_paths import (
     find_model,
     layer_source,
-    load_only_prior,
     load_tokenizer,
     prior_class,
     tokenizer_beside,
@@ -35,7 +34,7 @@ def test_models_of_the_package_are_found_by_name(shipped):
     assert model_paths.shipped_models("prior") == model_paths.shipped_models("tokenizer") == ["portraits"]
     assert find_model("portraits", "prior") == shipped
     assert find_model("portraits", "tokenizer") == shipped / "tokenizer"
-    prior = load_only_prior("portraits")
+    prior = load_prior("portraits")
     assert prior_class("portraits") is type(prior)
     assert tokenizer_beside(prior).digest() == load_tokenizer("portraits").digest()
 
@@ -92,7 +91,7 @@ def test_missing_parts_of_a_local_model_are_not_requested_from_the_hub(tmp_path,
     HQA(TINY["hqa"]).save("models/hqa")
     with fake_hub.in_use(monkeypatch, tmp_path / "cache") as hub:
         with pytest.raises(UserError, match="copy of its tokenizer is missing: put it at models/faces/tokenizer, or"):
-            tokenizer_beside(load_only_prior("models/faces"))
+            tokenizer_beside(load_prior("models/faces"))
         with pytest.raises(
             UserError,
             match=r"models/hqa/layer-1 with the first layers of models/hqa is missing, .*every pushed model; copy",

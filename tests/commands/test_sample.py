@@ -10,8 +10,8 @@ import torch
 from helpers.command_toys import run, save_pair
 from PIL import Image
 
-from smalti.commands.model_paths import load_prior
-from smalti.commands.sample import generate_codes, generate_images
+from smalti.commands.generating import generate_codes, generate_images
+from smalti.commands.model_paths import load_prior_with_tokenizer
 from smalti.images.decoding import to_uint8
 from smalti.images.sheets import CAPTION_SIZE, GAP, SMALLEST_SHOWN
 from smalti.priors.methods.sundae import SundaeSampling
@@ -43,7 +43,7 @@ def pictures(sheet, count, height=8, width=16):
 
 
 def test_the_default_name_is_numbered_if_samples_of_another_prior_are_there(capfd):
-    prior, tokenizer = load_prior("pair", None)
+    prior, tokenizer = load_prior_with_tokenizer("pair", None)
     next(prior.parameters()).data += 1
     prior.save(Path("other"))
     tokenizer.save(Path("other/tokenizer"))
@@ -64,7 +64,7 @@ def test_single_files_hold_their_number_and_settings(capfd):
     settings = [json.loads(file.text["smalti"]) for file in files]
     assert [each["number"] for each in settings] == list(range(11))
     assert settings[4]["seed"] == 3
-    prior, tokenizer = load_prior("pair", None)
+    prior, tokenizer = load_prior_with_tokenizer("pair", None)
     again = generate_images(
         [prior], tokenizer, num=11, seed=3, sampling=SundaeSampling(steps=settings[0]["steps"]), precision="fp32"
     )
@@ -90,7 +90,7 @@ def test_an_animation_shows_every_sampling_step(capfd):
         for index in range(3):
             moving.seek(index)
             frames.append(pictures(moving.convert("RGB"), 11))
-    prior, tokenizer = load_prior("pair", None)
+    prior, tokenizer = load_prior_with_tokenizer("pair", None)
     steps = []
     labels = torch.ones(11, dtype=torch.int64)
     sampling = SundaeSampling(steps=3)
@@ -104,7 +104,7 @@ def test_an_animation_shows_every_sampling_step(capfd):
 
 def test_a_class_that_is_given_twice_is_drawn_twice_in_turn(capfd):
     assert run(capfd, sample.main, *FLAGS, "--classes", "1", "1", "0", "--files", "--out", "turns.png")[0] == 0
-    prior, tokenizer = load_prior("pair", None)
+    prior, tokenizer = load_prior_with_tokenizer("pair", None)
     options = {"num": 11, "seed": 0, "sampling": SundaeSampling(steps=3), "precision": "fp32"}
     expected = to_uint8(generate_images([prior], tokenizer, conditions=[1, 1, 0], **options)).permute(0, 2, 3, 1)
     files = np.stack([np.array(Image.open(path)) for path in sorted(Path("turns").iterdir())])

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from smalti import LatentSet
-from smalti.commands.sample import generate_codes
+from smalti.commands.generating import generate_codes
 from smalti.core.errors import UserError
 from smalti.core.models import load
 from smalti.core.randomness import Stream, derive, row_seeds

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers.toys import log_probs
 
-from smalti.evaluation.prior import _bits_per_code, _classes
+from smalti.commands.class_labels import numbers_of
+from smalti.evaluation.prior import _bits_per_code
 from smalti.images.decoding import to_float
 from smalti.priors.networks.pixelcnn import PixelCNN, PixelCNNConfig
 from smalti.tokenizers.vq.hrvq import HRVQ, HRVQConfig
@@ -25,7 +26,7 @@ def test_bits_are_given_the_class_of_each_image():
     torch.manual_seed(0)
     tokenizer = HRVQ(HRVQConfig(height=4, width=4, widths=(8,), branching=5, depth=1)).eval()
     prior, images = conditional_prior(5), torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
-    labels = _classes(prior, torch.tensor([0, 1, 2, 1, -1, 2]), ("bird", "dog", "cat"))
+    labels = numbers_of(prior, torch.tensor([0, 1, 2, 1, -1, 2]), ("bird", "dog", "cat"))
     assert labels.tolist() == [-1, 1, 0, 1, -1, 0]
     scored = _bits_per_code([prior], tokenizer, images, [labels])["bits_per_code"]["model"]
     (codes,) = tokenizer.encode(to_float(images))

@@ -44,9 +44,9 @@ def without_blocks(stage: Stage) -> Stage:
     return stage
 
 
-def stage_of(cls: type[Stage] = Stage, shorten: int = 2, **changes: Any) -> Stage:
+def stage_of(shorten: int = 2, **changes: Any) -> Stage:
     torch.manual_seed(0)
-    return cls(replace(TINY, **changes), (1, 1, 1), (shorten,))
+    return Stage(replace(TINY, **changes), (1, 1, 1), (shorten,))
 
 
 def resampling_of(stage: Stage, h: int, w: int) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from helpers.toys import log_probs
 from torch.nn import functional as F
 
 from smalti.commands.class_labels import draw_labels, find_classes, find_conditions, label_counts, trained_classes
-from smalti.commands.sample import generate_codes
+from smalti.commands.generating import generate_codes
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
 from smalti.priors.methods.sundae import Sundae, SundaeConfig, SundaeSampling, sample_sundae

@@ -12,9 +12,9 @@ from helpers.toys import log_probs, untrained_pair
 from PIL import Image
 
 import smalti
+from smalti.commands.generating import generate_levels
 from smalti.commands.inpainting import Filling, fill
-from smalti.commands.model_paths import load_prior, load_priors
-from smalti.commands.sample import generate_levels
+from smalti.commands.model_paths import load_prior_with_tokenizer, load_priors
 from smalti.core import models
 from smalti.core.codes import Layout, Level
 from smalti.core.errors import UserError
@@ -175,8 +175,8 @@ def test_all_levels_inpaint_as_one_model(place, capfd):
         assert run(inpaint.main, *flags.split()) == 0
     assert (place / "fill-t.png").exists()
     assert Image.open(place / "fill-t.png").tobytes() == Image.open(place / "fill-b.png").tobytes()
-    with pytest.raises(UserError, match="top draws one of several levels; the page shows one"):
-        load_prior("top", None)
+    with pytest.raises(UserError, match="top draws one of several levels, so it cannot draw images alone"):
+        load_prior_with_tokenizer("top", None)
 
 
 @pytest.mark.parametrize(

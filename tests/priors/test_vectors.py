@@ -8,7 +8,7 @@ import torch
 from helpers import toys
 
 from smalti.commands.class_labels import draw_conditions, find_conditions
-from smalti.commands.sample import generate_codes, generate_levels
+from smalti.commands.generating import generate_codes, generate_levels
 from smalti.core import models
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds

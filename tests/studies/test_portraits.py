@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from helpers.image_toys import write_patches
 
-from smalti.commands.model_paths import load_prior
+from smalti.commands.model_paths import load_prior_with_tokenizer
 from smalti.studies.portraits import card, recipe
 
 
@@ -22,7 +22,7 @@ def test_recipe_exports_models_in_half_precision_and_writes_their_card(tmp_path,
     steps = {"tokenizer_steps": 2, "prior_steps": 2}
     config = recipe.ReproducePortraits("portraits", images=images, **steps, out=tmp_path / "runs", package=package)
     card.reproduce_portraits(config)
-    prior, tokenizer = load_prior(str(package), None)
+    prior, tokenizer = load_prior_with_tokenizer(str(package), None)
     assert all(each.equal(each.half().float()) for each in prior.state_dict().values() if each.dtype == torch.float32)
     numbers = json.loads((package / "card.json").read_text())
     assert (numbers["tokenizer"]["digest"], numbers["prior"]["digest"]) == (tokenizer.digest(), prior.digest())

@@ -27,11 +27,11 @@ from smalti.priors.methods.canvas import window_starts
 from smalti.priors.methods.sundae import Sundae, corrupt
 from smalti.scripts import reproduce as command
 from smalti.studies.priors import samples, training
+from smalti.studies.priors.hourglass_of_runs import RunsHourglass
 from smalti.studies.priors.report import pair_table
-from smalti.studies.priors.resampling_variants import RunsHourglass
 from smalti.studies.priors.samples import (
     HUNDRED_STEPS,
-    Evaluator,
+    SampleEvaluator,
     canvases,
     columns,
     differences_across,
@@ -168,7 +168,7 @@ def test_flat_codes_are_the_same_codes_with_one_digit(folder):
 
 
 def test_distances_equal_those_of_the_evaluate_command(folder):
-    steps, evaluator = equal_time_steps("samplers", CONFIG), Evaluator(CONFIG)
+    steps, evaluator = equal_time_steps("samplers", CONFIG), SampleEvaluator(CONFIG)
     settings = EvaluationSettings(images="img", num=4, reference=8, precision="fp32")
     for draw in draws(CONFIG):
         run = trained(Cell("samplers", draw.model, steps[draw.model]), CONFIG)

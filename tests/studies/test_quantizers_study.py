@@ -10,7 +10,7 @@ from helpers.image_toys import write_patches
 from PIL import Image
 
 from smalti import UserError
-from smalti.commands.model_paths import load_only_prior, load_tokenizer
+from smalti.commands.model_paths import load_prior, load_tokenizer
 from smalti.core.codes import Level
 from smalti.evaluation.code_likelihood import count_bits
 from smalti.images.decoding import to_float
@@ -76,7 +76,7 @@ def test_quantizers_are_trained_once_and_measured_on_held_out_images(tmp_path):
     assert result["codes_used"] == len(shares)
     assert result["perplexity"] == pytest.approx(torch.exp(-(shares * shares.log()).sum()).item(), rel=1e-4)
     assert result["seconds"] > 0
-    prior = load_only_prior(str(folder / "transformer-2steps"))
+    prior = load_prior(str(folder / "transformer-2steps"))
     (per_code,) = count_bits([prior.eval()], LatentSet(folder / "latents.h5")).per_code
     nats = study.result(linked, 8, 9, 1)["nats"]
     assert nats == pytest.approx(per_code * math.log(2) * 64)

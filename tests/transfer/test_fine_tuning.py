@@ -10,7 +10,7 @@ import torch
 from helpers.build_toys import one_thread, write_images
 from helpers.command_toys import run
 
-from smalti.commands.model_paths import load_only_prior, load_tokenizer
+from smalti.commands.model_paths import load_prior, load_tokenizer
 from smalti.core.models import read_config
 from smalti.images.decoding import to_float
 from smalti.images.image_set import open_images
@@ -74,7 +74,7 @@ def test_a_run_that_starts_from_the_package_by_the_name_of_its_kind_resumes(trai
     assert run(capfd, module.main, *command, "--steps", "2")[0] == 0
     own = f"runs/{family}s/{kind}"
     run_json = json.loads((trained / own / "run.json").read_text())
-    package = (load_tokenizer if family == "tokenizer" else load_only_prior)("portraits")
+    package = (load_tokenizer if family == "tokenizer" else load_prior)("portraits")
     assert run_json["settings"]["init_digest"] == package.digest()
     status, _, err = run(capfd, module.main, *source, "--device", "cpu", "--out", own, "--init", own)
     assert (status, "is the folder of this run itself" in err) == (2, True)
@@ -262,7 +262,7 @@ def test_a_prior_starts_from_another_and_finds_its_classes_by_name(trained, capf
     assert {"classes that prior was trained on: b", "new classes, which start without influence: c, d"} <= set(
         err.splitlines()
     )
-    old, new = load_only_prior("prior"), load_only_prior("new-prior")
+    old, new = load_prior("prior"), load_prior("new-prior")
     assert new.config.model_width == 16  # taken from the prior, no flag names it
     before, after = old.of_class.vectors.weight, new.of_class.vectors.weight
     assert torch.allclose(after[:2], before[[0, 2]], atol=1e-6)  # no class, b
@@ -288,7 +288,7 @@ def test_a_prior_takes_the_standardization_of_vectors_only_if_they_are_of_the_sa
         options = ("--latents", "vectors.h5", "--condition", "vector", "--sheet-samples", "0", *FIT, "--device", "cpu")
         status, _, err = run(capfd, train_prior.main, *options, *arguments)
         assert status == 0, err
-        return load_only_prior(arguments[-1]), err
+        return load_prior(arguments[-1]), err
 
     rows = len(LatentSet("old.h5"))
     former, _ = train("an encoder", 0, *PRIOR, "--out", "vector-prior")

@@ -78,6 +78,12 @@ class HQA(Tokenizer[HQAConfig]):
         """Returns the configs of the first layer alone, the first two layers, and so on; see `Tokenizer.stages`."""
         return [replace(config, widths=config.widths[: number + 1]) for number in range(len(config.widths))]
 
+    @classmethod
+    def unused_settings(cls, config: HQAConfig) -> tuple[str, set[str]]:
+        """Returns the settings of the stochastic posterior if the codewords are the nearest."""
+        of_stochastic = {"probabilistic", "latent_weight", "upper_latent_weight", "temperature"}
+        return f"--posterior {config.posterior}", of_stochastic if config.posterior == "nearest" else set()
+
     def build_on(self, below: Tokenizer) -> None:
         """Copies the trained layers of `below` into all layers but the top one; see `Tokenizer.build_on`."""
         for layer, trained in zip(self.layers[:-1], cast(HQA, below).layers, strict=True):

@@ -198,28 +198,3 @@ def unused_settings(name: QuantizerName, levels: tuple[int, ...] = ()) -> set[st
         used.add("levels")
         every.update(_SIZES if levels else ())
     return every - used
-
-
-def require_used(config: Any, defaults: Any) -> None:
-    """Refuses a config of a tokenizer with settings that its quantizer does not use, unless they are the defaults.
-
-    Args:
-        config: the config. Without a `quantizer`, as that of `vqvae2`, it has flat codebooks.
-        defaults: the config of the same kind before the user changed it.
-
-    Raises:
-        UserError: naming the first such setting.
-    """
-    if hasattr(config, "quantizer"):
-        user, unused = (
-            f"--quantizer {config.quantizer}",
-            unused_settings(config.quantizer, getattr(config, "levels", ())),
-        )
-    elif getattr(config, "posterior", None) == "nearest":
-        user = "--posterior nearest"
-        unused = {"probabilistic", "latent_weight", "upper_latent_weight", "temperature"}
-    else:  # its other settings may have the names of a quantizer's, such as HQA's temperature
-        user, unused = "a flat codebook", {"combined_commitment_weight"}
-    for field in sorted(unused):
-        if getattr(config, field, None) != getattr(defaults, field, None):
-            raise UserError(f"{user} does not use --{field.replace('_', '-')}; leave it out")

@@ -30,6 +30,7 @@ from smalti.tokenizers.quantizers.registry import (
     QuantizerName,
     build_quantizer,
     code_radices,
+    unused_settings,
 )
 from smalti.tokenizers.quantizers.residual import ResidualQuantizer
 from smalti.tokenizers.quantizers.tree import LayerWeights
@@ -198,6 +199,12 @@ class OneGrid(VQFamily[OneGridConfigT]):
     encoder: nn.Sequential
     quantizer: Quantizer
     decoder: nn.Sequential
+
+    @classmethod
+    def unused_settings(cls, config: OneGridConfigT) -> tuple[str, set[str]]:
+        """Returns the settings that the quantizer does not use."""
+        levels = getattr(config, "levels", ())  # HR-VQVAE has none
+        return f"--quantizer {config.quantizer}", unused_settings(config.quantizer, levels)
 
     @property
     @abstractmethod

@@ -54,6 +54,11 @@ class VQVAE2(VQFamily[VQVAE2Config]):
         "codebook": ("quantizers",),
     }
 
+    @classmethod
+    def unused_settings(cls, config: VQVAE2Config) -> tuple[str, set[str]]:
+        """Returns the setting of several layers of codebooks."""
+        return "a flat codebook", {"combined_commitment_weight"}
+
     def __init__(self, config: VQVAE2Config) -> None:
         if config.levels not in (2, 3):
             raise UserError(f"levels must be 2 or 3, got {config.levels}; --tokenizer vqvae has one")

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.commands.class_labels import class_names, find_classes
+from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import Filling, WorkingSize, callback_calls, fills, working_size
-from smalti.commands.model_paths import load_prior
-from smalti.commands.sample import generate_images
+from smalti.commands.model_paths import load_prior_with_tokenizer
 from smalti.core.codes import Codes
 from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError
@@ -82,7 +82,7 @@ class Session:
     def __init__(self, prior: str, tokenizer: str | None, on: Device, precision: Precision) -> None:
         self.device = device(on)
         self.precision: Precision = precision
-        loaded_prior, loaded_tokenizer = load_prior(prior, tokenizer)
+        loaded_prior, loaded_tokenizer = load_prior_with_tokenizer(prior, tokenizer)
         self.prior, self.tokenizer = loaded_prior.to(self.device), loaded_tokenizer.to(self.device)
         if self.prior.condition_width:
             print_note("note: this prior is conditioned on vectors; the page draws and fills without them")

@@ -71,6 +71,18 @@ def class_names(prior: Prior) -> list[str]:
     return prior.provenance.get("label_names") or [str(number) for number in range(prior.classes)]
 
 
+def numbers_of(prior: Prior, labels: Int64[Tensor, " n"], label_names: Sequence[str]) -> Int64[Tensor, " n"]:
+    """Returns the prior's number of the class that each label names; -1 if it has none of that name, or for no label.
+
+    Args:
+        prior: a prior with classes.
+        labels: the labels of images, -1 for none.
+        label_names: the names of the labels 0, 1, ...
+    """
+    numbers = {name: number for number, name in enumerate(class_names(prior))}
+    return torch.tensor([*(numbers.get(name, -1) for name in label_names), -1])[labels]
+
+
 def trained_classes(prior: Prior) -> list[int]:
     """Returns the classes with at least one training image; all of them if the prior does not record the counts."""
     counts = prior.provenance.get("label_counts", [])[1:]  # without the unlabelled rows

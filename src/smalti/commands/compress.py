@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalti.commands.class_labels import class_names, first_conditional
+from smalti.commands.class_labels import first_conditional, numbers_of
 from smalti.commands.model_paths import (
     RUNS,
     image_inputs,
@@ -158,8 +158,7 @@ def _prior_labels(priors: Sequence[Prior], images: ImageSet) -> Tensor:
         raise UserError("--classes needs a --prior that was trained with classes; leave --classes out")
     if not images.label_names:
         raise UserError(f"the images of {images.source} have no classes; leave --classes out")
-    numbers = {name: number for number, name in enumerate(class_names(conditional))}
-    return torch.tensor([*(numbers.get(name, -1) for name in images.label_names), -1])[images.labels]
+    return numbers_of(conditional, images.labels, images.label_names)
 
 
 def _names(images: ImageSet, kept: Tensor) -> list[str] | None:

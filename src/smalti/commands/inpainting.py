@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from smalti.commands.class_labels import draw_conditions
-from smalti.commands.sample import sampling_for
+from smalti.commands.generating import sampling_for
 from smalti.core.devices import Precision, autocast
 from smalti.core.errors import UserError
 from smalti.core.randomness import Stream, derive, row_seeds

@@ -10,7 +10,7 @@ from smalti.core import models
 from smalti.core.config import config_from_json, read_json
 from smalti.core.errors import UserError
 from smalti.core.files import as_name, from_here
-from smalti.core.models import CONFIG_NAME, class_of_checkpoint, load, locate, read_config
+from smalti.core.models import CONFIG_NAME, class_described, load, locate, read_config
 from smalti.core.progress import print_note
 from smalti.core.provenance import RUN_NAME
 from smalti.images.image_set import ImageSet
@@ -63,9 +63,9 @@ def find_model(source: str | Path, family: models.Family) -> Path:
         )
     if source in shipped:
         return _shipped_folder(source, family)
-    if source not in kinds:
+    folder = folder_of_kind(source, family)
+    if folder is None:
         return locate(source)
-    folder = (TOKENIZERS if family == "tokenizer" else PRIORS) / source
     if (folder / CONFIG_NAME).exists():
         return folder
     name = SHIPPED_DEFAULTS.get((family, source), "")
@@ -76,6 +76,11 @@ def find_model(source: str | Path, family: models.Family) -> Path:
         f"{folder} does not exist: train it first (python scripts/train_{family}.py --{family} {source}), "
         f"or give --{family} a folder or hub id"
     )
+
+
+def folder_of_kind(source: str, family: models.Family) -> Path | None:
+    """Returns the folder that a kind stands for, whether or not it exists; None if `source` is no kind."""
+    return (TOKENIZERS if family == "tokenizer" else PRIORS) / source if source in models.kinds(family) else None
 
 
 @cache
@@ -116,10 +121,9 @@ def trained_config(source: str, family: models.Family) -> TrainedConfig:
         UserError: as `find_model` does, or if the folder holds no model of this family.
     """
     folder = find_model(source, family)
-    cls = class_of_checkpoint(folder, family)
-    return TrainedConfig(
-        cls, config_from_json(cls.config_class, read_config(folder)["config"], str(folder / CONFIG_NAME))
-    )
+    described = read_config(folder)
+    cls = class_described(described, folder, family)
+    return TrainedConfig(cls, config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME)))
 
 
 def shipped_models(family: models.Family) -> list[str]:
@@ -141,9 +145,9 @@ def image_inputs(images: str | None, *, priors: Sequence[str] = (), tokenizer: s
     Raises:
         UserError: for a config that is not smalti's.
     """
-    folders = [PRIORS / each if each in models.kinds("prior") else Path(each) for each in priors]
+    folders = [folder_of_kind(each, "prior") or Path(each) for each in priors]
     if tokenizer is not None:
-        folders.append(TOKENIZERS / tokenizer if tokenizer in models.kinds("tokenizer") else Path(tokenizer))
+        folders.append(folder_of_kind(tokenizer, "tokenizer") or Path(tokenizer))
     local = [folder for folder in folders if os.path.isfile(folder / CONFIG_NAME)]
     sources = [read_config(folder)["provenance"].get("image_source") for folder in local]
     return [path for source in (images, *sources) if isinstance(source, str) for path in local_paths(source)]
@@ -205,7 +209,7 @@ def images_for(
     )
 
 
-def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
+def load_prior_with_tokenizer(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
     """Loads a trained prior and the tokenizer of its codes, by default the copy in the prior's folder.
 
     Raises:
@@ -215,7 +219,7 @@ def load_prior(source: str, tokenizer: str | None) -> tuple[Prior, Tokenizer]:
     (prior,), decoder = _load((source,), tokenizer)
     if len(decoder.layout.levels) > 1:
         raise UserError(
-            f"{source} draws one of several levels; the page shows one level only: use sample.py or inpaint.py with a "
+            f"{source} draws one of several levels, so it cannot draw images alone; use sample.py or inpaint.py with a "
             "prior for each level"
         )
     return prior, decoder
@@ -225,7 +229,7 @@ def load_priors(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Pri
     """Loads the priors of all levels of a tokenizer, in any order; returns them coarsest first, and the tokenizer.
 
     Raises:
-        UserError: as `load_prior` does, or if there is not one prior for each level.
+        UserError: as `load_prior_with_tokenizer` does, or if there is not one prior for each level.
     """
     if not sources:
         raise UserError("--prior needs at least one prior")
@@ -252,11 +256,12 @@ def prior_class(source: str) -> type[Prior]:
     """Returns the class of a prior, given by any name that `find_model` takes, without loading its weights.
 
     Raises:
-        UserError: as `find_model` and `smalti.core.models.class_of_checkpoint` do.
+        UserError: as `find_model` and `smalti.core.models.class_described` do.
     """
     if source in models.kinds("prior"):
         return cast(type[Prior], models.class_of_kind("prior", source))
-    return cast(type[Prior], class_of_checkpoint(find_model(source, "prior"), "prior"))
+    folder = find_model(source, "prior")
+    return cast(type[Prior], class_described(read_config(folder), folder, "prior"))
 
 
 def require_config(model_class: type[models.Checkpointed], config: object) -> None:
@@ -274,13 +279,13 @@ def require_config(model_class: type[models.Checkpointed], config: object) -> No
 
 def _load(sources: Sequence[str], tokenizer: str | None) -> tuple[list[Prior], Tokenizer]:
     """Loads the priors in the given order, and the tokenizer that made the codes of all of them."""
-    priors = [load_only_prior(source) for source in sources]
+    priors = [load_prior(source) for source in sources]
     decoder = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_beside(priors[0])
     require_same_codes(priors, decoder, names=sources, decoder_name=tokenizer or f"the copy in {sources[0]}")
     return priors, decoder
 
 
-def load_only_prior(source: str | Path) -> Prior:
+def load_prior(source: str | Path) -> Prior:
     """Loads a trained prior, given by any name that `find_model` takes, without its tokenizer.
 
     Raises:

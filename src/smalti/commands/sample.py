@@ -1,27 +1,26 @@
-"""Generates new images with a trained prior and tokenizer. Filling parts of given images is in `inpainting.py`."""
+"""The sampling command: its flags, and the files that it writes of the images that `generating.py` draws."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smalti.commands.class_labels import Conditions, draw_conditions, find_conditions
+from smalti.commands.class_labels import Conditions, find_conditions
+from smalti.commands.generating import generate_images, sampling_for
 from smalti.commands.model_paths import RUNS, image_inputs, load_priors, prior_class
 from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
-from smalti.core.devices import Device, Precision, autocast, device
+from smalti.core.devices import Device, Precision, device
 from smalti.core.errors import UserError, require_at_least_one, require_finite
 from smalti.core.files import free_name, print_left_over
-from smalti.core.progress import bar, counting, print_note
+from smalti.core.progress import print_note
 from smalti.core.provenance import versions
-from smalti.core.randomness import Stream, derive, require_seed, row_seeds
+from smalti.core.randomness import require_seed
 from smalti.images.formats.opening import most_pixels
 from smalti.images.sheets import (
     embedded_settings,
@@ -33,7 +32,6 @@ from smalti.images.sheets import (
     to_image,
 )
 from smalti.priors.base import Prior
-from smalti.priors.conditioning import Condition
 from smalti.tokenizers.base import Tokenizer
 
 S = TypeVar("S")
@@ -190,124 +188,6 @@ def _animation(out: Path) -> Path:
 
 
 @torch.no_grad()
-def generate_images(
-    priors: Sequence[Prior],
-    tokenizer: Tokenizer,
-    *,
-    num: int,
-    seed: int,
-    sampling: Any,
-    grids: Sequence[tuple[int, int]] | None = None,
-    conditions: Sequence[int] | Float[Tensor, "_n _v"] = (),
-    batch_size: int = 64,
-    precision: Precision = "auto",
-    watch: Callable[[int, Codes], None] | None = None,
-) -> Float[Tensor, "b c h w"]:
-    """Generates the first `num` images of a seed, in [-1, 1] on the CPU, with a progress bar.
-
-    Args:
-        priors: one for each level, coarsest first.
-        tokenizer: decodes the priors' codes, on the same device.
-        num: the number of images.
-        seed: image i depends on it and on i alone.
-        sampling: settings for priors of its kind; the others use their defaults.
-        grids: rows and columns of each level, if not those of training.
-        conditions: classes or vectors, see `draw_conditions`.
-        batch_size: images generated at once.
-        precision: the priors' precision.
-        watch: called after each step of the last level, with the batch's first image and the codes of all levels.
-    """
-    grids = grids or [(prior.level.height, prior.level.width) for prior in priors]
-    samplings = [sampling_for(prior, sampling) for prior in priors]
-    images, batches = [], range(0, num, batch_size)
-    calls = sum(each.calls(*grid) for each, grid in zip(samplings, grids, strict=True))
-    with bar(what="sampling", total=len(batches) * calls, unit="step") as progress:
-        for index, start in enumerate(batches):
-            rows = torch.arange(start, min(start + batch_size, num))
-            with autocast(priors[0].device, precision):
-                codes = generate_levels(
-                    priors,
-                    rows,
-                    draw_conditions(priors, conditions, rows, seed),
-                    grids=grids,
-                    seed=seed,
-                    samplings=samplings,
-                    callback=counting(progress),
-                    watch=partial(watch, start) if watch else None,
-                )
-            seeds = derive(row_seeds(seed, rows), Stream.IMAGE_DETAILS).to(codes[0].device)
-            with torch.autocast(codes[0].device.type, enabled=False):  # the caller's own, too
-                images.append(tokenizer.draw(codes, seeds).cpu())
-            progress.update((index + 1) * calls - progress.n)  # counts the steps saved by stopping early
-    return torch.cat(images)
-
-
-@torch.no_grad()
-def generate_levels(
-    priors: Sequence[Prior],
-    rows: Int64[Tensor, " b"],
-    condition: Condition | None,
-    *,
-    grids: Sequence[tuple[int, int]],
-    seed: int,
-    samplings: Sequence[Any],
-    callback: Callable[[int, Tensor], None] | None = None,
-    watch: Callable[[Codes], None] | None = None,
-) -> Codes:
-    """Generates the codes of all levels, coarsest first, each conditioned on the coarser levels' codes.
-
-    See `generate_codes`. `watch` is called after each step of the last level with the current codes
-    of all levels.
-    """
-    codes: tuple[Tensor, ...] = ()
-    for prior, grid, sampling in zip(priors, grids, samplings, strict=True):
-
-        def after_step(step: int, sampled: Tensor, upper: Codes = codes) -> None:
-            if callback is not None:
-                callback(step, sampled)
-            if watch is not None and len(upper) == len(priors) - 1:
-                watch((*upper, sampled.clone()))  # samplers may change their tensor in place
-
-        options = {"grid": grid, "sampling": sampling, "upper": codes, "callback": after_step}
-        codes += (generate_codes(prior, rows, condition, seed=seed, **options),)
-    return codes
-
-
-@torch.no_grad()
-def generate_codes(
-    prior: Prior,
-    rows: Int64[Tensor, " b"],
-    condition: Condition | None,
-    *,
-    seed: int,
-    sampling: Any,
-    upper: Codes = (),
-    grid: tuple[int, int] | None = None,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> Int64[Tensor, "b h w"] | Float[Tensor, "b _c h w"]:
-    """Generates codes, or real-valued latents, of one level for the samples `rows` of a seed.
-
-    Each sample is conditioned on its class or vector and on the codes of its coarser levels. This is
-    inpainting with nothing known. `grid` is the number of rows and columns, if not that of training.
-    """
-    height, width = grid or (prior.level.height, prior.level.width)
-    level = replace(prior.level, height=height, width=width)
-    dtype = torch.int64 if level.radices else torch.float32
-    known = torch.zeros(len(rows), *level.shape, dtype=dtype, device=prior.device)
-    seeds = row_seeds(seed, rows.to(prior.device))
-    return prior.method.sampler(
-        prior,
-        known=known,
-        known_mask=torch.zeros(len(rows), height, width, dtype=torch.bool, device=prior.device),
-        seeds=derive(seeds, Stream.LEVEL, len(upper)) if upper else seeds,
-        condition=condition.to(prior.device) if condition is not None and prior.conditional else None,
-        upper=upper,
-        sampling=sampling,
-        callback=callback,
-    )
-
-
-@torch.no_grad()
 def _frames(tokenizer: Tokenizer, steps_by_batch: Sequence[Sequence[tuple[Tensor, ...]]]) -> list[Tensor]:
     """Decodes the codes of all batches after each kept step. A batch that finished early repeats its last one."""
     return [
@@ -333,16 +213,6 @@ def _grids(config: Sample[Any], priors: Sequence[Prior], tokenizer: Tokenizer) -
         )
     levels = [prior.level for prior in priors]
     return [(level.height * height // trained.height, level.width * width // trained.width) for level in levels]
-
-
-def sampling_for(prior: Prior, requested: Any, *, inpainting: bool = False) -> Any:
-    """Returns the requested settings of the sampler if they are for the prior's kind, else that kind's defaults.
-
-    The defaults are those for generation, or those for inpainting.
-    """
-    if isinstance(requested, prior.method.sampling):
-        return requested
-    return prior.method.filling() if inpainting else prior.method.sampling()
 
 
 def default_config(source: str) -> Any:

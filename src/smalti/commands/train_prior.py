@@ -12,15 +12,15 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 import torch
 
 from smalti.commands.class_labels import draw_labels, first_names, label_counts, trained_classes
+from smalti.commands.generating import generate_codes
 from smalti.commands.model_paths import (
     LATENTS,
     PRIORS,
     find_initial_model,
-    load_only_prior,
+    load_prior,
     load_tokenizer,
     require_config,
 )
-from smalti.commands.sample import generate_codes
 from smalti.core import models
 from smalti.core.config import added, added_values, flatten, require_choices, store_paths
 from smalti.core.devices import Device, Precision, generators_kept
@@ -151,7 +151,7 @@ def train_prior(config: TrainPrior[Any, Any], latents: LatentSet | None = None) 
     config, prior = _new_prior(config, latents)
     origins = {"latents": latents.content_digest, "tokenizer": latents.provenance.tokenizer_digest}
     settings = {**flatten(config), **origins, "precision": process.mixed_precision}
-    other = load_only_prior(find_initial_model(config.init, "prior", folder)) if config.init else None
+    other = load_prior(find_initial_model(config.init, "prior", folder)) if config.init else None
     settings["init_digest"] = other.digest() if other else None
     with process.main_process_first():  # it may delete an earlier run
         off = added_values(config)

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 
 from smalti.commands.codebook_usage import CodebookAlarm
-from smalti.commands.feature_cache import with_feature_cache
 from smalti.commands.model_paths import (
     TOKENIZERS,
     find_initial_model,
@@ -31,6 +30,8 @@ from smalti.images.reading import Reading, read_images
 from smalti.images.sheets import save_sheet
 from smalti.images.sources import local_paths
 from smalti.tokenizers.base import PartName, Tokenizer
+from smalti.tokenizers.hqa.feature_cache import with_feature_cache
+from smalti.tokenizers.hqa.hqa import HQA
 from smalti.tokenizers.reconstruction import Reconstruction
 from smalti.training.accelerator import accelerator, accelerator_kept, main_first, tracked
 from smalti.training.config import FitConfig, Phase
@@ -229,7 +230,7 @@ def _train(
             f"--layer-steps with {run.step} for it, another --out, or --resume never to train all layers again"
         )
     train = ImageRows(images, split="train", flips=config.flips)
-    train_rows = with_feature_cache(lower, train, process) if lower else train
+    train_rows = with_feature_cache(lower, train, process) if isinstance(lower, HQA) else train
     held_out = ImageRows(images, split="held_out", flips=False)
     tokenizer.provenance = {
         "image_source": config.images,

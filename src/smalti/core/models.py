@@ -232,18 +232,12 @@ def class_of_kind(family: Family, kind: str) -> type[Checkpointed]:
     return _CLASSES[family, kind]
 
 
-def class_of_checkpoint(source: str | Path, family: Family) -> type[Checkpointed]:
-    """Returns the class of a trained model without loading its weights.
+def class_described(described: dict[str, Any], source: str | Path, family: Family) -> type[Checkpointed]:
+    """Returns the class of the model that a `config.json` describes; errors call the model `source`.
 
     Raises:
-        UserError: if there is no checkpoint at `source`, or it is of another family or an unknown kind.
+        UserError: if it is of another family or an unknown kind.
     """
-    return _class_in(locate(source), source, family)
-
-
-def _class_in(folder: Path, source: str | Path, family: Family) -> type[Checkpointed]:
-    """Returns the class of the model in a folder, which errors call `source`."""
-    described = read_config(folder)
     if described["family"] != family:
         raise UserError(f"{source} holds a {described['family']} ({described['kind']}), but a {family} is needed here")
     return class_of_kind(family, described["kind"])
@@ -259,7 +253,8 @@ def load(source: str | Path, family: Family) -> Any:
             a declared size is allocated before the names and shapes match the weights' file.
     """
     folder = locate(source)
-    cls, described = _class_in(folder, source, family), read_config(folder)
+    described = read_config(folder)
+    cls = class_described(described, source, family)
     config = config_from_json(cls.config_class, described["config"], str(folder / CONFIG_NAME))
     header = read_header(folder / WEIGHTS_NAME)
     require_sizes(described["config"], header, folder / CONFIG_NAME, folder / WEIGHTS_NAME)

@@ -6,9 +6,10 @@ The likelihood of images under a selfVAE or VAE is in `image_likelihood.py`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from smalti.core.codes import Split
@@ -103,8 +104,16 @@ def _bits_per_row(
     bits = []
     for indices in torch.arange(len(rows)).split(batch_size):
         batch = {name: tensor.to(device) for name, tensor in rows.__getitems__(indices.tolist()).items()}
-        with torch.autocast(device.type, enabled=False):
-            features = prior.features(batch["codes"], **prior.conditioning(batch))
-            nats = prior.head.nll(features, batch["codes"].flatten(1))  # b n
-        bits.append(nats.double().sum(1).cpu() / math.log(2))
+        nats = nats_per_code(prior, batch["codes"], **prior.conditioning(batch))
+        bits.append(nats.sum(1).cpu() / math.log(2))
     return torch.cat(bits)
+
+
+def nats_per_code(prior: CausalPrior, codes: Int64[Tensor, "b h w"], **conditioning: Any) -> Float64[Tensor, "b n"]:
+    """Computes -log p of each code given those before it, in nats, with the network in float32 even under autocast.
+
+    `conditioning` is that of `CodePrior.features`: the condition and the codes of the coarser levels.
+    """
+    with torch.autocast(prior.device.type, enabled=False):
+        features = prior.features(codes, **conditioning)
+        return prior.head.nll(features, codes.flatten(1)).double()

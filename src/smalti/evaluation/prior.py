@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Int64, Integer
 from torch import Tensor
 
-from smalti.commands.class_labels import class_names
-from smalti.commands.sample import generate_images
+from smalti.commands.class_labels import numbers_of
+from smalti.commands.generating import generate_images
 from smalti.core.randomness import Stream, choose
+from smalti.evaluation.code_likelihood import nats_per_code
 from smalti.evaluation.config import PriorEvaluation
 from smalti.evaluation.image_sets import write_samples
 from smalti.evaluation.real_images import BATCH_SIZE, open_priors
@@ -71,7 +72,7 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
         "seconds_per_image": {"model": seconds / len(samples)},
     }
     labels = [
-        _classes(prior, real.labels, real.label_names).to(torch_device) if prior.classes else None for prior in priors
+        numbers_of(prior, real.labels, real.label_names).to(torch_device) if prior.classes else None for prior in priors
     ]
     scores |= _bits_per_code(priors, tokenizer, real.judged, labels)
     distances, indices = neighbours["model"]
@@ -109,17 +110,9 @@ def _bits_per_code(
         if isinstance(prior, CausalPrior):
             conditions = [None] * len(batches) if classes is None else classes.split(BATCH_SIZE)
             nats = [
-                prior.head.nll(
-                    prior.features(codes[level], condition=condition, upper=codes[:level]), codes[level].flatten(1)
-                ).double()
+                nats_per_code(prior, codes[level], condition=condition, upper=codes[:level])
                 for codes, condition in zip(batches, conditions, strict=True)
             ]
             bits = float(torch.cat(nats).mean()) / math.log(2)
             scores[level_score("bits_per_code", level, len(priors))] = {"model": bits}
     return scores
-
-
-def _classes(prior: Prior, labels: Int64[Tensor, " n"], label_names: Sequence[str]) -> Int64[Tensor, " n"]:
-    """Returns the classes of a prior that have the names of images' labels; -1 if it has none of that name."""
-    numbers = {name: number for number, name in enumerate(class_names(prior))}
-    return torch.tensor([*(numbers.get(name, -1) for name in label_names), -1])[labels]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from smalti.commands.sample import Sample, _grids, generate_codes
+from smalti.commands.generating import generate_codes
+from smalti.commands.sample import Sample, _grids
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
 from smalti.priors.methods import canvas

@@ -18,7 +18,6 @@ from smalti.core.models import load
 from smalti.core.randomness import row_seeds
 from smalti.tokenizers.hqa.hams import HAMs, HAMsConfig
 from smalti.tokenizers.hqa.hqa import HQA, HQAConfig
-from smalti.tokenizers.quantizers.registry import require_used
 from smalti.tokenizers.quantizers.stochastic import START_LENGTH
 from smalti.tokenizers.reconstruction import Reconstruction
 
@@ -198,10 +197,10 @@ def test_initialization_from_one_vector_is_finite():
 @pytest.mark.parametrize("change", [{"latent_weight": 1.0}, {"temperature": 2.0}, {"probabilistic": True}])
 def test_settings_that_nearest_codewords_do_not_use_are_refused(change):
     defaults = HAMsConfig(height=8, width=8, widths=(4, 4))
-    require_used(defaults, defaults)
-    require_used(replace(defaults, posterior="stochastic", **change), defaults)
+    HAMs.require_used(defaults, defaults)
+    HAMs.require_used(replace(defaults, posterior="stochastic", **change), defaults)
     with pytest.raises(UserError, match="--posterior nearest does not use --"):
-        require_used(replace(defaults, **change), defaults)
+        HAMs.require_used(replace(defaults, **change), defaults)
 
 
 def test_invalid_sizes_and_settings_are_refused():

@@ -1,11 +1,10 @@
-"""The feature cache of tokenizers that are trained layer by layer.
+"""The feature cache of HQA, which is trained layer by layer.
 
 The layers below the one in training are frozen, so their features of each image are computed once
 instead of at every step.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -16,21 +15,12 @@ from torch.utils.data import Dataset
 from smalti.core.progress import bar
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows
-from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.hqa.hqa import HQA
 from smalti.training.batches import Batch
 
 MOST_BYTES = 2**30
 """Features that take more memory than this are computed at every step."""
 _BATCH_SIZE = 256
-
-
-@runtime_checkable
-class HasFeatures(Protocol):
-    """A tokenizer whose top layer's continuous features the next layer trains on, such as HQA."""
-
-    def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
-        """Returns the output of the top layer's encoder before it is quantized."""
-        ...
 
 
 class RowsWithFeatures(Dataset):
@@ -49,7 +39,7 @@ class RowsWithFeatures(Dataset):
 
 
 @torch.no_grad()
-def with_feature_cache(lower: Tokenizer, rows: ImageRows, process: Accelerator) -> ImageRows | RowsWithFeatures:
+def with_feature_cache(lower: HQA, rows: ImageRows, process: Accelerator) -> ImageRows | RowsWithFeatures:
     """Adds the features of the frozen `lower` layers to `rows`, in the training's precision.
 
     Returns `rows` unchanged if the features would take more than `MOST_BYTES`.
@@ -59,7 +49,6 @@ def with_feature_cache(lower: Tokenizer, rows: ImageRows, process: Accelerator) 
         rows: the training images; they must not change from step to step.
         process: sets precision and device.
     """
-    assert isinstance(lower, HasFeatures), f"{lower.kind} is trained in stages but has no features"
     first_image = to_float(rows.__getitems__([0])["images"]).to(lower.device)
     shape = (len(rows), *lower.eval().features(first_image).shape[1:])
     if torch.Size(shape).numel() * 4 > MOST_BYTES:
