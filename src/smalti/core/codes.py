@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, whole_number
 
 Codes: TypeAlias = tuple[Int64[Tensor, "b _h _w"] | Float[Tensor, "b _c _h _w"], ...]
 """A tuple of one tensor per level, coarsest first, also for a single level: int64 `(b, h, w)`, or float `(b, c, h, w)`
@@ -31,9 +31,10 @@ def chosen_digits(digits: Digits | None, count: int) -> range:
     """Returns the indices of the chosen digits of codes that have `count` digits; None chooses all.
 
     Raises:
-        UserError: if there are no such digits, or none is chosen.
+        UserError: if there are no such digits, none is chosen, or their number is not whole.
     """
-    chosen = digits if isinstance(digits, slice) else slice(count if digits is None else max(digits, 0))
+    first = count if digits is None else digits
+    chosen = first if isinstance(first, slice) else slice(max(whole_number("digits", first), 0))
     indices = range(count)[chosen]
     if not indices or (chosen.stop or 0) > count:
         has = f"these codes have {count} digit{'s' if count > 1 else ''}"
