@@ -49,8 +49,7 @@ class LatentRows(Dataset):
 
     def __init__(self, latent_set: LatentSet, *, split: Split, level: int = 0, conditions: bool = False) -> None:
         require_choice("split", split, Split)
-        if not 0 <= level < len(latent_set.layout.levels):
-            raise UserError(f"{latent_set.path} has levels 0 to {len(latent_set.layout.levels) - 1}, not {level}")
+        latent_set.layout.level(level, latent_set.path)  # raises if there is none
         self.latent_set, self.level = latent_set, level
         rows, self._index = len(latent_set), None
         if split != "all":

@@ -219,6 +219,13 @@ def test_wrong_arguments_are_refused_before_sampling(function, arguments, messag
         function(**right | arguments)
 
 
+def test_names_of_models_are_texts_or_paths(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    for load in (load_prior, load_tokenizer, Hourglass.load):
+        with pytest.raises(UserError, match=r"^a model is named by a text or a Path, not None; give a folder, a name"):
+            load(None)
+
+
 def test_settings_of_the_sampler_change_fills(pair, image, mask):
     cool, hot = (SundaeSampling(steps=3, temperature=(t, t)) for t in (0.01, 9.0))
     assert not torch.equal(*(inpaint(load_prior(pair), image, mask, num=1, sampling=each) for each in (cool, hot)))

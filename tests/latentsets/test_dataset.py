@@ -135,6 +135,10 @@ def test_training_copies_codes_to_the_device_if_they_fit(latent_set, monkeypatch
 def test_missing_level_and_empty_split_are_refused(latent_set, tmp_path):
     with pytest.raises(UserError, match="has levels 0 to 3, not 4"):
         LatentRows(latent_set, split="all", level=4)
+    for read in (latent_set.usage, latent_set.perplexity, lambda level: latent_set.read(level, [0])):
+        for missing in (4, -1):
+            with pytest.raises(UserError, match=f"^{latent_set.path} has levels 0 to 3, not {missing}$"):
+                read(missing)
     layout, no = Layout((Level(1, 1, (2,)),)), torch.tensor([False])
     columns = {"labels": LABELS[:1], "source_ids": SOURCE_IDS[:1], "held_out": no, "flipped": no}
     with LatentSetWriter(tmp_path / "one.h5", layout, **columns, provenance=latent_set.provenance) as writer:

@@ -147,6 +147,16 @@ class Layout:
             tuple(replace(level, height=h, width=w) for level, (h, w) in zip(self.levels, grids, strict=True))
         )
 
+    def level(self, number: int, owner: object) -> Level:
+        """Returns the level of a number, counted from 0, the coarsest.
+
+        Raises:
+            UserError: if there is none; begins with the `owner` of the layout, such as a file.
+        """
+        if not 0 <= whole_number("the level", number) < len(self.levels):
+            raise UserError(f"{owner} has levels 0 to {len(self.levels) - 1}, not {number}")
+        return self.levels[number]
+
     def check(self, codes: Codes) -> None:
         """Refuses codes that do not belong to this layout.
 
