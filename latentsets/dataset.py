@@ -69,6 +69,10 @@ class LatentRows(Dataset):
     def __len__(self) -> int:
         return self._length
 
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """Returns one row, without the dimension of the batch; see `__getitems__`, which is faster for many."""
+        return {name: column[0] for name, column in self.__getitems__([row]).items()}
+
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Returns one batch, on the CPU or on the device that `to` copied the codes to.
 

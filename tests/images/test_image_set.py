@@ -237,6 +237,14 @@ def test_splits_and_rows_that_do_not_exist_are_refused(tmp_path, monkeypatch):
     assert len(images.pixels([])) == 0
 
 
+def test_one_row_is_that_of_a_batch():
+    rows = ImageRows(open_images("emoji", limit=5, height=8, width=8), split="all", flips=True)
+    batch, row = rows.__getitems__([3]), rows[3]
+    assert list(row) == list(batch)
+    assert all(value.equal(batch[name][0]) for name, value in row.items())
+    assert row["images"].shape == (3, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

@@ -173,6 +173,16 @@ def test_masks_and_floats_are_no_row_numbers(rows, message, resident, latent_set
         assert read([]) is not None
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_one_row_is_that_of_a_batch(latent_set, resident):
+    rows = LatentRows(latent_set, split="train", level=1)
+    rows = rows.to("cpu") if resident else rows
+    batch, row = rows.__getitems__([2, 0]), rows[2]
+    assert list(row) == list(batch)
+    assert all(value.equal(batch[name][0]) for name, value in row.items())
+    assert len(list(rows)) == len(rows)
+
+
 @pytest.mark.parametrize("split", ["train", "all"])
 @pytest.mark.parametrize("resident", [False, True])
 def test_negative_rows_count_from_the_end(latent_set, split, resident):

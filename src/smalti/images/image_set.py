@@ -323,6 +323,10 @@ class ImageRows(Dataset):
         """Returns the images of `count` evenly spaced rows; with fewer rows than that, some repeat."""
         return self.__getitems__([i * len(self) // count for i in range(count)])["images"]
 
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """Returns one row, without the dimension of the batch; see `__getitems__`, which is faster for many."""
+        return {name: column[0] for name, column in self.__getitems__([row]).items()}
+
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Returns a batch.
 
