@@ -84,7 +84,7 @@ def sample(
         seed: image i depends on the seed and on i alone, whatever `num` is.
         sampling: the sampler's settings, for example `SundaeSampling(steps=25)`; by default those of the prior's kind.
             Among priors of several kinds, they apply to those of their kind.
-        batch_size: images drawn at once.
+        batch_size: images drawn at once; the images stay the same up to rounding, which may change some pixels by 1.
         precision: of the prior's network: `auto`, `fp32`, `bf16`, or `fp16` on a GPU.
 
     Returns:
