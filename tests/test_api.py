@@ -264,6 +264,9 @@ def test_mistakes_are_one_line(pair, image, mask):
     for useless in (mask & False, mask | True):
         with pytest.raises(UserError, match="must cover a part of the image"):
             inpaint(prior, image, useless)
+    ones = Image.fromarray(mask.numpy().astype(np.uint8))  # values 0 and 1, which are both dark
+    with pytest.raises(UserError, match="a part of the image: pixels lighter than mid-grey are filled, and"):
+        inpaint(prior, image, ones)
     with pytest.raises(UserError, match="no class is called 'faces'"):
         sample(prior, classes=["faces"])
     unsaved, _ = untrained_pair()
