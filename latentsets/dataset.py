@@ -46,8 +46,7 @@ class LatentRows(Dataset):
 
     def __init__(self, latent_set: LatentSet, *, split: Split, level: int = 0, conditions: bool = False) -> None:
         require_choice("split", split, Split)
-        if not 0 <= level < len(latent_set.layout.levels):
-            raise UserError(f"{latent_set.path} has levels 0 to {len(latent_set.layout.levels) - 1}, not {level}")
+        latent_set.layout.level(level, latent_set.path)  # raises if there is none
         self.latent_set, self.level = latent_set, level
         rows, self._index = len(latent_set), None
         if split != "all":
@@ -66,6 +65,10 @@ class LatentRows(Dataset):
 
     def __len__(self) -> int:
         return self._length
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """Returns one row, without the dimension of the batch; see `__getitems__`, which is faster for many."""
+        return {name: column[0] for name, column in self.__getitems__([row]).items()}
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Returns one batch, on the CPU or on the device that `to` copied the codes to.

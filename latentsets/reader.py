@@ -171,7 +171,7 @@ class LatentSet:
         """Returns the codes of the given rows at one level; see `batch`.
 
         Raises:
-            UserError: if a code is outside its level's codebook.
+            UserError: if there is no such level, or a code is outside its codebook.
         """
         grid = self.read_stored(level, rows)
         return torch.from_numpy(grid.astype(np.int64 if self.layout.levels[level].radices else np.float32, copy=False))
@@ -180,6 +180,7 @@ class LatentSet:
         self, level: int, rows: Sequence[int] | Int64[Tensor, " b"] | Int64[np.ndarray, " b"]
     ) -> np.ndarray:
         """Returns the codes of the given rows at one level in the stored dtype; see `read`."""
+        self.layout.level(level, self.path)  # raises if there is none
         grid = self._mapped[level].take(rows)
         self._require_valid(level, grid)
         return grid
@@ -246,14 +247,22 @@ class LatentSet:
         """Counts how often each code occurs in the whole set, or each prefix of `digits` digits if that is given.
 
         Raises:
-            UserError: if the level is continuous, has fewer digits, or has more codes than are counted.
+            UserError: if the level does not exist, is continuous, has fewer digits, or has more codes than are counted.
         """
+<<<<<<< HEAD
         of_codes = self.layout.levels[level]
         most, codes = len(of_codes.radices), of_codes.codebook_size
         digits = most if digits is None else digits
         if not 1 <= digits <= most:
             raise UserError(f"level {level} of {self.path} has {most} digits; {digits} cannot be counted")
         if codes > MOST_COUNTED_CODES:
+=======
+        radices = self.layout.level(level, self.path).radices
+        digits = len(radices) if digits is None else digits
+        if not 1 <= digits <= len(radices):
+            raise UserError(f"level {level} of {self.path} has {len(radices)} digits; {digits} cannot be counted")
+        if (codes := math.prod(radices)) > MOST_COUNTED_CODES:
+>>>>>>> fix2
             raise UserError(f"level {level} of {self.path} has {codes} codes; up to {MOST_COUNTED_CODES} are counted")
         counts = np.zeros(codes, np.int64)
         for block in self.codes_in_order(level):

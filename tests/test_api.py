@@ -219,6 +219,13 @@ def test_wrong_arguments_are_refused_before_sampling(function, arguments, messag
         function(**right | arguments)
 
 
+def test_names_of_models_are_texts_or_paths(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    for load in (load_prior, load_tokenizer, Hourglass.load):
+        with pytest.raises(UserError, match=r"^a model is named by a text or a Path, not None; give a folder, a name"):
+            load(None)
+
+
 def test_settings_of_the_sampler_change_fills(pair, image, mask):
     cool, hot = (SundaeSampling(steps=3, temperature=(t, t)) for t in (0.01, 9.0))
     assert not torch.equal(*(inpaint(load_prior(pair), image, mask, num=1, sampling=each) for each in (cool, hot)))
@@ -257,6 +264,9 @@ def test_mistakes_are_one_line(pair, image, mask):
     for useless in (mask & False, mask | True):
         with pytest.raises(UserError, match="must cover a part of the image"):
             inpaint(prior, image, useless)
+    ones = Image.fromarray(mask.numpy().astype(np.uint8))  # values 0 and 1, which are both dark
+    with pytest.raises(UserError, match="a part of the image: pixels lighter than mid-grey are filled, and"):
+        inpaint(prior, image, ones)
     with pytest.raises(UserError, match="no class is called 'faces'"):
         sample(prior, classes=["faces"])
     unsaved, _ = untrained_pair()

@@ -8,7 +8,7 @@ that suit most tokenizers. `tokenizers/vq/vqvae.py` is a short example.
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,6 +19,7 @@ from smalti.core.config import require_choice
 from smalti.core.errors import UserError
 from smalti.core.hub.cards import code
 from smalti.core.models import Checkpointed, Family, digest
+from smalti.tokenizers.input_checks import checking_first, require_codes, require_images
 from smalti.training.config import FitConfig, Phase
 
 ConfigT = TypeVar("ConfigT")
@@ -68,6 +69,8 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
     `forward(images)` is the training pass and returns a `TokenizerOutput`. If `uses` names further entries of the
     batch, `forward` receives them as positional arguments after the images, in that order, each optional.
 
+    `encode`, `decode` and `draw` of every subclass refuse wrong input before they run; see `input_checks.py`.
+
     Codebook search, losses and moving averages must stay float32 under autocast. A module that learns other than by
     gradients, e.g. a codebook with EMA updates, implements `smalti.training.config.LearnsAfterSteps`.
 
@@ -91,6 +94,17 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
     image_channels: int
     downsampling: int
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        checks = {
+            "encode": ("images", Tokenizer._require_images),
+            "decode": ("codes", Tokenizer._require_codes),
+            "draw": ("codes", Tokenizer._require_codes),
+        }
+        for method, check in checks.items():
+            if method in cls.__dict__:
+                setattr(cls, method, checking_first(cls.__dict__[method], *check))
+
     @property
     @abstractmethod
     def layout(self) -> Layout:
@@ -100,8 +114,12 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
     def encode(self, images: Float[Tensor, "b c h w"]) -> Codes:
         """Encodes images, without gradients. Deterministic: equal images have equal codes, whatever the mode.
 
+        Args:
+            images: float32, or in the dtype of the weights, in [-1, 1]; `smalti.images.decoding.to_float` makes them
+                from pixels. Their values are checked on the CPU only, as the check would delay an accelerator.
+
         Raises:
-            UserError: if the images' size is not divisible by `downsampling`.
+            UserError: if the images' size is not divisible by `downsampling`, or as `require_images` does.
         """
 
     @abstractmethod
@@ -109,12 +127,13 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
         """Decodes codes to images, clamped to [-1, 1]. Deterministic.
 
         Args:
-            codes: one tensor per level, on grids of any size.
+            codes: one tensor per level, on grids of any size. Their values are checked on the CPU only, as the check
+                would delay an accelerator.
             digits: decode only some digits of each code: a number for the first ones, for coarser images, or a slice,
                 such as `slice(1, None)` for what all but the first add; None decodes all.
 
         Raises:
-            UserError: if the codes do not have these digits.
+            UserError: if the codes do not have these digits, or as `require_codes` does.
         """
 
     def facts(self) -> dict[str, str]:
@@ -225,6 +244,7 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
             decoded[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = self.decode(codes, first)
         return decoded
 
+<<<<<<< HEAD
     @classmethod
     def unused_settings(cls, config: ConfigT) -> tuple[str, set[str]]:
         """Returns the choice in a config that leaves other settings unused, as errors name it, and those settings.
@@ -248,6 +268,17 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
         for field in sorted(unused):
             if getattr(config, field, None) != getattr(defaults, field, None):
                 raise UserError(f"{choice} does not use --{field.replace('_', '-')}; leave it out")
+=======
+    def _require_images(self, images: object) -> None:
+        require_images(images, self.image_channels, self._weights_dtype)
+
+    def _require_codes(self, codes: object) -> None:
+        require_codes(codes, self.layout.levels, self._weights_dtype)
+
+    @property
+    def _weights_dtype(self) -> torch.dtype:
+        return next((weights.dtype for weights in self.parameters()), torch.float32)
+>>>>>>> fix2
 
     def collapse_remedy(self) -> str:
         """Returns advice against codebook collapse. It completes the sentence "Try ..." of a warning."""

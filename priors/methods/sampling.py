@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from smalti.core.config import require_choices
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_numbers
 from smalti.core.randomness import gumbel
 from smalti.priors.base import CodePrior
 from smalti.priors.conditioning import Condition, no_condition, require_fitting
@@ -50,7 +50,7 @@ class Sampling:
     """The settings that every sampler of codes has.
 
     Raises:
-        UserError: for a top-p outside (0, 1], or a setting that is none of its choices.
+        UserError: for a top-p outside (0, 1], a setting that is none of its choices, or no number where one is needed.
     """
 
     top_p: float = 1.0
@@ -59,6 +59,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        require_numbers(self)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}; 1 excludes nothing")
 
@@ -69,7 +70,7 @@ def require_temperature_and_guidance(temperature: float | tuple[float, float], g
     Raises:
         UserError: for a temperature that is too low, or a negative scale.
     """
-    temperatures = temperature if isinstance(temperature, tuple) else (temperature,)
+    temperatures = temperature if isinstance(temperature, tuple | list) else (temperature,)
     if min(temperatures) < LEAST_TEMPERATURE:
         least = f"temperature must be at least {LEAST_TEMPERATURE:f}, not {temperature}"
         raise UserError(f"{least}; use 0.01 for the likeliest codes")

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from smalti.core.codes import Level
-from smalti.core.errors import UserError, require_at_least_one
+from smalti.core.errors import UserError, require_at_least_one, require_numbers
 from smalti.core.models import register
 from smalti.core.randomness import normal
 from smalti.core.realnvp_flow import Flow
@@ -75,13 +75,14 @@ class FlowSampling:
     """Settings of sampling from the flow.
 
     Raises:
-        UserError: for a negative temperature.
+        UserError: for a temperature that is negative or no number.
     """
 
     temperature: float = 1.0
     """Scales the Gaussian noise that the flow maps to latents. Lower values give likelier latents and less variety."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if self.temperature < 0:
             raise UserError(f"temperature must not be negative, got {self.temperature}")
 

@@ -84,7 +84,7 @@ def sample(
         seed: image i depends on the seed and on i alone, whatever `num` is.
         sampling: the sampler's settings, for example `SundaeSampling(steps=25)`; by default those of the prior's kind.
             Among priors of several kinds, they apply to those of their kind.
-        batch_size: images drawn at once.
+        batch_size: images drawn at once; the images stay the same up to rounding, which may change some pixels by 1.
         precision: of the prior's network: `auto`, `fp32`, `bf16`, or `fp16` on a GPU.
 
     Returns:
@@ -169,7 +169,8 @@ def inpaint(
         sizes = [f"{shape[-1]}x{shape[-2]}" for shape in (masked.shape, pixels.shape)]
         raise UserError(f"the mask is {sizes[0]} but the image is {sizes[1]}; resize one to the other")
     if not masked.any() or masked.all():
-        raise UserError("the mask must cover a part of the image: True is filled, and something must be left")
+        filled = "True is" if isinstance(mask, Tensor) else "pixels lighter than mid-grey are"
+        raise UserError(f"the mask must cover a part of the image: {filled} filled, and something must be left")
     if filling is not None and not isinstance(filling, Filling):
         raise UserError(
             f"filling is a {type(filling).__name__}; give Filling(...), and the sampler's settings as sampling"

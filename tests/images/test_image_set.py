@@ -237,6 +237,30 @@ def test_splits_and_rows_that_do_not_exist_are_refused(tmp_path, monkeypatch):
     assert len(images.pixels([])) == 0
 
 
+def test_one_row_is_that_of_a_batch():
+    rows = ImageRows(open_images("emoji", limit=5, height=8, width=8), split="all", flips=True)
+    batch, row = rows.__getitems__([3]), rows[3]
+    assert list(row) == list(batch)
+    assert all(value.equal(batch[name][0]) for name, value in row.items())
+    assert row["images"].shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"height": 2.5}, "^height must be a whole number, not 2.5$"),
+        ({"width": "32"}, "^width must be a whole number, not '32'$"),
+        ({"channels": 3.0}, "^channels must be a whole number, not 3.0$"),
+        ({"limit": 2.5}, "^--limit must be a whole number, not 2.5$"),
+        ({"limit": 0}, "^--limit must be at least 1, not 0$"),
+    ],
+)
+def test_shapes_that_are_not_whole_are_refused(shape, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    with pytest.raises(UserError, match=message):
+        open_images("emoji", **shape)
+
+
 def test_paths_and_numbers_are_sources_and_fractions(tmp_path, monkeypatch):
     write_folder(tmp_path / "emoji", [f"{number}.png" for number in range(4)])
     monkeypatch.chdir(tmp_path)

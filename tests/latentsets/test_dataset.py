@@ -135,6 +135,10 @@ def test_training_copies_codes_to_the_device_if_they_fit(latent_set, monkeypatch
 def test_missing_level_and_empty_split_are_refused(latent_set, tmp_path):
     with pytest.raises(UserError, match="has levels 0 to 3, not 4"):
         LatentRows(latent_set, split="all", level=4)
+    for read in (latent_set.usage, latent_set.perplexity, lambda level: latent_set.read(level, [0])):
+        for missing in (4, -1):
+            with pytest.raises(UserError, match=f"^{latent_set.path} has levels 0 to 3, not {missing}$"):
+                read(missing)
     layout, no = Layout((Level(1, 1, (2,)),)), torch.tensor([False])
     columns = {"labels": LABELS[:1], "source_ids": SOURCE_IDS[:1], "held_out": no, "flipped": no}
     with LatentSetWriter(tmp_path / "one.h5", layout, **columns, provenance=latent_set.provenance) as writer:
@@ -167,6 +171,16 @@ def test_masks_and_floats_are_no_row_numbers(rows, message, resident, latent_set
         with pytest.raises(UserError, match=re.escape(message)):
             read(rows)
         assert read([]) is not None
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_one_row_is_that_of_a_batch(latent_set, resident):
+    rows = LatentRows(latent_set, split="train", level=1)
+    rows = rows.to("cpu") if resident else rows
+    batch, row = rows.__getitems__([2, 0]), rows[2]
+    assert list(row) == list(batch)
+    assert all(value.equal(batch[name][0]) for name, value in row.items())
+    assert len(list(rows)) == len(rows)
 
 
 @pytest.mark.parametrize("split", ["train", "all"])

@@ -7,6 +7,7 @@ Legend: b batch, c channels, h w image or grid, d code width, l level, the coars
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, cast
 
 import torch
@@ -118,7 +119,14 @@ class VQVAE2(VQFamily[VQVAE2Config]):
         return tuple(codes)
 
     def decode(self, codes: Codes, digits: Digits | None = None) -> Float[Tensor, "b c h w"]:
-        """See `Tokenizer.decode`."""
+        """See `Tokenizer.decode`.
+
+        Raises:
+            UserError: also if a grid is not twice as high and wide as that of the next coarser level.
+        """
+        for level, (coarser, finer) in enumerate(pairwise(grid.shape[1:] for grid in codes), 1):
+            if finer != (twice := (2 * coarser[0], 2 * coarser[1])):
+                raise UserError(f"level {level} has a grid of {tuple(finer)}, but the coarser level one for {twice}")
         codewords = [quantizer.lookup(grid, digits) for quantizer, grid in zip(self._quantizers, codes, strict=True)]
         combined = codewords[0]
         for upsampling, z_q in zip(self.upsamplings, codewords[1:], strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor
 from smalti.commands.class_labels import draw_conditions
 from smalti.commands.generating import sampling_for
 from smalti.core.devices import Precision, autocast
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_numbers
 from smalti.core.randomness import Stream, derive, row_seeds
 from smalti.images.blending import compose
 from smalti.images.decoding import to_float
@@ -61,6 +61,7 @@ class Filling:
     at reduced size and the fill is enlarged; their known pixels stay exact."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if self.candidates < 1 or self.largest <= 0:
             raise UserError(
                 f"--candidates must be at least 1 and --largest above 0, not {self.candidates} and {self.largest}"

@@ -68,7 +68,7 @@ class Sample(Generic[S]):
     seed: int = 0
     """Random seed. Image i depends on the seed and i alone: --num 8 gives the first 8 images of --num 64."""
     batch_size: int = 64
-    """Images generated at once. Lower it if memory runs out; the images stay the same."""
+    """Images generated at once. Lower it if memory runs out; the images stay the same, up to rounding."""
     device: Device = "auto"
     """Device to run on."""
     precision: Precision = "auto"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, whole_number
 
 Codes: TypeAlias = tuple[Int64[Tensor, "b _h _w"] | Float[Tensor, "b _c _h _w"], ...]
 """A tuple of one tensor per level, coarsest first, also for a single level: int64 `(b, h, w)`, or float `(b, c, h, w)`
@@ -34,9 +34,10 @@ def chosen_digits(digits: Digits | None, count: int) -> range:
     """Returns the indices of the chosen digits of codes that have `count` digits; None chooses all.
 
     Raises:
-        UserError: if there are no such digits, or none is chosen.
+        UserError: if there are no such digits, none is chosen, or their number is not whole.
     """
-    chosen = digits if isinstance(digits, slice) else slice(count if digits is None else max(digits, 0))
+    first = count if digits is None else digits
+    chosen = first if isinstance(first, slice) else slice(max(whole_number("digits", first), 0))
     indices = range(count)[chosen]
     if not indices or (chosen.stop or 0) > count:
         has = f"these codes have {count} digit{'s' if count > 1 else ''}"
@@ -158,6 +159,16 @@ class Layout:
         return Layout(
             tuple(replace(level, height=h, width=w) for level, (h, w) in zip(self.levels, grids, strict=True))
         )
+
+    def level(self, number: int, owner: object) -> Level:
+        """Returns the level of a number, counted from 0, the coarsest.
+
+        Raises:
+            UserError: if there is none; begins with the `owner` of the layout, such as a file.
+        """
+        if not 0 <= whole_number("the level", number) < len(self.levels):
+            raise UserError(f"{owner} has levels 0 to {len(self.levels) - 1}, not {number}")
+        return self.levels[number]
 
     def check(self, codes: Codes) -> None:
         """Refuses codes that do not belong to this layout.

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex, cast, get_type_hints
 
 PROGRAM = "smalti"
 SCRIPTS = (
@@ -62,7 +62,7 @@ def unreadable(path: object, error: OSError) -> UserError:
 
 
 def require_at_least_one(config: object | Mapping[str, int], *fields: str) -> None:
-    """Refuses numbers below 1.
+    """Refuses numbers that are not whole or below 1.
 
     Args:
         config: a config, of which some fields are checked and named as flags; or the numbers by their names.
@@ -73,7 +73,7 @@ def require_at_least_one(config: object | Mapping[str, int], *fields: str) -> No
     """
     flags = {f"--{field.replace('_', '-')}": getattr(config, field) for field in fields}
     for name, number in (config if isinstance(config, Mapping) else flags).items():
-        if number < 1:
+        if whole_number(name, number) < 1:
             raise UserError(f"{name} must be at least 1, not {number}")
 
 
@@ -87,6 +87,36 @@ def whole_number(name: str, value: object) -> int:
         return operator.index(cast(SupportsIndex, value))
     except TypeError:
         raise UserError(f"{name} must be a whole number, not {value!r}") from None
+
+
+def require_numbers(config: Any) -> None:
+    """Refuses a config in which a field of type `int`, `float` or `tuple[float, float]` has a value of another type.
+
+    Command lines are checked where they are parsed, the arguments of programs are not. Numbers of any library fit.
+
+    Raises:
+        UserError: naming the first such field.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if hint is int:
+            whole_number(name, value)
+        elif hint is float and not _is_number(value):
+            raise UserError(f"{name} must be a number, not {value!r}")
+        elif hint == tuple[float, float]:
+            pair = isinstance(value, tuple | list) and len(value) == 2
+            if not pair or not all(map(_is_number, value)):
+                example = (value, value) if _is_number(value) else (1.0, 0.5)
+                raise UserError(f"{name} must be two numbers, such as {example}, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    """Returns whether a value is a number of any library; texts are none, though `float` parses them."""
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+    return not isinstance(value, str | bytes)
 
 
 def require_finite(config: Any) -> None:

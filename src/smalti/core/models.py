@@ -288,6 +288,8 @@ def locate(source: str | Path) -> Path:
     Raises:
         UserError: if it is neither, or with the reason why it cannot be downloaded.
     """
+    if not isinstance(source, str | Path):
+        raise UserError(f"a model is named by a text or a Path, not {source!r}; give a folder, a name or a hub id")
     if os.path.isdir(source):  # unlike `Path.is_dir`, returns False for names that are too long
         return Path(source)
     hub_id = find_hub_id(source.as_posix() if isinstance(source, Path) else source)

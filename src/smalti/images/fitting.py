@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.core.config import require_choice
+from smalti.core.errors import UserError, whole_number
 from smalti.core.randomness import Stream, derive, uniform
 from smalti.images.formats.planes import Depth
 
@@ -72,6 +73,20 @@ def fitted(image: Image.Image, *, height: int, width: int, fit: Fit, crop: Crop 
     left, top = max(0.0, across * (image.width - size[0])), max(0.0, down * (image.height - size[1]))
     box = (left, top, min(left + size[0], image.width), min(top + size[1], image.height))  # rounding exceeds the image
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def require_shape(height: int, width: int, channels: int) -> None:
+    """Refuses a shape of images that is no shape.
+
+    Raises:
+        UserError: for a number that is not whole, or below 1.
+    """
+    for name, number in {"height": height, "width": width, "channels": channels}.items():
+        whole_number(name, number)
+    if height < 1 or width < 1:
+        raise UserError(f"images of {height}x{width} pixels are empty; give a height and width of at least 1")
+    if channels < 1:
+        raise UserError(f"images cannot have {channels} channels; give 1 for grey, 3 for RGB or as many as they have")
 
 
 def describe(*, height: int, width: int, channels: int, fit: Fit = "crop", depth: int = 8) -> dict[str, Any]:

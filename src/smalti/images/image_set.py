@@ -22,14 +22,14 @@ from torch.utils.data import Dataset
 from smalti.core.codes import Split, row_numbers
 from smalti.core.config import require_choice
 from smalti.core.devices import cores
-from smalti.core.errors import UserError
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.files import as_name
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images import sources
 from smalti.images.checks import Checks, load_checks, save_checks
 from smalti.images.contents import Contents, common_folder, describe_classes, encoded, file_names, read_contents
 from smalti.images.decoding import Decoded, decode_crops, decode_with_size
-from smalti.images.fitting import Fit, describe, random_crops, ten_crops
+from smalti.images.fitting import Fit, describe, random_crops, require_shape, ten_crops
 from smalti.images.formats.archives import shown_path
 from smalti.images.formats.opening import BadImageError, TooLargeError, UnreadableImageError, bad_images_error
 from smalti.images.formats.planes import Depth
@@ -274,13 +274,9 @@ def open_images(
             missing or ambiguous; or if the size or the number of channels is invalid.
     """
     source, held_out = as_name(source), held_out if held_out is None else as_name(held_out)
-    if height < 1 or width < 1:
-        raise UserError(f"images of {height}x{width} pixels are empty; give a height and width of at least 1")
-    if channels < 1:
-        raise UserError(f"images cannot have {channels} channels; give 1 for grey, 3 for RGB or as many as they have")
-    for flag, value in (("limit", limit), ("most-pixels", most_pixels)):
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} must be at least 1, not {value}")
+    require_shape(height, width, channels)
+    limits = {"--limit": limit, "--most-pixels": most_pixels}
+    require_at_least_one({flag: value for flag, value in limits.items() if value is not None})
     chosen = {"image_column": image_column, "label_column": label_column, "caption_column": caption_column}
     columns: dict[str, Any] = {**chosen, "split": split, "limit": limit}
     table = sources.open_table(source, **columns, channels=channels)
@@ -325,6 +321,10 @@ class ImageRows(Dataset):
     def spread(self, count: int) -> Integer[Tensor, "b c h w"]:
         """Returns the images of `count` evenly spaced rows; with fewer rows than that, some repeat."""
         return self.__getitems__([i * len(self) // count for i in range(count)])["images"]
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """Returns one row, without the dimension of the batch; see `__getitems__`, which is faster for many."""
+        return {name: column[0] for name, column in self.__getitems__([row]).items()}
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Returns a batch.

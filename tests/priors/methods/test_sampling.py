@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 from helpers import toys
@@ -12,12 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smalti.commands.inpainting import Filling
 from smalti.core import models
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
+from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling
+from smalti.priors.methods.masked import MaskedSampling
 from smalti.priors.methods.sampling import select_positions
 from smalti.priors.methods.sundae import SundaeSampling, sample_sundae
 from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
+from smalti.priors.networks.realnvp import FlowSampling
+from smalti.training.config import FitConfig
 
 
 def prior_of(sharpness: float = 4.0, **changes) -> Hourglass:
@@ -262,6 +269,41 @@ def test_schedules_are_linear_from_first_to_last_step():
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         SundaeSampling(**changes)
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (SundaeSampling, {"temperature": 0.8}, r"^temperature must be two numbers, such as \(0.8, 0.8\), not 0.8$"),
+        (SundaeSampling, {"proportion": 0.8}, r"^proportion must be two numbers, such as \(0.8, 0.8\), not 0.8$"),
+        (SundaeSampling, {"temperature": (1, 2, 3)}, r"^temperature must be two numbers, such as \(1.0, 0.5\), not "),
+        (SundaeSampling, {"proportion": ("0.5", 1)}, r"^proportion must be two numbers, such as \(1.0, 0.5\), not "),
+        (SundaeSampling, {"steps": 2.5}, "^steps must be a whole number, not 2.5$"),
+        (SundaeSampling, {"steps": "8"}, "^steps must be a whole number, not '8'$"),
+        (SundaeSampling, {"guidance": "2"}, "^guidance must be a number, not '2'$"),
+        (SundaeSampling, {"top_p": None}, "^top_p must be a number, not None$"),
+        (MaskedSampling, {"temperature": 0.8}, "^temperature must be two numbers"),
+        (MaskedSampling, {"choice_temperature": (1, 2)}, r"^choice_temperature must be a number, not \(1, 2\)$"),
+        (AncestralSampling, {"temperature": (1.0, 0.6)}, r"^temperature must be a number, not \(1.0, 0.6\)$"),
+        (AncestralFilling, {"particles": 2.5}, "^particles must be a whole number, not 2.5$"),
+        (FlowSampling, {"temperature": torch.ones(2)}, "^temperature must be a number, not tensor"),
+        (Filling, {"candidates": 2.5}, "^candidates must be a whole number, not 2.5$"),
+        (Filling, {"largest": "4"}, "^largest must be a number, not '4'$"),
+        (FitConfig, {"steps": 2.5}, "^--steps must be a whole number, not 2.5$"),
+    ],
+)
+def test_settings_of_other_types_are_refused(cls, changes, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    with pytest.raises(UserError, match=message):
+        cls(**changes)
+
+
+def test_numbers_of_other_libraries_and_integers_are_settings(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    prior, seeds, two = prior_of(), row_seeds(10, torch.arange(2)), np.float32(2)
+    given = SundaeSampling(np.int64(3), temperature=(two, torch.tensor(1)), proportion=[1, 1], guidance=1)
+    plain = SundaeSampling(3, temperature=(2.0, 1.0), proportion=(1.0, 1.0), guidance=1.0)
+    assert torch.equal(generate(prior, seeds, 4, 6, given), generate(prior, seeds, 4, 6, plain))
 
 
 @pytest.mark.parametrize("bad", [-1, 6])
