@@ -249,20 +249,12 @@ class LatentSet:
         Raises:
             UserError: if the level does not exist, is continuous, has fewer digits, or has more codes than are counted.
         """
-<<<<<<< HEAD
-        of_codes = self.layout.levels[level]
+        of_codes = self.layout.level(level, self.path)
         most, codes = len(of_codes.radices), of_codes.codebook_size
         digits = most if digits is None else digits
         if not 1 <= digits <= most:
             raise UserError(f"level {level} of {self.path} has {most} digits; {digits} cannot be counted")
         if codes > MOST_COUNTED_CODES:
-=======
-        radices = self.layout.level(level, self.path).radices
-        digits = len(radices) if digits is None else digits
-        if not 1 <= digits <= len(radices):
-            raise UserError(f"level {level} of {self.path} has {len(radices)} digits; {digits} cannot be counted")
-        if (codes := math.prod(radices)) > MOST_COUNTED_CODES:
->>>>>>> fix2
             raise UserError(f"level {level} of {self.path} has {codes} codes; up to {MOST_COUNTED_CODES} are counted")
         counts = np.zeros(codes, np.int64)
         for block in self.codes_in_order(level):

@@ -244,7 +244,6 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
             decoded[f"first digit{'s' if first > 1 else ''} ({first} of {digits})"] = self.decode(codes, first)
         return decoded
 
-<<<<<<< HEAD
     @classmethod
     def unused_settings(cls, config: ConfigT) -> tuple[str, set[str]]:
         """Returns the choice in a config that leaves other settings unused, as errors name it, and those settings.
@@ -268,7 +267,7 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
         for field in sorted(unused):
             if getattr(config, field, None) != getattr(defaults, field, None):
                 raise UserError(f"{choice} does not use --{field.replace('_', '-')}; leave it out")
-=======
+
     def _require_images(self, images: object) -> None:
         require_images(images, self.image_channels, self._weights_dtype)
 
@@ -278,7 +277,6 @@ class Tokenizer(Checkpointed, ABC, Generic[ConfigT]):
     @property
     def _weights_dtype(self) -> torch.dtype:
         return next((weights.dtype for weights in self.parameters()), torch.float32)
->>>>>>> fix2
 
     def collapse_remedy(self) -> str:
         """Returns advice against codebook collapse. It completes the sentence "Try ..." of a warning."""
