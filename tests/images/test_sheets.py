@@ -14,6 +14,7 @@ from smalti.images.sheets import (
     CAPTION_SIZE,
     GAP,
     SMALLEST_SHOWN,
+    embedded_settings,
     most_on_sheet,
     save_grid,
     save_png,
@@ -113,3 +114,15 @@ def test_a_png_holds_the_exact_image_and_its_settings(tmp_path, channels, mode):
     assert np.array_equal(np.array(read), expected.numpy())
     assert json.loads(read.text["smalti"]) == {**settings, "path": str(tmp_path)}
     assert np.array_equal(np.array(to_image(to_float(image))), expected.numpy())
+
+
+def test_settings_are_read_of_pictures_of_any_size(tmp_path, monkeypatch):
+    """Pillow's guard against decompression bombs is an error above twice its number of pixels."""
+    save_png(tmp_path / "large.png", to_image(pictures(1, 3, 20, 30)[0]), {"command": "sample"})
+    Image.new("L", (20, 30)).save(tmp_path / "other.png")
+    Image.new("L", (20, 30)).save(tmp_path / "other.jpg")
+    (tmp_path / "text.png").write_text("no picture")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert embedded_settings(tmp_path / "large.png") == {"command": "sample"}
+    for name in ("other.png", "other.jpg", "text.png", "missing.png"):
+        assert embedded_settings(tmp_path / name) == {}

@@ -147,9 +147,12 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None 
 
 
 def embedded_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings that `save_png` embedded in a file; empty for any other file. No pixel is decoded."""
+    """Returns the settings that `save_png` embedded in a file; empty for any other file.
+
+    No pixel is decoded, so pictures of any size are read; `Image.open` would refuse large ones.
+    """
     try:
-        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+        with open_regular(path) as file, PngImagePlugin.PngImageFile(file) as image:
             settings = json.loads(image.info[SETTINGS_KEY])
     except (UserError, *DAMAGED):  # a foreign or damaged file is not one of ours
         return {}
