@@ -28,8 +28,8 @@ from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
 from smalti.images.decoding import Layers, load_image, load_layers, load_transparency, to_float, without_halo
 from smalti.images.formats.opening import most_pixels
-from smalti.images.listing import images_among, is_image_file
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
+from smalti.images.names import images_among, is_image_file
 from smalti.images.sheets import embedded_settings, image_paths, reduced, require_png, save_image, save_sheet
 from smalti.images.sources import EXAMPLE_IMAGE
 from smalti.tokenizers.base import Tokenizer
