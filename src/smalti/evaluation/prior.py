@@ -55,6 +55,7 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
     if config.samples_npz:
         write_samples(config.samples_npz, samples)
     reference = real.reference()
+    moments = Moments.of(reference)
     features = {"model": extractor(samples), "real": real.features}
     # as many as there are samples, drawn at random because training images may be sorted by class
     equal = reference[choose(len(reference), len(samples), protocol.seed, Stream.EVALUATION_MANIFOLD)]
@@ -63,7 +64,7 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
     copy_distance = neighbours["real"][0].quantile(COPY_QUANTILE)
     too_near = {who: (distances < copy_distance).double() for who, (distances, _) in neighbours.items()}
     scores: Scores = {
-        "frechet": {who: frechet_distance(Moments.of(each), Moments.of(reference)) for who, each in features.items()},
+        "frechet": {who: frechet_distance(Moments.of(each), moments) for who, each in features.items()},
         "precision": {who: each.precision for who, each in manifolds.items()},
         "recall": {who: each.recall for who, each in manifolds.items()},
         "nearest_training_image": {who: float(distances.median()) for who, (distances, _) in neighbours.items()},
