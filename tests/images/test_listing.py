@@ -6,8 +6,8 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
+import listing_by_pathlib
 import pytest
-from helpers import listing_by_pathlib
 from helpers.image_toys import COLOURS, png, write_folder, write_parquet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""What names of files and folders mean: kinds of files by suffix, splits and classes by folders. No file is read.
+"""Names of files and folders: kinds of files by suffix, splits and classes by folders. No file is read.
 
 Labels come from folder names. Folders and files named for a split (`train`, `test`, ...) are not classes:
 only one split is read, by default that of training. Listing the files of a folder is in `listing.py`.
