@@ -98,7 +98,10 @@ def list_files(source: str, split: str | None = None) -> Listing | None:
     passed_over = describe_passed_over(file for file in others if file not in read)
     if unnamed := found - len(paths):
         passed_over.append(f"passed over, because the name is not UTF-8: {unnamed} file(s); rename them")
-    kinds: list[Kind] = sorted({*containers.values(), *(["images"] if images else [])}, key=str.lower)
+    all_kinds: set[Kind] = {*containers.values()}
+    if images:
+        all_kinds.add("images")
+    kinds = sorted(all_kinds, key=lambda kind: kind.lower())
     if not data_files:
         reason = f" ({passed_over[0]})" if passed_over else ""
         raise UserError(f"{source} holds no images and no Parquet files{reason}; give a folder, file or glob that does")
