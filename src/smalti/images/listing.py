@@ -87,7 +87,9 @@ def list_files(source: str, split: str | None = None) -> Listing | None:
     found = len(paths)
     paths = [file for file in paths if _is_unicode(file)]  # tables cannot hold other names
     images = images_among(paths)
-    containers = {file: CONTAINERS[suffix] for file in paths if (suffix := suffix_of(file)) in CONTAINERS}
+    containers: dict[str, Kind] = {
+        file: CONTAINERS[suffix] for file in paths if (suffix := suffix_of(file)) in CONTAINERS
+    }
     if images:  # a backup among photographs is passed over, but Parquet files are the images of a data set
         containers = {file: kind for file, kind in containers.items() if kind == "Parquet files"}
     data_files = sorted([*images, *containers], key=_with_slashes)
