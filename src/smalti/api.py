@@ -20,7 +20,6 @@ from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import Filling, fills
 from smalti.core.devices import Precision, generators_kept
 from smalti.core.errors import UserError, require_at_least_one, require_finite, whole_number
-from smalti.images.decoding import to_uint8
 from smalti.images.formats.planes import MODES, flatten, to_tensor
 from smalti.images.masks import MID_GREY
 from smalti.priors.base import Prior
@@ -97,7 +96,7 @@ def sample(
     num, batch_size, seed = whole_number("num", num), whole_number("batch_size", batch_size), whole_number("seed", seed)
     require_at_least_one({"num": num, "batch_size": batch_size})
     priors, tokenizer = _together(prior, tokenizer, sampling)
-    images = generate_images(
+    return generate_images(
         priors,
         tokenizer,
         num=num,
@@ -107,7 +106,6 @@ def sample(
         batch_size=batch_size,
         precision=precision,
     )
-    return to_uint8(images)
 
 
 @torch.no_grad()

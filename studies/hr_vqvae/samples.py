@@ -29,7 +29,6 @@ from smalti.core.files import whole_file
 from smalti.evaluation.code_likelihood import count_bits
 from smalti.evaluation.config import EvaluationSettings
 from smalti.evaluation.real_images import RealImages
-from smalti.images.decoding import to_uint8
 from smalti.images.image_set import ImageSet
 from smalti.latentsets.reader import LatentSet
 from smalti.metrics.extractors import find_extractor
@@ -191,7 +190,7 @@ def timed_samples(
         batch_size=SAMPLES_AT_ONCE,
         precision=precision,
     )
-    return to_uint8(images), (time.perf_counter() - start) / SAMPLES_AT_ONCE
+    return images, (time.perf_counter() - start) / SAMPLES_AT_ONCE
 
 
 def code_bits(spec: PriorSpec, config: ReproduceHRVQVAE, images: ImageSet) -> dict[str, Any]:

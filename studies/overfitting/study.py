@@ -22,7 +22,6 @@ from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device
 from smalti.core.errors import require_at_least_one
 from smalti.core.provenance import logged_values
-from smalti.images.decoding import to_uint8
 from smalti.images.image_set import open_images
 from smalti.metrics.extractors import find_extractor
 from smalti.priors.methods.sundae import SundaeConfig
@@ -145,7 +144,7 @@ class Overfitting:
         prior = load_prior(str(prior_folder)).to(device)
         tokenizer = load_tokenizer(str(self.tokenizer_folder)).to(device)
         images = generate_images([prior], tokenizer, num=self.config.samples, seed=0, sampling=prior.method.sampling())
-        return self.real.score(to_uint8(images)).numbers
+        return self.real.score(images).numbers
 
     def floors(self) -> dict[str, float]:
         """Returns the Fréchet distances of real images, and of reconstructions of the held-out ones."""

@@ -15,7 +15,7 @@ from smalti.core.devices import best_device
 from smalti.core.files import whole_file, write_json
 from smalti.core.provenance import last_metrics, machine
 from smalti.evaluation.prior import COPY_QUANTILE
-from smalti.images.decoding import to_float, to_uint8
+from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, open_images
 from smalti.images.sheets import save_sheet
 from smalti.latentsets.reader import LatentSet
@@ -53,9 +53,7 @@ def measure(config: ReproducePortraits, prior: Prior, tokenizer: Tokenizer) -> d
     size = {"height": tokenizer.config.height, "width": tokenizer.config.width}
     images = open_images(tokenizer.provenance["image_source"], **size)
     real = AgainstReal(images, find_extractor("lite0", device), samples=SAMPLES, seed=config.seed)
-    samples = to_uint8(
-        generate_images([prior], tokenizer, num=SAMPLES, seed=config.seed, sampling=prior.method.sampling())
-    )
+    samples = generate_images([prior], tokenizer, num=SAMPLES, seed=config.seed, sampling=prior.method.sampling())
     scores, rebuilt = real.score(samples), real.score_reconstructions(tokenizer)
     usage = LatentSet(config.latents).usage()
     _save_neighbours(config.package / NEIGHBOURS_NAME, samples[:SHOWN], real.training, scores.neighbours[:SHOWN])

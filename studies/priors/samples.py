@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from smalti.commands.class_labels import draw_labels
@@ -21,7 +21,6 @@ from smalti.commands.model_paths import load_prior_with_tokenizer
 from smalti.core.devices import autocast, best_device
 from smalti.evaluation.config import EvaluationSettings
 from smalti.evaluation.real_images import RealImages, real_for
-from smalti.images.decoding import to_uint8
 from smalti.metrics.extractors import find_extractor
 from smalti.priors.base import Prior
 from smalti.priors.methods.autoregressive import AncestralSampling
@@ -121,7 +120,7 @@ class SampleEvaluator(FrechetEvaluator):
             clock = time.perf_counter if best_device().type == "cuda" else time.process_time
             pair, count = loaded(folder), len(self.real.judged)
             start = clock()
-            images = to_uint8(sample_images(draw, pair, count, self._config))
+            images = sample_images(draw, pair, count, self._config)
             seconds = (clock() - start) / count
             return {**self.scores(images), "seconds": seconds, "images": count}
 
@@ -137,7 +136,7 @@ def loaded(folder: Path) -> tuple[Prior, Tokenizer]:
 @torch.no_grad()
 def sample_images(
     draw: Draw, pair: tuple[Prior, Tokenizer], count: int, config: ReproducePriors
-) -> Float[Tensor, "b c h w"]:
+) -> UInt8[Tensor, "b c h w"]:
     """Returns the first `count` samples of seed 0, on the CPU."""
     prior, tokenizer = pair
     return generate_images([prior], tokenizer, num=count, seed=0, sampling=draw.sampling, precision=config.precision)

@@ -27,7 +27,6 @@ from smalti.core.devices import Precision, best_device
 from smalti.core.errors import require_at_least_one
 from smalti.core.models import CONFIG_NAME
 from smalti.core.provenance import last_metrics
-from smalti.images.decoding import to_float, to_uint8
 from smalti.images.image_set import open_images
 from smalti.images.sheets import save_grid
 from smalti.latentsets.reader import LatentSet
@@ -186,11 +185,9 @@ def measured(folder: Path, real: RealImagesOnce, config: ReproduceSize64) -> dic
 
     def measure() -> dict[str, Any]:
         against = real.scores
-        samples = to_uint8(
-            generate_images([prior], tokenizer, num=config.samples, seed=0, sampling=prior.method.sampling())
-        )
+        samples = generate_images([prior], tokenizer, num=config.samples, seed=0, sampling=prior.method.sampling())
         usage = LatentSet(folder / "latents.h5").usage()
-        save_grid(folder / SAMPLES_NAME, to_float(samples[:SHOWN_SAMPLES]))
+        save_grid(folder / SAMPLES_NAME, samples[:SHOWN_SAMPLES])
         save_reconstructions(tokenizer, against.held_out, folder / RECONSTRUCTIONS_NAME)
         save_example_fills(prior, tokenizer, against.held_out, folder / FILLS_NAME, sampling=prior.method.filling())
         return {

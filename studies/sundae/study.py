@@ -22,7 +22,6 @@ from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.devices import Precision, best_device
 from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.provenance import last_metrics
-from smalti.images.decoding import to_uint8
 from smalti.images.image_set import open_images
 from smalti.latentsets.reader import LatentSet
 from smalti.metrics.extractors import find_extractor
@@ -195,8 +194,7 @@ class Study:
         """Returns the first samples of seed 0, uint8 `(n, c, h, w)`."""
         prior, tokenizer = load_prior_with_tokenizer(str(folder), None)
         device = best_device()
-        images = generate_images([prior.to(device)], tokenizer.to(device), num=count, seed=0, sampling=sampling)
-        return to_uint8(images)
+        return generate_images([prior.to(device)], tokenizer.to(device), num=count, seed=0, sampling=sampling)
 
     def floors(self) -> dict[str, float]:
         """Returns the Fréchet distances of real images, and of reconstructions of the held-out ones."""

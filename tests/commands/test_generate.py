@@ -4,10 +4,12 @@ import pytest
 import torch
 from helpers.toys import untrained_pair
 
-from smalti.commands.generating import generate_codes
+from smalti.commands.generating import generate_batches, generate_codes, generate_images, generate_levels
 from smalti.commands.sample import Sample, sample
 from smalti.core.devices import autocast, device
 from smalti.core.errors import UserError
+from smalti.core.randomness import Stream, derive, row_seeds
+from smalti.images.decoding import to_uint8
 from smalti.priors.methods.sundae import SundaeSampling
 
 SAMPLING = SundaeSampling(steps=4, min_steps=2)
@@ -27,6 +29,19 @@ def test_a_sample_does_not_depend_on_its_batch(models):
     assert torch.equal(torch.cat(separate), together)
     assert len(together.unique(dim=0)) == 5
     assert not torch.equal(together, generate_codes(prior, rows, None, seed=4, sampling=SAMPLING))
+
+
+@torch.no_grad()
+def test_batches_are_the_images_that_are_drawn_at_once(models):
+    prior, tokenizer = models
+    rows = torch.arange(7)
+    codes = generate_levels([prior], rows, torch.ones(7).long(), grids=[(4, 8)], seed=3, samplings=[SAMPLING])
+    at_once = to_uint8(tokenizer.draw(codes, derive(row_seeds(3, rows), Stream.IMAGE_DETAILS)))
+    options = {"num": 7, "seed": 3, "sampling": SAMPLING, "conditions": [1], "precision": "fp32"}
+    batches = list(generate_batches([prior], tokenizer, **options, batch_size=3))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat(batches), at_once)
+    assert torch.equal(generate_images([prior], tokenizer, **options), at_once)
 
 
 def test_counts_below_one_are_refused():

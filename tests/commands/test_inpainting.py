@@ -1,6 +1,7 @@
 """Inpainting with tiny untrained models: known pixels stay, masked pixels have no influence, at any size."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
+from smalti.commands.inpaint import Inpaint, _jobs
 from smalti.commands.inpainting import Filling, WorkingSize, _to_working_size, fill, working_size
 from smalti.core.errors import UserError
 from smalti.core.randomness import derive, row_seeds
@@ -255,3 +257,26 @@ def test_the_candidate_nearest_to_the_known_pixels_is_kept(models):
         kept_candidates.append(min(tries, key=lambda each: each[0]))
         assert torch.equal(filled[row], kept_candidates[-1][2])
     assert {candidate for _, candidate, _ in kept_candidates} != {0}  # else always keeping the first would pass
+
+
+def test_pairing_names_takes_time_in_proportion_to_their_number(tmp_path, monkeypatch):
+    """Counted as comparisons of names: a folder may have many thousand images."""
+    comparisons = []
+
+    class Stem(str):
+        def __eq__(self, other):
+            comparisons.append(other)
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    class Named(type(Path())):
+        stem = property(lambda self: Stem(super().stem))
+
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    listed = [Named(tmp_path / "images" / f"{number}.png") for number in range(300)]
+    monkeypatch.setattr("smalti.commands.inpaint._image_files", lambda folder: listed)
+    config = Inpaint(SundaeSampling(), image=tmp_path / "images", mask=tmp_path / "masks", out=tmp_path / "out")
+    assert len(_jobs(config, tmp_path / "images")) == 300
+    assert len(comparisons) < 10 * 300

@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 
 from smalti.commands.generating import generate_codes, generate_images
 from smalti.commands.model_paths import load_prior_with_tokenizer
+from smalti.commands.sample import _write_files
 from smalti.images.decoding import to_uint8
-from smalti.images.sheets import CAPTION_SIZE, GAP, SMALLEST_SHOWN
+from smalti.images.sheets import CAPTION_SIZE, GAP, SMALLEST_SHOWN, save_png
 from smalti.priors.methods.sundae import SundaeSampling
 from smalti.scripts import sample
 
@@ -68,7 +70,7 @@ def test_single_files_hold_their_number_and_settings(capfd):
     again = generate_images(
         [prior], tokenizer, num=11, seed=3, sampling=SundaeSampling(steps=settings[0]["steps"]), precision="fp32"
     )
-    assert np.array_equal(np.array(files[7]), to_uint8(again[7]).permute(1, 2, 0).numpy())
+    assert np.array_equal(np.array(files[7]), again[7].permute(1, 2, 0).numpy())
 
 
 def test_files_of_an_earlier_run_with_more_images_are_named(capfd):
@@ -79,6 +81,64 @@ def test_files_of_an_earlier_run_with_more_images_are_named(capfd):
     flags[flags.index("11")] = "4"
     assert "note: fewer/00.png and 10 more of an earlier run stayed beside" in run(capfd, sample.main, *flags)[2]
     assert len(list(Path("fewer").iterdir())) == 11 + 4 + 1
+
+
+def test_a_sheet_shows_the_first_images_if_not_all_fit(capfd, monkeypatch):
+    assert run(capfd, sample.main, *FLAGS, "--files", "--out", "all.png")[0] == 0
+    monkeypatch.setattr("smalti.images.sheets.MOST_PIXELS", 6 * 104 * 56)
+    flags = [*FLAGS, "--animate", "--out", "first.png"]
+    status, _, err = run(capfd, sample.main, *flags)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "11 images of 16x8 do not fit on a sheet; the most is --num 6, or pass --files" in err
+    status, _, err = run(capfd, sample.main, *flags, "--files")
+    assert (status, "first.png shows the first 6 images" in err) == (0, True)
+    every = np.stack([np.array(Image.open(f"all/{number:02}.png")) for number in range(11)])
+    assert np.array_equal(np.stack([np.array(Image.open(f"first/{number:02}.png")) for number in range(11)]), every)
+    assert np.array_equal(pictures(Image.open("first.png"), 6), every[:6])
+    with Image.open("first-steps.png") as moving:
+        assert moving.size == Image.open("first.png").size
+        moving.seek(moving.n_frames - 1)
+        assert np.array_equal(pictures(moving.convert("RGB"), 6), every[:6])
+
+
+def test_files_are_written_batch_by_batch_and_stay_if_the_command_is_stopped(capfd, monkeypatch):
+    written = []
+
+    def stop_at_seventh(path, image, settings):
+        written.append(path)
+        if len(written) == 7:
+            raise KeyboardInterrupt
+        save_png(path, image, settings)
+
+    flags = [*FLAGS, "--files", "--out", "begun.png"]
+    with monkeypatch.context() as patch:
+        patch.setattr("smalti.commands.sample.save_png", stop_at_seventh)
+        status, _, err = run(capfd, sample.main, *flags)
+    assert (status, "note: 6 of 11 images were written to begun" in err) == (130, True)
+    assert sorted(path.name for path in Path("begun").iterdir()) == [f"{number:02}.png" for number in range(6)]
+    assert not Path("begun.png").exists()
+    assert run(capfd, sample.main, *flags)[0] == 0
+    assert len(list(Path("begun").iterdir())) == 11
+
+
+def test_only_the_images_on_the_sheet_are_kept(tmp_path):
+    drawn = []
+
+    def batches():
+        for number in range(6):
+            pixels = np.full((2, 3, 4, 4), number, dtype=np.uint8)
+            drawn.append(weakref.ref(pixels))
+            yield torch.from_numpy(pixels)
+            assert sum(each() is not None for each in drawn) <= 3  # those of the shown images, and this batch
+
+    shown = _write_files(batches(), [tmp_path / f"{number}.png" for number in range(12)], {}, 3)
+    assert shown[:, 0, 0, 0].tolist() == [0, 0, 1]
+    assert len(list(tmp_path.iterdir())) == 12
+
+
+def test_too_many_files_are_refused(capfd):
+    status, _, err = run(capfd, sample.main, *FLAGS, "--files", "--num", 10**9)
+    assert (status, err.count("\n"), "too many files" in err) == (2, 1, True)
 
 
 @torch.no_grad()
@@ -106,7 +166,7 @@ def test_a_class_that_is_given_twice_is_drawn_twice_in_turn(capfd):
     assert run(capfd, sample.main, *FLAGS, "--classes", "1", "1", "0", "--files", "--out", "turns.png")[0] == 0
     prior, tokenizer = load_prior_with_tokenizer("pair", None)
     options = {"num": 11, "seed": 0, "sampling": SundaeSampling(steps=3), "precision": "fp32"}
-    expected = to_uint8(generate_images([prior], tokenizer, conditions=[1, 1, 0], **options)).permute(0, 2, 3, 1)
+    expected = generate_images([prior], tokenizer, conditions=[1, 1, 0], **options).permute(0, 2, 3, 1)
     files = np.stack([np.array(Image.open(path)) for path in sorted(Path("turns").iterdir())])
     assert np.array_equal(files, expected.numpy())
     sheet, turns = Image.open("turns.png"), np.array([1, 1, 0] * 4)[:11]

@@ -1,24 +1,29 @@
 """Listing of files: splits that are no classes, class folders, and notes of everything that is left out."""
 
+import contextlib
 import os
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
+import listing_by_pathlib
 import pytest
 from helpers.image_toys import COLOURS, png, write_folder, write_parquet
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from smalti.core.errors import UserError
 from smalti.core.files import require_no_input
 from smalti.images.image_set import open_images
 from smalti.images.listing import list_files
 from smalti.images.reading import print_summary
-from smalti.images.sources import local_paths
+from smalti.images.sources import local_paths, open_table
 
 
 def listed(root: Path) -> tuple[list[str], list[str | None], tuple[str, ...]]:
     listing = list_files(str(root))
     assert listing is not None
-    return [str(path.relative_to(root)) for path in listing.paths], list(listing.labels), listing.notes
+    return [os.path.relpath(path, root) for path in listing.paths], list(listing.labels), listing.notes
 
 
 @pytest.mark.parametrize(
@@ -153,14 +158,14 @@ def test_links_that_lead_back_list_no_file_again(tmp_path):
         ("c/../*/*.png", ["c/../a/1.png", "c/../a/2.png", "c/../b/3.png"]),
     ):
         listing = list_files(str(tmp_path / "set" / pattern))
-        assert [str(path.relative_to(tmp_path / "set")) for path in listing.paths] == expected
+        assert [path.removeprefix(f"{tmp_path / 'set'}/") for path in listing.paths] == expected
 
 
 def test_links_to_files_are_listed_each(tmp_path):
     write_folder(tmp_path, ["a/1.png"])
     (tmp_path / "a" / "2.png").symlink_to("1.png")
     for source in (tmp_path, tmp_path / "*" / "*.png"):
-        assert [path.name for path in list_files(str(source)).paths] == ["1.png", "2.png"]
+        assert [Path(path).name for path in list_files(str(source)).paths] == ["1.png", "2.png"]
 
 
 def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path):
@@ -169,3 +174,67 @@ def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path):
     images = open_images(str(tmp_path))
     assert len(images) == 1
     assert "passed over, because the name is not UTF-8: 1 file(s); rename them" in images.summary()
+
+
+FOLDERS = st.sampled_from(["train", "Test", "val", "cat", "Images", "ünï", "a.b", ".hidden", "dog.PNG", "x[1]"])
+STEMS = st.sampled_from(["1", "10", "É", "a.b", "..x", "z.", ".h", "метки", "train-0", "test.1", "metadata"])
+SUFFIXES = st.sampled_from([".png", ".PNG", ".Jpg", ".npy", ".parquet", ".tar", ".ZIP", ".csv", ".txt", ".gz", "", "."])
+NAMES = st.builds(
+    lambda folders, *name: "/".join([*folders, "".join(name)]), st.lists(FOLDERS, max_size=3), STEMS, SUFFIXES
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    names=st.sets(NAMES, min_size=1, max_size=8),
+    links=st.dictionaries(NAMES, st.sampled_from([".", "..", "train", "cat", "missing", "1.png"]), max_size=2),
+    pattern=st.sampled_from(["", "", "", "*", "*/*", "**/*.png", "**", "*/*.[pP]*"]),
+    split=st.sampled_from([None, None, "train", "TEST"]),
+    relative=st.booleans(),
+)
+@example(names={"train/a/1.png", "test/2.png", "0.png"}, links={}, pattern="", split=None, relative=True)
+@example(names={"train-0.tar", "test-0.tar", "a/x.tar"}, links={}, pattern="", split="train", relative=False)
+def test_files_are_listed_as_through_pathlib(tmp_path_factory, names, links, pattern, split, relative):
+    """The rows of a set are in the order of its listing, and its fingerprint depends on them."""
+    root = tmp_path_factory.mktemp("set")
+    for name in sorted(names):
+        with suppress(OSError):  # another name is that of a folder
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).touch()
+    for name, target in links.items():
+        with suppress(OSError):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).symlink_to(target)
+    sources = [pattern or "."] if relative else [str(root / pattern), *(str(root / name) for name in sorted(names)[:2])]
+    with contextlib.chdir(root):
+        for source in sources:
+            results = []
+            for implementation in (listing_by_pathlib.list_files, list_files):
+                try:
+                    results.append(implementation(source, split))
+                except UserError as error:
+                    results.append(str(error))
+            assert results[0] == results[1]
+
+
+def test_a_change_of_files_or_labels_is_another_table(tmp_path):
+    """`datasets` keeps what it computed for a table by the table's fingerprint."""
+
+    def fingerprint():
+        return open_table(str(tmp_path), caption_column="text").rows._fingerprint
+
+    write_folder(tmp_path, ["a/1.png", "b/2.png"])
+    metadata = tmp_path / "metadata.csv"
+    metadata.write_text("file_name,text\na/1.png,one\nb/2.png,two\n")
+    fingerprints = [fingerprint()]
+    assert fingerprint() == fingerprints[0]
+    os.utime(tmp_path / "a/1.png", ns=(1, 1))
+    fingerprints.append(fingerprint())
+    metadata.write_text("file_name,text\na/1.png,one\nb/2.png,three\n")
+    fingerprints.append(fingerprint())
+    metadata.write_text("file_name,text,label\na/1.png,one,a\nb/2.png,three,c\n")
+    fingerprints.append(fingerprint())
+    (tmp_path / "b").rename(tmp_path / "d")
+    metadata.write_text("file_name,text,label\na/1.png,one,a\nd/2.png,three,c\n")
+    fingerprints.append(fingerprint())
+    assert len({*fingerprints}) == len(fingerprints)

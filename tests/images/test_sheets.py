@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from smalti.images.decoding import to_float
-from smalti.images.sheets import CAPTION_SIZE, GAP, SMALLEST_SHOWN, save_grid, save_png, save_sheet, to_image
+from smalti.images.sheets import (
+    CAPTION_SIZE,
+    GAP,
+    SMALLEST_SHOWN,
+    embedded_settings,
+    most_on_sheet,
+    save_grid,
+    save_png,
+    save_sheet,
+    to_image,
+)
 
 
 def pictures(count, channels, height, width, seed=0):
@@ -57,6 +67,32 @@ def test_a_sheet_has_a_caption_above_every_row(tmp_path):
             assert torch.equal(crop(sheet, top + band + GAP, index * across + GAP, image, 1), image)
 
 
+@settings(max_examples=20)
+@given(
+    height=st.integers(1, 150),
+    width=st.integers(1, 150),
+    captions=st.lists(st.sampled_from(["a", "b", "c", "a long caption of a row"]), max_size=5),
+    most=st.integers(50_000, 400_000),
+)
+def test_as_many_images_fit_on_a_sheet_as_its_pixels_allow(tmp_path_factory, height, width, captions, most):
+    def pixels_of(count):
+        turns = [captions[number % len(captions)] for number in range(count)] if captions else []
+        path = tmp_path_factory.mktemp("sheet") / "sheet.png"
+        images = torch.zeros(count, 1, height, width, dtype=torch.uint8)
+        if captions:
+            save_sheet(path, {row: images[: turns.count(row)] for row in dict.fromkeys(turns)})
+        else:
+            save_grid(path, images)
+        with Image.open(path) as sheet:
+            return sheet.width * sheet.height
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smalti.images.sheets.MOST_PIXELS", most)
+        count = most_on_sheet(height, width, captions)
+    assert count == 1 or pixels_of(count) <= most
+    assert pixels_of(count + 1 if captions else 2 * count + 2) > most  # a grid has whole lines
+
+
 def test_a_sheet_is_as_wide_as_its_longest_caption(tmp_path):
     """Captions that differ at their end must be told apart."""
     for number in range(2):
@@ -78,3 +114,15 @@ def test_a_png_holds_the_exact_image_and_its_settings(tmp_path, channels, mode):
     assert np.array_equal(np.array(read), expected.numpy())
     assert json.loads(read.text["smalti"]) == {**settings, "path": str(tmp_path)}
     assert np.array_equal(np.array(to_image(to_float(image))), expected.numpy())
+
+
+def test_settings_are_read_of_pictures_of_any_size(tmp_path, monkeypatch):
+    """Pillow's guard against decompression bombs is an error above twice its number of pixels."""
+    save_png(tmp_path / "large.png", to_image(pictures(1, 3, 20, 30)[0]), {"command": "sample"})
+    Image.new("L", (20, 30)).save(tmp_path / "other.png")
+    Image.new("L", (20, 30)).save(tmp_path / "other.jpg")
+    (tmp_path / "text.png").write_text("no picture")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert embedded_settings(tmp_path / "large.png") == {"command": "sample"}
+    for name in ("other.png", "other.jpg", "text.png", "missing.png"):
+        assert embedded_settings(tmp_path / name) == {}

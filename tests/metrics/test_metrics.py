@@ -27,7 +27,7 @@ from smalti.metrics.frechet import (
     nearest,
     precision_recall,
 )
-from smalti.metrics.image_errors import MOST_DECIBELS, diversity, masked_mse, mse, psnr, seam_steps
+from smalti.metrics.image_errors import MOST_DECIBELS, diversity, masked_mse, mse, mse_of_pixels, psnr, seam_steps
 
 SEEDS = st.integers(0, 999)
 
@@ -51,6 +51,20 @@ def test_moments_do_not_depend_on_batches(seed, rows, cuts, shift):
     torch.testing.assert_close(result.mean, features.mean(0), rtol=1e-12, atol=1e-12)
     expected = torch.from_numpy(np.cov(features.numpy(), rowvar=False))
     torch.testing.assert_close(result.covariance, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_large_sets_are_converted_to_float64_in_parts(monkeypatch):
+    """Copies of a whole set would need more memory than the set."""
+    features, (pixels, others) = draw(0, 3000, 4).float(), torch.randint(256, (2, 300, 1, 4, 4), dtype=torch.uint8)
+    expected = mse(to_float(pixels), to_float(others))
+    sizes, double = [], torch.Tensor.double
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "double", lambda self: (sizes.append(len(self)), double(self))[1])
+        result, errors = Moments.of(features), mse_of_pixels(pixels, others)
+    assert sizes == [1024, 1024, 952, 64, 64, 64, 64, 44]
+    torch.testing.assert_close(result.mean, features.double().mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.covariance, torch.cov(features.double().T), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(errors, expected, rtol=1e-12, atol=0)
 
 
 @settings(max_examples=30)

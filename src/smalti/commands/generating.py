@@ -3,13 +3,13 @@
 The command, with its files, is in `sample.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from smalti.commands.class_labels import draw_conditions
@@ -17,13 +17,21 @@ from smalti.core.codes import Codes
 from smalti.core.devices import Precision, autocast
 from smalti.core.progress import bar, counting
 from smalti.core.randomness import Stream, derive, row_seeds
+from smalti.images.decoding import to_uint8
 from smalti.priors.base import Prior
 from smalti.priors.conditioning import Condition
 from smalti.tokenizers.base import Tokenizer
 
 
-@torch.no_grad()
 def generate_images(
+    priors: Sequence[Prior], tokenizer: Tokenizer, *, num: int, seed: int, sampling: Any, **options: Any
+) -> UInt8[Tensor, "n c h w"]:
+    """Generates the first `num` images of a seed at once; see `generate_batches`, also for the options."""
+    return torch.cat([*generate_batches(priors, tokenizer, num=num, seed=seed, sampling=sampling, **options)])
+
+
+@torch.no_grad()
+def generate_batches(
     priors: Sequence[Prior],
     tokenizer: Tokenizer,
     *,
@@ -35,8 +43,8 @@ def generate_images(
     batch_size: int = 64,
     precision: Precision = "auto",
     watch: Callable[[int, Codes], None] | None = None,
-) -> Float[Tensor, "b c h w"]:
-    """Generates the first `num` images of a seed, in [-1, 1] on the CPU, with a progress bar.
+) -> Iterator[UInt8[Tensor, "_b _c _h _w"]]:
+    """Generates the first `num` images of a seed, batch after batch on the CPU, with a progress bar.
 
     Args:
         priors: one for each level, coarsest first.
@@ -52,7 +60,7 @@ def generate_images(
     """
     grids = grids or [(prior.level.height, prior.level.width) for prior in priors]
     samplings = [sampling_for(prior, sampling) for prior in priors]
-    images, batches = [], range(0, num, batch_size)
+    batches = range(0, num, batch_size)
     calls = sum(each.calls(*grid) for each, grid in zip(samplings, grids, strict=True))
     with bar(what="sampling", total=len(batches) * calls, unit="step") as progress:
         for index, start in enumerate(batches):
@@ -70,9 +78,9 @@ def generate_images(
                 )
             seeds = derive(row_seeds(seed, rows), Stream.IMAGE_DETAILS).to(codes[0].device)
             with torch.autocast(codes[0].device.type, enabled=False):  # the caller's own, too
-                images.append(tokenizer.draw(codes, seeds).cpu())
+                images = to_uint8(tokenizer.draw(codes, seeds).cpu())
             progress.update((index + 1) * calls - progress.n)  # counts the steps saved by stopping early
-    return torch.cat(images)
+            yield images
 
 
 @torch.no_grad()

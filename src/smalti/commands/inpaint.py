@@ -1,6 +1,7 @@
 """The inpainting command: pairs images with masks, checks them and writes the fills of `inpainting.py`."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ from smalti.core.randomness import require_seed
 from smalti.images.blending import restore_transparency
 from smalti.images.decoding import Layers, load_image, load_layers, load_transparency, to_float, without_halo
 from smalti.images.formats.opening import most_pixels
-from smalti.images.listing import images_among, is_image_file
 from smalti.images.masks import MID_GREY, blank, is_white_paint, load_mask, refuse_swapped
+from smalti.images.names import images_among, is_image_file
 from smalti.images.sheets import embedded_settings, image_paths, reduced, require_png, save_image, save_sheet
 from smalti.images.sources import EXAMPLE_IMAGE
 from smalti.tokenizers.base import Tokenizer
@@ -96,9 +97,7 @@ class Inpaint(Generic[S]):
         if not 0 <= self.threshold <= 254:
             raise UserError(f"--threshold must be from 0 to 254, not {self.threshold}; 127 is mid-grey")
         if min(self.expand) < 0:
-            raise UserError(
-                f"--expand takes pixels to add: left, top, right, bottom, not {self.expand}; crop the image first"
-            )
+            raise UserError(f"--expand takes pixels to add: left, top, right, bottom, not {self.expand}; crop it first")
 
 
 class _Job(NamedTuple):
@@ -175,18 +174,18 @@ def _jobs(config: Inpaint[Any], image: Path) -> list[_Job]:
     if is_image_file(out) and not out.is_dir():
         raise UserError(f"--image {image} is a folder, so --out must be a folder, not {out}")
     images = _image_files(image)
-    stems = [image.stem for image in images]
-    if duplicates := {stem for stem in stems if stems.count(stem) > 1}:
+    counts = Counter(image.stem for image in images)
+    if duplicates := [stem for stem, count in counts.items() if count > 1]:
         raise UserError(f"{image} has several images called {min(duplicates)}; give each a name of its own")
-    masks = dict.fromkeys(stems, config.mask)
+    masks = dict.fromkeys(counts, config.mask)
     if config.mask is not None and os.path.isdir(config.mask):
         files = _image_files(config.mask)
-        masks = {mask.stem: mask for mask in files if mask.stem in stems}
+        masks = {mask.stem: mask for mask in files if mask.stem in counts}
         if several := {mask.stem for mask in files if masks.get(mask.stem, mask) != mask}:
             raise UserError(f"{config.mask} has several masks called {min(several)}; keep one of them")
         if missing := [image for image in images if image.stem not in masks]:
             raise UserError(f"{config.mask} has no mask called {missing[0].stem} for {missing[0]}; add it")
-    outputs = _distinct_output_names([out / f"{stem}.png" for stem in stems], config.num)
+    outputs = _distinct_output_names([out / f"{stem}.png" for stem in counts], config.num)
     return [_Job(image, masks[image.stem], *names) for image, names in zip(images, outputs, strict=True)]
 
 

@@ -1,16 +1,17 @@
 """The sampling command: its flags, and the files that it writes of the images that `generating.py` draws."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from smalti.commands.class_labels import Conditions, find_conditions
-from smalti.commands.generating import generate_images, sampling_for
+from smalti.commands.generating import generate_batches, sampling_for
 from smalti.commands.model_paths import RUNS, image_inputs, load_priors, prior_class
 from smalti.core import locks
 from smalti.core.codes import Codes
@@ -24,6 +25,7 @@ from smalti.core.randomness import require_seed
 from smalti.images.formats.opening import most_pixels
 from smalti.images.sheets import (
     embedded_settings,
+    most_on_sheet,
     require_png,
     save_animation,
     save_grid,
@@ -37,8 +39,8 @@ from smalti.tokenizers.base import Tokenizer
 S = TypeVar("S")
 
 MOST_FRAMES = 100
-_MOST_PIXELS = 2**31
-"""Largest number of pixels of all images of a sheet."""
+_MOST_FILES = 10**6
+"""Largest number of files in one folder."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Sample(Generic[S]):
     """The sheet to write, a PNG with these settings embedded [default: runs/samples.png, numbered if samples of another
     prior are there]."""
     files: bool = False
-    """Also write each image to a file of its own, in a folder named after the sheet."""
+    """Also write each image to a file of its own, in a folder named after the sheet, as soon as its batch is drawn. The
+    sheet shows the first images if not all fit on it."""
     animate: bool = False
     """Also write an animated PNG of the sampling steps, with -steps after its name. With several levels it shows the
     steps of the last one."""
@@ -102,6 +105,7 @@ def sample(config: Sample[Any]) -> Path:
     priors, tokenizer = [prior.to(sampling_device) for prior in priors], tokenizer.to(sampling_device)
     conditions = find_conditions(priors, config.classes, config.conditions)
     grids = _grids(config, priors, tokenizer)
+    most_shown = _most_shown(config, tokenizer, conditions.names)
     digests = [prior.digest() for prior in priors]
 
     def is_own(path: Path) -> bool:  # a rerun with the same priors may replace its own
@@ -118,7 +122,7 @@ def sample(config: Sample[Any]) -> Path:
         overwrite=config.overwrite,
         is_own=is_own,
     ):
-        _sample(replace(config, out=out), out, priors, tokenizer, grids, conditions, digests)
+        _sample(replace(config, out=out), out, priors, tokenizer, grids, conditions, digests, most_shown)
         if config.files:
             print_left_over(out.with_suffix(""), "*.png", _files(config, out), is_own)
     return out
@@ -132,11 +136,14 @@ def _sample(
     grids: Sequence[tuple[int, int]],
     conditions: Conditions,
     digests: Sequence[str],
+    most_shown: int,
 ) -> None:
     steps_by_batch: dict[int, list[Codes]] = {}  # the codes after steps, by the batch's first row
     calls, seen = sampling_for(priors[-1], config.sampling).calls(*grids[-1]), Counter[int]()
 
     def keep(first: int, codes: Codes) -> None:
+        if first >= most_shown:
+            return
         kept = steps_by_batch.setdefault(first, [])
         if seen[first] % -(-calls // MOST_FRAMES):
             kept[-1] = codes  # of the steps of one frame the last
@@ -144,7 +151,7 @@ def _sample(
             kept.append(codes)
         seen[first] += 1
 
-    images = generate_images(
+    batches = generate_batches(
         priors,
         tokenizer,
         num=config.num,
@@ -157,20 +164,49 @@ def _sample(
         watch=keep if config.animate else None,
     )
     settings = {"command": "sample", **flatten(config), "prior_digests": digests, "versions": versions()}
-    names = conditions.names
-    if names and (config.classes or len(names) < config.num):
-        turns = [names[number % len(names)] for number in range(config.num)]
+    images = _write_files(batches, _files(config, out), settings, most_shown)
+    if len(images) < config.num:
+        print_note(f"{out} shows the first {len(images)} images, as many as fit on a sheet")
+    if names := _row_names(config, conditions.names):
+        turns = [names[number % len(names)] for number in range(len(images))]
         rows = {name: images[[turn == name for turn in turns]] for name in dict.fromkeys(turns)}
         save_sheet(out, rows, settings=settings)
     else:
         save_grid(out, images, settings=settings)
-    for number, (name, image) in enumerate(zip(_files(config, out), images, strict=False)):  # no files without --files
-        save_png(name, to_image(image), {**settings, "number": number})
     if config.animate:
-        frames = _frames(tokenizer, list(steps_by_batch.values()))
+        frames = [frame[:most_shown] for frame in _frames(tokenizer, list(steps_by_batch.values()))]
         save_animation(_animation(out), frames, settings=settings)
     if also := [out.with_suffix("")] * config.files + [_animation(out)] * config.animate:
         print_note(f"also written: {' and '.join(map(str, also))}")
+
+
+def _write_files(
+    batches: Iterable[UInt8[Tensor, "_b _c _h _w"]], files: Sequence[Path], settings: dict[str, Any], most_shown: int
+) -> UInt8[Tensor, "n _c _h _w"]:
+    """Writes the images of each batch once it is drawn, if there are files for them; returns the first of all images.
+
+    If it is stopped, the files that are written stay, and a note says how many.
+    """
+    shown, drawn, written = list[Tensor](), 0, 0
+    try:
+        for batch in batches:
+            if drawn < most_shown:
+                shown.append(batch[: most_shown - drawn])
+            drawn += len(batch)
+            for path, image in zip(files[written:drawn], batch, strict=False):
+                save_png(path, to_image(image), {**settings, "number": written})
+                written += 1
+    finally:
+        if 0 < written < len(files):
+            print_note(
+                f"note: {written} of {len(files)} images were written to {files[0].parent}; run it again for all"
+            )
+    return torch.cat(shown)
+
+
+def _row_names(config: Sample[Any], names: Sequence[str]) -> Sequence[str]:
+    """Returns the names that images have in turn, whose rows the sheet shows; empty for a grid."""
+    return names if config.classes or len(names) < config.num else ()
 
 
 def _outputs(config: Sample[Any], out: Path) -> list[Path]:
@@ -206,13 +242,26 @@ def _grids(config: Sample[Any], priors: Sequence[Prior], tokenizer: Tokenizer) -
     if height * width > most_pixels():
         most = f"the most is {most_pixels()} pixels"
         raise UserError(f"images of {width}x{height} are too large: {most}; lower --height and --width")
-    if config.num * height * width > _MOST_PIXELS:
-        raise UserError(
-            f"{config.num} images of {width}x{height} do not fit on a sheet; the most is "
-            f"--num {_MOST_PIXELS // (height * width)}"
-        )
     levels = [prior.level for prior in priors]
     return [(level.height * height // trained.height, level.width * width // trained.width) for level in levels]
+
+
+def _most_shown(config: Sample[Any], tokenizer: Tokenizer, names: Sequence[str]) -> int:
+    """Returns how many images fit on the sheet.
+
+    Raises:
+        UserError: if there are more, which are not written to files; or too many files.
+    """
+    height, width = config.height or tokenizer.config.height, config.width or tokenizer.config.width
+    most = most_on_sheet(height, width, _row_names(config, names))
+    if config.num > most and not config.files:
+        raise UserError(
+            f"{config.num} images of {width}x{height} do not fit on a sheet; the most is --num {most}, or pass --files "
+            "to write each image to a file, of which the sheet shows the first"
+        )
+    if config.files and config.num > _MOST_FILES:
+        raise UserError(f"--num {config.num} would be too many files in a folder; the most is {_MOST_FILES}")
+    return most
 
 
 def default_config(source: str) -> Any:

@@ -56,8 +56,8 @@ def evaluate_images(config: ImagesEvaluation) -> tuple[Scores, Conditions]:
     sets = [read_images(each, config.reading, height=height, width=width, channels=_CHANNELS) for each in sources]
     features, *others = [_features(extractor, each) for each in sets]
     real = others[0] if others else None
-    moments = stored or _moments(extractor, others[0])
-    values = {"frechet": frechet_distance(_moments(extractor, features), moments)}
+    moments = stored or Moments.of(others[0])
+    values = {"frechet": frechet_distance(Moments.of(features), moments)}
     if real is not None:
         values["kernel_distance"] = kernel_distance(features, real)
         values["precision"], values["recall"] = precision_recall(real, features)
@@ -121,10 +121,3 @@ def _features(extractor: Extractor, images: ImageSet) -> Float[Tensor, "n d"]:
     rows = (~images.left_out).nonzero().squeeze(1)
     progress = bar(rows.split(_BATCH_SIZE), what="features", unit="batch", delay_seconds=SLOW_SECONDS)
     return torch.cat([extractor(images.pixels(batch)) for batch in progress])
-
-
-def _moments(extractor: Extractor, features: Float[Tensor, "n d"]) -> Moments:
-    moments = Moments(extractor.width)
-    for batch in features.split(_BATCH_SIZE):
-        moments.update(batch)
-    return moments

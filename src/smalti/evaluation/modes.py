@@ -15,7 +15,7 @@ from smalti.images.decoding import to_8_bits, to_float, to_uint8
 from smalti.metrics.baselines import ssim
 from smalti.metrics.extractors import find_extractor
 from smalti.metrics.frechet import Moments, frechet_distance
-from smalti.metrics.image_errors import mse, psnr
+from smalti.metrics.image_errors import mse_of_pixels, psnr
 from smalti.tokenizers.selfvae.hierarchical_vae import Transmitted
 
 
@@ -31,21 +31,21 @@ def evaluate_modes(config: ModesEvaluation) -> tuple[Scores, Conditions]:
     extractor = find_extractor(protocol.extractor, torch_device)
     model = load_hierarchy(config.tokenizer).to(torch_device)
     real = real_for(protocol, model, extractor)
-    reference, originals = real.reference_moments, to_float(real.judged)
-    seeds = row_seeds(protocol.seed, torch.arange(len(originals))).to(torch_device)
+    reference = real.reference_moments
+    seeds = row_seeds(protocol.seed, torch.arange(len(real.judged))).to(torch_device)
     scores: Scores = {name: {} for name in ("bytes_sent", "compression_ratio", "mse", "psnr_db", "ssim", "frechet")}
     for mode in model.modes:
         batches, transmitted = [], Transmitted()
-        for images, image_seeds in zip(originals.split(BATCH_SIZE), seeds.split(BATCH_SIZE), strict=True):
+        for images, image_seeds in zip(real.judged.split(BATCH_SIZE), seeds.split(BATCH_SIZE), strict=True):
             with autocast(torch_device, protocol.precision):
-                transmitted = model.transmit(images.to(torch_device), mode, image_seeds)
+                transmitted = model.transmit(to_float(images).to(torch_device), mode, image_seeds)
                 batches.append(to_uint8(model.decode_from(transmitted, image_seeds, config.pixels)).cpu())
         decoded = torch.cat(batches)
         scores["bytes_sent"][mode] = model.bits_sent(transmitted) / 8
         scores["frechet"][mode] = frechet_distance(Moments.of(extractor(decoded)), reference)
         if mode != "generation":
-            errors = mse(to_float(decoded), originals)
-            scores["compression_ratio"][mode] = model.compression_ratio(transmitted, originals)
+            errors = mse_of_pixels(decoded, real.judged)
+            scores["compression_ratio"][mode] = model.compression_ratio(transmitted, to_float(real.judged[:1]))
             scores["mse"][mode], scores["psnr_db"][mode] = float(errors.mean()), float(psnr(errors).mean())
             scores["ssim"][mode] = ssim(decoded, to_8_bits(real.judged))
     scores["frechet"]["real"] = frechet_distance(Moments.of(real.features), reference)

@@ -21,7 +21,7 @@ from smalti.evaluation.image_sets import write_samples
 from smalti.evaluation.real_images import BATCH_SIZE, open_priors
 from smalti.evaluation.result_files import result_path, sheet_path, sheet_settings
 from smalti.evaluation.scores import Conditions, Scores, level_score
-from smalti.images.decoding import to_float, to_uint8
+from smalti.images.decoding import to_float
 from smalti.images.sheets import save_sheet
 from smalti.metrics.frechet import Moments, frechet_distance, nearest, precision_recall
 from smalti.priors.base import CausalPrior, Prior
@@ -43,7 +43,7 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
     protocol = config.protocol
     torch_device, extractor, priors, tokenizer, real = open_priors(config)
     start = time.perf_counter()
-    generated = generate_images(
+    samples = generate_images(
         priors,
         tokenizer,
         num=len(real.judged),
@@ -51,11 +51,11 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
         sampling=config.sampling,
         precision=protocol.precision,
     )
-    samples = to_uint8(generated)
     seconds = time.perf_counter() - start
     if config.samples_npz:
         write_samples(config.samples_npz, samples)
     reference = real.reference()
+    moments = Moments.of(reference)
     features = {"model": extractor(samples), "real": real.features}
     # as many as there are samples, drawn at random because training images may be sorted by class
     equal = reference[choose(len(reference), len(samples), protocol.seed, Stream.EVALUATION_MANIFOLD)]
@@ -64,7 +64,7 @@ def evaluate_prior(config: PriorEvaluation[Any], *, sheet: bool = True) -> tuple
     copy_distance = neighbours["real"][0].quantile(COPY_QUANTILE)
     too_near = {who: (distances < copy_distance).double() for who, (distances, _) in neighbours.items()}
     scores: Scores = {
-        "frechet": {who: frechet_distance(Moments.of(each), Moments.of(reference)) for who, each in features.items()},
+        "frechet": {who: frechet_distance(Moments.of(each), moments) for who, each in features.items()},
         "precision": {who: each.precision for who, each in manifolds.items()},
         "recall": {who: each.recall for who, each in manifolds.items()},
         "nearest_training_image": {who: float(distances.median()) for who, (distances, _) in neighbours.items()},

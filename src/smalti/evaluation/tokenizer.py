@@ -17,7 +17,7 @@ from smalti.images.decoding import to_8_bits, to_float, to_uint8
 from smalti.metrics.baselines import ssim
 from smalti.metrics.extractors import find_extractor
 from smalti.metrics.frechet import Moments, frechet_distance
-from smalti.metrics.image_errors import mse, psnr
+from smalti.metrics.image_errors import mse_of_pixels, psnr
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.vqgan.perceptual import PerceptualDistance, check_size, find_perceptual
 
@@ -37,7 +37,7 @@ def evaluate_tokenizer(config: TokenizerEvaluation) -> tuple[Scores, Conditions]
         check_size(*real.judged.shape[2:], remedy="leave --perceptual out")
     perceptual = find_perceptual(config.perceptual) if config.perceptual else None
     images, codes, seconds = _reconstruct(tokenizer, real.judged, torch_device, protocol.precision)
-    errors = mse(to_float(images), to_float(real.judged))
+    errors = mse_of_pixels(images, real.judged)
     features, reference = Moments.of(extractor(images)), real.reference_moments
     originals = Moments.of(real.features)
     scores: Scores = {

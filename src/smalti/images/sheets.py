@@ -5,9 +5,13 @@ Pictures have 8 bits and show grey or RGB: the first channel of two, and the fir
 
 import json
 import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -26,31 +30,64 @@ GAP = 4  # pixels between pictures
 SMALLEST_SHOWN = 96  # pixels; smaller pictures are enlarged by a whole factor, so that their pixels stay visible
 LARGEST_SHOWN = 1024  # pixels of the longer side; `reduced` leaves larger pictures at most this size
 CAPTION_SIZE = 16
+_BAND = CAPTION_SIZE + 2 * GAP  # height of a caption
+MOST_PIXELS = 2**26
+"""Pixels of a sheet that shows as many images as fit. Pillow warns of decompression bombs above 1.3 times as many."""
 MOST_PNG_CHANNELS = 4
 SETTINGS_KEY = "smalti"  # text chunk of our PNGs
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
 
 
 def save_sheet(
-    path: Path, rows: Mapping[str, Float[Tensor, "_b _c _h _w"]], *, settings: Mapping[str, Any] | None = None
+    path: Path,
+    rows: Mapping[str, Float[Tensor, "_b _c _h _w"] | UInt8[Tensor, "_b _c _h _w"]],
+    *,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves rows of images in [-1, 1] below each other, each with its caption, which names the channels if not all."""
-    strips = [(caption + _describe_shown(images), _strip(images)) for caption, images in rows.items()]
-    font = ImageFont.load_default(CAPTION_SIZE)
-    width = max(max(strip.width, math.ceil(font.getlength(caption)) + 2 * GAP) for caption, strip in strips)
-    band = CAPTION_SIZE + 2 * GAP
-    sheet = Image.new("RGB", (width, sum(strip.height + band for _, strip in strips)), "white")
+    """Saves rows of images, float in [-1, 1] or uint8, below each other.
+
+    Each row has its caption, which names the channels if not all are shown.
+    """
+    captioned = [
+        (caption + _describe_shown(images), images, _cell(*images.shape[2:])) for caption, images in rows.items()
+    ]
+    width = max(max(len(images) * cell.width, _caption_width(caption)) for caption, images, cell in captioned)
+    sheet = Image.new("RGB", (width, sum(cell.height + _BAND for *_, cell in captioned)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
-    for caption, strip in strips:
-        draw.text((GAP, top + GAP), caption, fill="#444444", font=font)
-        sheet.paste(strip, (0, top + band))
-        top += band + strip.height
+    for caption, images, cell in captioned:
+        draw.text((GAP, top + GAP), caption, fill="#444444", font=_font())
+        sheet.paste(_strip(images), (0, top + _BAND))
+        top += _BAND + cell.height
     save_png(path, sheet, settings)
 
 
-def save_grid(path: Path, images: Float[Tensor, "b _c _h _w"], *, settings: Mapping[str, Any] | None = None) -> None:
-    """Saves images in [-1, 1] as a grid about twice as wide as high."""
+def save_grid(
+    path: Path,
+    images: Float[Tensor, "b _c _h _w"] | UInt8[Tensor, "b _c _h _w"],
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves images, float in [-1, 1] or uint8, as a grid about twice as wide as high."""
     save_png(path, _grid(images), settings)
+
+
+def most_on_sheet(height: int, width: int, captions: Sequence[str] = ()) -> int:
+    """Returns how many images of a size fit on a grid of `MOST_PIXELS`, enlarged and with gaps; at least one.
+
+    With captions, the images fill the rows of a sheet in turn.
+    """
+    cell = _cell(height, width)
+    caption_width = max(map(_caption_width, {*captions}), default=0)
+
+    def pixels(count: int) -> int:
+        if not captions:
+            columns = _columns(count)
+            return columns * cell.width * -(-count // columns) * cell.height
+        rows = Counter(islice(cycle(captions), count))
+        return max(max(rows.values()) * cell.width, caption_width) * len(rows) * (_BAND + cell.height)
+
+    counts = range(1, MOST_PIXELS // (cell.height * cell.width) + 1)
+    return max(1, bisect_right(counts, MOST_PIXELS, key=pixels))
 
 
 def save_animation(
@@ -72,12 +109,17 @@ def save_animation(
 
 
 def _grid(images: Tensor) -> Image.Image:
-    columns = min(len(images), max(1, round(math.sqrt(2 * len(images)))))
-    lines = [_strip(images[start : start + columns]) for start in range(0, len(images), columns)]
-    sheet = Image.new("RGB", (lines[0].width, sum(line.height for line in lines)), "white")
+    columns, cell = _columns(len(images)), _cell(*images.shape[2:])
+    lines = images.split(columns)
+    sheet = Image.new("RGB", (columns * cell.width, len(lines) * cell.height), "white")
     for index, line in enumerate(lines):
-        sheet.paste(line, (0, index * line.height))
+        sheet.paste(_strip(line), (0, index * cell.height))
     return sheet
+
+
+def _columns(count: int) -> int:
+    """Returns the number of images of a grid that are side by side."""
+    return min(count, max(1, round(math.sqrt(2 * count))))
 
 
 def require_png(path: Path, flag: str = "--out") -> None:
@@ -105,9 +147,12 @@ def save_png(path: Path, image: Image.Image, settings: Mapping[str, Any] | None 
 
 
 def embedded_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings that `save_png` embedded in a file; empty for any other file. No pixel is decoded."""
+    """Returns the settings that `save_png` embedded in a file; empty for any other file.
+
+    No pixel is decoded, so pictures of any size are read; `Image.open` would refuse large ones.
+    """
     try:
-        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+        with open_regular(path) as file, PngImagePlugin.PngImageFile(file) as image:
             settings = json.loads(image.info[SETTINGS_KEY])
     except (UserError, *DAMAGED):  # a foreign or damaged file is not one of ours
         return {}
@@ -147,7 +192,7 @@ def to_image(image: Float[Tensor, "c h w"] | UInt8[Tensor, "c h w"]) -> Image.Im
 
     Of more channels the first three are shown.
     """
-    pixels = (image if image.dtype == torch.uint8 else to_uint8(image)).cpu()
+    pixels = _as_uint8(image).cpu()
     pixels = pixels if len(pixels) <= MOST_PNG_CHANNELS else visible(pixels)
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else rearrange(pixels, "c h w -> h w c").numpy())
 
@@ -157,8 +202,34 @@ def _describe_shown(images: Tensor) -> str:
     return "" if channels in (1, 3) else f" (channel{' 1' if channels < 3 else 's 1-3'} of {channels})"
 
 
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(CAPTION_SIZE)
+
+
+def _caption_width(caption: str) -> int:
+    return math.ceil(_font().getlength(caption)) + 2 * GAP
+
+
+class _Cell(NamedTuple):
+    """The place of an image on a sheet: the factor that it is enlarged by, and the size with gaps, in pixels."""
+
+    factor: int
+    height: int
+    width: int
+
+
+def _cell(height: int, width: int) -> _Cell:
+    factor = max(1, math.ceil(SMALLEST_SHOWN / max(height, width)))
+    return _Cell(factor, height * factor + 2 * GAP, width * factor + 2 * GAP)
+
+
+def _as_uint8(images: Tensor) -> Tensor:
+    return images if images.dtype == torch.uint8 else to_uint8(images)
+
+
 def _strip(images: Tensor) -> Image.Image:
-    factor = max(1, math.ceil(SMALLEST_SHOWN / max(images.shape[-2:])))
-    pixels = repeat(to_uint8(visible(images)), "b c h w -> b c (h f1) (w f2)", f1=factor, f2=factor)
+    factor = _cell(*images.shape[2:]).factor
+    pixels = repeat(_as_uint8(visible(images)), "b c h w -> b c (h f1) (w f2)", f1=factor, f2=factor)
     pixels = F.pad(pixels, (GAP, GAP, GAP, GAP), value=255)
     return to_image(rearrange(pixels, "b c h w -> c h (b w)"))

@@ -4,6 +4,7 @@ Files are listed in `listing.py`, and columns are found in `columns.py`; the for
 `formats/`. Labels and source ids of a table are in `contents.py`.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from functools import partial
 from glob import escape, glob, has_magic
 from importlib.resources import as_file, files
 from itertools import takewhile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -37,7 +38,8 @@ from smalti.images.formats.annotations import (
     read_text,
 )
 from smalti.images.formats.shards import list_members
-from smalti.images.listing import CONTAINERS, Listing, arrange, expand_braces, is_data_file, list_files
+from smalti.images.listing import Listing, expand_braces, list_files
+from smalti.images.names import CONTAINERS, arrange, is_data_file, suffix_of
 
 EMBEDDED = {"portraits": "portraits32.parquet", "emoji": "emoji32.parquet"}
 """The files of the image sources that the package contains. The first is the default."""
@@ -144,7 +146,7 @@ def _open(source: str, chosen: _Chosen, channels: int) -> Table:
     listing = _list_files(source, split)
     if listing is not None and listing.kind == "archives":
         inner = chosen._replace(split=None if listing.divided else split)
-        return _read_archives(source, [str(each.absolute()) for each in listing.paths], listing.notes, inner)
+        return _read_archives(source, [str(Path(each).absolute()) for each in listing.paths], listing.notes, inner)
     if listing is not None and (listing.kind == "arrays" or _is_array_set(listing, channels)):
         return _refusing_columns(_read_arrays(listing, channels), image_column, label_column)
     if listing is not None and listing.kind == "images":
@@ -221,7 +223,7 @@ def _read_image_list(path: Path, chosen_columns: _Chosen) -> Table:
     """Opens the images that a list names, in its order."""
     image_column, label_column, caption_column, split = chosen_columns
     paths, columns = read_list(path, image_column)
-    names = [PurePosixPath(os.path.relpath(each, path.parent.absolute()).replace(os.sep, "/")) for each in paths]
+    names = [os.path.relpath(each, path.parent.absolute()).replace(os.sep, "/") for each in paths]
     chosen = arrange(str(path), names, split)
     columns = {name: [values[index] for index in chosen.indices] for name, values in columns.items()}
     labels = choose_labels(
@@ -229,18 +231,19 @@ def _read_image_list(path: Path, chosen_columns: _Chosen) -> Table:
     )
     paths = [paths[index] for index in chosen.indices]
     captions = choose_captions(columns, str(path), caption_column)
-    rows = _read_paths(str(path), paths, labels, [stamp(Path(each)) for each in paths], captions)
+    rows = _read_paths(str(path), paths, labels, [*map(stamp, paths)], captions)
     return _table_of_paths(rows, (*chosen.notes, *labels.notes))
 
 
 def _read_image_files(source: str, listing: Listing, label_column: str | None, caption_column: str | None) -> Table:
     """Opens image files as a table, one row each, with the columns of their metadata."""
-    paths = [str(path.absolute()) for path in listing.paths]
+    here = str(Path.cwd())
+    paths = [os.path.join(here, path) for path in listing.paths]
     texts = [MetadataFile(str(path), path.parent.absolute().as_posix(), read_text(path)) for path in listing.metadata]
-    columns, notes = join_metadata(texts, [Path(path).as_posix() for path in paths], os.path.exists)
+    columns, notes = join_metadata(texts, [path.replace(os.sep, "/") for path in paths], os.path.exists)
     labels = choose_labels(columns, listing.labels, source, label_column)
     captions = choose_captions(columns, source, caption_column)
-    rows = _read_paths(source, paths, labels, [stamp(path) for path in listing.paths], captions)
+    rows = _read_paths(source, paths, labels, [*map(stamp, paths)], captions)
     return _table_of_paths(rows, (*listing.notes, *notes, *labels.notes))
 
 
@@ -259,11 +262,10 @@ def _read_paths(
     if captions is not None:
         described["caption"], kinds["caption"] = captions, text
     features = datasets.Features(kinds)
+    digest = hashlib.sha256(repr((described, kinds)).encode()).hexdigest()[:32]  # `datasets` would pickle each text
+    options = {"gen_kwargs": {"described": described}, "fingerprint": digest}
     # A generator instead of a table in memory: source ids are cached only for tables that are backed by a file.
-
-    def open_rows() -> Any:
-        return datasets.Dataset.from_generator(_describe_files, features, gen_kwargs={"described": described})
-
+    open_rows = partial(datasets.Dataset.from_generator, _describe_files, features, **options)
     remedy = "see that HF_DATASETS_CACHE can be written"
     return _opened(open_rows, f"the listing of {source}", remedy).remove_columns("stamp")
 
@@ -271,12 +273,12 @@ def _read_paths(
 def _is_array_set(listing: Listing, channels: int) -> bool:
     """Returns whether a source is one `.npy` file of several images; in a folder such a file is one image."""
     (first, *others) = listing.paths
-    return not others and listing.single and first.suffix.lower() == ".npy" and arrays.is_set(first, channels)
+    return not others and listing.single and suffix_of(first) == ".npy" and arrays.is_set(Path(first), channels)
 
 
 def _read_arrays(listing: Listing, channels: int) -> Table:
     """Opens arrays as a table, one row for each image, which `datasets` keeps in its cache."""
-    paths = [path.absolute() for path in listing.paths]
+    paths = [Path(path).absolute() for path in listing.paths]
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.Value(arrays.kind_of_labels(paths))}
     )
@@ -297,10 +299,10 @@ def _refusing_columns(table: Table, image_column: str | None, label_column: str 
     return table
 
 
-def stamp(path: Path) -> str:
+def stamp(path: str | Path) -> str:
     """Returns a stamp that changes with a file's content or permissions, so that its cached source id is not reused."""
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError:  # a broken link; decoding reports it
         return ""
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
@@ -311,8 +313,8 @@ def _describe_files(described: dict[str, list[Any]]) -> Iterator[dict[str, Any]]
         yield dict(zip(described, values, strict=True))
 
 
-def _read_parquet(paths: Sequence[Path], source: str) -> datasets.Dataset:
-    names = [escape(str(path.absolute())) for path in paths]  # `datasets` treats every name as a glob
+def _read_parquet(paths: Sequence[str | Path], source: str) -> datasets.Dataset:
+    names = [escape(str(Path(path).absolute())) for path in paths]  # `datasets` treats every name as a glob
     # pyarrow's default reads a whole file into memory; without it, at most 1 GiB waits for the writer
     unbuffered = ParquetFragmentScanOptions(pre_buffer=False)
     options = {"batch_size": _ROWS_AT_ONCE, "fragment_scan_options": unbuffered}

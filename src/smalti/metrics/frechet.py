@@ -19,7 +19,7 @@ from smalti.core.errors import UserError, one_line
 
 NEIGHBOURS = 3
 """The k of the k-th nearest neighbour in precision and recall, as in the paper."""
-_ROWS_AT_ONCE = 1024  # rows of a distance matrix in memory at once
+_ROWS_AT_ONCE = 1024  # rows in float64, or of a distance matrix, in memory at once
 
 
 class Moments:
@@ -40,25 +40,24 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[Tensor, "b d"]) -> "Moments":
-        """Computes the moments of one batch."""
+        """Computes the moments of one set of features."""
         return cls(features.shape[1]).update(features)
 
     def update(self, features: Float[Tensor, "b d"]) -> "Moments":
-        """Adds rows and returns itself.
+        """Adds rows and returns itself. Rows are converted to float64 in blocks, not in a copy of all.
 
         Raises:
             UserError: if features are not finite.
         """
         _require_finite(features, first=self.count)
-        rows = features.detach().cpu().double()  # moved first: Apple's GPUs have no float64
-        if not len(rows):
-            return self
-        mean = rows.mean(0)
-        total, shift = self.count + len(rows), mean - self.mean
-        centred = rows - mean
-        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / total)
-        self.mean += shift * (len(rows) / total)
-        self.count = total
+        for block in features.detach().split(_ROWS_AT_ONCE) if len(features) else ():
+            rows = block.cpu().double()  # moved first: Apple's GPUs have no float64
+            mean = rows.mean(0)
+            total, shift = self.count + len(rows), mean - self.mean
+            centred = rows - mean
+            self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(rows) / total)
+            self.mean += shift * (len(rows) / total)
+            self.count = total
         return self
 
     @property

@@ -6,11 +6,13 @@ Legend: n images, k fills of an image, c channels, h w pixels. A mask is True wh
 """
 
 import torch
-from jaxtyping import Bool, Float, Float64, Shaped
+from jaxtyping import Bool, Float, Float64, Integer, Shaped
 from torch import Tensor
 
 from smalti.core.errors import UserError
+from smalti.images.decoding import to_float
 
+_IMAGES_AT_ONCE = 64
 MOST_DECIBELS = 100.0
 """The PSNR of exact images. That of images which are exact but for rounding to 8 bits is 59 dB."""
 
@@ -18,6 +20,12 @@ MOST_DECIBELS = 100.0
 def mse(images: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Float64[Tensor, " n"]:
     """Computes the mean squared error of each image; inputs are in [-1, 1], the error is in units of [0, 1]."""
     return _differences(images, truth).square().flatten(1).mean(1) / 4
+
+
+def mse_of_pixels(images: Integer[Tensor, "n c h w"], truth: Integer[Tensor, "n c h w"]) -> Float64[Tensor, " n"]:
+    """Computes `mse` of the pixels of many images, in batches: all of them as floats would need much memory."""
+    batches = zip(images.split(_IMAGES_AT_ONCE), truth.split(_IMAGES_AT_ONCE), strict=True)
+    return torch.cat([mse(to_float(batch), to_float(true)) for batch, true in batches])
 
 
 def psnr(mse: Float64[Tensor, "*n"]) -> Float64[Tensor, "*n"]:

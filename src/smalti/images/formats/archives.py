@@ -25,7 +25,7 @@ from smalti.core.errors import UserError, one_line
 from smalti.core.files import whole_file
 from smalti.core.progress import SLOW_SECONDS, bar
 from smalti.images.formats.opening import BadImageError, UnreadableImageError, refuse_expansion
-from smalti.images.listing import METADATA, is_image_file
+from smalti.images.names import METADATA, is_image_file
 
 _RECIPE = "smalti 1"  # change it whenever the index of an archive has other content
 _SIDECARS = {".cls", ".json", ".txt"}

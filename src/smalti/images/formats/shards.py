@@ -23,7 +23,8 @@ from smalti.images.formats.annotations import (
     stem_of,
 )
 from smalti.images.formats.archives import Member, index_of
-from smalti.images.listing import METADATA, arrange, describe_passed_over, images_among
+from smalti.images.listing import describe_passed_over
+from smalti.images.names import METADATA, arrange, images_among
 
 
 class Members(NamedTuple):
@@ -39,7 +40,7 @@ class _Archive(NamedTuple):
     """The images of one archive, their paths in it without a folder of the archive's own name, and columns."""
 
     images: list[Member]
-    names: list[PurePosixPath]
+    names: list[str]
     columns: Columns
     notes: list[str]
     others: list[PurePosixPath]
@@ -126,9 +127,9 @@ def _require_one_image(archive: str, keys: Sequence[str]) -> None:
         )
 
 
-def _without_own_folder(archive: str, keys: Sequence[str]) -> list[PurePosixPath]:
+def _without_own_folder(archive: str, keys: Sequence[str]) -> list[str]:
     """Returns the paths below the folder that the archive was made of, if all are in one of the archive's name."""
     paths = [PurePosixPath(key) for key in keys]
     stem = PurePosixPath(archive).stem
     own = all(len(path.parts) > 1 and path.parts[0] == stem for path in paths)
-    return [path.relative_to(stem) for path in paths] if own else paths
+    return [str(path.relative_to(stem) if own else path) for path in paths]
