@@ -31,8 +31,9 @@ SMALLEST_SHOWN = 96  # pixels; smaller pictures are enlarged by a whole factor, 
 LARGEST_SHOWN = 1024  # pixels of the longer side; `reduced` leaves larger pictures at most this size
 CAPTION_SIZE = 16
 _BAND = CAPTION_SIZE + 2 * GAP  # height of a caption
-MOST_PIXELS = 2**26
-"""Pixels of a sheet that shows as many images as fit. Pillow warns of decompression bombs above 1.3 times as many."""
+MOST_PIXELS = 2**30 // 12
+"""Pixels of a sheet that shows as many images as fit, such as 64 of 1024x1024. Pillow warns of larger pictures
+(decompression bombs)."""
 MOST_PNG_CHANNELS = 4
 SETTINGS_KEY = "smalti"  # text chunk of our PNGs
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 100, 2000
