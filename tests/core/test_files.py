@@ -180,29 +180,6 @@ def test_an_output_is_never_an_input(tmp_path):
     assert source.read_text() == "input"
 
 
-def test_a_link_as_output_stays_and_its_file_is_written(tmp_path):
-    """The disk of the link may be another one, and too small."""
-    disk, links = tmp_path / "disk", tmp_path / "links"
-    disk.mkdir()
-    links.mkdir()
-    (disk / "file.txt").write_text("old")
-    (links / "first").symlink_to("../disk/file.txt")
-    (links / "second").symlink_to("first")
-    (links / "dangling").symlink_to("../disk/new.txt")
-    with whole_file(links / "second") as partial:
-        partial.write_text("new")
-        assert names(links) == ["dangling", "first", "second"]
-        assert (disk / "file.txt").read_text() == "old"
-    with whole_file(links / "dangling") as partial:
-        partial.write_text("new")
-    assert all(path.is_symlink() for path in links.iterdir())
-    assert {path.name: path.read_text() for path in disk.iterdir()} == {"file.txt": "new", "new.txt": "new"}
-    (disk / "part").write_text("a file")
-    (links / "impossible").symlink_to("../disk/part/file.txt")
-    with pytest.raises(UserError, match="cannot be written: a part of its path is a file"):
-        require_outputs([links / "impossible"])
-
-
 def test_existing_outputs_need_overwrite_unless_they_are_the_commands_own(tmp_path):
     own, other, dangling = tmp_path / "own.png", tmp_path / "other.png", tmp_path / "dangling.png"
     own.write_text("own")

@@ -40,11 +40,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, which becomes `path` if the block succeeds; otherwise `path` is kept.
-
-    A symbolic link stays, and the file that it names is replaced, on that file's disk.
-    """
-    path = _followed(path)
+    """Yields a temporary path to write to, which becomes `path` if the block succeeds; otherwise `path` is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
@@ -121,7 +117,7 @@ def require_outputs(outputs: Iterable[Path], *, inputs: Iterable[Path] = (), fla
     _require_distinct(outputs, flag)
     require_no_input(outputs, inputs, flag)
     longest_names: dict[Path, Path] = {}
-    for output in map(_followed, outputs):
+    for output in outputs:
         longest_names[output.parent] = max(longest_names.get(output.parent, output), output, key=lambda x: len(x.name))
     for output in longest_names.values():
         _require_writable(output, flag)
@@ -284,11 +280,6 @@ def _require_writable(output: Path, flag: str) -> None:
         reason = reasons.get(error.errno or 0, error.strerror or str(error))
         shown = f"{str(output)[:60]}..." if error.errno == errno.ENAMETOOLONG else output
         raise UserError(f"{flag} {shown} cannot be written: {reason}; give another name") from error
-
-
-def _followed(path: Path) -> Path:
-    """Returns the file that a symbolic link names, through all links; any other path as it is."""
-    return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 def _partial(path: Path) -> Path:
