@@ -193,7 +193,7 @@ def _write_files(
             if drawn < most_shown:
                 shown.append(batch[: most_shown - drawn])
             drawn += len(batch)
-            for path, image in zip(files[written:drawn], batch, strict=False):
+            for path, image in zip(files[written:drawn], batch, strict=False):  # no files without --files
                 save_png(path, to_image(image), {**settings, "number": written})
                 written += 1
     finally:
