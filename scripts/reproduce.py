@@ -12,7 +12,7 @@ from smalti.core.errors import UserError
 from smalti.studies.hqa.report import reproduce_hqa
 from smalti.studies.hqa.study import ReproduceHQA
 from smalti.studies.hr_vqvae.report import reproduce_hr_vqvae
-from smalti.studies.hr_vqvae.study import ReproduceHRVQVAE
+from smalti.studies.hr_vqvae.settings import ReproduceHRVQVAE
 from smalti.studies.overfitting.study import ReproduceOverfitting, reproduce_overfitting
 from smalti.studies.portraits.card import reproduce_portraits
 from smalti.studies.portraits.recipe import ReproducePortraits

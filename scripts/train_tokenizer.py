@@ -20,7 +20,7 @@ $ accelerate launch scripts/train_tokenizer.py --tokenizer vqgan --preset f16-10
 Kinds of tokenizer (for the options of one: --tokenizer KIND --help):
   hrvq           linked codebooks, refined layer by layer (HR-VQVAE)
   vqvae          one codebook (VQ-VAE)
-  vqvae2         grids of codes at two or three resolutions (VQ-VAE-2)
+  vqvae2         grids of codes at two or more resolutions (VQ-VAE-2)
   vqgan          one grid, with perceptual and adversarial losses; convert.py imports published ones
   hqa, hams      a stack of layers trained one after the other, for a few bits an image
   vae, selfvae   hierarchical VAEs over real-valued latents, with image likelihoods

@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from smalti.core.provenance import logged_values
 from smalti.studies.experiment import save_figure, table_row
-from smalti.studies.hr_vqvae.study import CURVE_DECAY, LEAVES, ReproduceHRVQVAE, TokenizerSpec, result, trial_of
+from smalti.studies.hr_vqvae.settings import ReproduceHRVQVAE
+from smalti.studies.hr_vqvae.study import CURVE_DECAY, LEAVES, TokenizerSpec, result, trial_of
 
 
 def curve_table(

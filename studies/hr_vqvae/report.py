@@ -1,18 +1,17 @@
 """The report of the study of HR-VQVAE: our numbers beside the paper's, in tables, plots and pictures.
 
-The tokenizers and the measurements are in `study.py`. Table 3 and the heads are in `samples_report.py`.
+The tokenizers and the measurements are in `study.py`. Fig. 5 is in `depth.py`, Fig. 6 in `size.py`, the curve in
+`curve.py`, Table 3 and the heads in `samples_report.py`.
 """
 
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from smalti.benchmarks.comparison import in_spread
@@ -21,21 +20,19 @@ from smalti.core.devices import best_device, resolve
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet
 from smalti.images.sheets import save_sheet
-from smalti.studies.experiment import measure_once, save_figure, table_row, write_section
+from smalti.studies.experiment import measure_once, table_row, write_section
 from smalti.studies.hr_vqvae.curve import curve_table
+from smalti.studies.hr_vqvae.depth import depth_table
 from smalti.studies.hr_vqvae.rate_distortion import bits_of, gaussian_distortion, pixel_variances
 from smalti.studies.hr_vqvae.samples_report import distances, heads, samples
+from smalti.studies.hr_vqvae.settings import PAPER_START, DataName, ReproduceHRVQVAE
+from smalti.studies.hr_vqvae.size import size_table
 from smalti.studies.hr_vqvae.study import (
     CODES_OF_IMAGES,
-    DEPTH_LEAVES,
-    DEPTHS,
     KINDS,
     LEAVES,
     NAMES,
     PAPER_GRID,
-    SIZES,
-    DataName,
-    ReproduceHRVQVAE,
     TokenizerSpec,
     branching_of,
     open_data,
@@ -43,6 +40,7 @@ from smalti.studies.hr_vqvae.study import (
     search_seconds,
     specs_by_part,
     trained,
+    used,
 )
 from smalti.tokenizers.base import Tokenizer
 
@@ -94,9 +92,10 @@ def reproduce_hr_vqvae(config: ReproduceHRVQVAE) -> None:
 
 
 def write(config: ReproduceHRVQVAE, part: str, text: str) -> None:
-    """Writes a part of the report with the budget that it was measured with."""
+    """Writes a part of the report with the budget that it was measured with. Table 1 has a section for each budget."""
+    section = f"{config.data} {part}{f' {config.steps} steps' if part in ('methods', 'distances') else ''}"
     budget = f"batches of {config.batch_size}, networks {config.channels} wide, codewords of {config.code_width}"
-    write_section(config.out, f"{config.data} {part}", text, f"{budget}, trained in {resolve(config.precision)}")
+    write_section(config.out, section, text, f"{budget}, trained in {resolve(config.precision)}")
 
 
 def _ideal_mse(config: ReproduceHRVQVAE, images: ImageSet, leaves: int) -> float:
@@ -126,7 +125,7 @@ def methods_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal
             ours, vqvae = results[kind, plain], results["vqvae", plain]
             ratio = f"{_mean_mse(ours) / _mean_mse(vqvae):.2f}" if ours and vqvae else NONE
             errors = in_spread([each["mse"] for each in ours], ".5f")
-            row += [errors, ratio, _used(ours[0]) if ours else NONE]
+            row += [errors, ratio, used(ours[0]) if ours else NONE]
         lines.append(table_row(row))
     seconds = statistics.mean([each["train_seconds"] for seeds in results.values() for each in seeds] or [0.0])
     below = (
@@ -135,56 +134,6 @@ def methods_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal
     )
     time = f"A run took {seconds:.0f} s on average, other work on the machine beside it."
     return "\n".join([*lines, "", f"{below} {time}"])
-
-
-def depth_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
-    """Formats Fig. 5: means over seeds, and in how many seeds a depth has a lower MSE than the one before."""
-    lines = [
-        f"Fig. 5, {config.data}: HR-VQVAE of {DEPTH_LEAVES} leaves by depth, {config.steps} steps; held-out MSE, the "
-        f"mean of {config.seeds} seed(s) and from the least to the most; in how many seeds it is below the row above.",
-        "",
-        "| layers | codewords of a codebook, by layer | by the paper's losses | below | leaves in use | perplexity "
-        "| at its best | below | leaves in use | perplexity |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    by_depth = {(spec.depth, spec.plain, spec.seed): result(spec, config) for spec in specs}
-    for before, depth in pairwise((0, *DEPTHS)):
-        row = [str(depth), "·".join(map(str, branching_of(DEPTH_LEAVES, depth)))]
-        for plain in (True, False):
-            seeds = range(config.seeds)
-            pairs = [(by_depth[depth, plain, seed], by_depth.get((before, plain, seed))) for seed in seeds]
-            results = [ours for ours, _ in pairs if ours]
-            lower = [ours["mse"] < shallower["mse"] for ours, shallower in pairs if ours and shallower]
-            row += [in_spread([r["mse"] for r in results], ".5f"), f"{sum(lower)} of {len(lower)}" if lower else ""]
-            row += [in_spread([r["used"][0] for r in results], ".0%")]
-            row += [in_spread([r["perplexity"][0] for r in results], ".0f")]
-        lines.append(table_row(row))
-    return "\n".join(lines)
-
-
-def size_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal: Callable[[int], float]) -> str:
-    """Formats Fig. 6, and draws it beside the report, with an ideal coder's error by leaves."""
-    lines = [
-        f"Fig. 6, {config.data}: by leaves, {config.size_steps} steps, one seed; use and perplexity over "
-        f"{config.usage_images} training images at most, of a flat codebook of {SIZES[-1]} over an eighth of them.",
-        "",
-        "| leaves | | held-out MSE | leaves in use | perplexity |",
-        "|---:|---|---:|---:|---:|",
-    ]
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for spec in specs:
-        measured, name = result(spec, config), f"{NAMES[spec.kind]}, {'plain' if spec.plain else 'best'}"
-        lines.append(f"| {spec.leaves} | {name} | {_scores(measured)} |")
-        if measured:
-            curves.setdefault(name, []).append((spec.leaves, measured["mse"]))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="leaves", ylabel="held-out MSE", xscale="log", yscale="log")
-    for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.plot(SIZES, [ideal(leaves) for leaves in SIZES], "k--", label="ideal coder, Gaussian source")
-    axes.legend()
-    save_figure(figure, path := config.picture("size"))
-    return "\n".join([*lines, "", f"![MSE by leaves]({path.name})"])
 
 
 def search_table(config: ReproduceHRVQVAE, images: ImageSet) -> str:
@@ -236,12 +185,12 @@ def reconstructions(
 ) -> None:
     """Draws Fig. 4 (depth) or 7 (size): reconstructions of the first seed, by the paper's losses and at their best.
 
-    Rows are named for the model and the branching of its layers.
+    Fig. 4 is of HR-VQVAE alone. Rows are named for the model and the branching of its layers.
     """
     batch = to_float(ImageRows(images, split="held_out", flips=False).spread(SHOWN))
     sheet = {"original": batch}
     for spec in specs:
-        if spec.seed == 0:
+        if spec.seed == 0 and spec.start == PAPER_START and (part == "size" or spec.kind == "hrvq"):
             tokenizer = trained(spec, config, images).tokenizer()
             model = f"{NAMES[spec.kind]} {'x'.join(map(str, branching_of(spec.leaves, spec.depth)))}"
             reconstructed = tokenizer.decode(tokenizer.encode(batch.to(best_device()))).cpu()
@@ -267,13 +216,3 @@ def _model(config: ReproduceHRVQVAE, kind: str, images: ImageSet) -> Tokenizer:
 
 def _mean_mse(results: list[dict[str, Any]]) -> float:
     return statistics.mean(result["mse"] for result in results)
-
-
-def _used(measured: dict[str, Any]) -> str:
-    return ", ".join(f"{share:.0%}" for share in measured["used"])
-
-
-def _scores(measured: dict[str, Any] | None) -> str:
-    if not measured:
-        return f"{NONE} | |"
-    return f"{measured['mse']:.5f} | {_used(measured)} | {', '.join(f'{p:.0f}' for p in measured['perplexity'])}"

@@ -35,7 +35,8 @@ from smalti.metrics.extractors import find_extractor
 from smalti.priors.base import Prior
 from smalti.studies.experiment import FrechetEvaluator, Trial, count_parameters, measure_once
 from smalti.studies.flat_codes import flat_latents
-from smalti.studies.hr_vqvae.study import ReproduceHRVQVAE, TokenizerSpec, open_data, trained, trial_of
+from smalti.studies.hr_vqvae.settings import ReproduceHRVQVAE
+from smalti.studies.hr_vqvae.study import TokenizerSpec, open_data, trained, trial_of
 from smalti.tokenizers.base import Tokenizer
 
 PriorName: TypeAlias = Literal["pixelcnn", "hourglass"]

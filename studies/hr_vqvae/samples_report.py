@@ -25,17 +25,8 @@ from smalti.studies.hr_vqvae.samples import (
     reconstruction_scores,
     sample_scores,
 )
-from smalti.studies.hr_vqvae.study import (
-    KINDS,
-    LEAVES,
-    NAMES,
-    PAPER_GRID,
-    DataName,
-    ReproduceHRVQVAE,
-    TokenizerSpec,
-    result,
-    trained,
-)
+from smalti.studies.hr_vqvae.settings import DataName, ReproduceHRVQVAE
+from smalti.studies.hr_vqvae.study import KINDS, LEAVES, NAMES, PAPER_GRID, TokenizerSpec, result, trained
 
 PAPER_FRECHET: dict[DataName, dict[str, float]] = {
     "mnist": {"vqvae": 16.69, "vqvae2": 11.81, "hrvq": 11.75},

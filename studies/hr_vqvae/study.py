@@ -1,33 +1,28 @@
-"""The study of HR-VQVAE's paper: its settings, the tokenizers that it trains, and what is measured of them.
+"""The study of HR-VQVAE's paper: the tokenizers that it trains, and what is measured of them.
 
 Each tokenizer is trained by `train_tokenizer` and measured once; a study that was stopped resumes. Priors and samples
-are in `samples.py`, tables and pictures in `report.py` and `samples_report.py`.
+are in `samples.py`, tables and pictures in `report.py`, `size.py`, `depth.py`, `curve.py` and `samples_report.py`.
 """
 
 import dataclasses
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tyro.conf import Positional
 
 from smalti.benchmarks.comparison import synchronize
 from smalti.commands.codebook_usage import code_counts
-from smalti.commands.model_paths import RUNS
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
 from smalti.core.codes import perplexity
-from smalti.core.devices import Precision
-from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.files import write_json
 from smalti.images.decoding import to_float
 from smalti.images.image_set import ImageRows, ImageSet, open_images
-from smalti.metrics.extractors import ExtractorName
-from smalti.studies.experiment import Trial, count_parameters, logged_hours, picture_path
+from smalti.studies.experiment import Trial, count_parameters, logged_hours
+from smalti.studies.hr_vqvae.settings import PAPER_START, Part, ReproduceHRVQVAE, Start
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.quantizers.linked import LinkedQuantizer
 from smalti.tokenizers.vq.hrvq import HRVQConfig
@@ -35,109 +30,20 @@ from smalti.tokenizers.vq.vqvae import VQConfig, VQVAEConfig
 from smalti.tokenizers.vq.vqvae2 import VQVAE2Config
 from smalti.training.config import FitConfig
 
-Part: TypeAlias = Literal["methods", "distances", "depth", "search", "size", "samples", "heads", "curve"]
-DataName: TypeAlias = Literal["mnist", "cifar10"]
-
 KINDS = ("vqvae", "vqvae2", "hrvq")
 NAMES = {"vqvae": "VQ-VAE", "vqvae2": "VQ-VAE-2", "hrvq": "HR-VQVAE"}
-LEAVES, DEPTH, DEPTHS, DEPTH_LEAVES, SIZES = 512, 3, (1, 2, 3, 4, 5, 6), 64, (512, 4_096, 32_768)
-PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0, "codebook_init": "uniform"}
-"""Codebook settings of the HR-VQVAE paper, for all kinds: learning by the losses alone. The paper does not say how
-codewords start. All other settings are smalti's defaults."""
+LEAVES, DEPTH, SIZES = 512, 3, (512, 4_096, 32_768)
+DEPTHS, LEVELS, DEPTH_LEAVES = (1, 2, 3, 4, 5, 6), (2, 3, 4, 5), 64
+"""Fig. 5: layers of HR-VQVAE, levels of VQ-VAE-2, whose coarsest grid of five is a single code, and leaves."""
+PLAIN = {"codebook_learning": "gradient", "revive_below": 0.0}
+"""Codebook settings of the HR-VQVAE paper, for all kinds: learning by the losses alone. All other settings are smalti's
+defaults, but the start of codewords, which the paper does not name."""
 CODES_OF_IMAGES = 10_000
 """Images whose codes are searched in Table 2."""
 SEARCH_BLOCK, SEARCH_REPETITIONS, REPORT_STEPS = 500, 3, 2_500
 RESULT_NAME = "result.json"
 PAPER_GRID = 16
 CURVE_DECAY = 0.99  # of the codewords' running means, as the help of --codebook-decay advises for long trainings
-
-
-@dataclass(frozen=True)
-class Generating:
-    """Budgets of priors and samples.
-
-    Raises:
-        UserError: if a number is too small.
-    """
-
-    grid: Literal[8, 16] = 8
-    """Rows and columns of the codes that priors learn (of VQ-VAE-2's finest level). The paper has 16."""
-    prior_steps: int = 300
-    """Training steps of the prior of each level."""
-    prior_batch_size: int = 32
-    """Batch size of the priors' training."""
-    pixelcnn_width: int = 64
-    """Width of the PixelCNN."""
-    hourglass_width: int = 96
-    """Width of the hourglass: a multiple of 32, or of 4 if it is below 32."""
-    num: int = 400
-    """Most samples of each prior, and most held-out images, that Fréchet distances are measured of."""
-    reference: int = 2_000
-    """Most training images that Fréchet distances are measured to."""
-    extractor: ExtractorName = "lite0"
-    """Network of the features for Fréchet distances: `lite0` needs the extra `metrics`; `inception`, which the paper
-    used, downloads its weights."""
-
-    def __post_init__(self) -> None:
-        require_at_least_one(self, "prior_steps", "prior_batch_size", "pixelcnn_width", "hourglass_width")
-        if self.num < 4 or self.reference < 4:
-            raise UserError(f"--num and --reference must be at least 4, not {self.num} and {self.reference}")
-
-
-@dataclass(frozen=True)
-class ReproduceHRVQVAE:
-    """Settings of the study of HR-VQVAE.
-
-    Raises:
-        UserError: if a number is below 1.
-    """
-
-    study: Positional[Literal["hr-vqvae"]]
-    """The study of VQ-VAE, VQ-VAE-2 and HR-VQVAE."""
-    images: str
-    """The data set's training images, such as a Parquet file; any form that `--images` of train_tokenizer accepts."""
-    data: DataName = "mnist"
-    """The name of the data set, which selects the paper's numbers."""
-    parts: tuple[Part, ...] = get_args(Part)
-    """The parts to run: Table 1 with Figs. 1 and 8 (`methods`), the Fréchet distances of Table 1 (`distances`), Figs. 4
-    and 5 (`depth`), Table 2 (`search`), Figs. 6 and 7 (`size`), Table 3 (`samples`), a head that predicts HR-VQVAE's
-    codes digit by digit against one softmax over all codes (`heads`), and HR-VQVAE's error by training steps
-    (`curve`)."""
-    seeds: int = 3
-    """Seeds of each model in Tables 1 and 3 and in Fig. 5, and of each head. The other parts use one seed."""
-    steps: int = 1_000
-    """Training steps of every tokenizer except those of Fig. 6 and of the curve."""
-    size_steps: int = 300
-    """Training steps of the tokenizers of Fig. 6, which are slow with 32768 leaves in one codebook."""
-    curve_steps: tuple[int, ...] = (600, 2_000, 6_000, 20_000, 100_000)
-    """Training steps of each tokenizer of the curve, which takes hours on a CPU."""
-    batch_size: int = 16
-    """Batch size of the tokenizers' training."""
-    precision: Precision = "auto"
-    """Precision of the networks in training. Measurements use fp32."""
-    channels: int = 32
-    """Width of the networks."""
-    code_width: int = 16
-    """Length of a codeword."""
-    usage_images: int = 60_000
-    """Most training images over which leaves in use and perplexity are counted; an eighth of them for one codebook of
-    32768 leaves."""
-    generating: Generating = field(default_factory=Generating)
-    work: Path = RUNS / "reproductions"
-    """The folder for trained models and results."""
-    out: Path = Path("docs/reproductions/hr-vqvae.md")
-    """The Markdown report. Its measured sections are replaced; pictures are written beside it."""
-
-    def __post_init__(self) -> None:
-        require_at_least_one(
-            self, "seeds", "steps", "size_steps", "batch_size", "channels", "code_width", "usage_images"
-        )
-        if min(self.curve_steps, default=0) < 1:
-            raise UserError("--curve-steps needs numbers of at least 1")
-
-    def picture(self, name: str) -> Path:
-        """Returns the path of a picture beside the report."""
-        return picture_path(self.out, self.data, name)
 
 
 @dataclass(frozen=True)
@@ -153,6 +59,8 @@ class TokenizerSpec:
         seed: The seed of training.
         grid: Rows and columns of the codes (of VQ-VAE-2's finest level).
         curve: Whether it is on the curve: trained by Muon, the default of `train_tokenizer`, and with slower means.
+        levels: Levels of VQ-VAE-2.
+        start: How codewords start where they learn as in the paper; at its best, by k-means.
     """
 
     kind: str
@@ -163,14 +71,22 @@ class TokenizerSpec:
     seed: int = 0
     grid: int = PAPER_GRID
     curve: bool = False
+    levels: int = 3
+    start: Start = PAPER_START
 
     @property
     def name(self) -> str:
         """The name of its folder, without the settings that all tokenizers of a study share."""
         codebooks = "plain" if self.plain else "best"
-        grid = "" if self.grid == PAPER_GRID else f"-grid{self.grid}"
         tree = f"{self.kind}-{self.leaves}-depth{self.depth}-{codebooks}"
-        return f"{tree}-{self.steps}steps-seed{self.seed}{grid}{'-curve' if self.curve else ''}"
+        changed = {
+            f"grid{self.grid}": self.grid != PAPER_GRID,
+            "curve": self.curve,
+            f"levels{self.levels}": self.levels != TokenizerSpec.levels,
+            self.start: self.start != PAPER_START,
+        }
+        suffixes = (f"-{name}" for name, is_changed in changed.items() if is_changed)
+        return f"{tree}-{self.steps}steps-seed{self.seed}{''.join(suffixes)}"
 
 
 def specs_by_part(config: ReproduceHRVQVAE) -> dict[Part, list[TokenizerSpec]]:
@@ -186,18 +102,23 @@ def specs_by_part(config: ReproduceHRVQVAE) -> dict[Part, list[TokenizerSpec]]:
         ]
 
     methods, generating = all_methods((False, True), PAPER_GRID), all_methods((False,), config.generating.grid)
+    by_depth = [
+        *(TokenizerSpec("hrvq", True, config.steps, DEPTH_LEAVES, depth) for depth in DEPTHS),
+        *(TokenizerSpec("vqvae2", True, config.steps, DEPTH_LEAVES, levels=levels) for levels in LEVELS),
+    ]
     depth = [
-        TokenizerSpec("hrvq", plain, config.steps, DEPTH_LEAVES, n, seed)
+        replace(spec, plain=plain, seed=seed)
         for seed in range(config.seeds)
         for plain in (True, False)
-        for n in DEPTHS
+        for spec in by_depth
     ]
-    size = [
-        TokenizerSpec(kind, plain, config.size_steps, leaves, depths[kind])
+    by_size = [
+        TokenizerSpec(kind, True, config.size_steps, leaves, depths[kind])
         for leaves in SIZES
-        for plain in (False, True)
         for kind in reversed(KINDS)
     ]
+    size = [replace(spec, plain=False) for spec in by_size]
+    size += [replace(spec, start=start) for start in config.starts for spec in by_size]
     specs: dict[Part, list[TokenizerSpec]] = {
         "methods": methods,
         "distances": methods,
@@ -220,14 +141,14 @@ def model_of(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> VQConfig:
         "image_channels": 1 if config.data == "mnist" else 3,
         "widths": (config.channels,) * (1 if spec.grid == PAPER_GRID else 2),
         "code_width": config.code_width,
-        **(PLAIN if spec.plain else {}),
+        **(PLAIN | {"codebook_init": spec.start} if spec.plain else {}),
         **({"codebook_decay": CURVE_DECAY} if spec.curve else {}),
     }
     if spec.kind == "hrvq":
         tree = branching_of(spec.leaves, spec.depth)
         return HRVQConfig(**shared, depth=spec.depth, branching=tree[0] if len(set(tree)) == 1 else tree)
     if spec.kind == "vqvae2":
-        return VQVAE2Config(**shared, codebook_size=spec.leaves, levels=3)
+        return VQVAE2Config(**shared, codebook_size=spec.leaves, levels=spec.levels)
     return VQVAEConfig(**shared, codebook_size=spec.leaves)
 
 
@@ -304,6 +225,11 @@ def result(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> dict[str, Any] | No
     scores = json.loads(path.read_text())
     usage_images = scores.get("usage_images", ReproduceHRVQVAE.usage_images)  # early results lack this number
     return scores if usage_images == usage_images_of(spec, config) else None
+
+
+def used(scores: dict[str, Any]) -> str:
+    """Formats the leaves in use, by level from the coarsest."""
+    return ", ".join(f"{share:.0%}" for share in scores["used"])
 
 
 def usage_images_of(spec: TokenizerSpec, config: ReproduceHRVQVAE) -> int:

@@ -22,12 +22,12 @@ from smalti.metrics.frechet import Moments, frechet_distance
 from smalti.priors.methods.sundae import SundaeSampling
 from smalti.priors.networks.hourglass import Hourglass
 from smalti.scripts import reproduce as command
-from smalti.studies.hr_vqvae import report, samples, samples_report, study
+from smalti.studies.hr_vqvae import depth, report, samples, samples_report, settings, size, study
 from smalti.studies.hr_vqvae.samples import PriorSpec
 from smalti.studies.hr_vqvae.samples_report import order
+from smalti.studies.hr_vqvae.settings import ReproduceHRVQVAE
 from smalti.studies.hr_vqvae.study import (
     RESULT_NAME,
-    ReproduceHRVQVAE,
     TokenizerSpec,
     features,
     model_of,
@@ -72,11 +72,11 @@ def folder(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("study")
     write_patches(folder / "img", 120)
-    small = {"LEAVES": 8, "DEPTHS": (1, 3), "DEPTH_LEAVES": 8, "SIZES": (8, 8)}
+    small = {"LEAVES": 8, "DEPTHS": (1, 3), "LEVELS": (2, 3), "DEPTH_LEAVES": 8, "SIZES": (8, 8)}
     small |= {"CODES_OF_IMAGES": 8, "SEARCH_BLOCK": 4, "SAMPLES_AT_ONCE": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for module in (study, report, samples, samples_report):
+        for module in (study, report, depth, size, samples, samples_report):
             for name in small.keys() & vars(module).keys():
                 patch.setattr(module, name, small[name])
         patch.setattr(Hourglass, "method", replace(Hourglass.method, sampling=Short))
@@ -130,7 +130,8 @@ def test_every_tokenizer_is_trained_and_its_mse_is_that_of_its_model(folder):
     results = {path.parent.name: (path, read(path)) for path in paths}
     expected = {trial_of(s, config_of()).folder.name: s for specs in specs_by_part(config_of()).values() for s in specs}
     assert results.keys() == expected.keys()
-    assert len(results) == 3 * 2 + 2 + 3 + 1  # methods, which the sizes and depth 3 share; depth 1; priors; the curve
+    # Methods, which the sizes, depth 3 and level 3 share; depth 1; level 2; priors; the curve.
+    assert len(results) == 3 * 2 + 2 + 2 + 3 + 1
     batch = to_float(images_of_split("held_out"))
     for name in (f"hrvq-8-depth3-best-{SHARED}", f"vqvae2-8-depth1-plain-{SHARED}"):
         path, measured = results[name]
@@ -146,17 +147,11 @@ def test_plain_training_changes_only_the_codebook_settings():
         plain, best = (asdict(model_of(TokenizerSpec(kind, plain, 1, 8), config_of())) for plain in (True, False))
         changed = {name for name in plain if plain[name] != best[name]}
         assert changed == {"codebook_learning", "revive_below", "codebook_init"}
+        assert plain["codebook_init"] == "uniform"
+        other = asdict(model_of(TokenizerSpec(kind, True, 1, 8, start="scaled"), config_of()))
+        assert other == plain | {"codebook_init": "scaled"}
     deep = model_of(TokenizerSpec("hrvq", False, 1, leaves=64, depth=6), config_of())
     assert (deep.depth, deep.branching) == (6, 2)
-
-
-def test_trees_of_any_depth_have_the_same_leaves():
-    trees = [study.branching_of(64, depth) for depth in range(1, 7)]
-    assert trees == [(64,), (8, 8), (4, 4, 4), (4, 4, 2, 2), (4, 2, 2, 2, 2), (2,) * 6]
-    assert [study.branching_of(leaves, 3) for leaves in (512, 4096, 32_768)] == [(8,) * 3, (16,) * 3, (32,) * 3]
-    mixed = model_of(TokenizerSpec("hrvq", False, 1, leaves=64, depth=4), config_of())
-    assert (mixed.depth, mixed.branching) == (4, (4, 4, 2, 2))
-    assert model_of(TokenizerSpec("hrvq", False, 1, leaves=512, depth=3), config_of()).branching == 8
 
 
 @torch.no_grad()
@@ -244,7 +239,7 @@ def test_results_of_other_images_or_another_precision_are_not_reported(folder):
 
 def test_real_images_of_another_set_are_measured_anew(folder):
     write_patches(folder / "more", 110)
-    config = config_of(generating=study.Generating(num=8, reference=1000))
+    config = config_of(generating=settings.Generating(num=8, reference=1000))
     config = replace(config, work=folder / "real")
     for source in ("img", "more"):
         other = replace(config, images=source)
@@ -273,9 +268,9 @@ def test_searched_vectors_have_the_codes_of_the_tokenizer(folder):
 
 def test_sample_scores_are_those_of_the_kept_samples(folder):
     assert len(images_of_split("held_out")) > 8
-    for kind, depth in (("vqvae", 1), ("vqvae2", 1), ("hrvq", 3)):
+    for kind, layers in (("vqvae", 1), ("vqvae2", 1), ("hrvq", 3)):
         for prior in ("pixelcnn", "hourglass"):
-            path = generating_folder(folder, kind, depth) / f"{prior}-{BUDGET}"
+            path = generating_folder(folder, kind, layers) / f"{prior}-{BUDGET}"
             images = torch.load(path / "samples.pt", weights_only=True)
             assert images.shape == (8, 1, 32, 32)
             assert len(images.flatten(1).unique(dim=0)) > 1
@@ -334,7 +329,7 @@ def test_report_has_every_part_with_measured_numbers(folder):
     row = report_row(folder, "| HR-VQVAE | 1 | 11.75 |")
     scores = [read(path / f"{prior}-{BUDGET}" / "sampled-lite0-8-of-1000.json") for prior in ("pixelcnn", "hourglass")]
     assert all(f"| {each['frechet']:.1f} |" in row and f"| {each['parameters']:,} |" in row for each in scores)
-    for name in ("layers", "size", "samples", "curve"):
+    for name in ("layers", "depth", "size", "samples", "curve"):
         assert f"(hr-vqvae-mnist-{name}.png)" in text
         assert Image.open(folder / f"docs/reproductions/hr-vqvae-mnist-{name}.png").width > 100
 

@@ -10,7 +10,8 @@ from smalti.core.errors import UserError
 from smalti.core.provenance import logged_metrics
 from smalti.studies.hr_vqvae import report, study
 from smalti.studies.hr_vqvae.curve import held_out_course
-from smalti.studies.hr_vqvae.study import ReproduceHRVQVAE, TokenizerSpec, model_of, result, specs_by_part, trial_of
+from smalti.studies.hr_vqvae.settings import ReproduceHRVQVAE
+from smalti.studies.hr_vqvae.study import TokenizerSpec, model_of, result, specs_by_part, trial_of
 
 SMALL = {"batch_size": 4, "channels": 4, "code_width": 3, "usage_images": 8}
 

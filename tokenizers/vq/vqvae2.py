@@ -31,8 +31,8 @@ class VQVAE2Config(VQConfig):
     codebook_size: int = 512
     """Number of codewords per level."""
     levels: int = 2
-    """Resolutions of codes, 2 or 3. The finest is at 1 / 2**stages of the image size, each coarser one at half the size
-    of the next."""
+    """Resolutions of codes, at least 2. The finest is at 1 / 2**stages of the image size, each coarser one at half the
+    size of the next."""
 
 
 @register
@@ -44,7 +44,7 @@ class VQVAE2(VQFamily[VQVAE2Config]):
     decoded from the codewords of all levels, upsampled to the finest grid.
 
     Raises:
-        UserError: if `levels` is not 2 or 3, `codebook_size` is below 2, or as `VQFamily` and `LinkedQuantizer` do.
+        UserError: if `levels` or `codebook_size` is below 2, or as `VQFamily` and `LinkedQuantizer` do.
     """
 
     kind: ClassVar[str] = "vqvae2"
@@ -61,8 +61,8 @@ class VQVAE2(VQFamily[VQVAE2Config]):
         return "a flat codebook", {"combined_commitment_weight"}
 
     def __init__(self, config: VQVAE2Config) -> None:
-        if config.levels not in (2, 3):
-            raise UserError(f"levels must be 2 or 3, got {config.levels}; --tokenizer vqvae has one")
+        if config.levels < 2:
+            raise UserError(f"--levels must be at least 2, not {config.levels}; --tokenizer vqvae has one")
         if config.codebook_size < 2:
             raise UserError(f"--codebook-size must be at least 2, not {config.codebook_size}")
         super().__init__(config, downsampling=2 ** (len(config.widths) + config.levels - 1))
