@@ -2,13 +2,23 @@
 
 import statistics
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from smalti.benchmarks.comparison import in_spread
 from smalti.studies.experiment import save_figure, table_row
 from smalti.studies.hr_vqvae.settings import ReproduceHRVQVAE
-from smalti.studies.hr_vqvae.study import DEPTH_LEAVES, DEPTHS, LEVELS, PAPER_GRID, TokenizerSpec, branching_of, result
+from smalti.studies.hr_vqvae.study import (
+    DEPTH_LEAVES,
+    DEPTHS,
+    LEVELS,
+    NAMES,
+    PAPER_GRID,
+    TokenizerSpec,
+    branching_of,
+    result,
+)
 
 
 def depth_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
@@ -29,34 +39,42 @@ def depth_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
     measured = {
         (spec.kind, _count(spec), spec.plain, spec.seed): scores for spec in specs if (scores := result(spec, config))
     }
+
+    def by_seed(kind: str, count: int, plain: bool) -> dict[int, dict[str, Any]]:
+        keys = {seed: ("hrvq" if count == 1 else kind, count, plain, seed) for seed in range(config.seeds)}
+        return {seed: measured[key] for seed, key in keys.items() if key in measured}
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="layers of HR-VQVAE, levels of VQ-VAE-2", ylabel="held-out MSE", yscale="log")
-    for kind, name, counts in (("hrvq", "HR-VQVAE", DEPTHS), ("vqvae2", "VQ-VAE-2", (1, *LEVELS))):
-        rows = {count: [name, str(count), _shape(kind, count)] for count in counts}
+    for kind, counts in (("hrvq", (0, *DEPTHS)), ("vqvae2", (1, *LEVELS))):
+        for fewer, count in pairwise(counts):
+            row = [NAMES[kind], str(count), _shape(kind, count)]
+            for plain in (True, False):
+                row += _cells(by_seed(kind, count, plain), by_seed(kind, fewer, plain))
+            lines.append(table_row(row))
         for plain in (True, False):
-            points: list[tuple[int, float]] = []
-            for before, count in pairwise((0, *counts)):
-                ours, fewer = (
-                    {
-                        seed: measured[key]
-                        for seed in range(config.seeds)
-                        if (key := ("hrvq" if n == 1 else kind, n, plain, seed)) in measured
-                    }
-                    for n in (count, before)
-                )
-                errors = [scores["mse"] for scores in ours.values()]
-                lower = [ours[seed]["mse"] < fewer[seed]["mse"] for seed in ours.keys() & fewer.keys()]
-                rows[count] += [in_spread(errors, ".5f"), f"{sum(lower)} of {len(lower)}" if lower else ""]
-                rows[count] += [in_spread([statistics.mean(each["used"]) for each in ours.values()], ".0%")]
-                rows[count] += [in_spread([statistics.mean(each["perplexity"]) for each in ours.values()], ".0f")]
-                points += [(count, statistics.mean(errors))] if errors else []
-            if points:
-                how = "by the paper's losses" if plain else "at its best"
-                axes.plot(*zip(*points, strict=True), marker="o", label=f"{name}, {how}")
-        lines += [table_row(rows[count]) for count in counts if kind == "hrvq" or count > 1]
+            points = [
+                (count, statistics.mean(each["mse"] for each in ours.values()))
+                for count in counts
+                if (ours := by_seed(kind, count, plain))
+            ]
+            how = "by the paper's losses" if plain else "at its best"
+            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"{NAMES[kind]}, {how}")
     axes.legend()
     save_figure(figure, path := config.picture("depth"))
     return "\n".join([*lines, "", f"![MSE by layers and levels]({path.name})"])
+
+
+def _cells(ours: dict[int, dict[str, Any]], fewer: dict[int, dict[str, Any]]) -> list[str]:
+    """Formats results by seed, beside those of a layer or level less."""
+    lower = [ours[seed]["mse"] < fewer[seed]["mse"] for seed in ours.keys() & fewer.keys()]
+    shares, perplexities = ([statistics.mean(each[name]) for each in ours.values()] for name in ("used", "perplexity"))
+    return [
+        in_spread([each["mse"] for each in ours.values()], ".5f"),
+        f"{sum(lower)} of {len(lower)}" if lower else "",
+        in_spread(shares, ".0%"),
+        in_spread(perplexities, ".0f"),
+    ]
 
 
 def _count(spec: TokenizerSpec) -> int:
