@@ -121,7 +121,7 @@ def optimizers(network: Hourglass) -> Comparison:
         ours.param_groups[0]["params"], lr=MUON_RATE_FACTOR * 1e-3, adjust_lr_fn="match_rms_adamw"
     )
     return Comparison(
-        "an optimiser's step of the same prior",
+        "an optimizer's step of the same prior",
         (
             Variant("smalti, Muon", ours.step),
             Variant("torch, Muon", theirs.step),

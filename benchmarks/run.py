@@ -114,7 +114,7 @@ def clock(variant: Variant) -> float:
 
 def table(measured: list[tuple[Comparison, list[float]]]) -> str:
     """Formats a Markdown table: each variant's result, its ratio to the first variant's, and its target."""
-    lines = ["| | measured | of ours | target |", "|---|---:|---:|---|"]
+    lines = ["| | measured | relative to smalti | target |", "|---|---:|---:|---|"]
     for comparison, seconds in measured:
         lines.append(f"| **{comparison.path}** | | | |")
         for variant, taken in zip(comparison.variants, seconds, strict=True):

@@ -170,7 +170,7 @@ def training(*, batch: int = 64, steps: int = 40) -> Iterator[Comparison]:
                 (
                     Variant("smalti.training.loop", partial(_fit, process, model, objective, data, config)),
                     Variant(
-                        "limit: forward, backward, optimiser",
+                        "limit: forward, backward, optimizer",
                         partial(_bare_loop, process, objective, data, config),
                         target=1 / LARGEST_OVERHEAD,
                     ),

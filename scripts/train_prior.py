@@ -6,14 +6,14 @@ from smalti.commands.train_prior import train_prior_with_ending
 
 ABOUT = """Trains a prior: a model that generates the codes of new images.
 
-$ accelerate launch scripts/train_prior.py                               # on runs/latents/hrvq.h5
-$ accelerate launch scripts/train_prior.py --latents my.h5 --out runs/priors/mine --steps 20000
-$ accelerate launch scripts/train_prior.py --init portraits --latents my.h5 --out runs/priors/mine        # fine-tune
-$ accelerate launch scripts/train_prior.py --prior pixelcnn              # another kind
-$ accelerate launch scripts/train_prior.py --latents my.h5 --condition vector  # images given the set's vectors
-$ accelerate launch scripts/train_prior.py --latents two.h5 --level 1    # one prior for each level of the tokenizer
-$ accelerate launch --num_processes 8 scripts/train_prior.py --batch-size 512   # eight GPUs share each batch
+$ python scripts/train_prior.py                                            # on runs/latents/hrvq.h5
+$ python scripts/train_prior.py --latents my.h5 --out runs/priors/mine --steps 20000
+$ python scripts/train_prior.py --init portraits --latents my.h5 --out runs/priors/mine    # fine-tune
+$ python scripts/train_prior.py --prior pixelcnn                           # another kind
+$ python scripts/train_prior.py --latents my.h5 --condition vector         # images given the set's vectors
+$ python scripts/train_prior.py --latents two.h5 --level 1                 # one prior for each level of the tokenizer
 $ accelerate launch scripts/train_prior.py --preset ffhq256 --latents ffhq256.h5    # large, for GPUs
+$ accelerate launch --num_processes 8 scripts/train_prior.py --batch-size 512       # eight GPUs share each batch
 
 Kinds of prior (for the options of one: --prior KIND --help):
   hourglass   transformer that samples by denoising steps (SUNDAE)

@@ -32,10 +32,12 @@ TOY = {
     " --depth 2 --branching 4 --precision fp32",
     "train-prior": "--steps 2 --batch-size 8 --model-width 16 --heads 2 --depth 1 1 1 --feedforward-mult 2"
     " --precision fp32",
+    "train-prior transformer": "--steps 2 --batch-size 8 --model-width 16 --heads 2 --layers 1 --precision fp32",
     "sample": "--num 4 --steps 2",
+    "sample transformer": "--num 4",
     "inpaint": "--steps 2 --candidates 2",
 }
-"""Flags that make the README's commands small, appended to them."""
+"""Flags that make the README's commands small, appended to them; those of a transformer have other names."""
 
 
 def code_lines(text: str) -> list[str]:
@@ -253,13 +255,14 @@ def trained(tmp_path_factory):
         monkeypatch.chdir(folder)
         for name, arguments in commands(README):
             if name in ("train-tokenizer", "build-latents", "train-prior", "sample", "inpaint"):
-                assert call(monkeypatch, name, [*arguments, *TOY.get(name, "").split()]) == 0, name
+                kind = " transformer" if "transformer" in " ".join(arguments) else ""
+                assert call(monkeypatch, name, [*arguments, *TOY.get(name + kind, "").split()]) == 0, name
     return folder
 
 
 def test_readme_path_runs(trained):
     results = ["runs/tokenizers/photos/model.safetensors", "runs/latents/photos.h5", "runs/priors/photos/config.json"]
-    results += ["samples.png", "out.png", "out-2.png", "out-3.png", "out-sheet.png"]
+    results += ["samples.png", "samples-transformer.png", "out.png", "out-2.png", "out-3.png", "out-sheet.png"]
     assert [name for name in results if not (trained / name).exists()] == []
 
 

@@ -74,7 +74,7 @@ class Demo:
     seed: int = 0
     """Seed of training and sampling."""
     precision: Precision = "auto"
-    """Precision of the networks; auto is bf16 on hardware that is fast in it, otherwise fp32."""
+    """Precision of the networks; `auto` is bf16 where the hardware is fast in it, fp16 on older GPUs, else fp32."""
     out: Path = RUNS / "demo"
     """Output folder."""
 

@@ -49,7 +49,7 @@ class App:
     device: Device = "auto"
     """Device to compute on."""
     precision: Precision = "auto"
-    """Precision of the prior; auto is bf16 on hardware that is fast in it, otherwise fp32."""
+    """Precision of the prior; `auto` is bf16 where the hardware is fast in it, fp16 on older GPUs, else fp32."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= _LARGEST_PORT:

@@ -81,7 +81,7 @@ class Inpaint(Generic[S]):
     device: Device = "auto"
     """Device to run on."""
     precision: Precision = "auto"
-    """Precision of the prior; `auto` is bf16 where the hardware is fast in it, else fp32."""
+    """Precision of the prior; `auto` is bf16 where the hardware is fast in it, fp16 on older GPUs, else fp32."""
     out: Path = RUNS / "inpainted.png"
     """File of the first fill. The others get -2, -3, ... after the name, and a sheet of all gets -sheet. For a folder
     of images, a folder whose files have the images' names."""

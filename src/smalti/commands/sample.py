@@ -74,7 +74,7 @@ class Sample(Generic[S]):
     device: Device = "auto"
     """Device to run on."""
     precision: Precision = "auto"
-    """Precision of the prior; `auto` is bf16 where the hardware is fast in it, else fp32."""
+    """Precision of the prior; `auto` is bf16 where the hardware is fast in it, fp16 on older GPUs, else fp32."""
     out: Path | None = None
     """The sheet to write, a PNG with these settings embedded [default: runs/samples.png, numbered if samples of another
     prior are there]."""

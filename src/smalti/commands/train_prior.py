@@ -107,7 +107,8 @@ class TrainPrior(Generic[C, Objective]):
     device: Device = "auto"
     """Device to train on; `auto` is the best one."""
     precision: Precision = "auto"
-    """Precision of the network (mixed precision); `auto` is bf16 where the hardware is fast in it, else fp32."""
+    """Precision of the network (mixed precision); `auto` is bf16 where the hardware is fast in it, fp16 on older CUDA
+    GPUs, else fp32."""
     sheet_samples: int = 32
     """Samples in `samples.png`, drawn after a minute and at every report. Use 0 to draw none if sampling is slow."""
     out: Path | None = None

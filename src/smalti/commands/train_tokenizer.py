@@ -106,7 +106,8 @@ class TrainTokenizer(Generic[C]):
     device: Device = "auto"
     """Device to train on; `auto` is the best one."""
     precision: Precision = "auto"
-    """Precision of the networks (mixed precision); `auto` is bf16 where the hardware is fast in it, else fp32."""
+    """Precision of the networks (mixed precision); `auto` is bf16 where the hardware is fast in it, fp16 on older CUDA
+    GPUs, else fp32."""
     out: Path | None = None
     """Folder of the run [default: runs/tokenizers/KIND]."""
     resume: Resume = "auto"
