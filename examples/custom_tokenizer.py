@@ -69,7 +69,7 @@ class FSQ(Tokenizer):
 
 
 def main(out: Path = Path("runs/fsq"), images: str = "emoji", steps: int = 500) -> Path:
-    """Trains it and stores the codes of its images; returns the latent set, on which `train_prior.py` trains."""
+    """Trains it and stores the codes of its images; returns the latent set, on which a prior can be trained."""
     fit = FitConfig(steps=steps, batch_size=32)
     folder = train_tokenizer(TrainTokenizer(FSQConfig(), fit=fit, tokenizer="fsq", images=images, out=out))
     return build_latents(BuildLatents(tokenizer=str(folder), images=images, out=out / "latents.h5"))

@@ -4,11 +4,8 @@ A set holds them in float16, one for each row. Rows made from one image by mirro
 """
 
 import inspect
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from smalti.core.errors import UserError
-from smalti.core.files import input_digest
+from smalti.core.files import import_from_here, input_digest
 from smalti.core.provenance import command
 from smalti.latentsets.copies import copy_set
 from smalti.latentsets.reader import LatentSet
@@ -135,23 +132,13 @@ class ConditionSource:
 
 
 def _find_function(requested: str) -> tuple[Callable[[Tensor], Any], Path]:
-    """Returns the function that `module:function` names, and the file of its module.
-
-    Modules of the current folder are found, as with `python -m`.
-    """
+    """Returns the function that `module:function` names, and the file of its module."""
     module_name, colon, name = requested.partition(":")
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise UserError(
             f"--conditions {requested} is neither FILE.npy nor module:function, such as colours:mean_colours"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--conditions {requested}: there is no module {error.name!r}; run the command in its folder, or install it"
-        ) from error
+    module = import_from_here(module_name, f"--conditions {requested}")
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--conditions {requested}: {module_name} has no function {name!r}; check its name")

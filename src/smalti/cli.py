@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 from smalti.core.errors import OneProcessError, UserError, as_invoked, program_name, require_finite, unreadable
+from smalti.core.files import import_from_here
 from smalti.core.malloc import keep_freed_memory, wait_without_spinning
 from smalti.flags import checked_arguments, expanded, field_names, require_ranges, with_flags
 from smalti.training.signals import Interrupted, Stopped, unwound_by_signals
@@ -37,6 +38,8 @@ _DISK_ERRORS = {
     errno.ENOTDIR: "a part of its path is a file; give another --out",
     errno.ENAMETOOLONG: "its name is too long; give a shorter --out",
 }
+OWN_MODULES = "SMALTI_IMPORT"
+"""Variable with the names of the user's modules that register kinds of their own; every command imports them."""
 _LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
 """Variables that torchrun and `accelerate launch` set for the processes that they start."""
 _MOST_SECONDS_LATER = 20.0
@@ -75,6 +78,8 @@ def run(
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
     flags: set[str] = set()
     try:
+        for module in os.environ.get(OWN_MODULES, "").replace(",", " ").split():
+            import_from_here(module, f"{OWN_MODULES}={module}")
         arguments = checked_arguments(sys.argv[1:])
         chosen_class = (
             config_class if dataclasses.is_dataclass(config_class) else cast(Callable[[], Any], config_class)()

@@ -124,7 +124,7 @@ def methods_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal
         for plain in (True, False):
             ours, vqvae = results[kind, plain], results["vqvae", plain]
             ratio = f"{_mean_mse(ours) / _mean_mse(vqvae):.2f}" if ours and vqvae else NONE
-            errors = in_spread([each["mse"] for each in ours], ".5f")
+            errors = in_spread([each["mse"] for each in ours], ".6f")
             row += [errors, ratio, used(ours[0]) if ours else NONE]
         lines.append(table_row(row))
     seconds = statistics.mean([each["train_seconds"] for seeds in results.values() for each in seeds] or [0.0])

@@ -1,12 +1,16 @@
 """Every program in examples/ runs, at toy size, and does what its docstring says."""
 
+import shutil
+import sys
+
 import pytest
-from helpers.command_toys import EXAMPLES, example, save_pair
+from helpers.command_toys import EXAMPLES, example, run, save_pair
 from helpers.image_toys import write_patches
 from PIL import Image
 
 from smalti import LatentSet, load_tokenizer
 from smalti.core.models import _CLASSES
+from smalti.scripts import build_latents, train_tokenizer
 
 MOST_LINES = 79
 
@@ -54,3 +58,26 @@ def test_custom_tokenizer_is_a_kind(folder, monkeypatch):
     (codes,) = latents.batch([0, 1])
     assert tokenizer.decode((codes,)).shape == (2, 3, 32, 32)
     assert tokenizer.decode((codes,), digits=1).shape == (2, 3, 32, 32)
+
+
+def test_commands_know_kinds_of_modules_that_the_environment_names(folder, monkeypatch, capfd):
+    """Train and build with the module named; without it, and with one that is not there, a line says what to do."""
+    shutil.copy(EXAMPLES / "custom_tokenizer.py", folder / "own_tokenizer.py")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("smalti.core.models._CLASSES", dict(_CLASSES))
+    train = ["--tokenizer", "fsq", "--images", "img", "--steps", "1", "--batch-size", "4", "--out", "own"]
+    build = ["--tokenizer", "own", "--out", "own.h5"]
+    assert "there is no tokenizer of kind 'fsq'" in run(capfd, train_tokenizer.main, *train)[2]
+    monkeypatch.setenv("SMALTI_IMPORT", "own_tokenizer")
+    assert run(capfd, train_tokenizer.main, *train)[0] == 0
+    assert run(capfd, build_latents.main, *build)[0] == 0
+    assert LatentSet("own.h5").layout.levels[0].radices == (7, 5, 5, 5)
+    monkeypatch.delitem(sys.modules, "own_tokenizer")
+    monkeypatch.setattr("smalti.core.models._CLASSES", dict(_CLASSES))
+    monkeypatch.setenv("SMALTI_IMPORT", "lost")
+    status, _, error = run(capfd, build_latents.main, *build)
+    assert (status, error.split(";")[0]) == (2, "error: SMALTI_IMPORT=lost: there is no module 'lost'")
+    monkeypatch.delenv("SMALTI_IMPORT")
+    status, _, error = run(capfd, build_latents.main, *build)
+    assert status == 2
+    assert error.startswith("error: own: there is no tokenizer of kind 'fsq' in smalti itself; name the module")

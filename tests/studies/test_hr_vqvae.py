@@ -324,7 +324,7 @@ def test_report_has_every_part_with_measured_numbers(folder):
     assert text.count("<!-- measured: mnist ") == 11
     assert "not run" not in text
     tokenizer = read(folder / "runs/reproductions/mnist" / f"hrvq-8-depth3-best-{SHARED}" / RESULT_NAME)
-    assert f"| {tokenizer['mse']:.5f} |" in report_row(folder, "| HR-VQVAE | 0.00011 | 0.27 |")
+    assert f"| {tokenizer['mse']:.6f} |" in report_row(folder, "| HR-VQVAE | 0.00011 | 0.27 |")
     path = generating_folder(folder, "hrvq", 3)
     row = report_row(folder, "| HR-VQVAE | 1 | 11.75 |")
     scores = [read(path / f"{prior}-{BUDGET}" / "sampled-lite0-8-of-1000.json") for prior in ("pixelcnn", "hourglass")]

@@ -13,9 +13,11 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from io import BufferedReader
 from itertools import chain, count
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from smalti.core.errors import UserError, unreadable
@@ -223,6 +225,22 @@ def from_here(path: Path) -> Path:
     """Returns an absolute path as a relative one, for messages, if it is below the working directory."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def import_from_here(name: str, requested: str) -> ModuleType:
+    """Imports a module of the user's; those of the current folder are found, as with `python -m`.
+
+    Raises:
+        UserError: if there is no such module, or none that it imports; the line begins with `requested`.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{requested}: there is no module {error.name!r}; run the command in its folder, or install it"
+        ) from error
 
 
 def require_no_input(outputs: Iterable[Path], inputs: Iterable[Path], flag: str = "--out") -> None:

@@ -240,7 +240,10 @@ def class_described(described: dict[str, Any], source: str | Path, family: Famil
     """
     if described["family"] != family:
         raise UserError(f"{source} holds a {described['family']} ({described['kind']}), but a {family} is needed here")
-    return class_of_kind(family, described["kind"])
+    if (kind := described["kind"]) not in kinds(family):
+        hint = "name the module that has it: SMALTI_IMPORT=module smalti ..."
+        raise UserError(f"{source}: there is no {family} of kind {kind!r} in smalti itself; {hint}")
+    return class_of_kind(family, kind)
 
 
 @float32_by_default()
