@@ -60,7 +60,7 @@ def depth_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec]) -> str:
             ]
             how = "by the paper's losses" if plain else "at its best"
             axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=f"{NAMES[kind]}, {how}")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     save_figure(figure, path := config.picture("depth"))
     return "\n".join([*lines, "", f"![MSE by layers and levels]({path.name})"])
 
