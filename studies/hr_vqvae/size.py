@@ -10,6 +10,7 @@ from smalti.studies.hr_vqvae.settings import ReproduceHRVQVAE
 from smalti.studies.hr_vqvae.study import KINDS, NAMES, SIZES, TokenizerSpec, result, used
 
 LINES = ("-", "--", ":", "-.", (0, (1, 5)))
+"""Styles of the lines: those at their best, and one for each of the four starts."""
 
 
 def size_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal: Callable[[int], float]) -> str:

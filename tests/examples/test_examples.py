@@ -61,7 +61,7 @@ def test_custom_tokenizer_is_a_kind(folder, monkeypatch):
 
 
 def test_commands_know_kinds_of_modules_that_the_environment_names(folder, monkeypatch, capfd):
-    """Train and build with the module named; without it, and with one that is not there, a line says what to do."""
+    """Commands train and encode with the module; without it, or if it is not there, one line says what to do."""
     shutil.copy(EXAMPLES / "custom_tokenizer.py", folder / "own_tokenizer.py")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr("smalti.core.models._CLASSES", dict(_CLASSES))
