@@ -12,6 +12,9 @@ import torch
 
 from smalti.core.devices import best_device
 
+NOT_RUN = "not run"
+"""Text of a table's cell whose work was not done."""
+
 
 class Measured(float):
     """The result of a variant that measures itself: seconds per unit of work without its setup, or bytes."""
@@ -47,9 +50,9 @@ def in_mebibytes(size_bytes: float) -> str:
 
 
 def in_spread(values: Sequence[float], form: str) -> str:
-    """Formats the mean of several values with their minimum and maximum; `not run` if there are none."""
+    """Formats the mean of several values with their minimum and maximum; `NOT_RUN` if there are none."""
     if not values:
-        return "not run"
+        return NOT_RUN
     mean = format(statistics.mean(values), form)
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smalti.benchmarks.comparison import in_spread
+from smalti.benchmarks.comparison import NOT_RUN, in_spread
 from smalti.core.codes import Codes
 from smalti.core.devices import best_device, resolve
 from smalti.images.decoding import to_float
@@ -56,7 +56,6 @@ PAPER_SECONDS: dict[DataName, dict[str, float]] = {
 """Table 2."""
 SHOWN = 12
 """Images in a row of a picture."""
-NONE = "not run"
 
 
 def reproduce_hr_vqvae(config: ReproduceHRVQVAE) -> None:
@@ -123,9 +122,9 @@ def methods_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal
         row = [NAMES[kind], f"{paper[kind]:.5f}", f"{paper[kind] / paper['vqvae']:.2f}"]
         for plain in (True, False):
             ours, vqvae = results[kind, plain], results["vqvae", plain]
-            ratio = f"{_mean_mse(ours) / _mean_mse(vqvae):.2f}" if ours and vqvae else NONE
+            ratio = f"{_mean_mse(ours) / _mean_mse(vqvae):.2f}" if ours and vqvae else NOT_RUN
             errors = in_spread([each["mse"] for each in ours], ".6f")
-            row += [errors, ratio, used(ours[0]) if ours else NONE]
+            row += [errors, ratio, used(ours[0]) if ours else NOT_RUN]
         lines.append(table_row(row))
     seconds = statistics.mean([each["train_seconds"] for seeds in results.values() for each in seeds] or [0.0])
     below = (

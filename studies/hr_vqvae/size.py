@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from smalti.benchmarks.comparison import NOT_RUN
 from smalti.studies.experiment import save_figure, table_row
 from smalti.studies.hr_vqvae.settings import ReproduceHRVQVAE
 from smalti.studies.hr_vqvae.study import KINDS, NAMES, SIZES, TokenizerSpec, result, used
@@ -38,7 +39,7 @@ def size_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal: C
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="leaves", ylabel="held-out MSE", xscale="log", yscale="log")
     for colour, kind in enumerate(KINDS):
-        for style, variant in zip(LINES, variants, strict=False):
+        for style, variant in zip(LINES[: len(variants)], variants, strict=True):
             points = [(leaves, each["mse"]) for leaves in SIZES if (each := measured.get((kind, leaves, variant)))]
             if points:
                 label = f"{NAMES[kind]}, {variant}"
@@ -55,5 +56,5 @@ def _variant(spec: TokenizerSpec) -> str:
 
 def _scores(measured: dict[str, Any] | None) -> str:
     if not measured:
-        return "not run"
+        return NOT_RUN
     return f"{measured['mse']:.5f} ({used(measured)}; {', '.join(f'{each:.0f}' for each in measured['perplexity'])})"

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from smalti.benchmarks.comparison import in_spread
+from smalti.benchmarks.comparison import NOT_RUN, in_spread
 from smalti.core.devices import resolve
 from smalti.images.sheets import save_sheet
 from smalti.studies.experiment import picture_path, save_figure, write_section
@@ -27,7 +27,6 @@ from smalti.studies.priors.samples import (
 from smalti.studies.priors.study import PAIRS, SETUPS, Cell, PairPart, Part, ReproducePriors
 from smalti.studies.priors.training import RESULT_NAME, equal_time_steps, first_model_steps, step_seconds, trained
 
-NONE = "not run"
 TITLES = {
     "patches": "patches of 2×2",
     "runs": "runs of 4",
@@ -89,7 +88,7 @@ def pair_table(part: PairPart, config: ReproducePriors, results: dict[str, list[
         "",
         f"| {titles[first]} | {titles[second]} | the second's less the first's, by seed |",
         "|---:|---:|---|",
-        f"| {in_spread(losses[first], '.4f')} | {in_spread(losses[second], '.4f')} | {differences or NONE} |",
+        f"| {in_spread(losses[first], '.4f')} | {in_spread(losses[second], '.4f')} | {differences or NOT_RUN} |",
     ]
     if "by_corruption" in results[first][0]:
         shares = list(results[first][0]["by_corruption"])
@@ -128,8 +127,8 @@ def race_table(part: Part, config: ReproducePriors, runs: dict[tuple[str, int], 
     ]
     for name in SETUPS[part].models:
         results = [runs.get((name, steps)) for steps in (first_steps, equal_time[name])]
-        losses = [f"{each['held_out_loss']:.4f}" if each else NONE for each in results]
-        parameters = next((f"{each['parameters']:,}" for each in results if each), NONE)
+        losses = [f"{each['held_out_loss']:.4f}" if each else NOT_RUN for each in results]
+        parameters = next((f"{each['parameters']:,}" for each in results if each), NOT_RUN)
         ratio = f"{seconds[name] / seconds[first]:.3f}"
         lines.append(f"| {name} | {parameters} | {ratio} | {losses[0]} | {equal_time[name]} | {losses[1]} |")
     return "\n".join([*lines, "", f"A step's time is in units of the first one's, {seconds[first]:.3g} s."])
