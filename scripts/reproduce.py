@@ -60,8 +60,9 @@ STUDIES: dict[StudyName, Study] = {
     "portraits": Study("the models in the package, and their card", reproduce_portraits, ReproducePortraits),
 }
 SUMMARIES = "\n".join(f"- {name}: {study.summary}" for name, study in STUDIES.items())
-ABOUT = f"""Trains the models of a study on equal budgets, and writes our numbers beside the paper's. The first argument
-names the study, and `reproduce.py STUDY --help` lists its flags:
+ABOUT = f"""Trains the models of a study on equal budgets, and writes a report, with the numbers of a
+paper beside ours if the study is of a paper. The first argument names the study, and `reproduce.py STUDY --help` lists
+its flags:
 
 {SUMMARIES}
 

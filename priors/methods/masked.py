@@ -145,6 +145,8 @@ def sample_masked(
 
     All unknown codes start masked. Decoding step t of T samples every masked code, then masks
     floor(cos(pi t / 2T) times the number of unknown codes) of them again; the others stay as sampled.
+    Deviation: the paper rounds that number up. The authors' code rounds it down too, but leaves at least one code
+    masked before the last step, and reveals at least one in each.
     Canvases larger than the grids in training are read through windows (see `canvas_features`).
 
     Arguments and errors are those of `smalti.priors.base.Sampler`; the prior must accept `MASK_TOKEN`.

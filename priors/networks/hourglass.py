@@ -229,7 +229,9 @@ class Hourglass(CodePrior):
 
     Deviations: absolute position embeddings are added to the input, unless `absolute_positions` is false. Without them,
     features depend only on offsets between positions. Queries and keys are normalized, unless `qk_norm` is false (as in
-    arXiv 2302.05442, with RMSNorm for LayerNorm). A grid that s does not divide ends in partial patches, whose
+    arXiv 2302.05442, with RMSNorm for LayerNorm). Down- and upsampling are linear maps alone: the hourglass paper, and
+    the authors' code of the prior, add cross-attention to them (attention resampling). The features of the lower
+    resolution are normalized before they are upsampled. A grid that s does not divide ends in partial patches, whose
     missing positions count as zeros and are never attended to.
     """
 

@@ -158,10 +158,10 @@ class PixelCNN(CausalPrior):
 
     A vertical stack covers all rows above a position, a horizontal stack the positions left of it in its row. The
     vertical stack feeds the horizontal one, so there is no blind spot. Condition and coarser levels enter every gate
-    (Eq. 4). The vertical stack's input is shifted down by one row, the horizontal stack's by one position in raster
-    order (so that attention reaches the last column of the row above). No layer then needs a mask. Convolutions read
-    grids of any size; with attention, larger ones are read through windows, as it has only learned the offsets within
-    the trained size.
+    (Eq. 4, and the map of Eq. 5). The vertical stack's input is shifted down by one row, the horizontal stack's by one
+    position in raster order (so that attention reaches the last column of the row above). No layer then needs a mask.
+    Convolutions read grids of any size; with attention, larger ones are read through windows, as it has only learned
+    the offsets within the trained size.
 
     Deviations: the vertical stack has residual connections too, without which deep stacks start with vanishing
     signals; a LayerNorm ends the network instead of two layers, as the head's initial weights expect.

@@ -4,6 +4,9 @@ One layer with two codes averages modes: it decodes to points between them. If a
 latent space of a layer with four codes, it averages latents, and quantizing with the lower layer resolves the average
 to a mode. Deterministic quantization drops modes, stochastic quantization covers them all.
 
+Deviation: both rows of two layers are one model, trained with sampled codes, that decodes its most likely codes or
+samples. The paper's deterministic hierarchy has a VQ-VAE as its first layer.
+
 Legend: n points, d code width.
 """
 

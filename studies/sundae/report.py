@@ -18,7 +18,7 @@ from smalti.studies.experiment import picture_path, save_figure, table_row, writ
 from smalti.studies.sundae.study import ReproduceSundae, Study, Trained
 
 AUTHORS = SundaeSampling(temperature=(0.8, 0.8), proportion=(0.5, 0.5), order="random", guidance=1.0)
-"""The authors' settings for FFHQ at 256x256 (arXiv 2206.12351)."""
+"""The authors' settings for FFHQ at 256x256 (arXiv 2206.12351). They may stop after 11 steps, these after 10."""
 FORMER = SundaeSampling(steps=32, temperature=(1.0, 0.6), proportion=(0.94, 0.31))
 """smalti's former defaults."""
 SAMPLERS: dict[str, SundaeSampling] = {

@@ -26,7 +26,8 @@ Target: TypeAlias = Literal["features", "codes"]
 class HQAConfig:
     """Settings of an HQA. The defaults compress a 32x32 image to one code of 8 bits, halving the size in each layer.
 
-    The weight of Eq. 4's terms is in units of twice the variance of p(x|z), which the paper leaves open.
+    The weight of Eq. 4's terms is twice the variance of p(x|z), which the paper leaves open, for images in [-1, 1]. The
+    authors' code has 0.001 for images in [0, 1], which is 0.004 here.
     """
 
     height: int = 32
@@ -81,8 +82,11 @@ class HQAConfig:
 class HQALayer(nn.Module):
     """One layer of the stack: encoder, quantizer, decoder, and the mean and deviation of its inputs.
 
-    Deviations: residual blocks and activations are those of smalti's VQ-VAE family, not the authors'. Mean and
-    deviation are computed once, where the authors' code keeps running ones, because the layer below no longer changes.
+    Deviations: residual blocks and activations are those of smalti's VQ-VAE family, not the authors'. Codebooks start
+    as k-means centres, and the networks of the top layer as principal components, unless the config says otherwise. A
+    reset moves all dead codewords, where the authors' code moves one. With `normalize`, which is off by default, a
+    layer has one deviation for all channels, computed once because the layer below no longer changes; the authors' code
+    always normalizes, each channel by a running deviation of its own.
     """
 
     mean: Tensor

@@ -71,7 +71,8 @@ class LinkedQuantizer(nn.Module):
 
     Layer i holds a codebook of m_i codewords for each codeword of layer i-1, and the first layer a single one; the
     codeword chosen in layer i-1 decides which one layer i searches. A path from the first layer to the last is one code
-    in [0, m_1 * ... * m_n), whose digits have the radices m_1, ..., m_n. In the paper all layers have the same m.
+    in [0, m_1 * ... * m_n), whose digits have the radices m_1, ..., m_n. In the paper's Sec. 3 all layers have the same
+    m.
 
     Codewords learn either from the codebook terms of the loss, or as exponential moving averages (EMA) of the vectors
     that choose them (VQ-VAE, App. A.1). With EMA there are no codebook terms. Against codebook collapse, dead codewords
@@ -88,12 +89,13 @@ class LinkedQuantizer(nn.Module):
     The paper gives no values for the betas; all are 0.25 by default as in VQ-VAE. Search, losses, sums and moving
     averages are float32 under autocast: half precision swaps near neighbours.
 
-    Deviations: the squared norms of Eqs. 2, 5 and 6 are means over positions and channels, so that the weights do not
-    depend on the sizes. With one layer, Eq. 5's terms over the whole equal Eq. 6's over the layer; they count once, as
-    in Eq. 2, with that layer's weight. In the commitment term of Eq. 6, the residual xi^(i-1) = xi^0 - e^1 - ... -
-    e^(i-1) is detached from the codewords of the lower layers: the term reaches the encoder alone, as its purpose and
-    Eq. 2 have it. Eq. 6 as written would also move lower codewords, towards what upper layers leave over;
-    docs/notebook/tokenizers.md compares the two.
+    Deviations: the paper trains by Eqs. 5 and 6 alone, which is `learning="gradient"` with `revive_below=0` and no call
+    of `init_from_data`; the defaults leave the codebook terms to EMA. The squared norms of Eqs. 2, 5 and 6 are means
+    over positions and channels, so that the weights do not depend on the sizes. With one layer, Eq. 5's terms over the
+    whole equal Eq. 6's over the layer; they count once, as in Eq. 2, with that layer's weight. In the commitment term
+    of Eq. 6, the residual xi^(i-1) = xi^0 - e^1 - ... - e^(i-1) is detached from the codewords of the lower layers: the
+    term reaches the encoder alone, as its purpose and Eq. 2 have it. Eq. 6 as written would also move lower codewords,
+    towards what upper layers leave over; docs/notebook/tokenizers.md compares the two.
 
     Args:
         code_width: length of a codeword.

@@ -41,6 +41,7 @@ class HRVQ(ConvolutionalVQ[HRVQConfig]):
     """Hierarchical residual learning VQ-VAE (HR-VQVAE, Eqs. 3-6 and Fig. 2): one grid of `branching**depth` codes.
 
     The paper calls the depth n and the branching m, which is the same in all layers there; here each may have its own.
+    By default codebooks do not learn by Eqs. 5 and 6: see the deviations of `LinkedQuantizer`.
 
     Raises:
         UserError: as `ConvolutionalVQ` does.

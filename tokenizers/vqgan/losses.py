@@ -101,8 +101,10 @@ class GeneratorLoss(nn.Module):
     it out, since its values are not comparable between steps. Logs each term, `mse` (see `logged_mse`), and with a
     discriminator `adversarial`, minus the mean logit of reconstructions, and `adaptive_weight`.
 
-    Deviation: a step uses the adaptive weight of the step before, averaged over all processes and micro-batches, so
-    that the result depends on the number of neither. The first step with the adversarial loss has weight 0.
+    Deviations: the adversarial loss is the hinge loss of the authors' code, not the logarithms of Eq. 5, and Eq. 7's
+    delta is 1e-4 as there, not 1e-6. A step uses the adaptive weight of the step before, averaged over all processes
+    and micro-batches, so that the result depends on the number of neither. The first step with the adversarial loss has
+    weight 0.
 
     Attributes:
         reconstructions: reconstructed images of this step, one tensor per micro-batch, for the discriminator's phase.

@@ -6,10 +6,10 @@ images of 64 pixels, and the 512 codes of its Fig. 7b; the rest is VQ-VAE-2's (a
 since that paper leaves it open: networks 128 channels wide, 2 residual blocks, codewords of 64,
 batches of 128. The learning rate of 3e-4 is that of the example in Sonnet, its authors' library.
 Unlike there, residual branches are as wide as their stage, SiLU replaces ReLU, pixel shuffles
-replace transposed convolutions, and k-means initializes the codebooks. The others are for `vqgan`:
-the networks of the published checkpoints, and one for a megapixel. Their learning rate is 4.5e-6
-times the batch size, and their codebooks are not initialized by k-means, which is slow for so many
-codes.
+replace the decoders' transposed convolutions, and k-means initializes the codebooks. The others are
+for `vqgan`: the networks of the published checkpoints, and one for a megapixel. Their learning rate
+is 4.5e-6 times the batch size (5e-6 for the megapixel), and their codebooks are not initialized by
+k-means, which is slow for so many codes.
 
 The presets of priors are at the end: `small`, and the recipe of SUNDAE on VQ-GAN codes (arXiv
 2206.12351) from its authors' published settings.
@@ -177,7 +177,7 @@ def f32_megapixel(kind: str) -> TrainTokenizer[Any]:
         "f32-megapixel",
         size=1024,
         batch_size=4,
-        learning_rate=5e-6,
+        base_rate=5e-6,
         **{**F16, "widths": (128, 128, 256, 256, 512, 512), "residual_blocks": 1},
         branching=8192,
         discriminator_start=15_000,
@@ -246,7 +246,7 @@ def _paper(kind: str, *, size: int, stages: int) -> TrainTokenizer[Any]:
 
 
 def _vqgan(
-    kind: str, name: Preset, *, size: int, batch_size: int = 12, learning_rate: float | None = None, **model: Any
+    kind: str, name: Preset, *, size: int, batch_size: int = 12, base_rate: float = 4.5e-6, **model: Any
 ) -> TrainTokenizer[Any]:
     if kind != "vqgan":
         raise UserError(
@@ -255,7 +255,7 @@ def _vqgan(
     fit = FitConfig(
         steps=500_000,
         batch_size=batch_size,
-        learning_rate=learning_rate or 4.5e-6 * batch_size,
+        learning_rate=base_rate * batch_size,
         decay_fraction=0.0,
         ema_decay=0.999,
         report_steps=5_000,
@@ -315,8 +315,8 @@ def _sundae(
 ) -> TrainPrior[Any, Any]:
     """Returns the authors' settings: a constant learning rate, AdamW, and neither warm-up, EMA nor gradient clipping.
 
-    A head has 128 channels here and 64 there, and AdamW's second beta is 0.95 here. The number of steps is open: the
-    authors name only days.
+    The network is smalti's: see the deviations of `Hourglass`. A head has 128 channels here and 64 there, and AdamW's
+    second beta is 0.95 here. The number of steps is open: the authors name only days.
     """
     if kind != "hourglass":
         raise UserError(f"the preset {name} is for hourglass, not for {kind}; leave --preset or --prior out")
