@@ -117,15 +117,15 @@ def test_invalid_settings_are_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "grid", "radix", "attention_size", "parameters"),
+    ("name", "grid", "radix", "attention_size", "parameters", "base_rate"),
     [
-        ("f16-1024", 16, 1024, 16, 72),  # millions, without the codebook, which is a buffer
-        ("f16-16384", 16, 16384, 16, 72),
-        ("f8-gumbel-8192", 32, 8192, 32, 69),
-        ("f32-megapixel", 32, 8192, 64, 73),
+        ("f16-1024", 16, 1024, 16, 72, 4.5e-6),  # millions, without the codebook, which is a buffer
+        ("f16-16384", 16, 16384, 16, 72, 4.5e-6),
+        ("f8-gumbel-8192", 32, 8192, 32, 69, 4.5e-6),
+        ("f32-megapixel", 32, 8192, 64, 73, 5e-6),
     ],
 )
-def test_presets_have_the_published_networks(name, grid, radix, attention_size, parameters):
+def test_presets_have_the_published_networks_and_rates(name, grid, radix, attention_size, parameters, base_rate):
     _, config = default_config(name, "vqgan")
     with torch.device("meta"):
         tokenizer = models.class_of_kind("tokenizer", "vqgan")(config.model)
@@ -133,9 +133,7 @@ def test_presets_have_the_published_networks(name, grid, radix, attention_size, 
     assert [config.model.height >> stage for stage in config.model.attention_stages] == [attention_size]
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6 == pytest.approx(parameters, abs=0.5)
     assert (config.tokenizer, config.preset) == ("vqgan", name)
-    assert math.isclose(
-        config.fit.learning_rate, 5e-6 if grid == 32 and radix == 8192 and attention_size == 64 else 5.4e-5
-    )
+    assert math.isclose(config.fit.learning_rate, base_rate * config.fit.batch_size)
     with pytest.raises(UserError, match=f"{name} is for vqgan, not for hrvq"):
         default_config(name, "hrvq")
 
