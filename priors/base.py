@@ -149,7 +149,7 @@ class CodePrior(Prior, ABC):
         class MyPrior(CodePrior):
             kind = "my-prior"  # the name in `--prior my-prior` and in config.json
             config_class = MyConfig
-            method = SUNDAE  # or MASKED, AUTOREGRESSIVE (a CausalPrior only), or a Method of its own
+            method = SUNDAE  # or AUTOREGRESSIVE (a CausalPrior only), MASKED (codes may be MASK_TOKEN), or another
 
             def __init__(self, config: MyConfig) -> None:
                 super().__init__(config)  # sets everything listed under Attributes

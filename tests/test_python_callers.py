@@ -3,14 +3,16 @@
 import threading
 from pathlib import Path
 
+import datasets
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers.image_toys import write_patches
 
-from smalti import LatentSet, UserError, load_prior
+from smalti import LatentSet, UserError, load_prior, open_images
 from smalti.commands.build_latents import BuildLatents, build_latents
 from smalti.commands.train_prior import TrainPrior, train_prior
 from smalti.commands.train_tokenizer import TrainTokenizer, train_tokenizer
@@ -63,3 +65,16 @@ def test_empty_names_are_refused():
     with pytest.raises(UserError, match="latents is empty"):
         TrainPrior(PRIOR, SundaeConfig(), latents="")
     assert Reading(held_out=0.25) == Reading(held_out="0.25")
+
+
+def test_images_and_sets_that_are_no_files_are_refused(tmp_path):
+    """Data in memory has no name; programs store it first."""
+    for given in (np.zeros((4, 8, 16, 3), np.uint8), torch.zeros(4, 3, 8, 16), datasets.Dataset.from_dict({"a": [1]})):
+        message = f"is named by a text or a Path, not by {type(given).__name__}; store it, and give the file's name"
+        for call in (open_images, LatentSet, lambda given: TrainTokenizer(NETWORK, images=given)):
+            with pytest.raises(UserError, match=message):
+                call(given)
+        with pytest.raises(UserError, match=f"images is given as {type(given).__name__}; give the ImageSet that open"):
+            train_tokenizer(TrainTokenizer(NETWORK, FIT, out=tmp_path), given)
+        with pytest.raises(UserError, match=f"latents is given as {type(given).__name__}; give a LatentSet"):
+            train_prior(TrainPrior(PRIOR, SundaeConfig(), FIT, out=tmp_path), given)

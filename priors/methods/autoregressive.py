@@ -38,10 +38,15 @@ class Likelihood(nn.Module):
     """The negative log-likelihood of the codes, exact, computed with teacher forcing.
 
     Every position is predicted from the true codes before it, all in one pass.
+
+    Raises:
+        UserError: if the prior is no `CausalPrior`: it could see the codes that it predicts, and not be sampled.
     """
 
     def __init__(self, prior: CausalPrior, config: LikelihoodConfig) -> None:
         super().__init__()
+        if not isinstance(prior, CausalPrior):
+            raise UserError(f"{type(prior).__name__} cannot learn autoregressively; derive it from CausalPrior")
         self.prior = prior
         self.config = config
 

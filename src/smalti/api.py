@@ -19,7 +19,7 @@ from smalti.commands.class_labels import find_conditions
 from smalti.commands.generating import generate_images
 from smalti.commands.inpainting import Filling, fills
 from smalti.core.devices import Precision, generators_kept
-from smalti.core.errors import UserError, require_at_least_one, require_finite, whole_number
+from smalti.core.errors import UserError, require_at_least_one, whole_number
 from smalti.images.formats.planes import MODES, flatten, to_tensor
 from smalti.images.masks import MID_GREY
 from smalti.priors.base import Prior
@@ -174,7 +174,6 @@ def inpaint(
             f"filling is a {type(filling).__name__}; give Filling(...), and the sampler's settings as sampling"
         )
     filling = filling or Filling()
-    require_finite(filling)
     return fills(
         priors,
         tokenizer,
@@ -195,8 +194,8 @@ def _together(
     """Returns the priors, coarsest first, and their tokenizer on the same device.
 
     Raises:
-        UserError: if they do not fit together or are no models, or the settings of the sampler fit none of the priors
-            or are not finite.
+        UserError: if they do not fit together or are no models, or the settings of the sampler fit none of the
+            priors.
     """
     priors: list[Any] = list(prior) if isinstance(prior, Iterable) and not isinstance(prior, str) else [prior]
     if not priors:
@@ -217,8 +216,6 @@ def _together(
     if sampling is not None and not isinstance(sampling, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise UserError(f"sampling is {str(sampling)[:100]}, which does not fit the prior; give {names}(...)")
-    if sampling is not None:
-        require_finite(sampling)
     return model_paths.coarsest_first(priors, tokenizer), tokenizer.to(priors[0].device)
 
 

@@ -15,7 +15,7 @@ from helpers.toys import TINY
 from PIL import Image
 
 from smalti.commands import train_tokenizer as training
-from smalti.commands.model_paths import load_tokenizer
+from smalti.commands.model_paths import find_model, load_tokenizer
 from smalti.core import models
 from smalti.core.errors import UserError
 from smalti.core.models import read_config
@@ -212,6 +212,13 @@ def test_a_training_ends_with_its_folder_numbers_pictures_and_the_next_command(w
     first, pictures, following = out.splitlines()
     assert first.startswith("prior: 2 steps; held_out_loss ")
     assert (pictures, following) == ("pictures: prior/samples.png", "next: python scripts/sample.py --prior prior")
+
+
+@pytest.mark.parametrize(("name", "typed"), [("vqvae", "./vqvae"), ("portraits", "./portraits"), ("mine", "mine")])
+def test_the_next_command_names_the_run_also_if_it_is_called_like_another_model(workspace, capfd, name, typed):
+    status, out, _ = run(capfd, train_tokenizer.main, *TRAIN, "--device", "cpu", "--out", name)
+    assert (status, out.splitlines()[-1]) == (0, f"next: python scripts/build_latents.py --tokenizer {typed}")
+    assert find_model(typed, "tokenizer") == Path(name)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from helpers.command_toys import EXAMPLES, example, run, save_pair
 from helpers.image_toys import write_patches
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from smalti import LatentSet, load_tokenizer
 from smalti.core.models import _CLASSES
 from smalti.scripts import build_latents, train_tokenizer
+from smalti.tokenizers.quantizers.registry import QUANTIZERS
 
 MOST_LINES = 79
 
@@ -47,6 +49,24 @@ def test_folder_is_inpainted(folder):
     before, after = (Image.open(path).convert("RGB") for path in ("img/0.png", "filled/0-0.png"))
     assert after.size == before.size == (28, 28)
     assert after.getpixel((0, 0)) == before.getpixel((0, 0))  # outside the ellipse
+
+
+def test_custom_quantizer_is_used_by_a_kind(folder, monkeypatch):
+    monkeypatch.setattr("smalti.core.models._CLASSES", dict(_CLASSES))
+    monkeypatch.setitem(QUANTIZERS, "product", None)  # what the example puts there is removed after the test
+    latents = LatentSet(example("custom_quantizer").main(folder / "product", images="img", steps=2))
+    assert latents.layout.levels[0].radices == (64, 64)
+    (codes,) = latents.batch([0, 1])
+    tokenizer = load_tokenizer(folder / "product")
+    quantizer = tokenizer.quantizer
+    vectors = quantizer.lookup(codes)
+    assert torch.equal(quantizer.lookup(quantizer.encode(vectors)), vectors)  # of equal codewords it takes the first
+    halves = quantizer.lookup(codes, digits=1), quantizer.lookup(codes, digits=slice(1, 2))
+    torch.testing.assert_close(halves[0] + halves[1], vectors)
+    images = tokenizer.decode((codes,))
+    assert images.shape == (2, 3, 32, 32)
+    tokenizer(images).losses["codebook"].backward()
+    assert quantizer.codebooks.grad.any()
 
 
 def test_custom_tokenizer_is_a_kind(folder, monkeypatch):

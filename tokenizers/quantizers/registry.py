@@ -1,7 +1,7 @@
 """The registry of quantizers: the names of `--quantizer`, and the settings that each of them uses.
 
 Each quantizer is in a file of its own. `linked`, `flat` and `cosine` are one class, in `linked.py`; HQA builds its own,
-in `stochastic.py`.
+in `stochastic.py`. `examples/custom_quantizer.py` adds one from outside of the package.
 """
 
 import math
@@ -112,7 +112,7 @@ _LINKED = {**_CODEBOOK, "combined_commitment_weight": "combined_commitment_weigh
 _ENTROPY = {**_COMMITMENT, "entropy_weight": "entropy_weight"}
 _MORE_ENTROPY = "a higher --entropy-weight"
 
-QUANTIZERS: dict[QuantizerName, Registered] = {
+QUANTIZERS: dict[str, Registered] = {
     "linked": Registered(_linked, _LINKED, coarse_to_fine=True, starts_from_data=True),
     "flat": Registered(_linked, _CODEBOOK, starts_from_data=True),
     "cosine": Registered(_cosine, _CODEBOOK, starts_from_data=True),
@@ -135,7 +135,7 @@ _LAYERED = ("linked", "residual")
 _SIZES = ("codebook_size", "branching", "depth")
 
 
-def code_radices(name: QuantizerName, sizes: tuple[int, ...], levels: tuple[int, ...] = ()) -> tuple[int, ...]:
+def code_radices(name: str, sizes: tuple[int, ...], levels: tuple[int, ...] = ()) -> tuple[int, ...]:
     """Returns the radices of a quantizer's codes.
 
     Args:
@@ -170,15 +170,16 @@ def code_radices(name: QuantizerName, sizes: tuple[int, ...], levels: tuple[int,
     return sizes
 
 
-def build_quantizer(name: QuantizerName, *, code_width: int, radices: tuple[int, ...], config: Any) -> Quantizer:
+def build_quantizer(name: str, *, code_width: int, radices: tuple[int, ...], config: Any) -> Quantizer:
     """Builds a quantizer with the settings that it uses.
 
     Raises:
-        UserError: if they are unsuitable.
+        UserError: if there is no such quantizer, or they are unsuitable.
     """
     if not radices:
         raise UserError("codes need at least one digit; use a --depth of at least 1")
-    registered = QUANTIZERS[name]
+    if (registered := QUANTIZERS.get(name)) is None:
+        raise UserError(f"there is no quantizer {name!r}; quantizers: {', '.join(QUANTIZERS)}")
     settings = {argument: getattr(config, field) for field, argument in registered.settings.items()}
     if settings.get("start") == "kmeans":  # `init_from_data` then replaces the random numbers
         settings["start"] = "uniform"
@@ -187,7 +188,7 @@ def build_quantizer(name: QuantizerName, *, code_width: int, radices: tuple[int,
     return registered.build(code_width=code_width, radices=radices, **settings)
 
 
-def unused_settings(name: QuantizerName, levels: tuple[int, ...] = ()) -> set[str]:
+def unused_settings(name: str, levels: tuple[int, ...] = ()) -> set[str]:
     """Returns the config fields of quantizers that this one does not use.
 
     With `levels`, FSQ uses no other size.

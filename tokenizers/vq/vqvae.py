@@ -105,7 +105,7 @@ class VQFamily(Tokenizer[VQConfigT]):
         self.image_channels, self.downsampling = config.image_channels, downsampling
         require_size(config.height, config.width, downsampling)
 
-    def quantizer_of(self, name: QuantizerName, radices: tuple[int, ...]) -> Quantizer:
+    def quantizer_of(self, name: str, radices: tuple[int, ...]) -> Quantizer:
         """Returns a quantizer with the config's settings."""
         return build_quantizer(name, code_width=self.config.code_width, radices=radices, config=self.config)
 

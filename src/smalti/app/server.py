@@ -160,6 +160,7 @@ def _running(blocks: Any, port: int) -> Iterator[None]:
                 css=CSS,
                 head=HEAD,
                 footer_links=[],
+                show_error=True,
                 quiet=True,
                 prevent_thread_lock=True,
             )

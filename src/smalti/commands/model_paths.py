@@ -78,6 +78,12 @@ def find_model(source: str | Path, family: models.Family) -> Path:
     )
 
 
+def as_typed(folder: Path, family: models.Family) -> str:
+    """Returns a folder as a command line names it: `./vqvae` if it is called like a kind or a model in the package."""
+    name = str(folder)
+    return os.path.join(os.curdir, name) if name in (*shipped_models(family), *models.kinds(family)) else name
+
+
 def folder_of_kind(source: str, family: models.Family) -> Path | None:
     """Returns the folder that a kind stands for, whether or not it exists; None if `source` is no kind."""
     return (TOKENIZERS if family == "tokenizer" else PRIORS) / source if source in models.kinds(family) else None
@@ -191,11 +197,7 @@ def images_for(
     *,
     shown: bool = True,
 ) -> ImageSet:
-    """Reads images for a tokenizer, at its size unless another one is given; see `read_images_for`.
-
-    Raises:
-        UserError: as `read_images_for` does.
-    """
+    """Reads images for a tokenizer, at its size unless another one is given; see `read_images_for`."""
     return read_images_for(
         tokenizer.provenance,
         name,

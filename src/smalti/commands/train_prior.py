@@ -16,6 +16,7 @@ from smalti.commands.generating import generate_codes
 from smalti.commands.model_paths import (
     LATENTS,
     PRIORS,
+    as_typed,
     find_initial_model,
     load_prior,
     load_tokenizer,
@@ -141,6 +142,8 @@ def train_prior(config: TrainPrior[Any, Any], latents: LatentSet | None = None) 
         Interrupted: if a signal stopped the run.
     """
     require_config(models.class_of_kind("prior", config.prior), config.model)
+    if not isinstance(latents, LatentSet | None):
+        raise UserError(f"latents is given as {type(latents).__name__}; give a LatentSet")
     latents = LatentSet(config.latents) if latents is None else latents
     levels = latents.layout.levels
     folder = config.out or PRIORS / (f"{config.prior}-{config.level}" if len(levels) > 1 else config.prior)
@@ -219,7 +222,7 @@ def print_end_of_prior(folder: Path, config: TrainPrior[Any, Any], levels: int) 
         command = f"python scripts/train_prior.py --latents {latents} --level {config.level + 1}"
     else:
         others = f", with the priors of the other {levels - 1} level(s) beside it" if levels > 1 else ""
-        command = f"python scripts/sample.py --prior {quote(str(folder))}{others}"
+        command = f"python scripts/sample.py --prior {quote(as_typed(folder, 'prior'))}{others}"
     print_end(folder, pictures="samples.png", following=command, remedies=OVERFITTING_REMEDIES)
 
 

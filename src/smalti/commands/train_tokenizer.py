@@ -7,11 +7,11 @@ from shlex import quote
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
 
 from smalti.commands.codebook_usage import CodebookAlarm
 from smalti.commands.model_paths import (
     TOKENIZERS,
+    as_typed,
     find_initial_model,
     layer_name,
     layer_source,
@@ -39,7 +39,7 @@ from smalti.training.end_of_run import print_end, print_finished
 from smalti.training.loop import fit
 from smalti.training.run_folder import RUN_NAME, Resume, Run, forget
 from smalti.training.snapshots import Snapshots
-from smalti.transfer.weights import Taken, changed_settings, discriminator_of, take_weights
+from smalti.transfer.weights import Taken, changed_settings, take_discriminator, take_weights
 
 C = TypeVar("C")
 Preset: TypeAlias = Literal[
@@ -123,10 +123,9 @@ class TrainTokenizer(Generic[C]):
 def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None) -> Path:
     """Trains a tokenizer, or resumes a stopped run; returns its folder.
 
-    The folder holds `model.safetensors` and `config.json`, `run.json`, `metrics.jsonl` and
-    `reconstructions.png`. Kinds that are trained layer by layer have a run for each layer: the top
-    layer's in the folder itself, the others in its subfolders `layer-1`, `layer-2`, ..., each a whole
-    tokenizer of the layers so far.
+    The folder holds `model.safetensors` and `config.json`, `run.json`, `metrics.jsonl` and `reconstructions.png`. Kinds
+    that are trained layer by layer have a run for each layer: the top layer's in the folder itself, the others in its
+    subfolders `layer-1`, `layer-2`, ..., each a whole tokenizer of the layers so far.
 
     Args:
         config: the settings.
@@ -136,6 +135,8 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
         UserError: for unsuitable images or settings, or an unsuitable folder.
         Interrupted: if a signal stopped the run.
     """
+    if not isinstance(images, ImageSet | None):
+        raise UserError(f"images is given as {type(images).__name__}; give the ImageSet that open_images returns")
     folder = config.out or TOKENIZERS / config.tokenizer
     require_no_input([folder], [*local_paths(config.images), *config.reading.held_out_paths])
     if config.reading.image_depth == 16 and config.tokenizer in EIGHT_BIT_KINDS:
@@ -157,7 +158,7 @@ def train_tokenizer(config: TrainTokenizer[Any], images: ImageSet | None = None)
 
 def print_end_of_tokenizer(folder: Path) -> None:
     """Prints the last lines of the command, on the main process."""
-    command = f"python scripts/build_latents.py --tokenizer {quote(str(folder))}"
+    command = f"python scripts/build_latents.py --tokenizer {quote(as_typed(folder, 'tokenizer'))}"
     print_end(folder, pictures="reconstructions.png", following=command)
 
 
@@ -221,8 +222,9 @@ def _train(
         run = Run(folder, settings, main=process.is_main_process, resume=config.resume, off=off, switches=switches)
     if ending := run.end(config.fit.steps, config.fit.patience):
         more_steps = "more --layer-steps for the last layer" if lower else "--steps"
-        advice = run.advice(config.fit.steps, config.fit.patience, more_steps)
-        print_finished(folder, ending, more="" if above else advice)
+        print_finished(
+            folder, ending, more="" if above else run.advice(config.fit.steps, config.fit.patience, more_steps)
+        )
         process.wait_for_everyone()  # the main process may have just put the best model there
         return folder, images
     if run.step and above and _is_trained_on(above[0], folder):
@@ -254,8 +256,10 @@ def _train(
     if not phases:
         objective = Reconstruction(tokenizer)
         phases = [Phase("tokenizer", objective, config.fit.optimizer_of(objective))]
-    if initial and not run.step:
-        _take_discriminator(initial, phases, process)
+    if initial and not run.step and len(phases) > 1:
+        fits = take_discriminator(Snapshots(initial), phases[1].objective)
+        if process.is_main_process:
+            print_note(f"the {phases[1].name} starts {f'from that of the run {initial}' if fits else 'untrained'}")
     shown, alarm = held_out if len(held_out) else train, CodebookAlarm()
     with tracked(process, settings):
         fit(
@@ -303,19 +307,6 @@ def _take_weights(config: TrainTokenizer[Any], tokenizer: Tokenizer, other: Toke
             )
         tokenizer.keep_codes_of(other)
     return taken
-
-
-def _take_discriminator(initial: Path, phases: list[Phase], process: Accelerator) -> None:
-    """Takes the discriminator of the run in the folder of `--init`, if it has snapshots of one of the same size."""
-    if len(phases) < 2:
-        return
-    name, objective = phases[1].name, phases[1].objective
-    saved, own = discriminator_of(Snapshots(initial)) or {}, objective.state_dict()
-    fits = {key: each.shape for key, each in saved.items()} == {key: each.shape for key, each in own.items()}
-    if fits:
-        objective.load_state_dict(saved)
-    if process.is_main_process:
-        print_note(f"the {name} starts {f'from that of the run {initial}' if fits else 'untrained'}")
 
 
 def _init_from_images(tokenizer: Tokenizer, train: ImageRows, taken: Taken | None, *, shown: bool) -> None:

@@ -90,7 +90,8 @@ def whole_number(name: str, value: object) -> int:
 
 
 def require_numbers(config: Any) -> None:
-    """Refuses a config in which a field of type `int`, `float` or `tuple[float, float]` has a value of another type.
+    """Refuses a config in which a field of type `int`, `float` or `tuple[float, float]` has a value of another type, or
+    one that is not finite.
 
     Command lines are checked where they are parsed, the arguments of programs are not. Numbers of any library fit.
 
@@ -108,6 +109,7 @@ def require_numbers(config: Any) -> None:
             if not pair or not all(map(_is_number, value)):
                 example = (value, value) if _is_number(value) else (1.0, 0.5)
                 raise UserError(f"{name} must be two numbers, such as {example}, not {value!r}")
+    require_finite(config)
 
 
 def _is_number(value: Any) -> bool:

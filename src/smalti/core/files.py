@@ -209,8 +209,11 @@ def as_name(source: str | Path | float, what: str = "the source") -> str:
     """Returns a source as a text, as command lines have it. That of a `Path` is a path, never a name in the package.
 
     Raises:
-        UserError: for an empty text, called `what`; for a name that is longer than any file's.
+        UserError: for an empty text or what is no name, called `what`; for a name that is longer than any file's.
     """
+    if not isinstance(source, str | Path | float | int):
+        given = type(source).__name__
+        raise UserError(f"{what} is named by a text or a Path, not by {given}; store it, and give the file's name")
     if source == "":
         raise UserError(f"{what} is empty; give a value, or leave it out for its default")
     try:

@@ -9,7 +9,7 @@ from typing import NamedTuple, get_args, get_type_hints
 
 import torch
 import tyro.conf
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalti.core.errors import UserError
 from smalti.core.models import Checkpointed
@@ -172,11 +172,16 @@ def weights_of_new_vectors(prior: Prior, other: Prior) -> tuple[str, ...]:
     return tuple(f"of_vector.{name}" for name in ("mean", "deviation", "hidden.", "out."))
 
 
-def discriminator_of(run: Snapshots) -> dict[str, Tensor] | None:
-    """Returns the tensors of the discriminator in a run's newest snapshot; None if there is none."""
+def take_discriminator(run: Snapshots, discriminator: nn.Module) -> bool:
+    """Takes the discriminator in a run's newest snapshot, if it has one of the same size; returns whether it has."""
     step = run.newest(warn=False)
     phases = run.load(step)["phases"] if step else []
-    return phases[1]["objective"] if len(phases) > 1 else None
+    saved: dict[str, Tensor] = phases[1]["objective"] if len(phases) > 1 else {}
+    own = discriminator.state_dict()
+    fits = {name: each.shape for name, each in saved.items()} == {name: each.shape for name, each in own.items()}
+    if fits:
+        discriminator.load_state_dict(saved)
+    return fits
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jaxtyping
 import pytest
 import torch
 from helpers.causal import OPTIONS, of_every_option, prior_of, random_conditioning
@@ -13,7 +14,14 @@ from smalti.benchmarks.ancestral import sample_naively
 from smalti.core.errors import UserError
 from smalti.core.randomness import row_seeds
 from smalti.priors.methods import autoregressive
-from smalti.priors.methods.autoregressive import AncestralFilling, AncestralSampling, sample_ancestral
+from smalti.priors.methods.autoregressive import (
+    AncestralFilling,
+    AncestralSampling,
+    Likelihood,
+    LikelihoodConfig,
+    sample_ancestral,
+)
+from smalti.priors.networks.hourglass import Hourglass, HourglassConfig
 
 PLAIN = AncestralSampling()
 SAMPLINGS = [PLAIN, AncestralSampling(temperature=0.7), AncestralSampling(guidance=2.5)]
@@ -23,6 +31,13 @@ def draw(prior, seeds, h=4, w=8, known=None, mask=None, sampling=PLAIN, **more):
     blank = torch.zeros(len(seeds), h, w, dtype=torch.int64)
     known, mask = (blank, blank.bool()) if known is None else (known, mask)
     return sample_ancestral(prior, known=known, known_mask=mask, seeds=seeds, sampling=sampling, **more)
+
+
+def test_a_prior_that_sees_every_code_does_not_learn_autoregressively(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in tests alone
+    prior = Hourglass(HourglassConfig(4, 4, (5,), model_width=8, heads=1))
+    with pytest.raises(UserError, match=r"^Hourglass cannot learn autoregressively; derive it from CausalPrior$"):
+        Likelihood(prior, LikelihoodConfig())
 
 
 @of_every_option

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf, nan
 
 import jaxtyping
 import numpy as np
@@ -289,6 +290,14 @@ def test_settings_out_of_range_are_refused(changes, message):
         (FlowSampling, {"temperature": torch.ones(2)}, "^temperature must be a number, not tensor"),
         (Filling, {"candidates": 2.5}, "^candidates must be a whole number, not 2.5$"),
         (Filling, {"largest": "4"}, "^largest must be a number, not '4'$"),
+        (Filling, {"largest": nan}, "^--largest must be a finite number, not nan$"),
+        (SundaeSampling, {"temperature": (nan, 1.0)}, "^--temperature must be a finite number, not nan$"),
+        (SundaeSampling, {"proportion": (0.5, nan)}, "^--proportion must be a finite number, not nan$"),
+        (MaskedSampling, {"guidance": nan}, "^--guidance must be a finite number, not nan$"),
+        (MaskedSampling, {"choice_temperature": nan}, "^--choice-temperature must be a finite number, not nan$"),
+        (AncestralSampling, {"temperature": nan}, "^--temperature must be a finite number, not nan$"),
+        (AncestralSampling, {"guidance": inf}, "^--guidance must be a finite number, not inf$"),
+        (FlowSampling, {"temperature": nan}, "^--temperature must be a finite number, not nan$"),
         (FitConfig, {"steps": 2.5}, "^--steps must be a whole number, not 2.5$"),
     ],
 )
