@@ -5,11 +5,11 @@ measured is in `scores.py`, the page in `report.py`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from tyro.conf import Positional
 
@@ -26,7 +26,7 @@ from smalti.latentsets.reader import LatentSet
 from smalti.studies.experiment import logged_hours, measure_once
 from smalti.studies.priors.training import cpu_seconds, keyed, training_step
 from smalti.studies.quantizers.scores import held_out_scores, nats_of_images, search_milliseconds
-from smalti.tokenizers.quantizers.registry import QUANTIZERS, QuantizerName
+from smalti.tokenizers.quantizers.registry import QuantizerName
 from smalti.tokenizers.vq.hrvq import HRVQConfig
 from smalti.tokenizers.vq.vqvae import VQVAEConfig
 
@@ -90,7 +90,7 @@ class ReproduceQuantizers:
     """Images to train on; any source that `--images` of train_tokenizer takes."""
     image_channels: int = 3
     """3 for colour images, 1 for grey ones."""
-    quantizers: tuple[QuantizerName, ...] = field(default_factory=lambda: tuple(QUANTIZERS))
+    quantizers: tuple[QuantizerName, ...] = get_args(QuantizerName)
     """Quantizers to train. The page also has what was trained before of others and of more seeds."""
     bits: tuple[Literal[9, 12], ...] = (9, 12)
     """Bits of a code: 512 or 4096 codes."""

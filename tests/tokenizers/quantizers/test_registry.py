@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 
 from smalti import Level, UserError
 from smalti.core import models
-from smalti.tokenizers.quantizers.registry import QUANTIZERS, Quantizer, build_quantizer, code_radices, unused_settings
+from smalti.tokenizers.quantizers.registry import (
+    QUANTIZERS,
+    Quantizer,
+    QuantizerName,
+    build_quantizer,
+    code_radices,
+    unused_settings,
+)
 from smalti.tokenizers.vqgan.vqgan import VQGANConfig
 
 D = 6
@@ -27,6 +35,12 @@ def quantizer_of(name, **settings):
 
 def features(b=3, h=4, w=5, seed=0):
     return torch.randn(b, D, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_name_has_a_quantizer_and_others_are_refused():
+    assert set(QUANTIZERS) == set(get_args(QuantizerName))
+    with pytest.raises(UserError, match=r"^there is no quantizer 'mine'; quantizers: linked, flat, "):
+        build_quantizer("mine", code_width=D, radices=(16,), config=VQGANConfig())
 
 
 @of_each
