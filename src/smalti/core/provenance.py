@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,8 +38,9 @@ def last_metrics(folder: Path, *, until: int | None = None) -> dict[str, float]:
     return newest
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Returns the versions of the software that results depend on."""
+    """Returns the versions of the software that results depend on, read once in each process."""
     packages = [
         "torch",
         "accelerate",
