@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert finished.returncode == 0, finished.stderr
     for family, kind in toys.KINDS:
         train(folder / "one" / kind, family, kind, process=accelerator("fp32"))
