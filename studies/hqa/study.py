@@ -85,8 +85,8 @@ class ReproduceHQA:
     """Normalize the features that each layer reconstructs to mean 0 and variance 1. The paper does not mention it; the
     authors' code does something similar."""
     upper_latent_weight: float = 0.05
-    """Weight of Eq. 4's entropy and commitment terms in the layers above the first. The first layer has HQA's default,
-    0.001. The authors' code has 0.001 in all layers, for images in [0, 1], which is 0.004 here."""
+    """Weight of Eq. 4's entropy and commitment terms in the layers above the first, which has HQA's default, 0.001. The
+    authors' code has 0.001 in all layers; in the first, whose images it has in [0, 1], that is 0.004 here."""
     batch_size: int = 32
     """Batch size."""
     learning_rate: float = 1e-3

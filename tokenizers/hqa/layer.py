@@ -27,7 +27,7 @@ class HQAConfig:
     """Settings of an HQA. The defaults compress a 32x32 image to one code of 8 bits, halving the size in each layer.
 
     The weight of Eq. 4's terms is twice the variance of p(x|z), which the paper leaves open, for images in [-1, 1]. The
-    authors' code has 0.001 for images in [0, 1], which is 0.004 here.
+    authors' code has 0.001 for images in [0, 1], which is 0.004 here, and for the normalized features of all layers.
     """
 
     height: int = 32
