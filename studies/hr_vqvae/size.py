@@ -10,8 +10,8 @@ from smalti.studies.experiment import save_figure, table_row
 from smalti.studies.hr_vqvae.settings import ReproduceHRVQVAE
 from smalti.studies.hr_vqvae.study import KINDS, NAMES, SIZES, TokenizerSpec, result, used
 
-LINES = ("-", "--", ":", "-.", (0, (1, 5)))
-"""Styles of the lines: those at their best, and one for each of the four starts."""
+BEST = "best"
+"""The name of the training in which no codebook collapses; the others are named by their start."""
 
 
 def size_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal: Callable[[int], float]) -> str:
@@ -36,22 +36,26 @@ def size_table(config: ReproduceHRVQVAE, specs: list[TokenizerSpec], *, ideal: C
         for kind in KINDS:
             scores = [_scores(measured.get((kind, leaves, variant))) for variant in variants]
             lines.append(table_row([str(leaves), NAMES[kind], *scores]))
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="leaves", ylabel="held-out MSE", xscale="log", yscale="log")
-    for colour, kind in enumerate(KINDS):
-        for style, variant in zip(LINES[: len(variants)], variants, strict=True):
+    figure = Figure(figsize=(max(7.5, 2.4 * len(variants) + 1.5), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(variants), squeeze=False)[0]
+    plain = [each["mse"] for (_, _, variant), each in measured.items() if each and variant != BEST]
+    for axes, variant in zip(panels, variants, strict=True):
+        axes.set(title=variant, xlabel="leaves", xscale="log", yscale="log")
+        for kind in KINDS:
             points = [(leaves, each["mse"]) for leaves in SIZES if (each := measured.get((kind, leaves, variant)))]
-            if points:
-                label = f"{NAMES[kind]}, {variant}"
-                axes.plot(*zip(*points, strict=True), marker="o", color=f"C{colour}", ls=style, label=label)
-    axes.plot(SIZES, [ideal(leaves) for leaves in SIZES], "k--", label="ideal coder, Gaussian source")
-    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
+            axes.plot([leaves for leaves, _ in points], [mse for _, mse in points], marker="o", label=NAMES[kind])
+        if variant == BEST:
+            axes.plot(SIZES, [ideal(leaves) for leaves in SIZES], "k--", label="ideal coder, Gaussian source")
+        elif plain:  # one scale, which a training that diverges does not stretch
+            axes.set_ylim(0.8 * min(plain), min(1.2 * max(plain), 10 * min(plain)))
+    panels[0].set_ylabel("held-out MSE")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     save_figure(figure, path := config.picture("size"))
     return "\n".join([*lines, "", f"![MSE by leaves]({path.name})"])
 
 
 def _variant(spec: TokenizerSpec) -> str:
-    return f"plain, {spec.start}" if spec.plain else "best"
+    return f"plain, {spec.start}" if spec.plain else BEST
 
 
 def _scores(measured: dict[str, Any] | None) -> str:
