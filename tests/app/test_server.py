@@ -26,6 +26,7 @@ from smalti.images.sheets import to_image
 pytest.importorskip("gradio", reason="the page needs Gradio (the extra `app`)")
 import httpx
 from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from helpers.command_toys import save_pair
 from helpers.page import picture, until
 
@@ -248,6 +249,8 @@ def test_page_opens_fills_and_generates_over_http(prior, tmp_path):
         assert changed[:8, :8].any()
         assert not changed[8:].any()
         assert not changed[:, 8:].any()
+        with pytest.raises(AppError, match="not supported between instances of 'str' and 'int'"):
+            client.predict("two", *numbers[1:], api_name="/generate")
         images, status = client.predict(*numbers, api_name="/generate")
         assert len(images) == 2
         assert re.search(r">finished after 2 of 2 steps, \d+ s<", status)
