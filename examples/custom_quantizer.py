@@ -37,16 +37,16 @@ class ProductQuantizer(nn.Module):
         """The vectors of each group, at all positions of all images."""
         return z_e.detach().float().movedim(1, -1).reshape(-1, *self.codebooks.shape[::2]).movedim(1, 0)
 
-    def encode(self, z_e: Float[Tensor, "b d h w"]) -> Int64[Tensor, "b h w"]:  # noqa: D102
+    def encode(self, z_e: Float[Tensor, "b d h w"]) -> Int64[Tensor, "b h w"]:  # noqa: D102 - as in Quantizer
         digits = torch.cdist(self.groups(z_e), self.codebooks).argmin(-1)  # g n
         return self.level.join(digits.T.reshape(len(z_e), *z_e.shape[2:], -1))
 
-    def lookup(self, codes: Int64[Tensor, "b h w"], digits: Digits | None = None) -> Float[Tensor, "b d h w"]:  # noqa: D102
+    def lookup(self, codes: Int64[Tensor, "b h w"], digits: Digits | None = None) -> Float[Tensor, "b d h w"]:  # noqa: D102 - as in Quantizer
         digit, shown = self.level.split(codes).movedim(-1, 0), chosen_digits(digits, len(self.radices))
         parts = [book[digit[i]] * (i in shown) for i, book in enumerate(self.codebooks)]
         return torch.cat(parts, -1).movedim(-1, 1)
 
-    def forward(self, z_e: Float[Tensor, "b d h w"]) -> QuantizerOutput:  # noqa: D102
+    def forward(self, z_e: Float[Tensor, "b d h w"]) -> QuantizerOutput:  # noqa: D102 - as in Quantizer
         z, z_q = z_e.float(), self.lookup(codes := self.encode(z_e))
         losses = {"codebook": (z_q - z.detach()).square().mean(), "commitment": (z - z_q.detach()).square().mean() / 4}
         return QuantizerOutput(z + (z_q - z).detach(), codes, losses)
@@ -56,13 +56,13 @@ QUANTIZERS["product"] = Registered(ProductQuantizer, settings={}, starts_from_da
 
 
 @dataclass(frozen=True)
-class ProductVAEConfig(VQVAEConfig):  # noqa: D101
+class ProductVAEConfig(VQVAEConfig):  # noqa: D101 - fields are flags and in config.json
     quantizer: Literal["product"] = "product"
     radices: tuple[int, ...] = (64, 64)  # codewords of each group of channels
 
 
 @register
-class ProductVAE(VQVAE):  # noqa: D101
+class ProductVAE(VQVAE):  # noqa: D101 - VQ-VAE but for its quantizer
     kind: ClassVar[str] = "product-vae"
     config_class: ClassVar[type] = ProductVAEConfig
     radices = property(lambda self: self.config.radices)

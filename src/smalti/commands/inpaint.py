@@ -20,7 +20,7 @@ from smalti.commands.model_paths import RUNS, image_inputs, load_priors, prior_c
 from smalti.core import locks
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
-from smalti.core.errors import UserError, require_at_least_one, require_finite
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.files import input_digest, print_left_over
 from smalti.core.progress import bar, counting, print_note
 from smalti.core.provenance import versions
@@ -118,7 +118,6 @@ def inpaint(config: Inpaint[Any]) -> Path:
     Raises:
         UserError: for an unsuitable file, mask or model, or sizes that do not match.
     """
-    require_finite(config)
     require_seed(config.seed)
     image = config.image or EXAMPLE_IMAGE
     jobs = _jobs(config, image)

@@ -17,7 +17,7 @@ from smalti.core import locks
 from smalti.core.codes import Codes
 from smalti.core.config import flatten
 from smalti.core.devices import Device, Precision, device
-from smalti.core.errors import UserError, require_at_least_one, require_finite
+from smalti.core.errors import UserError, require_at_least_one
 from smalti.core.files import free_name, print_left_over
 from smalti.core.progress import print_note
 from smalti.core.provenance import versions
@@ -95,7 +95,6 @@ def sample(config: Sample[Any]) -> Path:
     Raises:
         UserError: for an unsuitable prior, tokenizer, size or number.
     """
-    require_finite(config)
     require_seed(config.seed)
     require_at_least_one(config, "num", "batch_size")
     if config.out:

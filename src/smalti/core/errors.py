@@ -131,8 +131,9 @@ def require_finite(config: Any) -> None:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             require_finite(value)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
+            continue
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if _is_number(number) and not math.isfinite(float(number)):
                 raise UserError(f"--{field.name.replace('_', '-')} must be a finite number, not {number}")
 
 

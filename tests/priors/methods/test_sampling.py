@@ -293,6 +293,8 @@ def test_settings_out_of_range_are_refused(changes, message):
         (Filling, {"largest": nan}, "^--largest must be a finite number, not nan$"),
         (SundaeSampling, {"temperature": (nan, 1.0)}, "^--temperature must be a finite number, not nan$"),
         (SundaeSampling, {"proportion": (0.5, nan)}, "^--proportion must be a finite number, not nan$"),
+        (SundaeSampling, {"temperature": [1.0, nan]}, "^--temperature must be a finite number, not nan$"),
+        (SundaeSampling, {"guidance": np.float32(inf)}, "^--guidance must be a finite number, not inf$"),
         (MaskedSampling, {"guidance": nan}, "^--guidance must be a finite number, not nan$"),
         (MaskedSampling, {"choice_temperature": nan}, "^--choice-temperature must be a finite number, not nan$"),
         (AncestralSampling, {"temperature": nan}, "^--temperature must be a finite number, not nan$"),
